@@ -1,0 +1,52 @@
+# make setup   a .venv with everything, and the package built in place
+# make demo    set-up and the main job: adapters on real digits, trained, saved, switched, reverted, fused
+# make test    set-up and the tests
+# make bench   set-up and the speed benchmarks
+# make lint    ruff, clang-format, mypy
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+# CUDA torch wheels are several GB: on a machine without a GPU the CPU build serves.
+TORCH ?= torch==2.13.0
+SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+.PHONY: setup build demo test bench lint format clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.built
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --disable-pip-version-check '$(TORCH)' 'setuptools>=77' wheel ninja pybind11 numpy
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(SOURCES)
+	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[test,bench,lint]'
+	@touch $@
+
+# Rebuilds the compiled modules in place, without touching the environment.
+build: $(VENV)/.torch
+	$(PY) setup.py -q build_ext --inplace
+
+demo: setup
+	$(PY) -m shira.demo --out demo-out
+
+test: setup
+	$(PY) -m pytest -q -n 2 tests
+
+bench: setup
+	$(PY) -m pytest benchmarks/speed --benchmark-json=benchmarks/results/latest.json
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES)
+	$(VENV)/bin/mypy
+
+format: setup
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(SOURCES)
+
+clean:
+	rm -rf build dist *.egg-info shira_ops/*.so python/shira/*.so tests/emul/build $(VENV)/.built

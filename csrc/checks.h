@@ -1,0 +1,198 @@
+// What an op refuses, and the sentences it says: op, argument, requirement, what was given.
+// Every compiled backend calls these before it writes; shira_ops/checks.py says the same in Python for
+// fakes and references, and tests/test_refusals.py holds the two to one text.
+#pragma once
+#include <algorithm>
+#include <cstdlib>
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "stable.h"
+
+namespace shira {
+
+// SHIRA_BACKEND=reference: no compiled kernel registers, and the plain-torch references serve.
+inline bool backend_is_reference() {
+  const char* wanted = std::getenv("SHIRA_BACKEND");
+  return wanted != nullptr && std::string_view(wanted) == "reference";
+}
+
+template <typename... Args>
+[[noreturn]] inline void refuse(const Args&... args) {
+  std::ostringstream text;
+  ((text << args), ...);
+  throw std::runtime_error(text.str());
+}
+
+// A refusal's sentence is built only when it is needed: the arguments are not evaluated otherwise.
+#define SHIRA_CHECK(condition, ...)                  \
+  do {                                               \
+    if (!(condition)) ::shira::refuse(__VA_ARGS__);  \
+  } while (0)
+
+// The name of an argument: `values`, or `values[3]` within a list.
+struct Name {
+  const char* word;
+  int64_t member = -1;
+};
+inline std::ostream& operator<<(std::ostream& out, const Name& name) {
+  out << name.word;
+  if (name.member >= 0) out << '[' << name.member << ']';
+  return out;
+}
+
+// dtypes as Python prints them.
+inline std::string dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::ComplexHalf: return "complex32";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    default: {
+      std::string name = torch::headeronly::toString(type);  // Bool, BFloat16, Float8_e4m3fn, UInt16: lower case
+      std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::tolower(c); });
+      return name;
+    }
+  }
+}
+
+template <typename Sizes>
+inline std::string list_text(const Sizes& sizes) {
+  std::ostringstream out;
+  out << '[';
+  for (size_t i = 0; i < sizes.size(); ++i) out << (i ? ", " : "") << sizes[i];
+  out << ']';
+  return out.str();
+}
+
+inline std::string device_name(const Tensor& t) {
+  const auto device = t.device();
+  const char* type = device.type() == torch::headeronly::DeviceType::CPU    ? "cpu"
+                     : device.type() == torch::headeronly::DeviceType::CUDA ? "cuda"
+                                                                            : "another kind";
+  return device.has_index() && !device.is_cpu() ? std::string(type) + ":" + std::to_string(device.index()) : type;
+}
+
+inline bool is_float(ScalarType type) {
+  return type == ScalarType::Half || type == ScalarType::BFloat16 || type == ScalarType::Float ||
+         type == ScalarType::Double;
+}
+inline ScalarType compute_type(ScalarType weight) {
+  return weight == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  return a.dim() == b.dim() && std::equal(a.sizes().begin(), a.sizes().end(), b.sizes().begin());
+}
+
+inline void check_contiguous(const char* op, Name name, const Tensor& t) {
+  SHIRA_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous, got shape ", list_text(t.sizes()),
+              " with strides ", list_text(t.strides()));
+}
+
+inline void check_granule(const char* op, int64_t granule) {
+  SHIRA_CHECK(granule >= 1, op, ": granule must be at least 1, got ", granule);
+}
+
+inline void check_list_length(const char* op, const char* name, const std::vector<Tensor>& list, size_t weights) {
+  SHIRA_CHECK(list.size() == weights, op, ": ", name, " must have one tensor for each of the ", weights,
+              " weights, got ", list.size());
+}
+
+enum class Kind { Moves, Arithmetic };
+
+inline void check_weight(const char* op, const Tensor& weight, int64_t granule, Kind kind, Name name = {"weight"}) {
+  check_contiguous(op, name, weight);
+  if (kind == Kind::Arithmetic) {
+    SHIRA_CHECK(is_float(weight.scalar_type()), op, ": ", name,
+                " must be float16, bfloat16, float32 or float64, got ", dtype_name(weight.scalar_type()));
+  } else {
+    const size_t bytes = weight.element_size();
+    SHIRA_CHECK(bytes == 1 || bytes == 2 || bytes == 4 || bytes == 8, op, ": ", name,
+                " must have entries of 1, 2, 4 or 8 bytes, got ", dtype_name(weight.scalar_type()));
+  }
+  SHIRA_CHECK(weight.numel() % granule == 0, op, ": granule must divide ", name, "'s ", weight.numel(),
+              " entries, got ", granule);
+}
+
+inline void check_device(const char* op, Name name, const Tensor& t, const Tensor& weight, Name weight_name) {
+  SHIRA_CHECK(t.device() == weight.device(), op, ": ", name, " must be on ", weight_name, "'s device ",
+              device_name(weight), ", got ", device_name(t));
+}
+
+inline void check_indices(const char* op, Name name, const Tensor& indices) {
+  const ScalarType type = indices.scalar_type();
+  SHIRA_CHECK(type == ScalarType::Int || type == ScalarType::Long, op, ": ", name, " must be int32 or int64, got ",
+              dtype_name(type));
+  SHIRA_CHECK(indices.dim() == 1, op, ": ", name, " must be 1-D, got shape ", list_text(indices.sizes()));
+  check_contiguous(op, name, indices);
+}
+
+// Which dtypes `values` may have beside the weight's own.
+enum class Values { Weight, WeightOrFloat32 };
+
+inline void check_values(const char* op, Name name, const Tensor& values, Values dtypes, const Tensor& weight,
+                         Name weight_name, const Tensor& indices, int64_t granule) {
+  check_device(op, name, values, weight, weight_name);
+  const ScalarType own = weight.scalar_type(), given = values.scalar_type();
+  const bool fp32_too = dtypes == Values::WeightOrFloat32 && is_float(own) && own != ScalarType::Float;
+  SHIRA_CHECK(given == own || (fp32_too && given == ScalarType::Float), op, ": ", name, " must have ", weight_name,
+              "'s dtype ", dtype_name(own), fp32_too ? " or float32" : "", ", got ", dtype_name(given));
+  SHIRA_CHECK(values.dim() == 1, op, ": ", name, " must be 1-D, got shape ", list_text(values.sizes()));
+  SHIRA_CHECK(values.numel() == indices.numel() * granule, op, ": ", name, " must have ", indices.numel() * granule,
+              " entries (", indices.numel(), " indices of granule ", granule, "), got ", values.numel());
+  check_contiguous(op, name, values);
+}
+
+// Memory of the arguments of one call. Mutated ones must not overlap any other.
+class Overlap {
+ public:
+  explicit Overlap(const char* op) : op_(op) {}
+
+  // Arguments are added in the order of the schema.
+  void add(Name name, const Tensor& t, bool mutated) {
+    const int64_t bytes = t.numel() * static_cast<int64_t>(t.element_size());
+    if (bytes == 0) return;
+    const char* begin = static_cast<const char*>(t.const_data_ptr());
+    ranges_.push_back({begin, begin + bytes, name, mutated, ranges_.size()});
+  }
+
+  void check() {
+    // By address, a clash is always with one of the ranges still open: one that ends furthest. Mutated and
+    // read-only ranges are kept apart, since read-only ones may coincide (a mask that several weights share).
+    std::sort(ranges_.begin(), ranges_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+    const Range *open = nullptr, *open_mutated = nullptr;
+    for (const Range& r : ranges_) {
+      if (r.mutated && open != nullptr && r.begin < open->end) clash(r, *open);
+      if (open_mutated != nullptr && r.begin < open_mutated->end) clash(r, *open_mutated);
+      if (open == nullptr || r.end > open->end) open = &r;
+      if (r.mutated && (open_mutated == nullptr || r.end > open_mutated->end)) open_mutated = &r;
+    }
+  }
+
+ private:
+  struct Range {
+    const char *begin, *end;
+    Name name;
+    bool mutated;
+    size_t order;
+  };
+  [[noreturn]] void clash(const Range& a, const Range& b) const {
+    const Range &later = a.order > b.order ? a : b, &earlier = a.order > b.order ? b : a;
+    refuse(op_, ": ", later.name, " must not overlap ", earlier.name, " in memory");
+  }
+  const char* op_;
+  std::vector<Range> ranges_;
+};
+
+}  // namespace shira

@@ -1,0 +1,55 @@
+// Content of `indices`: checked once a call, before the first write (rule 2).
+#pragma once
+#include <atomic>
+
+#include "../checks.h"
+
+namespace shira::cpu {
+
+constexpr int64_t kGrain = 4096;  // work units below which a second thread costs more than it saves
+
+// Strictly increasing and both ends in range is all in range, so the pass is one comparison a pair.
+template <typename I>
+inline bool increasing(const I* p, int64_t begin, int64_t end) {
+  int64_t bad = 0;
+  for (int64_t i = begin; i < end; ++i) bad += p[i] >= p[i + 1];
+  return bad == 0;
+}
+
+template <typename I>
+[[noreturn]] inline void refuse_content(const char* op, Name name, const I* p, int64_t n, int64_t limit) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (p[i] < 0 || p[i] >= limit)
+      refuse(op, ": ", name, " must be strictly increasing in [0, ", limit, "), got ", p[i], " at position ", i);
+    if (i > 0 && p[i] <= p[i - 1])
+      refuse(op, ": ", name, " must be strictly increasing in [0, ", limit, "), got ", p[i], " after ", p[i - 1],
+             " at position ", i);
+  }
+  refuse(op, ": ", name, " changed while they were checked");
+}
+
+template <typename I>
+inline void check_content(const char* op, Name name, const I* p, int64_t n, int64_t limit) {
+  if (n == 0) return;
+  bool good = p[0] >= 0 && p[n - 1] < limit;
+  if (n - 1 <= 4 * kGrain) {
+    good = good && increasing(p, 0, n - 1);
+  } else {
+    std::atomic<bool> all{good};
+    torch::stable::parallel_for(0, n - 1, 4 * kGrain, [&](int64_t begin, int64_t end) {
+      if (!increasing(p, begin, end)) all.store(false, std::memory_order_relaxed);
+    });
+    good = all.load();
+  }
+  if (!good) refuse_content(op, name, p, n, limit);
+}
+
+// `limit` counts granules.
+inline void check_indices_content(const char* op, Name name, const Tensor& indices, int64_t limit) {
+  if (indices.scalar_type() == ScalarType::Int)
+    check_content(op, name, indices.const_data_ptr<int32_t>(), indices.numel(), limit);
+  else
+    check_content(op, name, indices.const_data_ptr<int64_t>(), indices.numel(), limit);
+}
+
+}  // namespace shira::cpu

@@ -1,0 +1,33 @@
+// The library `shira`: its schemas, what the build holds, and the Python module that loads it.
+#include <Python.h>
+
+#include "checks.h"
+#include "schemas.h"
+#include "stable.h"
+
+STABLE_TORCH_LIBRARY(shira, m) {
+  SHIRA_SCHEMAS(m);
+  m.def("_build_info() -> int");
+}
+
+// Exported by libtorch_cuda only; weak, so that it is null under a CPU torch.
+extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t, void**);
+
+// Bit 0: CUDA kernels are compiled in. Bit 1: the torch that is loaded has CUDA.
+static int64_t build_info() {
+  int64_t info = 0;
+#ifdef SHIRA_WITH_CUDA
+  info |= 1;
+#endif
+  if (&aoti_torch_get_current_cuda_stream != nullptr) info |= 2;
+  return info;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(shira, CompositeExplicitAutograd, m) { m.impl("_build_info", TORCH_BOX(&build_info)); }
+
+// `import shira_ops._C` loads the library; nothing is called through Python's own interface.
+extern "C" PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr,
+                                   nullptr};
+  return PyModule_Create(&definition);
+}

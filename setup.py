@@ -1,0 +1,139 @@
+"""Builds shira_ops._C (the ops) against the torch that is installed, and shira._codec (no torch at all).
+
+SHIRA_CUDA=auto|0|1    the CUDA kernels: when a toolkit is found (auto, the default), never, or required
+TORCH_CUDA_ARCH_LIST   GPU targets, default "8.0;9.0;10.0;12.0+PTX"
+SHIRA_SANITIZE=1       address and undefined-behaviour sanitizers, CPU code only
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import zlib
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+HERE = Path(__file__).resolve().parent
+TORCH_TARGET = "0x020B000000000000"  # the stable ABI of torch 2.11: the library loads under every torch from it on
+TORCH_MINIMUM = (2, 11)
+CUDA_TARGETS = "8.0;9.0;10.0;12.0+PTX"
+
+
+def stop(reason: str, *what_to_do: str) -> None:
+    raise SystemExit("\n".join(["", f"shira-ops: {reason}", *(f"    {line}" for line in what_to_do), ""]))
+
+
+INSTALL = (
+    "pip install 'torch>=2.11' setuptools wheel ninja pybind11",
+    "pip install --no-build-isolation .",
+)
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError as error:
+    stop(f"the kernels are compiled against the torch you use, and there is none here ({error}). Run", *INSTALL)
+if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < TORCH_MINIMUM:
+    stop(f"torch 2.11 or newer is needed, this is {torch.__version__}. Run", *INSTALL)
+
+
+def compiler() -> None:
+    wanted = os.environ.get("CXX", "g++").split()[0]
+    if not any(shutil.which(name) for name in (wanted, "c++", "clang++")):
+        stop(
+            f"no C++ compiler was found (looked for {wanted}, c++ and clang++). Install one, for example",
+            "apt-get install g++        # Debian, Ubuntu",
+            "dnf install gcc-c++        # Fedora, RHEL",
+        )
+
+
+def pybind_include() -> str:
+    try:
+        import pybind11
+
+        return str(pybind11.get_include())
+    except ImportError:  # torch carries the same headers
+        return cpp_extension.include_paths()[0]
+
+
+def cuda_toolkit() -> Path | None:
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        candidates.append(str(Path(nvcc).resolve().parent.parent))
+    for candidate in filter(None, candidates):  # an nvcc on PATH may be a wrapper: a toolkit has headers too
+        home = Path(candidate)
+        if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists():
+            return home
+    return None
+
+
+mode = os.environ.get("SHIRA_CUDA", "auto")
+if mode not in ("auto", "0", "1"):
+    stop(f"SHIRA_CUDA must be auto, 0 or 1, got {mode!r}")
+sanitize = os.environ.get("SHIRA_SANITIZE") == "1"
+toolkit = None if mode == "0" or sanitize else cuda_toolkit()
+if mode == "1" and toolkit is None:
+    stop(
+        "SHIRA_CUDA=1 asks for the CUDA kernels, and no CUDA toolkit was found. Set CUDA_HOME, or build without:",
+        "SHIRA_CUDA=0 pip install --no-build-isolation .",
+    )
+if {"build_ext", "bdist_wheel", "develop", "install", "editable_wheel"} & set(sys.argv):
+    compiler()
+    print(f"shira-ops: torch {torch.__version__}, CUDA kernels: {toolkit or 'none'}", file=sys.stderr)
+
+# Contractions (fused multiply-add) would give other bits on other machines.
+cxx = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+link = []
+if sanitize:
+    cxx += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
+    cxx += ["-fno-sanitize-recover=undefined"]
+    link += ["-fsanitize=address,undefined"]
+headers_key = 0
+for header in sorted((HERE / "csrc").rglob("*.h")):
+    headers_key = zlib.crc32(header.read_bytes(), headers_key)
+
+sources = [str(path.relative_to(HERE)) for path in sorted((HERE / "csrc/cpu").glob("*.cpp"))] + ["csrc/library.cpp"]
+macros: list[tuple[str, str | None]] = [("TORCH_TARGET_VERSION", TORCH_TARGET)]
+library_dirs: list[str] = []
+# cpp_extension's own -ltorch comes earlier and Debian's ld drops it; DT_NEEDED libtorch.so is what brings
+# libtorch_cuda.so into scope for the weak CUDA symbols.
+ops_link = [*link, "-Wl,--push-state,--no-as-needed", "-ltorch", "-Wl,--pop-state"]
+nvcc = ["-O3", "-std=c++20", "--threads=2", "-fmad=false", "-Xcompiler=-fvisibility=hidden,-ffp-contract=off"]
+nvcc += ["-diag-suppress=20012", "-Xfatbin=-compress-all"]
+if toolkit is not None:
+    cpp_extension.CUDA_HOME = str(toolkit)  # None under a CPU torch
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_TARGETS)
+    macros.append(("SHIRA_WITH_CUDA", "1"))
+    sources += [str(path.relative_to(HERE)) for path in sorted((HERE / "csrc/cuda").glob("*.cu"))]
+    # Under a CPU torch nvcc writes no dependency file: a checksum of the headers in its command makes
+    # ninja rebuild when one changes.
+    nvcc.append(f"-DSHIRA_HEADERS_KEY={headers_key}")
+    runtime = next(
+        (d for d in ("lib64", "lib", "targets/x86_64-linux/lib") if (toolkit / d / "libcudart_static.a").exists()),
+        "lib64",
+    )
+    library_dirs.append(str(toolkit / runtime))
+    # The CUDA runtime is linked statically and kept private: torch's own may be another version.
+    ops_link += ["-l:libcudart_static.a", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
+
+ops = cpp_extension.CppExtension(
+    "shira_ops._C",
+    sources,
+    py_limited_api=True,
+    define_macros=macros,
+    library_dirs=library_dirs,
+    extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+    extra_link_args=ops_link,
+)
+codec = Extension(
+    "shira._codec",
+    ["csrc/python/codec.cpp"],
+    include_dirs=[pybind_include()],
+    language="c++",
+    extra_compile_args={"cxx": cxx},
+    extra_link_args=link,
+)
+
+setup(ext_modules=[ops, codec] if Path("csrc/python/codec.cpp").exists() else [ops], cmdclass={"build_ext": cpp_extension.BuildExtension})
