@@ -3,6 +3,7 @@
 #include <atomic>
 
 #include "../checks.h"
+#include "vector.h"
 
 namespace shira::cpu {
 
@@ -11,9 +12,7 @@ constexpr int64_t kGrain = 4096;  // work units below which a second thread cost
 // Strictly increasing and both ends in range is all in range, so the pass is one comparison a pair.
 template <typename I>
 inline bool increasing(const I* p, int64_t begin, int64_t end) {
-  int64_t bad = 0;
-  for (int64_t i = begin; i < end; ++i) bad += p[i] >= p[i + 1];
-  return bad == 0;
+  return !vector_any<I>(end - begin, [p = p + begin](int64_t i) { return p[i] >= p[i + 1]; });
 }
 
 template <typename I>

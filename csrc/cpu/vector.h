@@ -24,32 +24,41 @@ inline Isa isa() {
 }
 
 // f(i) for i in [0, n), as wide as this processor goes. f must be inlinable: a lambda over core/ functions.
-template <typename F>
-inline void loop_portable(int64_t n, const F& f) {
-  for (int64_t i = 0; i < n; ++i) f(i);
-}
+// `any` is true where f is true for some i; L is as wide as what f compares, so that lanes line up.
+#define SHIRA_VECTOR_LOOPS(suffix, attribute)                       \
+  template <typename F>                                             \
+  attribute inline void loop_##suffix(int64_t n, const F& f) {      \
+    for (int64_t i = 0; i < n; ++i) f(i);                           \
+  }                                                                 \
+  template <typename L, typename F>                                 \
+  attribute inline bool any_##suffix(int64_t n, const F& f) {       \
+    L found = 0;                                                    \
+    for (int64_t i = 0; i < n; ++i) found |= static_cast<L>(f(i));  \
+    return found != 0;                                              \
+  }
+SHIRA_VECTOR_LOOPS(portable, )
 #if SHIRA_X86
-template <typename F>
-__attribute__((target("avx2"))) inline void loop_avx2(int64_t n, const F& f) {
-  for (int64_t i = 0; i < n; ++i) f(i);
-}
-template <typename F>
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"))) inline void loop_avx512(
-    int64_t n, const F& f) {
-  for (int64_t i = 0; i < n; ++i) f(i);
-}
+SHIRA_VECTOR_LOOPS(avx2, __attribute__((target("avx2"))))
+SHIRA_VECTOR_LOOPS(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"))))
 #endif
+#undef SHIRA_VECTOR_LOOPS
 
 template <typename F>
 inline void vector_loop(int64_t n, const F& f) {
 #if SHIRA_X86
-  switch (isa()) {
-    case Isa::Avx512: return loop_avx512(n, f);
-    case Isa::Avx2: return loop_avx2(n, f);
-    case Isa::Portable: break;
-  }
+  if (isa() == Isa::Avx512) return loop_avx512(n, f);
+  if (isa() == Isa::Avx2) return loop_avx2(n, f);
 #endif
   loop_portable(n, f);
+}
+
+template <typename L, typename F>
+inline bool vector_any(int64_t n, const F& f) {
+#if SHIRA_X86
+  if (isa() == Isa::Avx512) return any_avx512<L>(n, f);
+  if (isa() == Isa::Avx2) return any_avx2<L>(n, f);
+#endif
+  return any_portable<L>(n, f);
 }
 
 }  // namespace shira::cpu
