@@ -1,0 +1,40 @@
+// Which vector instructions hand-written loops may use: decided at run time, so that one build serves every
+// x86-64. A loop takes its width as an argument, and so tests can run the narrow ones on a wide machine.
+#pragma once
+#include "hd.h"
+
+#if SHIRA_X86
+#if defined(__GNUC__) && !defined(__clang__)  // gcc 12's own header warns of itself once it is inlined
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+#endif
+
+namespace shira::core {
+
+enum class Width { Portable, Avx2, Avx512 };
+
+inline Width widest() {
+#if SHIRA_X86
+  static const Width best = [] {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2"))
+      return Width::Avx512;
+    return __builtin_cpu_supports("avx2") ? Width::Avx2 : Width::Portable;
+  }();
+  return best;
+#else
+  return Width::Portable;
+#endif
+}
+
+#define SHIRA_AVX2 __attribute__((target("avx2,popcnt")))
+#define SHIRA_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,popcnt")))
+
+}  // namespace shira::core
