@@ -1,0 +1,97 @@
+"""Which backend serves each op, decided in this one place.
+
+The compiled kernels register themselves when `shira_ops._C` is loaded; where they leave a gap, the plain-torch
+reference is registered. `SHIRA_BACKEND` overrides: `cuda`, `triton` or `reference`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from . import reference
+
+CHOICES = ("cuda", "triton", "reference")
+
+# Kernels live as long as the Library that registered them.
+_library = torch.library.Library("shira", "IMPL")
+_served: dict[str, dict[str, Backend]] = {}
+
+
+class Backend(NamedTuple):
+    """Who serves an op on a device: "compiled", "triton", "reference" or "none", and why."""
+
+    name: str
+    why: str
+
+
+def wanted() -> str | None:
+    """What SHIRA_BACKEND asks for; None where it is not set."""
+    choice = os.environ.get("SHIRA_BACKEND", "")
+    if choice and choice not in CHOICES:
+        raise ValueError(f"SHIRA_BACKEND must be one of {', '.join(CHOICES)} or not set, got {choice!r}")
+    return choice or None
+
+
+def _below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
+    """References write in place with torch's own ops: those must not meet autograd a second time."""
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return function(*args, **kwargs)
+
+    return kernel
+
+
+def _compiled(op: str, key: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"shira::{op}", key))
+
+
+def _why_reference(key: str, choice: str | None) -> str:
+    if choice == "reference":
+        return "SHIRA_BACKEND=reference"
+    if key == "CPU":
+        return "this build has no CPU kernel for it"
+    if choice == "triton":
+        return "there is no Triton kernel for it"
+    if not torch.ops.shira._build_info.default() & 1:
+        return "this build was compiled without CUDA"
+    return "this build has no CUDA kernel for it"
+
+
+def register() -> None:
+    """Registers the references where no kernel is. Called once, after the compiled module is loaded."""
+    choice = wanted()
+    for op, function in reference.OPS.items():
+        # An op without a tensor argument has no device to be dispatched by.
+        keys = {"CPU": "CPU", "CUDA": "CUDA"}
+        if op == "select_random":
+            keys = dict.fromkeys(keys, "CompositeExplicitAutograd")
+        served = _served[op] = {}
+        found = {key: _compiled(op, key) for key in keys.values()}
+        for key in sorted(key for key, compiled in found.items() if not compiled):
+            _library.impl(op, _below_autograd(function), key)
+        for device, key in keys.items():
+            if device == "CUDA" and not torch.backends.cuda.is_built():
+                backend = Backend("none", "this torch was built without CUDA")
+            elif found[key]:
+                backend = Backend("compiled", "a kernel of this build")
+            else:
+                backend = Backend("reference", _why_reference(device, choice))
+            served[device.lower()] = backend
+
+
+def backends() -> dict[str, dict[str, Backend]]:
+    """Which backend serves each op on each device, and why.
+
+    Returns a new dictionary, `{op: {"cpu": Backend(name, why), "cuda": Backend(name, why)}}`. Overloads have keys
+    of their own, as `"adamw_.tensor"`. The names are `"compiled"` (C++ or CUDA), `"triton"`, `"reference"` (plain
+    torch: correct, slow, and on CUDA it synchronises) and `"none"`.
+
+    >>> shira_ops.backends()["swap_"]["cpu"].name
+    'compiled'
+    """
+    return {op: dict(devices) for op, devices in _served.items()}

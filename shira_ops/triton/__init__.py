@@ -1,0 +1,1 @@
+"""Triton kernels, a module for each family."""
