@@ -1,0 +1,271 @@
+"""What every speed benchmark shares: layers that do not fit the caches, and honest comparisons.
+
+How a comparison is measured
+- The op and what it is compared with run in the same process, on torch's own threads, one after the other in every
+  round, so that a shared machine's drift hits both. The ratio is the median of the rounds' own ratios.
+- One sample is a sweep over several layers, all with their own mask, together over 300 MB of weights. Before every
+  sweep the caches are filled with dirty lines of a buffer twice their size, so that each call finds its weight,
+  indices and values in memory, and the caches as the layer before leaves them.
+- Before anything is timed, the answer of the op is compared with plain torch's, bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import native
+import numpy as np
+import pytest
+import shira_ops
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+if not hasattr(shira_ops, "swap_"):  # the extension alone, before the package around it is there
+    torch.ops.load_library(str(next((Path(__file__).parents[2] / "shira_ops").glob("_C*.so"))))
+native.load()
+
+LINE = 64  # bytes of a cache line
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@dataclass
+class Settings:
+    """How much is measured: set by conftest.py from the command line."""
+
+    quick: bool = False
+    rounds: int = 25
+
+    @property
+    def side(self) -> int:
+        """Rows and columns of a layer."""
+        return 256 if self.quick else 4096
+
+    @property
+    def working_set(self) -> int:
+        """Bytes of weights in one sweep, at least."""
+        return 1 << 20 if self.quick else 384 << 20
+
+    @property
+    def calls(self) -> int:
+        """Calls in one sample of a benchmark of call overhead."""
+        return 20 if self.quick else 2000
+
+
+settings = Settings()
+THREADS = [n for n in (1, 2) if n <= (os.cpu_count() or 1)]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return {BF16: "bf16", FP32: "fp32"}[dtype]
+
+
+# Layers
+
+
+@dataclass
+class Layer:
+    """A weight, one adapter for it, and what the baselines need of the same size."""
+
+    weight: torch.Tensor
+    indices: torch.Tensor  # int32, of granules
+    indices64: torch.Tensor  # the same for stock torch, which takes int64 alone
+    values: torch.Tensor
+    saved: torch.Tensor
+    lines: torch.Tensor  # int32: the cache lines that the entries lie in
+    lora_b: torch.Tensor
+    lora_a: torch.Tensor
+    granule: int
+
+    @property
+    def granules(self) -> torch.Tensor:
+        """The weight as stock torch wants it: a vector, or a row for each granule."""
+        return self.weight.view(-1) if self.granule == 1 else self.weight.view(-1, self.granule)
+
+    def shaped(self, entries: torch.Tensor) -> torch.Tensor:
+        """`values` or `saved` in the shape that goes with `granules`."""
+        return entries if self.granule == 1 else entries.view(-1, self.granule)
+
+
+def random_indices(rng: np.random.Generator, limit: int, count: int) -> torch.Tensor:
+    chosen = rng.choice(limit, size=count, replace=False, shuffle=False)
+    return torch.from_numpy(np.sort(chosen).astype(np.int32))
+
+
+def line_numbers(indices: torch.Tensor, granule: int, itemsize: int) -> torch.Tensor:
+    first = indices.to(torch.int64) * (granule * itemsize)
+    starts = [(first + at) // LINE for at in range(0, granule * itemsize, LINE)] or [first // LINE]
+    ends = (first + granule * itemsize - 1) // LINE
+    return torch.unique(torch.cat([*starts, ends])).to(torch.int32)
+
+
+@functools.lru_cache(maxsize=1)  # one dtype's weights at a time
+def weights(dtype: torch.dtype, side: int, working_set: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    count = max(2, -(-working_set // (side * side * dtype.itemsize)))
+    return [torch.empty(side, side, dtype=dtype).normal_(0, 0.02, generator=generator) for _ in range(count)]
+
+
+@functools.lru_cache(maxsize=2)
+def layers(dtype: torch.dtype, granule: int = 1, density: float = 0.01) -> list[Layer]:
+    """Layers of together more than `settings.working_set` bytes, each with a random mask of its own."""
+    rng = np.random.default_rng(granule)
+    generator = torch.Generator().manual_seed(granule)
+    side = settings.side
+    rank = lora_rank(density)
+    made = []
+    for weight in weights(dtype, side, settings.working_set):
+        limit = weight.numel() // granule
+        indices = random_indices(rng, limit, max(1, round(density * limit)))
+        nnz = len(indices) * granule
+        made.append(
+            Layer(
+                weight=weight,
+                indices=indices,
+                indices64=indices.to(torch.int64),
+                values=torch.empty(nnz, dtype=dtype).normal_(0, 0.02, generator=generator),
+                saved=torch.zeros(nnz, dtype=dtype),
+                lines=line_numbers(indices, granule, dtype.itemsize),
+                lora_b=torch.empty(side, rank, dtype=dtype).normal_(0, 0.01, generator=generator),
+                lora_a=torch.empty(rank, side, dtype=dtype).normal_(0, 0.01, generator=generator),
+                granule=granule,
+            )
+        )
+    return made
+
+
+def lora_rank(density: float = 0.01) -> int:
+    """The LoRA rank of at most as many parameters: r * (m + n) <= density * m * n. 20 for 1 % of 4096 x 4096."""
+    return max(1, int(density * settings.side / 2))
+
+
+def switched_bytes(some: list[Layer]) -> int:
+    """What a switch of these layers has to move: touched lines in and out, indices, values and saved once each."""
+    return sum(
+        2 * LINE * len(layer.lines)
+        + sum(t.numel() * t.element_size() for t in (layer.indices, layer.values, layer.saved))
+        for layer in some
+    )
+
+
+# Timing
+
+
+@functools.cache
+def cache_bytes() -> int:
+    """The size of the last cache that one core reaches; 32 MB where the machine does not say."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1], 1)
+        sizes.append(int(text.rstrip("KMG")) * unit)
+    return max(sizes, default=32 << 20)
+
+
+@functools.cache
+def scratch() -> torch.Tensor:
+    return torch.zeros(1 << 14 if settings.quick else 2 * cache_bytes(), dtype=torch.uint8)
+
+
+def chill() -> None:
+    """Fills every cache with dirty lines of something else."""
+    torch.ops.shira_bench.chill_(scratch())
+
+
+def sweep(call: Callable[..., object], arguments: Iterable[tuple[Any, ...]]) -> Callable[[], None]:
+    """A function that calls `call` with each of `arguments`: one sample."""
+    prepared = list(arguments)
+
+    def run() -> None:
+        for one in prepared:
+            call(*one)
+
+    return run
+
+
+@dataclass
+class Timing:
+    """Seconds of the interleaved samples of one comparison; round i of every name ran next to each other."""
+
+    samples: dict[str, list[float]]
+    subject: str
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    def of(self, name: str) -> list[float]:
+        return self.samples[self.aliases.get(name, name)]
+
+    def best(self, name: str, candidates: list[str]) -> None:
+        """`name` means the fastest of the candidates."""
+        fastest = min(candidates, key=lambda one: statistics.median(self.samples[one]))
+        self.aliases[name] = fastest
+
+    def ratios(self, name: str, of: str | None = None) -> list[float]:
+        """How many times as long as the subject (or `of`) `name` took, round by round."""
+        return [a / b for a, b in zip(self.of(name), self.of(of or self.subject), strict=True)]
+
+
+def compare(
+    benchmark: BenchmarkFixture,
+    subject: tuple[str, Callable[[], None]],
+    baselines: dict[str, Callable[[], None]],
+    *,
+    cold: bool = True,
+    rounds: int | None = None,
+) -> Timing:
+    """Runs the subject under pytest-benchmark with the baselines interleaved: each round's set-up times them."""
+    name, run = subject
+    samples: dict[str, list[float]] = {one: [] for one in baselines}
+    order = list(baselines)
+
+    def baselines_first() -> None:
+        order.append(order.pop(0)) if order else None  # nobody always follows the same neighbour
+        for one in order:
+            if cold:
+                chill()
+            start = time.perf_counter()
+            baselines[one]()
+            samples[one].append(time.perf_counter() - start)
+        if cold:
+            chill()
+
+    warmups = 1
+    benchmark.pedantic(run, setup=baselines_first, rounds=rounds or settings.rounds, warmup_rounds=warmups)
+    if benchmark.stats is None:
+        pytest.skip("--benchmark-disable: nothing was measured")
+    return Timing({name: list(benchmark.stats.stats.data), **{k: v[warmups:] for k, v in samples.items()}}, name)
+
+
+def spread(samples: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    if len(samples) < 2:
+        return {"median": samples[0], "low": samples[0], "high": samples[0]}
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high}
+
+
+class Report:
+    """What a benchmark found, kept in its `extra_info` and so in the JSON: see summary.py."""
+
+    def __init__(self, benchmark: BenchmarkFixture, threads: int, **about: object) -> None:
+        self.info = benchmark.extra_info
+        self.info.update(threads=threads, quick=settings.quick, results=[], seconds={}, **about)
+
+    def seconds(self, timing: Timing, calls: int = 1) -> None:
+        """Seconds a call, of everything that was timed."""
+        for name, samples in timing.samples.items():
+            self.info["seconds"][name] = spread([sample / calls for sample in samples])
+        self.info["fastest"] = dict(timing.aliases)
+
+    def bandwidth(self, timing: Timing, name: str, moved: int) -> None:
+        self.info.setdefault("bytes", {})[name] = moved
+        self.info.setdefault("gigabytes_per_second", {})[name] = moved / statistics.median(timing.of(name)) / 1e9
+
+    def result(self, line: str, variant: str, samples: list[float]) -> None:
+        """A measured value for one of summary.LINES."""
+        self.info["results"].append({"line": line, "variant": variant, **spread(samples)})

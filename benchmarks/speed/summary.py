@@ -1,0 +1,101 @@
+"""The table at the end of the benchmarks: every line that must be reached, its target, and what was measured.
+
+    python benchmarks/speed/summary.py benchmarks/results/latest.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Line:
+    """A promise about speed. Without a target it is told and not judged."""
+
+    text: str
+    target: float | None
+    unit: str = "x"
+    at_least: bool = True
+
+    def met(self, value: float) -> bool | None:
+        if self.target is None:
+            return None
+        return value >= self.target if self.at_least else value <= self.target
+
+    def goal(self) -> str:
+        if self.target is None:
+            return ""
+        return f"{'>=' if self.at_least else '<='} {self.target:g}{self.unit}"
+
+
+LINES = {
+    "swap_ of touch bf16": Line("swap_ 1 % bf16, of touch", 0.9, ""),
+    "swap_ of touch fp32": Line("swap_ 1 % fp32, of touch", 0.9, ""),
+    "apply_ of touch bf16": Line("apply_ 1 % bf16, of touch", 0.9, ""),
+    "apply_ of touch fp32": Line("apply_ 1 % fp32, of touch", 0.85, ""),
+    "swap_ over stock bf16": Line("swap_ 1 % bf16, over index_select + index_copy_", 1.5),
+    "swap_ over stock fp32": Line("swap_ 1 % fp32, over index_select + index_copy_", 1.5),
+    "swap_ over fuse bf16": Line("swap_ 1 % bf16, over addmm_ LoRA fuse", 3.3),
+    "swap_ over fuse fp32": Line("swap_ 1 % fp32, over addmm_ LoRA fuse", 6.0),
+    "granule 32 over fuse bf16": Line("swap_ granule 32 bf16, over addmm_ LoRA fuse", 60.0),
+    "granule 32 of touch bf16": Line("swap_ granule 32 bf16, of touch", None, ""),
+    "granule 32 over stock bf16": Line("swap_ granule 32 bf16, over index_select + index_copy_", None),
+    "foreach_swap_ of touch bf16": Line("foreach_swap_ 1 % bf16, of touch", None, ""),
+    "foreach_swap_ of touch fp32": Line("foreach_swap_ 1 % fp32, of touch", None, ""),
+    "check share bf16": Line("index checking, share of swap_ bf16", 10.0, " %", at_least=False),
+    "check share fp32": Line("index checking, share of swap_ fp32", 10.0, " %", at_least=False),
+    "call": Line("a call on 64 entries", 10.0, " us", at_least=False),
+    "call, inference tensors": Line("a call on 64 entries, inference tensors", 2.0, " us", at_least=False),
+    "foreach_": Line("foreach_, a tensor above its work", 1.0, " us", at_least=False),
+    "fingerprint": Line("fingerprint, of read bandwidth", 0.8, ""),
+    "encode": Line("encode_indices, a core", 1.0, " G/s"),
+    "decode": Line("decode_indices, a core", 1.0, " G/s"),
+    "load": Line("load from disk and switch on, over PEFT's load_adapter + merge", 200.0),
+}
+
+
+def show(found: Iterable[dict[str, Any]], console: Console | None = None) -> None:
+    """Prints the table of the results kept in each benchmark's extra_info."""
+    console = console or Console(width=150)
+    rows: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+    quick = False
+    for one in found:
+        info = one["extra_info"]
+        quick |= bool(info.get("quick"))
+        for result in info.get("results", []):
+            rows.setdefault((result["line"], result["variant"]), {})[info["threads"]] = result
+    table = Table(title="Speed" + (" (--quick: tiny layers, the figures mean nothing)" if quick else ""))
+    threads = sorted({n for row in rows.values() for n in row})
+    table.add_column("line")
+    table.add_column("variant")
+    table.add_column("target", justify="right")
+    for n in threads:
+        table.add_column(f"{n} thread{'s' * (n > 1)}", justify="right")
+    table.add_column("met")
+    order = list(LINES)
+    for (key, variant), row in sorted(rows.items(), key=lambda item: order.index(item[0][0])):
+        line = LINES[key]
+        cells = [f"{row[n]['median']:.3g} [dim]{row[n]['low']:.3g}..{row[n]['high']:.3g}[/dim]" if n in row else ""
+                 for n in threads]
+        met = [line.met(one["median"]) for one in row.values()]
+        verdict = "" if None in met else "[green]yes[/green]" if all(met) else "[red]no[/red]"
+        table.add_row(line.text, variant, line.goal(), *cells, verdict)
+    console.print(table)
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: summary.py RESULTS.json")
+    with open(sys.argv[1]) as file:
+        show(json.load(file)["benchmarks"])
+
+
+if __name__ == "__main__":
+    main()
