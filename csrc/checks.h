@@ -21,6 +21,16 @@ inline bool backend_is_reference() {
   return wanted != nullptr && std::string_view(wanted) == "reference";
 }
 
+// Whether another backend serves CUDA. The emulated build runs the CUDA sources on CPU tensors and is always asked.
+inline bool backend_skips_cuda() {
+#if defined(SHIRA_EMULATE)
+  return false;
+#else
+  const char* wanted = std::getenv("SHIRA_BACKEND");
+  return backend_is_reference() || (wanted != nullptr && std::string_view(wanted) == "triton");
+#endif
+}
+
 template <typename... Args>
 [[noreturn]] inline void refuse(const Args&... args) {
   std::ostringstream text;
@@ -29,9 +39,9 @@ template <typename... Args>
 }
 
 // A refusal's sentence is built only when it is needed: the arguments are not evaluated otherwise.
-#define SHIRA_CHECK(condition, ...)                  \
-  do {                                               \
-    if (!(condition)) ::shira::refuse(__VA_ARGS__);  \
+#define SHIRA_CHECK(condition, ...)                 \
+  do {                                              \
+    if (!(condition)) ::shira::refuse(__VA_ARGS__); \
   } while (0)
 
 // The name of an argument: `values`, or `values[3]` within a list.
@@ -114,8 +124,8 @@ enum class Kind { Moves, Arithmetic };
 inline void check_weight(const char* op, const Tensor& weight, int64_t granule, Kind kind, Name name = {"weight"}) {
   check_contiguous(op, name, weight);
   if (kind == Kind::Arithmetic) {
-    SHIRA_CHECK(is_float(weight.scalar_type()), op, ": ", name,
-                " must be float16, bfloat16, float32 or float64, got ", dtype_name(weight.scalar_type()));
+    SHIRA_CHECK(is_float(weight.scalar_type()), op, ": ", name, " must be float16, bfloat16, float32 or float64, got ",
+                dtype_name(weight.scalar_type()));
   } else {
     const size_t bytes = weight.element_size();
     SHIRA_CHECK(bytes == 1 || bytes == 2 || bytes == 4 || bytes == 8, op, ": ", name,
@@ -193,6 +203,66 @@ class Overlap {
   }
   const char* op_;
   std::vector<Range> ranges_;
+};
+
+// The first position of `indices` that is out of range, or not above the one before it.
+template <typename I>
+[[noreturn]] inline void refuse_content(const char* op, Name name, const I* p, int64_t n, int64_t limit) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (p[i] < 0 || p[i] >= limit)
+      refuse(op, ": ", name, " must be strictly increasing in [0, ", limit, "), got ", p[i], " at position ", i);
+    if (i > 0 && p[i] <= p[i - 1])
+      refuse(op, ": ", name, " must be strictly increasing in [0, ", limit, "), got ", p[i], " after ", p[i - 1],
+             " at position ", i);
+  }
+  refuse(op, ": ", name, " changed while they were checked");
+}
+
+using Tensors = std::vector<Tensor>;
+
+// One call over a weight, or over lists: the names of its arguments, and the checks that name them.
+struct Call {
+  const char* op;
+  int64_t granule;
+  bool list;
+  Overlap overlap;
+
+  Call(const char* op, int64_t granule, bool list) : op(op), granule(granule), list(list), overlap(op) {
+    check_granule(op, granule);
+  }
+  Name name(const char* single, const char* plural, int64_t member) const {
+    return list ? Name{plural, member} : Name{single};
+  }
+  Name name(const char* word, int64_t member) const { return name(word, word, member); }
+  Name weight_name(int64_t member) const { return name("weight", "weights", member); }
+
+  void length(const char* word, const Tensors& tensors, const Tensors& weights) const {
+    check_list_length(op, word, tensors, weights.size());
+  }
+  void weights(const Tensors& weights, Kind kind) const {
+    for (size_t t = 0; t < weights.size(); ++t) {
+      check_weight(op, weights[t], granule, kind, weight_name(t));
+      SHIRA_CHECK(weights[t].device() == weights[0].device(), op, ": weights[", t,
+                  "] must be on the device of weights[0] ", device_name(weights[0]), ", got ", device_name(weights[t]));
+    }
+  }
+  void indices(const char* word, const Tensor& indices, const Tensor& weight, int64_t member) const {
+    check_device(op, name(word, member), indices, weight, weight_name(member));
+    check_indices(op, name(word, member), indices);
+  }
+  void values(const char* word, const Tensor& values, Values dtypes, const Tensor& weight, const Tensor& indices,
+              int64_t member) const {
+    check_values(op, name(word, member), values, dtypes, weight, weight_name(member), indices, granule);
+  }
+  void alpha(const Tensor& weight, double alpha, bool delta) const {
+    SHIRA_CHECK(is_float(weight.scalar_type()) || (alpha == 1 && !delta), op,
+                ": alpha must be 1 and delta False for weights of dtype ", dtype_name(weight.scalar_type()),
+                ", got alpha ", alpha, ", delta ", delta ? "True" : "False");
+  }
+  void memory(const char* single, const char* plural, const Tensors& tensors, bool mutated) {
+    for (size_t t = 0; t < tensors.size(); ++t) overlap.add(name(single, plural, t), tensors[t], mutated);
+  }
+  void memory(const char* word, const Tensors& tensors, bool mutated) { memory(word, word, tensors, mutated); }
 };
 
 }  // namespace shira

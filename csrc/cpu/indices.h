@@ -16,18 +16,6 @@ inline bool increasing(const I* p, int64_t begin, int64_t end) {
 }
 
 template <typename I>
-[[noreturn]] inline void refuse_content(const char* op, Name name, const I* p, int64_t n, int64_t limit) {
-  for (int64_t i = 0; i < n; ++i) {
-    if (p[i] < 0 || p[i] >= limit)
-      refuse(op, ": ", name, " must be strictly increasing in [0, ", limit, "), got ", p[i], " at position ", i);
-    if (i > 0 && p[i] <= p[i - 1])
-      refuse(op, ": ", name, " must be strictly increasing in [0, ", limit, "), got ", p[i], " after ", p[i - 1],
-             " at position ", i);
-  }
-  refuse(op, ": ", name, " changed while they were checked");
-}
-
-template <typename I>
 inline void check_content(const char* op, Name name, const I* p, int64_t n, int64_t limit) {
   if (n == 0) return;
   bool good = p[0] >= 0 && p[n - 1] < limit;

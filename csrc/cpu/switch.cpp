@@ -6,6 +6,7 @@
 
 #include "../checks.h"
 #include "../core/arithmetic.h"
+#include "../switch_ops.h"
 #include "vector.h"
 #include "walk.h"
 
@@ -290,234 +291,58 @@ Task switch_task(const Tensor& weight, const Tensor& indices_out, const Tensor& 
   return task;
 }
 
-// ---- ops: check everything, then walk -----------------------------------------------------------------
+// ---- the walks, as csrc/switch_ops.h calls them --------------------------------------------------------
 
-using Tensors = std::vector<Tensor>;
+struct Cpu {
+  static void content(const char* op, Name name, const Tensor& indices, int64_t limit) {
+    check_indices_content(op, name, indices, limit);
+  }
+  static void check(const char* op, const Tensor& indices, int64_t limit) { content(op, {"indices"}, indices, limit); }
 
-// One tensor's arguments within a call: their names, and the checks that stand in the order of the schema.
-struct Call {
-  const char* op;
-  int64_t granule;
-  bool list;
-  Overlap overlap;
+  template <Move kind>
+  static void move(const Tensors& weights, const Tensors& indices, const Tensors& values, int64_t granule) {
+    std::vector<Task> tasks;
+    tasks.reserve(weights.size());
+    for (size_t t = 0; t < weights.size(); ++t)
+      tasks.push_back(move_task<kind>(weights[t], indices[t], values[t], nullptr, granule));
+    run(tasks);
+  }
+  static void gather(const Tensors& weights, const Tensors& indices, const Tensors& values, int64_t granule) {
+    move<Move::Gather>(weights, indices, values, granule);
+  }
+  static void scatter(const Tensors& weights, const Tensors& indices, const Tensors& values, int64_t granule) {
+    move<Move::Scatter>(weights, indices, values, granule);
+  }
+  static void swap(const Tensors& weights, const Tensors& indices, const Tensors& values, int64_t granule) {
+    move<Move::Swap>(weights, indices, values, granule);
+  }
 
-  Call(const char* op, int64_t granule, bool list) : op(op), granule(granule), list(list), overlap(op) {
-    check_granule(op, granule);
+  static void apply(const Tensors& weights, const Tensors& indices, const Tensors& values, const Tensors& saved,
+                    double alpha, bool delta, int64_t granule) {
+    std::vector<Task> tasks;
+    tasks.reserve(weights.size());
+    for (size_t t = 0; t < weights.size(); ++t)
+      tasks.push_back(apply_task(weights[t], indices[t], values[t], saved[t], alpha, delta, granule));
+    run(tasks);
   }
-  Name name(const char* single, const char* plural, int64_t member) const {
-    return list ? Name{plural, member} : Name{single};
+  static void exchange(const Tensors& weights, const Tensors& indices_out, const Tensors& saved_out,
+                       const Tensors& indices_in, const Tensors& values, const Tensors& saved_in, double alpha,
+                       bool delta, int64_t granule) {
+    std::vector<Task> tasks;
+    tasks.reserve(weights.size());
+    for (size_t t = 0; t < weights.size(); ++t)
+      tasks.push_back(switch_task(weights[t], indices_out[t], saved_out[t], indices_in[t], values[t], saved_in[t],
+                                  alpha, delta, granule));
+    run(tasks);
   }
-  Name weight_name(int64_t member) const { return name("weight", "weights", member); }
-  Name name(const char* word, int64_t member) const { return name(word, word, member); }
-
-  void weights(const Tensors& weights, Kind kind) {
-    for (size_t t = 0; t < weights.size(); ++t) {
-      check_weight(op, weights[t], granule, kind, weight_name(t));
-      SHIRA_CHECK(weights[t].device() == weights[0].device(), op, ": weights[", t,
-                  "] must be on the device of weights[0] ", device_name(weights[0]), ", got ",
-                  device_name(weights[t]));
-    }
-  }
-  void indices(const char* word, const Tensor& indices, const Tensor& weight, int64_t member) const {
-    check_device(op, name(word, member), indices, weight, weight_name(member));
-    shira::check_indices(op, name(word, member), indices);
-  }
-  void values(const char* word, const Tensor& values, Values dtypes, const Tensor& weight, const Tensor& indices,
-              int64_t member) const {
-    check_values(op, name(word, member), values, dtypes, weight, weight_name(member), indices, granule);
-  }
-  void alpha(const Tensor& weight, double alpha, bool delta) const {
-    SHIRA_CHECK(is_float(weight.scalar_type()) || (alpha == 1 && !delta), op,
-                ": alpha must be 1 and delta False for weights of dtype ", dtype_name(weight.scalar_type()),
-                ", got alpha ", alpha, ", delta ", delta ? "True" : "False");
-  }
-  void content(const char* word, const Tensor& indices, const Tensor& weight, int64_t member) const {
-    check_indices_content(op, name(word, member), indices, weight.numel() / granule);
+  static void add(const Tensor& weight, const Tensor& indices, const Tensor& values, double alpha, int64_t granule) {
+    run(mix_task<false>(weight, indices, values, nullptr, alpha, true, granule));
   }
 };
-
-Tensor gather_one(const Tensor& weight, const Tensor& indices, int64_t granule, Task& task) {
-  Tensor values = torch::stable::new_empty(weight, {indices.numel() * granule});
-  task = move_task<Move::Gather>(weight, indices, values, nullptr, granule);
-  return values;
-}
-
-Tensors gather_list(const char* op, const Tensors& weights, const Tensors& indices, int64_t granule, bool list) {
-  Call call(op, granule, list);
-  check_list_length(op, "indices", indices, weights.size());
-  call.weights(weights, Kind::Moves);
-  for (size_t t = 0; t < weights.size(); ++t) call.indices("indices", indices[t], weights[t], t);
-  for (size_t t = 0; t < weights.size(); ++t) call.content("indices", indices[t], weights[t], t);
-  std::vector<Task> tasks(weights.size());
-  Tensors values;
-  values.reserve(weights.size());
-  for (size_t t = 0; t < weights.size(); ++t)
-    values.push_back(gather_one(weights[t], indices[t], granule, tasks[t]));
-  run(tasks);
-  return values;
-}
-
-template <Move move>
-void move_list(const char* op, const Tensors& weights, const Tensors& indices, const Tensors& values, int64_t granule,
-               bool list) {
-  Call call(op, granule, list);
-  check_list_length(op, "indices", indices, weights.size());
-  check_list_length(op, "values", values, weights.size());
-  call.weights(weights, Kind::Moves);
-  for (size_t t = 0; t < weights.size(); ++t) {
-    call.indices("indices", indices[t], weights[t], t);
-    call.values("values", values[t], Values::Weight, weights[t], indices[t], t);
-  }
-  for (size_t t = 0; t < weights.size(); ++t) call.overlap.add(call.weight_name(t), weights[t], true);
-  for (size_t t = 0; t < weights.size(); ++t) call.overlap.add(call.name("indices", t), indices[t], false);
-  for (size_t t = 0; t < weights.size(); ++t) call.overlap.add(call.name("values", t), values[t], move == Move::Swap);
-  call.overlap.check();
-  for (size_t t = 0; t < weights.size(); ++t) call.content("indices", indices[t], weights[t], t);
-  std::vector<Task> tasks;
-  tasks.reserve(weights.size());
-  for (size_t t = 0; t < weights.size(); ++t)
-    tasks.push_back(move_task<move>(weights[t], indices[t], values[t], nullptr, granule));
-  run(tasks);
-}
-
-void apply_list(const char* op, const Tensors& weights, const Tensors& indices, const Tensors& values,
-                const Tensors& saved, double alpha, bool delta, int64_t granule, bool list) {
-  Call call(op, granule, list);
-  check_list_length(op, "indices", indices, weights.size());
-  check_list_length(op, "values", values, weights.size());
-  check_list_length(op, "saved", saved, weights.size());
-  call.weights(weights, Kind::Moves);
-  for (size_t t = 0; t < weights.size(); ++t) {
-    call.indices("indices", indices[t], weights[t], t);
-    call.values("values", values[t], Values::WeightOrFloat32, weights[t], indices[t], t);
-    call.values("saved", saved[t], Values::Weight, weights[t], indices[t], t);
-  }
-  for (const Tensor& weight : weights) call.alpha(weight, alpha, delta);
-  for (size_t t = 0; t < weights.size(); ++t) call.overlap.add(call.weight_name(t), weights[t], true);
-  for (size_t t = 0; t < weights.size(); ++t) call.overlap.add(call.name("indices", t), indices[t], false);
-  for (size_t t = 0; t < weights.size(); ++t) call.overlap.add(call.name("values", t), values[t], false);
-  for (size_t t = 0; t < weights.size(); ++t) call.overlap.add(call.name("saved", t), saved[t], true);
-  call.overlap.check();
-  for (size_t t = 0; t < weights.size(); ++t) call.content("indices", indices[t], weights[t], t);
-  std::vector<Task> tasks;
-  tasks.reserve(weights.size());
-  for (size_t t = 0; t < weights.size(); ++t)
-    tasks.push_back(apply_task(weights[t], indices[t], values[t], saved[t], alpha, delta, granule));
-  run(tasks);
-}
-
-void switch_list(const char* op, const Tensors& weights, const Tensors& indices_out, const Tensors& saved_out,
-                 const Tensors& indices_in, const Tensors& values, const Tensors& saved_in, double alpha, bool delta,
-                 int64_t granule, bool list) {
-  Call call(op, granule, list);
-  check_list_length(op, "indices_out", indices_out, weights.size());
-  check_list_length(op, "saved_out", saved_out, weights.size());
-  check_list_length(op, "indices_in", indices_in, weights.size());
-  check_list_length(op, "values", values, weights.size());
-  check_list_length(op, "saved_in", saved_in, weights.size());
-  call.weights(weights, Kind::Moves);
-  for (size_t t = 0; t < weights.size(); ++t) {
-    call.indices("indices_out", indices_out[t], weights[t], t);
-    call.values("saved_out", saved_out[t], Values::Weight, weights[t], indices_out[t], t);
-    call.indices("indices_in", indices_in[t], weights[t], t);
-    call.values("values", values[t], Values::WeightOrFloat32, weights[t], indices_in[t], t);
-    call.values("saved_in", saved_in[t], Values::Weight, weights[t], indices_in[t], t);
-  }
-  for (const Tensor& weight : weights) call.alpha(weight, alpha, delta);
-  for (size_t t = 0; t < weights.size(); ++t) call.overlap.add(call.weight_name(t), weights[t], true);
-  for (size_t t = 0; t < weights.size(); ++t) call.overlap.add(call.name("indices_out", t), indices_out[t], false);
-  for (size_t t = 0; t < weights.size(); ++t) call.overlap.add(call.name("saved_out", t), saved_out[t], false);
-  for (size_t t = 0; t < weights.size(); ++t) call.overlap.add(call.name("indices_in", t), indices_in[t], false);
-  for (size_t t = 0; t < weights.size(); ++t) call.overlap.add(call.name("values", t), values[t], false);
-  for (size_t t = 0; t < weights.size(); ++t) call.overlap.add(call.name("saved_in", t), saved_in[t], true);
-  call.overlap.check();
-  for (size_t t = 0; t < weights.size(); ++t) {
-    call.content("indices_out", indices_out[t], weights[t], t);
-    call.content("indices_in", indices_in[t], weights[t], t);
-  }
-  std::vector<Task> tasks;
-  tasks.reserve(weights.size());
-  for (size_t t = 0; t < weights.size(); ++t)
-    tasks.push_back(switch_task(weights[t], indices_out[t], saved_out[t], indices_in[t], values[t], saved_in[t],
-                                alpha, delta, granule));
-  run(tasks);
-}
-
-Tensor gather(const Tensor& weight, const Tensor& indices, int64_t granule) {
-  return gather_list("gather", {weight}, {indices}, granule, false)[0];
-}
-void scatter_(const Tensor& weight, const Tensor& indices, const Tensor& values, int64_t granule) {
-  move_list<Move::Scatter>("scatter_", {weight}, {indices}, {values}, granule, false);
-}
-void swap_(const Tensor& weight, const Tensor& indices, const Tensor& values, int64_t granule) {
-  move_list<Move::Swap>("swap_", {weight}, {indices}, {values}, granule, false);
-}
-void apply_(const Tensor& weight, const Tensor& indices, const Tensor& values, const Tensor& saved, double alpha,
-            bool delta, int64_t granule) {
-  apply_list("apply_", {weight}, {indices}, {values}, {saved}, alpha, delta, granule, false);
-}
-void switch_(const Tensor& weight, const Tensor& indices_out, const Tensor& saved_out, const Tensor& indices_in,
-             const Tensor& values, const Tensor& saved_in, double alpha, bool delta, int64_t granule) {
-  switch_list("switch_", {weight}, {indices_out}, {saved_out}, {indices_in}, {values}, {saved_in}, alpha, delta,
-              granule, false);
-}
-void scatter_add_(const Tensor& weight, const Tensor& indices, const Tensor& values, double alpha, int64_t granule) {
-  Call call("scatter_add_", granule, false);
-  check_weight(call.op, weight, granule, Kind::Arithmetic);
-  call.indices("indices", indices, weight, 0);
-  call.values("values", values, Values::WeightOrFloat32, weight, indices, 0);
-  call.overlap.add({"weight"}, weight, true);
-  call.overlap.add({"indices"}, indices, false);
-  call.overlap.add({"values"}, values, false);
-  call.overlap.check();
-  call.content("indices", indices, weight, 0);
-  run(mix_task<false>(weight, indices, values, nullptr, alpha, true, granule));
-}
-
-Tensors foreach_gather(const Tensors& weights, const Tensors& indices, int64_t granule) {
-  return gather_list("foreach_gather", weights, indices, granule, true);
-}
-void foreach_scatter_(const Tensors& weights, const Tensors& indices, const Tensors& values, int64_t granule) {
-  move_list<Move::Scatter>("foreach_scatter_", weights, indices, values, granule, true);
-}
-void foreach_swap_(const Tensors& weights, const Tensors& indices, const Tensors& values, int64_t granule) {
-  move_list<Move::Swap>("foreach_swap_", weights, indices, values, granule, true);
-}
-void foreach_apply_(const Tensors& weights, const Tensors& indices, const Tensors& values, const Tensors& saved,
-                    double alpha, bool delta, int64_t granule) {
-  apply_list("foreach_apply_", weights, indices, values, saved, alpha, delta, granule, true);
-}
-void foreach_switch_(const Tensors& weights, const Tensors& indices_out, const Tensors& saved_out,
-                     const Tensors& indices_in, const Tensors& values, const Tensors& saved_in, double alpha,
-                     bool delta, int64_t granule) {
-  switch_list("foreach_switch_", weights, indices_out, saved_out, indices_in, values, saved_in, alpha, delta, granule,
-              true);
-}
-
-void check_indices_op(const Tensor& indices, int64_t limit, int64_t granule) {
-  const char* op = "check_indices";
-  check_granule(op, granule);
-  shira::check_indices(op, {"indices"}, indices);
-  SHIRA_CHECK(limit >= 0 && limit % granule == 0, op, ": limit must be a multiple of granule ", granule,
-              " and not negative, got ", limit);
-  check_indices_content(op, {"indices"}, indices, limit / granule);
-}
 
 }  // namespace
 }  // namespace shira::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(shira, CPU, m) {
-  if (shira::backend_is_reference()) return;
-  m.impl("gather", TORCH_BOX(&shira::cpu::gather));
-  m.impl("scatter_", TORCH_BOX(&shira::cpu::scatter_));
-  m.impl("swap_", TORCH_BOX(&shira::cpu::swap_));
-  m.impl("apply_", TORCH_BOX(&shira::cpu::apply_));
-  m.impl("switch_", TORCH_BOX(&shira::cpu::switch_));
-  m.impl("scatter_add_", TORCH_BOX(&shira::cpu::scatter_add_));
-  m.impl("foreach_gather", TORCH_BOX(&shira::cpu::foreach_gather));
-  m.impl("foreach_scatter_", TORCH_BOX(&shira::cpu::foreach_scatter_));
-  m.impl("foreach_swap_", TORCH_BOX(&shira::cpu::foreach_swap_));
-  m.impl("foreach_apply_", TORCH_BOX(&shira::cpu::foreach_apply_));
-  m.impl("foreach_switch_", TORCH_BOX(&shira::cpu::foreach_switch_));
-  m.impl("check_indices", TORCH_BOX(&shira::cpu::check_indices_op));
+  if (!shira::backend_is_reference()) shira::SwitchOps<shira::cpu::Cpu>::implement(m);
 }
