@@ -1,0 +1,291 @@
+"""The adapter file, version 1: what stands where, and every check that needs no torch.
+
+One safetensors file. For each weight ``NAME`` it holds ``NAME.values`` and, unless the mask follows from a seed or
+the parameter is whole, ``NAME.indices`` (a uint8 code, see ``shira_ops.encode_indices``). The metadata, strings as
+safetensors wants them, says the rest:
+
+- ``shira.version``: ``"1"``.
+- ``shira.adapter``: JSON with ``alpha``, ``delta``, ``mask``, ``density`` and ``provenance``.
+- ``shira.weights``: JSON, name to ``shape``, ``dtype``, ``granule``, ``count``, ``indices`` (``"code"``, ``"seed"`` or
+  ``"whole"``), ``seed``, ``fingerprint`` (16 hex digits, or null) and ``aliases``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+VERSION = 1
+VERSION_KEY, ADAPTER_KEY, WEIGHTS_KEY = "shira.version", "shira.adapter", "shira.weights"
+
+# torch's name of a dtype -> (safetensors' name, bytes)
+DTYPES: dict[str, tuple[str, int]] = {
+    "float16": ("F16", 2),
+    "bfloat16": ("BF16", 2),
+    "float32": ("F32", 4),
+    "float64": ("F64", 8),
+    "float8_e4m3fn": ("F8_E4M3", 1),
+    "float8_e5m2": ("F8_E5M2", 1),
+    "int8": ("I8", 1),
+    "uint8": ("U8", 1),
+    "int16": ("I16", 2),
+    "int32": ("I32", 4),
+    "int64": ("I64", 8),
+}
+ARITHMETIC = ("float16", "bfloat16", "float32", "float64")
+MAX_NUMEL = 2**62
+
+
+class AdapterError(ValueError):
+    """An adapter, or its file, that is refused. The message says which file, which weight and what."""
+
+
+@dataclass(frozen=True)
+class WeightHeader:
+    """What a file says of one weight, checked against the tensors it holds."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    granule: int
+    count: int
+    indices: str
+    seed: int | None
+    fingerprint: int | None
+    aliases: tuple[str, ...]
+    values_dtype: str
+    code_bytes: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nnz(self) -> int:
+        return self.count * self.granule
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of its adapter."""
+
+    alpha: float
+    delta: bool
+    mask: dict[str, Any] | None
+    provenance: dict[str, Any]
+    weights: dict[str, WeightHeader]
+
+    @property
+    def nnz(self) -> int:
+        return sum(weight.nnz for weight in self.weights.values())
+
+    @property
+    def density(self) -> float:
+        """Share of the entries of the weights it touches that it changes."""
+        numel = sum(weight.numel for weight in self.weights.values())
+        return self.nnz / numel if numel else 0.0
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key!r} stands there twice")
+        found[key] = value
+    return found
+
+
+def _object(path: str, metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    if key not in metadata:
+        raise AdapterError(f"{path}: the metadata has no {key}")
+    try:
+        value = json.loads(metadata[key], object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path}: the metadata's {key} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"{path}: the metadata's {key} must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _integer(where: str, entry: Mapping[str, Any], key: str, least: int) -> int:
+    value = entry.get(key)
+    # type() and not isinstance(): True is no count.
+    if type(value) is not int or value < least:
+        raise AdapterError(f"{where}: {key} must be a whole number of at least {least}, got {value!r:.80}")
+    return value
+
+
+def _word(where: str, entry: Mapping[str, Any], key: str) -> int | None:
+    value = entry.get(key)
+    if value is None:
+        return None
+    digits = set("0123456789abcdef")
+    if not isinstance(value, str) or len(value) != 16 or not digits.issuperset(value):
+        raise AdapterError(f"{where}: {key} must be 16 hex digits or null, got {value!r:.80}")
+    return int(value, 16)
+
+
+def hex_word(value: int | None) -> str | None:
+    """A 64-bit word as the file writes it."""
+    return None if value is None else f"{value:016x}"
+
+
+def _tensor(where: str, file: Any, present: set[str], key: str, dtypes: Mapping[str, str], length: int | None) -> str:
+    """Check one tensor's dtype and length by the header alone; return torch's name of its dtype."""
+    if key not in present:
+        raise AdapterError(f"{where}: the tensor {key!r} is missing")
+    part = file.get_slice(key)
+    dtype, shape = part.get_dtype(), list(part.get_shape())
+    if dtype not in dtypes:
+        raise AdapterError(f"{where}: {key!r} must be {' or '.join(dtypes)}, got {dtype}")
+    if len(shape) != 1 or (length is not None and shape[0] != length):
+        wanted = "1-D" if length is None else f"of shape [{length}]"
+        raise AdapterError(f"{where}: {key!r} must be {wanted}, got shape {shape}")
+    return dtypes[dtype]
+
+
+def _weight(where: str, name: str, entry: Any, file: Any, present: set[str]) -> WeightHeader:
+    if not isinstance(entry, dict):
+        raise AdapterError(f"{where}: its metadata must be a JSON object, got {type(entry).__name__}")
+    shape = entry.get("shape")
+    if not isinstance(shape, list) or len(shape) > 64 or any(type(size) is not int or size < 0 for size in shape):
+        raise AdapterError(f"{where}: shape must be a list of sizes, got {shape!r:.80}")
+    numel = math.prod(shape)
+    if numel > MAX_NUMEL:
+        raise AdapterError(f"{where}: shape {shape} has more than 2^62 entries")
+    dtype = entry.get("dtype")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise AdapterError(f"{where}: dtype must be one of {', '.join(DTYPES)}, got {dtype!r:.80}")
+    granule = _integer(where, entry, "granule", 1)
+    if numel % granule:
+        raise AdapterError(f"{where}: granule must divide its {numel} entries, got {granule}")
+    count = _integer(where, entry, "count", 0)
+    if count > numel // granule:
+        raise AdapterError(f"{where}: count must be at most its {numel // granule} granules of {granule}, got {count}")
+    seed, fingerprint = _word(where, entry, "seed"), _word(where, entry, "fingerprint")
+    aliases = entry.get("aliases", [])
+    if not isinstance(aliases, list) or not all(isinstance(alias, str) and alias for alias in aliases):
+        raise AdapterError(f"{where}: aliases must be a list of names, got {aliases!r:.80}")
+
+    allowed = {DTYPES[dtype][0]: dtype}
+    if dtype in ARITHMETIC:
+        allowed["F32"] = "float32"
+    values_dtype = _tensor(where, file, present, f"{name}.values", allowed, count * granule)
+
+    kind, code_bytes = entry.get("indices"), 0
+    if kind == "code":
+        _tensor(where, file, present, f"{name}.indices", {"U8": "uint8"}, None)
+        code_bytes = file.get_slice(f"{name}.indices").get_shape()[0]
+    elif kind == "seed":
+        if seed is None:
+            raise AdapterError(f"{where}: its indices should follow from a seed, but seed is null")
+    elif kind == "whole":
+        if granule != numel or count != 1:
+            raise AdapterError(
+                f"{where}: a whole parameter is one granule of all its {numel} entries, got {count} of {granule}"
+            )
+    else:
+        raise AdapterError(f"{where}: indices must be code, seed or whole, got {kind!r:.80}")
+    return WeightHeader(
+        tuple(shape), dtype, granule, count, kind, seed, fingerprint, tuple(aliases), values_dtype, code_bytes
+    )
+
+
+def _header(path: str, file: Any) -> Header:
+    metadata = file.metadata() or {}
+    if VERSION_KEY not in metadata:
+        raise AdapterError(f"{path}: the metadata has no {VERSION_KEY}, so this is no SHiRA adapter")
+    if metadata[VERSION_KEY] != str(VERSION):
+        raise AdapterError(
+            f"{path}: version {metadata[VERSION_KEY]!r:.40} is not known; this library reads version {VERSION}"
+        )
+    adapter = _object(path, metadata, ADAPTER_KEY)
+    alpha, delta = adapter.get("alpha"), adapter.get("delta")
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise AdapterError(f"{path}: alpha must be a finite number, got {alpha!r:.80}")
+    if type(delta) is not bool:
+        raise AdapterError(f"{path}: delta must be true or false, got {delta!r:.80}")
+    mask, provenance = adapter.get("mask"), adapter.get("provenance", {})
+    if mask is not None and not isinstance(mask, dict):
+        raise AdapterError(f"{path}: mask must be a JSON object or null, got {mask!r:.80}")
+    if not isinstance(provenance, dict):
+        raise AdapterError(f"{path}: provenance must be a JSON object, got {provenance!r:.80}")
+
+    present = set(file.keys())
+    expected: set[str] = set()
+    weights: dict[str, WeightHeader] = {}
+    for name, entry in _object(path, metadata, WEIGHTS_KEY).items():
+        where = f"{path}: weight {name!r}"
+        if not name:
+            raise AdapterError(f"{where}: the name is empty")
+        weights[name] = _weight(where, name, entry, file, present)
+        expected.add(f"{name}.values")
+        if weights[name].indices == "code":
+            expected.add(f"{name}.indices")
+    check_aliases(f"{path}: ", {name: weight.aliases for name, weight in weights.items()})
+    if present - expected:
+        extra = sorted(present - expected)
+        raise AdapterError(f"{path}: {len(extra)} tensor(s) belong to no weight of the metadata: {', '.join(extra[:5])}")
+    return Header(float(alpha), delta, mask, provenance, weights)
+
+
+def check_aliases(where: str, aliases: Mapping[str, tuple[str, ...]]) -> None:
+    """Refuse one name for two weights."""
+    owner = {name: name for name in aliases}
+    for name, others in aliases.items():
+        for other in others:
+            if other in owner:
+                raise AdapterError(f"{where}weight {name!r}: its alias {other!r} is also a name of {owner[other]!r}")
+            owner[other] = name
+
+
+@contextmanager
+def open_adapter(path: str | os.PathLike[str], framework: str = "numpy") -> Iterator[tuple[Any, Header]]:
+    """Map a file and check all that its header says; yield safetensors' handle and the header."""
+    where = os.fspath(path)
+    if os.path.isdir(where):
+        raise AdapterError(f"{where}: this is a folder, not an adapter file")
+    try:
+        file = safe_open(where, framework)
+    except SafetensorError as error:
+        raise AdapterError(f"{where}: this is no whole safetensors file: {error}") from error
+    with file:
+        yield file, _header(where, file)
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """What the file says of its adapter, without torch and without reading the tensors."""
+    with open_adapter(path) as (_, header):
+        return header
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a fresh name in the folder of ``path``; on success the file written there takes its place, whole."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        _fsync(temporary, os.O_RDWR)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":
+        # The new name is only safe once the folder is on disk too.
+        _fsync(target.parent, os.O_RDONLY)
+
+
+def _fsync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,109 @@
+"""The fingerprint family: frozen sums that every device gives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import cases
+import numpy as np
+import oracles
+import pytest
+import torch
+from cases import GRANULES, MOVE_DTYPES, Backend, Case, Setup, assert_same, build, run
+from test_switch import against_oracle, id_of
+
+
+@pytest.mark.subset
+@pytest.mark.parametrize("dtype", MOVE_DTYPES, ids=id_of)
+def test_fingerprint(backend: Backend, dtype: torch.dtype) -> None:
+    """Every length of the tail, and every alignment of the first word."""
+    for i, limit in enumerate((0, 1, 2, 3, 5, 7, 8, 9, 63, 64, 65, 1001)):
+        case = build("fingerprint", Setup(dtype=dtype, limit=limit, count=0, seed=i), granule=1 + i % 3)
+        against_oracle(backend, case, offset=i % 8)
+
+
+@pytest.mark.subset
+@pytest.mark.parametrize("granule", GRANULES)
+@pytest.mark.parametrize("dtype", MOVE_DTYPES, ids=id_of)
+def test_fingerprint_at(backend: Backend, dtype: torch.dtype, granule: int | str) -> None:
+    """Granules smaller than a word share words, and each word counts once."""
+    for i, setup in enumerate(cases.setups((0, 1, 7, 63, 65), granule, dtype=dtype)):
+        setup = replace(setup, index=cases.INDEX_DTYPES[i % 2])
+        against_oracle(backend, build("fingerprint_at", setup), offset=i % 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float64], ids=id_of)
+def test_past_the_grain(backend: Backend, dtype: torch.dtype) -> None:
+    setup = Setup(dtype=dtype, limit=100_003, count=20_001)
+    for op in ("fingerprint", "fingerprint_at"):
+        against_oracle(backend, build(op, setup), offset=1)
+
+
+def test_frozen(backend: Backend) -> None:
+    """Numbers that files hold: they may never change."""
+    frozen = {
+        (torch.float32, 0): 0,
+        (torch.uint8, 1): FROZEN_BYTE,
+        (torch.int64, 3): FROZEN_WORDS,
+        (torch.bfloat16, 7): FROZEN_BF16,
+    }
+    for (dtype, n), wanted in frozen.items():
+        given = run(backend, Case("fingerprint", {"weight": torch.arange(n).to(dtype)}))["result"]
+        assert_same(given, torch.tensor(wanted, dtype=torch.int64))
+
+
+# From the definition, by hand: splitmix64(0) = 0xE220A8397B1DCDAF is word 0 of a byte that is 0.
+FROZEN_BYTE = 0xE220A8397B1DCDAF - (1 << 64)
+FROZEN_WORDS = -7163622699724625531
+FROZEN_BF16 = -4355009913464607989
+
+
+@pytest.mark.parametrize("granule", [1, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64], ids=id_of)
+def test_kept_current_by_what_changed(backend: Backend, dtype: torch.dtype, granule: int) -> None:
+    """new = old - at(before) + at(after)."""
+    case = build("swap_", Setup(dtype=dtype, granule=granule, limit=100, count=37))
+    weight, indices = case.args["weight"], case.args["indices"]
+    at = {"indices": indices, "granule": granule}
+    old = run(backend, Case("fingerprint", {"weight": weight}))["result"]
+    before = run(backend, Case("fingerprint_at", {"weight": weight, **at}))["result"]
+    changed = run(backend, case)["weight"]
+    after = run(backend, Case("fingerprint_at", {"weight": changed, **at}))["result"]
+    assert_same(run(backend, Case("fingerprint", {"weight": changed}))["result"], old - before + after)
+
+
+def test_all_granules_give_the_whole(backend: Backend) -> None:
+    weight = cases.random_bits(np.random.default_rng(0), 48, torch.bfloat16)
+    whole = run(backend, Case("fingerprint", {"weight": weight}))["result"]
+    for granule in (1, 3, 16, 48):
+        args = {"weight": weight, "indices": torch.arange(48 // granule), "granule": granule}
+        assert_same(run(backend, Case("fingerprint_at", args))["result"], whole)
+
+
+def test_every_bit_and_every_position_counts(backend: Backend) -> None:
+    weight = torch.zeros(24, dtype=torch.uint8)
+    seen = {int(run(backend, Case("fingerprint", {"weight": weight}))["result"])}
+    for bit in range(24 * 8):
+        changed = weight.clone()
+        changed[bit // 8] = 1 << bit % 8
+        seen.add(int(run(backend, Case("fingerprint", {"weight": changed}))["result"]))
+    assert len(seen) == 1 + 24 * 8
+
+
+def test_shape_does_not_count_but_length_does(backend: Backend) -> None:
+    weight = cases.random_bits(np.random.default_rng(1), 12, torch.float32)
+    prints = [
+        int(run(backend, Case("fingerprint", {"weight": w}))["result"])
+        for w in (weight, weight.view(3, 4), weight.view(2, 6))
+    ]
+    assert len(set(prints)) == 1
+    # A tail of zeros in the last word is the padding itself; a whole further word is not.
+    zeros = [torch.zeros(n, dtype=torch.uint8) for n in (1, 8, 9)]
+    one, word, more = (int(run(backend, Case("fingerprint", {"weight": z}))["result"]) for z in zeros)
+    assert one == word == FROZEN_BYTE
+    assert more != word
+
+
+def test_oracle_words() -> None:
+    """splitmix64's published first output for the seed 0."""
+    assert oracles.splitmix64(0) == 0xE220A8397B1DCDAF
