@@ -14,7 +14,7 @@ from test_switch import id_of
 
 
 def integers(rng: np.random.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Small and not zero: products and sums are exact and no -0.0 arises, so any order of the sum gives the same bits."""
+    """Small and not zero: sums are exact and no -0.0 arises, so any order of the sum gives the same bits."""
     return torch.from_numpy(rng.integers(1, 5, shape) * rng.choice((-1, 1), shape)).to(dtype)
 
 
