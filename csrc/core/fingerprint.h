@@ -94,19 +94,23 @@ SHIRA_AVX512 inline uint64_t sum_words_avx512(const uint8_t* data, int64_t begin
     sum = _mm512_add_epi64(sum, _mm512_xor_si512(z, _mm512_srli_epi64(z, 31)));
     position = _mm512_add_epi64(position, step);
   }
-  return static_cast<uint64_t>(_mm512_reduce_add_epi64(sum)) + sum_words_portable(data, p, end);
+  uint64_t lanes[8];  // unsigned: the intrinsic that reduces adds signed numbers, which may not overflow
+  _mm512_storeu_si512(lanes, sum);
+  uint64_t total = 0;
+  for (const uint64_t lane : lanes) total += lane;
+  return total + sum_words_portable(data, p, end);
 }
 #endif
 
 // The share of words [begin, end), the padded last one included.
 inline uint64_t sum_words(const uint8_t* data, int64_t bytes, int64_t begin, int64_t end, Width width = widest()) {
+  if (begin >= end) return 0;
   uint64_t sum = 0;
   const int64_t whole = bytes / kWordBytes;
   if (end > whole) {
     sum += mix_word(load_word(data, bytes, whole), static_cast<uint64_t>(whole));
     end = whole;
   }
-  if (begin >= end) return sum;
 #if SHIRA_X86
   if (width == Width::Avx512) return sum + sum_words_avx512(data, begin, end);
   if (width == Width::Avx2) return sum + sum_words_avx2(data, begin, end);
