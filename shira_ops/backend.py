@@ -74,6 +74,9 @@ def register() -> None:
         found = {key: _compiled(op, key) for key in keys.values()}
         for key in sorted(key for key, compiled in found.items() if not compiled):
             _library.impl(op, _below_autograd(function), key)
+        if op.startswith("foreach_") or op == "fuse_plan":
+            # A list may be empty, and without a tensor there is no device either: nothing to do, or a refusal.
+            _library.impl(op, function, "Undefined")
         for device, key in keys.items():
             if device == "CUDA" and not torch.backends.cuda.is_built():
                 backend = Backend("none", "this torch was built without CUDA")
