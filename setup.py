@@ -136,4 +136,4 @@ codec = Extension(
     extra_link_args=link,
 )
 
-setup(ext_modules=[ops, codec] if Path("csrc/python/codec.cpp").exists() else [ops], cmdclass={"build_ext": cpp_extension.BuildExtension})
+setup(ext_modules=[ops, codec], cmdclass={"build_ext": cpp_extension.BuildExtension})
