@@ -1,6 +1,7 @@
 """Switching layers of 4096 x 4096 at 1 %: the ops beside touch, stock torch, and a LoRA fuse of equal parameters.
 
-touch   reads and writes each cache line that a switch needs once, in the faster of two loops: the memory's bound
+touch   reads and writes each cache line that a switch needs once, in the fastest of a plain loop and loops that
+        fetch ahead: the memory's bound
 stock   the fastest exact switch of plain torch: index_select keeps the old entries, index_copy_ writes the new ones
 fuse    the fastest way to fold a LoRA adapter in: W.addmm_(B, A, alpha=s), of rank r with r * (m + n) <= nnz
 copy    the faster of plain and cache-bypassing copies of the same weights: what bandwidth there is
@@ -10,15 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import common
 import pytest
 import torch
-from common import BF16, FP32, Layer, Report, compare, layers, settings, sweep
 from pytest_benchmark.fixture import BenchmarkFixture
 
+import common
+from common import BF16, FP32, Layer, Report, compare, layers, settings, sweep
+
 shira, machine = torch.ops.shira, torch.ops.shira_bench
-TOUCH = ("touch, plain loop", "touch, prefetching loop")
-COPY = ("copy, plain loop", "copy, past the caches")
+TOUCH = {"touch, plain": 0, "touch, 64 ahead": 64, "touch, 96 ahead": 96, "touch, 128 ahead": 128}
+COPY = {"copy, plain": False, "copy, past the caches": True}
 DTYPES = pytest.mark.parametrize("dtype", [BF16, FP32], ids=common.dtype_name)
 
 
@@ -29,8 +31,7 @@ def stock_switch(granules: torch.Tensor, indices: torch.Tensor, values: torch.Te
 
 def touch(some: list[Layer]) -> dict[str, Callable[[], None]]:
     return {
-        name: sweep(machine.touch_, [(one.weight, one.lines, prefetch) for one in some])
-        for name, prefetch in zip(TOUCH, (False, True), strict=True)
+        name: sweep(machine.touch_, [(one.weight, one.lines, ahead) for one in some]) for name, ahead in TOUCH.items()
     }
 
 
@@ -48,13 +49,8 @@ def fuse(some: list[Layer]) -> dict[str, Callable[[], None]]:
 
 
 def copy(some: list[Layer]) -> dict[str, Callable[[], None]]:
-    pairs = list(zip(some[::2], some[1::2], strict=False))  # weights are copied away and back: nothing else is that big
     spare = torch.empty_like(some[0].weight)
-    arguments = [(spare, one.weight) for pair in pairs for one in pair]
-    return {
-        name: sweep(machine.copy_, [(*one, stream) for one in arguments])
-        for name, stream in zip(COPY, (False, True), strict=True)
-    }
+    return {name: sweep(machine.copy_, [(spare, one.weight, past) for one in some]) for name, past in COPY.items()}
 
 
 def prove(layer: Layer, op: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
@@ -67,8 +63,8 @@ def prove(layer: Layer, op: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, 
     assert torch.equal(weight, expected)
     assert torch.equal(old, kept)
     before = weight.clone()
-    for prefetch in (False, True):
-        machine.touch_(weight, layer.lines, prefetch)
+    for ahead in TOUCH.values():
+        machine.touch_(weight, layer.lines, ahead)
     assert torch.equal(weight, before)
     rows.view(-1)[:] = 0  # every changed entry lies in a touched line, and no touched line is without one
     rows.index_fill_(0, layer.indices64, 1)

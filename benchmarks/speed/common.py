@@ -20,15 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import native
 import numpy as np
 import pytest
-import shira_ops
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-if not hasattr(shira_ops, "swap_"):  # the extension alone, before the package around it is there
-    torch.ops.load_library(str(next((Path(__file__).parents[2] / "shira_ops").glob("_C*.so"))))
+import native
+import shira_ops  # noqa: F401  (registers torch.ops.shira)
+
 native.load()
 
 LINE = 64  # bytes of a cache line

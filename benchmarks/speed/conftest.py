@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import common
 import pytest
-import summary
 import torch
+
+import common
+import summary
 
 FOUND = pytest.StashKey[list[dict]]()
 

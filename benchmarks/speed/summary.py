@@ -1,13 +1,13 @@
 """The table at the end of the benchmarks: every line that must be reached, its target, and what was measured.
 
-    python benchmarks/speed/summary.py benchmarks/results/latest.json
+python benchmarks/speed/summary.py benchmarks/results/latest.json
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,10 +58,11 @@ LINES = {
     "encode": Line("encode_indices, a core", 1.0, " G/s"),
     "decode": Line("decode_indices, a core", 1.0, " G/s"),
     "load": Line("load from disk and switch on, over PEFT's load_adapter + merge", 200.0),
+    "load over plain": Line("load from disk and switch on, over safetensors + index_copy_ unchecked", None),
 }
 
 
-def show(found: Iterable[dict[str, Any]], console: Console | None = None) -> None:
+def show(found: Sequence[dict[str, Any]], console: Console | None = None) -> None:
     """Prints the table of the results kept in each benchmark's extra_info."""
     console = console or Console(width=150)
     rows: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
@@ -82,11 +83,27 @@ def show(found: Iterable[dict[str, Any]], console: Console | None = None) -> Non
     order = list(LINES)
     for (key, variant), row in sorted(rows.items(), key=lambda item: order.index(item[0][0])):
         line = LINES[key]
-        cells = [f"{row[n]['median']:.3g} [dim]{row[n]['low']:.3g}..{row[n]['high']:.3g}[/dim]" if n in row else ""
-                 for n in threads]
+        cells = [
+            f"{row[n]['median']:.3g} [dim]{row[n]['low']:.3g}..{row[n]['high']:.3g}[/dim]" if n in row else ""
+            for n in threads
+        ]
         met = [line.met(one["median"]) for one in row.values()]
         verdict = "" if None in met else "[green]yes[/green]" if all(met) else "[red]no[/red]"
         table.add_row(line.text, variant, line.goal(), *cells, verdict)
+    console.print(table)
+    show_seconds(found, console)
+
+
+def show_seconds(found: Sequence[dict[str, Any]], console: Console) -> None:
+    """What every benchmark timed: median microseconds a call, and bandwidths where they are known."""
+    table = Table(title="Microseconds a call (medians)")
+    table.add_column("benchmark")
+    table.add_column("timed")
+    for one in found:
+        info = one["extra_info"]
+        times = [f"{name} {seconds['median'] * 1e6:.4g}" for name, seconds in info.get("seconds", {}).items()]
+        rates = [f"{name} {rate:.3g} GB/s" for name, rate in info.get("gigabytes_per_second", {}).items()]
+        table.add_row(one["name"], ", ".join(times) + ("; " if rates else "") + ", ".join(rates))
     console.print(table)
 
 

@@ -21,8 +21,8 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int64_t kLine = 64;
-constexpr int64_t kAhead = 128;     // lines fetched ahead: measured best from 96 to 192
-constexpr int64_t kGrain = 512;     // lines that are worth a second thread
+constexpr int64_t ahead = 128;     // lines fetched ahead: measured best from 96 to 192
+constexpr int64_t kGrain = 512;      // lines that are worth a second thread
 constexpr int64_t kBlock = 1 << 12;  // lines of one streaming step
 
 void require(bool condition, const char* sentence) {
@@ -55,7 +55,8 @@ inline void touch_line(char* p) {
   *word = *word;
 }
 
-void touch_(const Tensor& weight, const Tensor& lines, bool prefetch) {
+// `ahead`: how many lines early each is fetched; 0 leaves it to the processor.
+void touch_(const Tensor& weight, const Tensor& lines, int64_t ahead) {
   using torch::headeronly::ScalarType;
   require(lines.scalar_type() == ScalarType::Int && lines.dim() == 1 && lines.is_contiguous(),
           "touch_: lines must be 1-D contiguous int32");
@@ -65,15 +66,15 @@ void touch_(const Tensor& weight, const Tensor& lines, bool prefetch) {
   // Ends only: a pass over all of them would be work that touch must not count. lines are sorted by the caller.
   require(n == 0 || (at[0] >= 0 && at[n - 1] < limit), "touch_: lines out of range");
   torch::stable::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
-    if (!prefetch) {
+    if (ahead <= 0) {
       for (int64_t i = begin; i < end; ++i) touch_line(base + int64_t{at[i]} * kLine);
       return;
     }
-    for (int64_t i = begin; i < std::min(end, begin + kAhead); ++i) prefetch_write(base + int64_t{at[i]} * kLine);
-    const int64_t last = std::min(end, n - kAhead);
+    for (int64_t i = begin; i < std::min(end, begin + ahead); ++i) prefetch_write(base + int64_t{at[i]} * kLine);
+    const int64_t last = std::min(end, n - ahead);
     int64_t i = begin;
     for (; i < last; ++i) {
-      prefetch_write(base + int64_t{at[i + kAhead]} * kLine);
+      prefetch_write(base + int64_t{at[i + ahead]} * kLine);
       touch_line(base + int64_t{at[i]} * kLine);
     }
     for (; i < end; ++i) touch_line(base + int64_t{at[i]} * kLine);
@@ -215,7 +216,7 @@ void copy_(const Tensor& out, const Tensor& input, bool stream) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(shira_bench, m) {
-  m.def("touch_(Tensor(a!) weight, Tensor lines, bool prefetch) -> ()");
+  m.def("touch_(Tensor(a!) weight, Tensor lines, int ahead) -> ()");
   m.def("chill_(Tensor(a!) scratch) -> ()");
   m.def("read(Tensor input, bool prefetch) -> int");
   m.def("copy_(Tensor(a!) out, Tensor input, bool stream) -> ()");

@@ -1,0 +1,70 @@
+"""Indices to bytes and back: G indices a second and core, from memory to memory."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+import common
+from common import Report, compare, random_indices, settings, sweep
+
+shira = torch.ops.shira
+DENSITIES = pytest.mark.parametrize("density", [0.01, 0.02], ids=["1%", "2%"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
+
+
+@functools.lru_cache(maxsize=1)
+def masks(density: float, dtype: torch.dtype, side: int) -> list[torch.Tensor]:
+    """Random masks of layers; in quick mode small ones."""
+    rng = np.random.default_rng(0)
+    numel = side * side
+    return [random_indices(rng, numel, round(density * numel)).to(dtype) for _ in range(12)]
+
+
+@DTYPES
+@DENSITIES
+def bench_encode(benchmark: BenchmarkFixture, threads: int, density: float, dtype: torch.dtype) -> None:
+    some = masks(density, dtype, settings.side)
+    codes = prove(some)
+    timing = compare(benchmark, ("encode_indices", sweep(shira.encode_indices, [(one,) for one in some])), {})
+    describe(Report(benchmark, threads, density=density), timing, some, codes, "encode", threads)
+
+
+@DTYPES
+@DENSITIES
+def bench_decode(benchmark: BenchmarkFixture, threads: int, density: float, dtype: torch.dtype) -> None:
+    some = masks(density, dtype, settings.side)
+    codes = prove(some)
+    limit = settings.side**2
+    run = sweep(shira.decode_indices, [(code, len(one), limit, dtype) for code, one in zip(codes, some, strict=True)])
+    timing = compare(benchmark, ("decode_indices", run), {})
+    describe(Report(benchmark, threads, density=density), timing, some, codes, "decode", threads)
+
+
+def prove(some: list[torch.Tensor]) -> list[torch.Tensor]:
+    codes = [shira.encode_indices(one) for one in some]
+    for one, code in zip(some, codes, strict=True):
+        assert torch.equal(shira.decode_indices(code, len(one), settings.side**2, one.dtype), one)
+    return codes
+
+
+def describe(
+    report: Report,
+    timing: common.Timing,
+    some: list[torch.Tensor],
+    codes: list[torch.Tensor],
+    line: str,
+    threads: int,
+) -> None:
+    report.seconds(timing, len(some))
+    count = sum(map(len, some))
+    moved = sum(one.nbytes + code.nbytes for one, code in zip(some, codes, strict=True))
+    report.bandwidth(timing, timing.subject, moved)
+    report.info["bits_an_index"] = 8 * sum(code.nbytes for code in codes) / count
+    dtype = str(some[0].dtype).removeprefix("torch.")
+    rates = [count / sample / threads / 1e9 for sample in timing.of(timing.subject)]
+    report.result(line, f"{report.info['density']:.0%} {dtype}", rates)

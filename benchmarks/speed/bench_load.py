@@ -1,0 +1,209 @@
+"""From a file to a switched model: shira beside PEFT's own SHiRA, the same adapter, the same layers.
+
+Both find their file in the page cache and their model in place. Ours reads, checks (file, indices and, for the first
+adapter, the base's fingerprint) and switches on; PEFT loads and merges. The plain line is what remains when nothing is
+checked: stock safetensors with int64 indices, and index_copy_.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import common
+from common import BF16, FP32, Report, chill, settings
+
+peft = pytest.importorskip("peft")
+shira = pytest.importorskip("shira")
+
+LAYERS = 4
+
+
+class Layers(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        side = settings.side
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(side, side, bias=False, dtype=dtype) for _ in range(LAYERS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Peft:
+    """A PEFT model with an adapter on disk that is not loaded."""
+
+    def __init__(self, dtype: torch.dtype, folder: Path) -> None:
+        self.rank = common.lora_rank()
+        config = peft.ShiraConfig(r=self.rank, target_modules=r"layers\.\d+", random_seed=1)
+        made = peft.get_peft_model(Layers(dtype), config)
+        with torch.no_grad():
+            for name, parameter in made.named_parameters():
+                if "shira_weight" in name:
+                    parameter.normal_(0, 0.01)
+        made.save_pretrained(str(folder))
+        self.folder = str(folder)
+        self.model = peft.get_peft_model(Layers(dtype), peft.ShiraConfig(r=1, target_modules=r"layers\.\d+"))
+        self.tuned = [layer for layer in self.model.modules() if isinstance(layer, peft.tuners.shira.layer.Linear)]
+        self.base = [layer.get_base_layer().weight.detach().clone() for layer in self.tuned]
+
+    def switch(self) -> tuple[float, float]:
+        """Seconds to load and to merge."""
+        start = time.perf_counter()
+        self.model.load_adapter(self.folder, "other")
+        loaded = time.perf_counter()
+        self.model.base_model.merge_adapter(["other"])
+        return loaded - start, time.perf_counter() - loaded
+
+    def entries(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The merged weights and the indices that changed them."""
+        side = settings.side
+        indices = []
+        for layer in self.tuned:
+            rows, columns = layer.shira_indices["other"].to(torch.int64)
+            indices.append((rows * side + columns).sort().values)
+        return [layer.get_base_layer().weight.detach().clone() for layer in self.tuned], indices
+
+    def reset(self) -> None:
+        for layer, base in zip(self.tuned, self.base, strict=True):
+            layer.merged_adapters.clear()
+            layer.get_base_layer().weight.data.copy_(base)  # unmerge() would leave rounding errors
+        self.model.delete_adapter("other")
+
+
+def our_file(model: nn.Module, merged: list[torch.Tensor], indices: list[torch.Tensor], path: Path) -> None:
+    weights = {}
+    for (name, weight), tuned, index in zip(model.named_parameters(), merged, indices, strict=True):
+        weights[name] = shira.Entry(
+            indices=index.to(torch.int32),
+            values=tuned.view(-1)[index],
+            shape=tuple(weight.shape),
+            dtype=weight.dtype,
+            fingerprint=int(torch.ops.shira.fingerprint(weight.detach())) % 2**64,
+        )
+    shira.Adapter(weights).save(path)
+
+
+def plain_file(merged: list[torch.Tensor], indices: list[torch.Tensor], path: Path) -> None:
+    tensors = {}
+    for number, (tuned, index) in enumerate(zip(merged, indices, strict=True)):
+        tensors[f"{number}.indices"], tensors[f"{number}.values"] = index, tuned.view(-1)[index]
+    save_file(tensors, str(path))
+
+
+def plain_switch(model: nn.Module, path: Path) -> list[torch.Tensor]:
+    """Keeps the base's entries, as a switch that is to be taken back must."""
+    tensors = load_file(str(path))
+    saved = []
+    with torch.no_grad():
+        for number, weight in enumerate(model.parameters()):
+            index, flat = tensors[f"{number}.indices"], weight.view(-1)
+            saved.append(flat.index_select(0, index))
+            flat.index_copy_(0, index, tensors[f"{number}.values"])
+    return saved
+
+
+@pytest.mark.parametrize("which", ["first", "later"])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=common.dtype_name)
+def bench_load(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, which: str, tmp_path: Path) -> None:
+    """`first` makes the Switcher and reads the whole base for its fingerprint; `later` finds both there."""
+    theirs = Peft(dtype, tmp_path / "peft")
+    theirs.switch()
+    merged, indices = theirs.entries()
+    theirs.reset()
+    model = Layers(dtype)
+    base = [weight.detach().clone() for weight in model.parameters()]
+    ours, plain = tmp_path / "ours.safetensors", tmp_path / "plain.safetensors"
+    our_file(model, merged, indices, ours)
+    plain_file(merged, indices, plain)
+
+    kept = shira.Switcher(model)
+    kept.add("before", ours)
+    used: list[shira.Switcher] = []
+
+    def switch() -> None:
+        switcher = shira.Switcher(model) if which == "first" else kept
+        used.append(switcher)
+        switcher.add("style", ours)
+        switcher.activate("style")
+
+    def back() -> None:
+        while used:
+            switcher = used.pop()
+            switcher.deactivate()
+            switcher.remove("style")
+
+    def is_now(expected: list[torch.Tensor]) -> bool:
+        return all(torch.equal(weight, one) for weight, one in zip(model.parameters(), expected, strict=True))
+
+    # The same weights as PEFT's, and the base again.
+    switch()
+    assert is_now(merged)
+    back()
+    assert is_now(base)
+    plain_switch(model, plain)
+    assert is_now(merged)
+    restore(model, base)
+
+    seconds: dict[str, list[float]] = {"PEFT load_adapter": [], "PEFT merge": [], "plain safetensors, no checks": []}
+
+    def before() -> None:
+        back()
+        chill()
+        load, merge = theirs.switch()
+        seconds["PEFT load_adapter"].append(load)
+        seconds["PEFT merge"].append(merge)
+        theirs.reset()
+        chill()
+        seconds["plain safetensors, no checks"].append(timed(lambda: plain_switch(model, plain)))
+        restore(model, base)
+        chill()
+
+    rounds = 2 if settings.quick else 5
+    benchmark.pedantic(switch, setup=before, rounds=rounds, warmup_rounds=1)
+    back()
+    assert is_now(base)
+    if benchmark.stats is None:
+        pytest.skip("--benchmark-disable: nothing was measured")
+    samples = {name: values[1:] for name, values in seconds.items()}
+    timing = common.Timing({"shira": list(benchmark.stats.stats.data), **samples}, "shira")
+    report = Report(
+        benchmark,
+        threads,
+        dtype=common.dtype_name(dtype),
+        layers=LAYERS,
+        rank=theirs.rank,
+        nnz=len(indices[0]),
+        which=which,
+        file_bytes={
+            "shira": ours.stat().st_size,
+            "PEFT": sum(file.stat().st_size for file in (tmp_path / "peft").rglob("*.safetensors")),
+            "plain": plain.stat().st_size,
+        },
+    )
+    report.seconds(timing)
+    both = [sum(pair) for pair in zip(timing.ratios("PEFT load_adapter"), timing.ratios("PEFT merge"), strict=True)]
+    variant = f"{common.dtype_name(dtype)}, {which} adapter"
+    report.result("load", variant, both)
+    report.result("load over plain", variant, timing.ratios("plain safetensors, no checks"))
+
+
+def timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def restore(model: nn.Module, base: list[torch.Tensor]) -> None:
+    with torch.no_grad():
+        for weight, one in zip(model.parameters(), base, strict=True):
+            weight.copy_(one)
