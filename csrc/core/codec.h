@@ -55,6 +55,9 @@ SHIRA_HD void store(uint8_t* at, T value) {
 template <typename Unit>
 constexpr uint64_t kEscape = std::numeric_limits<Unit>::max();
 
+// The rest is the host's: nvcc would compile it without the vector paths, and the linker keep either one.
+#if !defined(__CUDACC__)
+
 // ---------------------------------------------------------------------------------------------- encoder
 
 struct Payload {
@@ -760,5 +763,7 @@ inline std::string explain_block(const Code& code, int64_t block) {
   }
   return "decode_indices: code changed while it was decoded";
 }
+
+#endif  // !defined(__CUDACC__)
 
 }  // namespace shira::core::codec

@@ -28,6 +28,9 @@ SHIRA_HD uint64_t load_word(const uint8_t* data, int64_t bytes, int64_t position
   return word;
 }
 
+// The rest is the host's: nvcc would compile it without the vector paths, and the linker keep either one.
+#if !defined(__CUDACC__)
+
 // Whole words [begin, end) alone: the padded one is the caller's.
 inline uint64_t sum_words_portable(const uint8_t* data, int64_t begin, int64_t end) {
   uint64_t sum = 0, position = static_cast<uint64_t>(begin) * kGolden;
@@ -143,5 +146,7 @@ inline uint64_t sum_touched(const uint8_t* data, int64_t bytes, const Index* ind
   }
   return sum;
 }
+
+#endif  // !defined(__CUDACC__)
 
 }  // namespace shira::core

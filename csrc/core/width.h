@@ -19,6 +19,7 @@ namespace shira::core {
 
 enum class Width { Portable, Avx2, Avx512 };
 
+#if !defined(__CUDACC__)
 inline Width widest() {
 #if SHIRA_X86
   static const Width best = [] {
@@ -33,6 +34,7 @@ inline Width widest() {
   return Width::Portable;
 #endif
 }
+#endif
 
 #define SHIRA_AVX2 __attribute__((target("avx2,popcnt")))
 #define SHIRA_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,popcnt")))
