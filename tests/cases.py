@@ -12,10 +12,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import oracles
 import pytest
 import torch
 
+import oracles
 import shira_ops
 import shira_ops.reference
 

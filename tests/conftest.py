@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import cases
 import pytest
 import torch
+
+import cases
 
 
 def pytest_configure(config: pytest.Config) -> None:

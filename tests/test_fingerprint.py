@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import cases
 import numpy as np
-import oracles
 import pytest
 import torch
+
+import cases
+import oracles
 from cases import GRANULES, MOVE_DTYPES, Backend, Case, Setup, assert_same, build, run
 from test_switch import against_oracle, id_of
 

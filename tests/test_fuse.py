@@ -6,11 +6,12 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
-import cases
 import numpy as np
-import oracles
 import pytest
 import torch
+
+import cases
+import oracles
 from cases import FLOAT_DTYPES, Backend, Case, Setup, assert_same, build, run
 from test_switch import id_of, values_dtypes
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
-import cases
 import numpy as np
 import pytest
 import torch
+
+import cases
 from cases import FLOAT_DTYPES, GRANULES, TOLERANCE, Backend, Case, assert_same, build, run
 from test_switch import id_of
 

@@ -6,10 +6,11 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
-import cases
 import numpy as np
 import pytest
 import torch
+
+import cases
 from cases import FLOAT_DTYPES, GRANULES, TOLERANCE, Backend, Case, Setup, assert_same, build, run
 from test_switch import against_oracle, id_of, values_dtypes
 

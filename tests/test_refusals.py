@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import cases
 import numpy as np
 import pytest
 import torch
+
+import cases
 from cases import FLOAT_DTYPES, FOREACH_OPS, MUTATING_OPS, OPS, Backend, Case, Setup, bits, build
 
 

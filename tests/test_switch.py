@@ -6,13 +6,13 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
-import cases
 import numpy as np
 import pytest
 import torch
-from cases import ALL, FLOAT_DTYPES, GRANULES, MOVE_DTYPES, Backend, Case, Setup, assert_same, build, run
 
+import cases
 import shira_ops
+from cases import ALL, FLOAT_DTYPES, GRANULES, MOVE_DTYPES, Backend, Case, Setup, assert_same, build, run
 
 # Granules selected: nothing, one, around vector widths; and around the grain of a parallel loop.
 SMALL = (0, 1, 7, 31, 63, 64, 65)
