@@ -76,7 +76,7 @@ def register() -> None:
             _library.impl(op, _below_autograd(function), key)
         if op.startswith("foreach_") or op == "fuse_plan":
             # A list may be empty, and without a tensor there is no device either: nothing to do, or a refusal.
-            _library.impl(op, function, "Undefined")
+            _library.impl(op, _below_autograd(function), "CompositeExplicitAutograd")
         for device, key in keys.items():
             if device == "CUDA" and not torch.backends.cuda.is_built():
                 backend = Backend("none", "this torch was built without CUDA")

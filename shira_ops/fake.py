@@ -307,3 +307,5 @@ OPS: dict[str, Callable[..., Any]] = {
 def register() -> None:
     for op, function in OPS.items():
         torch.library.register_fake(f"shira::{op}", function)
+    # It has no result and changes nothing: a compiler would drop the check.
+    torch.fx.node.has_side_effect(torch.ops.shira.check_indices.default)
