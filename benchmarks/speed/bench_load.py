@@ -24,6 +24,9 @@ peft = pytest.importorskip("peft")
 shira = pytest.importorskip("shira")
 
 LAYERS = 4
+FIRST, LATER = "shira, first adapter", "shira, later adapter"
+LOAD, MERGE = "PEFT load_adapter", "PEFT merge"
+PLAIN = "safetensors + index_copy_"
 
 
 class Layers(nn.Module):
@@ -112,10 +115,10 @@ def plain_switch(model: nn.Module, path: Path) -> list[torch.Tensor]:
     return saved
 
 
-@pytest.mark.parametrize("which", ["first", "later"])
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=common.dtype_name)
-def bench_load(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, which: str, tmp_path: Path) -> None:
-    """`first` makes the Switcher and reads the whole base for its fingerprint; `later` finds both there."""
+def bench_load(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    """The first adapter makes the Switcher and reads the base for its fingerprint; a later one finds both there."""
     theirs = Peft(dtype, tmp_path / "peft")
     theirs.switch()
     merged, indices = theirs.entries()
@@ -130,11 +133,16 @@ def bench_load(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, wh
     kept.add("before", ours)
     used: list[shira.Switcher] = []
 
-    def switch() -> None:
-        switcher = shira.Switcher(model) if which == "first" else kept
+    def switch(switcher: shira.Switcher) -> None:
         used.append(switcher)
         switcher.add("style", ours)
         switcher.activate("style")
+
+    def first() -> None:
+        switch(shira.Switcher(model))
+
+    def later() -> None:
+        switch(kept)
 
     def back() -> None:
         while used:
@@ -145,37 +153,40 @@ def bench_load(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, wh
     def is_now(expected: list[torch.Tensor]) -> bool:
         return all(torch.equal(weight, one) for weight, one in zip(model.parameters(), expected, strict=True))
 
-    # The same weights as PEFT's, and the base again.
-    switch()
-    assert is_now(merged)
-    back()
-    assert is_now(base)
+    for way in (first, later):  # the same weights as PEFT's, and the base again
+        way()
+        assert is_now(merged)
+        back()
+        assert is_now(base)
     plain_switch(model, plain)
     assert is_now(merged)
     restore(model, base)
 
-    seconds: dict[str, list[float]] = {"PEFT load_adapter": [], "PEFT merge": [], "plain safetensors, no checks": []}
+    names = (FIRST, LATER, LOAD, MERGE, PLAIN)
+    seconds: dict[str, list[float]] = {name: [] for name in names if name != FIRST}
 
     def before() -> None:
         back()
         chill()
         load, merge = theirs.switch()
-        seconds["PEFT load_adapter"].append(load)
-        seconds["PEFT merge"].append(merge)
+        seconds[LOAD].append(load)
+        seconds[MERGE].append(merge)
         theirs.reset()
         chill()
-        seconds["plain safetensors, no checks"].append(timed(lambda: plain_switch(model, plain)))
+        seconds[PLAIN].append(timed(lambda: plain_switch(model, plain)))
         restore(model, base)
         chill()
+        seconds[LATER].append(timed(later))
+        back()
+        chill()
 
-    rounds = 2 if settings.quick else 5
-    benchmark.pedantic(switch, setup=before, rounds=rounds, warmup_rounds=1)
+    benchmark.pedantic(first, setup=before, rounds=2 if settings.quick else 4, warmup_rounds=1)
     back()
     assert is_now(base)
     if benchmark.stats is None:
         pytest.skip("--benchmark-disable: nothing was measured")
     samples = {name: values[1:] for name, values in seconds.items()}
-    timing = common.Timing({"shira": list(benchmark.stats.stats.data), **samples}, "shira")
+    timing = common.Timing({FIRST: list(benchmark.stats.stats.data), **samples}, FIRST)
     report = Report(
         benchmark,
         threads,
@@ -183,7 +194,6 @@ def bench_load(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, wh
         layers=LAYERS,
         rank=theirs.rank,
         nnz=len(indices[0]),
-        which=which,
         file_bytes={
             "shira": ours.stat().st_size,
             "PEFT": sum(file.stat().st_size for file in (tmp_path / "peft").rglob("*.safetensors")),
@@ -191,10 +201,11 @@ def bench_load(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, wh
         },
     )
     report.seconds(timing)
-    both = [sum(pair) for pair in zip(timing.ratios("PEFT load_adapter"), timing.ratios("PEFT merge"), strict=True)]
-    variant = f"{common.dtype_name(dtype)}, {which} adapter"
-    report.result("load", variant, both)
-    report.result("load over plain", variant, timing.ratios("plain safetensors, no checks"))
+    name = common.dtype_name(dtype)
+    for way, variant in ((FIRST, f"{name}, first adapter"), (LATER, f"{name}, later adapter")):
+        both = zip(timing.ratios(LOAD, of=way), timing.ratios(MERGE, of=way), strict=True)
+        report.result("load", variant, [load + merge for load, merge in both])
+        report.result("load over plain", variant, timing.ratios(PLAIN, of=way))
 
 
 def timed(call: Callable[[], object]) -> float:

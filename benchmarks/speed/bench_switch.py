@@ -72,6 +72,12 @@ def prove(layer: Layer, op: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, 
     assert torch.equal(touched.to(torch.int32), layer.lines)
 
 
+def prove_fuse(layer: Layer) -> None:
+    fused = layer.weight.clone().addmm_(layer.lora_b, layer.lora_a, alpha=0.01)
+    expected = layer.weight.float() + 0.01 * (layer.lora_b.float() @ layer.lora_a.float())
+    torch.testing.assert_close(fused, expected.to(fused.dtype))
+
+
 def about(some: list[Layer]) -> dict[str, object]:
     one = some[0]
     return {
@@ -95,6 +101,7 @@ def bench_swap(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) ->
         return values
 
     prove(some[0], swap)
+    prove_fuse(some[0])
     run = sweep(shira.swap_, [(one.weight, one.indices, one.values) for one in some])
     timing = compare(benchmark, ("swap_", run), {**touch(some), **stock(some), **fuse(some), **copy(some)})
     timing.best("touch", list(TOUCH))
@@ -156,6 +163,7 @@ def bench_granule(benchmark: BenchmarkFixture, threads: int) -> None:
         return values
 
     prove(some[0], swap)
+    prove_fuse(some[0])
     run = sweep(shira.swap_, [(one.weight, one.indices, one.values, 32) for one in some])
     timing = compare(benchmark, ("swap_", run), {**touch(some), **stock(some), **fuse(some)})
     timing.best("touch", list(TOUCH))

@@ -104,14 +104,14 @@ def line_numbers(indices: torch.Tensor, granule: int, itemsize: int) -> torch.Te
     return torch.unique(torch.cat([*starts, ends])).to(torch.int32)
 
 
-@functools.lru_cache(maxsize=1)  # one dtype's weights at a time
+@functools.cache
 def weights(dtype: torch.dtype, side: int, working_set: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     count = max(2, -(-working_set // (side * side * dtype.itemsize)))
     return [torch.empty(side, side, dtype=dtype).normal_(0, 0.02, generator=generator) for _ in range(count)]
 
 
-@functools.lru_cache(maxsize=2)
+@functools.cache
 def layers(dtype: torch.dtype, granule: int = 1, density: float = 0.01) -> list[Layer]:
     """Layers of together more than `settings.working_set` bytes, each with a random mask of its own."""
     rng = np.random.default_rng(granule)

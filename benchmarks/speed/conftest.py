@@ -16,6 +16,7 @@ FOUND = pytest.StashKey[list[dict]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("speed")
     group.addoption("--quick", action="store_true", help="tiny layers and few rounds: does it run at all?")
+    group.addoption("--details", action="store_true", help="print what every benchmark timed, in microseconds")
     group.addoption("--rounds", type=int, default=None, help="samples of each comparison")
 
 
@@ -46,3 +47,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if found:
         terminalreporter.write_line("")
         summary.show(found)
+        if config.getoption("--details"):
+            summary.show_seconds(found)

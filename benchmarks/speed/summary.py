@@ -5,8 +5,8 @@ python benchmarks/speed/summary.py benchmarks/results/latest.json
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,11 +91,11 @@ def show(found: Sequence[dict[str, Any]], console: Console | None = None) -> Non
         verdict = "" if None in met else "[green]yes[/green]" if all(met) else "[red]no[/red]"
         table.add_row(line.text, variant, line.goal(), *cells, verdict)
     console.print(table)
-    show_seconds(found, console)
 
 
-def show_seconds(found: Sequence[dict[str, Any]], console: Console) -> None:
+def show_seconds(found: Sequence[dict[str, Any]], console: Console | None = None) -> None:
     """What every benchmark timed: median microseconds a call, and bandwidths where they are known."""
+    console = console or Console(width=150)
     table = Table(title="Microseconds a call (medians)")
     table.add_column("benchmark")
     table.add_column("timed")
@@ -108,10 +108,14 @@ def show_seconds(found: Sequence[dict[str, Any]], console: Console) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        raise SystemExit("usage: summary.py RESULTS.json")
-    with open(sys.argv[1]) as file:
-        show(json.load(file)["benchmarks"])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=argparse.FileType(), help="JSON written by --benchmark-json")
+    parser.add_argument("--details", action="store_true", help="also what every benchmark timed")
+    arguments = parser.parse_args()
+    found = json.load(arguments.results)["benchmarks"]
+    show(found)
+    if arguments.details:
+        show_seconds(found)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,48 @@
+"""The speed benchmarks still run: every one once, on tiny layers. The figures mean nothing and are not looked at."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SPEED = Path(__file__).parent.parent / "benchmarks" / "speed"
+
+
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("pytest_benchmark", "peft"))), reason="pip install -e '.[bench]'"
+)
+def test_every_line_is_measured(tmp_path: Path) -> None:
+    results = tmp_path / "results.json"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(SPEED),
+        "-q",
+        "--quick",
+        "-k",
+        "1thread",
+        f"--benchmark-json={results}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=SPEED.parent.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(results.read_text())["benchmarks"]
+    measured = {result["line"] for one in found for result in one["extra_info"]["results"]}
+
+    table = subprocess.run(
+        [sys.executable, str(SPEED / "summary.py"), str(results), "--details"], capture_output=True, text=True
+    )
+    assert table.returncode == 0, table.stderr
+    lines = subprocess.run(
+        [sys.executable, "-c", "import json, summary; print(json.dumps(list(summary.LINES)))"],
+        capture_output=True,
+        text=True,
+        cwd=SPEED,
+        check=True,
+    )
+    assert measured == set(json.loads(lines.stdout))
