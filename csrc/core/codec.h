@@ -75,16 +75,17 @@ namespace detail {
 template <typename Unit, typename Index>
 inline Payload::Result write_gaps(const Index* indices, int64_t i, int64_t stop, uint8_t*& out, const uint8_t* end) {
   uint8_t* at = out;
-  for (; i < stop; ++i) {
-    const Index here = indices[i], before = indices[i - 1];
+  for (Index before = indices[i - 1]; i < stop; ++i) {
+    const Index here = indices[i];
     if (here <= before) return Payload::Unordered;
     uint64_t gap = static_cast<uint64_t>(here) - static_cast<uint64_t>(before) - 1;
+    before = here;
     if (gap < 2 * kEscape<Unit> && end - at >= 2 * static_cast<int64_t>(sizeof(Unit))) {
       // One escape or none, without a branch: at 1 % every thirteenth gap has one, at random.
-      const bool escaped = gap >= kEscape<Unit>;
+      const uint64_t escaped = gap >= kEscape<Unit>;
       store(at, static_cast<Unit>(kEscape<Unit>));
-      at += escaped ? sizeof(Unit) : 0;
-      store(at, static_cast<Unit>(gap - (escaped ? kEscape<Unit> : 0)));
+      at += escaped * sizeof(Unit);
+      store(at, static_cast<Unit>(gap + escaped));  // gap - kEscape, in the unit's own size
       at += sizeof(Unit);
       continue;
     }
