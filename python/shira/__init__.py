@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from shira.switcher import Switcher
     from shira.tuner import SparseTuner
 
-__all__ = ["Adapter", "AdapterError", "AdamW", "Entry", "SparseTuner", "Switcher", "masks"]
+__all__ = ["AdamW", "Adapter", "AdapterError", "Entry", "SparseTuner", "Switcher", "masks"]
 
 # Public name -> the module it lives in, and its name there (None: the module itself).
 _HOMES: dict[str, tuple[str, str | None]] = {

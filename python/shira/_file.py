@@ -94,6 +94,13 @@ class Header:
         return self.nnz / numel if numel else 0.0
 
 
+def _finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # a whole number beyond every float
+        return False
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
@@ -209,7 +216,7 @@ def _header(path: str, file: Any) -> Header:
         )
     adapter = _object(path, metadata, ADAPTER_KEY)
     alpha, delta = adapter.get("alpha"), adapter.get("delta")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not _finite(alpha):
         raise AdapterError(f"{path}: alpha must be a finite number, got {alpha!r:.80}")
     if type(delta) is not bool:
         raise AdapterError(f"{path}: delta must be true or false, got {delta!r:.80}")
@@ -233,7 +240,9 @@ def _header(path: str, file: Any) -> Header:
     check_aliases(f"{path}: ", {name: weight.aliases for name, weight in weights.items()})
     if present - expected:
         extra = sorted(present - expected)
-        raise AdapterError(f"{path}: {len(extra)} tensor(s) belong to no weight of the metadata: {', '.join(extra[:5])}")
+        raise AdapterError(
+            f"{path}: {len(extra)} tensor(s) belong to no weight of the metadata: {', '.join(extra[:5])}"
+        )
     return Header(float(alpha), delta, mask, provenance, weights)
 
 

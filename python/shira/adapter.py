@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-import shira_ops
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import shira_ops
 from shira import _file
 from shira._file import AdapterError
 from shira.mask import index_dtype, signed
@@ -31,10 +31,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 class Entry:
     """What an adapter changes of one weight.
 
-    ``indices`` are granule numbers, ``values`` the ``len(indices) * granule`` entries they become (or, for a ``delta``
-    adapter, what is added to them). ``shape`` and ``dtype`` are the weight's; ``fingerprint`` is that of the base it was
-    made for (`shira_ops.fingerprint` as an unsigned number); ``seed`` stands for the indices of a drawn mask; ``aliases``
-    are further names of the same (tied) weight. A whole parameter is one granule of all its entries, indices ``[0]``.
+    ``indices`` are granule numbers, ``values`` the ``len(indices) * granule`` entries they become (or, for a
+    ``delta`` adapter, what is added to them). ``shape`` and ``dtype`` are the weight's; ``fingerprint`` is that of the
+    base it was made for (`shira_ops.fingerprint` as an unsigned number); ``seed`` stands for the indices of a drawn
+    mask; ``aliases`` are further names of the same (tied) weight. A whole parameter is one granule of all its entries,
+    indices ``[0]``.
     """
 
     indices: Tensor
@@ -169,8 +170,8 @@ class Adapter:
 
         Args:
             path: where to write; an existing file is replaced.
-            seeds: leave out indices that follow from a seed (those of `masks.Rand`): the file is smaller, and reading it
-                draws the mask again.
+            seeds: leave out indices that follow from a seed (those of `masks.Rand`): the file is smaller, and reading
+                it draws the mask again.
         """
         tensors: dict[str, Tensor] = {}
         weights: dict[str, Any] = {}
@@ -263,9 +264,7 @@ class Adapter:
                     weight.aliases,
                     checked=True,
                 )
-        return cls(
-            entries, alpha=header.alpha, delta=header.delta, mask=header.mask, provenance=header.provenance
-        )
+        return cls(entries, alpha=header.alpha, delta=header.delta, mask=header.mask, provenance=header.provenance)
 
 
 def _drawn(numel: int, count: int, seed: int, granule: int) -> Tensor:

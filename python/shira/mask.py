@@ -15,9 +15,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import shira_ops
 import torch
 from torch import Tensor
+
+import shira_ops
 
 __all__ = ["DEFAULT_SEED", "Mask", "Rand", "Struct", "WeightMagnitude", "fnv1a64", "splitmix64"]
 
@@ -132,8 +133,8 @@ class Mask:
 class Rand(Mask):
     """Granules drawn at random, exactly ``k`` of each weight.
 
-    The draw of a weight is ``shira_ops.select_random`` with the seed ``splitmix64(seed ^ fnv1a64(name))``: different for
-    every weight, and the same on every machine, so that a file can hold the seed in place of the indices.
+    The draw of a weight is ``shira_ops.select_random`` with the seed ``splitmix64(seed ^ fnv1a64(name))``: different
+    for every weight, and the same on every machine, so that a file can hold the seed in place of the indices.
     """
 
     def __init__(
@@ -160,9 +161,7 @@ class WeightMagnitude(Mask):
     """The granules of largest magnitude (the paper's WM): top ``k`` by the sum of ``|w|``, ties to the lower index."""
 
     def select(self, name: str, weight: Tensor) -> Tensor:
-        return shira_ops.select_top(
-            weight.detach(), None, self.count(weight), score="magnitude", granule=self.granule
-        )
+        return shira_ops.select_top(weight.detach(), None, self.count(weight), score="magnitude", granule=self.granule)
 
 
 class Struct(Mask):
@@ -171,11 +170,13 @@ class Struct(Mask):
     Of an ``m x n`` weight (more dimensions folded into the columns) the mask takes
 
     - the diagonal: the entries ``(j * m // n, j)`` for every column ``j``, ``n`` of them;
-    - ``lines="rows"``: every row ``i`` with ``i % f == 0``; ``lines="columns"``: every column ``j`` with ``j % f == 0``;
+    - ``lines="rows"``: every row ``i`` with ``i % f == 0``;
+      ``lines="columns"``: every column ``j`` with ``j % f == 0``;
 
-    and completes each of these entries to the granule it lies in. ``f`` is the smallest number in ``1 .. m`` (``1 .. n``
-    for columns) whose mask has at most ``k`` granules, so the budget is kept; where even one line and the diagonal have
-    more, ``f`` is ``m`` (``n``) and the mask is that line and the diagonal. `SparseTuner.summary` shows what was taken.
+    and completes each of these entries to the granule it lies in. ``f`` is the smallest number in ``1 .. m``
+    (``1 .. n`` for columns) whose mask has at most ``k`` granules, so the budget is kept; where even one line and the
+    diagonal have more, ``f`` is ``m`` (``n``) and the mask is that line and the diagonal. `SparseTuner.summary` shows
+    what was taken.
     """
 
     def __init__(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import shira_ops
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+import shira_ops
 from shira.tuner import SparseTuner, Target, mark_written, target_of
 
 __all__ = ["AdamW"]
@@ -55,7 +55,7 @@ class AdamW(Optimizer):
             raise
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. ``closure`` re-evaluates the model and returns the loss."""
         loss = None
         if closure is not None:
@@ -93,7 +93,7 @@ class AdamW(Optimizer):
                 [values for _, _, values in tensors],
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
-                [values.grad for _, values in items],
+                [values.grad for _, values in items if values.grad is not None],
                 step=step,
                 lr=float(group["lr"]),
                 beta1=beta1,
@@ -122,6 +122,6 @@ def _check_group(group: dict[str, Any]) -> None:
     others = [list(p.shape) for p in group["params"] if target_of(p) is None]
     if others:
         raise ValueError(
-            f"shira.AdamW: every parameter must be the values of an attached SparseTuner, got {len(others)} other(s), the "
-            f"first of shape {others[0]}; give those to an optimizer of their own"
+            f"shira.AdamW: every parameter must be the values of an attached SparseTuner, got {len(others)} other(s), "
+            f"the first of shape {others[0]}; give those to an optimizer of their own"
         )

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import shira_ops
 import torch
 from torch import Tensor, nn
 
+import shira_ops
 from shira import _model
 from shira.adapter import Adapter, AdapterError, Entry, dtype_name
 from shira.mask import index_dtype
@@ -84,10 +84,10 @@ class _Merge:
 class Switcher:
     """Put adapters on a model's weights and take them off again, in place.
 
-    Activation overwrites the adapter's entries and keeps the base's; deactivation writes those back, so the base returns
-    bit for bit. Storage pointers never change, so compiled models and captured graphs keep working. Several adapters at
-    once are summed onto the base in the order they were added. Every check comes before the first write. Calls may come
-    from several threads, but not while the model computes.
+    Activation overwrites the adapter's entries and keeps the base's; deactivation writes those back, so the base
+    returns bit for bit. Storage pointers never change, so compiled models and captured graphs keep working. Several
+    adapters at once are summed onto the base in the order they were added. Every check comes before the first write.
+    Calls may come from several threads, but not while the model computes.
 
     The weights must be at the base when an adapter is added for the first time; nothing else should write to them while
     one is active.
@@ -173,7 +173,7 @@ class Switcher:
     def __repr__(self) -> str:
         return f"Switcher(adapters={list(self._loaded)}, active={self._active})"
 
-    # -- adding ---------------------------------------------------------------------------------------------------------
+    # ---- adding ----------------------------------------------------------------------------------------------
 
     def _places(self, where: str, adapter: Adapter) -> dict[str, _model.Slot]:
         """Find each of the adapter's weights in the model; all that does not fit is said in one error."""
@@ -218,7 +218,7 @@ class Switcher:
                 f"(by fingerprint): {_model.some(wrong)}"
             )
 
-    # -- switching ------------------------------------------------------------------------------------------------------
+    # ---- switching -------------------------------------------------------------------------------------------
 
     def _known(self, name: str) -> _Loaded:
         if name not in self._loaded:
@@ -324,7 +324,7 @@ class Switcher:
         )
         return True
 
-    # -- several at once ------------------------------------------------------------------------------------------------
+    # ---- several at once -------------------------------------------------------------------------------------
 
     def _plan(self, strengths: Mapping[str, float]) -> list[_Merge]:
         """The unions of the adapters' entries, weight by weight; made once for each set of adapters."""

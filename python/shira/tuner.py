@@ -17,7 +17,6 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-import shira_ops
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -25,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+import shira_ops
 from shira import _model
 from shira.adapter import Adapter, Entry, dtype_name
 from shira.mask import Mask
@@ -113,8 +113,8 @@ class Attach(torch.autograd.Function):
 def _check_master(site: Site, values: Tensor) -> None:
     if values.dtype != site.dtype:
         raise RuntimeError(
-            f"{site.name}{VALUES_SUFFIX} must stay {dtype_name(site.dtype)}, got {dtype_name(values.dtype)}: the model was "
-            f"cast after the tuner was attached; cast it first, or detach the tuner, cast, and attach again"
+            f"{site.name}{VALUES_SUFFIX} must stay {dtype_name(site.dtype)}, got {dtype_name(values.dtype)}: the model "
+            f"was cast after the tuner was attached; cast it first, or detach the tuner, cast, and attach again"
         )
 
 
@@ -179,9 +179,9 @@ def _check_reached(targets: Sequence[tuple[Tensor, Target]]) -> None:
             missing.append(site.name)
     if missing:
         raise RuntimeError(
-            f"SparseTuner: no gradient reached {_model.some(missing)}; either there was no backward pass, or the module's "
-            f"own forward does not run (as inside nn.MultiheadAttention): leave it out with targets=, or, if it runs only "
-            f"in some steps, pass allow_unused=True"
+            f"SparseTuner: no gradient reached {_model.some(missing)}; either there was no backward pass, or the "
+            f"module's own forward does not run (as inside nn.MultiheadAttention): leave it out with targets=, or, if "
+            f"it runs only in some steps, pass allow_unused=True"
         )
 
 
@@ -409,7 +409,8 @@ class SparseTuner:
         base = {id(parameter): parameter.numel() for parameter, _ in self._requires_grad}
         share = self.nnz / max(1, sum(base.values()))
         lines.append(
-            f"{self.nnz:,} trainable entries: {self.density:.2%} of {len(self._tuned)} weights, {share:.2%} of the model"
+            f"{self.nnz:,} trainable entries: {self.density:.2%} of {len(self._tuned)} weights, "
+            f"{share:.2%} of the model"
         )
         return "\n".join(lines)
 
@@ -423,7 +424,8 @@ def _chosen(
     model: nn.Module, slots: Mapping[str, _model.Slot], targets: str | Sequence[str] | None
 ) -> dict[str, list[_model.Slot]]:
     """The targeted weights by first name, each with every place that holds it; refuses what cannot train."""
-    modules = {name.replace(_model.COMPILED, ""): module for name, module in model.named_modules(remove_duplicate=False)}
+    named = model.named_modules(remove_duplicate=False)
+    modules = {name.replace(_model.COMPILED, ""): module for name, module in named}
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     names = _matching(modules, linear, targets)
 
@@ -458,8 +460,8 @@ def _chosen(
             same = isinstance(other.module, nn.Linear) and other.attribute == "weight" and other.weight is weight
             if not same:
                 raise ValueError(
-                    f"SparseTuner: {name} is tied to {other.name} ({type(other.module).__name__}), whose gradient is not "
-                    f"sampled: training it would miss a part; leave it out with targets="
+                    f"SparseTuner: {name} is tied to {other.name} ({type(other.module).__name__}), whose gradient is "
+                    f"not sampled: training it would miss a part; leave it out with targets="
                 )
         chosen.setdefault(group[0].name, group)
     return chosen
