@@ -67,4 +67,4 @@ def describe(
     report.info["bits_an_index"] = 8 * sum(code.nbytes for code in codes) / count
     dtype = str(some[0].dtype).removeprefix("torch.")
     rates = [count / sample / threads / 1e9 for sample in timing.of(timing.subject)]
-    report.result(line, f"{report.info['density']:.0%} {dtype}", rates)
+    report.result(line, f"{report.info['density']:.0%} {dtype}", rates, max(rates))

@@ -31,4 +31,4 @@ def bench_fingerprint(benchmark: BenchmarkFixture, threads: int, dtype: torch.dt
     moved = sum(one.nbytes for one in some)
     report.bandwidth(timing, "fingerprint", moved)
     report.bandwidth(timing, "read", moved)
-    report.result("fingerprint", common.dtype_name(dtype), timing.ratios("read"))
+    report.ratio("fingerprint", common.dtype_name(dtype), timing, "read")

@@ -25,7 +25,7 @@ shira = pytest.importorskip("shira")
 
 LAYERS = 4
 FIRST, LATER = "shira, first adapter", "shira, later adapter"
-LOAD, MERGE = "PEFT load_adapter", "PEFT merge"
+LOAD, MERGE, PEFT = "PEFT load_adapter", "PEFT merge", "PEFT load_adapter + merge"
 PLAIN = "safetensors + index_copy_"
 
 
@@ -162,7 +162,7 @@ def bench_load(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, tm
     assert is_now(merged)
     restore(model, base)
 
-    names = (FIRST, LATER, LOAD, MERGE, PLAIN)
+    names = (FIRST, LATER, LOAD, MERGE, PEFT, PLAIN)
     seconds: dict[str, list[float]] = {name: [] for name in names if name != FIRST}
 
     def before() -> None:
@@ -171,6 +171,7 @@ def bench_load(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, tm
         load, merge = theirs.switch()
         seconds[LOAD].append(load)
         seconds[MERGE].append(merge)
+        seconds[PEFT].append(load + merge)
         theirs.reset()
         chill()
         seconds[PLAIN].append(timed(lambda: plain_switch(model, plain)))
@@ -203,9 +204,8 @@ def bench_load(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, tm
     report.seconds(timing)
     name = common.dtype_name(dtype)
     for way, variant in ((FIRST, f"{name}, first adapter"), (LATER, f"{name}, later adapter")):
-        both = zip(timing.ratios(LOAD, of=way), timing.ratios(MERGE, of=way), strict=True)
-        report.result("load", variant, [load + merge for load, merge in both])
-        report.result("load over plain", variant, timing.ratios(PLAIN, of=way))
+        report.ratio("load", variant, timing, PEFT, of=way)
+        report.ratio("load over plain", variant, timing, PLAIN, of=way)
 
 
 def timed(call: Callable[[], object]) -> float:

@@ -112,9 +112,9 @@ def bench_swap(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) ->
     report.bandwidth(timing, "swap_", moved)
     report.bandwidth(timing, "copy", 2 * sum(one.weight.numel() * one.weight.element_size() for one in some))
     name = common.dtype_name(dtype)
-    report.result(f"swap_ of touch {name}", "", timing.ratios("touch"))
-    report.result(f"swap_ over stock {name}", "", timing.ratios("stock"))
-    report.result(f"swap_ over fuse {name}", f"r={some[0].lora_b.shape[1]}", timing.ratios("fuse"))
+    report.ratio(f"swap_ of touch {name}", "", timing, "touch")
+    report.ratio(f"swap_ over stock {name}", "", timing, "stock")
+    report.ratio(f"swap_ over fuse {name}", f"r={some[0].lora_b.shape[1]}", timing, "fuse")
 
 
 @pytest.mark.parametrize("rule", ["overwrite", "blend", "delta"])
@@ -141,7 +141,7 @@ def bench_apply(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, r
     report.seconds(timing, len(some))
     report.bandwidth(timing, "apply_", common.switched_bytes(some))
     name = common.dtype_name(dtype)
-    report.result(f"apply_ of touch {name}", rule, timing.ratios("touch"))
+    report.ratio(f"apply_ of touch {name}", rule, timing, "touch")
 
 
 def prove_arithmetic(layer: Layer, alpha: float, delta: bool) -> None:
@@ -170,9 +170,9 @@ def bench_granule(benchmark: BenchmarkFixture, threads: int) -> None:
     report = Report(benchmark, threads, **about(some))
     report.seconds(timing, len(some))
     report.bandwidth(timing, "swap_", common.switched_bytes(some))
-    report.result("granule 32 over fuse bf16", f"r={some[0].lora_b.shape[1]}", timing.ratios("fuse"))
-    report.result("granule 32 of touch bf16", "", timing.ratios("touch"))
-    report.result("granule 32 over stock bf16", "", timing.ratios("stock"))
+    report.ratio("granule 32 over fuse bf16", f"r={some[0].lora_b.shape[1]}", timing, "fuse")
+    report.ratio("granule 32 of touch bf16", "", timing, "touch")
+    report.ratio("granule 32 over stock bf16", "", timing, "stock")
 
 
 @DTYPES
@@ -189,7 +189,7 @@ def bench_check(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) -
     report.seconds(timing, len(some))
     report.bandwidth(timing, "check_indices", sum(4 * one.indices.numel() for one in some))
     name = common.dtype_name(dtype)
-    report.result(f"check share {name}", "", [100 / ratio for ratio in timing.ratios("swap_")])
+    report.share(f"check share {name}", "", timing, "swap_")
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=common.dtype_name)
@@ -210,4 +210,4 @@ def bench_model(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) -
     report.seconds(timing, len(some))
     report.bandwidth(timing, "foreach_swap_", common.switched_bytes(some))
     name = common.dtype_name(dtype)
-    report.result(f"foreach_swap_ of touch {name}", f"{settings.side} x {settings.side}", timing.ratios("touch"))
+    report.ratio(f"foreach_swap_ of touch {name}", f"{settings.side} x {settings.side}", timing, "touch")

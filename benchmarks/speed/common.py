@@ -253,7 +253,9 @@ class Report:
 
     def __init__(self, benchmark: BenchmarkFixture, threads: int, **about: object) -> None:
         self.info = benchmark.extra_info
-        self.info.update(threads=threads, quick=settings.quick, results=[], seconds={}, **about)
+        self.info.update(
+            threads=threads, quick=settings.quick, load=os.getloadavg()[0], results=[], seconds={}, **about
+        )
 
     def seconds(self, timing: Timing, calls: int = 1) -> None:
         """Seconds a call, of everything that was timed."""
@@ -265,6 +267,17 @@ class Report:
         self.info.setdefault("bytes", {})[name] = moved
         self.info.setdefault("gigabytes_per_second", {})[name] = moved / statistics.median(timing.of(name)) / 1e9
 
-    def result(self, line: str, variant: str, samples: list[float]) -> None:
+    def ratio(self, line: str, variant: str, timing: Timing, name: str, of: str | None = None) -> None:
+        """How many times as long as the subject (or `of`) `name` took. Also from the fastest round of each, which
+        is what remains undisturbed on a busy machine."""
+        best = min(timing.of(name)) / min(timing.of(of or timing.subject))
+        self.result(line, variant, timing.ratios(name, of), best)
+
+    def share(self, line: str, variant: str, timing: Timing, whole: str) -> None:
+        """The subject in per cent of `whole`."""
+        best = 100 * min(timing.of(timing.subject)) / min(timing.of(whole))
+        self.result(line, variant, [100 / ratio for ratio in timing.ratios(whole)], best)
+
+    def result(self, line: str, variant: str, samples: list[float], best: float) -> None:
         """A measured value for one of summary.LINES."""
-        self.info["results"].append({"line": line, "variant": variant, **spread(samples)})
+        self.info["results"].append({"line": line, "variant": variant, "best": best, **spread(samples)})

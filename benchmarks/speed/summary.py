@@ -62,17 +62,29 @@ LINES = {
 }
 
 
+def figures(result: dict[str, float]) -> str:
+    low, high, best = (f"{result[key]:.3g}" for key in ("low", "high", "best"))
+    return f"{result['median']:.3g} [dim]{low}..{high} ({best})[/dim]"
+
+
 def show(found: Sequence[dict[str, Any]], console: Console | None = None) -> None:
     """Prints the table of the results kept in each benchmark's extra_info."""
     console = console or Console(width=150)
     rows: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
-    quick = False
+    quick, load = False, 0.0
     for one in found:
         info = one["extra_info"]
         quick |= bool(info.get("quick"))
+        load = max(load, info.get("load", 0.0))
         for result in info.get("results", []):
             rows.setdefault((result["line"], result["variant"]), {})[info["threads"]] = result
-    table = Table(title="Speed" + (" (--quick: tiny layers, the figures mean nothing)" if quick else ""))
+    title = "Speed" + (" (--quick: tiny layers, the figures mean nothing)" if quick else "")
+    caption = "median of the rounds, its quartiles, and in brackets the fastest rounds compared"
+    if load > 3:
+        caption += (
+            f"\n[red]the machine was busy (load {load:.1f}): figures of 2 threads above all are not to be trusted"
+        )
+    table = Table(title=title, caption=caption)
     threads = sorted({n for row in rows.values() for n in row})
     table.add_column("line")
     table.add_column("variant")
@@ -83,10 +95,7 @@ def show(found: Sequence[dict[str, Any]], console: Console | None = None) -> Non
     order = list(LINES)
     for (key, variant), row in sorted(rows.items(), key=lambda item: order.index(item[0][0])):
         line = LINES[key]
-        cells = [
-            f"{row[n]['median']:.3g} [dim]{row[n]['low']:.3g}..{row[n]['high']:.3g}[/dim]" if n in row else ""
-            for n in threads
-        ]
+        cells = [figures(row[n]) if n in row else "" for n in threads]
         met = [line.met(one["median"]) for one in row.values()]
         verdict = "" if None in met else "[green]yes[/green]" if all(met) else "[red]no[/red]"
         table.add_row(line.text, variant, line.goal(), *cells, verdict)

@@ -21,7 +21,7 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int64_t kLine = 64;
-constexpr int64_t ahead = 128;     // lines fetched ahead: measured best from 96 to 192
+constexpr int64_t ahead = 128;       // lines fetched ahead: measured best from 96 to 192
 constexpr int64_t kGrain = 512;      // lines that are worth a second thread
 constexpr int64_t kBlock = 1 << 12;  // lines of one streaming step
 
@@ -129,7 +129,8 @@ __attribute__((target("avx2"))) uint64_t sum_avx2(const char* p, int64_t lines) 
     d = _mm256_add_epi64(d, _mm256_load_si256(reinterpret_cast<const __m256i*>(p + 96)));
   }
   alignas(32) uint64_t sums[4];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(sums), _mm256_add_epi64(_mm256_add_epi64(a, b), _mm256_add_epi64(c, d)));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(sums),
+                     _mm256_add_epi64(_mm256_add_epi64(a, b), _mm256_add_epi64(c, d)));
   return sums[0] + sums[1] + sums[2] + sums[3] + sum_portable<false>(p, lines);
 }
 template <bool prefetch>
@@ -180,8 +181,10 @@ template <bool stream>
 __attribute__((target("avx2"))) void copy_avx2(char* to, const char* from, int64_t lines) {
   for (int64_t i = 0; i < lines * 2; ++i, to += 32, from += 32) {
     const __m256i v = _mm256_load_si256(reinterpret_cast<const __m256i*>(from));
-    if (stream) _mm256_stream_si256(reinterpret_cast<__m256i*>(to), v);
-    else _mm256_store_si256(reinterpret_cast<__m256i*>(to), v);
+    if (stream)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to), v);
+    else
+      _mm256_store_si256(reinterpret_cast<__m256i*>(to), v);
   }
   if (stream) _mm_sfence();
 }
@@ -189,8 +192,10 @@ template <bool stream>
 __attribute__((target("avx512f"))) void copy_avx512(char* to, const char* from, int64_t lines) {
   for (int64_t i = 0; i < lines; ++i, to += kLine, from += kLine) {
     const __m512i v = _mm512_load_si512(from);
-    if (stream) _mm512_stream_si512(reinterpret_cast<__m512i*>(to), v);
-    else _mm512_store_si512(to, v);
+    if (stream)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to), v);
+    else
+      _mm512_store_si512(to, v);
   }
   if (stream) _mm_sfence();
 }
@@ -206,7 +211,8 @@ void copy_(const Tensor& out, const Tensor& input, bool stream) {
     char* const t = to + begin * kLine;
     const char* const f = from + begin * kLine;
 #ifdef BENCH_X86
-    if (best == Isa::Avx512) return stream ? copy_avx512<true>(t, f, end - begin) : copy_avx512<false>(t, f, end - begin);
+    if (best == Isa::Avx512)
+      return stream ? copy_avx512<true>(t, f, end - begin) : copy_avx512<false>(t, f, end - begin);
     if (best == Isa::Avx2) return stream ? copy_avx2<true>(t, f, end - begin) : copy_avx2<false>(t, f, end - begin);
 #endif
     copy_portable(t, f, end - begin);
