@@ -1,1 +1,287 @@
-def register() -> None: ...
+"""Autograd is never silently wrong, also for calls straight to torch.ops.shira.
+
+Ops that change their arguments have no gradient: a kernel at ADInplaceOrView refuses what requires grad before the
+write, and bumps version counters after it, so that a backward over stale values is refused by torch. Inference
+tensors in inference mode skip it. `gather`, `foreach_gather` and `sampled_grad` have formulas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.autograd import forward_ad
+
+from . import reference
+
+_AFTER_AUTOGRAD = torch._C._after_autograd_keyset
+_AFTER_INPLACE = torch._C._after_ADInplaceOrView_keyset
+_increment_version = torch._C._increment_version
+_is_grad_enabled = torch.is_grad_enabled
+
+# Kernels live as long as the Library that registered them.
+_library = torch.library.Library("shira", "IMPL")
+
+_shira = torch.ops.shira
+
+
+# ---- ops that change their arguments -----------------------------------------------------------------------
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors of one argument: a tensor, a list of them, or None."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif value is not None:
+        for member, tensor in enumerate(value):
+            yield f"{name}[{member}]", tensor
+
+
+def _refuse(op: str, arguments: Sequence[tuple[str, Any]]) -> NoReturn:
+    for argument, value in arguments:
+        for name, tensor in _tensors(value, argument):
+            if _is_grad_enabled() and tensor.requires_grad:
+                raise RuntimeError(
+                    f"{op}: {name} must not require grad while grad mode is on (run it under torch.no_grad())"
+                )
+            if _has_tangent(tensor):
+                raise RuntimeError(
+                    f"{op}: {name} must not carry a forward-mode tangent (it would be lost; pass the primal of "
+                    "torch.autograd.forward_ad.unpack_dual)"
+                )
+    raise AssertionError(f"{op}: nothing to refuse")
+
+
+def _mutating_kernel(op: OpOverload) -> Callable[..., None]:
+    """Runs on every call that is not in inference mode, so what can be known of the schema is worked out here."""
+    name = op._schema.name.removeprefix("shira::")
+    arguments = [argument for argument in op._schema.arguments if "Tensor" in str(argument.type)]
+    single: list[int] = []  # where the tensors are
+    several: list[int] = []  # where the lists of tensors and the optional ones are
+    keywords = [argument.name for argument in arguments if argument.kwarg_only]
+    positional = [argument for argument in op._schema.arguments if not argument.kwarg_only]
+    mutated = []
+    for position, argument in enumerate(positional):
+        if argument in arguments:
+            (single if str(argument.type) == "Tensor" else several).append(position)
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            mutated.append(position)
+    mutated_single = [position for position in mutated if position in single]
+    mutated_several = [position for position in mutated if position in several]
+    redispatch = op.redispatch
+
+    def listed(args: Sequence[Any], positions: Sequence[int]) -> Iterator[Tensor]:
+        for position in positions:
+            value = args[position]
+            if isinstance(value, Tensor):
+                yield value
+            elif value is not None:
+                yield from value
+
+    def all_tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+        yield from (args[position] for position in single)
+        yield from listed(args, several)
+        yield from (kwargs[keyword] for keyword in keywords)
+
+    def refuse(args: Sequence[Any], kwargs: dict[str, Any]) -> NoReturn:
+        named = [(positional[i].name, args[i]) for i in sorted(single + several)]
+        _refuse(name, named + [(keyword, kwargs[keyword]) for keyword in keywords])
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> None:
+        if _is_grad_enabled():
+            for position in single:
+                if args[position].requires_grad:
+                    refuse(args, kwargs)
+            if several and any(tensor.requires_grad for tensor in listed(args, several)):
+                refuse(args, kwargs)
+            for keyword in keywords:
+                if kwargs[keyword].requires_grad:
+                    refuse(args, kwargs)
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, all_tensors(args, kwargs))):
+            refuse(args, kwargs)
+        redispatch(keyset & _AFTER_INPLACE, *args, **kwargs)
+        # Inference tensors have no version counter.
+        changed = [args[position] for position in mutated_single if not args[position].is_inference()]
+        if mutated_several:
+            changed += [tensor for tensor in listed(args, mutated_several) if not tensor.is_inference()]
+        _increment_version(changed)
+
+    return kernel
+
+
+# ---- formulas ----------------------------------------------------------------------------------------------
+# Functions call the ops below autograd, whose keys they are registered at.
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    return function.apply(*args)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(weight: Tensor, indices: Tensor, granule: int) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _shira.gather.default(weight, indices, granule)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        weight, indices, granule = inputs
+        ctx.save_for_backward(indices)
+        ctx.save_for_forward(indices)
+        ctx.shape, ctx.granule = weight.shape, granule
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (indices,) = ctx.saved_tensors
+        return _apply(_Spread, grad, indices, ctx.shape, ctx.granule), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, weight: Tensor, *_: None) -> Tensor:
+        (indices,) = ctx.saved_tensors
+        return _shira.gather.default(weight.contiguous(), indices, ctx.granule)  # type: ignore[no-any-return]
+
+
+class _Spread(torch.autograd.Function):
+    """The transpose of gather: zeros of a shape, and `values` at `indices`."""
+
+    @staticmethod
+    def forward(values: Tensor, indices: Tensor, shape: torch.Size, granule: int) -> Tensor:
+        dense = values.new_zeros(shape)
+        # A gradient may be a view of anything, as an expanded number after sum().
+        with torch._C._AutoDispatchBelowAutograd():
+            _shira.scatter_.default(dense, indices, values.contiguous(), granule)
+        return dense
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, indices, ctx.shape, ctx.granule = inputs
+        ctx.save_for_backward(indices)
+        ctx.save_for_forward(indices)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (indices,) = ctx.saved_tensors
+        return _shira.gather.default(grad.contiguous(), indices, ctx.granule), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, values: Tensor, *_: None) -> Tensor:
+        (indices,) = ctx.saved_tensors
+        return _apply(_Spread, values, indices, ctx.shape, ctx.granule)  # type: ignore[no-any-return]
+
+
+class _ForeachGather(torch.autograd.Function):
+    @staticmethod
+    def forward(granule: int, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(_shira.foreach_gather.default(tensors[:count], tensors[count:], granule))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.granule, count, *tensors = inputs
+        ctx.shapes = [tensor.shape for tensor in tensors[:count]]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[count:])
+        ctx.save_for_forward(*tensors[count:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        dense = [
+            None if grad is None else _apply(_Spread, grad, indices, shape, ctx.granule)
+            for grad, indices, shape in zip(grads, ctx.saved_tensors, ctx.shapes, strict=True)
+        ]
+        return None, None, *dense, *[None] * len(dense)
+
+    @staticmethod
+    def jvp(ctx: Any, granule: None, count: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(
+            None if tangent is None else _shira.gather.default(tangent.contiguous(), indices, ctx.granule)
+            for tangent, indices in zip(tangents, ctx.saved_tensors, strict=False)
+        )
+
+
+class _SampledGrad(torch.autograd.Function):
+    """Linear in each of grad_output and input; with D the dense matrix of the cotangent, input @ D.T and
+    grad_output @ D."""
+
+    @staticmethod
+    def forward(grad_output: Tensor, input: Tensor, indices: Tensor, granule: int) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _shira.sampled_grad.default(grad_output, input, indices, granule)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.granule = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_output, input, indices = ctx.saved_tensors
+        rows, columns = grad_output.shape[-1], input.shape[-1]
+        tokens = math.prod(input.shape[:-1])
+        dense = _apply(_Spread, grad, indices, (rows, columns), ctx.granule)
+        to_output = to_input = None
+        if ctx.needs_input_grad[0]:
+            product = input.reshape(tokens, columns).to(dense.dtype) @ dense.t()
+            to_output = product.to(grad_output.dtype).reshape(grad_output.shape)
+        if ctx.needs_input_grad[1]:
+            product = grad_output.reshape(tokens, rows).to(dense.dtype) @ dense
+            to_input = product.to(input.dtype).reshape(input.shape)
+        return to_output, to_input, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, output_tangent: Tensor | None, input_tangent: Tensor | None, *_: None) -> Tensor:
+        grad_output, input, indices = ctx.saved_tensors
+        op, total = _shira.sampled_grad.default, None
+        if output_tangent is not None:
+            total = op(output_tangent.contiguous(), input, indices, ctx.granule)
+        if input_tangent is not None:
+            other = op(grad_output, input_tangent.contiguous(), indices, ctx.granule)
+            total = other if total is None else total + other
+        return total  # type: ignore[return-value]
+
+
+def _wants_gradient(*tensors: Tensor) -> bool:
+    return forward_ad._current_level >= 0 or (_is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+
+
+def _gather(keyset: torch._C.DispatchKeySet, weight: Tensor, indices: Tensor, granule: int = 1) -> Any:
+    if _wants_gradient(weight):
+        return _apply(_Gather, weight, indices, granule)
+    return _shira.gather.default.redispatch(keyset & _AFTER_AUTOGRAD, weight, indices, granule)
+
+
+def _foreach_gather(
+    keyset: torch._C.DispatchKeySet, weights: Sequence[Tensor], indices: Sequence[Tensor], granule: int = 1
+) -> Any:
+    if _wants_gradient(*weights):
+        return list(_apply(_ForeachGather, granule, len(weights), *weights, *indices))
+    return _shira.foreach_gather.default.redispatch(keyset & _AFTER_AUTOGRAD, weights, indices, granule)
+
+
+def _sampled_grad(
+    keyset: torch._C.DispatchKeySet, grad_output: Tensor, input: Tensor, indices: Tensor, granule: int = 1
+) -> Any:
+    if _wants_gradient(grad_output, input):
+        return _apply(_SampledGrad, grad_output, input, indices, granule)
+    op = _shira.sampled_grad.default
+    return op.redispatch(keyset & _AFTER_AUTOGRAD, grad_output, input, indices, granule)
+
+
+def register() -> None:
+    for name in reference.OPS:
+        packet, _, overload = name.partition(".")
+        op = getattr(getattr(_shira, packet), overload or "default")
+        if op._schema.is_mutable:
+            _library.impl(name, _mutating_kernel(op), "ADInplaceOrView", with_keyset=True)
+    _library.impl("gather", _gather, "Autograd", with_keyset=True)
+    _library.impl("foreach_gather", _foreach_gather, "Autograd", with_keyset=True)
+    _library.impl("sampled_grad", _sampled_grad, "Autograd", with_keyset=True)
