@@ -43,7 +43,9 @@ def _inspect(path: Path, as_json: bool) -> None:
     facts = Table(title=str(path), title_justify="left", show_header=False)
     facts.add_row("entries", f"{header.nnz:,} ({header.density:.2%} of {len(header.weights)} weights)")
     facts.add_row("bytes", f"{size:,} ({size / header.nnz:.2f} an entry)" if header.nnz else f"{size:,}")
-    facts.add_row("kind", "delta: values are added to the base" if header.delta else "overwrite: values replace the base")
+    facts.add_row(
+        "kind", "delta: values are added to the base" if header.delta else "overwrite: values replace the base"
+    )
     facts.add_row("alpha", f"{header.alpha:g}")
     facts.add_row("mask", json.dumps(header.mask))
     facts.add_row("provenance", json.dumps(header.provenance))

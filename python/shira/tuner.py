@@ -125,7 +125,8 @@ def _attach(site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     if not torch.is_grad_enabled() or not values.requires_grad:
         return None
     input = args[0] if args else kwargs["input"]
-    return Attach.apply(output, values, input, getattr(module, site.indices_name), site.granule)
+    indices = getattr(module, site.indices_name)
+    return Attach.apply(output, values, input, indices, site.granule)  # type: ignore[no-untyped-call]
 
 
 def _follow(site: Site, module: nn.Module, args: tuple[Any, ...]) -> None:
