@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from operator import attrgetter
 from typing import Any, NoReturn
 
 import torch
@@ -22,6 +24,7 @@ _AFTER_AUTOGRAD = torch._C._after_autograd_keyset
 _AFTER_INPLACE = torch._C._after_ADInplaceOrView_keyset
 _increment_version = torch._C._increment_version
 _is_grad_enabled = torch.is_grad_enabled
+_requires_grad = attrgetter("requires_grad")  # faster over a list than a loop
 
 # Kernels live as long as the Library that registered them.
 _library = torch.library.Library("shira", "IMPL")
@@ -78,17 +81,15 @@ def _mutating_kernel(op: OpOverload) -> Callable[..., None]:
     mutated_several = [position for position in mutated if position in several]
     redispatch = op.redispatch
 
-    def listed(args: Sequence[Any], positions: Sequence[int]) -> Iterator[Tensor]:
+    def listed(args: Sequence[Any], positions: Sequence[int]) -> Iterator[Sequence[Tensor]]:
         for position in positions:
             value = args[position]
-            if isinstance(value, Tensor):
-                yield value
-            elif value is not None:
-                yield from value
+            if value is not None:
+                yield (value,) if isinstance(value, Tensor) else value
 
     def all_tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
         yield from (args[position] for position in single)
-        yield from listed(args, several)
+        yield from chain.from_iterable(listed(args, several))
         yield from (kwargs[keyword] for keyword in keywords)
 
     def refuse(args: Sequence[Any], kwargs: dict[str, Any]) -> NoReturn:
@@ -100,19 +101,23 @@ def _mutating_kernel(op: OpOverload) -> Callable[..., None]:
             for position in single:
                 if args[position].requires_grad:
                     refuse(args, kwargs)
-            if several and any(tensor.requires_grad for tensor in listed(args, several)):
-                refuse(args, kwargs)
+            for value in listed(args, several):
+                if any(map(_requires_grad, value)):
+                    refuse(args, kwargs)
             for keyword in keywords:
                 if kwargs[keyword].requires_grad:
                     refuse(args, kwargs)
         if forward_ad._current_level >= 0 and any(map(_has_tangent, all_tensors(args, kwargs))):
             refuse(args, kwargs)
         redispatch(keyset & _AFTER_INPLACE, *args, **kwargs)
-        # Inference tensors have no version counter.
-        changed = [args[position] for position in mutated_single if not args[position].is_inference()]
-        if mutated_several:
-            changed += [tensor for tensor in listed(args, mutated_several) if not tensor.is_inference()]
-        _increment_version(changed)
+        changed = [args[position] for position in mutated_single]
+        for value in listed(args, mutated_several):
+            changed += value
+        try:
+            _increment_version(changed)
+        except RuntimeError:
+            # Inference tensors have no version counter. Rare, and asking each tensor first costs more than the rest.
+            _increment_version([tensor for tensor in changed if not tensor.is_inference()])
 
     return kernel
 
@@ -122,6 +127,11 @@ def _mutating_kernel(op: OpOverload) -> Callable[..., None]:
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    # Tried: a single-level apply works under one transform, and nested ones give zeros without an error.
+    torch._check(
+        not torch._C._are_functorch_transforms_active(),
+        lambda: f"{_NAMES[function]}: has no rule for torch.func's gradients (use torch.autograd)",
+    )
     return function.apply(*args)
 
 
@@ -247,6 +257,14 @@ class _SampledGrad(torch.autograd.Function):
             other = op(grad_output, input_tangent.contiguous(), indices, ctx.granule)
             total = other if total is None else total + other
         return total  # type: ignore[return-value]
+
+
+_NAMES: dict[type[torch.autograd.Function], str] = {
+    _Gather: "gather",
+    _Spread: "gather",
+    _ForeachGather: "foreach_gather",
+    _SampledGrad: "sampled_grad",
+}
 
 
 def _wants_gradient(*tensors: Tensor) -> bool:
