@@ -11,6 +11,9 @@ import cases
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # The cases are small, and workers of xdist that each bring a pool of threads only wait for one another. Tests of
+    # what threads share ask for them: the fixture `threads`.
+    torch.set_num_threads(1)
     config.addinivalue_line("markers", "subset: also run in a process where the references serve every op")
 
 
@@ -22,7 +25,8 @@ def backend(request: pytest.FixtureRequest) -> cases.Backend:
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Restores torch's thread count."""
+    """Two threads, or as many as the test sets."""
     before = torch.get_num_threads()
+    torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)

@@ -33,6 +33,7 @@ def test_fingerprint_at(backend: Backend, dtype: torch.dtype, granule: int | str
         against_oracle(backend, build("fingerprint_at", setup), offset=i % 8)
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float64], ids=id_of)
 def test_past_the_grain(backend: Backend, dtype: torch.dtype) -> None:
     setup = Setup(dtype=dtype, limit=100_003, count=20_001)

@@ -32,6 +32,7 @@ def test_plan(backend: Backend, counts: tuple[int, ...], index: torch.dtype) -> 
     against_oracle(backend, Case("fuse_plan", {"indices": adapters, "granule": 3}))
 
 
+@pytest.mark.usefixtures("threads")
 def test_plan_of_many_entries_and_of_many_adapters(backend: Backend) -> None:
     rng = np.random.default_rng(1)
     for limit, counts in ((50_000, (8191, 8192, 8193)), (300, [20] * 65)):
@@ -117,6 +118,7 @@ def test_fuse_small(backend: Backend, limit: int, count: int) -> None:
         against_oracle(backend, fuse_case(Setup(limit=limit, count=count), [0.5, 0.25], [False, False], refuse))
 
 
+@pytest.mark.usefixtures("threads")
 def test_fuse_past_the_grain(backend: Backend) -> None:
     for dtype, granule in ((torch.bfloat16, 1), (torch.float32, 1), (torch.bfloat16, 16)):
         setup = Setup(dtype=dtype, granule=granule, limit=20_001 // granule, count=8193 // granule, specials=True)

@@ -97,6 +97,7 @@ def test_sums_of_narrow_dtypes_are_kept_in_float32(backend: Backend, dtype: torc
     assert run(backend, Case("sampled_grad", args))["result"].tolist() == [4096.0]
 
 
+@pytest.mark.usefixtures("threads")
 def test_larger_than_a_block(backend: Backend) -> None:
     """Exact sums over shapes that blocks and vectors do not divide."""
     rng = np.random.default_rng(6)

@@ -67,6 +67,7 @@ def test_variants_and_special_numbers(backend: Backend, op: str, dtype: torch.dt
         against_oracle(backend, build(op, Setup(dtype=dtype, limit=200, count=131, specials=specials), **changes))
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=id_of)
 @pytest.mark.parametrize("op", ["adamw_", "sgd_"])
 def test_past_the_grain(backend: Backend, op: str, dtype: torch.dtype) -> None:

@@ -696,6 +696,7 @@ def test_content(backend: Backend, op: str, name: str, index: torch.dtype) -> No
             refused(backend, case, f"{title(op)}: {name} {says}")
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("op", ["gather", "swap_", "apply_", "switch_", "scatter_add_", "check_indices"])
 def test_content_of_many_entries(backend: Backend, op: str) -> None:
     """Threads share the check, and the first offence is named all the same."""

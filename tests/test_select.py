@@ -30,6 +30,7 @@ def test_top(backend: Backend, dtype: torch.dtype, score: str, granule: int | st
             against_oracle(backend, build("select_top", setup, score=score), offset=i % 3)
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("score", SCORES)
 def test_top_past_the_grain(backend: Backend, score: str) -> None:
     for dtype, granule, count in ((torch.bfloat16, 1, 1000), (torch.float32, 1, 99_000), (torch.float32, 3, 1)):
@@ -127,6 +128,7 @@ def test_random_of_wide_domains(backend: Backend) -> None:
     assert run(backend, Case("select_random", granules))["result"].dtype == torch.int32
 
 
+@pytest.mark.usefixtures("threads")
 def test_random_past_the_grain(backend: Backend) -> None:
     for numel, k in ((100_003, 8193), (20_001, 20_001)):
         case = Case("select_random", {"numel": numel, "k": k, "seed": 11, "device": None})

@@ -50,6 +50,7 @@ def test_moves_keep_every_bit(backend: Backend, dtype: torch.dtype, granule: int
             against_oracle(backend, case, offset=i % 5)
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("granule", [1, 8, 32])
 @pytest.mark.parametrize("op", [*MOVES, "scatter_add_"])
 def test_large(backend: Backend, op: str, granule: int) -> None:
@@ -78,6 +79,7 @@ def test_strengths(backend: Backend, dtype: torch.dtype, delta: bool, granule: i
             against_oracle(backend, build(op, setup, **changes), offset=i % 3)
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("op", STRENGTHS)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=id_of)
 def test_strengths_past_the_grain(backend: Backend, dtype: torch.dtype, op: str) -> None:
