@@ -73,7 +73,8 @@ mode = os.environ.get("SHIRA_CUDA", "auto")
 if mode not in ("auto", "0", "1"):
     stop(f"SHIRA_CUDA must be auto, 0 or 1, got {mode!r}")
 sanitize = os.environ.get("SHIRA_SANITIZE") == "1"
-toolkit = None if mode == "0" or sanitize else cuda_toolkit()
+cuda_sources = sorted((HERE / "csrc/cuda").glob("*.cu"))
+toolkit = None if mode == "0" or sanitize or not cuda_sources else cuda_toolkit()
 if mode == "1" and toolkit is None:
     stop(
         "SHIRA_CUDA=1 asks for the CUDA kernels, and no CUDA toolkit was found. Set CUDA_HOME, or build without:",
@@ -106,7 +107,7 @@ if toolkit is not None:
     cpp_extension.CUDA_HOME = str(toolkit)  # None under a CPU torch
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_TARGETS)
     macros.append(("SHIRA_WITH_CUDA", "1"))
-    sources += [str(path.relative_to(HERE)) for path in sorted((HERE / "csrc/cuda").glob("*.cu"))]
+    sources += [str(path.relative_to(HERE)) for path in cuda_sources]
     # Under a CPU torch nvcc writes no dependency file: a checksum of the headers in its command makes
     # ninja rebuild when one changes.
     nvcc.append(f"-DSHIRA_HEADERS_KEY={headers_key}")

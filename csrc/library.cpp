@@ -27,7 +27,7 @@ STABLE_TORCH_LIBRARY_IMPL(shira, CompositeExplicitAutograd, m) { m.impl("_build_
 
 // `import shira_ops._C` loads the library; nothing is called through Python's own interface.
 extern "C" PyMODINIT_FUNC PyInit__C(void) {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr,
-                                   nullptr};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

@@ -949,7 +949,7 @@ def fingerprint_at(weight: Tensor, indices: Tensor, granule: int = 1) -> Tensor:
     first, last = begins // 8, (begins + size - 1) // 8
     # Granules that share a word count it once.
     touched = first[:, None] + torch.arange((size + 6) // 8 + 1, device=weight.device)
-    positions = touched[touched <= last[:, None]].unique()
+    positions = touched[touched <= last[:, None]].unique_consecutive()
     return _hash(_words(weight, 0, count)[positions], positions)
 
 

@@ -32,9 +32,9 @@ struct Float16 {
   }
   static SHIRA_HD uint16_t store(float x) {
     const uint32_t u = bits_to<uint32_t>(x), sign = (u >> 16) & 0x8000u, a = u & 0x7FFFFFFFu;
-    if (a > 0x7F800000u) return 0x7E00u;                                     // NaN
-    if (a >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00u);      // rounds past 65504
-    if (a < 0x38800000u) {                                                   // below 2^-14: subnormal
+    if (a > 0x7F800000u) return 0x7E00u;                                 // NaN
+    if (a >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00u);  // rounds past 65504
+    if (a < 0x38800000u) {                                               // below 2^-14: subnormal
       // Adding 0.5 leaves fraction * 2^-24, rounded to nearest even by the addition itself.
       const uint32_t r = bits_to<uint32_t>(bits_to<float>(a) + 0.5f) - 0x3F000000u;
       return static_cast<uint16_t>(sign | r);
@@ -72,8 +72,10 @@ struct Float64 {
 // A value of dtype V as a weight of dtype W: its bits where the dtypes agree, one rounding where not.
 template <typename W, typename V>
 SHIRA_HD typename W::Bits convert(typename V::Bits value) {
-  if constexpr (std::is_same_v<W, V>) return value;
-  else return W::store(static_cast<typename W::Compute>(V::load(value)));
+  if constexpr (std::is_same_v<W, V>)
+    return value;
+  else
+    return W::store(static_cast<typename W::Compute>(V::load(value)));
 }
 
 // weight = base + alpha*values (delta) or base + alpha*(values - base). Alpha 0 and the overwrite at
@@ -92,8 +94,10 @@ SHIRA_HD typename W::Bits mix(typename W::Bits base, typename V::Bits value, typ
   if constexpr (rule == Rule::Keep) return base;
   if constexpr (rule == Rule::Overwrite) return convert<W, V>(value);
   const C b = W::load(base), v = static_cast<C>(V::load(value));
-  if constexpr (rule == Rule::Delta) return W::store(b + alpha * v);
-  else return W::store(b + alpha * (v - b));
+  if constexpr (rule == Rule::Delta)
+    return W::store(b + alpha * v);
+  else
+    return W::store(b + alpha * (v - b));
 }
 
 }  // namespace shira::core

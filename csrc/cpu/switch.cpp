@@ -274,19 +274,23 @@ Task switch_task(const Tensor& weight, const Tensor& indices_out, const Tensor& 
   const ScalarType out_type = indices_out.scalar_type(), in_type = indices_in.scalar_type();
   if (!delta && alpha == 1 && values.scalar_type() == weight.scalar_type()) {
     const int64_t bytes = granule * static_cast<int64_t>(weight.element_size());
-    if (bytes % 32 == 0) set_switch<MoveOf<32>>(task, out_type, in_type, bytes / 32);
-    else if (bytes % 8 == 0) set_switch<MoveOf<8>>(task, out_type, in_type, bytes / 8);
-    else if (bytes % 4 == 0) set_switch<MoveOf<4>>(task, out_type, in_type, bytes / 4);
-    else if (bytes % 2 == 0) set_switch<MoveOf<2>>(task, out_type, in_type, bytes / 2);
-    else set_switch<MoveOf<1>>(task, out_type, in_type, bytes);
+    if (bytes % 32 == 0)
+      set_switch<MoveOf<32>>(task, out_type, in_type, bytes / 32);
+    else if (bytes % 8 == 0)
+      set_switch<MoveOf<8>>(task, out_type, in_type, bytes / 8);
+    else if (bytes % 4 == 0)
+      set_switch<MoveOf<4>>(task, out_type, in_type, bytes / 4);
+    else if (bytes % 2 == 0)
+      set_switch<MoveOf<2>>(task, out_type, in_type, bytes / 2);
+    else
+      set_switch<MoveOf<1>>(task, out_type, in_type, bytes);
     return task;
   }
   with_dtypes(weight.scalar_type(), values.scalar_type(), [&](auto w, auto v) {
     using W = typename decltype(w)::type;
     using V = typename decltype(v)::type;
-    with_rule(core::rule_of(static_cast<typename W::Compute>(alpha), delta), [&](auto rule) {
-      set_switch<MixOf<W, V, decltype(rule)::value>>(task, out_type, in_type, granule);
-    });
+    with_rule(core::rule_of(static_cast<typename W::Compute>(alpha), delta),
+              [&](auto rule) { set_switch<MixOf<W, V, decltype(rule)::value>>(task, out_type, in_type, granule); });
   });
   return task;
 }

@@ -2,39 +2,22 @@
 // every x86-64. The body is plain C++; only the instruction set differs, and with contraction off the bits
 // are the same on all of them.
 #pragma once
-#include "../core/hd.h"
+#include "../core/width.h"
 
 namespace shira::cpu {
 
-enum class Isa { Portable, Avx2, Avx512 };
-
-inline Isa isa() {
-#if SHIRA_X86
-  static const Isa best = [] {
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-      return Isa::Avx512;
-    return __builtin_cpu_supports("avx2") ? Isa::Avx2 : Isa::Portable;
-  }();
-  return best;
-#else
-  return Isa::Portable;
-#endif
-}
-
 // f(i) for i in [0, n), as wide as this processor goes. f must be inlinable: a lambda over core/ functions.
 // `any` is true where f is true for some i; L is as wide as what f compares, so that lanes line up.
-#define SHIRA_VECTOR_LOOPS(suffix, attribute)                       \
-  template <typename F>                                             \
-  attribute inline void loop_##suffix(int64_t n, const F& f) {      \
-    for (int64_t i = 0; i < n; ++i) f(i);                           \
-  }                                                                 \
-  template <typename L, typename F>                                 \
-  attribute inline bool any_##suffix(int64_t n, const F& f) {       \
-    L found = 0;                                                    \
-    for (int64_t i = 0; i < n; ++i) found |= static_cast<L>(f(i));  \
-    return found != 0;                                              \
+#define SHIRA_VECTOR_LOOPS(suffix, attribute)                      \
+  template <typename F>                                            \
+  attribute inline void loop_##suffix(int64_t n, const F& f) {     \
+    for (int64_t i = 0; i < n; ++i) f(i);                          \
+  }                                                                \
+  template <typename L, typename F>                                \
+  attribute inline bool any_##suffix(int64_t n, const F& f) {      \
+    L found = 0;                                                   \
+    for (int64_t i = 0; i < n; ++i) found |= static_cast<L>(f(i)); \
+    return found != 0;                                             \
   }
 SHIRA_VECTOR_LOOPS(portable, )
 #if SHIRA_X86
@@ -46,8 +29,8 @@ SHIRA_VECTOR_LOOPS(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,avx5
 template <typename F>
 inline void vector_loop(int64_t n, const F& f) {
 #if SHIRA_X86
-  if (isa() == Isa::Avx512) return loop_avx512(n, f);
-  if (isa() == Isa::Avx2) return loop_avx2(n, f);
+  if (core::widest() == core::Width::Avx512) return loop_avx512(n, f);
+  if (core::widest() == core::Width::Avx2) return loop_avx2(n, f);
 #endif
   loop_portable(n, f);
 }
@@ -55,8 +38,8 @@ inline void vector_loop(int64_t n, const F& f) {
 template <typename L, typename F>
 inline bool vector_any(int64_t n, const F& f) {
 #if SHIRA_X86
-  if (isa() == Isa::Avx512) return any_avx512<L>(n, f);
-  if (isa() == Isa::Avx2) return any_avx2<L>(n, f);
+  if (core::widest() == core::Width::Avx512) return any_avx512<L>(n, f);
+  if (core::widest() == core::Width::Avx2) return any_avx2<L>(n, f);
 #endif
   return any_portable<L>(n, f);
 }

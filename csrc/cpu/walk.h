@@ -89,8 +89,7 @@ inline void run(const Task& task) {
     if (task.total > 0) task.chunk(task, 0, task.total);
     return;
   }
-  torch::stable::parallel_for(0, task.total, kGrain,
-                              [&](int64_t begin, int64_t end) { task.chunk(task, begin, end); });
+  torch::stable::parallel_for(0, task.total, kGrain, [&](int64_t begin, int64_t end) { task.chunk(task, begin, end); });
 }
 
 inline void run(const std::vector<Task>& tasks) {
@@ -105,8 +104,10 @@ inline void run(const std::vector<Task>& tasks) {
       begin = std::max(begin, stop);
     }
   };
-  if (starts.back() <= kGrain) work(0, starts.back());
-  else torch::stable::parallel_for(0, starts.back(), kGrain, work);
+  if (starts.back() <= kGrain)
+    work(0, starts.back());
+  else
+    torch::stable::parallel_for(0, starts.back(), kGrain, work);
 }
 
 }  // namespace shira::cpu

@@ -30,10 +30,10 @@ struct DeviceGuard {
 // A parameter of a kernel that is too large to copy a thread.
 #define SHIRA_PARAMETER(T, name) const __grid_constant__ T name
 #define SHIRA_SHARED(T, name, count) __shared__ T name[count]
-#define SHIRA_LAUNCH(kernel, grid, block, stream, ...)  \
-  do {                                                  \
+#define SHIRA_LAUNCH(kernel, grid, block, stream, ...)     \
+  do {                                                     \
     kernel<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__); \
-    SHIRA_CUDA_CHECK(cudaGetLastError());               \
+    SHIRA_CUDA_CHECK(cudaGetLastError());                  \
   } while (0)
 
 // Exported by libtorch_cuda only. Weak: null under a CPU-only torch, so that one .so loads everywhere; under a
@@ -54,9 +54,9 @@ inline cudaStream_t current_stream(int32_t device) {
 }  // namespace shira::cuda
 #endif
 
-#define SHIRA_CUDA_CHECK(call)                                                                          \
-  do {                                                                                                  \
-    const cudaError_t status = (call);                                                                  \
+#define SHIRA_CUDA_CHECK(call)                                                                                \
+  do {                                                                                                        \
+    const cudaError_t status = (call);                                                                        \
     SHIRA_CHECK(status == cudaSuccess, "shira: CUDA reports ", cudaGetErrorString(status), " (", #call, ")"); \
   } while (0)
 
@@ -94,8 +94,10 @@ __global__ void __launch_bounds__(kThreads) list_kernel(SHIRA_PARAMETER((Table<W
     int end = table.rows;  // the last row whose first tile is not past this one
     while (end - found > 1) {
       const int middle = (found + end) / 2;
-      if (table.row[middle].first <= tile) found = middle;
-      else end = middle;
+      if (table.row[middle].first <= tile)
+        found = middle;
+      else
+        end = middle;
     }
   }
   const typename Work::Row& row = table.row[found];
@@ -126,8 +128,10 @@ template <typename Work>
 void launch_list(const typename Work::Scalars& scalars, std::vector<typename Work::Row>& rows, cudaStream_t stream) {
   constexpr int kHeader = sizeof(Table<Work, 1>) - sizeof(typename Work::Row);
   constexpr int kMost = (kParameterBytes - kHeader) / static_cast<int>(sizeof(typename Work::Row));
-  if (rows.size() == 1) launch_table<Work, 1>(scalars, rows.data(), 1, stream);
-  else if (!rows.empty()) launch_table<Work, kMost>(scalars, rows.data(), rows.size(), stream);
+  if (rows.size() == 1)
+    launch_table<Work, 1>(scalars, rows.data(), 1, stream);
+  else if (!rows.empty())
+    launch_table<Work, kMost>(scalars, rows.data(), rows.size(), stream);
 }
 
 }  // namespace shira::cuda
