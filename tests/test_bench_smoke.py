@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,9 @@ def test_every_line_is_measured(tmp_path: Path) -> None:
         "1thread",
         f"--benchmark-json={results}",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=SPEED.parent.parent)
+    # Under xdist pytest-benchmark turns itself off, and a worker's environment says xdist to its children too.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=SPEED.parent.parent, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(results.read_text())["benchmarks"]
     measured = {result["line"] for one in found for result in one["extra_info"]["results"]}
