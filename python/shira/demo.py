@@ -8,9 +8,11 @@ the base comes back bit for bit.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +33,10 @@ try:
 except ImportError as error:
     raise SystemExit(f"The demo needs a few more packages ({error}). Run: pip install 'shira-ops[demo]'") from error
 
-PATCH, SIDE, WIDTH, HEADS, LAYERS, CLASSES = 2, 8, 128, 4, 2, 10
-PRETRAIN_EPOCHS, ADAPT_EPOCHS, BATCH = 30, 40, 64
-DENSITY, ADAPTER_LR, FUSED_ALPHA = 0.02, 1e-2, 0.7
+PATCH, SIDE, WIDTH, HEADS, LAYERS, CLASSES = 2, 8, 96, 4, 2, 10
+PRETRAIN_EPOCHS, ADAPT_EPOCHS, BATCH = 20, 25, 64
+PRETRAIN_LR, ADAPTER_LR = 3e-3, 4e-2
+DENSITY, FUSED_ALPHA = 0.02, 0.5
 TASKS = ("upright", "rotated", "inverted")
 # The layers of the speed comparison: as wide as a 7B model's, more bytes than caches hold.
 WIDE, WIDE_LAYERS, WIDE_DENSITY, ROUNDS = 4096, 8, 0.01, 7
@@ -111,15 +114,30 @@ def fit(
 ) -> None:
     """An ordinary training loop."""
     order = torch.Generator().manual_seed(seed)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    steps, highest = epochs * math.ceil(len(labels) / BATCH), optimizer.param_groups[0]["lr"]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, highest, total_steps=steps, pct_start=0.1, cycle_momentum=False
+    )
     for _ in range(epochs):
         for batch in torch.randperm(len(labels), generator=order).split(BATCH):
             loss = F.cross_entropy(model(images[batch]), labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        schedule.step()
+            schedule.step()
         tick(loss.item())
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For matrices as small as the demo's: as fast as two, and on a busy machine a hundred times faster, since no
+    thread waits for another at the end of every op."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @torch.no_grad()
@@ -242,13 +260,13 @@ def run(out: str | Path = "demo-out", seed: int = 0, console: Console | None = N
         return {task: accuracy(model, images, digits.test_labels) for task, images in test.items()}
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+    with one_thread(), Progress(*columns, TimeElapsedColumn(), console=console) as progress:
 
         def bar(what: str, epochs: int) -> Callable[[float], None]:
             task = progress.add_task(what, total=epochs, loss="")
             return lambda loss: progress.update(task, advance=1, loss=f"loss {loss:.3f}")
 
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAIN_LR)
         tick = bar("pretraining on upright digits", PRETRAIN_EPOCHS)
         fit(model, optimizer, digits.train, digits.train_labels, PRETRAIN_EPOCHS, seed, tick)
         base = bits(model)
