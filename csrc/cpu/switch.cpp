@@ -7,6 +7,7 @@
 #include "../checks.h"
 #include "../core/arithmetic.h"
 #include "../switch_ops.h"
+#include "dispatch.h"
 #include "vector.h"
 #include "walk.h"
 
@@ -127,27 +128,6 @@ Task move_task(const Tensor& weight, const Tensor& indices, const Tensor& values
 // pass over single entries, and with the fetching spread over both passes: this is the fastest.
 constexpr int64_t kBlock = 256;
 
-// f(Type<W>{}, Type<V>{}) for a weight of dtype W and values of dtype V.
-template <typename T>
-struct Type {
-  using type = T;
-};
-template <typename F>
-auto with_dtypes(ScalarType weight, ScalarType values, F&& f) {
-  using namespace core;
-  const bool fp32 = values == ScalarType::Float;
-  switch (weight) {
-    case ScalarType::Half: return fp32 ? f(Type<Float16>{}, Type<Float32>{}) : f(Type<Float16>{}, Type<Float16>{});
-    case ScalarType::BFloat16:
-      return fp32 ? f(Type<BFloat16>{}, Type<Float32>{}) : f(Type<BFloat16>{}, Type<BFloat16>{});
-    case ScalarType::Float: return f(Type<Float32>{}, Type<Float32>{});
-    default: return fp32 ? f(Type<Float64>{}, Type<Float32>{}) : f(Type<Float64>{}, Type<Float64>{});
-  }
-}
-template <typename F>
-auto with_index(ScalarType type, F&& f) {
-  return type == ScalarType::Int ? f(Type<int32_t>{}) : f(Type<int64_t>{});
-}
 template <typename F>
 auto with_rule(core::Rule rule, F&& f) {
   using core::Rule;
