@@ -27,7 +27,9 @@ inline Width widest() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2"))
       return Width::Avx512;
-    return __builtin_cpu_supports("avx2") ? Width::Avx2 : Width::Portable;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+      return Width::Avx2;
+    return Width::Portable;
   }();
   return best;
 #else
@@ -36,7 +38,7 @@ inline Width widest() {
 }
 #endif
 
-#define SHIRA_AVX2 __attribute__((target("avx2,popcnt")))
+#define SHIRA_AVX2 __attribute__((target("avx2,fma,f16c,popcnt")))
 #define SHIRA_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,popcnt")))
 
 }  // namespace shira::core
