@@ -1,6 +1,8 @@
 // Which vector instructions hand-written loops may use: decided at run time, so that one build serves every
 // x86-64. A loop takes its width as an argument, and so tests can run the narrow ones on a wide machine.
 #pragma once
+#include <string_view>
+
 #include "hd.h"
 
 #if SHIRA_X86
@@ -35,6 +37,19 @@ inline Width widest() {
 #else
   return Width::Portable;
 #endif
+}
+
+// "portable", "avx2" or "avx512" where this processor has it; false for any other name.
+inline bool find_width(std::string_view name, Width& width) {
+  if (name == "portable")
+    width = Width::Portable;
+  else if (name == "avx2")
+    width = Width::Avx2;
+  else if (name == "avx512")
+    width = Width::Avx512;
+  else
+    return false;
+  return width <= widest();
 }
 #endif
 

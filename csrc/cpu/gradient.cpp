@@ -168,11 +168,15 @@ void sampled(const SampledGrad& problem, const typename D::Bits* grad_output, co
       int64_t offsets[kOffsets];
       for (int64_t top = row_begin; top < row_end; top += block_rows) {
         const int64_t bottom = std::min(row_end, top + block_rows);
-        for (int64_t row = top, next; row < bottom; row = next) {  // rows without an entry are not packed
-          next = std::min(bottom, row + kLanesMost);
-          if (starts[row * blocks] < starts[next * blocks])
-            kernel.pack(grad_output + first * rows + row, rows, here, next - row, left.get() + (row - top) * depth,
-                        depth);
+        const auto used = [&](int64_t row) {
+          return starts[row * blocks] < starts[std::min(bottom, row + kLanesMost) * blocks];
+        };
+        for (int64_t row = top; row < bottom; row += kLanesMost) {  // runs of rows with entries: the others are skipped
+          if (!used(row)) continue;
+          const int64_t run = row;
+          while (row < bottom && used(row)) row += kLanesMost;
+          kernel.pack(grad_output + first * rows + run, rows, here, std::min(row, bottom) - run,
+                      left.get() + (run - top) * depth, depth);
         }
         for (int64_t block = 0; block < blocks; ++block) {
           for (int64_t row = top; row < bottom; ++row) {
@@ -199,6 +203,8 @@ void with_dtype(ScalarType type, F&& f) {
   }
 }
 
+// In the width that `width` gives.
+template <core::Width (*width)()>
 struct Cpu {
   static void content(const char* op, Name name, const Tensor& indices, int64_t limit) {
     check_indices_content(op, name, indices, limit);
@@ -210,7 +216,7 @@ struct Cpu {
       const auto compute = [&](const auto* granules) {
         cpu::sampled<D>(problem, static_cast<const typename D::Bits*>(grad_output.const_data_ptr()),
                         static_cast<const typename D::Bits*>(input.const_data_ptr()), granules, indices.numel(),
-                        static_cast<typename D::Compute*>(result.mutable_data_ptr()), core::widest());
+                        static_cast<typename D::Compute*>(result.mutable_data_ptr()), width());
       };
       if (indices.scalar_type() == ScalarType::Int)
         compute(indices.const_data_ptr<int32_t>());
@@ -220,9 +226,26 @@ struct Cpu {
   }
 };
 
+template <core::Width width>
+core::Width always() {
+  return width;
+}
+
+Tensor sampled_grad_in(const Tensor& grad_output, const Tensor& input, const Tensor& indices, int64_t granule,
+                       std::string name) {
+  core::Width width;
+  SHIRA_CHECK(core::find_width(name, width), "_sampled_grad: width must be one that this processor has, got ", name);
+  using core::Width;
+  const auto op = width == Width::Avx512 ? GradientOps<Cpu<always<Width::Avx512>>>::sampled_grad
+                  : width == Width::Avx2 ? GradientOps<Cpu<always<Width::Avx2>>>::sampled_grad
+                                         : GradientOps<Cpu<always<Width::Portable>>>::sampled_grad;
+  return op(grad_output, input, indices, granule);
+}
+
 }  // namespace
 }  // namespace shira::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(shira, CPU, m) {
-  if (!shira::backend_is_reference()) shira::GradientOps<shira::cpu::Cpu>::implement(m);
+  if (!shira::backend_is_reference()) shira::GradientOps<shira::cpu::Cpu<shira::core::widest>>::implement(m);
+  m.impl("_sampled_grad", TORCH_BOX(&shira::cpu::sampled_grad_in));
 }
