@@ -24,11 +24,10 @@ struct Float16 {
   static SHIRA_HD float load(uint16_t h) {
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
     const uint32_t exponent = (h >> 10) & 0x1Fu, fraction = h & 0x3FFu;
-    if (exponent == 31) return bits_to<float>(sign | 0x7F800000u | (fraction << 13));
-    if (exponent != 0) return bits_to<float>(sign | ((exponent + 112) << 23) | (fraction << 13));
-    // A subnormal is fraction * 2^-24, exactly a float.
-    const float magnitude = static_cast<float>(fraction) * 5.9604644775390625e-8f;
-    return bits_to<float>(sign | bits_to<uint32_t>(magnitude));
+    // A subnormal is fraction * 2^-24, exactly a float. It is computed for every h: no branch, so loops vectorise.
+    const float subnormal = static_cast<float>(static_cast<int32_t>(fraction)) * 5.9604644775390625e-8f;
+    const uint32_t rebased = exponent + (exponent == 31 ? 224u : 112u);  // 255 for infinities and NaN
+    return bits_to<float>(sign | (exponent == 0 ? bits_to<uint32_t>(subnormal) : (rebased << 23) | (fraction << 13)));
   }
   static SHIRA_HD uint16_t store(float x) {
     const uint32_t u = bits_to<uint32_t>(x), sign = (u >> 16) & 0x8000u, a = u & 0x7FFFFFFFu;
