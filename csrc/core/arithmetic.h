@@ -24,10 +24,12 @@ struct Float16 {
   static SHIRA_HD float load(uint16_t h) {
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
     const uint32_t exponent = (h >> 10) & 0x1Fu, fraction = h & 0x3FFu;
-    // A subnormal is fraction * 2^-24, exactly a float. It is computed for every h: no branch, so loops vectorise.
-    const float subnormal = static_cast<float>(static_cast<int32_t>(fraction)) * 5.9604644775390625e-8f;
-    const uint32_t rebased = exponent + (exponent == 31 ? 224u : 112u);  // 255 for infinities and NaN
-    return bits_to<float>(sign | (exponent == 0 ? bits_to<uint32_t>(subnormal) : (rebased << 23) | (fraction << 13)));
+    // No branch, so that loops vectorise. A subnormal is (2^-14 + fraction * 2^-24) - 2^-14, all of it exact;
+    // infinities and NaN get exponent 255.
+    const uint32_t rebased = exponent + (exponent == 31 ? 224u : exponent == 0 ? 113u : 112u);
+    const float excess = bits_to<float>(exponent == 0 ? 0x38800000u : 0u);
+    const float magnitude = bits_to<float>((rebased << 23) | (fraction << 13)) - excess;
+    return bits_to<float>(sign | bits_to<uint32_t>(magnitude));
   }
   static SHIRA_HD uint16_t store(float x) {
     const uint32_t u = bits_to<uint32_t>(x), sign = (u >> 16) & 0x8000u, a = u & 0x7FFFFFFFu;

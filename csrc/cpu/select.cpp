@@ -46,20 +46,32 @@ struct Scores {
 };
 
 template <typename W, typename G, Score score>
-void score_granules(const Scores<core::Key<typename W::Compute>>& call, int64_t begin, int64_t n,
+void score_granules(const Scores<core::Key<typename W::Compute>>& call, int64_t first, int64_t n,
                     core::Key<typename W::Compute>* keys) {
   const int64_t granule = call.granule;
-  const auto* weight = static_cast<const typename W::Bits*>(call.weight) + begin * granule;
-  const auto* grad = call.grad == nullptr ? nullptr : static_cast<const typename G::Bits*>(call.grad) + begin * granule;
+  const auto* weight = static_cast<const typename W::Bits*>(call.weight) + first * granule;
+  const auto* grad = call.grad == nullptr ? nullptr : static_cast<const typename G::Bits*>(call.grad) + first * granule;
   if (granule == 1) {
     vector_loop(n, [=](int64_t i) { keys[i] = core::score_key(core::entry_score<W, G, score>(weight, grad, i)); });
     return;
   }
-  for (int64_t i = 0; i < n; ++i) {
-    typename W::Compute total = core::entry_score<W, G, score>(weight, grad, i * granule);
-    for (int64_t at = i * granule + 1; at < (i + 1) * granule; ++at)
-      total += core::entry_score<W, G, score>(weight, grad, at);
-    keys[i] = core::score_key(total);
+  // Entries are scored as wide as the processor goes, and then summed in order.
+  typename W::Compute entries[kBlock], total = 0;
+  int64_t left = granule;  // entries of the granule that is being summed
+  for (int64_t begin = 0; begin < n * granule; begin += kBlock) {
+    const int64_t size = std::min(kBlock, n * granule - begin);
+    vector_loop(size, [=, entries = &entries[0]](int64_t i) {
+      entries[i] = core::entry_score<W, G, score>(weight, grad, begin + i);
+    });
+    for (int64_t at = 0; at < size;) {
+      const int64_t end = at + std::min(left, size - at);
+      left -= end - at;
+      for (; at < end; ++at) total += entries[at];
+      if (left > 0) break;
+      *keys++ = core::score_key(total);
+      total = 0;
+      left = granule;
+    }
   }
 }
 
