@@ -69,6 +69,11 @@ LINES = {
     "sampled_grad density bf16": Line("sampled_grad bf16, over dense rows in blocks + gather", None),
     "encode": Line("encode_indices, a core", 1.0, " G/s"),
     "decode": Line("decode_indices, a core", 1.0, " G/s"),
+    "select_top magnitude bf16": Line("select_top magnitude 1 % bf16, over abs().topk", 8.0),
+    "select_top magnitude fp32": Line("select_top magnitude 1 % fp32, over abs().topk", 8.0),
+    "select_top snip bf16": Line("select_top snip 1 % bf16, over the same with topk", 8.0),
+    "select_top snip fp32": Line("select_top snip 1 % fp32, over the same with topk", 8.0),
+    "select_random": Line("select_random 1 %, over randperm + sort", None),
     "load": Line("load from disk and switch on, over PEFT's load_adapter + merge", 200.0),
     "load over plain": Line("load from disk and switch on, over safetensors + index_copy_ unchecked", None),
 }
