@@ -153,7 +153,8 @@ struct SwitchRow {
 };
 
 // How many of the first `diagonal` granules of the merged list come from `out`; of a granule in both, out's is the
-// first. All of a warp, with one answer. It is within both lists whatever they hold.
+// first. All of a warp, with one answer, which is within both lists whatever they hold: no more lanes can say yes than
+// have probes below `high`.
 __device__ __forceinline__ int64_t cut(const Indices& out, const Indices& in, int64_t diagonal) {
   int64_t low = diagonal > in.count ? diagonal - in.count : 0, high = diagonal < out.count ? diagonal : out.count;
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -164,7 +165,6 @@ __device__ __forceinline__ int64_t cut(const Indices& out, const Indices& in, in
     const int64_t found = __popc(__ballot_sync(0xFFFFFFFFu, before)), bound = low + (found + 1) * step - 1;
     low += found * step;
     if (bound < high) high = bound;
-    if (low > high) low = high;  // lists that are not sorted
   }
   return low;
 }
