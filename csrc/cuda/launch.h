@@ -87,6 +87,12 @@ inline T* address(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
+// From the device, waiting for everything before it on the stream.
+inline void fetch(void* to, const void* from, int64_t bytes, cudaStream_t stream) {
+  SHIRA_CUDA_CHECK(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost, stream));
+  SHIRA_CUDA_CHECK(cudaStreamSynchronize(stream));
+}
+
 // ---- a list of tensors as one launch -------------------------------------------------------------------
 //
 // Work is cut into tiles, one a block, so it is balanced by entries and not by tensors. The tensors' pointers and
@@ -154,6 +160,10 @@ void launch_table(const typename Work::Scalars& scalars, const std::vector<typen
 }
 
 // One row has a kernel of its own: its parameter is small, and so is the time a call takes on the host.
+template <typename Work>
+void launch_one(const typename Work::Scalars& scalars, const typename Work::Row& row, cudaStream_t stream) {
+  launch_table<Work, 1>(scalars, {row}, stream);
+}
 template <typename Work>
 void launch_list(const typename Work::Scalars& scalars, const std::vector<typename Work::Row>& rows,
                  cudaStream_t stream) {

@@ -3,7 +3,7 @@
 // Indices, values and saved entries are streams: each byte is used once, by neighbouring threads at neighbouring
 // addresses, and should not push anything out of the caches (evict-first, .cs). The weight is touched in scattered
 // sectors that are also used once, but read and then written: it goes past L1, whose 128-byte lines would be a
-// quarter used, and stays in L2 between the two (.cg).
+// quarter used, and stays in L2 between the two (.cg). Memory that several threads read goes through L1 (load_cached).
 #pragma once
 #include "../core/arithmetic.h"
 #include "launch.h"
@@ -34,6 +34,10 @@ inline T load_weight(const T* p) {
   return emul::load(p);
 }
 template <typename T>
+inline T load_cached(const T* p) {
+  return emul::load(p);
+}
+template <typename T>
 inline void store_stream(T* p, T value) {
   emul::store(p, value);
 }
@@ -51,6 +55,10 @@ __device__ __forceinline__ T load_weight(const T* p) {
   return __ldcg(p);
 }
 template <typename T>
+__device__ __forceinline__ T load_cached(const T* p) {
+  return __ldg(p);
+}
+template <typename T>
 __device__ __forceinline__ void store_stream(T* p, T value) {
   __stcs(p, value);
 }
@@ -60,11 +68,23 @@ __device__ __forceinline__ void store_weight(T* p, T value) {
 }
 #endif
 
-// The widest unit, up to 16 bytes, that divides a granule and every address: what vector accesses may use.
+// The widest unit that divides `bytes` (and 16) and every address: what vector accesses may use.
 template <typename... Pointers>
-inline int64_t widest_unit(int64_t granule_bytes, const Pointers*... pointers) {
-  const uint64_t bits = static_cast<uint64_t>(granule_bytes) | (reinterpret_cast<uintptr_t>(pointers) | ... | 16u);
+inline int64_t widest_unit(int64_t bytes, const Pointers*... pointers) {
+  const uint64_t bits = static_cast<uint64_t>(bytes) | (reinterpret_cast<uintptr_t>(pointers) | ... | 16u);
   return static_cast<int64_t>(bits & (~bits + 1));
+}
+
+// f(std::integral_constant<int, unit>{}) for a unit of 1, 2, 4, 8 or 16 bytes.
+template <typename F>
+auto with_unit(int64_t unit, F&& f) {
+  switch (unit) {
+    case 16: return f(std::integral_constant<int, 16>{});
+    case 8: return f(std::integral_constant<int, 8>{});
+    case 4: return f(std::integral_constant<int, 4>{});
+    case 2: return f(std::integral_constant<int, 2>{});
+    default: return f(std::integral_constant<int, 1>{});
+  }
 }
 
 // Some neighbouring entries, moved in accesses of 16 bytes at most.

@@ -305,18 +305,6 @@ void start(const std::vector<typename Work::Row>& rows, double alpha, bool delta
 template <typename Row>
 using Start = Groups<Row, void (*)(const std::vector<Row>&, double alpha, bool delta, cudaStream_t)>;
 
-// f(std::integral_constant<int, unit>{}) for a unit of 1, 2, 4, 8 or 16 bytes.
-template <typename F>
-auto with_unit(int64_t unit, F&& f) {
-  switch (unit) {
-    case 16: return f(std::integral_constant<int, 16>{});
-    case 8: return f(std::integral_constant<int, 8>{});
-    case 4: return f(std::integral_constant<int, 4>{});
-    case 2: return f(std::integral_constant<int, 2>{});
-    default: return f(std::integral_constant<int, 1>{});
-  }
-}
-
 // f(Type<Cell>{}, units of the cell in a granule) for the widest cell of arithmetic.
 template <typename F>
 auto with_mix(const Tensor& weight, const Tensor& values, int64_t granule, int64_t unit, F&& f) {
@@ -350,7 +338,7 @@ struct Cuda {
     auto* first = address<unsigned long long>(found);
     unsigned long long at;
     SHIRA_CUDA_CHECK(cudaMemsetAsync(first, 0xFF, sizeof(at), device.stream));
-    launch_list<Check>({}, {{indices_of(indices), limit, first}}, device.stream);
+    launch_one<Check>({}, {indices_of(indices), limit, first}, device.stream);
     fetch(&at, first, sizeof(at), device.stream);
     if (at == ~0ull) return;
     const int64_t size = static_cast<int64_t>(indices.element_size()), n = at == 0 ? 1 : 2;
@@ -363,11 +351,6 @@ struct Cuda {
       std::copy(narrow, narrow + n, wide);
     }
     refuse_entry(op, {"indices"}, wide[n - 1], wide[0], static_cast<int64_t>(at), limit);
-  }
-
-  static void fetch(void* to, const void* from, int64_t bytes, cudaStream_t stream) {
-    SHIRA_CUDA_CHECK(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost, stream));
-    SHIRA_CUDA_CHECK(cudaStreamSynchronize(stream));
   }
 
   template <Move move>
