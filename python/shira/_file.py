@@ -16,6 +16,7 @@ import json
 import math
 import os
 import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -256,12 +257,20 @@ def check_aliases(where: str, aliases: Mapping[str, tuple[str, ...]]) -> None:
             owner[other] = name
 
 
+def check_regular(path: str) -> None:
+    """Refuse what is no file of its own: a folder, and pipes and devices, whose reading may never end."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise AdapterError(f"{path}: this is a folder, not a file")
+    if not stat.S_ISREG(mode):
+        raise AdapterError(f"{path}: this is a pipe or a device, not a file")
+
+
 @contextmanager
 def open_adapter(path: str | os.PathLike[str], framework: str = "numpy") -> Iterator[tuple[Any, Header]]:
     """Map a file and check all that its header says; yield safetensors' handle and the header."""
     where = os.fspath(path)
-    if os.path.isdir(where):
-        raise AdapterError(f"{where}: this is a folder, not an adapter file")
+    check_regular(where)
     try:
         file = safe_open(where, framework)
     except SafetensorError as error:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,6 +18,10 @@ import shira_ops
 from shira import _file
 from shira._file import AdapterError
 from shira.mask import index_dtype, signed
+
+if TYPE_CHECKING:
+    from shira._checkpoint import Source
+    from shira.difference import Progress, Report
 
 __all__ = ["Adapter", "AdapterError", "Entry"]
 
@@ -112,6 +116,7 @@ class Adapter:
         delta: whether values are added to the base; otherwise they replace it, which is exact.
         mask: what made the mask, in JSON's types (`Mask.describe`), or None.
         provenance: anything worth keeping, in JSON's types: data, hyper-parameters, versions.
+        report: what making it left out, where it was made from something larger; not saved.
     """
 
     def __init__(
@@ -122,6 +127,7 @@ class Adapter:
         delta: bool = False,
         mask: Mapping[str, Any] | None = None,
         provenance: Mapping[str, Any] | None = None,
+        report: Report | None = None,
     ) -> None:
         if not math.isfinite(alpha):
             raise AdapterError(f"alpha must be finite, got {alpha}")
@@ -135,6 +141,7 @@ class Adapter:
         self.delta = bool(delta)
         self.mask = None if mask is None else dict(mask)
         self.provenance = dict(provenance or {})
+        self.report = report
 
     @property
     def nnz(self) -> int:
@@ -265,6 +272,43 @@ class Adapter:
                     checked=True,
                 )
         return cls(entries, alpha=header.alpha, delta=header.delta, mask=header.mask, provenance=header.provenance)
+
+    @classmethod
+    def from_difference(
+        cls,
+        base: Source,
+        tuned: Source,
+        *,
+        density: float | None = None,
+        granule: int = 1,
+        alpha: float = 1.0,
+        provenance: Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
+    ) -> Adapter:
+        """What fine-tuning changed, as an adapter of new entries.
+
+        Without ``density`` it is exact: put on the base, it gives the tuned weights bit for bit, NaNs and the sign of
+        zero included. A weight that changed nearly everywhere is kept whole, where that is smaller. Files are mapped and
+        compared in chunks, so that neither model is in memory; values of whole weights stay in the tuned file, which
+        must not be written to while the adapter is in use.
+
+        Args:
+            base, tuned: each a path (a ``.safetensors`` file, or a folder with one or with shards and their index), a
+                state dict, or a module. The same names, shapes and dtypes; tied tensors of ``base`` become aliases.
+            density: keep at most ``max(1, round(density * numel / granule))`` granules of each weight, those with the
+                largest sum of ``|tuned - base|`` (ties to the lower index; what is no number first).
+            granule: entries an index stands for; divides the last dimension of every weight that changed.
+            alpha, provenance: as in `Adapter`.
+            progress: called with a weight's name, the bytes of the base done so far, and the bytes in all.
+
+        The adapter's ``report`` says, for each weight and in all, how many entries changed and were kept, and what share
+        of the squared difference was lost. Raises `AdapterError` with every name, shape or dtype that does not match.
+        """
+        from shira.difference import difference
+
+        return difference(
+            base, tuned, density=density, granule=granule, alpha=alpha, provenance=provenance, progress=progress
+        )
 
 
 def _drawn(numel: int, count: int, seed: int, granule: int) -> Tensor:
