@@ -1,7 +1,7 @@
-"""Files as a whole: an adapter from two checkpoints, and a share of a large model's adapter from its file onto the model.
+"""Files as a whole: an adapter from two checkpoints, and a large model's share of one from its file onto the model.
 
-difference   1 GB of bf16 weights and the same with 1 % changed, both in the page cache and mapped anew each time, beside
-             the fastest plain loop that reads both files, mapped anew too. Also: memory that is not the files' pages.
+difference   1 GB of bf16 weights and the same with 1 % changed, both in the page cache and mapped anew each time,
+             beside the fastest plain loop that reads both files, mapped anew too. Also: memory beside the files' pages.
 load         16 layers of 4096 x 4096, 1 %, bf16, onto a model whose base is known, beside what it cannot do without:
              the file's bytes read once and the weights' lines touched once.
 """
@@ -86,8 +86,8 @@ def bench_difference(benchmark: BenchmarkFixture, threads: int, checkpoints: tup
 
     def read(ahead: bool) -> None:
         for path in (base, tuned):
-            for stored in _checkpoint.map_file(path).tensors.values():
-                machine.read(stored.tensor(), ahead)
+            lines = Path(path).stat().st_size // common.LINE
+            machine.read(torch.from_file(path, size=lines * common.LINE, dtype=torch.uint8), ahead)
 
     extract()
     for name, entry in made[0].weights.items():

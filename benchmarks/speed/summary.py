@@ -58,9 +58,7 @@ LINES = {
     "encode": Line("encode_indices, a core", 1.0, " G/s"),
     "decode": Line("decode_indices, a core", 1.0, " G/s"),
     "load": Line("load from disk and switch on, over PEFT's load_adapter + merge", 200.0),
-    "load of bound": Line(
-        "load 16 layers of 4096 x 4096 and switch on, over reading and touching", 1.3, at_least=False
-    ),
+    "load of bound": Line("load 16 layers and switch on, over reading and touching them", 1.3, at_least=False),
     "difference": Line("from_difference of mapped checkpoints, of read speed", 0.5, ""),
     "difference memory": Line("from_difference of 2 GB, memory of its own", 1000.0, " MB", at_least=False),
     "load over plain": Line("load from disk and switch on, over safetensors + index_copy_ unchecked", None),

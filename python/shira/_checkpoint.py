@@ -116,7 +116,10 @@ def map_file(path: str) -> Shard:
         # Private, so that numpy and torch find it writable; nothing writes to it.
         whole = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
     length = int.from_bytes(whole[:8].tobytes(), "little")
-    header = json.loads(whole[8 : 8 + length].tobytes())
+    try:
+        header = json.loads(whole[8 : 8 + length].tobytes(), object_pairs_hook=_file.unique)
+    except ValueError as error:
+        raise AdapterError(f"{path}: the header cannot be read: {error}") from error
     metadata = header.pop("__metadata__", None) or {}
     body = whole[8 + length :]
     tensors = {}
@@ -173,20 +176,20 @@ def _on_disk(path: str) -> Checkpoint:
     return Checkpoint(path, shard.tensors, [shard], path)
 
 
-def _in_memory(where: str, tensors: Mapping[str, Tensor], model: object) -> Checkpoint:
-    from torch import Tensor
+def _in_memory(where: str, tensors: Mapping[str, Any], model: object) -> Checkpoint:
+    import torch
 
     from shira import _model
 
     stored = {}
     for key, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, torch.Tensor):
             if key.endswith("_extra_state"):
                 continue  # what modules keep beside their tensors
             raise TypeError(f"{where}: {key!r} must be a tensor, got {type(tensor).__name__}")
         if tensor.is_meta:
             raise AdapterError(f"{where}: {key!r} is on the meta device, so it has no content")
-        if tensor.layout.__str__() != "torch.strided":
+        if tensor.layout != torch.strided:
             raise AdapterError(f"{where}: {key!r} must be dense, got {tensor.layout}")
         name = key.replace(_model.COMPILED, "")
         memory = (_model.memory(tensor), tuple(tensor.shape), tensor.stride())
@@ -195,7 +198,7 @@ def _in_memory(where: str, tensors: Mapping[str, Tensor], model: object) -> Chec
     return Checkpoint(where, stored, model=model)
 
 
-def open_checkpoint(source: Source, role: str) -> Checkpoint:
+def open_checkpoint(source: object, role: str) -> Checkpoint:
     """Find a checkpoint's tensors; ``role`` names it in messages where it has no path."""
     if isinstance(source, (str, os.PathLike)):
         return _on_disk(os.fspath(source))
@@ -203,12 +206,12 @@ def open_checkpoint(source: Source, role: str) -> Checkpoint:
         return _in_memory(role, source, None)
     from torch import nn
 
-    if isinstance(source, nn.Module):
-        from shira import _model
+    if not isinstance(source, nn.Module):
+        raise TypeError(f"{role} must be a path, a state dict or a torch.nn.Module, got {type(source).__name__}")
+    from shira import _model
 
-        model = _model.unwrap(source)
-        return _in_memory(role, model.state_dict(), model)
-    raise TypeError(f"{role} must be a path, a state dict or a torch.nn.Module, got {type(source).__name__}")
+    model = _model.unwrap(source)
+    return _in_memory(role, model.state_dict(), model)
 
 
 def ties(checkpoint: Checkpoint) -> dict[str, str]:
@@ -218,6 +221,33 @@ def ties(checkpoint: Checkpoint) -> dict[str, str]:
         name: name if stored.memory is None or not stored.nbytes else first.setdefault(stored.memory, name)
         for name, stored in checkpoint.tensors.items()
     }
+
+
+Wanted: TypeAlias = tuple[tuple[int, ...], str, "int | None", tuple[str, ...]]
+
+
+def misfits(weights: Mapping[str, Wanted], base: Checkpoint) -> list[str]:
+    """Why an adapter cannot go onto a base: weights by name, each its shape, dtype, fingerprint and aliases.
+
+    Without torch where the base is on disk. A weight without a fingerprint is not read.
+    """
+    from shira import _codec
+
+    problems = []
+    owner: dict[object, str] = {}
+    for name, (shape, dtype, fingerprint, aliases) in weights.items():
+        stored = base.find((name, *aliases))
+        if stored is None:
+            problems.append(f"{name!r} is not in the base")
+        elif stored.shape != shape:
+            problems.append(f"{name!r} must have shape {list(shape)}, got {list(stored.shape)}")
+        elif stored.dtype != dtype:
+            problems.append(f"{name!r} must be {dtype}, got {stored.dtype}")
+        elif owner.setdefault(stored.memory or stored.name, name) != name:
+            problems.append(f"{name!r} is the same (tied) weight as {owner[stored.memory or stored.name]!r}")
+        elif fingerprint is not None and _codec.fingerprint(stored.bytes()) & (2**64 - 1) != fingerprint:
+            problems.append(f"{name!r} has other content (by fingerprint)")
+    return problems
 
 
 def companions(folder: str) -> Iterator[Path]:

@@ -32,7 +32,8 @@ Progress = Callable[[str, int, int], None]
 _CHUNK = 1 << 20  # bytes of one checkpoint: two of them, and what is made of them, fit a core's own cache
 _WIDE_CHUNK = 8 << 20  # bytes for torch's own threads
 _WORD = 2**64 - 1
-_T, _R = TypeVar("_T"), TypeVar("_R")
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class _Sparse:
     def __init__(self, pair: _Pair, most: int) -> None:
         self.pair = pair
         self.most = most
-        self.dtype = np.int32 if pair.numel // pair.granule < 2**31 else np.int64
+        self.dtype: np.dtype[Any] = np.dtype(np.int32 if pair.numel // pair.granule < 2**31 else np.int64)
         self.changed = self.granules = self.mark = 0
         self.indices: list[npt.NDArray[Any]] = []
         self.values: list[Bytes] = []
@@ -166,7 +167,7 @@ class _Sparse:
         if self.dropped:
             return self.pair.mark(chunk), self.pair.count(chunk), 0, None, None
         count, granules, values = self.pair.changed(chunk)
-        indices = granules.astype(self.dtype, copy=False) + self.dtype(chunk[0] // self.pair.granule)
+        indices = granules.astype(self.dtype, copy=False) + self.dtype.type(chunk[0] // self.pair.granule)
         return self.pair.mark(chunk), count, len(granules), indices, values
 
     def add(
@@ -320,9 +321,7 @@ def _matched(base: Checkpoint, tuned: Checkpoint) -> list[tuple[Stored, Stored, 
         one, two = base.tensors[first], tuned.tensors[first]
         for other in names[1:]:
             if tuned_first[other] != tuned_first[first] and not _same(two, tuned.tensors[other]):
-                raise AdapterError(
-                    f"{first!r} and {other!r} are one (tied) weight in the base, and differ in the other"
-                )
+                raise AdapterError(f"{first!r} and {other!r} are one (tied) weight in the base, and two in the other")
         if not one.supported:
             if not np.array_equal(one.bytes(), two.bytes()):
                 raise AdapterError(f"{first!r} changed, and an adapter cannot hold entries of {one.dtype}")
