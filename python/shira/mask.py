@@ -221,6 +221,8 @@ class Mask:
             return
         if calibration is None:
             raise ValueError(f"{kind}: needs calibration batches: SparseTuner(model, mask, calibration=batches)")
+        if not weights:
+            return
         for mask in needing:
             mask._selected = {}
 
