@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -246,6 +246,9 @@ class SparseTuner:
         mask: one of ``shira.masks``.
         targets: a regular expression searched in the modules' names, or a list of names (whole, or their last parts, as
             ``"q_proj"``), or None for every ``nn.Linear``.
+        calibration: batches for a mask by gradients (`shira.masks.Grad`, `shira.masks.Snip`): a batch is what the model
+            is called with, a mapping, a tuple, a list or a tensor. The model is as before afterwards.
+        loss: ``loss(model, batch)`` gives the scalar for calibration; None: the model's own ``output.loss``.
         allow_unused: accept targets that get no gradient in the first step (layers that run only now and then).
     """
 
@@ -255,6 +258,8 @@ class SparseTuner:
         mask: Mask,
         targets: str | Sequence[str] | None = None,
         *,
+        calibration: Iterable[Any] | None = None,
+        loss: Callable[[nn.Module, Any], Tensor] | None = None,
         allow_unused: bool = False,
     ) -> None:
         if not isinstance(mask, Mask):
@@ -267,6 +272,8 @@ class SparseTuner:
         slots = _model.slots(self.model)
         chosen = _chosen(self.model, slots, targets)
         mask.check({name: group[0].weight for name, group in chosen.items()})
+        places = {name: [(slot.module, slot.attribute) for slot in group] for name, group in chosen.items()}
+        mask.prepare(self.model, places, calibration, loss)
         prepared = [self._prepare(name, group) for name, group in chosen.items()]
 
         # Everything is checked: from here on the model changes.
