@@ -42,6 +42,11 @@ class _Masked(Optimizer):
             group.setdefault("maximize", False)
             group.setdefault("decay_towards", "zero")
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for group in state_dict["param_groups"]:
+            self._check({**self.defaults, **group, "params": []})
+        super().load_state_dict(state_dict)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         try:
@@ -73,8 +78,8 @@ class _Masked(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            items, others = self._divide(group)
+        # All are looked through before the first one steps: a refused step has changed nothing.
+        for group, items, others in [(group, *self._divide(group)) for group in self.param_groups]:
             if items:
                 self._step_values(group, items)
             if others:

@@ -80,11 +80,11 @@ class Trainer:
         self.model = tuner.model if model is None else model
         self.optimizer = AdamW(tuner) if optimizer is None else optimizer
         self.scheduler, self.clip, self.autocast, self.accumulate = scheduler, clip, autocast, accumulate
-        self._values = list(tuner.parameters())
+        values = list(tuner.parameters())
         trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        if not all(id(values) in trained for values in self._values):
+        if not all(id(p) in trained for p in values):
             raise ValueError("Trainer: the optimizer must train every one of tuner.parameters()")
-        self.device = self._values[0].device
+        self.device = values[0].device
         if scaler is None and autocast == torch.float16:
             scaler = torch.amp.GradScaler(self.device.type)
         self.scaler = scaler
@@ -230,12 +230,11 @@ class Trainer:
     def resume(self, path: str | os.PathLike[str]) -> Trainer:
         """Go on from a checkpoint as if training had never stopped; refuses another adapter's, base's or set-up's."""
         where = os.fspath(path)
-        try:
-            state = torch.load(where, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
-        except Exception as error:  # torch raises whatever the broken part of a file brings up
-            raise ValueError(f"{where}: this is no whole checkpoint of shira.Trainer: {error}") from error
+        with open(where, "rb") as file:
+            try:
+                state = torch.load(file, map_location="cpu", weights_only=True)
+            except Exception as error:  # torch raises whatever the broken part of a file brings up
+                raise ValueError(f"{where}: this is no whole checkpoint of shira.Trainer: {error}") from error
         if not isinstance(state, dict) or state.get("version") != 1 or "tuner" not in state:
             raise ValueError(f"{where}: this is no checkpoint of shira.Trainer, version 1")
         kind = type(self.optimizer).__name__
