@@ -156,7 +156,7 @@ def test_decay_towards_the_base() -> None:
     rate, decay = 1e-2, 0.3
     for kind, adam in ((AdamW, True), (SGD, False)):
         for sign in (1, -1):
-            model, tuner = setup(torch.float64)
+            _, tuner = setup(torch.float64)
             optimizer = kind(tuner, lr=rate, weight_decay=decay, decay_towards="base", maximize=sign < 0)
             base = values_of(tuner)
             twins = [b.clone() for b in base]
@@ -201,7 +201,7 @@ def test_whole_parameters_and_others_share_one_optimizer(kind: Any) -> None:
     options = {} if kind is AdamW else {"momentum": 0.9}
     results = []
     for make in (kind, theirs):
-        model, tuner = setup(targets=r"^0$", whole=r"^2\.")
+        model, _ = setup(targets=r"^0$", whole=r"^2\.")
         model[0].bias.requires_grad_(True)
         optimizer = make(model.parameters(), lr=1e-2, weight_decay=0.1, **options)
         before = bits(model)
@@ -234,7 +234,7 @@ def test_groups_and_closure() -> None:
 
 def test_values_that_joined_later_have_their_own_count() -> None:
     """Steps are counted for each parameter, so a late group has the bias correction of its own first step."""
-    model, tuner = setup()
+    _, tuner = setup()
     first, second = tuner.parameters()
     optimizer = AdamW([first], lr=1e-2)
     for _ in range(3):

@@ -242,7 +242,7 @@ def test_default_loss_is_the_models_own() -> None:
     before = trainer.evaluate([{"x": torch.ones(2, 4)}])
     trainer.fit(steps=3)
     assert trainer.loss < before
-    with pytest.raises(TypeError, match="give loss=.*a batch is a list here"):
+    with pytest.raises(TypeError, match=r"give loss=.*a batch is a list here"):
         Trainer(tuner, [[1]], progress=False).fit(steps=1)
     tuner = SparseTuner(network(), masks.Rand(density=0.5))
     with pytest.raises(TypeError, match="the model's output has no loss"):
@@ -307,7 +307,7 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"run\.pt: this is no whole checkpoint"):
             make().resume(path)
     torch.save({"version": 2}, path)
-    with pytest.raises(ValueError, match="no checkpoint of shira.Trainer, version 1"):
+    with pytest.raises(ValueError, match=r"no checkpoint of shira\.Trainer, version 1"):
         make().resume(path)
     with pytest.raises(FileNotFoundError):
         make().resume(tmp_path / "nothing.pt")
