@@ -238,8 +238,7 @@ def test_transformers_trainer_with_our_optimizer_is_the_plain_loop(tmp_path: Pat
             model.train()
             for at in range(0, 12, 2):
                 both = {key: torch.stack([row[key] for row in data[at : at + 2]]) for key in data[0]}
-                # What transformers' Trainer divides the sum of the tokens' losses by.
-                model(**both, num_items_in_batch=both["labels"].numel()).loss.backward()
+                model(**both).loss.backward()
                 nn.utils.clip_grad_norm_(tuner.parameters(), 0.3)
                 optimizer.step()
                 schedule.step()
