@@ -269,6 +269,7 @@ def run(out: str | Path = "demo-out", seed: int = 0, console: Console | None = N
         optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAIN_LR)
         tick = bar("pretraining on upright digits", PRETRAIN_EPOCHS)
         fit(model, optimizer, digits.train, digits.train_labels, PRETRAIN_EPOCHS, seed, tick)
+        model.zero_grad()  # dense gradients are of no more use
         base = bits(model)
         files: dict[str, Path] = {}
         trainable = 0
