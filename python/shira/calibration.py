@@ -6,7 +6,8 @@ stays small:
 
 - Weights of ``nn.Linear`` layers have no gradient of their own in the backward pass. A forward hook keeps what their
   gradient is made of, a batch's ``grad_output`` and ``input``, ``[tokens, m]`` and ``[tokens, n]``; the gradient is
-  ``sum over batches of grad_output^T @ input``. While all that is kept for a weight is no larger than its gradient, it
+  ``sum over batches of grad_output^T @ input``, each product in the layer's dtype as autograd has it, the sum in fp32.
+  While all that is kept for a weight is no larger than its gradient, it
   is kept; beyond that, it is added into an fp32 accumulator of the weight's shape and let go.
 - Any other weight (convolutions, embeddings, subclasses of ``nn.Linear``, plain parameters) gets autograd's dense
   gradient, which a hook of the parameter adds into an fp32 accumulator and frees at once.
@@ -38,8 +39,8 @@ Loss = Callable[[nn.Module, Any], Tensor]
 Visit = Callable[[str, Tensor], None]
 
 _END = object()
-# Tokens of one product where entries must be widened first: what is widened at a time.
-_TOKENS = 2048
+# Rows of a narrow gradient that are made at a time, before they are added in fp32.
+_ROWS = 512
 
 
 def stream(
@@ -172,11 +173,13 @@ class _Gradient:
 
     def _add(self, grad_output: Tensor, input: Tensor) -> None:
         total = self._accumulator()
-        if grad_output.dtype == input.dtype == self.dtype:
+        if grad_output.dtype == self.dtype:
             total.addmm_(grad_output.t(), input)
             return
-        for g, x in zip(grad_output.split(_TOKENS), input.split(_TOKENS), strict=True):
-            total.addmm_(g.to(self.dtype).t(), x.to(self.dtype))
+        # A batch's share in the layer's own dtype, as autograd makes it (in fp32 it took 1.6 times as long on CPU), but
+        # some rows at a time.
+        for rows, part in zip(total.split(_ROWS), grad_output.split(_ROWS, dim=1), strict=True):
+            rows.add_(part.t() @ input)
 
 
 def _bytes(tensor: Tensor) -> int:
