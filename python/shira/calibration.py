@@ -7,8 +7,8 @@ stays small:
 - Weights of ``nn.Linear`` layers have no gradient of their own in the backward pass. A forward hook keeps what their
   gradient is made of, a batch's ``grad_output`` and ``input``, ``[tokens, m]`` and ``[tokens, n]``; the gradient is
   ``sum over batches of grad_output^T @ input``, each product in the layer's dtype as autograd has it, the sum in fp32.
-  While all that is kept for a weight is no larger than its gradient, it
-  is kept; beyond that, it is added into an fp32 accumulator of the weight's shape and let go.
+  While all that is kept for a weight is no larger than that sum, it is kept; beyond that, it is added into an fp32
+  accumulator of the weight's shape and let go.
 - Any other weight (convolutions, embeddings, subclasses of ``nn.Linear``, plain parameters) gets autograd's dense
   gradient, which a hook of the parameter adds into an fp32 accumulator and frees at once.
 - In the last batch's backward pass a weight's gradient is finished, handed to ``visit`` and freed as soon as its last
