@@ -175,8 +175,8 @@ class _Gradient:
         if grad_output.dtype == self.dtype:
             self.total = grad_output.t() @ input if self.total is None else self.total.addmm_(grad_output.t(), input)
             return
-        # In the layer's own dtype, as autograd multiplies (in fp32 calibration took 1.6 times as long on CPU), some rows
-        # at a time, and summed in fp32.
+        # In the layer's own dtype, as autograd multiplies (in fp32 it took 1.6 times as long on CPU), some rows at a
+        # time, and summed in fp32.
         first = self.total is None
         if self.total is None:
             self.total = torch.empty(self.weight.shape, dtype=self.dtype, device=self.weight.device)
