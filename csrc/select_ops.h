@@ -36,9 +36,7 @@ struct SelectOps {
     const bool reads = score != "magnitude";
     if (grad.has_value() && reads) {
       check_device(op, {"grad"}, *grad, weight, {"weight"});
-      const ScalarType own = weight.scalar_type(), given = grad->scalar_type();
-      SHIRA_CHECK(given == own || given == ScalarType::Float, op, ": grad must have weight's dtype ", dtype_name(own),
-                  own == ScalarType::Float ? "" : " or float32", ", got ", dtype_name(given));
+      check_dtype(op, {"grad"}, *grad, Values::WeightOrFloat32, weight, {"weight"});
       SHIRA_CHECK(same_shape(*grad, weight), op, ": grad must have weight's shape ", list_text(weight.sizes()),
                   ", got shape ", list_text(grad->sizes()));
       check_contiguous(op, {"grad"}, *grad);

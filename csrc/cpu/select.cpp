@@ -10,6 +10,7 @@
 #include <mutex>
 
 #include "../select_ops.h"
+#include "dispatch.h"
 #include "vector.h"
 
 namespace shira::cpu {
@@ -302,10 +303,10 @@ void write_selected(const Source& source, Cut<Key> cut, Index* out) {
 template <typename Key, typename Source>
 void select_from(const Source& source, int64_t k, const Tensor& indices) {
   const Cut<Key> cut = find_cut<Key>(source, k);
-  if (indices.scalar_type() == ScalarType::Int)
-    write_selected(source, cut, indices.mutable_data_ptr<int32_t>());
-  else
-    write_selected(source, cut, indices.mutable_data_ptr<int64_t>());
+  with_index(indices.scalar_type(), [&](auto index) {
+    using Index = typename decltype(index)::type;
+    write_selected(source, cut, indices.mutable_data_ptr<Index>());
+  });
 }
 
 // ---- select_top ------------------------------------------------------------------------------------------------
@@ -321,33 +322,20 @@ void top(const Tensor& weight, const Tensor* grad, int64_t k, int64_t granule, c
     select_from<Key>(scores, k, indices);
 }
 
-template <typename W>
-void top(const Tensor& weight, const Tensor* grad, int64_t k, Score score, int64_t granule, const Tensor& indices) {
-  const auto with = [&](auto gradient) {
-    using G = decltype(gradient);
-    if (score == Score::Grad)
-      top<W, G, Score::Grad>(weight, grad, k, granule, indices);
-    else
-      top<W, G, Score::Snip>(weight, grad, k, granule, indices);
-  };
-  if (score == Score::Magnitude)
-    top<W, W, Score::Magnitude>(weight, grad, k, granule, indices);
-  else if (grad->scalar_type() == weight.scalar_type())
-    with(W{});
-  else
-    with(core::Float32{});
-}
-
 struct Cpu {
   static Tensor top(const Tensor& weight, const Tensor* grad, int64_t k, Score score, int64_t granule) {
     const Tensor indices = torch::stable::new_empty(weight, {k}, index_type(weight.numel() / granule));
     if (k == 0) return indices;
-    switch (weight.scalar_type()) {
-      case ScalarType::Half: cpu::top<core::Float16>(weight, grad, k, score, granule, indices); break;
-      case ScalarType::BFloat16: cpu::top<core::BFloat16>(weight, grad, k, score, granule, indices); break;
-      case ScalarType::Float: cpu::top<core::Float32>(weight, grad, k, score, granule, indices); break;
-      default: cpu::top<core::Float64>(weight, grad, k, score, granule, indices); break;
-    }
+    const ScalarType gradient = (grad == nullptr ? weight : *grad).scalar_type();
+    with_dtypes(weight.scalar_type(), gradient, [&](auto w, auto g) {
+      using W = typename decltype(w)::type;
+      using G = typename decltype(g)::type;
+      switch (score) {
+        case Score::Magnitude: return cpu::top<W, W, Score::Magnitude>(weight, nullptr, k, granule, indices);
+        case Score::Grad: return cpu::top<W, G, Score::Grad>(weight, grad, k, granule, indices);
+        case Score::Snip: return cpu::top<W, G, Score::Snip>(weight, grad, k, granule, indices);
+      }
+    });
     return indices;
   }
 };
@@ -430,7 +418,7 @@ Tensor select_random(int64_t numel, int64_t k, int64_t seed, std::optional<torch
   const Tensor indices = torch::stable::empty({k}, type, std::nullopt, cpu);
   if (k > 0) {
     const core::Permutation permutation(static_cast<uint64_t>(domain), static_cast<uint64_t>(seed));
-    type == ScalarType::Int ? random<int32_t>(permutation, indices) : random<int64_t>(permutation, indices);
+    with_index(type, [&](auto index) { random<typename decltype(index)::type>(permutation, indices); });
   }
   return device.has_value() && !device->is_cpu() ? torch::stable::to(indices, *device) : indices;
 }
