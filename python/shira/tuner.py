@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import re
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -336,6 +336,9 @@ class SparseTuner:
             a list of names of parameters or modules. They become part of the adapter, and `detach` puts them back.
         gradient: ``"sampled"`` takes the gradient at the mask alone wherever the layer allows it; ``"dense"`` makes the
             full gradient of every target and masks it, as in the paper (arXiv 2406.13175, section 3.2).
+        calibration: batches for a mask by gradients (`shira.masks.Grad`, `shira.masks.Snip`): a batch is what the model
+            is called with, a mapping, a tuple, a list or a tensor. The model is as before afterwards.
+        loss: ``loss(model, batch)`` gives the scalar for calibration; None: the model's own ``output.loss``.
         allow_unused: accept targets that get no gradient in the first step (layers that run only now and then).
     """
 
@@ -347,6 +350,8 @@ class SparseTuner:
         *,
         whole: str | Sequence[str] | None = None,
         gradient: str = "sampled",
+        calibration: Iterable[Any] | None = None,
+        loss: Callable[[nn.Module, Any], Tensor] | None = None,
         allow_unused: bool = False,
     ) -> None:
         if not isinstance(mask, Mask):
@@ -358,6 +363,8 @@ class SparseTuner:
         if not chosen and not entire:
             raise ValueError("SparseTuner: targets is empty, so nothing would train")
         mask.check({name: group[0].weight for name, group in chosen.items()})
+        places = {name: [(slot.module, slot.attribute) for slot in group] for name, group in chosen.items()}
+        mask.prepare(self.model, places, calibration, loss)
         plans = [self._masked(mask, name, group) for name, group in chosen.items()]
         plans += [self._entire(name, group) for name, group in entire.items()]
         self._install(plans, allow_unused)
