@@ -1,0 +1,41 @@
+"""The examples run as a newcomer runs them: offline, in their own process, and do what they say."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shira import Adapter
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(name: str, *arguments: str, folder: Path) -> str:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_train_loop(tmp_path: Path) -> None:
+    out = run("train_loop.py", folder=tmp_path)
+    assert "base restored bit for bit: True" in out
+    shares = [float(word.strip("%,\n")) for word in out.split("quarters")[-1].split() if "%" in word]
+    assert shares[-1] > 90
+    assert Adapter.load(tmp_path / "adapter.safetensors").weights["4.bias"].whole
+
+
+def test_train_transformers(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    out = run("train_transformers.py", "--out", "a.safetensors", "--steps", "40", folder=tmp_path)
+    losses = [line for line in out.splitlines() if line.startswith("loss ")]
+    before, after = (float(word) for word in losses[0].replace(",", "").split() if word[0].isdigit())
+    assert after < before - 1
+    assert losses[1].split()[1] == f"{before:.3f}"  # on the base again
+    assert Adapter.load(tmp_path / "a.safetensors").nnz > 1000
