@@ -89,7 +89,7 @@ struct Run {
   uint32_t first;
   uint16_t row, count;
 };
-static_assert(2 << kLargeTile <= std::numeric_limits<uint16_t>::max());
+static_assert(1 << kLargeTile <= std::numeric_limits<uint16_t>::max());
 
 // What one thread does at a time.
 struct Part {
@@ -217,7 +217,11 @@ class Sampled {
   }
 
  private:
-  int64_t part_rows() const { return std::min<int64_t>(kRowBytes / (depth_ * sizeof(C)), longest_); }
+  int64_t part_rows() const {
+    constexpr int64_t kEntries = std::numeric_limits<uint32_t>::max();  // what Run can count
+    const int64_t most = std::min<int64_t>(kRowBytes / (depth_ * sizeof(C)), kEntries / problem_.columns);
+    return std::min(most, longest_);
+  }
 
   // Shares of equal work, in parts of at most so many rows. Rows weigh what they cost: their entries, and the packing
   // of one column, some four entries.
@@ -263,7 +267,7 @@ class Sampled {
   }
 
   void visit(const Part& part, const C* left, const C* right, int64_t depth, C* result, bool add) const {
-    int64_t offsets[2 << kLargeTile];
+    int64_t offsets[1 << kLargeTile];
     for (const Run& run : part.runs) {
       const int64_t first = part.entry_begin + run.first, row_start = (part.row_begin + run.row) * mask_.columns;
       place(first, first + run.count, row_start, depth, offsets);
@@ -312,6 +316,8 @@ struct Cpu {
   }
   static void sampled(const SampledGrad& problem, const Tensor& grad_output, const Tensor& input, const Tensor& indices,
                       const Tensor& result) {
+    SHIRA_CHECK(problem.columns <= std::numeric_limits<uint32_t>::max(),
+                "sampled_grad: input must have fewer than 2^32 columns, got ", problem.columns);
     with_dtype(input.scalar_type(), [&](auto dtype) {
       using D = decltype(dtype);
       auto* const out = static_cast<typename D::Compute*>(result.mutable_data_ptr());
