@@ -338,7 +338,6 @@ def test_signed_gradients_cancel():
         ),
         (masks.Snip(density=0.1), {"calibration": [0], "loss": lambda model, batch: batch}, "scalar tensor, got int"),
     ],
-    ids=str,
 )
 def test_refusals(mask, options, says):
     model = mlp(4, 4)
