@@ -48,10 +48,10 @@ using namespace shira::cpu::avx512;
 
 // A column's tokens in one packed block: 8 registers of the widest kind.
 constexpr int64_t kDepthBytes = 512;
-// Columns of a tile. Packed, 32 of them fit the first-level cache beside the column of grad_output that meets them,
-// 1024 the second-level one: few columns where runs stay long enough to share that column, many where they do not.
-constexpr int kFewest = 5, kMost = 10;    // powers of 2
-constexpr int64_t kLongRun = 6;           // entries on average
+// Columns of a tile, as powers of 2. Packed, 32 fit the first-level cache beside the column of grad_output that meets
+// them: best where a mask holds many of them at once, as granules and whole rows do. Else 1024, which fit the second
+// level: runs are longer there, and so groups fuller.
+constexpr int kSmallTile = 5, kLargeTile = 10;
 constexpr int64_t kRowBytes = 256 << 10;  // the packed rows of a part, at most
 // Each side's packed block has at most this share of the dense gradient's bytes.
 constexpr int64_t kShare = 16;
@@ -89,7 +89,7 @@ struct Run {
   uint32_t first;
   uint16_t row, count;
 };
-static_assert(2 << kMost <= std::numeric_limits<uint16_t>::max());
+static_assert(1 << kLargeTile <= std::numeric_limits<uint16_t>::max());
 
 // What one thread does at a time.
 struct Part {
@@ -145,16 +145,14 @@ struct Mask {
   }
 };
 
-// The logarithm of a tile's columns: the smallest at which runs are long enough, judged by the first entries.
+// The logarithm of a tile's columns, judged by the first entries: small tiles where their runs fill whole groups.
 template <typename I>
 int tile_of(const Mask<I>& mask, int64_t begin, int64_t end) {
   end = std::min<int64_t>(end, begin + 1024);
-  for (int log = kFewest; log < kMost; ++log) {
-    int64_t count = 0;
-    mask.runs(begin, end, log, [&](int64_t, int64_t, int64_t, int64_t) { ++count; });
-    if (count * kLongRun <= end - begin) return log;
-  }
-  return kMost;
+  int64_t groups = 0;
+  mask.runs(begin, end, kSmallTile,
+            [&](int64_t, int64_t, int64_t, int64_t count) { groups += (count + kGroup - 1) / kGroup; });
+  return groups * kGroup * 9 <= (end - begin) * 10 ? kSmallTile : kLargeTile;
 }
 
 // The runs of a part, sorted by tile and row.
@@ -219,7 +217,11 @@ class Sampled {
   }
 
  private:
-  int64_t part_rows() const { return std::min<int64_t>(kRowBytes / (depth_ * sizeof(C)), longest_); }
+  int64_t part_rows() const {
+    constexpr int64_t kEntries = std::numeric_limits<uint32_t>::max();  // what Run can count
+    const int64_t most = std::min<int64_t>(kRowBytes / (depth_ * sizeof(C)), kEntries / problem_.columns);
+    return std::min(most, longest_);
+  }
 
   // Shares of equal work, in parts of at most so many rows. Rows weigh what they cost: their entries, and the packing
   // of one column, some four entries.
@@ -265,7 +267,7 @@ class Sampled {
   }
 
   void visit(const Part& part, const C* left, const C* right, int64_t depth, C* result, bool add) const {
-    int64_t offsets[2 << kMost];
+    int64_t offsets[1 << kLargeTile];
     for (const Run& run : part.runs) {
       const int64_t first = part.entry_begin + run.first, row_start = (part.row_begin + run.row) * mask_.columns;
       place(first, first + run.count, row_start, depth, offsets);
@@ -314,6 +316,8 @@ struct Cpu {
   }
   static void sampled(const SampledGrad& problem, const Tensor& grad_output, const Tensor& input, const Tensor& indices,
                       const Tensor& result) {
+    SHIRA_CHECK(problem.columns <= std::numeric_limits<uint32_t>::max(),
+                "sampled_grad: input must have fewer than 2^32 columns, got ", problem.columns);
     with_dtype(input.scalar_type(), [&](auto dtype) {
       using D = decltype(dtype);
       auto* const out = static_cast<typename D::Compute*>(result.mutable_data_ptr());
