@@ -5,7 +5,7 @@
 #include <memory>
 
 #include "../fuse_ops.h"
-#include "dispatch.h"
+#include "../dispatch.h"
 #include "vector.h"
 #include "walk.h"
 
