@@ -4,8 +4,8 @@
 #include <atomic>
 #include <memory>
 
-#include "../fuse_ops.h"
 #include "../dispatch.h"
+#include "../fuse_ops.h"
 #include "vector.h"
 #include "walk.h"
 
@@ -223,6 +223,7 @@ void fuse_entries(const FuseTask& task, int64_t from, int64_t n, const typename 
   using C = typename W::Compute;
   const auto* const adapters = static_cast<const Adapter<V, C>*>(task.adapters);
   const O* const offsets = static_cast<const O*>(task.offsets) + from;
+  const int64_t* const sources = task.sources;
   VB values[kBlock];
   Strength<C> strengths[kBlock];
   int32_t others[kBlock];
@@ -230,9 +231,9 @@ void fuse_entries(const FuseTask& task, int64_t from, int64_t n, const typename 
   O begin = offsets[0];
   for (int64_t i = 0; i < n; ++i) {
     const O end = offsets[i + 1];
-    if (begin % 8 == 0) prefetch_read(reinterpret_cast<const char*>(task.sources + begin) + kStreamAhead);
+    if (begin % 8 == 0) prefetch_read(reinterpret_cast<const char*>(sources + begin) + kStreamAhead);
     if (end - begin == 1) {
-      const int64_t source = task.sources[begin];
+      const int64_t source = sources[begin];
       const Adapter<V, C>& adapter = adapters[core::adapter_of(source)];
       values[i] = adapter.values[core::position_of(source)];
       strengths[i] = adapter.strength;
@@ -250,7 +251,7 @@ void fuse_entries(const FuseTask& task, int64_t from, int64_t n, const typename 
     const int32_t i = others[k];
     core::FusedEntry<W, V> entry(base[i]);
     for (O at = offsets[i]; at < offsets[i + 1]; ++at) {
-      const int64_t source = task.sources[at];
+      const int64_t source = sources[at];
       const Adapter<V, C>& adapter = adapters[core::adapter_of(source)];
       entry.add(adapter.strength.rule, adapter.values[core::position_of(source)], adapter.strength.alpha);
     }
@@ -306,24 +307,25 @@ void fuse_chunk(const FuseTask& task, int64_t begin, int64_t end) {
   constexpr int64_t kBytes = sizeof(WB);
   const I* const indices = static_cast<const I*>(task.indices);
   const int64_t granule = task.granule;
+  char* const weight = task.weight;
   WB mixed[kBlock];
   // Of single entries the next block's lines are fetched while this one is mixed, which takes as long.
-  const auto fetch = [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) prefetch_write(task.weight + int64_t{indices[i]} * kBytes);
+  const auto fetch = [=](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) prefetch_write(weight + int64_t{indices[i]} * kBytes);
   };
   const int64_t block = granule == 1 ? kAhead : kBlock;
   if (granule == 1) fetch(begin, std::min(end, begin + block));
   for (int64_t from = begin; from < end; from += block) {
     const int64_t to = std::min(end, from + block);
     WB* const base = reinterpret_cast<WB*>(task.saved) + from;
-    const auto keep = [&](int64_t offset, int64_t at, int64_t length) {
-      memcpy(base + (at - from), task.weight + offset, length * kBytes);
+    const auto keep = [=](int64_t offset, int64_t at, int64_t length) {
+      memcpy(base + (at - from), weight + offset, length * kBytes);
     };
     if (granule == 1) fetch(to, std::min(end, to + block));
     if (!task.refuse && granule == 1)
-      walk<kBytes, Fetch::None>(task.weight, indices, granule, from, to, task.total, false, keep);
+      walk<kBytes, Fetch::None>(weight, indices, granule, from, to, task.total, false, keep);
     else if (!task.refuse)
-      walk<kBytes, Fetch::Write>(task.weight, indices, granule, from, to, task.total, from == begin, keep);
+      walk<kBytes, Fetch::Write>(weight, indices, granule, from, to, task.total, from == begin, keep);
     if (granule == 1) {
       fuse_entries<W, V, O>(task, from, to - from, base, mixed);
     } else {
@@ -333,9 +335,9 @@ void fuse_chunk(const FuseTask& task, int64_t begin, int64_t end) {
         at += length;
       }
     }
-    walk<kBytes, Fetch::None>(task.weight, indices, granule, from, to, task.total, false,
-                              [&](int64_t offset, int64_t at, int64_t length) {
-                                memcpy(task.weight + offset, mixed + (at - from), length * kBytes);
+    walk<kBytes, Fetch::None>(weight, indices, granule, from, to, task.total, false,
+                              [=, &mixed](int64_t offset, int64_t at, int64_t length) {
+                                memcpy(weight + offset, mixed + (at - from), length * kBytes);
                               });
   }
 }
