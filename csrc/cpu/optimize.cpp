@@ -6,8 +6,8 @@
 
 #include <array>
 
+#include "../dispatch.h"
 #include "../optimize_ops.h"
-#include "dispatch.h"
 #include "vector.h"
 #include "walk.h"
 
