@@ -88,14 +88,11 @@ inline std::string list_text(const Sizes& sizes) {
 
 inline std::string device_name(const Tensor& t) {
   const auto device = t.device();
-  const char* type = "another kind";
-  switch (device.type()) {
-    case torch::headeronly::DeviceType::CPU: return "cpu";
-    case torch::headeronly::DeviceType::CUDA: type = "cuda"; break;
-    case torch::headeronly::DeviceType::Meta: type = "meta"; break;
-    default: break;
-  }
-  return device.has_index() ? std::string(type) + ":" + std::to_string(device.index()) : type;
+  const char* type = device.type() == torch::headeronly::DeviceType::CPU    ? "cpu"
+                     : device.type() == torch::headeronly::DeviceType::CUDA ? "cuda"
+                     : device.type() == torch::headeronly::DeviceType::Meta ? "meta"
+                                                                            : "another kind";
+  return device.has_index() && !device.is_cpu() ? std::string(type) + ":" + std::to_string(device.index()) : type;
 }
 
 inline bool is_float(ScalarType type) {
@@ -155,16 +152,30 @@ inline void check_indices(const char* op, Name name, const Tensor& indices) {
 // Which dtypes `values` may have beside the weight's own.
 enum class Values { Weight, WeightOrFloat32 };
 
-inline void check_values(const char* op, Name name, const Tensor& values, Values dtypes, const Tensor& weight,
-                         Name weight_name, const Tensor& indices, int64_t granule) {
-  check_device(op, name, values, weight, weight_name);
+inline void check_dtype(const char* op, Name name, const Tensor& values, Values dtypes, const Tensor& weight,
+                        Name weight_name) {
   const ScalarType own = weight.scalar_type(), given = values.scalar_type();
   const bool fp32_too = dtypes == Values::WeightOrFloat32 && is_float(own) && own != ScalarType::Float;
   SHIRA_CHECK(given == own || (fp32_too && given == ScalarType::Float), op, ": ", name, " must have ", weight_name,
               "'s dtype ", dtype_name(own), fp32_too ? " or float32" : "", ", got ", dtype_name(given));
-  SHIRA_CHECK(values.dim() == 1, op, ": ", name, " must be 1-D, got shape ", list_text(values.sizes()));
-  SHIRA_CHECK(values.numel() == indices.numel() * granule, op, ": ", name, " must have ", indices.numel() * granule,
-              " entries (", indices.numel(), " indices of granule ", granule, "), got ", values.numel());
+}
+
+inline void check_one_dimensional(const char* op, Name name, const Tensor& t) {
+  SHIRA_CHECK(t.dim() == 1, op, ": ", name, " must be 1-D, got shape ", list_text(t.sizes()));
+}
+
+// One entry for each that `indices` selects.
+inline void check_entries(const char* op, Name name, const Tensor& t, const Tensor& indices, int64_t granule) {
+  check_one_dimensional(op, name, t);
+  SHIRA_CHECK(t.numel() == indices.numel() * granule, op, ": ", name, " must have ", indices.numel() * granule,
+              " entries (", indices.numel(), " indices of granule ", granule, "), got ", t.numel());
+}
+
+inline void check_values(const char* op, Name name, const Tensor& values, Values dtypes, const Tensor& weight,
+                         Name weight_name, const Tensor& indices, int64_t granule) {
+  check_device(op, name, values, weight, weight_name);
+  check_dtype(op, name, values, dtypes, weight, weight_name);
+  check_entries(op, name, values, indices, granule);
   check_contiguous(op, name, values);
 }
 

@@ -8,6 +8,8 @@
 STABLE_TORCH_LIBRARY(shira, m) {
   SHIRA_SCHEMAS(m);
   m.def("_build_info() -> int");
+  // sampled_grad in any vector width that the processor has: its bits depend on the width, so the tests ask for each.
+  m.def("_sampled_grad(Tensor grad_output, Tensor input, Tensor indices, int granule, str width) -> Tensor");
 }
 
 // Exported by libtorch_cuda only; weak, so that it is null under a CPU torch.

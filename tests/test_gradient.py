@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,26 @@ import torch
 
 import cases
 from cases import FLOAT_DTYPES, GRANULES, TOLERANCE, Backend, Case, assert_same, build, run
+from shira import _codec
 from test_switch import id_of
+
+
+def of_width(width: str) -> Callable[[str], Callable[..., torch.Tensor]]:
+    def sampled_grad(
+        grad_output: torch.Tensor, input: torch.Tensor, indices: torch.Tensor, granule: int = 1
+    ) -> torch.Tensor:
+        return torch.ops.shira._sampled_grad.default(grad_output, input, indices, granule, width)
+
+    return lambda op: sampled_grad
+
+
+WIDTHS = [Backend(width, "cpu", of_width(width), ops=("sampled_grad",)) for width in _codec.widths()]
+
+
+@pytest.fixture(params=[*cases.BACKENDS, *WIDTHS], ids=lambda backend: backend.name)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Every backend, and the CPU kernel in every vector width of this processor."""
+    return request.param
 
 
 def integers(rng: np.random.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -25,6 +45,14 @@ def exact(case: Case, seed: int) -> Case:
         t = case.args[name]
         case.args[name] = integers(rng, t.shape, t.dtype)
     return case
+
+
+def within(case: Case, given: torch.Tensor) -> bool:
+    """The result is the dense gradient's entries in fp64, within the rounding of a sum of 33 terms."""
+    x, y = case.args["grad_output"].double(), case.args["input"].double()
+    places, granule = case.args["indices"].long(), case.args["granule"]
+    wanted, size = (dense.view(-1, granule)[places].view(-1) for dense in (x.T @ y, x.abs().T @ y.abs()))
+    return bool(((given.double() - wanted).abs() <= TOLERANCE["sampled_grad", given.dtype] * size).all())
 
 
 @pytest.mark.subset
@@ -48,12 +76,10 @@ def test_against_the_dense_gradient(backend: Backend, dtype: torch.dtype) -> Non
         limit = rows * columns // granule
         indices = cases.random_indices(rng, limit, limit // 2, torch.int64)
         args = {"grad_output": grad_output, "input": input, "indices": indices, "granule": granule}
-        given = run(backend, Case("sampled_grad", args))["result"]
-        wide = (grad_output.double().T @ input.double()).view(limit, granule)[indices].view(-1)
-        size = (grad_output.double().abs().T @ input.double().abs()).view(limit, granule)[indices].view(-1)
-        compute = torch.float64 if dtype == torch.float64 else torch.float32
-        assert given.dtype == compute
-        assert bool(((given.double() - wide).abs() <= TOLERANCE["sampled_grad", compute] * size).all())
+        case = Case("sampled_grad", args)
+        given = run(backend, case)["result"]
+        assert given.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert within(case, given)
 
 
 @pytest.mark.parametrize("leading", [(), (1,), (5,), (2, 3), (2, 1, 3), (0,), (2, 0)], ids=str)
@@ -106,3 +132,100 @@ def test_larger_than_a_block(backend: Backend) -> None:
         indices = cases.random_indices(rng, rows * columns, rows * columns // 9, torch.int32)
         args = {"grad_output": grad_output, "input": input, "indices": indices, "granule": granule}
         assert_same(run(backend, Case("sampled_grad", args)), run(cases.ORACLE, Case("sampled_grad", args)))
+
+
+# The CPU kernel
+
+
+@pytest.fixture(params=WIDTHS, ids=lambda backend: backend.name)
+def width(request: pytest.FixtureRequest) -> Backend:
+    return request.param
+
+
+def random_case(rng: np.random.Generator, shape: tuple[int, int, int], dtype: torch.dtype, granule: int = 1) -> Case:
+    """Numbers of any size, at a third of the granules of (tokens, rows, columns)."""
+    tokens, rows, columns = shape
+    grad_output, input = (cases.random_numbers(rng, tokens * n, dtype).view(tokens, n) for n in (rows, columns))
+    limit = rows * columns // granule
+    indices = cases.random_indices(rng, limit, limit // 3, torch.int32)
+    return Case("sampled_grad", {"grad_output": grad_output, "input": input, "indices": indices, "granule": granule})
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=id_of)
+def test_blocks_of_tokens_rows_and_columns(width: Backend, dtype: torch.dtype) -> None:
+    """Shapes around every size at which a loop ends: registers, packed blocks, tiles; sums of integers are exact."""
+    rng = np.random.default_rng(7)
+    shapes = [(tokens, 35, 50) for tokens in (1, 15, 16, 17, 31, 47, 300)]
+    shapes += [(3, rows, columns) for rows, columns in ((1, 1), (1, 700), (700, 1), (4099, 9), (9, 4099), (15, 33))]
+    shapes += [(129, 2049, 20), (33, 300, 8193)]  # several blocks of tokens deep; of rows; of columns
+    for tokens, rows, columns in shapes:
+        case = random_case(rng, (tokens, rows, columns), dtype, granule=next(g for g in (7, 3, 1) if columns % g == 0))
+        case = exact(case, tokens)
+        assert_same(run(width, case), run(cases.ORACLE, case))
+
+
+@pytest.mark.parametrize("tokens", [1, 33, 200])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=id_of)
+def test_rounding(width: Backend, dtype: torch.dtype, tokens: int) -> None:
+    case = random_case(np.random.default_rng(8), (tokens, 40, 48), dtype, granule=4)
+    assert within(case, run(width, case)["result"])
+
+
+def test_the_measure_of_rounding_can_fail(width: Backend) -> None:
+    """A sum that loses its last token, or one bit of bf16, is out of it."""
+    case = random_case(np.random.default_rng(8), (33, 40, 48), torch.float32)
+    given = run(width, case)["result"]
+    assert not within(case, given * (1 + 2.0**-9))
+    case.args["input"] = torch.cat([case.args["input"][:-1], torch.zeros(1, 48)])
+    assert not within(case, given)
+
+
+def test_subnormal_numbers_count(width: Backend) -> None:
+    """Neither what goes in nor what comes out is flushed to zero."""
+    for dtype, tiny in ((torch.float16, 2.0**-24), (torch.bfloat16, 2.0**-133), (torch.float32, 2.0**-149)):
+        ones = torch.ones(3, 2, dtype=dtype)
+        for x, y in ((ones * tiny, ones), (ones, ones * tiny)):
+            args = {"grad_output": x, "input": y, "indices": torch.arange(4), "granule": 1}
+            assert run(width, Case("sampled_grad", args))["result"].tolist() == [3 * tiny] * 4
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=id_of)
+def test_bits_of_an_entry_depend_on_its_columns_alone(width: Backend, dtype: torch.dtype) -> None:
+    """Neither on the threads, nor on what else the mask holds, nor on the granule."""
+    rng = np.random.default_rng(9)
+    case = random_case(rng, (300, 136, 520), dtype)
+    args = case.args
+    everything = {**args, "indices": torch.arange(136 * 520 // 8), "granule": 8}
+    torch.set_num_threads(1)
+    dense = run(width, Case("sampled_grad", everything))["result"]
+    wanted = {1: dense[args["indices"].long()], 8: dense.view(-1, 8)[::7].reshape(-1)}
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        assert_same(run(width, Case("sampled_grad", everything))["result"], dense)
+        assert_same(run(width, case)["result"], wanted[1])
+        eighth = {**everything, "indices": torch.arange(0, 136 * 520 // 8, 7, dtype=torch.int32)}
+        assert_same(run(width, Case("sampled_grad", eighth))["result"], wanted[8])
+
+
+@pytest.mark.usefixtures("threads")
+def test_masks_that_crowd(width: Backend) -> None:
+    """Rows, columns, a diagonal, one corner: threads divide by entries, and rows without one are skipped."""
+    rng = np.random.default_rng(10)
+    rows, columns = 300, 160
+    place = torch.arange(rows * columns).view(rows, columns)
+    masks = (place[7::100], place[:, 3::100], place.diagonal(), place[:2, :2], place[-1:, -1:], place[150:152])
+    for mask in masks:
+        case = exact(random_case(rng, (65, rows, columns), torch.bfloat16), 0)
+        case.args["indices"] = mask.reshape(-1)
+        assert_same(run(width, case), run(cases.ORACLE, case))
+
+
+def test_widths_are_named() -> None:
+    with pytest.raises(RuntimeError, match="_sampled_grad: width must be one that this processor has, got wide"):
+        of_width("wide")("sampled_grad")(torch.ones(1, 1), torch.ones(1, 1), torch.tensor([0]), 1)
+
+
+def test_the_default_is_the_widest() -> None:
+    case = random_case(np.random.default_rng(11), (100, 30, 40), torch.float32)
+    assert_same(run(cases.DISPATCHER, case), run(WIDTHS[-1], case))

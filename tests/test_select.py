@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -36,6 +37,47 @@ def test_top_past_the_grain(backend: Backend, score: str) -> None:
     for dtype, granule, count in ((torch.bfloat16, 1, 1000), (torch.float32, 1, 99_000), (torch.float32, 3, 1)):
         setup = Setup(dtype=dtype, granule=granule, limit=100_003 // granule, count=count if granule == 1 else 333)
         against_oracle(backend, build("select_top", setup, score=score), offset=1)
+
+
+def patterns() -> Iterator[tuple[str, torch.Tensor]]:
+    """Weights whose scores a sample guesses well, badly or not at all."""
+    n = 70_001
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(n, generator=generator)
+    inside = torch.rand(n, generator=generator)
+    yield "normal", normal
+    yield "rising", torch.arange(n, dtype=torch.float32)
+    yield "few values", (4 * normal).round()
+    yield "mostly zero", normal.where(inside < 0.01, -0.0)
+    yield "equal", torch.full((n,), -2.5)
+    yield "peaks", normal.where(inside > 0.0002, float("-inf"))
+    yield "subnormal", normal * 2.0**-148
+    yield "half NaN", normal.where(inside < 0.5, float("nan"))
+    yield "all NaN", torch.full((n,), float("nan"))
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(
+    ("name", "weight"), list(patterns()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_top_is_a_full_stable_sort(backend: Backend, name: str, weight: torch.Tensor) -> None:
+    score = weight.abs().where(~weight.isnan(), -1)
+    order = score.sort(descending=True, stable=True).indices
+    n = weight.numel()
+    for k in (1, 60, 700, 10_000, n // 2, n - 1, n):
+        case = Case("select_top", {"weight": weight, "grad": None, "k": k, "score": "magnitude"})
+        assert_same(run(backend, case)["result"], order[:k].sort().values.to(torch.int32), f"{name}, k {k}")
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=id_of)
+def test_top_of_large_weights(backend: Backend, dtype: torch.dtype, score: str) -> None:
+    """Past the size from which a sample guesses a threshold; granules of a few entries, and longer than a block."""
+    for granule, limit, count in ((1, 40_003, 401), (8, 33_001, 3300), (1500, 70, 7)):
+        setup = Setup(dtype=dtype, granule=granule, limit=limit, count=count, specials=granule == 1)
+        case = build("select_top", setup, score=score)
+        assert_same(run(backend, case), run(cases.REFERENCE, case))
 
 
 @pytest.mark.parametrize("k", [0, 1, 5, 10, 49, 50])
@@ -130,7 +172,8 @@ def test_random_of_wide_domains(backend: Backend) -> None:
 
 @pytest.mark.usefixtures("threads")
 def test_random_past_the_grain(backend: Backend) -> None:
-    for numel, k in ((100_003, 8193), (20_001, 20_001)):
+    # Dense choices, and sparse ones of 32 and 64 bits: each is sorted in its own way.
+    for numel, k in ((100_003, 8193), (20_001, 20_001), (2**31 - 1, 5001), (2**40 + 1, 5001)):
         case = Case("select_random", {"numel": numel, "k": k, "seed": 11, "device": None})
         assert_same(run(backend, case), run(cases.ORACLE, case))
     everything = chosen(backend, 65_537, 65_537, 1)
@@ -144,6 +187,7 @@ FROZEN: dict[tuple[int, int, int, int], list[int]] = {
     (1000, 12, 1, 1): [38, 151, 190, 208, 226, 295, 487, 608, 636, 694, 736, 918],
     (1000, 12, -1, 1): [20, 72, 125, 144, 171, 206, 335, 453, 612, 620, 636, 848],
     (4096 * 4096, 8, 42, 1): [1648307, 2662260, 6567311, 7827890, 7854578, 9107456, 10948468, 14369260],
+    (11008 * 4096, 8, 7, 1): [1384219, 4773329, 7809446, 15522131, 16080679, 26668623, 27164783, 40728905],
     (4096 * 4096, 8, 42, 32): [3843, 73480, 152657, 230739, 396974, 399786, 458765, 496002],
     (2**40, 4, 2**63 - 1, 1): [253135022212, 293691002709, 409022493268, 444415889593],
 }
@@ -153,6 +197,12 @@ FROZEN: dict[tuple[int, int, int, int], list[int]] = {
 def test_random_is_frozen(backend: Backend, key: tuple[int, int, int, int]) -> None:
     numel, k, seed, granule = key
     assert chosen(backend, numel, k, seed, granule).tolist() == FROZEN[key]
+
+
+def test_a_whole_mask_is_frozen(backend: Backend) -> None:
+    """1 % of a 4096 x 4096 weight: the fingerprint of all of its indices."""
+    drawn = chosen(backend, 4096 * 4096, 167_772, 42)
+    assert int(torch.ops.shira.fingerprint(drawn)) == -7946875405184105982
 
 
 def test_random_takes_more_by_adding(backend: Backend) -> None:

@@ -24,10 +24,11 @@ struct Float16 {
   static SHIRA_HD float load(uint16_t h) {
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
     const uint32_t exponent = (h >> 10) & 0x1Fu, fraction = h & 0x3FFu;
-    if (exponent == 31) return bits_to<float>(sign | 0x7F800000u | (fraction << 13));
-    if (exponent != 0) return bits_to<float>(sign | ((exponent + 112) << 23) | (fraction << 13));
-    // A subnormal is fraction * 2^-24, exactly a float.
-    const float magnitude = static_cast<float>(fraction) * 5.9604644775390625e-8f;
+    // No branch, so that loops vectorise. A subnormal is (2^-14 + fraction * 2^-24) - 2^-14, all of it exact;
+    // infinities and NaN get exponent 255.
+    const uint32_t rebased = exponent + (exponent == 31 ? 224u : exponent == 0 ? 113u : 112u);
+    const float excess = bits_to<float>(exponent == 0 ? 0x38800000u : 0u);
+    const float magnitude = bits_to<float>((rebased << 23) | (fraction << 13)) - excess;
     return bits_to<float>(sign | bits_to<uint32_t>(magnitude));
   }
   static SHIRA_HD uint16_t store(float x) {

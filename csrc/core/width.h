@@ -1,6 +1,8 @@
 // Which vector instructions hand-written loops may use: decided at run time, so that one build serves every
 // x86-64. A loop takes its width as an argument, and so tests can run the narrow ones on a wide machine.
 #pragma once
+#include <string_view>
+
 #include "hd.h"
 
 #if SHIRA_X86
@@ -27,16 +29,31 @@ inline Width widest() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2"))
       return Width::Avx512;
-    return __builtin_cpu_supports("avx2") ? Width::Avx2 : Width::Portable;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+      return Width::Avx2;
+    return Width::Portable;
   }();
   return best;
 #else
   return Width::Portable;
 #endif
 }
+
+// "portable", "avx2" or "avx512" where this processor has it; false for any other name.
+inline bool find_width(std::string_view name, Width& width) {
+  if (name == "portable")
+    width = Width::Portable;
+  else if (name == "avx2")
+    width = Width::Avx2;
+  else if (name == "avx512")
+    width = Width::Avx512;
+  else
+    return false;
+  return width <= widest();
+}
 #endif
 
-#define SHIRA_AVX2 __attribute__((target("avx2,popcnt")))
+#define SHIRA_AVX2 __attribute__((target("avx2,fma,f16c,popcnt")))
 #define SHIRA_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,popcnt")))
 
 }  // namespace shira::core

@@ -6,6 +6,7 @@
 
 #include "../checks.h"
 #include "../core/arithmetic.h"
+#include "../dispatch.h"
 #include "../switch_ops.h"
 #include "vector.h"
 #include "walk.h"
@@ -35,11 +36,11 @@ inline void store(char* p, const Unit<kBytes>& unit) {
 enum class Move { Gather, Scatter, Swap, Apply };
 
 template <Move move, int64_t kBytes, typename I>
-void move_chunk(const Task& task, int64_t begin, int64_t end) {
+SHIRA_INLINE void move_body(const Task& task, int64_t begin, int64_t end) {
   constexpr Fetch fetch = move == Move::Gather ? Fetch::Read : Fetch::Write;
   char *const weight = task.weight, *const values = task.values, *const saved = task.saved;
   walk<kBytes, fetch>(weight, static_cast<const I*>(task.indices), task.granule, begin, end, task.total, true,
-                      [=](int64_t offset, int64_t at, int64_t length) {
+                      [=](int64_t offset, int64_t at, int64_t length) SHIRA_INLINE_LAMBDA {
                         char *w = weight + offset, *v = values + at * kBytes, *s = saved + at * kBytes;
                         for (int64_t k = 0; k < length; ++k, w += kBytes, v += kBytes, s += kBytes) {
                           if constexpr (move == Move::Gather) store<kBytes>(v, load<kBytes>(w));
@@ -57,15 +58,45 @@ void move_chunk(const Task& task, int64_t begin, int64_t end) {
                       });
 }
 
+// The wide units move in registers as wide as this processor has: a granule of one cache line is one load and one
+// store (measured 1.6x on granules of 32 bf16 entries).
+template <Move move, int64_t kBytes, typename I>
+void move_chunk(const Task& task, int64_t begin, int64_t end) {
+  move_body<move, kBytes, I>(task, begin, end);
+}
+#if SHIRA_X86
+template <Move move, int64_t kBytes, typename I>
+SHIRA_LOOP_AVX2 void move_chunk_avx2(const Task& task, int64_t begin, int64_t end) {
+  move_body<move, kBytes, I>(task, begin, end);
+}
+template <Move move, int64_t kBytes, typename I>
+SHIRA_LOOP_AVX512 void move_chunk_avx512(const Task& task, int64_t begin, int64_t end) {
+  move_body<move, kBytes, I>(task, begin, end);
+}
+#endif
+
+template <Move move, int64_t kBytes, typename I>
+auto choose_move() {
+#if SHIRA_X86
+  if constexpr (kBytes >= 32) {
+    if (core::widest() == core::Width::Avx512) return move_chunk_avx512<move, kBytes, I>;
+    if (core::widest() == core::Width::Avx2) return move_chunk_avx2<move, kBytes, I>;
+  }
+#endif
+  return move_chunk<move, kBytes, I>;
+}
+
 template <Move move, int64_t kBytes>
 void set_move(Task& task, ScalarType index_type, int64_t granule_bytes) {
-  task.chunk = index_type == ScalarType::Int ? move_chunk<move, kBytes, int32_t> : move_chunk<move, kBytes, int64_t>;
+  task.chunk =
+      index_type == ScalarType::Int ? choose_move<move, kBytes, int32_t>() : choose_move<move, kBytes, int64_t>();
   task.granule = granule_bytes / kBytes;
   task.total = task.n_in * task.granule;
 }
 
 template <Move move>
 void set_move(Task& task, ScalarType index_type, int64_t granule_bytes) {
+  if (granule_bytes % 64 == 0) return set_move<move, 64>(task, index_type, granule_bytes);
   if (granule_bytes % 32 == 0) return set_move<move, 32>(task, index_type, granule_bytes);
   if (granule_bytes % 8 == 0) return set_move<move, 8>(task, index_type, granule_bytes);
   if (granule_bytes % 4 == 0) return set_move<move, 4>(task, index_type, granule_bytes);
@@ -93,29 +124,10 @@ Task move_task(const Tensor& weight, const Tensor& indices, const Tensor& values
 
 // ---- arithmetic ----------------------------------------------------------------------------------------
 
-constexpr int64_t kBlock = 256;  // entries whose lines and buffers stay in L1 together
+// Entries whose lines and buffers stay in the near caches together. Measured from 32 to 4096, and beside one fused
+// pass over single entries, and with the fetching spread over both passes: this is the fastest.
+constexpr int64_t kBlock = 256;
 
-// f(Type<W>{}, Type<V>{}) for a weight of dtype W and values of dtype V.
-template <typename T>
-struct Type {
-  using type = T;
-};
-template <typename F>
-auto with_dtypes(ScalarType weight, ScalarType values, F&& f) {
-  using namespace core;
-  const bool fp32 = values == ScalarType::Float;
-  switch (weight) {
-    case ScalarType::Half: return fp32 ? f(Type<Float16>{}, Type<Float32>{}) : f(Type<Float16>{}, Type<Float16>{});
-    case ScalarType::BFloat16:
-      return fp32 ? f(Type<BFloat16>{}, Type<Float32>{}) : f(Type<BFloat16>{}, Type<BFloat16>{});
-    case ScalarType::Float: return f(Type<Float32>{}, Type<Float32>{});
-    default: return fp32 ? f(Type<Float64>{}, Type<Float32>{}) : f(Type<Float64>{}, Type<Float64>{});
-  }
-}
-template <typename F>
-auto with_index(ScalarType type, F&& f) {
-  return type == ScalarType::Int ? f(Type<int32_t>{}) : f(Type<int64_t>{});
-}
 template <typename F>
 auto with_rule(core::Rule rule, F&& f) {
   using core::Rule;

@@ -6,6 +6,13 @@
 
 namespace shira::cpu {
 
+// A body that a caller compiles for its own instruction set has to be inlined there.
+#define SHIRA_INLINE __attribute__((always_inline)) inline
+#define SHIRA_INLINE_LAMBDA __attribute__((always_inline))
+
+#define SHIRA_LOOP_AVX2 __attribute__((target("avx2")))
+#define SHIRA_LOOP_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")))
+
 // f(i) for i in [0, n), as wide as this processor goes. f must be inlinable: a lambda over core/ functions.
 // `any` is true where f is true for some i; L is as wide as what f compares, so that lanes line up.
 #define SHIRA_VECTOR_LOOPS(suffix, attribute)                      \
@@ -21,8 +28,8 @@ namespace shira::cpu {
   }
 SHIRA_VECTOR_LOOPS(portable, )
 #if SHIRA_X86
-SHIRA_VECTOR_LOOPS(avx2, __attribute__((target("avx2"))))
-SHIRA_VECTOR_LOOPS(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"))))
+SHIRA_VECTOR_LOOPS(avx2, SHIRA_LOOP_AVX2)
+SHIRA_VECTOR_LOOPS(avx512, SHIRA_LOOP_AVX512)
 #endif
 #undef SHIRA_VECTOR_LOOPS
 

@@ -37,8 +37,8 @@ inline void prefetch(const char* p, int64_t bytes) {
 // Calls f(byte offset in the weight, first entry of values, entries) for the runs of [begin, end), in order.
 // `ramp`: fetch the first lines too; not needed where the walk goes on from an earlier one.
 template <int64_t kBytes, Fetch fetch, typename I, typename F>
-inline void walk(const char* weight, const I* indices, int64_t granule, int64_t begin, int64_t end, int64_t nnz,
-                 bool ramp, F&& f) {
+SHIRA_INLINE void walk(const char* weight, const I* indices, int64_t granule, int64_t begin, int64_t end, int64_t nnz,
+                       bool ramp, F&& f) {
   if (granule == 1) {
     if (ramp)
       for (int64_t i = begin; i < std::min(end, begin + kAhead); ++i)
@@ -84,7 +84,9 @@ struct Task {
   int64_t n_in, n_out;
 };
 
-inline void run(const Task& task) {
+// A family with other arguments has a Task of its own: `chunk` and `total` are what is asked of it.
+template <typename AnyTask>
+inline void run(const AnyTask& task) {
   if (task.total <= kGrain) {
     if (task.total > 0) task.chunk(task, 0, task.total);
     return;
@@ -92,7 +94,8 @@ inline void run(const Task& task) {
   torch::stable::parallel_for(0, task.total, kGrain, [&](int64_t begin, int64_t end) { task.chunk(task, begin, end); });
 }
 
-inline void run(const std::vector<Task>& tasks) {
+template <typename AnyTask>
+inline void run(const std::vector<AnyTask>& tasks) {
   if (tasks.size() == 1) return run(tasks[0]);
   std::vector<int64_t> starts(tasks.size() + 1, 0);
   for (size_t t = 0; t < tasks.size(); ++t) starts[t + 1] = starts[t] + tasks[t].total;

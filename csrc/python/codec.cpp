@@ -27,13 +27,8 @@ std::string text_of(const py::handle& object) { return py::str(object).cast<std:
 
 // The widths this processor has, narrowest first. Everything takes the last one; the tests take each.
 core::Width width_of(const std::string& name) {
-  const core::Width best = core::widest();
-  if (name.empty()) return best;
-  const core::Width width = name == "avx512" ? core::Width::Avx512
-                            : name == "avx2" ? core::Width::Avx2
-                                             : core::Width::Portable;
-  if (width > best || (width == core::Width::Portable && name != "portable"))
-    refuse("width must be one of widths(), got ", name);
+  core::Width width = core::widest();
+  if (!name.empty() && !core::find_width(name, width)) refuse("width must be one of widths(), got ", name);
   return width;
 }
 

@@ -1,0 +1,135 @@
+"""AdamW on 1 % of layers of 4096 x 4096, in the weights: beside plain torch on the values alone, and on whole weights.
+
+stock   torch.optim.AdamW(fused=True) over the values of all layers, then a cast and index_copy_ into each weight
+dense   torch.optim.AdamW(fused=True) over the weights with gradients that are zero outside the mask: masked training as
+        the paper describes it. The gradients are masked beforehand, so that the time is the step's alone
+touch   reads and writes each cache line of the weights once: see bench_switch.py. State and gradient come on top
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+import common
+import shira_ops.reference
+from bench_switch import TOUCH, about, touch
+from common import BF16, FP32, LINE, Layer, Report, compare, layers, sweep
+
+shira = torch.ops.shira
+DTYPES = pytest.mark.parametrize("dtype", [BF16, FP32], ids=common.dtype_name)
+# No decay: it would pull the whole weight in the dense way, and the three ways could not be compared.
+OPTIONS = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+TORCH = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "fused": True}
+
+
+@dataclass
+class State:
+    """The optimizer's own of one layer, as training keeps it: fp32, [nnz]."""
+
+    master: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+    grad: torch.Tensor
+
+    @classmethod
+    def of(cls, layer: Layer) -> State:
+        master = layer.weight.view(-1)[layer.indices64].float()
+        return cls(master, torch.zeros_like(master), torch.zeros_like(master), layer.values.float())
+
+
+def arguments(some: list[Layer]) -> list[tuple[torch.Tensor, ...]]:
+    states = [State.of(one) for one in some]
+    return [
+        (one.weight, one.indices, its.master, its.exp_avg, its.exp_avg_sq, its.grad)
+        for one, its in zip(some, states, strict=True)
+    ]
+
+
+def adamw(*tensors: torch.Tensor) -> None:
+    shira.adamw_(*tensors, step=1, **OPTIONS)
+
+
+def stock(some: list[Layer]) -> Callable[[], None]:
+    parameters = []
+    for one in some:
+        state = State.of(one)
+        state.master.requires_grad_().grad = state.grad
+        parameters.append(state.master)
+    optimizer = torch.optim.AdamW(parameters, **TORCH)
+
+    def run() -> None:
+        optimizer.step()
+        for one, values in zip(some, parameters, strict=True):
+            one.weight.view(-1).index_copy_(0, one.indices64, values.detach().to(one.weight.dtype))
+
+    return run
+
+
+def dense(some: list[Layer]) -> Callable[[], None]:
+    parameters = []
+    for one in some:
+        parameter = one.weight.view_as(one.weight).requires_grad_()
+        parameter.grad = torch.zeros_like(one.weight)
+        parameter.grad.view(-1)[one.indices64] = one.values
+        parameters.append(parameter)
+    return torch.optim.AdamW(parameters, **TORCH).step
+
+
+def clones(some: list[Layer]) -> list[Layer]:
+    return [Layer(**{**vars(one), "weight": one.weight.clone()}) for one in some]
+
+
+def prove(some: list[Layer]) -> None:
+    """The first step of all ways: the reference's bits, and torch's numbers."""
+    ours, same, theirs, whole = (clones(some[:1]) for _ in range(4))
+    ((weight, *given),) = arguments(ours)
+    adamw(weight, *given)
+    ((_, *wanted),) = arguments(same)
+    shira_ops.reference.adamw_(same[0].weight, *wanted, step=1, **OPTIONS)
+    for a, b in zip((weight, *given), (same[0].weight, *wanted), strict=True):
+        assert torch.equal(a, b)
+    for way, layer in ((stock, theirs), (dense, whole)):
+        way(layer)()
+        # Narrow weights show no more than their own ulp of a step of 1e-3.
+        torch.testing.assert_close(layer[0].weight, weight, atol=1e-3 * 2.0**-5, rtol=2.0**-8)
+    untouched = torch.ones(weight.numel(), dtype=torch.bool).index_fill_(0, some[0].indices64, False)
+    for layer in (ours, theirs, whole):
+        assert torch.equal(layer[0].weight.view(-1)[untouched], some[0].weight.view(-1)[untouched])
+
+
+def stepped_bytes(some: list[Layer]) -> int:
+    """Touched lines and state in and out, gradient and indices once."""
+    return sum(2 * LINE * len(one.lines) + one.values.numel() * (2 * 3 * 4 + 4 + 4) for one in some)
+
+
+@DTYPES
+def bench_adamw(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) -> None:
+    some = layers(dtype)
+    prove(some)
+    some = clones(some)
+    run = sweep(adamw, arguments(some))
+    timing = compare(benchmark, ("adamw_", run), {**touch(some), "stock": stock(some)})
+    timing.best("touch", list(TOUCH))
+    report = Report(benchmark, threads, **about(some))
+    report.seconds(timing, len(some))
+    report.bandwidth(timing, "adamw_", stepped_bytes(some))
+    name = common.dtype_name(dtype)
+    report.ratio(f"adamw_ over stock {name}", "", timing, "stock")
+    report.ratio(f"adamw_ of touch {name}", "", timing, "touch")
+
+
+@DTYPES
+def bench_dense(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) -> None:
+    """Few layers: the dense way holds a gradient and two averages of each."""
+    some = layers(dtype)[:3]
+    prove(some)
+    some = clones(some)
+    timing = compare(benchmark, ("adamw_", sweep(adamw, arguments(some))), {"dense": dense(some)})
+    report = Report(benchmark, threads, **about(some))
+    report.seconds(timing, len(some))
+    report.ratio(f"adamw_ over dense {common.dtype_name(dtype)}", "", timing, "dense")

@@ -1,0 +1,244 @@
+// The registers that sampled_grad computes in, for each vector width: what csrc/cpu/gradient_kernel.h is written over.
+//
+// A type of registers has
+//   Value                   what a lane holds: float or double
+//   Register, kLanes        a register and its number of lanes
+//   load(p)                 kLanes numbers of a dtype, as `Value`: exact
+//   store, zero, multiply_add
+//   transpose(r)            kLanes registers as a square of numbers
+//   sum(a, p)               p[k] = the sum of the lanes of a[k], for kGroup registers
+#pragma once
+#include "../core/arithmetic.h"
+#include "../core/width.h"
+
+namespace shira::cpu {
+
+constexpr int kGroup = 8;  // entries whose sums run side by side: enough to hide the latency of a multiply-add
+
+// Dtypes are told apart by type: both 16-bit floats are uint16_t.
+template <typename D>
+struct Source {
+  using Bits = typename D::Bits;
+  const Bits* data;
+};
+
+namespace portable {
+
+template <typename T>
+struct Lanes {
+  using Value = T;
+  static constexpr int kLanes = 4;
+  struct Register {
+    T lane[kLanes];
+  };
+  template <typename D>
+  static Register load(Source<D> from) {
+    Register r;
+    for (int i = 0; i < kLanes; ++i) r.lane[i] = static_cast<T>(D::load(from.data[i]));
+    return r;
+  }
+  static Register load(const T* from) {
+    Register r;
+    for (int i = 0; i < kLanes; ++i) r.lane[i] = from[i];
+    return r;
+  }
+  static void store(T* to, const Register& r) {
+    for (int i = 0; i < kLanes; ++i) to[i] = r.lane[i];
+  }
+  static Register zero() { return Register{}; }
+  static Register multiply_add(const Register& a, const Register& b, Register sum) {
+    for (int i = 0; i < kLanes; ++i) sum.lane[i] += a.lane[i] * b.lane[i];
+    return sum;
+  }
+  static void transpose(Register* r) {
+    for (int i = 0; i < kLanes; ++i)
+      for (int k = 0; k < i; ++k) std::swap(r[i].lane[k], r[k].lane[i]);
+  }
+  static void sum(const Register* a, T* to) {
+    for (int k = 0; k < kGroup; ++k) to[k] = (a[k].lane[0] + a[k].lane[1]) + (a[k].lane[2] + a[k].lane[3]);
+  }
+};
+using Floats = Lanes<float>;
+using Doubles = Lanes<double>;
+
+}  // namespace portable
+
+#if SHIRA_X86
+namespace avx2 {
+
+struct Floats {
+  using Value = float;
+  using Register = __m256;
+  static constexpr int kLanes = 8;
+  SHIRA_AVX2 static __m256 load(const float* from) { return _mm256_loadu_ps(from); }
+  SHIRA_AVX2 static __m256 load(Source<core::Float32> from) {
+    return _mm256_loadu_ps(reinterpret_cast<const float*>(from.data));
+  }
+  SHIRA_AVX2 static __m256 load(Source<core::Float16> from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from.data)));
+  }
+  SHIRA_AVX2 static __m256 load(Source<core::BFloat16> from) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from.data));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  SHIRA_AVX2 static void store(float* to, __m256 r) { _mm256_storeu_ps(to, r); }
+  SHIRA_AVX2 static __m256 zero() { return _mm256_setzero_ps(); }
+  SHIRA_AVX2 static __m256 multiply_add(__m256 a, __m256 b, __m256 sum) { return _mm256_fmadd_ps(a, b, sum); }
+  SHIRA_AVX2 static void transpose(__m256* r) {
+    __m256 s[8];
+    for (int i = 0; i < 8; i += 2) {
+      s[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+      s[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      for (int k = 0; k < 2; ++k) {
+        r[i + 2 * k] = _mm256_shuffle_ps(s[i + k], s[i + k + 2], 0x44);
+        r[i + 2 * k + 1] = _mm256_shuffle_ps(s[i + k], s[i + k + 2], 0xEE);
+      }
+    }
+    for (int i = 0; i < 4; ++i) {
+      const __m256 low = r[i], high = r[i + 4];
+      r[i] = _mm256_permute2f128_ps(low, high, 0x20);
+      r[i + 4] = _mm256_permute2f128_ps(low, high, 0x31);
+    }
+  }
+  SHIRA_AVX2 static void sum(const __m256* a, float* to) {
+    for (int k = 0; k < kGroup; k += 4) {
+      const __m256 quads = _mm256_hadd_ps(_mm256_hadd_ps(a[k], a[k + 1]), _mm256_hadd_ps(a[k + 2], a[k + 3]));
+      _mm_storeu_ps(to + k, _mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1)));
+    }
+  }
+};
+
+struct Doubles {
+  using Value = double;
+  using Register = __m256d;
+  static constexpr int kLanes = 4;
+  SHIRA_AVX2 static __m256d load(const double* from) { return _mm256_loadu_pd(from); }
+  SHIRA_AVX2 static __m256d load(Source<core::Float64> from) {
+    return _mm256_loadu_pd(reinterpret_cast<const double*>(from.data));
+  }
+  SHIRA_AVX2 static void store(double* to, __m256d r) { _mm256_storeu_pd(to, r); }
+  SHIRA_AVX2 static __m256d zero() { return _mm256_setzero_pd(); }
+  SHIRA_AVX2 static __m256d multiply_add(__m256d a, __m256d b, __m256d sum) { return _mm256_fmadd_pd(a, b, sum); }
+  SHIRA_AVX2 static void transpose(__m256d* r) {
+    const __m256d a = _mm256_unpacklo_pd(r[0], r[1]), b = _mm256_unpackhi_pd(r[0], r[1]);
+    const __m256d c = _mm256_unpacklo_pd(r[2], r[3]), d = _mm256_unpackhi_pd(r[2], r[3]);
+    r[0] = _mm256_permute2f128_pd(a, c, 0x20);
+    r[1] = _mm256_permute2f128_pd(b, d, 0x20);
+    r[2] = _mm256_permute2f128_pd(a, c, 0x31);
+    r[3] = _mm256_permute2f128_pd(b, d, 0x31);
+  }
+  SHIRA_AVX2 static void sum(const __m256d* a, double* to) {
+    for (int k = 0; k < kGroup; k += 2) {
+      const __m256d pairs = _mm256_hadd_pd(a[k], a[k + 1]);
+      _mm_storeu_pd(to + k, _mm_add_pd(_mm256_castpd256_pd128(pairs), _mm256_extractf128_pd(pairs, 1)));
+    }
+  }
+};
+
+}  // namespace avx2
+
+namespace avx512 {
+
+struct Floats {
+  using Value = float;
+  using Register = __m512;
+  static constexpr int kLanes = 16;
+  SHIRA_AVX512 static __m512 load(const float* from) { return _mm512_loadu_ps(from); }
+  SHIRA_AVX512 static __m512 load(Source<core::Float32> from) { return _mm512_loadu_ps(from.data); }
+  SHIRA_AVX512 static __m512 load(Source<core::Float16> from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from.data)));
+  }
+  SHIRA_AVX512 static __m512 load(Source<core::BFloat16> from) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from.data));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  SHIRA_AVX512 static void store(float* to, __m512 r) { _mm512_storeu_ps(to, r); }
+  SHIRA_AVX512 static __m512 zero() { return _mm512_setzero_ps(); }
+  SHIRA_AVX512 static __m512 multiply_add(__m512 a, __m512 b, __m512 sum) { return _mm512_fmadd_ps(a, b, sum); }
+  SHIRA_AVX512 static void transpose(__m512* r) {
+    __m512 s[16];
+    for (int i = 0; i < 16; i += 2) {
+      s[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+      s[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+      for (int k = 0; k < 2; ++k) {
+        r[i + 2 * k] = _mm512_shuffle_ps(s[i + k], s[i + k + 2], 0x44);
+        r[i + 2 * k + 1] = _mm512_shuffle_ps(s[i + k], s[i + k + 2], 0xEE);
+      }
+    }
+    // Now lane group g of r[4 * i + k] holds column 4 * g + k of rows 4 * i to 4 * i + 3: transpose the groups.
+    for (int k = 0; k < 4; ++k) {
+      const __m512 low0 = _mm512_shuffle_f32x4(r[k], r[k + 4], 0x44),
+                   high0 = _mm512_shuffle_f32x4(r[k], r[k + 4], 0xEE);
+      const __m512 low1 = _mm512_shuffle_f32x4(r[k + 8], r[k + 12], 0x44);
+      const __m512 high1 = _mm512_shuffle_f32x4(r[k + 8], r[k + 12], 0xEE);
+      r[k] = _mm512_shuffle_f32x4(low0, low1, 0x88);
+      r[k + 4] = _mm512_shuffle_f32x4(low0, low1, 0xDD);
+      r[k + 8] = _mm512_shuffle_f32x4(high0, high1, 0x88);
+      r[k + 12] = _mm512_shuffle_f32x4(high0, high1, 0xDD);
+    }
+  }
+  SHIRA_AVX512 static void sum(const __m512* a, float* to) {
+    __m512 half[4], quarter[2];
+    for (int k = 0; k < 4; ++k)  // of two registers each: the upper half onto the lower
+      half[k] = _mm512_add_ps(_mm512_shuffle_f32x4(a[2 * k], a[2 * k + 1], 0x44),
+                              _mm512_shuffle_f32x4(a[2 * k], a[2 * k + 1], 0xEE));
+    for (int k = 0; k < 2; ++k)
+      quarter[k] = _mm512_add_ps(_mm512_shuffle_f32x4(half[2 * k], half[2 * k + 1], 0x88),
+                                 _mm512_shuffle_f32x4(half[2 * k], half[2 * k + 1], 0xDD));
+    const __m512 pairs =
+        _mm512_add_ps(_mm512_shuffle_ps(quarter[0], quarter[1], 0x88), _mm512_shuffle_ps(quarter[0], quarter[1], 0xDD));
+    const __m512 sums = _mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0xB1));
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 0, 0, 0, 0, 0, 0, 0);
+    _mm256_storeu_ps(to, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, sums)));
+  }
+};
+
+struct Doubles {
+  using Value = double;
+  using Register = __m512d;
+  static constexpr int kLanes = 8;
+  SHIRA_AVX512 static __m512d load(const double* from) { return _mm512_loadu_pd(from); }
+  SHIRA_AVX512 static __m512d load(Source<core::Float64> from) { return _mm512_loadu_pd(from.data); }
+  SHIRA_AVX512 static void store(double* to, __m512d r) { _mm512_storeu_pd(to, r); }
+  SHIRA_AVX512 static __m512d zero() { return _mm512_setzero_pd(); }
+  SHIRA_AVX512 static __m512d multiply_add(__m512d a, __m512d b, __m512d sum) { return _mm512_fmadd_pd(a, b, sum); }
+  SHIRA_AVX512 static void transpose(__m512d* r) {
+    __m512d s[8];
+    for (int i = 0; i < 8; i += 2) {
+      s[i] = _mm512_unpacklo_pd(r[i], r[i + 1]);
+      s[i + 1] = _mm512_unpackhi_pd(r[i], r[i + 1]);
+    }
+    for (int k = 0; k < 2; ++k) {
+      const __m512d low0 = _mm512_shuffle_f64x2(s[k], s[k + 2], 0x44),
+                    high0 = _mm512_shuffle_f64x2(s[k], s[k + 2], 0xEE);
+      const __m512d low1 = _mm512_shuffle_f64x2(s[k + 4], s[k + 6], 0x44);
+      const __m512d high1 = _mm512_shuffle_f64x2(s[k + 4], s[k + 6], 0xEE);
+      r[k] = _mm512_shuffle_f64x2(low0, low1, 0x88);
+      r[k + 2] = _mm512_shuffle_f64x2(low0, low1, 0xDD);
+      r[k + 4] = _mm512_shuffle_f64x2(high0, high1, 0x88);
+      r[k + 6] = _mm512_shuffle_f64x2(high0, high1, 0xDD);
+    }
+  }
+  SHIRA_AVX512 static void sum(const __m512d* a, double* to) {
+    __m512d half[4], quarter[2];
+    for (int k = 0; k < 4; ++k)
+      half[k] = _mm512_add_pd(_mm512_shuffle_f64x2(a[2 * k], a[2 * k + 1], 0x44),
+                              _mm512_shuffle_f64x2(a[2 * k], a[2 * k + 1], 0xEE));
+    for (int k = 0; k < 2; ++k)
+      quarter[k] = _mm512_add_pd(_mm512_shuffle_f64x2(half[2 * k], half[2 * k + 1], 0x88),
+                                 _mm512_shuffle_f64x2(half[2 * k], half[2 * k + 1], 0xDD));
+    const __m512d sums =
+        _mm512_add_pd(_mm512_unpacklo_pd(quarter[0], quarter[1]), _mm512_unpackhi_pd(quarter[0], quarter[1]));
+    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    _mm512_storeu_pd(to, _mm512_permutexvar_pd(order, sums));
+  }
+};
+
+}  // namespace avx512
+#endif
+
+}  // namespace shira::cpu

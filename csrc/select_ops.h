@@ -1,0 +1,61 @@
+// The ops of the select family, once for every compiled backend: everything is checked, then the backend selects.
+//
+// A backend has static functions whose arguments are already checked:
+//   top(weight, grad, k, score, granule) -> indices    grad is null for Score::Magnitude
+#pragma once
+#include <optional>
+
+#include "checks.h"
+#include "core/select.h"
+
+namespace shira {
+
+inline ScalarType index_type(int64_t granules) {
+  return granules < (int64_t{1} << 31) ? ScalarType::Int : ScalarType::Long;
+}
+
+inline void check_count(const char* op, int64_t k, int64_t granules) {
+  SHIRA_CHECK(k >= 0 && k <= granules, op, ": k must be in [0, ", granules, "], got ", k);
+}
+
+inline void check_select_random(int64_t numel, int64_t k, int64_t granule) {
+  const char* op = "select_random";
+  check_granule(op, granule);
+  SHIRA_CHECK(numel >= 0, op, ": numel must be at least 0, got ", numel);
+  SHIRA_CHECK(numel % granule == 0, op, ": granule must divide numel ", numel, ", got ", granule);
+  check_count(op, k, numel / granule);
+}
+
+template <typename Backend>
+struct SelectOps {
+  static Tensor select_top(const Tensor& weight, const std::optional<Tensor>& grad, int64_t k, std::string score,
+                           int64_t granule) {
+    const char* op = "select_top";
+    check_granule(op, granule);
+    check_weight(op, weight, granule, Kind::Arithmetic);
+    const bool reads = score != "magnitude";
+    if (grad.has_value() && reads) {
+      check_device(op, {"grad"}, *grad, weight, {"weight"});
+      const ScalarType own = weight.scalar_type(), given = grad->scalar_type();
+      SHIRA_CHECK(given == own || given == ScalarType::Float, op, ": grad must have weight's dtype ", dtype_name(own),
+                  own == ScalarType::Float ? "" : " or float32", ", got ", dtype_name(given));
+      SHIRA_CHECK(same_shape(*grad, weight), op, ": grad must have weight's shape ", list_text(weight.sizes()),
+                  ", got shape ", list_text(grad->sizes()));
+      check_contiguous(op, {"grad"}, *grad);
+    }
+    SHIRA_CHECK(!reads || score == "grad" || score == "snip", op, ": score must be magnitude, grad or snip, got \"",
+                score, '"');
+    check_count(op, k, weight.numel() / granule);
+    SHIRA_CHECK(grad.has_value() || !reads, op, ": grad must be given for score ", score, ", got None");
+    const core::Score how = !reads ? core::Score::Magnitude : score == "grad" ? core::Score::Grad : core::Score::Snip;
+    return Backend::top(weight, reads ? &*grad : nullptr, k, how, granule);
+  }
+
+  // Every op of the family that a tensor argument dispatches, under the dispatch key of `library`.
+  template <typename Library>
+  static void implement(Library& library) {
+    library.impl("select_top", TORCH_BOX(&select_top));
+  }
+};
+
+}  // namespace shira
