@@ -131,7 +131,13 @@ struct Indices {
     return wide ? load_stream(static_cast<const int64_t*>(data) + i)
                 : int64_t{load_stream(static_cast<const int32_t*>(data) + i)};
   }
+  // What several threads ask for.
+  __device__ __forceinline__ int64_t cached(int64_t i) const {
+    return wide ? load_cached(static_cast<const int64_t*>(data) + i)
+                : int64_t{load_cached(static_cast<const int32_t*>(data) + i)};
+  }
 };
+// Also the offsets of a plan.
 inline Indices indices_of(const Tensor& indices) {
   return {address<const void>(indices), indices.numel(), indices.scalar_type() == ScalarType::Long};
 }
