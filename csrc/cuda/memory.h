@@ -110,6 +110,12 @@ struct Pack {
     for (int k = 0; k < kParts; ++k) pack.part[k] = load_weight(static_cast<const Part*>(p) + at * kParts + k);
     return pack;
   }
+  static __device__ __forceinline__ Pack cached(const void* p, int64_t at) {
+    Pack pack;
+#pragma unroll
+    for (int k = 0; k < kParts; ++k) pack.part[k] = load_cached(static_cast<const Part*>(p) + at * kParts + k);
+    return pack;
+  }
   __device__ __forceinline__ void to_stream(void* p, int64_t at) const {
 #pragma unroll
     for (int k = 0; k < kParts; ++k) store_stream(static_cast<Part*>(p) + at * kParts + k, part[k]);

@@ -282,7 +282,9 @@ def run(out: str | Path = "demo-out", seed: int = 0, console: Console | None = N
                 both = torch.cat([shifted(task, digits.train), digits.train])
                 fit(model, sparse, both, labels, ADAPT_EPOCHS, seed, tick)
                 files[task] = out / f"{task}.safetensors"
-                tuner.adapter(provenance={"data": f"scikit-learn digits, {task} and upright", "seed": seed}).save(files[task])
+                tuner.adapter(provenance={"data": f"scikit-learn digits, {task} and upright", "seed": seed}).save(
+                    files[task]
+                )
             if not identical(model, base):
                 raise RuntimeError(f"the base did not come back after training the adapter for {task} digits")
 
