@@ -181,7 +181,10 @@ def rewritten(folder: Path, change) -> Path:
 
 
 WRONG = {
-    "outside": (lambda t, p: t[p + "shira_indices"][0].fill_(32), r"its entry \(32, \d+\) is outside the base's \[32, 16\]"),
+    "outside": (
+        lambda t, p: t[p + "shira_indices"][0].fill_(32),
+        r"its entry \(32, \d+\) is outside the base's \[32, 16\]",
+    ),
     "negative": (lambda t, p: t[p + "shira_indices"][1].fill_(-1), "is outside"),
     "twice": (lambda t, p: t[p + "shira_indices"].fill_(3), "stands there twice"),
     "too few": (lambda t, p: t.update({p + "shira_weight": torch.zeros(3)}), "must be 1-D floats and shira_indices"),
@@ -261,11 +264,17 @@ def entry(shape: tuple[int, ...] = (8, 8), count: int = 4, **options: object) ->
 @pytest.mark.parametrize(
     ("weights", "says"),
     [
-        ({"a.bias": Entry(torch.zeros(1, dtype=torch.int32), torch.ones(8), (8,), torch.float32, 8)}, "a whole parameter"),
+        (
+            {"a.bias": Entry(torch.zeros(1, dtype=torch.int32), torch.ones(8), (8,), torch.float32, 8)},
+            "a whole parameter",
+        ),
         ({"conv.weight": entry((2, 2, 4, 4))}, r"of shape \[2, 2, 4, 4\] is no linear layer's weight"),
         ({"a.scale": entry()}, "is no linear layer's weight"),
         ({"a.weight": entry(aliases=("b.weight",))}, "is tied to 'b.weight'"),
-        ({"a.weight": entry(), "b.weight": entry((16, 16), 200)}, "r = 7: 'a.weight' has 64 entries, and 112 are needed"),
+        (
+            {"a.weight": entry(), "b.weight": entry((16, 16), 200)},
+            "r = 7: 'a.weight' has 64 entries, and 112 are needed",
+        ),
         ({}, "an adapter without weights"),
     ],
 )  # fmt: skip

@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from shira import mask as masks
     from shira._file import AdapterError
     from shira.adapter import Adapter, Entry
-    from shira.optim import AdamW
+    from shira.optim import SGD, AdamW
     from shira.switcher import Switcher
+    from shira.trainer import Trainer
     from shira.tuner import SparseTuner
 
-__all__ = ["AdamW", "Adapter", "AdapterError", "Entry", "SparseTuner", "Switcher", "masks"]
+__all__ = ["SGD", "AdamW", "Adapter", "AdapterError", "Entry", "SparseTuner", "Switcher", "Trainer", "masks"]
 
 # Public name -> the module it lives in, and its name there (None: the module itself).
 _HOMES: dict[str, tuple[str, str | None]] = {
@@ -35,8 +36,10 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "AdapterError": ("shira._file", "AdapterError"),
     "AdamW": ("shira.optim", "AdamW"),
     "Entry": ("shira.adapter", "Entry"),
+    "SGD": ("shira.optim", "SGD"),
     "SparseTuner": ("shira.tuner", "SparseTuner"),
     "Switcher": ("shira.switcher", "Switcher"),
+    "Trainer": ("shira.trainer", "Trainer"),
     "masks": ("shira.mask", None),
 }
 
