@@ -83,7 +83,7 @@ SHIRA_HD typename W::Bits convert(typename V::Bits value) {
 // alpha 1 are exact by definition, so they are moves, decided once a call and not once an entry.
 enum class Rule { Keep, Overwrite, Blend, Delta };
 
-inline Rule rule_of(double alpha, bool delta) {
+SHIRA_HD Rule rule_of(double alpha, bool delta) {
   if (alpha == 0) return Rule::Keep;
   if (delta) return Rule::Delta;
   return alpha == 1 ? Rule::Overwrite : Rule::Blend;

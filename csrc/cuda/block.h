@@ -21,6 +21,10 @@ __device__ __forceinline__ uint64_t block_sum(uint64_t x) {
   return x;
 }
 
+struct Plain {
+  __device__ __forceinline__ uint64_t operator()(uint64_t a, uint64_t b) const { return a + b; }
+};
+
 // The sum over the threads before this one, and over all of them. `add` must be associative; 0 is its zero.
 template <typename Add>
 __device__ __forceinline__ uint64_t block_scan(uint64_t x, uint64_t& total, const Add& add) {

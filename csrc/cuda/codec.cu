@@ -21,10 +21,6 @@ constexpr uint64_t kMost = ~uint64_t{0};
 struct Saturating {
   __device__ __forceinline__ uint64_t operator()(uint64_t a, uint64_t b) const { return a + b < a ? kMost : a + b; }
 };
-struct Plain {
-  __device__ __forceinline__ uint64_t operator()(uint64_t a, uint64_t b) const { return a + b; }
-};
-
 // Codes have any alignment. Neighbouring threads read neighbouring units, so single bytes come from L1.
 template <typename T>
 __device__ __forceinline__ T read(const uint8_t* at) {

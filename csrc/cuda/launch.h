@@ -111,6 +111,7 @@ constexpr int kParameterBytes = 4096;
 // kThreads threads.
 template <typename Work, int kRows>
 struct Table {
+  explicit Table(const typename Work::Scalars& scalars) : scalars(scalars) {}
   typename Work::Scalars scalars;
   int32_t rows;
   int32_t first[kRows];  // each row's first tile; apart from the rows, so that the search reads few cache lines
@@ -137,8 +138,7 @@ __global__ void __launch_bounds__(kThreads) list_kernel(SHIRA_PARAMETER(table, T
 template <typename Work, int kRows>
 void launch_table(const typename Work::Scalars& scalars, const std::vector<typename Work::Row>& rows,
                   cudaStream_t stream) {
-  Table<Work, kRows> table;
-  table.scalars = scalars;
+  Table<Work, kRows> table(scalars);
   size_t next = 0;
   while (next < rows.size()) {
     int64_t tiles = 0;

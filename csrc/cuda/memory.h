@@ -110,6 +110,12 @@ struct Pack {
     for (int k = 0; k < kParts; ++k) pack.part[k] = load_weight(static_cast<const Part*>(p) + at * kParts + k);
     return pack;
   }
+  static __device__ __forceinline__ Pack cached(const void* p, int64_t at) {
+    Pack pack;
+#pragma unroll
+    for (int k = 0; k < kParts; ++k) pack.part[k] = load_cached(static_cast<const Part*>(p) + at * kParts + k);
+    return pack;
+  }
   __device__ __forceinline__ void to_stream(void* p, int64_t at) const {
 #pragma unroll
     for (int k = 0; k < kParts; ++k) store_stream(static_cast<Part*>(p) + at * kParts + k, part[k]);
@@ -131,7 +137,13 @@ struct Indices {
     return wide ? load_stream(static_cast<const int64_t*>(data) + i)
                 : int64_t{load_stream(static_cast<const int32_t*>(data) + i)};
   }
+  // What several threads ask for.
+  __device__ __forceinline__ int64_t cached(int64_t i) const {
+    return wide ? load_cached(static_cast<const int64_t*>(data) + i)
+                : int64_t{load_cached(static_cast<const int32_t*>(data) + i)};
+  }
 };
+// Also the offsets of a plan.
 inline Indices indices_of(const Tensor& indices) {
   return {address<const void>(indices), indices.numel(), indices.scalar_type() == ScalarType::Long};
 }

@@ -15,7 +15,7 @@
 // is skipped where it is used (gather gives 0), so that content needs no pass of its own.
 #include "../dispatch.h"
 #include "../switch_ops.h"
-#include "memory.h"
+#include "indices.h"
 
 namespace shira::cuda {
 namespace {
@@ -161,7 +161,7 @@ __device__ __forceinline__ int64_t cut(const Indices& out, const Indices& in, in
   while (low < high) {
     const int64_t step = (high - low + 31) / 32, probe = low + (lane + 1) * step - 1;
     // Probes rise with the lanes, and so do out[probe] and, falling, in's: the lanes that say yes are the first ones.
-    const bool before = probe < high && out[probe] <= in[diagonal - 1 - probe];
+    const bool before = probe < high && out.cached(probe) <= in.cached(diagonal - 1 - probe);
     const int64_t found = __popc(__ballot_sync(0xFFFFFFFFu, before)), bound = low + (found + 1) * step - 1;
     low += found * step;
     if (bound < high) high = bound;
@@ -272,30 +272,6 @@ struct Exchange {
   }
 };
 
-// ---- check_indices ---------------------------------------------------------------------------------------
-
-struct CheckRow {
-  Indices indices;
-  int64_t limit;
-  unsigned long long* first;  // the first position that is refused
-};
-
-struct Check {
-  using Row = CheckRow;
-  struct Scalars {};
-  static int64_t tiles(const Row& row) { return (row.indices.count + kTile - 1) / kTile; }
-  static __device__ void tile(const Scalars&, const Row& row, int64_t tile) {
-#pragma unroll
-    for (int k = 0; k < kItems; ++k) {
-      const int64_t i = tile * kTile + k * kThreads + threadIdx.x;
-      if (i >= row.indices.count) return;
-      const int64_t index = row.indices[i];
-      if (!within(index, row.limit) || (i > 0 && index <= row.indices[i - 1]))
-        atomicMin(row.first, static_cast<unsigned long long>(i));
-    }
-  }
-};
-
 // ---- the walks, as csrc/switch_ops.h calls them -----------------------------------------------------------
 
 template <typename Work>
@@ -332,25 +308,7 @@ struct Cuda {
   static void content(const char*, Name, const Tensor&, int64_t) {}  // guarded where it is used
 
   static void check(const char* op, const Tensor& indices, int64_t limit) {
-    if (indices.numel() == 0) return;
-    const Device device(indices);
-    const Tensor found = torch::stable::new_empty(indices, {1}, ScalarType::Long);
-    auto* first = address<unsigned long long>(found);
-    unsigned long long at;
-    SHIRA_CUDA_CHECK(cudaMemsetAsync(first, 0xFF, sizeof(at), device.stream));
-    launch_one<Check>({}, {indices_of(indices), limit, first}, device.stream);
-    fetch(&at, first, sizeof(at), device.stream);
-    if (at == ~0ull) return;
-    const int64_t size = static_cast<int64_t>(indices.element_size()), n = at == 0 ? 1 : 2;
-    const char* entries = static_cast<const char*>(indices.data_ptr()) + (static_cast<int64_t>(at) + 1 - n) * size;
-    int64_t wide[2];
-    fetch(wide, entries, n * size, device.stream);
-    if (size == 4) {
-      int32_t narrow[2];
-      memcpy(narrow, wide, sizeof(narrow));
-      std::copy(narrow, narrow + n, wide);
-    }
-    refuse_entry(op, {"indices"}, wide[n - 1], wide[0], static_cast<int64_t>(at), limit);
+    check_content(op, {"indices"}, indices, limit, Device(indices).stream);
   }
 
   template <Move move>

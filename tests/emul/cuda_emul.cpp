@@ -271,6 +271,8 @@ void check_access(const void* p, size_t bytes, bool writes) {
   const auto begin = reinterpret_cast<uintptr_t>(p), end = begin + bytes;
   const char* what = writes ? "writes " : "reads ";
   if (begin % bytes != 0) fail("a thread ", what, bytes, " bytes at an address that is not aligned to them");
+  const auto shared = reinterpret_cast<uintptr_t>(block.shared);
+  if (begin >= shared && end <= shared + block.shared_used) return;
   // The range that begins last before it has it, but where arguments share memory that is only read.
   auto range = std::upper_bound(touched->begin(), touched->end(), begin,
                                 [](uintptr_t x, const Range& r) { return x < r.begin; });

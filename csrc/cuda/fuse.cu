@@ -1,0 +1,328 @@
+// The fuse family on CUDA: fuse_plan ranks the adapters' entries among one another, fuse_ walks the union.
+#include "../core/fuse.h"
+
+#include "../dispatch.h"
+#include "../fuse_ops.h"
+#include "block.h"
+#include "indices.h"
+#include "scan.h"
+
+namespace shira::cuda {
+namespace {
+
+constexpr int kItems = 4;
+constexpr int kTile = kThreads * kItems;
+
+// ---- fuse_plan -----------------------------------------------------------------------------------------
+//
+// The lists are sorted, so an entry's place among all of them is the sum of its places in each: no sort, and the
+// adapters' order within an entry comes by itself. The union is what is the first of its entry, compacted.
+
+struct PlanRow {
+  const Indices* lists;
+  const int64_t* starts;  // of each list among all entries, and how many there are
+  int32_t adapters;
+  int64_t total;
+  // In the order of the merged lists:
+  int64_t* sources;
+  int64_t* entries;
+  uint8_t* firsts;  // whether this source is the first of its entry
+};
+
+// How many of a list's indices are below x, or not above it.
+__device__ __forceinline__ int64_t count_below(const Indices& list, int64_t x, bool or_equal) {
+  int64_t low = 0, count = list.count;
+  while (count > 0) {
+    const int64_t half = count / 2, index = list.cached(low + half);
+    if (index < x || (or_equal && index == x)) {
+      low += half + 1;
+      count -= half + 1;
+    } else {
+      count = half;
+    }
+  }
+  return low;
+}
+
+struct Rank {
+  using Row = PlanRow;
+  struct Scalars {};
+  static int64_t tiles(const Row& row) { return (row.total + kThreads - 1) / kThreads; }
+  static __device__ void tile(const Scalars&, const Row& row, int64_t tile) {
+    const int64_t at = tile * kThreads + threadIdx.x;
+    if (at >= row.total) return;
+    int32_t own = 0;
+    for (int32_t end = row.adapters; end - own > 1;) {
+      const int32_t middle = (own + end) / 2;
+      if (load_cached(row.starts + middle) <= at)
+        own = middle;
+      else
+        end = middle;
+    }
+    const int64_t position = at - load_cached(row.starts + own), x = list(row, own).cached(position);
+    int64_t rank = position;
+    bool first = true;
+    for (int32_t k = 0; k < row.adapters; ++k) {
+      if (k == own) continue;
+      const Indices other = list(row, k);
+      const int64_t below = count_below(other, x, k < own);
+      rank += below;
+      if (k < own && below > 0 && other.cached(below - 1) == x) first = false;
+    }
+    store_stream(row.sources + rank, core::source_of(own, position));
+    store_stream(row.entries + rank, x);
+    store_stream(row.firsts + rank, static_cast<uint8_t>(first));
+  }
+
+ private:
+  static __device__ __forceinline__ Indices list(const Row& row, int32_t k) {
+    Indices result;
+    result.data = reinterpret_cast<const void*>(load_cached(reinterpret_cast<const uint64_t*>(&row.lists[k].data)));
+    result.count = load_cached(&row.lists[k].count);
+    result.wide = load_cached(reinterpret_cast<const uint8_t*>(&row.lists[k].wide)) != 0;
+    return result;
+  }
+};
+
+struct UnionRow {
+  const uint8_t* firsts;
+  const int64_t* entries;
+  int64_t total;
+  uint64_t* counts;  // of firsts in each tile; then of those before it
+  void *indices, *offsets;
+  bool wide_indices, wide_offsets;
+};
+
+struct CountFirsts {
+  using Row = UnionRow;
+  struct Scalars {};
+  static int64_t tiles(const Row& row) { return (row.total + kTile - 1) / kTile; }
+  static __device__ void tile(const Scalars&, const Row& row, int64_t tile) {
+    uint64_t count = 0;
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      const int64_t at = tile * kTile + k * kThreads + threadIdx.x;
+      if (at < row.total) count += load_stream(row.firsts + at);
+    }
+    count = block_sum(count);
+    if (threadIdx.x == 0) store_stream(row.counts + tile, count);
+  }
+};
+
+struct WriteUnion {
+  using Row = UnionRow;
+  struct Scalars {};
+  static int64_t tiles(const Row& row) { return CountFirsts::tiles(row); }
+  static __device__ void tile(const Scalars&, const Row& row, int64_t tile) {
+    uint64_t place = load_stream(row.counts + tile);
+    for (int k = 0; k < kItems; ++k) {
+      const int64_t at = tile * kTile + k * kThreads + threadIdx.x;
+      const bool first = at < row.total && load_stream(row.firsts + at) != 0;
+      uint64_t total;
+      const uint64_t before = place + block_scan(first, total, Plain{});
+      place += total;
+      if (first) {
+        put(row.indices, row.wide_indices, before, load_stream(row.entries + at));
+        put(row.offsets, row.wide_offsets, before, at);
+      }
+      if (at == row.total - 1) put(row.offsets, row.wide_offsets, before + first, row.total);
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ void put(void* list, bool wide, uint64_t at, int64_t x) {
+    if (wide)
+      store_stream(static_cast<int64_t*>(list) + at, x);
+    else
+      store_stream(static_cast<int32_t*>(list) + at, static_cast<int32_t>(x));
+  }
+};
+
+// ---- fuse_ ---------------------------------------------------------------------------------------------
+
+struct Adapter {
+  const void* values;
+  int64_t granules;
+  bool delta;
+};
+
+constexpr int kFew = 64;  // adapters that travel with the launch; more are copied to the device first
+
+struct FuseRow {
+  void* weight;
+  void* saved;
+  Indices indices, offsets;
+  const int64_t* sources;
+  int64_t total;  // sources
+  const void* alphas;
+  const Adapter* many;  // on the device, where there are more than kFew
+  Adapter few[kFew];
+  int64_t adapters;
+  int64_t limit;
+  Granule granule;
+  bool refuse;
+};
+
+template <typename W, typename V>
+struct Fuse {
+  using Row = FuseRow;
+  struct Scalars {};
+  using C = typename W::Compute;
+
+  static int64_t tiles(const Row& row) { return (row.indices.count * row.granule.units + kTile - 1) / kTile; }
+
+  // What a thread needs of an adapter, in shared memory for a few: neighbours ask for different ones.
+  struct Strength {
+    const typename V::Bits* values;
+    int64_t granules;
+    C alpha;
+    core::Rule rule;
+  };
+  static __device__ __forceinline__ Strength strength(const Row& row, int64_t k) {
+    const C alpha = load_cached(static_cast<const C*>(row.alphas) + k);
+    if (row.many == nullptr)
+      return {static_cast<const typename V::Bits*>(row.few[k].values), row.few[k].granules, alpha,
+              core::rule_of(alpha, row.few[k].delta)};
+    const Adapter* own = row.many + k;
+    const auto values = load_cached(reinterpret_cast<const uint64_t*>(&own->values));
+    const bool delta = load_cached(reinterpret_cast<const uint8_t*>(&own->delta)) != 0;
+    return {reinterpret_cast<const typename V::Bits*>(values), load_cached(&own->granules), alpha,
+            core::rule_of(alpha, delta)};
+  }
+
+  static __device__ void tile(const Scalars&, const Row& row, int64_t tile) {
+    SHIRA_SHARED(few, kFew, Strength);
+    if (row.many == nullptr) {
+      if (threadIdx.x < row.adapters) few[threadIdx.x] = strength(row, threadIdx.x);
+      __syncthreads();
+    }
+    const int64_t entries = row.indices.count * row.granule.units;
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      const int64_t entry = tile * kTile + k * kThreads + threadIdx.x;
+      if (entry >= entries) continue;
+      int64_t number, offset;
+      row.granule.split(entry, number, offset);
+      const int64_t index = row.indices[number];
+      if (!within(index, row.limit)) continue;
+      auto* const weight = static_cast<typename W::Bits*>(row.weight) + index * row.granule.units + offset;
+      auto* const saved = static_cast<typename W::Bits*>(row.saved) + entry;
+      const auto base = row.refuse ? load_stream(saved) : load_weight(weight);
+      core::FusedEntry<W, V> fused(base);
+      // A plan that no check has seen: what does not fit is skipped.
+      int64_t begin = row.offsets[number], end = row.offsets[number + 1];
+      if (begin < 0) begin = 0;
+      if (end > row.total) end = row.total;
+      for (int64_t at = begin; at < end; ++at) {
+        const int64_t source = load_cached(row.sources + at);
+        const int64_t adapter = core::adapter_of(source), position = core::position_of(source);
+        if (!within(adapter, row.adapters)) continue;
+        const Strength own = row.many == nullptr ? few[adapter] : strength(row, adapter);
+        if (position >= own.granules) continue;
+        fused.add(own.rule, load_stream(own.values + position * row.granule.units + offset), own.alpha);
+      }
+      if (!row.refuse) store_stream(saved, base);
+      store_weight(weight, fused.result());
+    }
+  }
+};
+
+struct Cuda {
+  static void content(const char*, Name, const Tensor&, int64_t) {}                   // guarded where it is used
+  static void plan_content(const Tensor&, const Tensor&, const Tensors&, int64_t) {}  // likewise
+
+  // A copy on the device, in memory that `room` holds.
+  template <typename T>
+  static const T* upload(const std::vector<T>& list, const Tensor& like, Tensor& room, cudaStream_t stream) {
+    const int64_t bytes = static_cast<int64_t>(list.size() * sizeof(T));
+    room = torch::stable::new_empty(like, {(bytes + 7) / 8}, ScalarType::Long);
+    SHIRA_CUDA_CHECK(
+        cudaMemcpyAsync(room.data_ptr(), list.data(), static_cast<size_t>(bytes), cudaMemcpyHostToDevice, stream));
+    return address<const T>(room);
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> plan(const Tensors& lists) {
+    const Device device(lists[0]);
+    std::vector<Indices> views;
+    std::vector<int64_t> starts{0};
+    bool narrow = true;
+    for (size_t k = 0; k < lists.size(); ++k) {
+      check_content("fuse_plan", {"indices", static_cast<int64_t>(k)}, lists[k], kNoLimit, device.stream);
+      views.push_back(indices_of(lists[k]));
+      starts.push_back(starts.back() + lists[k].numel());
+      narrow &= lists[k].scalar_type() == ScalarType::Int;
+    }
+    const int64_t total = starts.back();
+    const ScalarType index = narrow ? ScalarType::Int : ScalarType::Long;
+    const ScalarType offset = total <= INT32_MAX ? ScalarType::Int : ScalarType::Long;
+    const auto room = [&](int64_t n, ScalarType type) { return torch::stable::new_empty(lists[0], {n}, type); };
+    Tensor sources = room(total, ScalarType::Long);
+    if (total == 0) {
+      Tensor offsets = room(1, offset);
+      SHIRA_CUDA_CHECK(cudaMemsetAsync(offsets.data_ptr(), 0, offsets.element_size(), device.stream));
+      return {room(0, index), offsets, sources};
+    }
+    Tensor views_room = sources, starts_room = sources;
+    const Tensor entries = room(total, ScalarType::Long), firsts = room(total, ScalarType::Byte);
+    const PlanRow plan{upload(views, lists[0], views_room, device.stream),
+                       upload(starts, lists[0], starts_room, device.stream),
+                       static_cast<int32_t>(lists.size()),
+                       total,
+                       address<int64_t>(sources),
+                       address<int64_t>(entries),
+                       address<uint8_t>(firsts)};
+    launch_one<Rank>({}, plan, device.stream);
+    UnionRow row{
+        address<const uint8_t>(firsts), address<const int64_t>(entries), total, nullptr, nullptr, nullptr, !narrow,
+        offset == ScalarType::Long};
+    const int64_t tiles = CountFirsts::tiles(row);
+    const Tensor counts = room(tiles + 1, ScalarType::Long);
+    row.counts = address<uint64_t>(counts);
+    launch_one<CountFirsts>({}, row, device.stream);
+    launch_one<Scan>({}, {row.counts, tiles}, device.stream);
+    int64_t size;
+    fetch(&size, row.counts + tiles, sizeof(size), device.stream);
+    Tensor indices = room(size, index), offsets = room(size + 1, offset);
+    row.indices = address<void>(indices);
+    row.offsets = address<void>(offsets);
+    launch_one<WriteUnion>({}, row, device.stream);
+    return {indices, offsets, sources};
+  }
+
+  static void fuse(const Tensor& weight, const Tensor& saved, const Tensor& indices, const Tensor& offsets,
+                   const Tensor& sources, const Tensors& values, const Tensor& alphas, const std::vector<bool>& delta,
+                   bool refuse, int64_t granule) {
+    const Device device(weight);
+    std::vector<Adapter> adapters;
+    for (size_t k = 0; k < values.size(); ++k)
+      adapters.push_back({address<const void>(values[k]), values[k].numel() / granule, static_cast<bool>(delta[k])});
+    FuseRow row{address<void>(weight),
+                refuse ? const_cast<void*>(address<const void>(saved)) : address<void>(saved),
+                indices_of(indices),
+                indices_of(offsets),
+                address<const int64_t>(sources),
+                sources.numel(),
+                address<const void>(alphas),
+                nullptr,
+                {},
+                static_cast<int64_t>(adapters.size()),
+                weight.numel() / granule,
+                Granule::of(granule),
+                refuse};
+    Tensor room = weight;
+    if (adapters.size() <= kFew)
+      std::copy(adapters.begin(), adapters.end(), row.few);
+    else
+      row.many = upload(adapters, weight, room, device.stream);
+    with_dtypes(weight.scalar_type(), values[0].scalar_type(), [&](auto w, auto v) {
+      launch_one<Fuse<typename decltype(w)::type, typename decltype(v)::type>>({}, row, device.stream);
+    });
+  }
+};
+
+}  // namespace
+}  // namespace shira::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(SHIRA_LIB, SHIRA_KEY, m) {
+  if (!shira::backend_skips_cuda()) shira::FuseOps<shira::cuda::Cuda>::implement(m);
+}

@@ -1,0 +1,52 @@
+// Content of `indices`, for the ops that must look at it: those may synchronise.
+#pragma once
+#include "memory.h"
+
+namespace shira::cuda {
+
+struct CheckRow {
+  Indices indices;
+  int64_t limit;
+  unsigned long long* first;  // the first position that is refused
+};
+
+struct Check {
+  using Row = CheckRow;
+  struct Scalars {};
+  static constexpr int kItems = 4, kTile = kThreads * kItems;
+  static int64_t tiles(const Row& row) { return (row.indices.count + kTile - 1) / kTile; }
+  static __device__ void tile(const Scalars&, const Row& row, int64_t tile) {
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      const int64_t i = tile * kTile + k * kThreads + threadIdx.x;
+      if (i >= row.indices.count) return;
+      const int64_t index = row.indices[i];
+      const bool inside = row.limit == kNoLimit ? index >= 0 : within(index, row.limit);
+      if (!inside || (i > 0 && index <= row.indices[i - 1])) atomicMin(row.first, static_cast<unsigned long long>(i));
+    }
+  }
+};
+
+// Refuses what is not strictly increasing in [0, limit), or not at least 0 where that is kNoLimit.
+inline void check_content(const char* op, Name name, const Tensor& indices, int64_t limit, cudaStream_t stream) {
+  if (indices.numel() == 0) return;
+  const Tensor found = torch::stable::new_empty(indices, {1}, ScalarType::Long);
+  auto* first = address<unsigned long long>(found);
+  unsigned long long at;
+  SHIRA_CUDA_CHECK(cudaMemsetAsync(first, 0xFF, sizeof(at), stream));
+  launch_one<Check>({}, {indices_of(indices), limit, first}, stream);
+  fetch(&at, first, sizeof(at), stream);
+  if (at == ~0ull) return;
+  const int64_t size = static_cast<int64_t>(indices.element_size()), n = at == 0 ? 1 : 2;
+  const char* entries = static_cast<const char*>(indices.data_ptr()) + (static_cast<int64_t>(at) + 1 - n) * size;
+  int64_t wide[2];
+  fetch(wide, entries, n * size, stream);
+  if (size == 4) {
+    int32_t narrow[2];
+    memcpy(narrow, wide, sizeof(narrow));
+    std::copy(narrow, narrow + n, wide);
+  }
+  refuse_entry(op, name, wide[n - 1], wide[0], static_cast<int64_t>(at), limit);
+}
+
+}  // namespace shira::cuda
