@@ -181,7 +181,8 @@ struct Pair {
 };
 
 py::array_t<int32_t> differing(const py::buffer& one, const py::buffer& two, int64_t itemsize, int64_t begin,
-                               int64_t end) {
+                               int64_t end, const std::string& width_name) {
+  const core::Width width = width_of(width_name);
   const Pair pair("differing", one, two, itemsize, begin, end);
   // Kept between the calls of a thread: fresh memory of this size would cost more than the comparison.
   thread_local std::vector<int32_t> room;
@@ -190,7 +191,7 @@ py::array_t<int32_t> differing(const py::buffer& one, const py::buffer& two, int
     py::gil_scoped_release release;
     if (static_cast<int64_t>(room.size()) < end - begin) room.resize(static_cast<size_t>(end - begin));
     found = pair.of_unit([&](auto unit) {
-      return core::differing<decltype(unit)>(pair.one.data, pair.two.data, begin, end, room.data());
+      return core::differing<decltype(unit)>(pair.one.data, pair.two.data, begin, end, room.data(), width);
     });
   }
   return py::array_t<int32_t>(found, room.data());
@@ -219,6 +220,7 @@ PYBIND11_MODULE(_codec, m) {
         "of its 64-bit words [begin, end): the shares of all words add up to it, mod 2^64.");
   m.def(
       "differing", &differing, py::arg("one"), py::arg("two"), py::arg("itemsize"), py::arg("begin"), py::arg("end"),
+      py::kw_only(), py::arg("width") = "",
       "The entries of [begin, end) whose bits differ in two contiguous buffers, counted from begin: int32, in order.");
   m.def("count_differing", &count_differing, py::arg("one"), py::arg("two"), py::arg("itemsize"), py::arg("begin"),
         py::arg("end"), "How many entries of [begin, end) have other bits in two contiguous buffers.");
