@@ -89,6 +89,14 @@ def test_inspect(files: Path) -> None:
     assert facts["bytes"] == (files / "a.safetensors").stat().st_size
 
 
+def test_names_cannot_steer_the_terminal(files: Path) -> None:
+    entry = Entry(torch.tensor([1]), torch.tensor([1.0]), (4,), torch.float32)
+    Adapter({"[red]a\x1b[2J\n": entry}).save(files / "b.safetensors")
+    text = run("inspect", files / "b.safetensors")
+    assert "[red]a\\x1b[2J\\x0a" in text
+    assert "\x1b" not in text
+
+
 def test_verify(files: Path) -> None:
     file = files / "a.safetensors"
     assert "good (header" in run("verify", file, "--header")

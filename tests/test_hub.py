@@ -199,11 +199,7 @@ def test_peft_from_the_hub(server: Hub, tmp_path: Path) -> None:
 
 
 def test_what_is_not_there_is_one_sentence(server: Hub) -> None:
-    for repo, says in (
-        ("me/other", "me/other: fetching"),
-        ("me/style", "Entry Not Found|404"),
-        ("a/b/c", "a/b/c: fetching"),
-    ):
+    for repo in ("me/other", "me/style", "a/b/c"):  # no repository, no such file in it, no name of one
         with pytest.raises(AdapterError, match=f"{repo}: fetching shira_adapter.safetensors failed: .") as error:
             Adapter.from_pretrained(repo, token=False)
         assert "\n" not in str(error.value)

@@ -253,8 +253,8 @@ def _weight(where: str, name: str, entry: Any, places: Mapping[str, Place]) -> W
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise AdapterError(f"{where}: dtype must be one of {', '.join(DTYPES)}, got {dtype!r:.80}")
     granule = _integer(where, entry, "granule", 1)
-    if numel % granule:
-        raise AdapterError(f"{where}: granule must divide its {numel} entries, got {granule}")
+    if numel % granule or granule > max(numel, 1):
+        raise AdapterError(f"{where}: granule must divide its {numel} entries, got {granule!r:.80}")
     count = _integer(where, entry, "count", 0)
     if count > numel // granule:
         raise AdapterError(f"{where}: count must be at most its {numel // granule} granules of {granule}, got {count}")
@@ -325,7 +325,7 @@ def _header(path: str, metadata: Mapping[str, str], places: Mapping[str, Place])
     extra = sorted(places.keys() - expected)
     if extra:
         raise AdapterError(
-            f"{path}: {len(extra)} tensor(s) belong to no weight of the metadata: {', '.join(extra[:5])}"
+            f"{path}: {len(extra)} tensor(s) belong to no weight of the metadata: {', '.join(map(repr, extra[:5]))}"
         )
     return Header(float(alpha), delta, mask, provenance, weights)
 

@@ -71,6 +71,13 @@ def _progress(what: str, quiet: bool) -> Iterator[Callable[[str, int, int], None
         yield lambda name, done, total: bar.update(task, completed=done, total=total)
 
 
+def _plain(name: str) -> str:
+    """A name from a file, without what would steer the terminal."""
+    from rich.markup import escape
+
+    return escape("".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in name))
+
+
 def _free(out: Path, overwrite: bool) -> None:
     """Refuse a target that is there, or whose folder is not, before any work is done."""
     if out.exists() and not overwrite:
@@ -164,7 +171,7 @@ def inspect(file: AdapterFile, as_json: Json = False) -> None:
             numel *= size
         share = f"{weight['nnz'] / numel:.2%}" if numel else "-"
         shape = " x ".join(map(str, weight["shape"])) or "scalar"
-        names = ", ".join([name, *weight["aliases"]])
+        names = _plain(", ".join([name, *weight["aliases"]]))
         table.add_row(
             escape(names),
             shape,
