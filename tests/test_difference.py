@@ -23,7 +23,6 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int
 def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "many chunks":
         monkeypatch.setattr(difference_module, "_CHUNK", 512)
-        monkeypatch.setattr(difference_module, "_WIDE_CHUNK", 1024)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -322,6 +321,20 @@ def test_refusals_of_the_module() -> None:
         (lambda: _codec.differing(data, data, 4, -1, 2), "in order, got -1 and 2"),
         (lambda: _codec.count_differing(data, data, 4, 3, 2), "in order, got 3 and 2"),
         (lambda: _codec.differing(data[::2], data[::2], 1, 0, 8), "one must be contiguous"),
+        (
+            lambda: _codec.count_ranks(data, data, "int8", 1, 0, 0),
+            "dtype must be float16, bfloat16, float32 or float64",
+        ),
+        (lambda: _codec.count_ranks(data, data, "float32", 3, 0, 0), "granule must divide the entries of 16 bytes"),
+        (
+            lambda: _codec.count_ranks(data, data, "float32", 1, 32, 0),
+            "shift must be a multiple of 16 below 32, got 32",
+        ),
+        (lambda: _codec.take_ranks(data, data[:8], "float32", 1, 0), "both must have the same bytes, got 16 and 8"),
+        (
+            lambda: _codec.squared_difference(data[:2], data[:2], "float32"),
+            "granule must divide the entries of 2 bytes",
+        ),
         (lambda: _codec.fingerprint(data, 0, 3), "words of the 2 in order, got 0 and 3"),
         (lambda: _codec.fingerprint(data, -1), "got -1 and 2"),
     ):

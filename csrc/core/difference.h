@@ -3,7 +3,9 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
+#include "arithmetic.h"
 #include "width.h"
 
 namespace shira::core {
@@ -140,5 +142,97 @@ inline int64_t differing(const uint8_t* one, const uint8_t* two, int64_t begin, 
   }
   return found;
 }
+
+// How far apart two buffers of floats are, granule by granule: the sum of |two - one| in entry order, as the integer
+// with its bits. Sums are never negative, so ranks have their order; what is no number is infinitely far.
+template <typename F>
+struct Ranks {
+  using Rank = typename F::Bits;
+  using Number = typename F::Compute;
+  using Wide = std::conditional_t<sizeof(Number) == 8, uint64_t, uint32_t>;
+  static constexpr int kBits = 8 * sizeof(Wide);
+  static constexpr int64_t kBlock = 1024;
+
+  const uint8_t *one, *two;
+  int64_t granule;
+
+  static Number infinity() {
+    return bits_to<Number>(static_cast<Wide>(sizeof(Wide) == 8 ? 0x7FFull << 52 : 0xFFull << 23));
+  }
+
+  Number step(int64_t i) const {
+    return static_cast<Number>(F::load(detail::unit_at<Rank>(two, i))) -
+           static_cast<Number>(F::load(detail::unit_at<Rank>(one, i)));
+  }
+
+  // The ranks of granules [begin, end), at most a block of them.
+  void read(int64_t begin, int64_t end, Wide* out) const {
+    const Wide sign = Wide{1} << (kBits - 1), most = bits_to<Wide>(infinity());
+    if (granule == 1) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Wide rank = bits_to<Wide>(step(i)) & ~sign;
+        out[i - begin] = rank < most ? rank : most;
+      }
+      return;
+    }
+    for (int64_t i = begin; i < end; ++i) {
+      Number sum = 0;
+      for (int64_t k = i * granule; k < (i + 1) * granule; ++k) {
+        const Number d = step(k);
+        sum += d < 0 ? -d : d;
+      }
+      const Wide rank = bits_to<Wide>(sum) & ~sign;
+      out[i - begin] = rank < most ? rank : most;
+    }
+  }
+
+  // Counts 16 bits of each rank, those from `shift` on, where the bits above them are `last`.
+  void count(int64_t granules, int shift, uint64_t last, int64_t* histogram) const {
+    Wide ranks[kBlock];
+    for (int64_t begin = 0; begin < granules; begin += kBlock) {
+      const int64_t n = granules - begin < kBlock ? granules - begin : kBlock;
+      read(begin, begin + n, ranks);
+      if (shift + 16 == kBits) {
+        for (int64_t i = 0; i < n; ++i) ++histogram[ranks[i] >> shift];
+      } else {
+        for (int64_t i = 0; i < n; ++i)
+          if (ranks[i] >> (shift + 16) == last) ++histogram[ranks[i] >> shift & 0xFFFF];
+      }
+    }
+  }
+
+  // Calls `above` with each granule whose rank is above `last`, and `equal` with each where it is that.
+  template <typename Above, typename Equal>
+  void take(int64_t granules, uint64_t last, const Above& above, const Equal& equal) const {
+    Wide ranks[kBlock];
+    for (int64_t begin = 0; begin < granules; begin += kBlock) {
+      const int64_t n = granules - begin < kBlock ? granules - begin : kBlock;
+      read(begin, begin + n, ranks);
+      for (int64_t i = 0; i < n; ++i) {
+        if (ranks[i] < last) continue;
+        if (ranks[i] == last)
+          equal(begin + i);
+        else
+          above(begin + i);
+      }
+    }
+  }
+
+  // The sum of the squared differences that are numbers.
+  double squares(int64_t entries) const {
+    double lanes[8] = {};
+    int64_t i = 0;
+    const auto square = [&](int64_t k) {
+      const double d = static_cast<double>(step(k)), s = d * d;
+      return s - s == 0 ? s : 0.0;  // not so for what is no finite number
+    };
+    for (; i + 8 <= entries; i += 8)
+      for (int64_t k = 0; k < 8; ++k) lanes[k] += square(i + k);
+    for (; i < entries; ++i) lanes[0] += square(i);
+    double sum = 0;
+    for (const double lane : lanes) sum += lane;
+    return sum;
+  }
+};
 
 }  // namespace shira::core

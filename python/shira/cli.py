@@ -173,7 +173,7 @@ def inspect(file: AdapterFile, as_json: Json = False) -> None:
         shape = " x ".join(map(str, weight["shape"])) or "scalar"
         names = _plain(", ".join([name, *weight["aliases"]]))
         table.add_row(
-            escape(names),
+            names,
             shape,
             weight["dtype"],
             str(weight["granule"]),
