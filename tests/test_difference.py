@@ -117,6 +117,15 @@ def test_whole_where_that_is_smaller() -> None:
     assert Adapter.from_difference(sparse, tuned).weights["a.weight"].whole
 
 
+def test_values_are_nobody_elses() -> None:
+    base, tuned = pair(share=1.0)
+    adapter = Adapter.from_difference(base, tuned)
+    before = {name: entry.values.clone() for name, entry in adapter.weights.items()}
+    for tensor in (*base.values(), *tuned.values()):
+        tensor.zero_()
+    assert all(torch.equal(bits(before[name]), bits(entry.values)) for name, entry in adapter.weights.items())
+
+
 def top(base: torch.Tensor, tuned: torch.Tensor, count: int, granule: int) -> torch.Tensor:
     """The plain way: a stable sort of all scores."""
     scores = (tuned.double() - base.double()).float().abs().view(-1, granule).sum(1)
@@ -314,7 +323,9 @@ def test_shares_of_a_fingerprint_add_up(width: str) -> None:
 
 def test_refusals_of_the_module() -> None:
     data = np.zeros(16, np.uint8)
+    dtypes = "dtype must be float16, bfloat16, float32 or float64"
     for call, says in (
+        (lambda: _codec.count_ranks(data, data, "int8", 1, 0, 0), dtypes),
         (lambda: _codec.differing(data, data[:8], 1, 0, 8), "both must have the same bytes, got 16 and 8"),
         (lambda: _codec.differing(data, data, 3, 0, 1), "itemsize must be 1, 2, 4 or 8, got 3"),
         (lambda: _codec.differing(data, data, 4, 0, 5), "entries of the 4 in order, got 0 and 5"),
@@ -328,7 +339,7 @@ def test_refusals_of_the_module() -> None:
         (lambda: _codec.count_ranks(data, data, "float32", 3, 0, 0), "granule must divide the entries of 16 bytes"),
         (
             lambda: _codec.count_ranks(data, data, "float32", 1, 32, 0),
-            "shift must be a multiple of 16 below 32, got 32",
+            "a multiple of 16 below 32, got 32",
         ),
         (lambda: _codec.take_ranks(data, data[:8], "float32", 1, 0), "both must have the same bytes, got 16 and 8"),
         (

@@ -54,6 +54,11 @@ class Stored:
         """Whether an adapter can hold entries of this dtype."""
         return self.dtype in _file.DTYPES
 
+    @property
+    def mapped(self) -> bool:
+        """Whether it lies in a mapped file."""
+        return isinstance(self.data, np.ndarray)
+
     def bytes(self) -> Bytes:
         """Its bytes in row-major order; a view of the file where it is mapped."""
         if isinstance(self.data, np.ndarray):

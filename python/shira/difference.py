@@ -104,6 +104,7 @@ class _Pair:
     tuned: Bytes
     granule: int
     aliases: tuple[str, ...]
+    mapped: bool  # whether the tuned one is a file's
 
     @property
     def numel(self) -> int:
@@ -277,7 +278,9 @@ def _entry(pair: _Pair, density: float | None, pool: Executor, ahead: int) -> tu
         kept = _flat(np.concatenate(sparse.values), pair.dtype)
     elif budget >= whole_from:
         granule = pair.numel
-        indices, kept = torch.zeros(1, dtype=torch.int32), _flat(pair.tuned, pair.dtype)  # a view of a file
+        indices, kept = torch.zeros(1, dtype=torch.int32), _flat(pair.tuned, pair.dtype)
+        if not pair.mapped:  # somebody's tensor, who may go on training it
+            kept = kept.clone()
         if density is not None:
             total = _squared(pair, pool, ahead)
     else:
@@ -319,15 +322,23 @@ def _matched(base: Checkpoint, tuned: Checkpoint) -> list[tuple[Stored, Stored, 
             if tuned_first[other] != tuned_first[first] and not _same(two, tuned.tensors[other]):
                 raise AdapterError(f"{first!r} and {other!r} are one (tied) weight in the base, and two in the other")
         if not one.supported:
-            if not np.array_equal(one.bytes(), two.bytes()):
+            if not _equal(one.bytes(), two.bytes()):
                 raise AdapterError(f"{first!r} changed, and an adapter cannot hold entries of {one.dtype}")
             continue
         pairs.append((one, two, tuple(names[1:])))
     return pairs
 
 
+def _equal(one: Bytes, two: Bytes) -> bool:
+    """The same bytes, compared in pieces."""
+    starts = range(0, len(one), _CHUNK)
+    return len(one) == len(two) and not any(
+        _codec.count_differing(one, two, 1, start, min(start + _CHUNK, len(one))) for start in starts
+    )
+
+
 def _same(one: Stored, two: Stored) -> bool:
-    return one.dtype == two.dtype and one.shape == two.shape and np.array_equal(one.bytes(), two.bytes())
+    return one.dtype == two.dtype and one.shape == two.shape and _equal(one.bytes(), two.bytes())
 
 
 def difference(
@@ -353,10 +364,10 @@ def difference(
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
         for one, two, aliases in matched:
-            pair = _Pair(one.name, one.dtype, one.shape, one.bytes(), two.bytes(), granule, aliases)
+            pair = _Pair(one.name, one.dtype, one.shape, one.bytes(), two.bytes(), granule, aliases, two.mapped)
             if pair.numel and (pair.shape[-1] if pair.shape else 1) % granule:
                 # Only a weight that changed needs granules.
-                if not np.array_equal(pair.base, pair.tuned):
+                if not _equal(pair.base, pair.tuned):
                     uneven.append(f"{pair.name} {list(pair.shape)}")
             elif not uneven and (made := _entry(pair, density, pool, 2 * threads)) is not None:
                 entries[pair.name], report[pair.name] = made
