@@ -321,6 +321,14 @@ def test_shares_of_a_fingerprint_add_up(width: str) -> None:
     assert _codec.fingerprint(data, 101, width=width) == shares[-1]
 
 
+@pytest.mark.parametrize("width", [1, 2, 4, 6, 8, 64])
+def test_take(width: int) -> None:
+    rows = np.random.default_rng(0).integers(0, 256, (50, width), dtype=np.uint8)
+    indices = np.array([0, 3, 3, 49, 7], np.int32)
+    assert np.array_equal(_codec.take(rows, width, indices), rows[indices].reshape(-1))
+    assert _codec.take(rows, width, indices[:0]).size == 0
+
+
 def test_refusals_of_the_module() -> None:
     data = np.zeros(16, np.uint8)
     dtypes = "dtype must be float16, bfloat16, float32 or float64"
@@ -342,6 +350,9 @@ def test_refusals_of_the_module() -> None:
             lambda: _codec.squared_difference(data[:2], data[:2], "float32"),
             "granule must divide the entries of 2 bytes",
         ),
+        (lambda: _codec.take(data, 3, np.zeros(1, np.int32)), "width must divide 16 bytes, got 3"),
+        (lambda: _codec.take(data, 4, np.array([0, 4], np.int32)), r"must be in \[0, 4\), got 4 at position 1"),
+        (lambda: _codec.take(data, 4, np.array([-1], np.int32)), "got -1 at position 0"),
         (lambda: _codec.fingerprint(data, 0, 3), "words of the 2 in order, got 0 and 3"),
         (lambda: _codec.fingerprint(data, -1), "got -1 and 2"),
     ):

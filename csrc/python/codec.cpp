@@ -205,6 +205,41 @@ int64_t count_differing(const py::buffer& one, const py::buffer& two, int64_t it
       [&](auto unit) { return core::count_differing<decltype(unit)>(pair.one.data, pair.two.data, begin, end); });
 }
 
+py::array_t<uint8_t> take(const py::buffer& rows, int64_t width, const py::array_t<int32_t>& indices) {
+  const Bytes from("take", "rows", rows);
+  if (width < 1 || from.size % width != 0) refuse("take: width must divide ", from.size, " bytes, got ", width);
+  if (indices.ndim() != 1 || (indices.size() > 1 && indices.strides(0) != 4))
+    refuse("take: indices must be 1-D and contiguous");
+  const int64_t count = indices.size(), most = from.size / width;
+  const int32_t* at = indices.data();
+  py::array_t<uint8_t> out(count * width);
+  uint8_t* to = out.mutable_data();
+  int64_t outside = -1;
+  {
+    py::gil_scoped_release release;
+    // The width as a constant makes the copy of one entry a load and a store.
+    const auto copy = [&](auto constant) {
+      const int64_t bytes = decltype(constant)::value == 0 ? width : decltype(constant)::value;
+      for (int64_t k = 0; k < count; ++k) {
+        if (at[k] < 0 || at[k] >= most) {
+          outside = k;
+          return;
+        }
+        memcpy(to + k * bytes, from.data + at[k] * bytes, static_cast<size_t>(bytes));
+      }
+    };
+    switch (width) {
+      case 1: copy(std::integral_constant<int64_t, 1>{}); break;
+      case 2: copy(std::integral_constant<int64_t, 2>{}); break;
+      case 4: copy(std::integral_constant<int64_t, 4>{}); break;
+      case 8: copy(std::integral_constant<int64_t, 8>{}); break;
+      default: copy(std::integral_constant<int64_t, 0>{});
+    }
+  }
+  if (outside >= 0) refuse("take: indices must be in [0, ", most, "), got ", at[outside], " at position ", outside);
+  return out;
+}
+
 // Two buffers of floats and how many granules they hold; calls a template with their dtype.
 struct Floats {
   Bytes one, two;
@@ -301,5 +336,7 @@ PYBIND11_MODULE(_codec, m) {
         py::arg("last"), "The granules whose rank is above last, and those where it is last: two int32 arrays.");
   m.def("squared_difference", &squared_difference, py::arg("one"), py::arg("two"), py::arg("dtype"),
         "The sum of (two - one)^2 in double, where that is a number.");
+  m.def("take", &take, py::arg("rows"), py::arg("width"), py::arg("indices"),
+        "Rows of width bytes of a contiguous buffer, by number (int32), one after the other: uint8.");
   m.def("widths", &widths, "The vector widths this processor has, narrowest first; the last one is the default.");
 }

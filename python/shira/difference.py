@@ -139,11 +139,7 @@ class _Pair:
             granules = granules[np.flatnonzero(np.diff(granules, prepend=-1))]
         width = self.granule * self.itemsize
         part = self.tuned[begin * self.itemsize : end * self.itemsize]
-        if width in (2, 4, 8):
-            values = part.view(f"u{width}").take(granules).view(np.uint8)
-        else:
-            values = part.reshape(-1, width).take(granules, 0).reshape(-1)
-        return len(found), granules, values
+        return len(found), granules, _codec.take(part, width, granules)
 
 
 class _Sparse:
