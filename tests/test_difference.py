@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 import shira_ops
-from shira import Adapter, AdapterError, Switcher
+from shira import Adapter, AdapterError, Switcher, _codec
 from shira import difference as difference_module
 from shira.difference import difference
 
@@ -21,7 +23,6 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int
 def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "many chunks":
         monkeypatch.setattr(difference_module, "_CHUNK", 512)
-        monkeypatch.setattr(difference_module, "_WIDE_CHUNK", 1024)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -114,6 +115,15 @@ def test_whole_where_that_is_smaller() -> None:
     assert not Adapter.from_difference(sparse, tuned).weights["a.weight"].whole
     tuned = {**sparse, "a.weight": changed(sparse["a.weight"], 0.9)}
     assert Adapter.from_difference(sparse, tuned).weights["a.weight"].whole
+
+
+def test_values_are_nobody_elses() -> None:
+    base, tuned = pair(share=1.0)
+    adapter = Adapter.from_difference(base, tuned)
+    before = {name: entry.values.clone() for name, entry in adapter.weights.items()}
+    for tensor in (*base.values(), *tuned.values()):
+        tensor.zero_()
+    assert all(torch.equal(bits(before[name]), bits(entry.values)) for name, entry in adapter.weights.items())
 
 
 def top(base: torch.Tensor, tuned: torch.Tensor, count: int, granule: int) -> torch.Tensor:
@@ -282,3 +292,69 @@ def test_progress() -> None:
     total = sum(tensor.nbytes for tensor in base.values())
     assert [name for name, _, _ in seen] == list(base)
     assert seen[-1][1:] == (total, total)
+
+
+@pytest.mark.parametrize("width", _codec.widths())
+@pytest.mark.parametrize("itemsize", [1, 2, 4, 8])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+def test_differing_on_every_width(share: float, itemsize: int, width: str) -> None:
+    rng = np.random.default_rng(itemsize)
+    one = rng.integers(0, 256, 3000 * itemsize + 5, dtype=np.uint8)[5:]  # at no address in particular
+    two = one.copy()
+    entries = np.flatnonzero(rng.random(3000) < share)
+    two[entries * itemsize + rng.integers(0, itemsize, len(entries))] ^= 0x80  # any one byte of an entry
+    for begin, end in ((0, 3000), (7, 2990), (64, 128), (5, 5), (2999, 3000)):
+        expected = entries[(entries >= begin) & (entries < end)] - begin
+        found = _codec.differing(one, two, itemsize, begin, end, width=width)
+        assert found.dtype == np.int32
+        assert found.tolist() == expected.tolist()
+        assert _codec.count_differing(one, two, itemsize, begin, end) == len(expected)
+
+
+@pytest.mark.parametrize("width", _codec.widths())
+def test_shares_of_a_fingerprint_add_up(width: str) -> None:
+    data = np.arange(1003, dtype=np.uint32).view(np.uint8)[:-1]  # the last word is not whole
+    whole = int(shira_ops.fingerprint(torch.from_numpy(data)))
+    cuts = [0, 1, 8, 100, 101, 502]
+    shares = [_codec.fingerprint(data, begin, end, width=width) for begin, end in itertools.pairwise(cuts)]
+    assert (sum(shares) - whole) % 2**64 == 0
+    assert _codec.fingerprint(data, 101, width=width) == shares[-1]
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 6, 8, 64])
+def test_take(width: int) -> None:
+    rows = np.random.default_rng(0).integers(0, 256, (50, width), dtype=np.uint8)
+    indices = np.array([0, 3, 3, 49, 7], np.int32)
+    assert np.array_equal(_codec.take(rows, width, indices), rows[indices].reshape(-1))
+    assert _codec.take(rows, width, indices[:0]).size == 0
+
+
+def test_refusals_of_the_module() -> None:
+    data = np.zeros(16, np.uint8)
+    dtypes = "dtype must be float16, bfloat16, float32 or float64"
+    for call, says in (
+        (lambda: _codec.count_ranks(data, data, "int8", 1, 0, 0), dtypes),
+        (lambda: _codec.differing(data, data[:8], 1, 0, 8), "both must have the same bytes, got 16 and 8"),
+        (lambda: _codec.differing(data, data, 3, 0, 1), "itemsize must be 1, 2, 4 or 8, got 3"),
+        (lambda: _codec.differing(data, data, 4, 0, 5), "entries of the 4 in order, got 0 and 5"),
+        (lambda: _codec.differing(data, data, 4, -1, 2), "in order, got -1 and 2"),
+        (lambda: _codec.count_differing(data, data, 4, 3, 2), "in order, got 3 and 2"),
+        (lambda: _codec.differing(data[::2], data[::2], 1, 0, 8), "one must be contiguous"),
+        (lambda: _codec.count_ranks(data, data, "float32", 3, 0, 0), "granule must divide the entries of 16 bytes"),
+        (
+            lambda: _codec.count_ranks(data, data, "float32", 1, 32, 0),
+            "a multiple of 16 below 32, got 32",
+        ),
+        (lambda: _codec.take_ranks(data, data[:8], "float32", 1, 0), "both must have the same bytes, got 16 and 8"),
+        (
+            lambda: _codec.squared_difference(data[:2], data[:2], "float32"),
+            "granule must divide the entries of 2 bytes",
+        ),
+        (lambda: _codec.take(data, 3, np.zeros(1, np.int32)), "width must divide 16 bytes, got 3"),
+        (lambda: _codec.take(data, 4, np.array([0, 4], np.int32)), r"must be in \[0, 4\), got 4 at position 1"),
+        (lambda: _codec.take(data, 4, np.array([-1], np.int32)), "got -1 at position 0"),
+        (lambda: _codec.fingerprint(data, 0, 3), "words of the 2 in order, got 0 and 3"),
+        (lambda: _codec.fingerprint(data, -1), "got -1 and 2"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            call()

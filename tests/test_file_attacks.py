@@ -135,6 +135,57 @@ def test_anything_written_anywhere(tmp_path_factory: pytest.TempPathFactory, dat
     accepts_or_refuses(tmp_path_factory.getbasetemp() / "written.safetensors", bytes(changed))
 
 
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.sampled_from([0, 1, -1, 2**31, 2**32, 2**62, 2**63, 2**64, 10**400]),
+    st.floats(),
+    st.text(max_size=20),
+    st.sampled_from(["code", "seed", "whole", "bfloat16", "int8", "f" * 16, "BF16", "U8", "F4"]),
+)
+VALUES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+)
+
+
+def _places(value: object, path: tuple = ()) -> list[tuple]:
+    """The paths to everything within a JSON value."""
+    found = [path] if path else []
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        found += _places(inner, (*path, key))
+    return found
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_anything_said_in_the_header(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Well-formed lies: any value in place of any other."""
+    file = generate.good()
+    said = {"weights": file.weights, "about": file.about, "header": file.header, "metadata": file.metadata}
+    for _ in range(data.draw(st.integers(1, 3))):
+        *path, last = data.draw(st.sampled_from([path for path in _places(said) if len(path) > 1]))
+        place = said
+        for key in path:
+            place = place[key]
+        place[last] = data.draw(VALUES)
+    accepts_or_refuses(tmp_path_factory.getbasetemp() / "said.safetensors", file.bytes())
+
+
+def test_an_empty_weight_in_absurd_granules(tmp_path: Path) -> None:
+    file = generate.good()
+    file.weights["a.weight"].update(shape=[0], granule=2**70, count=0)
+    file.header["a.weight.values"].update(shape=[0], data_offsets=[16, 16])
+    file.header["a.weight.indices"].update(shape=[0], data_offsets=[16, 16])
+    del file.body[16:]
+    path = tmp_path / "empty.safetensors"
+    path.write_bytes(file.bytes())
+    for reader in READERS.values():
+        with pytest.raises(AdapterError, match="granule must divide its 0 entries"):
+            reader(path)
+
+
 def test_paths_that_are_no_files(tmp_path: Path) -> None:
     loop, other = tmp_path / "loop.safetensors", tmp_path / "other.safetensors"
     loop.symlink_to(other)

@@ -4,6 +4,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -176,7 +177,8 @@ struct Pair {
 };
 
 py::array_t<int32_t> differing(const py::buffer& one, const py::buffer& two, int64_t itemsize, int64_t begin,
-                               int64_t end) {
+                               int64_t end, const std::string& width_name) {
+  const core::Width width = width_of(width_name);
   const Pair pair("differing", one, two, itemsize, begin, end);
   // Kept between the calls of a thread: fresh memory of this size would cost more than the comparison.
   thread_local std::vector<int32_t> room;
@@ -185,7 +187,7 @@ py::array_t<int32_t> differing(const py::buffer& one, const py::buffer& two, int
     py::gil_scoped_release release;
     if (static_cast<int64_t>(room.size()) < end - begin) room.resize(static_cast<size_t>(end - begin));
     found = pair.of_unit([&](auto unit) {
-      return core::differing<decltype(unit)>(pair.one.data, pair.two.data, begin, end, room.data());
+      return core::differing<decltype(unit)>(pair.one.data, pair.two.data, begin, end, room.data(), width);
     });
   }
   return py::array_t<int32_t>(found, room.data());
@@ -196,6 +198,108 @@ int64_t count_differing(const py::buffer& one, const py::buffer& two, int64_t it
   py::gil_scoped_release release;
   return pair.of_unit(
       [&](auto unit) { return core::count_differing<decltype(unit)>(pair.one.data, pair.two.data, begin, end); });
+}
+
+py::array_t<uint8_t> take(const py::buffer& rows, int64_t width, const py::array_t<int32_t>& indices) {
+  const Bytes from("take", "rows", rows);
+  if (width < 1 || from.size % width != 0) refuse("take: width must divide ", from.size, " bytes, got ", width);
+  if (indices.ndim() != 1 || (indices.size() > 1 && indices.strides(0) != 4))
+    refuse("take: indices must be 1-D and contiguous");
+  const int64_t count = indices.size(), most = from.size / width;
+  const int32_t* at = indices.data();
+  py::array_t<uint8_t> out(count * width);
+  uint8_t* to = out.mutable_data();
+  int64_t outside = -1;
+  {
+    py::gil_scoped_release release;
+    // The width as a constant makes the copy of one entry a load and a store.
+    const auto copy = [&](auto constant) {
+      const int64_t bytes = decltype(constant)::value == 0 ? width : decltype(constant)::value;
+      for (int64_t k = 0; k < count; ++k) {
+        if (at[k] < 0 || at[k] >= most) {
+          outside = k;
+          return;
+        }
+        memcpy(to + k * bytes, from.data + at[k] * bytes, static_cast<size_t>(bytes));
+      }
+    };
+    switch (width) {
+      case 1: copy(std::integral_constant<int64_t, 1>{}); break;
+      case 2: copy(std::integral_constant<int64_t, 2>{}); break;
+      case 4: copy(std::integral_constant<int64_t, 4>{}); break;
+      case 8: copy(std::integral_constant<int64_t, 8>{}); break;
+      default: copy(std::integral_constant<int64_t, 0>{});
+    }
+  }
+  if (outside >= 0) refuse("take: indices must be in [0, ", most, "), got ", at[outside], " at position ", outside);
+  return out;
+}
+
+// Two buffers of floats and how many granules they hold; calls a template with their dtype.
+struct Floats {
+  Bytes one, two;
+  std::string dtype;
+  int64_t granule, granules;
+
+  Floats(const char* op, const py::buffer& a, const py::buffer& b, const std::string& name, int64_t size)
+      : one(op, "one", a), two(op, "two", b), dtype(name), granule(size) {
+    const int64_t itemsize = name == "float64" ? 8 : name == "float32" ? 4 : 2;
+    if (itemsize == 2 && name != "float16" && name != "bfloat16")
+      refuse(op, ": dtype must be float16, bfloat16, float32 or float64, got ", name);
+    if (one.size != two.size) refuse(op, ": both must have the same bytes, got ", one.size, " and ", two.size);
+    if (granule < 1 || one.size % itemsize != 0 || one.size / itemsize % granule != 0)
+      refuse(op, ": granule must divide the entries of ", one.size, " bytes, got ", granule);
+    granules = one.size / itemsize / granule;
+    if (granules > INT32_MAX) refuse(op, ": one call takes fewer than 2^31 granules, got ", granules);
+  }
+
+  template <typename Call>
+  void of_dtype(const Call& call) const {
+    if (dtype == "float16") return call(core::Ranks<core::Float16>{one.data, two.data, granule});
+    if (dtype == "bfloat16") return call(core::Ranks<core::BFloat16>{one.data, two.data, granule});
+    if (dtype == "float32") return call(core::Ranks<core::Float32>{one.data, two.data, granule});
+    call(core::Ranks<core::Float64>{one.data, two.data, granule});
+  }
+};
+
+py::array_t<int64_t> count_ranks(const py::buffer& one, const py::buffer& two, const std::string& dtype,
+                                 int64_t granule, int shift, uint64_t last) {
+  const Floats floats("count_ranks", one, two, dtype, granule);
+  const int bits = dtype == "float64" ? 64 : 32;
+  if (shift < 0 || shift % 16 != 0 || shift > bits - 16)
+    refuse("count_ranks: shift must be a multiple of 16 below ", bits, ", got ", shift);
+  py::array_t<int64_t> histogram(1 << 16);
+  int64_t* out = histogram.mutable_data();
+  py::gil_scoped_release release;
+  std::fill(out, out + (1 << 16), 0);
+  floats.of_dtype([&](const auto& ranks) { ranks.count(floats.granules, shift, last, out); });
+  return histogram;
+}
+
+py::tuple take_ranks(const py::buffer& one, const py::buffer& two, const std::string& dtype, int64_t granule,
+                     uint64_t last) {
+  const Floats floats("take_ranks", one, two, dtype, granule);
+  std::vector<int32_t> above, equal;
+  {
+    py::gil_scoped_release release;
+    floats.of_dtype([&](const auto& ranks) {
+      ranks.take(
+          floats.granules, last, [&](int64_t i) { above.push_back(static_cast<int32_t>(i)); },
+          [&](int64_t i) { equal.push_back(static_cast<int32_t>(i)); });
+    });
+  }
+  const auto array = [](const std::vector<int32_t>& from) {
+    return py::array_t<int32_t>(static_cast<py::ssize_t>(from.size()), from.data());
+  };
+  return py::make_tuple(array(above), array(equal));
+}
+
+double squared_difference(const py::buffer& one, const py::buffer& two, const std::string& dtype) {
+  const Floats floats("squared_difference", one, two, dtype, 1);
+  double sum = 0;
+  py::gil_scoped_release release;
+  floats.of_dtype([&](const auto& ranks) { sum = ranks.squares(floats.granules); });
+  return sum;
 }
 
 }  // namespace
@@ -214,8 +318,20 @@ PYBIND11_MODULE(_codec, m) {
         "of its 64-bit words [begin, end): the shares of all words add up to it, mod 2^64.");
   m.def(
       "differing", &differing, py::arg("one"), py::arg("two"), py::arg("itemsize"), py::arg("begin"), py::arg("end"),
+      py::kw_only(), py::arg("width") = "",
       "The entries of [begin, end) whose bits differ in two contiguous buffers, counted from begin: int32, in order.");
   m.def("count_differing", &count_differing, py::arg("one"), py::arg("two"), py::arg("itemsize"), py::arg("begin"),
         py::arg("end"), "How many entries of [begin, end) have other bits in two contiguous buffers.");
+  m.def(
+      "count_ranks", &count_ranks, py::arg("one"), py::arg("two"), py::arg("dtype"), py::arg("granule"),
+      py::arg("shift"), py::arg("last"),
+      "How many granules' ranks, the bits of sum |two - one| (fp32, fp64 for float64), have each value of the 16 bits "
+      "from shift on, among those whose bits above are last: int64 [65536].");
+  m.def("take_ranks", &take_ranks, py::arg("one"), py::arg("two"), py::arg("dtype"), py::arg("granule"),
+        py::arg("last"), "The granules whose rank is above last, and those where it is last: two int32 arrays.");
+  m.def("squared_difference", &squared_difference, py::arg("one"), py::arg("two"), py::arg("dtype"),
+        "The sum of (two - one)^2 in double, where that is a number.");
+  m.def("take", &take, py::arg("rows"), py::arg("width"), py::arg("indices"),
+        "Rows of width bytes of a contiguous buffer, by number (int32), one after the other: uint8.");
   m.def("widths", &widths, "The vector widths this processor has, narrowest first; the last one is the default.");
 }

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
 
 from shira import _file
 from shira._file import AdapterError
@@ -54,6 +53,11 @@ class Stored:
     def supported(self) -> bool:
         """Whether an adapter can hold entries of this dtype."""
         return self.dtype in _file.DTYPES
+
+    @property
+    def mapped(self) -> bool:
+        """Whether it lies in a mapped file."""
+        return isinstance(self.data, np.ndarray)
 
     def bytes(self) -> Bytes:
         """Its bytes in row-major order; a view of the file where it is mapped."""
@@ -105,28 +109,16 @@ class Checkpoint:
 
 
 def map_file(path: str) -> Shard:
-    """Map a safetensors file; the stock library checks its header first."""
-    _file.check_regular(path)
-    try:
-        with safe_open(path, "numpy"):
-            pass
-    except SafetensorError as error:
-        raise AdapterError(f"{path}: this is no whole safetensors file: {error}") from error
+    """Map a safetensors file, its header checked."""
+    metadata, places = _file.read_layout(path)
     with open(path, "rb") as file:
         # Private, so that numpy and torch find it writable; nothing writes to it.
         whole = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
-    length = int.from_bytes(whole[:8].tobytes(), "little")
-    try:
-        header = json.loads(whole[8 : 8 + length].tobytes(), object_pairs_hook=_file.unique)
-    except ValueError as error:
-        raise AdapterError(f"{path}: the header cannot be read: {error}") from error
-    metadata = header.pop("__metadata__", None) or {}
-    body = whole[8 + length :]
     tensors = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        dtype = _TORCH_NAMES.get(entry["dtype"], entry["dtype"].lower())
-        tensors[name] = Stored(name, dtype, tuple(entry["shape"]), end - begin, body[begin:end])
+    for name, place in places.items():
+        dtype = _TORCH_NAMES.get(place.dtype, place.dtype.lower())
+        nbytes = place.end - place.begin
+        tensors[name] = Stored(name, dtype, place.shape, nbytes, whole[place.begin : place.end])
     return Shard(path, metadata, tensors)
 
 

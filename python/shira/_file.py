@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
+if TYPE_CHECKING:
+    pass
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +46,11 @@ DTYPES: dict[str, tuple[str, int]] = {
     "int32": ("I32", 4),
     "int64": ("I64", 8),
 }
+# What a tensor of any checkpoint may have: bits an entry.
+BITS = {name: 8 * size for name, size in DTYPES.values()} | {
+    "BOOL": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "U16": 16, "U32": 32, "U64": 64, "C64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
 ITEM_BYTES = dict(DTYPES.values())
 ARITHMETIC = ("float16", "bfloat16", "float32", "float64")
 MAX_NUMEL = 2**62
@@ -151,21 +157,90 @@ def hex_word(value: int | None) -> str | None:
     return None if value is None else f"{value:016x}"
 
 
-def _tensor(where: str, file: Any, present: set[str], key: str, dtypes: Mapping[str, str], length: int | None) -> str:
-    """Check one tensor's dtype and length by the header alone; return torch's name of its dtype."""
-    if key not in present:
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in a safetensors file: bytes from its start."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def _place(name: str, entry: Any, at: int) -> Place:
+    """One tensor of a header; ValueError with what is wrong."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name!r} must have dtype, shape and data_offsets alone")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    for what, numbers in (("shape", shape), ("data_offsets", offsets)):
+        if not isinstance(numbers, list) or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
+            raise ValueError(f"{name!r}: {what} must be a list of sizes, got {numbers!r:.80}")
+    if not isinstance(dtype, str) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"{name!r}: dtype must be a name and data_offsets a range, got {dtype!r:.40}, {offsets!r:.80}")
+    bits = BITS.get(dtype)
+    if bits is None:
+        raise ValueError(f"{name!r}: the dtype {dtype!r:.40} is not known")
+    numel = math.prod(shape)
+    if numel * bits != 8 * (offsets[1] - offsets[0]):
+        raise ValueError(f"{name!r}: {numel} entries of {dtype} do not take {offsets[1] - offsets[0]} bytes")
+    return Place(dtype, tuple(shape), at + offsets[0], at + offsets[1])
+
+
+def read_layout(path: str) -> tuple[dict[str, str], dict[str, Place]]:
+    """A safetensors file's metadata and where its tensors lie, in their order, all of it checked.
+
+    The checks are the stock library's: tensors fill the file from the header to the end, without gaps and overlaps.
+    Nothing is imported for them, so that a header can be read in no time.
+    """
+    check_regular(path)
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > min(size - 8, MAX_HEADER):
+                raise ValueError(f"a header of {length:,} bytes does not fit {size:,} bytes")
+            text = file.read(length)
+        if not text.startswith(b"{"):
+            raise ValueError("the header must be a JSON object")
+        header = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=_no_constant)
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or any(not isinstance(value, str) for value in metadata.values()):
+            raise ValueError("__metadata__ must be an object of strings")
+        places = {name: _place(name, entry, 8 + length) for name, entry in header.items()}
+        places = dict(sorted(places.items(), key=lambda item: (item[1].begin, item[1].end)))
+        at = 8 + length
+        for name, place in places.items():
+            if place.begin != at:
+                raise ValueError(f"{name!r} must start at byte {at}, where the last tensor ends, got {place.begin}")
+            at = place.end
+        if at != size:
+            raise ValueError(f"the tensors end at byte {at:,}, and the file at {size:,}")
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path}: this is no whole safetensors file: {error}") from error
+    return metadata, places
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _tensor(
+    where: str, places: Mapping[str, Place], key: str, dtypes: Mapping[str, str], length: int | None
+) -> tuple[str, int]:
+    """Check one tensor's dtype and length by the header alone; return torch's name of its dtype, and the length."""
+    if key not in places:
         raise AdapterError(f"{where}: the tensor {key!r} is missing")
-    part = file.get_slice(key)
-    dtype, shape = part.get_dtype(), list(part.get_shape())
+    dtype, shape = places[key].dtype, list(places[key].shape)
     if dtype not in dtypes:
         raise AdapterError(f"{where}: {key!r} must be {' or '.join(dtypes)}, got {dtype}")
     if len(shape) != 1 or (length is not None and shape[0] != length):
         wanted = "1-D" if length is None else f"of shape [{length}]"
-        raise AdapterError(f"{where}: {key!r} must be {wanted}, got shape {shape}")
-    return dtypes[dtype]
+        raise AdapterError(f"{where}: {key!r} must be {wanted}, got shape {shape!r:.80}")
+    return dtypes[dtype], shape[0]
 
 
-def _weight(where: str, name: str, entry: Any, file: Any, present: set[str]) -> WeightHeader:
+def _weight(where: str, name: str, entry: Any, places: Mapping[str, Place]) -> WeightHeader:
     if not isinstance(entry, dict):
         raise AdapterError(f"{where}: its metadata must be a JSON object, got {type(entry).__name__}")
     shape = entry.get("shape")
@@ -178,8 +253,8 @@ def _weight(where: str, name: str, entry: Any, file: Any, present: set[str]) -> 
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise AdapterError(f"{where}: dtype must be one of {', '.join(DTYPES)}, got {dtype!r:.80}")
     granule = _integer(where, entry, "granule", 1)
-    if numel % granule:
-        raise AdapterError(f"{where}: granule must divide its {numel} entries, got {granule}")
+    if numel % granule or granule > max(numel, 1):
+        raise AdapterError(f"{where}: granule must divide its {numel} entries, got {granule!r:.80}")
     count = _integer(where, entry, "count", 0)
     if count > numel // granule:
         raise AdapterError(f"{where}: count must be at most its {numel // granule} granules of {granule}, got {count}")
@@ -191,12 +266,11 @@ def _weight(where: str, name: str, entry: Any, file: Any, present: set[str]) -> 
     allowed = {DTYPES[dtype][0]: dtype}
     if dtype in ARITHMETIC:
         allowed["F32"] = "float32"
-    values_dtype = _tensor(where, file, present, f"{name}.values", allowed, count * granule)
+    values_dtype, _ = _tensor(where, places, f"{name}.values", allowed, count * granule)
 
     kind, code_bytes = entry.get("indices"), 0
     if kind == "code":
-        _tensor(where, file, present, f"{name}.indices", {"U8": "uint8"}, None)
-        code_bytes = file.get_slice(f"{name}.indices").get_shape()[0]
+        _, code_bytes = _tensor(where, places, f"{name}.indices", {"U8": "uint8"}, None)
     elif kind == "seed":
         if seed is None:
             raise AdapterError(f"{where}: its indices should follow from a seed, but seed is null")
@@ -212,8 +286,13 @@ def _weight(where: str, name: str, entry: Any, file: Any, present: set[str]) -> 
     )
 
 
-def _header(path: str, file: Any) -> Header:
-    metadata = file.metadata() or {}
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """What the file says of its adapter, all of it checked, without torch and without reading the tensors."""
+    where = os.fspath(path)
+    return _header(where, *read_layout(where))
+
+
+def _header(path: str, metadata: Mapping[str, str], places: Mapping[str, Place]) -> Header:
     if VERSION_KEY not in metadata:
         raise AdapterError(f"{path}: the metadata has no {VERSION_KEY}, so this is no SHiRA adapter")
     if metadata[VERSION_KEY] != str(VERSION):
@@ -232,22 +311,21 @@ def _header(path: str, file: Any) -> Header:
     if not isinstance(provenance, dict):
         raise AdapterError(f"{path}: provenance must be a JSON object, got {provenance!r:.80}")
 
-    present = set(file.keys())
     expected: set[str] = set()
     weights: dict[str, WeightHeader] = {}
     for name, entry in _object(path, metadata, WEIGHTS_KEY).items():
         where = f"{path}: weight {name!r}"
         if not name:
             raise AdapterError(f"{where}: the name is empty")
-        weights[name] = _weight(where, name, entry, file, present)
+        weights[name] = _weight(where, name, entry, places)
         expected.add(f"{name}.values")
         if weights[name].indices == "code":
             expected.add(f"{name}.indices")
     check_aliases(f"{path}: ", {name: weight.aliases for name, weight in weights.items()})
-    if present - expected:
-        extra = sorted(present - expected)
+    extra = sorted(places.keys() - expected)
+    if extra:
         raise AdapterError(
-            f"{path}: {len(extra)} tensor(s) belong to no weight of the metadata: {', '.join(extra[:5])}"
+            f"{path}: {len(extra)} tensor(s) belong to no weight of the metadata: {', '.join(map(repr, extra[:5]))}"
         )
     return Header(float(alpha), delta, mask, provenance, weights)
 
@@ -272,22 +350,42 @@ def check_regular(path: str) -> None:
 
 
 @contextmanager
-def open_adapter(path: str | os.PathLike[str], framework: str = "numpy") -> Iterator[tuple[Any, Header]]:
-    """Map a file and check all that its header says; yield safetensors' handle and the header."""
+def open_adapter(path: str | os.PathLike[str], framework: str) -> Iterator[tuple[Any, Header]]:
+    """Check all that a file's header says, and map it; yield the stock library's handle and the header."""
     where = os.fspath(path)
-    check_regular(where)
+    header = read_header(where)
+    from safetensors import SafetensorError, safe_open
+
     try:
         file = safe_open(where, framework)
     except SafetensorError as error:
         raise AdapterError(f"{where}: this is no whole safetensors file: {error}") from error
     with file:
-        yield file, _header(where, file)
+        yield file, header
 
 
-def read_header(path: str | os.PathLike[str]) -> Header:
-    """What the file says of its adapter, without torch and without reading the tensors."""
-    with open_adapter(path) as (_, header):
-        return header
+def read_whole(path: str | os.PathLike[str]) -> Header:
+    """Check everything a reader checks, the index codes included, without torch; what the file says of its adapter."""
+    import numpy as np
+
+    from shira import _codec
+
+    with open_adapter(path, "numpy") as (file, header):
+        for name, weight in header.weights.items():
+            if weight.indices != "code":
+                continue
+            dtype = np.int32 if weight.numel // weight.granule < 2**31 else np.int64
+            code = file.get_tensor(f"{name}.indices")
+            try:
+                _codec.decode(code, weight.count, weight.numel, dtype, weight.granule)
+            except ValueError as error:
+                raise AdapterError(bad_code(path, name, error)) from error
+    return header
+
+
+def bad_code(path: str | os.PathLike[str], name: str, error: Exception) -> str:
+    """The sentence for indices that do not decode."""
+    return f"{os.fspath(path)}: weight {name!r}: its indices do not decode: {error}"
 
 
 @dataclass(frozen=True)
@@ -334,30 +432,6 @@ def write_safetensors(path: Path, parts: Mapping[str, Part], metadata: Mapping[s
             written = sum(file.write(piece) for piece in part.pieces())
             if written != part.nbytes:
                 raise AdapterError(f"{path.name}: {name!r} must have {part.nbytes} bytes, got {written}")
-
-
-def read_whole(path: str | os.PathLike[str]) -> Header:
-    """Check everything a reader checks, the index codes included, without torch; what the file says of its adapter."""
-    import numpy as np
-
-    from shira import _codec
-
-    with open_adapter(path) as (file, header):
-        for name, weight in header.weights.items():
-            if weight.indices != "code":
-                continue
-            dtype = np.int32 if weight.numel // weight.granule < 2**31 else np.int64
-            code = file.get_tensor(f"{name}.indices")
-            try:
-                _codec.decode(code, weight.count, weight.numel, dtype, weight.granule)
-            except ValueError as error:
-                raise AdapterError(bad_code(path, name, error)) from error
-    return header
-
-
-def bad_code(path: str | os.PathLike[str], name: str, error: Exception) -> str:
-    """The sentence for indices that do not decode."""
-    return f"{os.fspath(path)}: weight {name!r}: its indices do not decode: {error}"
 
 
 @contextmanager

@@ -70,7 +70,7 @@ class Entry:
 
     def check(self, where: str) -> None:
         """Refuse what contradicts itself: shapes, dtypes, counts. The indices' content is `check_indices`' affair."""
-        if self.granule < 1 or self.numel % self.granule:
+        if self.granule < 1 or self.numel % self.granule or self.granule > max(self.numel, 1):
             raise AdapterError(f"{where}: granule must divide its {self.numel} entries, got {self.granule}")
         if dtype_name(self.dtype) not in _file.DTYPES:
             raise AdapterError(f"{where}: dtype must be one of {', '.join(_file.DTYPES)}, got {dtype_name(self.dtype)}")

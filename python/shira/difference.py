@@ -22,15 +22,13 @@ from shira import _codec, _file, _model
 from shira._checkpoint import Bytes, Checkpoint, Source, Stored, open_checkpoint, ties
 from shira._file import AdapterError
 from shira.adapter import Adapter, Entry
-from shira.mask import index_dtype
 
 __all__ = ["Lost", "Progress", "Report", "difference"]
 
 Progress = Callable[[str, int, int], None]
 """Called with a weight's name, the bytes of the base done so far and the bytes in all."""
 
-_CHUNK = 1 << 20  # bytes of one checkpoint: two of them, and what is made of them, fit a core's own cache
-_WIDE_CHUNK = 8 << 20  # bytes for torch's own threads
+_CHUNK = 4 << 20  # bytes of one checkpoint: little enough to stay in the caches, enough to be worth a call
 _WORD = 2**64 - 1
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -106,6 +104,7 @@ class _Pair:
     tuned: Bytes
     granule: int
     aliases: tuple[str, ...]
+    mapped: bool  # whether the tuned one is a file's
 
     @property
     def numel(self) -> int:
@@ -140,11 +139,7 @@ class _Pair:
             granules = granules[np.flatnonzero(np.diff(granules, prepend=-1))]
         width = self.granule * self.itemsize
         part = self.tuned[begin * self.itemsize : end * self.itemsize]
-        if width in (2, 4, 8):
-            values = part.view(f"u{width}")[granules].view(np.uint8)
-        else:
-            values = part.reshape(-1, width)[granules].reshape(-1)
-        return len(found), granules, values
+        return len(found), granules, _codec.take(part, width, granules)
 
 
 class _Sparse:
@@ -197,67 +192,64 @@ def _flat(data: Bytes, dtype: str) -> Tensor:
     return torch.from_numpy(data).view(getattr(torch, dtype))
 
 
-def _compute(pair: _Pair) -> torch.dtype:
-    return torch.float64 if pair.dtype in ("float64", "int32", "int64") else torch.float32
+def _compute(pair: _Pair) -> str:
+    return "float64" if pair.dtype in ("float64", "int32", "int64") else "float32"
 
 
-def _steps(pair: _Pair, chunk: tuple[int, int]) -> Tensor:
-    """The difference of a chunk in fp32 (fp64 where the weight has more digits)."""
+def _floats(pair: _Pair, base: Bytes, tuned: Bytes) -> tuple[Bytes, Bytes, str]:
+    """Parts of the two weights as floats, and their dtype; as they are where the module knows them."""
+    if pair.dtype in _file.ARITHMETIC:
+        return base, tuned, pair.dtype
+    compute = _compute(pair)
+    one, two = (_flat(data, pair.dtype).to(getattr(torch, compute)).numpy() for data in (base, tuned))
+    return one, two, compute
+
+
+def _part(pair: _Pair, chunk: tuple[int, int]) -> tuple[Bytes, Bytes, str]:
     begin, end = (entry * pair.itemsize for entry in chunk)
-    base, tuned = (_flat(data[begin:end], pair.dtype).to(_compute(pair)) for data in (pair.base, pair.tuned))
-    return tuned - base
+    return _floats(pair, pair.base[begin:end], pair.tuned[begin:end])
 
 
-def _squares(steps: Tensor) -> float:
-    """The sum of the squares that are numbers."""
-    squares = steps.double().square_()
-    return float(squares.nan_to_num_(0.0, 0.0, 0.0).sum())
+def _squared(pair: _Pair, pool: Executor, ahead: int) -> float:
+    """The squared difference of the whole weight."""
+    sums = _in_order(pool, ahead, lambda chunk: _codec.squared_difference(*_part(pair, chunk)), pair.chunks(_CHUNK))
+    return math.fsum(sums)
 
 
-def _ranks(pair: _Pair, steps: Tensor) -> Tensor:
-    """Each granule's score, the sum of |difference|, as the integer with its bits, which has the scores' order.
-
-    Where it is no number it is infinite: such a granule is kept first.
-    """
-    scores = steps.abs()
-    if pair.granule > 1:
-        scores = scores.view(-1, pair.granule).sum(1)
-    scores.nan_to_num_(math.inf, math.inf)
-    return scores.view(torch.int64 if scores.dtype == torch.float64 else torch.int32)
-
-
-def _top(pair: _Pair, count: int) -> tuple[Tensor, float]:
-    """The ``count`` granules of highest score, ties to the lower index; and the squared difference of the weight.
+def _top(pair: _Pair, count: int, pool: Executor, ahead: int) -> Tensor:
+    """The ``count`` granules of highest score, the sum of |difference|, ties to the lower index.
 
     A radix selection: each walk settles 16 bits of the score of the last granule that is in, the final one takes what
-    lies above and the first of those equal to it. So no score of the whole weight is ever in memory.
+    lies above and the first of those equal to it. So no score of the whole weight is ever in memory. What is no number
+    counts as infinite: such a granule is kept first.
     """
-    bits, squared = 64 if _compute(pair) == torch.float64 else 32, 0.0
+    bits = 64 if _compute(pair) == "float64" else 32
+    chunks = pair.chunks(_CHUNK)
     last, missing = 0, count  # the leading bits of the last one's rank; how many to take of those that have them
     for shift in range(bits - 16, -1, -16):
-        histogram = torch.zeros(1 << 16, dtype=torch.int64)
-        for chunk in pair.chunks(_WIDE_CHUNK):
-            steps = _steps(pair, chunk)
-            ranks = _ranks(pair, steps)
-            if shift + 16 == bits:
-                squared += _squares(steps)
-            else:
-                ranks = ranks[ranks >> (shift + 16) == last]
-            histogram += torch.bincount((ranks >> shift) & 0xFFFF, minlength=1 << 16)
-        from_here = histogram.flip(0).cumsum(0).flip(0)
-        digit = int((from_here >= missing).nonzero().max())
+
+        def counted(chunk: tuple[int, int], shift: int = shift, last: int = last) -> npt.NDArray[np.int64]:
+            return _codec.count_ranks(*_part(pair, chunk), pair.granule, shift, last)
+
+        histogram = np.zeros(1 << 16, np.int64)
+        for part in _in_order(pool, ahead, counted, chunks):
+            histogram += part
+        from_here = histogram[::-1].cumsum()[::-1]
+        digit = int(np.flatnonzero(from_here >= missing)[-1])
         missing -= int(from_here[digit] - histogram[digit])
         last = last << 16 | digit
+
+    def taken(chunk: tuple[int, int]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        return _codec.take_ranks(*_part(pair, chunk), pair.granule, last)
+
+    dtype = np.int32 if pair.numel // pair.granule < 2**31 else np.int64
     parts = []
-    dtype = index_dtype(pair.numel // pair.granule)
-    for chunk in pair.chunks(_WIDE_CHUNK):
-        ranks = _ranks(pair, _steps(pair, chunk))
-        equal = (ranks == last).nonzero().squeeze(1)[:missing]
+    for chunk, (above, equal) in zip(chunks, _in_order(pool, ahead, taken, chunks), strict=True):
+        equal = equal[:missing]
         missing -= len(equal)
-        taken = ranks > last
-        taken[equal] = True
-        parts.append((taken.nonzero().squeeze(1) + chunk[0] // pair.granule).to(dtype))
-    return torch.cat(parts), squared
+        found = np.sort(np.concatenate([above, equal])).astype(np.int64) + chunk[0] // pair.granule
+        parts.append(found.astype(dtype))
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def _rows(data: Bytes, pair: _Pair, indices: Tensor) -> Tensor:
@@ -282,14 +274,17 @@ def _entry(pair: _Pair, density: float | None, pool: Executor, ahead: int) -> tu
         kept = _flat(np.concatenate(sparse.values), pair.dtype)
     elif budget >= whole_from:
         granule = pair.numel
-        indices, kept = torch.zeros(1, dtype=torch.int32), _flat(pair.tuned, pair.dtype)  # a view of a file
+        indices, kept = torch.zeros(1, dtype=torch.int32), _flat(pair.tuned, pair.dtype)
+        if not pair.mapped:  # somebody's tensor, who may go on training it
+            kept = kept.clone()
         if density is not None:
-            total = sum(_squares(_steps(pair, chunk)) for chunk in pair.chunks(_WIDE_CHUNK))
+            total = _squared(pair, pool, ahead)
     else:
-        indices, total = _top(pair, budget)
+        indices, total = _top(pair, budget, pool, ahead), _squared(pair, pool, ahead)
         kept = _rows(pair.tuned, pair, indices)
     if density is not None and granule == pair.granule:
-        held = _squares(kept.to(_compute(pair)) - _rows(pair.base, pair, indices).to(_compute(pair)))
+        old, new = (rows.view(torch.uint8).numpy() for rows in (_rows(pair.base, pair, indices), kept))
+        held = _codec.squared_difference(*_floats(pair, old, new))
         total = total or held
         lost = min(1.0, max(0.0, 1.0 - held / total)) if total else 0.0
     dtype, fingerprint = getattr(torch, pair.dtype), sparse.mark & _WORD
@@ -323,15 +318,23 @@ def _matched(base: Checkpoint, tuned: Checkpoint) -> list[tuple[Stored, Stored, 
             if tuned_first[other] != tuned_first[first] and not _same(two, tuned.tensors[other]):
                 raise AdapterError(f"{first!r} and {other!r} are one (tied) weight in the base, and two in the other")
         if not one.supported:
-            if not np.array_equal(one.bytes(), two.bytes()):
+            if not _equal(one.bytes(), two.bytes()):
                 raise AdapterError(f"{first!r} changed, and an adapter cannot hold entries of {one.dtype}")
             continue
         pairs.append((one, two, tuple(names[1:])))
     return pairs
 
 
+def _equal(one: Bytes, two: Bytes) -> bool:
+    """The same bytes, compared in pieces."""
+    starts = range(0, len(one), _CHUNK)
+    return len(one) == len(two) and not any(
+        _codec.count_differing(one, two, 1, start, min(start + _CHUNK, len(one))) for start in starts
+    )
+
+
 def _same(one: Stored, two: Stored) -> bool:
-    return one.dtype == two.dtype and one.shape == two.shape and np.array_equal(one.bytes(), two.bytes())
+    return one.dtype == two.dtype and one.shape == two.shape and _equal(one.bytes(), two.bytes())
 
 
 def difference(
@@ -357,10 +360,10 @@ def difference(
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
         for one, two, aliases in matched:
-            pair = _Pair(one.name, one.dtype, one.shape, one.bytes(), two.bytes(), granule, aliases)
+            pair = _Pair(one.name, one.dtype, one.shape, one.bytes(), two.bytes(), granule, aliases, two.mapped)
             if pair.numel and (pair.shape[-1] if pair.shape else 1) % granule:
                 # Only a weight that changed needs granules.
-                if not np.array_equal(pair.base, pair.tuned):
+                if not _equal(pair.base, pair.tuned):
                     uneven.append(f"{pair.name} {list(pair.shape)}")
             elif not uneven and (made := _entry(pair, density, pool, 2 * threads)) is not None:
                 entries[pair.name], report[pair.name] = made

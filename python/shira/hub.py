@@ -74,7 +74,7 @@ def locate(where: str, *, filename: str, revision: str | None, token: str | bool
 
 def card(adapter: Adapter, repo: str, base_model: str | None) -> str:
     """The model card: what it is for, what it changes, how to load it."""
-    front = ["---", "library_name: shira-ops", "tags:", "- shira", "- sparse-adapter", "- peft"]
+    front = ["---", "library_name: shira-ops", "tags:", "- shira", "- sparse-adapter"]
     if base_model:
         # JSON's strings are YAML's too.
         front += [f"base_model: {json.dumps(base_model)}", "base_model_relation: adapter"]

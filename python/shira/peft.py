@@ -266,7 +266,7 @@ def _check_for_peft(adapter: Adapter, model: object) -> None:
         elif isinstance(model, torch.nn.Module):
             owner = model.get_submodule(name.removesuffix(".weight"))
             if not isinstance(owner, torch.nn.Linear):
-                problems.append(f"{name!r} belongs to a {type(owner).__name__}, not to a Linear")
+                problems.append(f"{name!r} is the weight of {type(owner).__name__}, not of Linear")
     if problems:
         raise AdapterError(f"PEFT's SHiRA cannot hold this adapter: {_model.some(problems)}")
     if not adapter.weights:
