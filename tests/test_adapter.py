@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import shira_ops
-from shira import Adapter, AdapterError, Entry, SparseTuner, masks
+from shira import Adapter, AdapterError, Entry, SparseTuner, Switcher, masks
 
 
 def model_of(dtype=torch.bfloat16):
@@ -200,3 +200,110 @@ def test_a_failed_save_keeps_the_old_file(tmp_path):
         bad.save(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+# Sizes: bytes an entry of the whole file.
+
+LAYER = 2048
+
+
+def size_of(path, density, granule=1, seeds=False, layers=4):
+    weights = {}
+    for number in range(layers):
+        seed = masks.Rand(density, granule=granule).seed_for(f"layers.{number}")
+        numel = LAYER * LAYER
+        count = round(density * numel / granule)
+        indices = shira_ops.select_random(numel, count, seed - 2**64 if seed >= 2**63 else seed, granule=granule)
+        values = torch.zeros(count * granule, dtype=torch.bfloat16)
+        name = f"model.layers.{number}.self_attn.q_proj.weight"
+        weights[name] = Entry(indices, values, (LAYER, LAYER), torch.bfloat16, granule, 2**64 - 1, seed)
+    adapter = Adapter(weights, mask=masks.Rand(density, granule=granule).describe())
+    adapter.save(path, seeds=seeds)
+    return path.stat().st_size / adapter.nnz
+
+
+@pytest.mark.parametrize(
+    ("density", "granule", "seeds", "most"),
+    [(0.01, 1, False, 3.1), (0.02, 1, False, 3.05), (0.01, 1, True, 2.02), (0.01, 16, False, 2.2)],
+)
+def test_sizes(tmp_path, density, granule, seeds, most):
+    assert size_of(tmp_path / "a.safetensors", density, granule, seeds) <= most
+
+
+def test_saving_says_the_same_bytes(tmp_path):
+    adapter = adapter_of()
+    adapter.save(tmp_path / "a.safetensors")
+    adapter.save(tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_saving_over_the_file_it_was_read_from(tmp_path):
+    path = tmp_path / "a.safetensors"
+    adapter = adapter_of()
+    adapter.save(path)
+    loaded = Adapter.load(path)  # its values are the mapped file
+    loaded.save(path)
+    same(adapter, Adapter.load(path))
+
+
+# Deltas and fused adapters
+
+
+def base_and_adapter(dtype, granule=1, seed=0):
+    torch.manual_seed(seed)
+    base = {"w": torch.randn(32, 48).to(dtype), "b": torch.randn(48).to(dtype)}
+    indices = shira_ops.select_random(32 * 48, 60, seed, granule=granule)
+    fingerprints = {name: int(shira_ops.fingerprint(weight)) & (2**64 - 1) for name, weight in base.items()}
+    entries = {
+        "w": Entry(indices, torch.randn(60 * granule).to(dtype), (32, 48), dtype, granule, fingerprints["w"]),
+        "b": Entry(torch.zeros(1, dtype=torch.int32), torch.randn(48).to(dtype), (48,), dtype, 48, fingerprints["b"]),
+    }
+    return base, Adapter(entries)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_to_delta(tmp_path, dtype):
+    base, adapter = base_and_adapter(dtype, granule=2)
+    delta = adapter.to_delta(base)
+    assert delta.delta
+    for name, entry in delta.weights.items():
+        one, two = base[name].clone(), base[name].clone()
+        old = adapter.weights[name]
+        assert entry.values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        kept = torch.empty_like(old.values)
+        shira_ops.apply_(one, entry.indices, entry.values, kept, delta=True, granule=entry.granule)
+        shira_ops.scatter_(two, old.indices, old.values, granule=old.granule)
+        # In fp32 the difference has all the digits of narrow ones; wide ones round it once.
+        close = {torch.float32: 1e-6, torch.float64: 1e-15}.get(dtype, 0)
+        torch.testing.assert_close(one, two, rtol=close, atol=close)
+    assert delta.to_delta(base) is delta
+    delta.save(tmp_path / "delta.safetensors")
+    same(delta, Adapter.load(tmp_path / "delta.safetensors"))
+    with pytest.raises(AdapterError, match=r"'w' has other content \(by fingerprint\)"):
+        adapter.to_delta({**base, "w": base["w"] + 1})
+    with pytest.raises(AdapterError, match="'b' is not in the base"):
+        adapter.to_delta({"w": base["w"]})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_fused_as_the_switcher_fuses(dtype):
+    torch.manual_seed(3)
+    model = nn.Module()
+    base, one = base_and_adapter(dtype, granule=4)
+    model.w, model.b = nn.Parameter(base["w"].clone()), nn.Parameter(base["b"].clone())
+    two = base_and_adapter(dtype, granule=2)[1].to_delta(base)
+    indices = shira_ops.select_random(32 * 48, 100, 9)
+    three = Adapter({"w": Entry(indices, torch.randn(100).to(dtype), (32, 48), dtype)}, alpha=0.25)
+    strengths = {"one": 0.7, "two": -0.5, "three": 1.0}
+    switcher = Switcher(model)
+    for name, adapter in (("one", one), ("two", two), ("three", three)):
+        switcher.add(name, adapter)
+    switcher.activate(strengths)
+    fused = Adapter.fuse([(one, 0.7), (two, -0.5), (three, 1.0)], base)
+    assert fused.weights["w"].granule == 1
+    assert fused.weights["b"].whole
+    for name, entry in fused.weights.items():
+        weight = base[name].clone()
+        shira_ops.scatter_(weight, entry.indices, entry.values, granule=entry.granule)
+        assert torch.equal(weight, model.get_parameter(name).detach())
+        assert entry.fingerprint == int(shira_ops.fingerprint(base[name])) & (2**64 - 1)

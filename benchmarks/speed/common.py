@@ -216,13 +216,19 @@ def compare(
     *,
     cold: bool = True,
     rounds: int | None = None,
+    reset: Callable[[], None] | None = None,
 ) -> Timing:
-    """Runs the subject under pytest-benchmark with the baselines interleaved: each round's set-up times them."""
+    """Runs the subject under pytest-benchmark with the baselines interleaved: each round's set-up times them.
+
+    `reset`, untimed, takes back what the subject did.
+    """
     name, run = subject
     samples: dict[str, list[float]] = {one: [] for one in baselines}
     order = list(baselines)
 
     def baselines_first() -> None:
+        if reset is not None:
+            reset()
         order.append(order.pop(0)) if order else None  # nobody always follows the same neighbour
         for one in order:
             if cold:

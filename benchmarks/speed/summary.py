@@ -75,6 +75,9 @@ LINES = {
     "select_top snip fp32": Line("select_top snip 1 % fp32, over the same with topk", 8.0),
     "select_random": Line("select_random 1 %, over randperm + sort", None),
     "load": Line("load from disk and switch on, over PEFT's load_adapter + merge", 200.0),
+    "load of bound": Line("load 16 layers and switch on, over reading and touching them", 1.3, at_least=False),
+    "difference": Line("from_difference of mapped checkpoints, of read speed", 0.5, ""),
+    "difference memory": Line("from_difference of 2 GB, memory of its own", 1000.0, " MB", at_least=False),
     "load over plain": Line("load from disk and switch on, over safetensors + index_copy_ unchecked", None),
 }
 

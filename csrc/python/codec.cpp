@@ -6,8 +6,10 @@
 
 #include <sstream>
 #include <string>
+#include <vector>
 
 #include "../core/codec.h"
+#include "../core/difference.h"
 #include "../core/fingerprint.h"
 
 namespace py = pybind11;
@@ -138,11 +140,62 @@ py::array decode(const py::buffer& code, int64_t count, int64_t limit, const py:
                 : decode_as<int64_t>(bytes, count, limit / granule, width);
 }
 
-int64_t fingerprint(const py::buffer& weight, const std::string& width_name) {
+int64_t fingerprint(const py::buffer& weight, int64_t begin, const py::object& end, const std::string& width_name) {
   const core::Width width = width_of(width_name);
   const Bytes bytes("fingerprint", "weight", weight);
+  const int64_t words = core::word_count(bytes.size), last = end.is_none() ? words : end.cast<int64_t>();
+  if (begin < 0 || begin > last || last > words)
+    refuse("fingerprint: begin and end must be words of the ", words, " in order, got ", begin, " and ", last);
   py::gil_scoped_release release;
-  return static_cast<int64_t>(core::sum_words(bytes.data, bytes.size, 0, core::word_count(bytes.size), width));
+  return static_cast<int64_t>(core::sum_words(bytes.data, bytes.size, begin, last, width));
+}
+
+struct Pair {
+  Bytes one, two;
+  int64_t itemsize, begin, end;
+
+  Pair(const char* op, const py::buffer& a, const py::buffer& b, int64_t item, int64_t from, int64_t to)
+      : one(op, "one", a), two(op, "two", b), itemsize(item), begin(from), end(to) {
+    if (one.size != two.size) refuse(op, ": both must have the same bytes, got ", one.size, " and ", two.size);
+    if (item != 1 && item != 2 && item != 4 && item != 8) refuse(op, ": itemsize must be 1, 2, 4 or 8, got ", item);
+    if (from < 0 || from > to || to > one.size / item)
+      refuse(op, ": begin and end must be entries of the ", one.size / item, " in order, got ", from, " and ", to);
+    if (to - from > INT32_MAX) refuse(op, ": one call compares fewer than 2^31 entries, got ", to - from);
+  }
+
+  // Calls a function template with the unsigned number of an entry's size.
+  template <typename Call>
+  int64_t of_unit(const Call& call) const {
+    switch (itemsize) {
+      case 1: return call(uint8_t{});
+      case 2: return call(uint16_t{});
+      case 4: return call(uint32_t{});
+      default: return call(uint64_t{});
+    }
+  }
+};
+
+py::array_t<int32_t> differing(const py::buffer& one, const py::buffer& two, int64_t itemsize, int64_t begin,
+                               int64_t end) {
+  const Pair pair("differing", one, two, itemsize, begin, end);
+  // Kept between the calls of a thread: fresh memory of this size would cost more than the comparison.
+  thread_local std::vector<int32_t> room;
+  int64_t found = 0;
+  {
+    py::gil_scoped_release release;
+    if (static_cast<int64_t>(room.size()) < end - begin) room.resize(static_cast<size_t>(end - begin));
+    found = pair.of_unit([&](auto unit) {
+      return core::differing<decltype(unit)>(pair.one.data, pair.two.data, begin, end, room.data());
+    });
+  }
+  return py::array_t<int32_t>(found, room.data());
+}
+
+int64_t count_differing(const py::buffer& one, const py::buffer& two, int64_t itemsize, int64_t begin, int64_t end) {
+  const Pair pair("count_differing", one, two, itemsize, begin, end);
+  py::gil_scoped_release release;
+  return pair.of_unit(
+      [&](auto unit) { return core::count_differing<decltype(unit)>(pair.one.data, pair.two.data, begin, end); });
 }
 
 }  // namespace
@@ -155,7 +208,14 @@ PYBIND11_MODULE(_codec, m) {
         py::arg("granule") = 1, py::kw_only(), py::arg("width") = "",
         "The `count` indices of a code. ValueError, with the block and the byte, unless the code is whole and its "
         "indices are strictly increasing in [0, limit // granule) and fit dtype (int32 or int64).");
-  m.def("fingerprint", &fingerprint, py::arg("weight"), py::kw_only(), py::arg("width") = "",
-        "The fingerprint of a contiguous buffer's bytes, as the op returns it (a signed 64-bit number).");
+  m.def("fingerprint", &fingerprint, py::arg("weight"), py::arg("begin") = 0, py::arg("end") = py::none(),
+        py::kw_only(), py::arg("width") = "",
+        "The fingerprint of a contiguous buffer's bytes, as the op returns it (a signed 64-bit number), or the share "
+        "of its 64-bit words [begin, end): the shares of all words add up to it, mod 2^64.");
+  m.def(
+      "differing", &differing, py::arg("one"), py::arg("two"), py::arg("itemsize"), py::arg("begin"), py::arg("end"),
+      "The entries of [begin, end) whose bits differ in two contiguous buffers, counted from begin: int32, in order.");
+  m.def("count_differing", &count_differing, py::arg("one"), py::arg("two"), py::arg("itemsize"), py::arg("begin"),
+        py::arg("end"), "How many entries of [begin, end) have other bits in two contiguous buffers.");
   m.def("widths", &widths, "The vector widths this processor has, narrowest first; the last one is the default.");
 }

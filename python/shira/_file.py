@@ -16,7 +16,8 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +42,10 @@ DTYPES: dict[str, tuple[str, int]] = {
     "int32": ("I32", 4),
     "int64": ("I64", 8),
 }
+ITEM_BYTES = dict(DTYPES.values())
 ARITHMETIC = ("float16", "bfloat16", "float32", "float64")
 MAX_NUMEL = 2**62
+MAX_HEADER = 100_000_000  # bytes, the stock library's limit
 
 
 class AdapterError(ValueError):
@@ -101,7 +104,7 @@ def _finite(number: float) -> bool:
         return False
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
@@ -114,7 +117,7 @@ def _object(path: str, metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     if key not in metadata:
         raise AdapterError(f"{path}: the metadata has no {key}")
     try:
-        value = json.loads(metadata[key], object_pairs_hook=_unique)
+        value = json.loads(metadata[key], object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: the metadata's {key} cannot be read: {error}") from error
     if not isinstance(value, dict):
@@ -167,7 +170,7 @@ def _weight(where: str, name: str, entry: Any, file: Any, present: set[str]) -> 
         raise AdapterError(f"{where}: shape must be a list of sizes, got {shape!r:.80}")
     numel = math.prod(shape)
     if numel > MAX_NUMEL:
-        raise AdapterError(f"{where}: shape {shape} has more than 2^62 entries")
+        raise AdapterError(f"{where}: shape {shape!r:.80} has more than 2^62 entries")
     dtype = entry.get("dtype")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise AdapterError(f"{where}: dtype must be one of {', '.join(DTYPES)}, got {dtype!r:.80}")
@@ -256,12 +259,20 @@ def check_aliases(where: str, aliases: Mapping[str, tuple[str, ...]]) -> None:
             owner[other] = name
 
 
+def check_regular(path: str) -> None:
+    """Refuse what is no file of its own: a folder, and pipes and devices, whose reading may never end."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise AdapterError(f"{path}: this is a folder, not a file")
+    if not stat.S_ISREG(mode):
+        raise AdapterError(f"{path}: this is a pipe or a device, not a file")
+
+
 @contextmanager
 def open_adapter(path: str | os.PathLike[str], framework: str = "numpy") -> Iterator[tuple[Any, Header]]:
     """Map a file and check all that its header says; yield safetensors' handle and the header."""
     where = os.fspath(path)
-    if os.path.isdir(where):
-        raise AdapterError(f"{where}: this is a folder, not an adapter file")
+    check_regular(where)
     try:
         file = safe_open(where, framework)
     except SafetensorError as error:
@@ -274,6 +285,63 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """What the file says of its adapter, without torch and without reading the tensors."""
     with open_adapter(path) as (_, header):
         return header
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor to write: safetensors' name of its dtype, its shape, and its bytes in pieces, asked for when due."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    pieces: Callable[[], Iterable[Any]]
+
+
+def write_safetensors(path: Path, parts: Mapping[str, Part], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, tensor after tensor in the order given, each in memory only while it is written.
+
+    The bytes follow from the arguments alone. For aligned tensors give them by falling size of their entries.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name, part in parts.items():
+        header[name] = {"dtype": part.dtype, "shape": list(part.shape), "data_offsets": [at, at + part.nbytes]}
+        at += part.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise AdapterError(f"{path.name}: a header of {len(text):,} bytes is more than safetensors reads")
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name, part in parts.items():
+            written = sum(file.write(piece) for piece in part.pieces())
+            if written != part.nbytes:
+                raise AdapterError(f"{path.name}: {name!r} must have {part.nbytes} bytes, got {written}")
+
+
+def read_whole(path: str | os.PathLike[str]) -> Header:
+    """Check everything a reader checks, the index codes included, without torch; what the file says of its adapter."""
+    import numpy as np
+
+    from shira import _codec
+
+    with open_adapter(path) as (file, header):
+        for name, weight in header.weights.items():
+            if weight.indices != "code":
+                continue
+            dtype = np.int32 if weight.numel // weight.granule < 2**31 else np.int64
+            code = file.get_tensor(f"{name}.indices")
+            try:
+                _codec.decode(code, weight.count, weight.numel, dtype, weight.granule)
+            except ValueError as error:
+                raise AdapterError(bad_code(path, name, error)) from error
+    return header
+
+
+def bad_code(path: str | os.PathLike[str], name: str, error: Exception) -> str:
+    """The sentence for indices that do not decode."""
+    return f"{os.fspath(path)}: weight {name!r}: its indices do not decode: {error}"
 
 
 @contextmanager

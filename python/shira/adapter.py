@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 import shira_ops
-from shira import _file
+from shira import _file, _model
+from shira._checkpoint import Checkpoint, Source, misfits, open_checkpoint
 from shira._file import AdapterError
-from shira.mask import index_dtype, signed
+from shira.mask import index_dtype, refine, signed
+
+if TYPE_CHECKING:
+    from shira.difference import Progress, Report
 
 __all__ = ["Adapter", "AdapterError", "Entry"]
 
@@ -112,6 +116,7 @@ class Adapter:
         delta: whether values are added to the base; otherwise they replace it, which is exact.
         mask: what made the mask, in JSON's types (`Mask.describe`), or None.
         provenance: anything worth keeping, in JSON's types: data, hyper-parameters, versions.
+        report: what making it left out, where it was made from something larger; not saved.
     """
 
     def __init__(
@@ -122,6 +127,7 @@ class Adapter:
         delta: bool = False,
         mask: Mapping[str, Any] | None = None,
         provenance: Mapping[str, Any] | None = None,
+        report: Report | None = None,
     ) -> None:
         if not math.isfinite(alpha):
             raise AdapterError(f"alpha must be finite, got {alpha}")
@@ -135,6 +141,7 @@ class Adapter:
         self.delta = bool(delta)
         self.mask = None if mask is None else dict(mask)
         self.provenance = dict(provenance or {})
+        self.report = report
 
     @property
     def nnz(self) -> int:
@@ -173,13 +180,15 @@ class Adapter:
             seeds: leave out indices that follow from a seed (those of `masks.Rand`): the file is smaller, and reading
                 it draws the mask again.
         """
-        tensors: dict[str, Tensor] = {}
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"the folder {str(path.parent)!r} to write {path.name!r} into does not exist")
+        parts: list[tuple[str, _file.Part]] = []
         weights: dict[str, Any] = {}
         for name, entry in self.weights.items():
             where = f"weight {name!r}"
             entry.check_indices(where)
-            # A clone where needed: safetensors refuses tensors that share memory, as two entries of one draw may.
-            tensors[f"{name}.values"] = entry.values.detach().cpu().clone(memory_format=torch.contiguous_format)
+            parts.append((f"{name}.values", _part(entry.values, _file.DTYPES[dtype_name(entry.values.dtype)][0])))
             if entry.whole:
                 kind = "whole"
             elif seeds and entry.seed is not None:
@@ -189,7 +198,8 @@ class Adapter:
                     raise AdapterError(f"{where}: its indices are not those its seed draws; save it without seeds=True")
             else:
                 kind = "code"
-                tensors[f"{name}.indices"] = shira_ops.encode_indices(entry.indices.cpu())
+                code = shira_ops.encode_indices(entry.indices.cpu())
+                parts.append((f"{name}.indices", _part(code, "U8")))
             weights[name] = {
                 "shape": list(entry.shape),
                 "dtype": dtype_name(entry.dtype),
@@ -211,16 +221,15 @@ class Adapter:
             metadata = {
                 "format": "pt",
                 _file.VERSION_KEY: str(_file.VERSION),
-                _file.ADAPTER_KEY: json.dumps(about, allow_nan=False),
-                _file.WEIGHTS_KEY: json.dumps(weights, allow_nan=False),
+                _file.ADAPTER_KEY: _json(about),
+                _file.WEIGHTS_KEY: _json(weights),
             }
         except (TypeError, ValueError) as error:
             raise AdapterError(f"mask and provenance must be made of JSON's types: {error}") from error
-        folder = os.path.dirname(os.fspath(path)) or "."
-        if not os.path.isdir(folder):
-            raise FileNotFoundError(f"the folder {folder!r} to write {os.path.basename(path)!r} into does not exist")
+        # Large entries first, so that every tensor lies at a multiple of its own; else in the adapter's order.
+        parts.sort(key=lambda one: -_file.ITEM_BYTES[one[1].dtype])
         with _file.replacing(path) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
+            _file.write_safetensors(temporary, dict(parts), metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Adapter:
@@ -246,8 +255,7 @@ class Adapter:
                             granule=weight.granule,
                         )
                     except RuntimeError as error:
-                        where = f"{os.fspath(path)}: weight {name!r}"
-                        raise AdapterError(f"{where}: its indices do not decode: {error}") from error
+                        raise AdapterError(_file.bad_code(path, name, error)) from error
                 elif weight.indices == "seed":
                     assert weight.seed is not None
                     indices = _drawn(weight.numel, weight.count, weight.seed, weight.granule)
@@ -265,6 +273,173 @@ class Adapter:
                     checked=True,
                 )
         return cls(entries, alpha=header.alpha, delta=header.delta, mask=header.mask, provenance=header.provenance)
+
+    @classmethod
+    def from_difference(
+        cls,
+        base: Source,
+        tuned: Source,
+        *,
+        density: float | None = None,
+        granule: int = 1,
+        alpha: float = 1.0,
+        provenance: Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
+    ) -> Adapter:
+        """What fine-tuning changed, as an adapter of new entries.
+
+        Without ``density`` it is exact: put on the base, it gives the tuned weights bit for bit, NaNs and the sign of
+        zero included. A weight that changed nearly everywhere is kept whole, where that is smaller. Files are mapped
+        and compared in chunks, so that neither model is in memory; values of whole weights stay in the tuned file,
+        which must not be written to while the adapter is in use.
+
+        Args:
+            base, tuned: each a path (a ``.safetensors`` file, or a folder with one or with shards and their index), a
+                state dict, or a module. The same names, shapes and dtypes; tied tensors of ``base`` become aliases.
+            density: keep at most ``max(1, round(density * numel / granule))`` granules of each weight, those with the
+                largest sum of ``|tuned - base|`` (ties to the lower index; what is no number first).
+            granule: entries an index stands for; divides the last dimension of every weight that changed.
+            alpha, provenance: as in `Adapter`.
+            progress: called with a weight's name, the bytes of the base done so far, and the bytes in all.
+
+        The adapter's ``report`` says, for each weight and in all, how many entries changed and were kept, and what
+        share of the squared difference was lost. Raises `AdapterError` with all names, shapes and dtypes that differ.
+        """
+        from shira.difference import difference
+
+        return difference(
+            base, tuned, density=density, granule=granule, alpha=alpha, provenance=provenance, progress=progress
+        )
+
+    def to_delta(self, base: Source) -> Adapter:
+        """The same change as values to add: ``new - base``, in fp32 (fp64 for fp64 weights).
+
+        Deltas mix by plain sums and survive a base that was trained on, where an overwrite stores exact bits: put on
+        at alpha 1 they give the new entries up to the rounding of ``base + (new - base)``, and a revert is exact all
+        the same. A delta adapter is returned as it is.
+
+        Args:
+            base: the checkpoint it was made for, as in `from_difference`; it is read at the adapter's entries, and
+                whole for weights with a fingerprint. Another base is refused with `AdapterError`.
+        """
+        if self.delta:
+            return self
+        entries = {}
+        for name, entry, weight in _on_base(self, base):
+            if dtype_name(entry.dtype) not in _file.ARITHMETIC:
+                raise AdapterError(f"weight {name!r}: {dtype_name(entry.dtype)} entries have no deltas in float32")
+            compute = torch.float64 if entry.dtype == torch.float64 else torch.float32
+            old = shira_ops.gather(weight, entry.indices.cpu(), granule=entry.granule).to(compute)
+            entries[name] = replace(entry, values=entry.values.detach().cpu().to(compute) - old, checked=True)
+        return Adapter(entries, alpha=self.alpha, delta=True, mask=self.mask, provenance=self.provenance)
+
+    @classmethod
+    def fuse(
+        cls,
+        adapters: Iterable[tuple[Adapter, float]],
+        base: Source,
+        *,
+        alpha: float = 1.0,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Adapter:
+        """Several adapters with their strengths as one adapter of new entries, for one base.
+
+        ``new = base + sum_k alpha_k * d_k`` at the union of their entries, the bits that `Switcher.activate` with the
+        same adapters, order and strengths gives (`shira_ops.fuse_`). Where weights have several granules the fused one
+        is their greatest common divisor. Nothing of the base is in memory but these entries.
+
+        Args:
+            adapters: pairs of an adapter and its strength, summed in this order.
+            base: the checkpoint they were made for, as in `from_difference`. Another base is refused with
+                `AdapterError`.
+        """
+        given = list(adapters)
+        source = open_checkpoint(base, "base")
+        found: dict[str, list[tuple[Adapter, float, Entry]]] = {}
+        weights: dict[str, Tensor] = {}
+        for adapter, strength in given:
+            for name, entry, weight in _on_base(adapter, source):
+                stored = source.find((name, *entry.aliases))
+                assert stored is not None
+                found.setdefault(stored.name, []).append((adapter, strength, entry))
+                weights[stored.name] = weight
+        entries = {name: _fused(weights[name], parts) for name, parts in found.items()}
+        return cls(entries, alpha=alpha, provenance=provenance)
+
+
+def _on_base(adapter: Adapter, base: Source | Checkpoint) -> Iterator[tuple[str, Entry, Tensor]]:
+    """Each weight with the base's, flat and on the CPU; refuses a base it was not made for."""
+    source = base if isinstance(base, Checkpoint) else open_checkpoint(base, "base")
+    problems = misfits(
+        {
+            name: (entry.shape, dtype_name(entry.dtype), entry.fingerprint, entry.aliases)
+            for name, entry in adapter.weights.items()
+        },
+        source,
+    )
+    if problems:
+        raise AdapterError(f"the adapter was not made for this base: {_model.some(problems)}")
+    for name, entry in adapter.weights.items():
+        entry.check_indices(f"weight {name!r}")
+        stored = source.find((name, *entry.aliases))
+        assert stored is not None
+        yield name, entry, stored.tensor()
+
+
+def _fused(weight: Tensor, parts: list[tuple[Adapter, float, Entry]]) -> Entry:
+    """Several adapters' entries of one weight as one, by the op that fuses on live models."""
+    first = parts[0][2]
+    if dtype_name(first.dtype) not in _file.ARITHMETIC:
+        raise AdapterError(f"only {', '.join(_file.ARITHMETIC)} entries can be fused, got {dtype_name(first.dtype)}")
+    granule = math.gcd(*(entry.granule for _, _, entry in parts))
+    lists = [refine(entry.indices.cpu(), entry.granule, granule, weight.numel()) for _, _, entry in parts]
+    indices, offsets, sources = shira_ops.fuse_plan(lists, granule=granule)
+    # The base's entries of the union side by side, as a weight of their own: nothing else of it is needed.
+    entries = shira_ops.gather(weight, indices, granule=granule)
+    values = [entry.values.detach().cpu() for _, _, entry in parts]
+    if len({value.dtype for value in values}) > 1:
+        values = [value.to(torch.float32) for value in values]  # exact: narrow ones fit
+    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    shira_ops.fuse_(
+        entries,
+        torch.empty_like(entries),
+        torch.arange(indices.numel(), dtype=indices.dtype),
+        offsets,
+        sources,
+        values,
+        torch.tensor([strength for _, strength, _ in parts], dtype=compute),
+        delta=[adapter.delta for adapter, _, _ in parts],
+        granule=granule,
+    )
+    aliases = dict.fromkeys(name for _, _, entry in parts for name in entry.aliases)
+    known = [entry.fingerprint for _, _, entry in parts if entry.fingerprint is not None]
+    fingerprint = known[0] if known else int(shira_ops.fingerprint(weight)) & (2**64 - 1)
+    whole = indices.numel() * granule == weight.numel()
+    return Entry(
+        torch.zeros(1, dtype=torch.int32) if whole else indices,
+        entries,
+        first.shape,
+        first.dtype,
+        weight.numel() if whole else granule,
+        fingerprint,
+        None,
+        tuple(aliases),
+        checked=True,
+    )
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
+
+
+def _part(tensor: Tensor, dtype: str) -> _file.Part:
+    """A 1-D tensor as a file holds it."""
+
+    def pieces() -> list[Any]:
+        flat = tensor.detach().cpu().contiguous()
+        return [flat.view(torch.uint8).numpy()] if flat.numel() else []
+
+    return _file.Part(dtype, tuple(tensor.shape), tensor.nbytes, pieces)
 
 
 def _drawn(numel: int, count: int, seed: int, granule: int) -> Tensor:

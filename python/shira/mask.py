@@ -54,6 +54,16 @@ def index_dtype(granules: int) -> torch.dtype:
     return torch.int32 if granules < 2**31 else torch.int64
 
 
+def refine(indices: Tensor, granule: int, finer: int, numel: int) -> Tensor:
+    """The same entries of a weight of ``numel`` as granules of a divisor of the granule."""
+    parts = granule // finer
+    if parts == 1:
+        return indices
+    dtype = index_dtype(numel // finer)
+    steps = torch.arange(parts, dtype=dtype, device=indices.device)
+    return (indices.to(dtype).unsqueeze(1) * parts + steps).view(-1)
+
+
 def rows_and_columns(weight: Tensor) -> tuple[int, int]:
     """``m`` and ``n`` of a weight, more than two dimensions folded into the columns."""
     if weight.dim() == 0:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import shira_ops
 from shira import _model
 from shira.adapter import Adapter, AdapterError, Entry, dtype_name
-from shira.mask import index_dtype
+from shira.mask import refine
 
 __all__ = ["Switcher"]
 
@@ -340,7 +340,7 @@ class Switcher:
         for parts in touched.values():
             weight = parts[0][1]
             granule = math.gcd(*(batch.granule for _, _, batch, _ in parts))
-            refined = [_refine(batch.indices[at], batch.granule, granule, weight.numel()) for _, _, batch, at in parts]
+            refined = [refine(batch.indices[at], batch.granule, granule, weight.numel()) for _, _, batch, at in parts]
             indices, offsets, sources = shira_ops.fuse_plan(refined, granule=granule)
             values = [batch.values[at] for _, _, batch, at in parts]
             if len({value.dtype for value in values}) > 1:
@@ -421,13 +421,3 @@ def _batches(where: str, adapter: Adapter, places: Mapping[str, _model.Slot]) ->
 def _put_back(batches: list[_Batch]) -> None:
     for batch in batches:
         shira_ops.foreach_scatter_(batch.weights, batch.indices, batch.saved, granule=batch.granule)
-
-
-def _refine(indices: Tensor, granule: int, finer: int, numel: int) -> Tensor:
-    """The same entries as granules of a divisor of the granule."""
-    parts = granule // finer
-    if parts == 1:
-        return indices
-    dtype = index_dtype(numel // finer)
-    steps = torch.arange(parts, dtype=dtype, device=indices.device)
-    return (indices.to(dtype).unsqueeze(1) * parts + steps).view(-1)

@@ -1,0 +1,376 @@
+"""An adapter from two checkpoints: what fine-tuning changed, and what of it was left out.
+
+Both checkpoints are mapped and compared in chunks that stay in the caches, as integers: no model is in memory, and an
+entry counts as changed when its bits are others (a NaN's payload and the sign of zero included).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from shira import _codec, _file, _model
+from shira._checkpoint import Bytes, Checkpoint, Source, Stored, open_checkpoint, ties
+from shira._file import AdapterError
+from shira.adapter import Adapter, Entry
+from shira.mask import index_dtype
+
+__all__ = ["Lost", "Progress", "Report", "difference"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with a weight's name, the bytes of the base done so far and the bytes in all."""
+
+_CHUNK = 1 << 20  # bytes of one checkpoint: two of them, and what is made of them, fit a core's own cache
+_WIDE_CHUNK = 8 << 20  # bytes for torch's own threads
+_WORD = 2**64 - 1
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+@dataclass(frozen=True)
+class Lost:
+    """One weight of a `Report`.
+
+    ``entries`` it has, ``changed`` by what was given, ``kept`` in the adapter (at least the changed ones where granules
+    complete them), and ``lost``: the share of the squared difference, in [0, 1], that the adapter leaves out.
+    """
+
+    entries: int
+    changed: int
+    kept: int
+    lost: float
+    # The sum of the squared differences, so that shares add up over weights.
+    squared: float = 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What making an adapter left out, weight by weight and in all."""
+
+    weights: Mapping[str, Lost]
+
+    @property
+    def changed(self) -> int:
+        """Entries that differ, over all weights."""
+        return sum(weight.changed for weight in self.weights.values())
+
+    @property
+    def kept(self) -> int:
+        """Entries in the adapter, over all weights."""
+        return sum(weight.kept for weight in self.weights.values())
+
+    @property
+    def lost(self) -> float:
+        """Share of the squared difference of all weights that the adapter leaves out, in [0, 1]."""
+        whole = math.fsum(weight.squared for weight in self.weights.values())
+        return math.fsum(weight.lost * weight.squared for weight in self.weights.values()) / whole if whole else 0.0
+
+    @property
+    def exact(self) -> bool:
+        """Whether the adapter holds every changed entry."""
+        return self.lost == 0.0
+
+    def __str__(self) -> str:
+        text = f"{self.changed:,} entries changed in {len(self.weights)} weights, {self.kept:,} kept"
+        return f"{text}, {self.lost:.3%} of the squared difference lost" if not self.exact else f"{text}, nothing lost"
+
+
+def _in_order(pool: Executor, ahead: int, function: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
+    """``map`` over threads with few results waiting."""
+    waiting: deque[Future[_R]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One weight in both checkpoints, as bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    base: Bytes
+    tuned: Bytes
+    granule: int
+    aliases: tuple[str, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        return _file.DTYPES[self.dtype][1]
+
+    def chunks(self, size: int) -> list[tuple[int, int]]:
+        """Ranges of entries: whole granules, whole words, about ``size`` bytes each."""
+        step = math.lcm(self.granule, 8)
+        step *= max(1, size // (step * self.itemsize))
+        return [(begin, min(begin + step, self.numel)) for begin in range(0, self.numel, step)]
+
+    def mark(self, chunk: tuple[int, int]) -> int:
+        """The chunk's share of the base's fingerprint."""
+        begin, end = chunk
+        return _codec.fingerprint(self.base, begin * self.itemsize // 8, -(-end * self.itemsize // 8))
+
+    def count(self, chunk: tuple[int, int]) -> int:
+        """Entries of a chunk that changed."""
+        return _codec.count_differing(self.base, self.tuned, self.itemsize, *chunk)
+
+    def changed(self, chunk: tuple[int, int]) -> tuple[int, npt.NDArray[np.int32], Bytes]:
+        """Entries of a chunk that changed, the granules they lie in, counted from the chunk's, and those now."""
+        begin, end = chunk
+        found = _codec.differing(self.base, self.tuned, self.itemsize, begin, end)
+        granules = found
+        if self.granule > 1:
+            granules = found // np.int32(self.granule)
+            granules = granules[np.flatnonzero(np.diff(granules, prepend=-1))]
+        width = self.granule * self.itemsize
+        part = self.tuned[begin * self.itemsize : end * self.itemsize]
+        if width in (2, 4, 8):
+            values = part.view(f"u{width}")[granules].view(np.uint8)
+        else:
+            values = part.reshape(-1, width)[granules].reshape(-1)
+        return len(found), granules, values
+
+
+class _Sparse:
+    """The granules of a weight that changed, chunk by chunk, dropped once there are more than ``most``."""
+
+    def __init__(self, pair: _Pair, most: int) -> None:
+        self.pair = pair
+        self.most = most
+        self.dtype: np.dtype[Any] = np.dtype(np.int32 if pair.numel // pair.granule < 2**31 else np.int64)
+        self.changed = self.granules = self.mark = 0
+        self.indices: list[npt.NDArray[Any]] = []
+        self.values: list[Bytes] = []
+
+    @property
+    def dropped(self) -> bool:
+        return self.granules > self.most
+
+    def look(self, chunk: tuple[int, int]) -> tuple[int, int, int, npt.NDArray[Any] | None, Bytes | None]:
+        """On any thread: the fingerprint's share and what changed. Once there are too many, they are only counted."""
+        if self.dropped:
+            return self.pair.mark(chunk), self.pair.count(chunk), 0, None, None
+        count, granules, values = self.pair.changed(chunk)
+        indices = granules.astype(self.dtype, copy=False) + self.dtype.type(chunk[0] // self.pair.granule)
+        return self.pair.mark(chunk), count, len(granules), indices, values
+
+    def add(
+        self, mark: int, changed: int, granules: int, indices: npt.NDArray[Any] | None, values: Bytes | None
+    ) -> None:
+        """In order: what a look has found."""
+        self.mark += mark
+        self.changed += changed
+        self.granules += granules
+        if self.dropped:
+            self.indices.clear()
+            self.values.clear()
+        elif indices is not None and values is not None and granules:
+            self.indices.append(indices)
+            self.values.append(values)
+
+
+def _whole_from(pair: _Pair) -> int:
+    """The fewest granules from which on the whole parameter is smaller: an index costs at least a byte."""
+    width = pair.granule * pair.itemsize
+    return max(1, -(-len(pair.base) // (width + 1)))
+
+
+def _flat(data: Bytes, dtype: str) -> Tensor:
+    if data.ctypes.data % getattr(torch, dtype).itemsize:
+        data = data.copy()
+    return torch.from_numpy(data).view(getattr(torch, dtype))
+
+
+def _compute(pair: _Pair) -> torch.dtype:
+    return torch.float64 if pair.dtype in ("float64", "int32", "int64") else torch.float32
+
+
+def _steps(pair: _Pair, chunk: tuple[int, int]) -> Tensor:
+    """The difference of a chunk in fp32 (fp64 where the weight has more digits)."""
+    begin, end = (entry * pair.itemsize for entry in chunk)
+    base, tuned = (_flat(data[begin:end], pair.dtype).to(_compute(pair)) for data in (pair.base, pair.tuned))
+    return tuned - base
+
+
+def _squares(steps: Tensor) -> float:
+    """The sum of the squares that are numbers."""
+    squares = steps.double().square_()
+    return float(squares.nan_to_num_(0.0, 0.0, 0.0).sum())
+
+
+def _ranks(pair: _Pair, steps: Tensor) -> Tensor:
+    """Each granule's score, the sum of |difference|, as the integer with its bits, which has the scores' order.
+
+    Where it is no number it is infinite: such a granule is kept first.
+    """
+    scores = steps.abs()
+    if pair.granule > 1:
+        scores = scores.view(-1, pair.granule).sum(1)
+    scores.nan_to_num_(math.inf, math.inf)
+    return scores.view(torch.int64 if scores.dtype == torch.float64 else torch.int32)
+
+
+def _top(pair: _Pair, count: int) -> tuple[Tensor, float]:
+    """The ``count`` granules of highest score, ties to the lower index; and the squared difference of the weight.
+
+    A radix selection: each walk settles 16 bits of the score of the last granule that is in, the final one takes what
+    lies above and the first of those equal to it. So no score of the whole weight is ever in memory.
+    """
+    bits, squared = 64 if _compute(pair) == torch.float64 else 32, 0.0
+    last, missing = 0, count  # the leading bits of the last one's rank; how many to take of those that have them
+    for shift in range(bits - 16, -1, -16):
+        histogram = torch.zeros(1 << 16, dtype=torch.int64)
+        for chunk in pair.chunks(_WIDE_CHUNK):
+            steps = _steps(pair, chunk)
+            ranks = _ranks(pair, steps)
+            if shift + 16 == bits:
+                squared += _squares(steps)
+            else:
+                ranks = ranks[ranks >> (shift + 16) == last]
+            histogram += torch.bincount((ranks >> shift) & 0xFFFF, minlength=1 << 16)
+        from_here = histogram.flip(0).cumsum(0).flip(0)
+        digit = int((from_here >= missing).nonzero().max())
+        missing -= int(from_here[digit] - histogram[digit])
+        last = last << 16 | digit
+    parts = []
+    dtype = index_dtype(pair.numel // pair.granule)
+    for chunk in pair.chunks(_WIDE_CHUNK):
+        ranks = _ranks(pair, _steps(pair, chunk))
+        equal = (ranks == last).nonzero().squeeze(1)[:missing]
+        missing -= len(equal)
+        taken = ranks > last
+        taken[equal] = True
+        parts.append((taken.nonzero().squeeze(1) + chunk[0] // pair.granule).to(dtype))
+    return torch.cat(parts), squared
+
+
+def _rows(data: Bytes, pair: _Pair, indices: Tensor) -> Tensor:
+    """The granules of a mapped weight."""
+    return _flat(data, pair.dtype).view(-1, pair.granule)[indices].view(-1)
+
+
+def _entry(pair: _Pair, density: float | None, pool: Executor, ahead: int) -> tuple[Entry, Lost] | None:
+    """What changed in one weight, or None."""
+    granules = pair.numel // pair.granule
+    budget = granules if density is None else min(max(1, round(density * pair.numel / pair.granule)), granules)
+    whole_from = _whole_from(pair)
+    sparse = _Sparse(pair, min(budget, whole_from - 1))
+    for found in _in_order(pool, ahead, sparse.look, pair.chunks(_CHUNK)):
+        sparse.add(*found)
+    if not sparse.changed:
+        return None
+    total = lost = 0.0
+    granule = pair.granule
+    if not sparse.dropped:
+        indices = torch.from_numpy(np.concatenate(sparse.indices))
+        kept = _flat(np.concatenate(sparse.values), pair.dtype)
+    elif budget >= whole_from:
+        granule = pair.numel
+        indices, kept = torch.zeros(1, dtype=torch.int32), _flat(pair.tuned, pair.dtype)  # a view of a file
+        if density is not None:
+            total = sum(_squares(_steps(pair, chunk)) for chunk in pair.chunks(_WIDE_CHUNK))
+    else:
+        indices, total = _top(pair, budget)
+        kept = _rows(pair.tuned, pair, indices)
+    if density is not None and granule == pair.granule:
+        held = _squares(kept.to(_compute(pair)) - _rows(pair.base, pair, indices).to(_compute(pair)))
+        total = total or held
+        lost = min(1.0, max(0.0, 1.0 - held / total)) if total else 0.0
+    dtype, fingerprint = getattr(torch, pair.dtype), sparse.mark & _WORD
+    entry = Entry(indices, kept, pair.shape, dtype, granule, fingerprint, None, pair.aliases, checked=True)
+    return entry, Lost(pair.numel, sparse.changed, kept.numel(), lost, total)
+
+
+def _matched(base: Checkpoint, tuned: Checkpoint) -> list[tuple[Stored, Stored, tuple[str, ...]]]:
+    """The weights of both checkpoints, and their aliases; all that does not fit is said in one error."""
+    problems = []
+    for name in base.tensors.keys() | tuned.tensors.keys():
+        one, two = base.tensors.get(name), tuned.tensors.get(name)
+        if one is None or two is None:
+            problems.append(f"{name!r} is only in the {'base' if two is None else 'tuned'} checkpoint")
+        elif one.shape != two.shape:
+            problems.append(f"{name!r} has shape {list(one.shape)} in the base and {list(two.shape)} in the tuned one")
+        elif one.dtype != two.dtype:
+            problems.append(f"{name!r} is {one.dtype} in the base and {two.dtype} in the tuned one")
+    if problems:
+        more = f" ({len(problems)} problems in all)" if len(problems) > 5 else ""
+        raise AdapterError(f"the checkpoints do not match: {'; '.join(sorted(problems)[:5])}{more}")
+
+    groups: dict[str, list[str]] = {}
+    for name, first in ties(base).items():
+        groups.setdefault(first, []).append(name)
+    tuned_first = ties(tuned)
+    pairs = []
+    for first, names in groups.items():
+        one, two = base.tensors[first], tuned.tensors[first]
+        for other in names[1:]:
+            if tuned_first[other] != tuned_first[first] and not _same(two, tuned.tensors[other]):
+                raise AdapterError(f"{first!r} and {other!r} are one (tied) weight in the base, and two in the other")
+        if not one.supported:
+            if not np.array_equal(one.bytes(), two.bytes()):
+                raise AdapterError(f"{first!r} changed, and an adapter cannot hold entries of {one.dtype}")
+            continue
+        pairs.append((one, two, tuple(names[1:])))
+    return pairs
+
+
+def _same(one: Stored, two: Stored) -> bool:
+    return one.dtype == two.dtype and one.shape == two.shape and np.array_equal(one.bytes(), two.bytes())
+
+
+def difference(
+    base: Source,
+    tuned: Source,
+    *,
+    density: float | None = None,
+    granule: int = 1,
+    alpha: float = 1.0,
+    provenance: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Adapter:
+    """See `Adapter.from_difference`."""
+    if density is not None and not 0 < density <= 1:
+        raise ValueError(f"from_difference: density must be above 0 and at most 1, or None, got {density!r}")
+    if type(granule) is not int or granule < 1:
+        raise ValueError(f"from_difference: granule must be a whole number of at least 1, got {granule!r}")
+    matched = _matched(open_checkpoint(base, "base"), open_checkpoint(tuned, "tuned"))
+    total, done = sum(one.nbytes for one, _, _ in matched), 0
+    entries: dict[str, Entry] = {}
+    report: dict[str, Lost] = {}
+    uneven: list[str] = []
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        for one, two, aliases in matched:
+            pair = _Pair(one.name, one.dtype, one.shape, one.bytes(), two.bytes(), granule, aliases)
+            if pair.numel and (pair.shape[-1] if pair.shape else 1) % granule:
+                # Only a weight that changed needs granules.
+                if not np.array_equal(pair.base, pair.tuned):
+                    uneven.append(f"{pair.name} {list(pair.shape)}")
+            elif not uneven and (made := _entry(pair, density, pool, 2 * threads)) is not None:
+                entries[pair.name], report[pair.name] = made
+            done += one.nbytes
+            if progress is not None:
+                progress(pair.name, done, total)
+    if uneven:
+        raise AdapterError(
+            f"granule {granule} must divide the last dimension of every weight that changed; "
+            f"not so for {len(uneven)}: {_model.some(uneven)}"
+        )
+    mask = {"name": "Difference", "density": density, "granule": granule}
+    return Adapter(entries, alpha=alpha, mask=mask, provenance=provenance, report=Report(report))

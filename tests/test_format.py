@@ -1,0 +1,97 @@
+"""docs/format.md says what is so: its examples are read from the page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import shira_ops
+from shira import Adapter, Entry
+from shira.mask import signed
+
+PAGE = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
+WORD = 2**64 - 1
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the table under a heading row."""
+    lines = PAGE[PAGE.index(heading) :].splitlines()[2:]
+    found = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        found.append([cell.strip().strip("`") for cell in line.strip("|").split("|")])
+    return found
+
+
+def test_fingerprints() -> None:
+    table = rows("| bytes | fingerprint |")
+    assert len(table) == 4
+    for data, expected in table:
+        raw = b"" if data == "none" else bytes.fromhex(data)
+        found = int(shira_ops.fingerprint(torch.tensor(list(raw), dtype=torch.uint8))) & WORD
+        assert f"{found:016x}" == expected
+
+
+def test_seeds() -> None:
+    table = rows("| n | k | seed | indices |")
+    assert len(table) == 3
+    for n, k, seed, expected in table:
+        found = shira_ops.select_random(int(n), int(k), signed(int(seed, 16)))
+        assert found.tolist() == [int(number) for number in expected.split(",")]
+
+
+def test_the_code() -> None:
+    block = re.search(r"the indices 3, 4, 260, 770 .*?```\n(.*?)```", PAGE, re.DOTALL)
+    assert block is not None
+    code = bytes.fromhex("".join(re.sub(r"   .*|;.*", "", line) for line in block[1].splitlines()[:2]) + "00ff00fffe")
+    found = shira_ops.encode_indices(torch.tensor([3, 4, 260, 770]))
+    assert bytes(found.tolist()) == code
+
+
+@pytest.fixture
+def whole_file() -> bytes:
+    header = re.search(r"```json\n(.*?)\n```", PAGE, re.DOTALL)
+    body = re.search(r"The rest of the file:\n\n```\n(.*?)```", PAGE, re.DOTALL)
+    assert header is not None
+    assert body is not None
+    text = header[1].encode()
+    text += b" " * (-len(text) % 8)
+    data = b"".join(bytes.fromhex(line.split("   ")[0]) for line in body[1].splitlines())
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def test_the_whole_file_reads(whole_file: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "page.safetensors"
+    path.write_bytes(whole_file)
+    adapter = Adapter.load(path)
+    weight, whole = adapter.weights["w"], adapter.weights["b"]
+    assert weight.indices.tolist() == [1, 6]
+    assert torch.equal(weight.values, torch.tensor([1.0, -2.0]).bfloat16())
+    assert weight.fingerprint == int(shira_ops.fingerprint(torch.arange(8).bfloat16())) & WORD
+    assert whole.whole
+    assert whole.values.tolist() == [0.5, 0.25]
+    assert whole.aliases == ("c",)
+    assert adapter.provenance == {"data": "made up"}
+
+
+def test_the_whole_file_is_what_is_written(whole_file: bytes, tmp_path: Path) -> None:
+    base = torch.arange(8).bfloat16()
+    entries = {
+        "w": Entry(
+            torch.tensor([1, 6], dtype=torch.int32),
+            torch.tensor([1.0, -2.0]).bfloat16(),
+            (2, 4),
+            torch.bfloat16,
+            fingerprint=int(shira_ops.fingerprint(base)) & WORD,
+        ),
+        "b": Entry(
+            torch.zeros(1, dtype=torch.int32), torch.tensor([0.5, 0.25]), (2,), torch.float32, 2, aliases=("c",)
+        ),
+    }
+    mask = {"name": "Struct", "granule": 1}
+    Adapter(entries, mask=mask, provenance={"data": "made up"}).save(tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == whole_file
