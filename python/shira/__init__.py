@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shira import mask as masks
+    from shira import merging
     from shira._file import AdapterError
     from shira.adapter import Adapter, Entry
     from shira.optim import AdamW
-    from shira.switcher import Switcher
+    from shira.switcher import Switcher, SwitchError
     from shira.tuner import SparseTuner
 
-__all__ = ["AdamW", "Adapter", "AdapterError", "Entry", "SparseTuner", "Switcher", "masks"]
+__all__ = ["AdamW", "Adapter", "AdapterError", "Entry", "SparseTuner", "SwitchError", "Switcher", "masks", "merging"]
 
 # Public name -> the module it lives in, and its name there (None: the module itself).
 _HOMES: dict[str, tuple[str, str | None]] = {
@@ -36,8 +37,10 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "AdamW": ("shira.optim", "AdamW"),
     "Entry": ("shira.adapter", "Entry"),
     "SparseTuner": ("shira.tuner", "SparseTuner"),
+    "SwitchError": ("shira.switcher", "SwitchError"),
     "Switcher": ("shira.switcher", "Switcher"),
     "masks": ("shira.mask", None),
+    "merging": ("shira.merging", None),
 }
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import shira_ops
 from shira import _live
-from shira._live import Weight
+from shira._live import Watch, Weight
 from shira.adapter import Adapter
 from shira.mask import refine
 
@@ -225,6 +225,7 @@ class Way:
     after: Layout
     calls: list[Call]
     fused: list[Part]
+    watch: Watch
 
     def go(self, strengths: Mapping[str, float]) -> None:
         """Change the weights."""
@@ -299,4 +300,4 @@ def way(before: Layout, after: Layout) -> Way:
         Call(op, granule, [list(column) for column in zip(*rows, strict=True)])
         for (op, _, granule), rows in sorted(groups.items(), key=lambda group: order[group[0][0]])
     ]
-    return Way(before, after, calls, fused)
+    return Way(before, after, calls, fused, Watch({**before.parts, **after.parts}))

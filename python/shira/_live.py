@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -141,6 +141,38 @@ def refuse_first(weights: Iterable[Weight], why: Callable[[Weight], str | None])
         reason = why(weight)
         if reason is not None:
             raise SwitchError(f"Switcher: {reason}")
+
+
+class Watch:
+    """Several weights, looked at together: tells in a fraction of a microsecond each that nothing happened to them."""
+
+    def __init__(self, weights: Iterable[Weight]) -> None:
+        self.weights = list(weights)
+        self._pointers = [weight.pointer for weight in self.weights]
+        self._places = [(weight.slot.module, weight.slot.attribute) for weight in self.weights]
+        self._tuned = [weight.slot.attribute + VALUES_SUFFIX for weight in self.weights]
+        self._tensors = [weight.tensor for weight in self.weights]
+        self._ledgers = [weight.ledger for weight in self.weights]
+        self._versioned = [(weight.tensor, weight.ledger) for weight in self.weights if weight.versioned]
+
+    def undisturbed(self, switcher: weakref.ref[object]) -> bool:
+        """Whether all weights are in place, not trained, not another Switcher's, and as they were last left."""
+        homes = [module._parameters for module, _ in self._places]
+        return (
+            all(home.get(place[1]) is one for home, place, one in zip(homes, self._places, self._tensors, strict=True))
+            and not any(tuned in home for home, tuned in zip(homes, self._tuned, strict=True))
+            and [tensor.data_ptr() for tensor in self._tensors] == self._pointers
+            and all(tensor._version == ledger.version for tensor, ledger in self._versioned)
+            and all(ledger.holder is None or ledger.holder is switcher for ledger in self._ledgers)
+        )
+
+    def left(self, switcher: weakref.ref[object], on: Container[Weight]) -> None:
+        """Note that we leave the weights as they are, with adapters on some of them."""
+        for weight, ledger in zip(self.weights, self._ledgers, strict=True):
+            ledger.holder = switcher if weight in on else None
+            ledger.pointer = weight.pointer
+        for tensor, ledger in self._versioned:
+            ledger.version = tensor._version
 
 
 # ---- GPUs --------------------------------------------------------------------------------------------------

@@ -98,14 +98,15 @@ class Switcher:
             raise ValueError(f"Switcher: budget must be a number of bytes or None, got {budget}")
         self.budget = budget
         self._spill = None if spill is None else Path(spill)
+        self._slots = _model.slots(self.model)
         self._added: dict[str, _Added] = {}
         self._weights: dict[object, Weight] = {}
         # By names, the least recently used first: one adapter, or several together.
         self._layouts: OrderedDict[tuple[str, ...], Layout] = OrderedDict()
         self._ways: OrderedDict[tuple[Layout, Layout], Way] = OrderedDict()
         self._active: dict[str, float] = {}
-        # Where a way back failed: the two layouts whose entries the weights may have.
-        self._torn: tuple[Layout, Layout] | None = None
+        # The way on which the weights are, if going back on it failed.
+        self._torn: Way | None = None
         self._streams = _live.Streams()
         self._self: weakref.ref[object] = weakref.ref(self)
 
@@ -226,11 +227,14 @@ class Switcher:
         holds, `verify` reads.
         """
         with LOCK, _quiet():
-            slots = _model.slots(self.model)
-            if name not in slots:
+            if name not in self._slots:
                 raise KeyError(f"the model has no weight {name!r}")
-            weight = self._weights.get(_model.memory(slots[name].weight))
-            return _live.fingerprint(slots[name].weight) if weight is None else self._fingerprint(weight)
+            slot = self._slots[name]
+            weight = self._weights.get(_model.memory(slot.weight))
+            if weight is None:
+                return _live.fingerprint(slot.weight)
+            _live.refuse_first([weight], Weight.place)
+            return self._fingerprint(weight)
 
     def verify(self, *, full: bool = False) -> None:
         """Raise `SwitchError`, naming the weights, unless they are the base plus what is active.
@@ -288,7 +292,7 @@ class Switcher:
 
     def _places(self, where: str, adapter: Adapter) -> dict[str, _model.Slot]:
         """Find each of the adapter's weights in the model; all that does not fit is said in one error."""
-        slots = _model.slots(self.model)
+        self._slots = slots = _model.slots(self.model)  # parameters may have been replaced since
         problems: list[str] = []
         places: dict[str, _model.Slot] = {}
         owner: dict[object, str] = {}
@@ -510,13 +514,7 @@ class Switcher:
             try:
                 after = self._ready(tuple(strengths))
                 way = self._way(before, after)
-                weights = list({**before.parts, **after.parts})
-                _live.refuse_first(weights, Weight.place)
-                _live.refuse_first(weights, lambda weight: weight.held(self))
-                changed = [weight for weight in weights if weight.changed()]
-                if verify and changed:
-                    self._recheck(changed)
-                    changed = []
+                changed = [] if way.watch.undisturbed(self._self) else self._disturbed(way.watch.weights, verify)
                 _live.wait(before.ready)
                 _live.wait(after.ready)
             except (AdapterError, SwitchError):
@@ -526,32 +524,38 @@ class Switcher:
             # From here on the weights change.
             try:
                 way.go(strengths)
-                self._settle(before, after, after, changed)
+                self._settle(way, after, changed)
                 self._active = strengths
             except BaseException as error:
                 if self._active is not strengths:
-                    self._take_back(before, after, changed)
+                    self._take_back(way, changed)
                 if isinstance(error, Exception):
                     raise self._failed(strengths, error) from error
                 raise
 
-    def _settle(self, before: Layout, after: Layout, now: Layout, changed: Iterable[Weight] = ()) -> None:
-        """Note in the ledgers which layout the weights of a way have on them now."""
-        for weight in {**before.parts, **after.parts}:
-            weight.note()
-            weight.ledger.holder = self._self if weight in now.parts else None
+    def _disturbed(self, weights: list[Weight], verify: bool) -> list[Weight]:
+        """Refuse what happened to the weights; without `verify`, return those that someone else changed."""
+        _live.refuse_first(weights, Weight.place)
+        _live.refuse_first(weights, lambda weight: weight.held(self))
+        if verify:
+            self._recheck(weights)
+        return [weight for weight in weights if weight.changed()]
+
+    def _settle(self, way: Way, now: Layout, changed: Iterable[Weight] = ()) -> None:
+        """Note which layout the weights of a way have on them now."""
+        way.watch.left(self._self, now.parts)
         for weight in changed:
             weight.ledger.version = -1  # no version: what another wrote stays his, until its content is right again
-        for layout in (before, after):
+        for layout in (way.before, way.after):
             layout.used.update(_live.mark(layout.devices))
 
-    def _take_back(self, before: Layout, after: Layout, changed: Iterable[Weight]) -> None:
+    def _take_back(self, way: Way, changed: Iterable[Weight]) -> None:
         """However much was written: put the base back, and on it what was active."""
-        active, self._active, self._torn = self._active, {}, (before, after)
+        active, self._active, self._torn = self._active, {}, way
         try:
-            self._base_back(before, after)
-            _layout.way(EMPTY, before).go(active)
-            self._settle(before, after, before, changed)
+            self._base_back(way)
+            _layout.way(EMPTY, way.before).go(active)
+            self._settle(way, way.before, changed)
         except BaseException as error:
             raise SwitchError(
                 f"Switcher: a switch failed, and so did the way back to {_listed(active) or 'the base'}: the weights "
@@ -559,15 +563,15 @@ class Switcher:
             ) from error
         self._torn, self._active = None, active
 
-    def _base_back(self, before: Layout, after: Layout) -> None:
-        for layout in (after, before):
+    def _base_back(self, way: Way) -> None:
+        for layout in (way.after, way.before):
             _layout.way(layout, EMPTY).go({})
 
     def _heal(self) -> None:
         """After a way back that failed: put the base back."""
         if self._torn is not None:
-            self._base_back(*self._torn)
-            self._settle(*self._torn, EMPTY)
+            self._base_back(self._torn)
+            self._settle(self._torn, EMPTY)
             self._torn = None
 
     def _failed(self, wanted: Mapping[str, float], error: Exception) -> SwitchError:
