@@ -160,6 +160,11 @@ inline void check_dtype(const char* op, Name name, const Tensor& values, Values 
               "'s dtype ", dtype_name(own), fp32_too ? " or float32" : "", ", got ", dtype_name(given));
 }
 
+inline void check_exact_dtype(const char* op, Name name, const Tensor& t, ScalarType wanted) {
+  SHIRA_CHECK(t.scalar_type() == wanted, op, ": ", name, " must be ", dtype_name(wanted), ", got ",
+              dtype_name(t.scalar_type()));
+}
+
 inline void check_one_dimensional(const char* op, Name name, const Tensor& t) {
   SHIRA_CHECK(t.dim() == 1, op, ": ", name, " must be 1-D, got shape ", list_text(t.sizes()));
 }
@@ -220,14 +225,18 @@ class Overlap {
   std::vector<Range> ranges_;
 };
 
+// Of indices without a weight: only the order counts, and that none is negative.
+constexpr int64_t kNoLimit = -1;
+
 // The first position of `indices` that is out of range, or not above the one before it.
 template <typename I>
 [[noreturn]] inline void refuse_content(const char* op, Name name, const I* p, int64_t n, int64_t limit) {
+  const std::string span = limit == kNoLimit ? "and at least 0" : "in [0, " + std::to_string(limit) + ")";
   for (int64_t i = 0; i < n; ++i) {
-    if (p[i] < 0 || p[i] >= limit)
-      refuse(op, ": ", name, " must be strictly increasing in [0, ", limit, "), got ", p[i], " at position ", i);
+    const bool outside = p[i] < 0 || (limit != kNoLimit && p[i] >= limit);
+    if (outside) refuse(op, ": ", name, " must be strictly increasing ", span, ", got ", p[i], " at position ", i);
     if (i > 0 && p[i] <= p[i - 1])
-      refuse(op, ": ", name, " must be strictly increasing in [0, ", limit, "), got ", p[i], " after ", p[i - 1],
+      refuse(op, ": ", name, " must be strictly increasing ", span, ", got ", p[i], " after ", p[i - 1],
              " at position ", i);
   }
   refuse(op, ": ", name, " changed while they were checked");

@@ -100,9 +100,7 @@ struct OptimizeOps {
   static void state(const Call& call, Name name, const Tensor& state, const Tensor& weight, const Tensor& indices,
                     int64_t t) {
     check_device(call.op, name, state, weight, call.weight_name(t));
-    const ScalarType wanted = compute_type(weight.scalar_type());
-    SHIRA_CHECK(state.scalar_type() == wanted, call.op, ": ", name, " must be ", dtype_name(wanted), ", got ",
-                dtype_name(state.scalar_type()));
+    check_exact_dtype(call.op, name, state, compute_type(weight.scalar_type()));
     check_entries(call.op, name, state, indices, call.granule);
     check_contiguous(call.op, name, state);
   }

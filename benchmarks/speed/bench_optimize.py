@@ -1,8 +1,9 @@
 """AdamW on 1 % of layers of 4096 x 4096, in the weights: beside plain torch on the values alone, and on whole weights.
 
 stock   torch.optim.AdamW(fused=True) over the values of all layers, then a cast and index_copy_ into each weight
-dense   torch.optim.AdamW(fused=True) over the weights with gradients that are zero outside the mask: masked training as
-        the paper describes it. The gradients are masked beforehand, so that the time is the step's alone
+dense   torch.optim.AdamW(fused=True) over the weights, after each dense gradient was multiplied by its mask: masked
+        training as the paper describes it
+masked  the same with gradients that were masked beforehand: its step alone
 touch   reads and writes each cache line of the weights once: see bench_switch.py. State and gradient come on top
 """
 
@@ -70,14 +71,26 @@ def stock(some: list[Layer]) -> Callable[[], None]:
     return run
 
 
-def dense(some: list[Layer]) -> Callable[[], None]:
-    parameters = []
+def dense(some: list[Layer], *, masks: bool) -> Callable[[], None]:
+    """With `masks` the gradients are dense when the step begins."""
+    gradients, factors, parameters = [], [], []
     for one in some:
-        parameter = one.weight.view_as(one.weight).requires_grad_()
-        parameter.grad = torch.zeros_like(one.weight)
-        parameter.grad.view(-1)[one.indices64] = one.values
-        parameters.append(parameter)
-    return torch.optim.AdamW(parameters, **TORCH).step
+        factors.append(torch.zeros_like(one.weight))
+        factors[-1].view(-1)[one.indices64] = 1
+        gradients.append(torch.ones_like(one.weight) if masks else torch.zeros_like(one.weight))
+        gradients[-1].view(-1)[one.indices64] = one.values
+        parameters.append(one.weight.view_as(one.weight).requires_grad_())
+        parameters[-1].grad = gradients[-1]
+    optimizer = torch.optim.AdamW(parameters, **TORCH)
+    if not masks:
+        return optimizer.step
+
+    def run() -> None:
+        for gradient, factor in zip(gradients, factors, strict=True):
+            gradient.mul_(factor)
+        optimizer.step()
+
+    return run
 
 
 def clones(some: list[Layer]) -> list[Layer]:
@@ -86,19 +99,21 @@ def clones(some: list[Layer]) -> list[Layer]:
 
 def prove(some: list[Layer]) -> None:
     """The first step of all ways: the reference's bits, and torch's numbers."""
-    ours, same, theirs, whole = (clones(some[:1]) for _ in range(4))
+    ours, same, theirs, whole, masked = (clones(some[:1]) for _ in range(5))
     ((weight, *given),) = arguments(ours)
     adamw(weight, *given)
     ((_, *wanted),) = arguments(same)
     shira_ops.reference.adamw_(same[0].weight, *wanted, step=1, **OPTIONS)
     for a, b in zip((weight, *given), (same[0].weight, *wanted), strict=True):
         assert torch.equal(a, b)
-    for way, layer in ((stock, theirs), (dense, whole)):
-        way(layer)()
+    stock(theirs)()
+    dense(whole, masks=True)()
+    dense(masked, masks=False)()
+    for layer in (theirs, whole, masked):
         # Narrow weights show no more than their own ulp of a step of 1e-3.
         torch.testing.assert_close(layer[0].weight, weight, atol=1e-3 * 2.0**-5, rtol=2.0**-8)
     untouched = torch.ones(weight.numel(), dtype=torch.bool).index_fill_(0, some[0].indices64, False)
-    for layer in (ours, theirs, whole):
+    for layer in (ours, theirs, whole, masked):
         assert torch.equal(layer[0].weight.view(-1)[untouched], some[0].weight.view(-1)[untouched])
 
 
@@ -129,7 +144,10 @@ def bench_dense(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) -
     some = layers(dtype)[:3]
     prove(some)
     some = clones(some)
-    timing = compare(benchmark, ("adamw_", sweep(adamw, arguments(some))), {"dense": dense(some)})
+    ways = {"dense": dense(some, masks=True), "masked": dense(some, masks=False)}
+    timing = compare(benchmark, ("adamw_", sweep(adamw, arguments(some))), ways)
     report = Report(benchmark, threads, **about(some))
     report.seconds(timing, len(some))
-    report.ratio(f"adamw_ over dense {common.dtype_name(dtype)}", "", timing, "dense")
+    name = common.dtype_name(dtype)
+    report.ratio(f"adamw_ over dense {name}", "", timing, "dense")
+    report.ratio(f"adamw_ over masked {name}", "", timing, "masked")

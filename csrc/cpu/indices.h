@@ -18,7 +18,7 @@ inline bool increasing(const I* p, int64_t begin, int64_t end) {
 template <typename I>
 inline void check_content(const char* op, Name name, const I* p, int64_t n, int64_t limit) {
   if (n == 0) return;
-  bool good = p[0] >= 0 && p[n - 1] < limit;
+  bool good = p[0] >= 0 && (limit == kNoLimit || p[n - 1] < limit);
   if (n - 1 <= 4 * kGrain) {
     good = good && increasing(p, 0, n - 1);
   } else {
@@ -31,7 +31,7 @@ inline void check_content(const char* op, Name name, const I* p, int64_t n, int6
   if (!good) refuse_content(op, name, p, n, limit);
 }
 
-// `limit` counts granules.
+// `limit` counts granules; kNoLimit where there is no weight.
 inline void check_indices_content(const char* op, Name name, const Tensor& indices, int64_t limit) {
   if (indices.scalar_type() == ScalarType::Int)
     check_content(op, name, indices.const_data_ptr<int32_t>(), indices.numel(), limit);

@@ -1,7 +1,7 @@
 // The optimize family on the CPU: adamw_, sgd_ and their foreach_ forms.
 //
-// One pass: a block of state is stepped where it lies, in contiguous loops, and its weights are written while their
-// lines are on their way. A whole model is one walk.
+// One pass: a block of state is stepped where it lies, in contiguous loops, and then its weights are written. A whole
+// model is one walk.
 #include "../core/optimize.h"
 
 #include <array>
@@ -14,7 +14,9 @@
 namespace shira::cpu {
 namespace {
 
-constexpr int64_t kBlock = 512;  // entries of a block: its state and its weights stay in L1
+// Weights of a block: as many as leave room in L1. The writes wait for nothing, so the store buffer itself keeps their
+// lines coming; long runs of them without prefetching measured 9 % faster than 512 at a time with.
+constexpr int64_t kBlockBytes = 8192;
 
 struct StepTask {
   void (*chunk)(const StepTask&, int64_t begin, int64_t end);
@@ -51,6 +53,7 @@ void step_chunk(const StepTask& task, int64_t begin, int64_t end) {
   using WB = typename W::Bits;
   using GB = typename G::Bits;
   using C = typename W::Compute;
+  constexpr int64_t kBlock = kBlockBytes / static_cast<int64_t>(sizeof(WB));
   const Rule rule = *static_cast<const Rule*>(task.rule);
   const I* const indices = static_cast<const I*>(task.indices);
   WB stepped[kBlock];
@@ -87,10 +90,10 @@ void step_chunk(const StepTask& task, int64_t begin, int64_t end) {
       p[i] = S::store(master);
       stepped[i] = W::store(master);
     });
-    walk<sizeof(WB), Fetch::Write>(task.weight, indices, task.granule, from, to, task.total, from == begin,
-                                   [&](int64_t offset, int64_t at, int64_t length) {
-                                     memcpy(task.weight + offset, stepped + (at - from), length * sizeof(WB));
-                                   });
+    walk<sizeof(WB), Fetch::None>(task.weight, indices, task.granule, from, to, task.total, false,
+                                  [&](int64_t offset, int64_t at, int64_t length) {
+                                    memcpy(task.weight + offset, stepped + (at - from), length * sizeof(WB));
+                                  });
   }
 }
 

@@ -1,0 +1,134 @@
+"""Eight adapters of 1 % each at once on layers of 4096 x 4096: one pass over their union, and the plan it follows.
+
+touch   reads and writes each cache line of the union once: see bench_switch.py. The plan's 20 MB come on top
+eight   scatter_add_ for one adapter after the other
+torch   the union and its counts by torch.cat and torch.unique: less than a plan says, and what there is otherwise
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+import common
+import shira_ops.reference
+from bench_switch import TOUCH
+from common import BF16, FP32, LINE, Report, compare, line_numbers, random_indices, settings, sweep, weights
+
+shira, machine = torch.ops.shira, torch.ops.shira_bench
+ADAPTERS, LAYERS = 8, 4
+DTYPES = pytest.mark.parametrize("dtype", [BF16, FP32], ids=common.dtype_name)
+
+
+@dataclass
+class Stack:
+    """A weight, its adapters, their plan."""
+
+    weight: torch.Tensor
+    indices: list[torch.Tensor]
+    values: list[torch.Tensor]
+    alphas: torch.Tensor
+    plan: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = field(init=False)
+    saved: torch.Tensor = field(init=False)
+    lines: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.plan = shira.fuse_plan(self.indices)
+        self.saved = torch.zeros(len(self.plan[0]), dtype=self.weight.dtype)
+        self.lines = line_numbers(self.plan[0], 1, self.weight.itemsize)
+
+    def fuse(self, refuse: bool = False, ops: object = shira) -> None:
+        delta = [True] * len(self.values)
+        ops.fuse_(self.weight, self.saved, *self.plan, self.values, self.alphas, delta=delta, refuse=refuse)
+
+    def add(self) -> None:
+        for index, value, alpha in zip(self.indices, self.values, self.alphas.tolist(), strict=True):
+            shira.scatter_add_(self.weight, index, value, alpha=alpha)
+
+    def moved(self) -> int:
+        parts = (self.saved, *self.plan, *self.values)
+        return 2 * LINE * len(self.lines) + sum(t.numel() * t.element_size() for t in parts)
+
+
+@functools.lru_cache(maxsize=1)
+def masks(side: int) -> list[list[torch.Tensor]]:
+    rng = np.random.default_rng(0)
+    numel = side * side
+    return [[random_indices(rng, numel, round(0.01 * numel)) for _ in range(ADAPTERS)] for _ in range(LAYERS)]
+
+
+def stacks(dtype: torch.dtype) -> list[Stack]:
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for weight, indices in zip(weights(dtype, settings.side, settings.working_set), masks(settings.side), strict=False):
+        values = [torch.empty(len(one), dtype=dtype).normal_(0, 1e-3, generator=generator) for one in indices]
+        made.append(Stack(weight.clone(), indices, values, torch.linspace(0.2, 0.9, ADAPTERS)))
+    return made
+
+
+def prove(stack: Stack) -> None:
+    """The reference's bits, first and again; what eight passes give, but for their roundings; touch changes nothing."""
+    base = stack.weight.clone()
+    stack.fuse()
+    fused = stack.weight.clone()
+    stack.fuse(refuse=True)
+    assert torch.equal(stack.weight, fused)
+    saved = stack.saved.clone()
+    stack.weight.copy_(base)
+    stack.fuse(ops=shira_ops.reference)
+    assert torch.equal(stack.weight, fused)
+    assert torch.equal(stack.saved, saved)
+    stack.weight.copy_(base)
+    stack.add()
+    torch.testing.assert_close(stack.weight, fused, atol=2.0**-10, rtol=2.0**-6)
+    stack.weight.copy_(base)
+    for ahead in TOUCH.values():
+        machine.touch_(stack.weight, stack.lines, ahead)
+    assert torch.equal(stack.weight, base)
+
+
+@DTYPES
+def bench_fuse(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) -> None:
+    some = stacks(dtype)
+    prove(some[0])
+    touch = {
+        name: sweep(machine.touch_, [(one.weight, one.lines, ahead) for one in some]) for name, ahead in TOUCH.items()
+    }
+    ways = {
+        "refuse": sweep(Stack.fuse, [(one, True) for one in some]),
+        "eight": sweep(Stack.add, [(one,) for one in some]),
+    }
+    timing = compare(benchmark, ("fuse_", sweep(Stack.fuse, [(one,) for one in some])), {**ways, **touch})
+    timing.best("touch", list(TOUCH))
+    name = common.dtype_name(dtype)
+    report = Report(benchmark, threads, dtype=name, adapters=ADAPTERS, layers=len(some), union=len(some[0].saved))
+    report.seconds(timing, len(some))
+    report.bandwidth(timing, "fuse_", sum(one.moved() for one in some))
+    report.ratio(f"fuse_ in touches {name}", "", timing, "fuse_", of="touch")
+    report.ratio(f"fuse_ over scatter_add_ {name}", "", timing, "eight")
+    report.ratio(f"refuse over fuse_ {name}", "", timing, "fuse_", of="refuse")
+
+
+def bench_plan(benchmark: BenchmarkFixture, threads: int) -> None:
+    some = masks(settings.side)
+    for one in some[:1]:
+        union, counts = torch.cat(one).unique(return_counts=True)
+        indices, offsets, _ = shira.fuse_plan(one)
+        assert torch.equal(indices, union)
+        assert torch.equal(offsets.diff(), counts)
+
+    def union_and_counts(lists: list[torch.Tensor]) -> None:
+        torch.cat(lists).unique(return_counts=True)
+
+    torch_way = sweep(union_and_counts, [(one,) for one in some])
+    timing = compare(
+        benchmark, ("fuse_plan", sweep(shira.fuse_plan, [(one,) for one in some])), {"torch": torch_way}, rounds=5
+    )
+    report = Report(benchmark, threads, adapters=ADAPTERS, layers=len(some))
+    report.seconds(timing, len(some))
+    report.ratio("fuse_plan", "", timing, "torch")
