@@ -36,8 +36,6 @@ class Part:
     # offsets and sources of `fuse_plan`, for several adapters; whose values are then those of their own layouts.
     plan: tuple[Tensor, Tensor] | None = None
     borrowed: bool = False
-    # The fingerprint's sum at the base over the words of these entries, once it was asked for.
-    base_sum: int | None = None
     # By the adapters' strengths: what they add to the fingerprint.
     differences: dict[tuple[float, ...], int] = field(default_factory=dict)
     _finer: dict[int, Tensor] = field(default_factory=dict)
@@ -94,12 +92,14 @@ class Part:
                 target, indices, self.values[0], saved, alpha=alphas, delta=self.delta[0], granule=self.granule
             )
 
+    def put_on(self, base: Tensor, indices: Tensor, alphas: Tensor | float) -> None:
+        """The part's entries onto the base in a copy."""
+        self.put(base, indices, self.saved if self.plan is not None else torch.empty_like(self.saved), alphas)
+
     def expected(self, alphas: Tensor | float) -> Tensor:
         """What the weight must hold at the indices."""
         entries = self.saved.clone()
-        local = torch.arange(self.indices.numel(), dtype=self.indices.dtype, device=entries.device)
-        saved = self.saved if self.plan is not None else torch.empty_like(entries)
-        self.put(entries, local, saved, alphas)
+        self.put_on(entries, torch.arange(self.indices.numel(), device=entries.device), alphas)
         return entries
 
     def base_copy(self) -> Tensor:

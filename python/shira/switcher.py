@@ -222,9 +222,9 @@ class Switcher:
     def fingerprint(self, name: str) -> int:
         """The fingerprint that the weight should have as it is now, as an unsigned number (`shira_ops.fingerprint`).
 
-        Known without reading the weight: the base's, plus the difference that the active adapters make, which is found
-        when it is first asked for (two walks over their entries) and kept for each strength. What the memory really
-        holds, `verify` reads.
+        Known without reading the weight: the base's, plus the difference that the active adapters make, which is worked
+        out on a copy when it is first asked for, and kept for each strength. What the memory really holds, `verify`
+        reads.
         """
         with LOCK, _quiet():
             if name not in self._slots:
@@ -247,28 +247,26 @@ class Switcher:
             if self._torn is not None:
                 raise SwitchError("Switcher: the last switch failed half way; deactivate() puts the base back")
             _live.refuse_first(self._weights.values(), Weight.place)
-            _live.refuse_first(self._on().parts, lambda weight: weight.held(self))
-            alphas = Alphas(self._active)
+            # Weights with adapters of another Switcher are its to judge.
+            others = {weight for weight in self._weights.values() if weight.held(self) is not None}
             wrong: dict[str, None] = {}
-            layouts = [self._on()] if self._active else list(self._layouts.values())
-            for layout in layouts:
+            for layout in [self._on()] if self._active else list(self._layouts.values()):
                 _live.wait(layout.ready)
                 for weight, part in layout.parts.items():
-                    expected = part.expected(alphas.of(part)) if self._active else part.saved
-                    if not _holds(weight, part, expected):
+                    if weight not in others and not self._holds(part):
                         wrong[weight.name] = None
-            if full:
-                for weight in self._weights.values():
-                    # Held by another Switcher: theirs to verify.
-                    if weight.held(self) is None and weight.fingerprint() != self._fingerprint(weight):
+            for weight in self._weights.values() if full else ():
+                if weight not in others:
+                    if weight.ledger.base is None:
+                        self._learn(weight)
+                    if not self._right(weight):
                         wrong[weight.name] = None
             if wrong:
                 what = "the base plus what is active" if self._active else "the base"
                 raise SwitchError(f"Switcher: {len(wrong)} weight(s) do not hold {what}: {_model.some(wrong)}")
-            if full:
-                for weight in self._weights.values():
-                    if weight.held(self) is None:
-                        weight.note()
+            for weight in self._weights.values() if full else ():
+                if weight not in others:
+                    weight.note()
 
     def memory(self) -> dict[str, Memory]:
         """Bytes that each adapter keeps, by name; under ``"a + b"`` those of adapters made ready to act together."""
@@ -361,30 +359,45 @@ class Switcher:
             return weight.ledger.base
         strengths = tuple(self._active[name] for name in part.adapters)
         if strengths not in part.differences:
-            if part.base_sum is None:
-                part.base_sum = _live.fingerprint_at(part.base_copy(), part.indices, part.granule)
             if len(part.differences) >= _DIFFERENCES:
                 part.differences.clear()
-            now = _live.fingerprint_at(weight.tensor, part.indices, part.granule)
-            part.differences[strengths] = _live.word(now - part.base_sum)
+            # Worked out on a copy that is proved to be the base: what others may have done to the weight never counts.
+            copy = part.base_copy()
+            if _live.fingerprint(copy) != weight.ledger.base:
+                raise self._foreign(weight)
+            before = _live.fingerprint_at(copy, part.indices, part.granule)
+            part.put_on(copy, part.indices, Alphas(self._active).of(part))
+            after = _live.fingerprint_at(copy, part.indices, part.granule)
+            part.differences[strengths] = _live.word(after - before)
         return _live.word(weight.ledger.base + part.differences[strengths])
+
+    def _right(self, weight: Weight) -> bool:
+        """Whether the memory holds the base plus what is active, all of it."""
+        part = self._on().parts.get(weight)
+        if part is None:
+            return weight.fingerprint() == weight.ledger.base
+        return _live.fingerprint(part.base_copy()) == weight.ledger.base and self._holds(part)
+
+    def _holds(self, part: Part) -> bool:
+        """Whether the weight has the entries of an active part, bit for bit; or, of one that is not, the base's."""
+        active = self._on().parts.get(part.weight) is part
+        expected = part.expected(Alphas(self._active).of(part)) if active else part.saved
+        entries = shira_ops.gather(part.weight.tensor.detach(), part.indices, granule=part.granule)
+        return torch.equal(entries.view(torch.uint8), expected.view(torch.uint8))
 
     def _recheck(self, weights: Iterable[Weight]) -> None:
         """Refuse weights that someone else changed. Where a version moved, the content decides."""
         for weight in weights:
-            if not weight.changed():
-                continue
-            part, alphas = self._on().parts.get(weight), Alphas(self._active)
-            if (
-                weight.ledger.base is None
-                or weight.fingerprint() != self._fingerprint(weight)
-                or (part is not None and not _holds(weight, part, part.expected(alphas.of(part))))
-            ):
-                raise SwitchError(
-                    f"Switcher: {weight.name} was changed by someone else since the Switcher last wrote or read it; "
-                    f"{_told(self._active)}. deactivate(verify=False) puts the base's entries back all the same"
-                )
-            weight.note()
+            if weight.changed():
+                if weight.ledger.base is None or not self._right(weight):
+                    raise self._foreign(weight)
+                weight.note()
+
+    def _foreign(self, weight: Weight) -> SwitchError:
+        return SwitchError(
+            f"Switcher: {weight.name} was changed by someone else since the Switcher last wrote or read it; "
+            f"{_told(self._active)}. deactivate(verify=False) puts the base's entries back all the same"
+        )
 
     # ---- keeping adapters ------------------------------------------------------------------------------------
 
@@ -598,12 +611,6 @@ def _stamp(file: Path) -> tuple[int, int]:
     """What tells that a file was written again."""
     found = file.stat()
     return found.st_mtime_ns, found.st_size
-
-
-def _holds(weight: Weight, part: Part, expected: torch.Tensor) -> bool:
-    """Whether the weight has these entries, bit for bit."""
-    entries = shira_ops.gather(weight.tensor.detach(), part.indices, granule=part.granule)
-    return torch.equal(entries.view(torch.uint8), expected.view(torch.uint8))
 
 
 def _misfit(slot: _model.Slot, entry: Entry) -> str | None:
