@@ -102,6 +102,9 @@ class Walk:
         self.counts[operation.__name__] = self.counts.get(operation.__name__, 0) + 1
         wrong = differing(bits(self.model), self.expected(switcher.active))
         assert wrong == 0, f"{wrong} bytes differ after {operation.__name__} with {switcher.active}"
+        if choose.random() < 0.02:
+            for name, parameter in self.model.named_parameters():
+                assert switcher.fingerprint(name) == int(torch.ops.shira.fingerprint(parameter.detach())) % 2**64
 
     def strengths(self, names: list[str]) -> dict[str, float]:
         return {name: self.random.choice(STRENGTHS) for name in names}

@@ -236,12 +236,12 @@ def test_any_sequence_ends_where_a_fresh_activation_would(dtype):
 def test_any_sequence_on_a_budget():
     """Room for the unions and little else: adapters and unions leave and come back all the time."""
     left = []
-    walk = Walk(torch.bfloat16, seed=2, budget=8000)
+    walk = Walk(torch.bfloat16, seed=2, budget=9000)
     leave = walk.switcher._leave
     walk.switcher._leave = lambda added: (left.append(added.name), leave(added))
     for _ in range(400):
         walk.step()
-        assert sum(memory.device for memory in walk.switcher.memory().values()) <= 8000
+        assert sum(memory.device for memory in walk.switcher.memory().values()) <= 9000
     walk.finish()
     assert left
 
@@ -406,8 +406,7 @@ def test_unions_are_counted_and_only_so_many_are_kept():
 def test_a_compiled_model_and_its_hooks_go_on():
     model, x = model_of(), torch.randn(4, 32)
     adapters = {name: adapter_of(model, masks.Rand(density=0.1, seed=n), n) for n, name in enumerate("ab")}
-    calls = []
-    model[0].register_forward_hook(lambda *_: calls.append(1))
+    model[0].register_forward_hook(lambda module, args, output: output * 3)
     compiled = torch.compile(model, backend="aot_eager")
     switcher = Switcher(compiled)
     for name, adapter in adapters.items():
@@ -417,9 +416,9 @@ def test_a_compiled_model_and_its_hooks_go_on():
         with torch._dynamo.config.patch(error_on_recompile=True):
             for state in ({"a": 1.0}, {"a": 0.5, "b": 1.0}, {"b": 0.3}):
                 switcher.activate(state)
-                calls.clear()
                 assert torch.equal(compiled(x), model(x))
-                assert len(calls) == 2
+                tripled = nn.functional.linear(x, model[0].weight, model[0].bias) * 3
+                assert torch.equal(compiled(x), model[1:](tripled))
                 assert not torch.equal(compiled(x), base)
             switcher.deactivate()
             assert torch.equal(compiled(x), base)

@@ -432,8 +432,8 @@ class Switcher:
             with self._streams.staging(device for member in members for device in member.devices) as ready:
                 layout = _layout.together(members)
             self._make_room(layout.nbytes, keep, names)
-            mixes = [known for known in self._layouts if len(known) > 1 and known not in keep]
-            for oldest in mixes[: max(0, len(mixes) + 1 - _MIXES)]:
+            mixes = [known for known in self._layouts if len(known) > 1]
+            for oldest in [known for known in mixes if known not in keep][: max(0, len(mixes) + 1 - _MIXES)]:
                 self._forget(oldest)
         layout.ready = ready
         self._layouts[names] = layout
