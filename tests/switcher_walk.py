@@ -50,13 +50,23 @@ def adapter_of(model: nn.Module, name: str) -> Adapter:
     return Adapter(entries, alpha=0.5 if name == "c" else 1.0, delta=name == "b")
 
 
-def bits(model: nn.Module) -> list[Tensor]:
-    return [parameter.detach().clone().view(torch.uint8) for parameter in model.parameters()]
+def bits(model: nn.Module) -> Tensor:
+    """A copy of all parameters, end to end, as bytes."""
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).view(torch.uint8)
 
 
-def differing(one: list[Tensor], two: list[Tensor]) -> int:
+def differing(one: Tensor, two: Tensor) -> int:
     """How many bytes differ."""
-    return sum(int((a != b).sum()) for a, b in zip(one, two, strict=True))
+    return 0 if torch.equal(one, two) else int((one != two).sum())
+
+
+def restore(model: nn.Module, content: Tensor) -> None:
+    """Put `bits` back."""
+    with torch.no_grad():
+        parameters = list(model.parameters())
+        flat = content.view(parameters[0].dtype)
+        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.copy_(part.view(parameter.shape))
 
 
 class Walk:
@@ -64,26 +74,26 @@ class Walk:
 
     def __init__(self, dtype: torch.dtype, seed: int, budget: int | None = None) -> None:
         self.dtype, self.random = dtype, random.Random(seed)
-        self.model = model_of(dtype)
+        self.model, self.untouched = model_of(dtype), model_of(dtype)
         self.base = bits(self.model)
         self.adapters = {name: adapter_of(self.model, name) for name in NAMES}
         self.switcher = Switcher(self.model, budget=budget)
         for name, adapter in self.adapters.items():
             self.switcher.add(name, adapter)
         self.pointers = [parameter.data_ptr() for parameter in self.model.parameters()]
-        self.fresh: dict[tuple[tuple[str, float], ...], list[Tensor]] = {(): self.base}
+        self.fresh: dict[tuple[tuple[str, float], ...], Tensor] = {(): self.base}
         self.counts: dict[str, int] = {}
 
-    def expected(self, strengths: dict[str, float]) -> list[Tensor]:
+    def expected(self, strengths: dict[str, float]) -> Tensor:
         """The bits after one activation on an untouched model whose Switcher got the adapters in the same order."""
         key = tuple(strengths.items())
         if key not in self.fresh:
-            model = model_of(self.dtype)
-            switcher = Switcher(model)
+            switcher = Switcher(self.untouched)
             for name in strengths:
                 switcher.add(name, self.adapters[name])
             switcher.activate(strengths)
-            self.fresh[key] = bits(model)
+            self.fresh[key] = bits(self.untouched)
+            restore(self.untouched, self.base)  # not by switching
         return self.fresh[key]
 
     def step(self) -> None:

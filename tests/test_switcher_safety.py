@@ -15,7 +15,7 @@ from torch import nn
 import shira_ops
 from shira import Adapter, AdapterError, Entry, SparseTuner, Switcher, SwitchError, _layout, masks
 from shira._live import Weight
-from switcher_walk import NAMES, adapter_of, bits, differing, model_of
+from switcher_walk import NAMES, adapter_of, bits, differing, model_of, restore
 
 OPS = ("foreach_scatter_", "foreach_switch_", "foreach_apply_", "fuse_", "fuse_plan", "gather", "scatter_",
        "check_indices", "fingerprint", "fingerprint_at", "apply_", "decode_indices")  # fmt: skip
@@ -239,8 +239,7 @@ def test_changes_by_others_are_refused_and_the_same_content_is_not() -> None:
             call()
     with pytest.raises(SwitchError, match=r"1 weight\(s\) do not hold the base plus what is active: 0\.weight"):
         switcher.verify()
-    with torch.no_grad():
-        model[0].weight.view(torch.uint8).copy_(state[0])
+    restore(model, state)
     switcher.activate("b")  # the version moved, the content is right
     switcher.deactivate()
     assert differing(bits(model), base) == 0
@@ -400,9 +399,7 @@ def test_two_switchers_on_one_model() -> None:
     gc.collect()
     with pytest.raises(SwitchError, match="a Switcher that no longer exists"):
         one.activate("e")
-    with torch.no_grad():
-        for parameter, content in zip(model.parameters(), base, strict=True):
-            parameter.view(torch.uint8).copy_(content)
+    restore(model, base)
     three = Switcher(model)
     three.add("a", adapter_of(model, "a"))
     three.activate("a")
