@@ -226,13 +226,14 @@ class Switcher:
         out on a copy when it is first asked for, and kept for each strength. What the memory really holds, `verify`
         reads.
         """
-        with LOCK, _quiet():
+        with LOCK:
             if name not in self._slots:
                 raise KeyError(f"the model has no weight {name!r}")
             slot = self._slots[name]
             weight = self._weights.get(_model.memory(slot.weight))
             if weight is None:
-                return _live.fingerprint(slot.weight)
+                with _quiet():
+                    return _live.fingerprint(slot.weight)
             _live.refuse_first([weight], Weight.place)
             return self._fingerprint(weight)
 
@@ -347,7 +348,8 @@ class Switcher:
     def _learn(self, weight: Weight) -> None:
         """Read the base's fingerprint, from a copy where adapters are on it."""
         part = self._on().parts.get(weight)
-        weight.ledger.base = _live.fingerprint(weight.tensor if part is None else part.base_copy())
+        with _quiet():
+            weight.ledger.base = _live.fingerprint(weight.tensor if part is None else part.base_copy())
 
     def _fingerprint(self, weight: Weight) -> int:
         """What the weight should have now."""
@@ -361,15 +363,19 @@ class Switcher:
         if strengths not in part.differences:
             if len(part.differences) >= _DIFFERENCES:
                 part.differences.clear()
-            # Worked out on a copy that is proved to be the base: what others may have done to the weight never counts.
-            copy = part.base_copy()
-            if _live.fingerprint(copy) != weight.ledger.base:
-                raise self._foreign(weight)
-            before = _live.fingerprint_at(copy, part.indices, part.granule)
-            part.put_on(copy, part.indices, Alphas(self._active).of(part))
-            after = _live.fingerprint_at(copy, part.indices, part.granule)
-            part.differences[strengths] = _live.word(after - before)
+            with _quiet():
+                part.differences[strengths] = self._difference(weight, part)
         return _live.word(weight.ledger.base + part.differences[strengths])
+
+    def _difference(self, weight: Weight, part: Part) -> int:
+        """What an active part adds to the base's fingerprint. Worked out on a copy that is proved to be the base, so that
+        what others may have done to the weight never counts."""
+        copy = part.base_copy()
+        if _live.fingerprint(copy) != weight.ledger.base:
+            raise self._foreign(weight)
+        before = _live.fingerprint_at(copy, part.indices, part.granule)
+        part.put_on(copy, part.indices, Alphas(self._active).of(part))
+        return _live.word(_live.fingerprint_at(copy, part.indices, part.granule) - before)
 
     def _right(self, weight: Weight) -> bool:
         """Whether the memory holds the base plus what is active, all of it."""
