@@ -368,8 +368,8 @@ class Switcher:
         return _live.word(weight.ledger.base + part.differences[strengths])
 
     def _difference(self, weight: Weight, part: Part) -> int:
-        """What an active part adds to the base's fingerprint. Worked out on a copy that is proved to be the base, so that
-        what others may have done to the weight never counts."""
+        """What an active part adds to the base's fingerprint. Worked out on a copy that is proved to be the base, so
+        that what others may have done to the weight never counts."""
         copy = part.base_copy()
         if _live.fingerprint(copy) != weight.ledger.base:
             raise self._foreign(weight)
