@@ -215,5 +215,5 @@ def wait(ready: dict[torch.device, torch.cuda.Event]) -> None:
 
 def mark(devices: Iterable[torch.device]) -> dict[torch.device, torch.cuda.Event]:
     """Events that happen when the caller's streams have done what they were given so far."""
-    gpus = (device for device in devices if device.type == "cuda")
+    gpus = dict.fromkeys(device for device in devices if device.type == "cuda")
     return {device: torch.cuda.current_stream(device).record_event() for device in gpus}

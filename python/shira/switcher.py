@@ -108,6 +108,8 @@ class Switcher:
         # The way on which the weights are, if going back on it failed.
         self._torn: Way | None = None
         self._streams = _live.Streams()
+        # GPUs: when the last change of the weights is done. Every call waits for it in its caller's streams.
+        self._written: dict[torch.device, torch.cuda.Event] = {}
         self._self: weakref.ref[object] = weakref.ref(self)
 
     @property
@@ -130,7 +132,8 @@ class Switcher:
             verify: compare the base's content by fingerprint. The first adapter on a weight costs one read of it; the
                 result is kept. Without it, only names, shapes and dtypes must fit.
 
-        Raises `AdapterError` if it does not fit, and nothing is added.
+        Raises `AdapterError` if it does not fit the model, and `SwitchError` if the weights are not to be trusted:
+        changed by someone else, tuned, or another Switcher's. Nothing is added then.
         """
         file = stamp = None
         if isinstance(adapter, Adapter):
@@ -145,6 +148,7 @@ class Switcher:
             if name in self._added:
                 raise AdapterError(f"an adapter {name!r} was already added; remove it first")
             self._heal()
+            _live.wait(self._written)
             places = self._places(where, adapter)
             devices = [slot.weight.device for slot in places.values()]
             with self._streams.staging(devices) as ready:
@@ -235,6 +239,7 @@ class Switcher:
                 with _quiet():
                     return _live.fingerprint(slot.weight)
             _live.refuse_first([weight], Weight.place)
+            _live.wait(self._written)
             return self._fingerprint(weight)
 
     def verify(self, *, full: bool = False) -> None:
@@ -248,6 +253,7 @@ class Switcher:
             if self._torn is not None:
                 raise SwitchError("Switcher: the last switch failed half way; deactivate() puts the base back")
             _live.refuse_first(self._weights.values(), Weight.place)
+            _live.wait(self._written)
             # Weights with adapters of another Switcher are its to judge.
             others = {weight for weight in self._weights.values() if weight.held(self) is not None}
             wrong: dict[str, None] = {}
@@ -530,11 +536,11 @@ class Switcher:
             if strengths == self._active:
                 return
             before = self._on()
+            _live.wait(self._written)
             try:
                 after = self._ready(tuple(strengths))
                 way = self._way(before, after)
                 changed = [] if way.watch.undisturbed(self._self) else self._disturbed(way.watch.weights, verify)
-                _live.wait(before.ready)
                 _live.wait(after.ready)
             except (AdapterError, SwitchError):
                 raise
@@ -565,8 +571,9 @@ class Switcher:
         way.watch.left(self._self, now.parts)
         for weight in changed:
             weight.ledger.version = -1  # no version: what another wrote stays his, until its content is right again
+        self._written = _live.mark([*way.before.devices, *way.after.devices])
         for layout in (way.before, way.after):
-            layout.used.update(_live.mark(layout.devices))
+            layout.used.update(self._written)
 
     def _take_back(self, way: Way, changed: Iterable[Weight]) -> None:
         """However much was written: put the base back, and on it what was active."""
