@@ -1,6 +1,7 @@
 """Builds shira_ops._C (the ops) against the torch that is installed, and shira._codec (no torch at all).
 
-SHIRA_CUDA=auto|0|1    the CUDA kernels: when a toolkit is found (auto, the default), never, or required
+SHIRA_CUDA=auto|0|1    the CUDA kernels: if there is a toolkit and torch has CUDA (auto, the default), never, or
+                       always, which a wheel for every torch needs; it takes minutes
 TORCH_CUDA_ARCH_LIST   GPU targets, default "8.0;9.0;10.0;12.0+PTX"
 SHIRA_SANITIZE=1       address and undefined-behaviour sanitizers, CPU code only
 """
@@ -74,15 +75,20 @@ if mode not in ("auto", "0", "1"):
     stop(f"SHIRA_CUDA must be auto, 0 or 1, got {mode!r}")
 sanitize = os.environ.get("SHIRA_SANITIZE") == "1"
 cuda_sources = sorted((HERE / "csrc/cuda").glob("*.cu"))
-toolkit = None if mode == "0" or sanitize or not cuda_sources else cuda_toolkit()
-if mode == "1" and toolkit is None:
+toolkit = None if mode == "0" or sanitize else cuda_toolkit()
+no_cuda = "none"
+if mode == "1" and toolkit is None and not sanitize:
     stop(
         "SHIRA_CUDA=1 asks for the CUDA kernels, and no CUDA toolkit was found. Set CUDA_HOME, or build without:",
         "SHIRA_CUDA=0 pip install --no-build-isolation .",
     )
+if mode == "auto" and toolkit is not None and torch.version.cuda is None:
+    # They would load, and nothing could call them: minutes of compiling for nothing.
+    no_cuda = "left out, since this torch was built without CUDA (SHIRA_CUDA=1 compiles them all the same)"
+    toolkit = None
 if {"build_ext", "bdist_wheel", "develop", "install", "editable_wheel"} & set(sys.argv):
     compiler()
-    print(f"shira-ops: torch {torch.__version__}, CUDA kernels: {toolkit or 'none'}", file=sys.stderr)
+    print(f"shira-ops: torch {torch.__version__}, CUDA kernels: {toolkit or no_cuda}", file=sys.stderr)
 
 # Contractions (fused multiply-add) would give other bits on other machines.
 cxx = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]

@@ -88,11 +88,14 @@ inline std::string list_text(const Sizes& sizes) {
 
 inline std::string device_name(const Tensor& t) {
   const auto device = t.device();
-  const char* type = device.type() == torch::headeronly::DeviceType::CPU    ? "cpu"
-                     : device.type() == torch::headeronly::DeviceType::CUDA ? "cuda"
-                     : device.type() == torch::headeronly::DeviceType::Meta ? "meta"
-                                                                            : "another kind";
-  return device.has_index() && !device.is_cpu() ? std::string(type) + ":" + std::to_string(device.index()) : type;
+  const char* type = "another kind";
+  switch (device.type()) {
+    case torch::headeronly::DeviceType::CPU: return "cpu";
+    case torch::headeronly::DeviceType::CUDA: type = "cuda"; break;
+    case torch::headeronly::DeviceType::Meta: type = "meta"; break;
+    default: break;
+  }
+  return device.has_index() ? std::string(type) + ":" + std::to_string(device.index()) : type;
 }
 
 inline bool is_float(ScalarType type) {
@@ -228,17 +231,22 @@ class Overlap {
 // Of indices without a weight: only the order counts, and that none is negative.
 constexpr int64_t kNoLimit = -1;
 
-// The first position of `indices` that is out of range, or not above the one before it.
+// Entry `position` of `indices` is out of range, or not above the one before it.
+template <typename I>
+[[noreturn]] inline void refuse_entry(const char* op, Name name, I entry, I before, int64_t position, int64_t limit) {
+  const std::string span = limit == kNoLimit ? "and at least 0" : "in [0, " + std::to_string(limit) + ")";
+  if (entry < 0 || (limit != kNoLimit && entry >= limit))
+    refuse(op, ": ", name, " must be strictly increasing ", span, ", got ", entry, " at position ", position);
+  refuse(op, ": ", name, " must be strictly increasing ", span, ", got ", entry, " after ", before, " at position ",
+         position);
+}
+
+// The first position of `indices` that is refused.
 template <typename I>
 [[noreturn]] inline void refuse_content(const char* op, Name name, const I* p, int64_t n, int64_t limit) {
-  const std::string span = limit == kNoLimit ? "and at least 0" : "in [0, " + std::to_string(limit) + ")";
-  for (int64_t i = 0; i < n; ++i) {
-    const bool outside = p[i] < 0 || (limit != kNoLimit && p[i] >= limit);
-    if (outside) refuse(op, ": ", name, " must be strictly increasing ", span, ", got ", p[i], " at position ", i);
-    if (i > 0 && p[i] <= p[i - 1])
-      refuse(op, ": ", name, " must be strictly increasing ", span, ", got ", p[i], " after ", p[i - 1],
-             " at position ", i);
-  }
+  for (int64_t i = 0; i < n; ++i)
+    if (p[i] < 0 || (limit != kNoLimit && p[i] >= limit) || (i > 0 && p[i] <= p[i - 1]))
+      refuse_entry(op, name, p[i], i > 0 ? p[i - 1] : I{0}, i, limit);
   refuse(op, ": ", name, " changed while they were checked");
 }
 

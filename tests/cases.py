@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import emul
 import oracles
 import shira_ops
 import shira_ops.reference
@@ -62,10 +63,11 @@ class Backend:
     device: str
     find: Callable[[str], Callable[..., Any]]
     checks_content: bool = True  # CPU ops check every index; GPU ops guard each access
-    ops: tuple[str, ...] | None = None  # what it has, where that is not everything
+    dispatches: bool = True  # calls are torch.ops.shira's: autograd stands before them
+    has: Callable[[str], bool] = lambda op: True
 
     def __call__(self, op: str, **args: Any) -> Any:
-        if self.ops is not None and op not in self.ops:
+        if not self.has(op):
             pytest.skip(f"{self.name} has no {op}")
         return self.find(op)(**args)
 
@@ -88,10 +90,23 @@ def of_module(module: Any) -> Callable[[str], Callable[..., Any]]:
     return find
 
 
+def of_emulator(op: str) -> Callable[..., Any]:
+    emul.library()
+    return of_namespace("shira_emul")(op)
+
+
+@cache
+def emulator_has(op: str) -> bool:
+    emul.library()
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"shira_emul::{op}", "CompositeExplicitAutograd")
+
+
 DISPATCHER = Backend("dispatcher", "cpu", of_namespace("shira"))
-REFERENCE = Backend("reference", "cpu", of_module(shira_ops.reference))
-ORACLE = Backend("oracle", "cpu", of_module(oracles))
-BACKENDS = [DISPATCHER, REFERENCE]
+REFERENCE = Backend("reference", "cpu", of_module(shira_ops.reference), dispatches=False)
+ORACLE = Backend("oracle", "cpu", of_module(oracles), dispatches=False)
+# The CUDA kernels, run on the CPU: see tests/emul.
+EMULATOR = Backend("emulator", "cpu", of_emulator, checks_content=False, dispatches=False, has=emulator_has)
+BACKENDS = [DISPATCHER, REFERENCE, EMULATOR]
 if torch.cuda.is_available():
     BACKENDS.append(Backend("cuda", "cuda", of_namespace("shira"), checks_content=False))
 

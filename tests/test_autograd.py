@@ -25,9 +25,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 GRAD_MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 
 
-@pytest.fixture(params=[b for b in cases.BACKENDS if b.name != "reference"], ids=lambda backend: backend.name)
+@pytest.fixture(params=[b for b in cases.BACKENDS if b.dispatches], ids=lambda backend: backend.name)
 def backend(request: pytest.FixtureRequest) -> Backend:
-    """The dispatcher's ways: the reference, called as a function, is below autograd."""
+    """The dispatcher's ways: the reference, called as a function, and the emulator are below autograd."""
     return request.param
 
 

@@ -408,6 +408,8 @@ def test_refused_dtype(decoder: str) -> None:
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_payload_past_the_vector_paths(decoder: str) -> None:
     """Sums of a payload so long that 32-bit lanes would wrap: 17 MB of escapes before the last gap's end."""
+    if decoder == "emulator":
+        pytest.skip("CUDA's lanes have 64 bits, and its emulator takes 9 s for 17 MB")
     count, escapes = 3, 17_000_000
     code = u64(1) + u64(0) + b"\x04" + b"\xff" * escapes + b"\x02"
     last = 6 + 255 * escapes + 3

@@ -25,7 +25,7 @@ def of_width(width: str) -> Callable[[str], Callable[..., torch.Tensor]]:
     return lambda op: sampled_grad
 
 
-WIDTHS = [Backend(width, "cpu", of_width(width), ops=("sampled_grad",)) for width in _codec.widths()]
+WIDTHS = [Backend(width, "cpu", of_width(width), has="sampled_grad".__eq__) for width in _codec.widths()]
 
 
 @pytest.fixture(params=[*cases.BACKENDS, *WIDTHS], ids=lambda backend: backend.name)

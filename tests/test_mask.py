@@ -1,12 +1,15 @@
 """Masks: the paper's definitions, written again and slowly, and what is refused."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
+import shira
 import shira_ops
 from shira import masks
-from shira.mask import fnv1a64, signed, splitmix64
+from shira.mask import fnv1a64, from_description, signed, splitmix64
 
 SHAPES = [(8, 8), (24, 16), (16, 48), (1, 16), (64, 8)]
 
@@ -74,6 +77,200 @@ def test_struct_is_lines_and_diagonal(shape, granule, lines):
     assert granules(mask, weight).tolist() == definition(f)
 
 
+@pytest.mark.parametrize("offset", [1, 3, 50])
+@pytest.mark.parametrize("lines", ["rows", "columns"])
+def test_struct_with_an_offset(lines, offset):
+    m, n = 24, 16
+    mask = masks.Struct(density=0.3, lines=lines, offset=offset)
+
+    def definition(f):
+        entries = {(j * m // n, j) for j in range(n)}
+        entries |= {(i, j) for i in range(m) for j in range(n) if (i if lines == "rows" else j) % f == offset % f}
+        return sorted(i * n + j for i, j in entries)
+
+    most = m if lines == "rows" else n
+    f = next((f for f in range(1, most + 1) if len(definition(f)) <= round(0.3 * m * n)), most)
+    assert mask.step("w", torch.zeros(m, n)) == f
+    assert granules(mask, torch.zeros(m, n)).tolist() == definition(f)
+
+
+# Densities by name
+
+
+def test_the_first_pattern_that_is_found_counts():
+    mask = masks.Rand(density={r"q_proj": 0.5, r"layers\.0": 0.25, ".*": 0.125})
+    weight = torch.zeros(8, 8)
+    for name, density in (
+        ("layers.0.q_proj.weight", 0.5),
+        ("layers.0.v_proj.weight", 0.25),
+        ("layers.10.v_proj.weight", 0.125),
+    ):
+        assert mask.density_of(name) == density
+        assert len(granules(mask, weight, name)) == density * 64
+
+
+def test_a_weight_that_no_pattern_is_found_in_is_named():
+    mask = masks.WeightMagnitude(density={"q_proj": 0.5, "^v_proj": 0.1})
+    weights = {name: torch.zeros(4, 4) for name in ("q_proj.weight", "x.v_proj.weight", "o_proj.weight")}
+    with pytest.raises(ValueError, match=r"found in x.v_proj.weight, o_proj.weight; it has 'q_proj', '\^v_proj'"):
+        mask.check(weights)
+    with pytest.raises(ValueError, match=r"found in o_proj\.weight"):
+        mask("o_proj.weight", torch.zeros(4, 4))
+
+
+# Left out
+
+
+def entries(indices, granule):
+    return {i * granule + at for i in indices.tolist() for at in range(granule)}
+
+
+def adapter_of(indices, weight, granule, name="w"):
+    values = torch.zeros(len(indices) * granule)
+    return shira.Adapter({name: shira.Entry(indices, values, tuple(weight.shape), weight.dtype, granule)})
+
+
+@pytest.mark.parametrize("kind", ["Rand", "WeightMagnitude", "Grad", "Snip", "Struct"])
+@pytest.mark.parametrize("other", [1, 2, 8])
+@pytest.mark.parametrize("granule", [1, 4, 8])
+def test_skip(kind, granule, other):
+    """The mask itself, of the granules that hold nothing of what is left out, be that an adapter or a mask."""
+    weight = torch.randn(16, 24, generator=torch.Generator().manual_seed(2))
+    gradient = torch.randn(16, 24, generator=torch.Generator().manual_seed(3))
+    first = masks.WeightMagnitude(density=0.2, granule=other)
+    indices = granules(first, weight)
+    out = entries(indices, other)
+    free = [g for g in range(weight.numel() // granule) if not entries(torch.tensor([g]), granule) & out]
+    chosen = []
+    for skip in (first, adapter_of(indices, weight, other), [first, adapter_of(indices[:3], weight, other)]):
+        mask = getattr(masks, kind)(density=0.1, granule=granule, skip=skip)
+        if kind in ("Grad", "Snip"):
+            mask._selected["w"] = mask._choose("w", weight, gradient)
+        chosen.append(granules(mask, weight).tolist())
+        assert set(chosen[-1]) <= set(free)
+        assert mask.seed_for("w") is None
+    assert chosen[0] == chosen[1] == chosen[2]
+    if kind == "Struct":
+        whole = granules(masks.Struct(density=0.1, granule=granule), weight).tolist()
+        assert chosen[0] == [g for g in whole if g in set(free)]
+        return
+    k = max(1, round(0.1 * weight.numel() / granule))
+    assert len(chosen[0]) == k
+    if kind == "Rand":
+        drawn = shira_ops.select_random(
+            len(free) * granule, k, signed(masks.Rand(density=0.1)._seed("w")), granule=granule
+        )
+        assert chosen[0] == [free[j] for j in drawn.tolist()]
+    else:
+        score = {"WeightMagnitude": weight, "Grad": gradient, "Snip": weight * gradient}[kind].abs()
+        score = score.view(-1, granule).double().sum(1)
+        assert set(chosen[0]) == set(sorted(free, key=lambda g: (-float(score[g]), g))[:k])
+
+
+def test_the_next_one_percent():
+    """The paper's non-overlap variant of WM: one mask after another is the ranking itself, ties to the lower index."""
+    weight = torch.from_numpy(np.random.default_rng(0).integers(-3, 4, (20, 20))).float()
+    order = weight.abs().view(-1).sort(descending=True, stable=True).indices
+    parts = []
+    for _ in range(4):
+        parts.append(masks.WeightMagnitude(density=0.25, skip=list(parts)))
+        at = 100 * (len(parts) - 1)
+        assert granules(parts[-1], weight).tolist() == order[at : at + 100].sort().values.tolist()
+
+
+def test_rand_without_overlap_spans_everything():
+    weight = torch.zeros(10, 10)
+    first = masks.Rand(density=0.5, seed=1)
+    second = masks.Rand(density=0.5, seed=1, skip=first)
+    both = torch.cat([granules(first, weight), granules(second, weight)])
+    assert both.sort().values.tolist() == list(range(100))
+    assert first.seed_for("w") is not None
+
+
+def test_skip_goes_by_aliases_and_leaves_other_weights_alone():
+    weight = torch.randn(4, 8)
+    entry = shira.Entry(torch.arange(16), torch.zeros(16), (4, 8), torch.float32, 1, aliases=("tied",))
+    adapter = shira.Adapter({"w": entry})
+    mask = masks.Rand(density=0.5, skip=adapter)
+    for name in ("w", "tied"):
+        assert granules(mask, weight, name).tolist() == list(range(16, 32))
+    assert mask.taken("other", weight) is None
+    assert torch.equal(mask("other", weight), masks.Rand(density=0.5)("other", weight))
+
+
+def test_skip_by_gradients_is_calibrated_with_the_mask():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    first = masks.Snip(density=0.25)
+    batches = [torch.randn(4, 8)]
+
+    def loss(model, batch):
+        return model(batch).square().sum()
+
+    with shira.SparseTuner(model, first, calibration=batches, loss=loss):
+        best = model[0].weight_shira_indices.tolist()
+    for kind in (masks.Snip, masks.Grad, masks.WeightMagnitude, masks.Rand):
+        mask = kind(density=0.5, skip=masks.Snip(density=0.25))
+        with shira.SparseTuner(model, mask, calibration=batches, loss=loss) as tuner:
+            rest = model[0].weight_shira_indices.tolist()
+            assert tuner.adapter().weights["0.weight"].seed is None
+        assert len(rest) == 32
+        assert not set(rest) & set(best)
+        with pytest.raises(ValueError, match="needs calibration batches"):
+            shira.SparseTuner(model, kind(density=0.5, skip=masks.Snip(density=0.25)))
+
+
+@pytest.mark.parametrize("kind", ["Rand", "WeightMagnitude", "Struct"])
+def test_too_few_are_left(kind):
+    weight = torch.randn(8, 8)
+    skip = adapter_of(torch.arange(40), weight, 1)
+    if kind == "Struct":
+        skip = adapter_of(torch.arange(64), weight, 1)
+    says = (
+        "Struct: skip leaves 0 granules of w, and the mask takes 1" if kind == "Struct" else "leaves 24 granules of w"
+    )
+    with pytest.raises(ValueError, match=says):
+        getattr(masks, kind)(density=0.5, skip=skip)("w", weight)
+    assert len(masks.WeightMagnitude(density=0.375, skip=skip if kind != "Struct" else ())("w", weight)) == 24
+
+
+def test_skip_of_another_shape_is_refused():
+    skip = adapter_of(torch.arange(4), torch.zeros(4, 4), 1)
+    with pytest.raises(ValueError, match=r"skip has an adapter for w of shape \[4, 4\], and the weight's is \[2, 8\]"):
+        masks.Rand(density=0.1, skip=skip)("w", torch.zeros(2, 8))
+
+
+# Descriptions
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        masks.Rand(r=4, seed=9, granule=8),
+        masks.Struct(density=0.1, lines="columns", offset=2),
+        masks.WeightMagnitude(density={"q": 0.02, ".*": 0.01}),
+        masks.Grad(density=0.3),
+        masks.Snip(r=2, skip=[masks.Rand(density=0.1, skip=masks.Struct(density=0.2)), masks.Grad(r=1)]),
+    ],
+    ids=lambda mask: type(mask).__name__,
+)
+def test_a_description_makes_the_mask_again(mask):
+    description = json.loads(json.dumps(mask.describe()))
+    again = from_description(description)
+    assert again == mask
+    assert hash(again) == hash(mask)
+    assert again.describe() == description
+    assert repr(again) == repr(mask)
+
+
+def test_a_skipped_adapter_is_told_by_a_digest():
+    weight = torch.zeros(4, 4)
+    a, b, c = (adapter_of(torch.tensor(indices), weight, 1) for indices in ([1, 2], [1, 2], [1, 3]))
+    assert masks.Rand(density=0.1, skip=a) == masks.Rand(density=0.1, skip=b) != masks.Rand(density=0.1, skip=c)
+    assert masks.Rand(density=0.1, skip=a).describe()["skip"][0]["nnz"] == 2
+    with pytest.raises(ValueError, match=r"must name one of shira\.masks"):
+        from_description(masks.Rand(density=0.1, skip=a).describe())
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -84,11 +281,20 @@ def test_struct_is_lines_and_diagonal(shape, granule, lines):
         (lambda: masks.Rand(r=0), "r must be a whole number"),
         (lambda: masks.WeightMagnitude(density=0.1, granule=0), "granule must be a whole number"),
         (lambda: masks.Struct(density=0.1, lines="diagonals"), "rows"),
+        (lambda: masks.Struct(density=0.1, offset=-1), "offset must be a whole number of at least 0, got -1"),
+        (lambda: masks.Rand(density={}), "density must name a pattern"),
+        (lambda: masks.Rand(density={".*": 1.5}), "at most 1, got 1.5"),
+        (lambda: masks.Rand(density={"(": 0.5}), r"density '\(' is no regular expression"),
     ],
 )
 def test_refusals(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+def test_skip_must_be_adapters_or_masks():
+    with pytest.raises(TypeError, match="skip must be adapters or masks, got dict"):
+        masks.Rand(density=0.1, skip={})
 
 
 def test_one_error_lists_every_offending_weight():

@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention, silu
 
 import common
+import shira_ops
 from common import BF16, FP32, Report, compare, settings, sweep, weights
+from shira import masks
 
 shira = torch.ops.shira
 
@@ -52,3 +56,70 @@ def bench_select_random(benchmark: BenchmarkFixture, threads: int) -> None:
     report = Report(benchmark, threads)
     report.seconds(timing)
     report.ratio("select_random", "", timing, "randperm")
+
+
+class Block(nn.Module):
+    """A decoder layer as Llama has it, without rotary positions."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm, self.mlp_norm = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.gate, self.up = (nn.Linear(width, width * 11 // 4, bias=False) for _ in range(2))
+        self.down = nn.Linear(width * 11 // 4, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        q, k, v = (layer(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        x = x + self.o(scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        y = self.mlp_norm(x)
+        return x + self.down(silu(self.gate(y)) * self.up(y))
+
+
+@pytest.mark.parametrize(("layers", "tokens"), [(4, 128), (1, 1280)], ids=["kept", "accumulated"])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=common.dtype_name)
+def bench_snip_calibration(
+    benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, layers: int, tokens: int
+) -> None:
+    """Snip over two batches, selection and all, beside two plain forward and backward passes of the same model.
+
+    128 tokens are kept until the last batch; what 1280 tokens need would be larger than the gradient, and is added up.
+    """
+    width = 64 if settings.quick else 2048
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block(width, 16) for _ in range(layers))).to(dtype)
+    batches = [torch.randn(1, tokens, width).to(dtype) for _ in range(2)]
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    places = {f"{name}.weight": [(module, "weight")] for name, module in linear.items()}
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).float().square().mean()
+
+    def plain() -> None:
+        model.zero_grad(set_to_none=True)
+        for batch in batches:
+            loss(model, batch).backward()
+
+    def snip() -> masks.Snip:
+        mask = masks.Snip(density=0.01)
+        mask.prepare(model, places, batches, loss)
+        return mask
+
+    plain()
+    mask = snip()
+    shared = total = 0
+    for name, module in linear.items():
+        indices, k = mask(f"{name}.weight", module.weight), max(1, round(0.01 * module.weight.numel()))
+        wanted = shira_ops.select_top(module.weight.detach(), module.weight.grad, k, score="snip")
+        assert len(indices) == k
+        shared += int(torch.isin(indices, wanted).sum())
+        total += k
+    # Sums in another order move a few at the edge; in bfloat16 autograd rounds every gradient to 8 bits.
+    assert shared >= (0.999 if dtype == FP32 else 0.97) * total
+    timing = compare(benchmark, ("snip", snip), {"plain": plain}, cold=False, rounds=3)
+    report = Report(benchmark, threads, dtype=common.dtype_name(dtype), layers=layers, tokens=tokens)
+    report.seconds(timing)
+    samples = [1 / ratio for ratio in timing.ratios("plain")]
+    best = min(timing.of("snip")) / min(timing.of("plain"))
+    report.result(f"snip calibration {common.dtype_name(dtype)}", f"{layers} x {tokens} tokens", samples, best)

@@ -83,6 +83,8 @@ LINES = {
     "select_top snip bf16": Line("select_top snip 1 % bf16, over the same with topk", 8.0),
     "select_top snip fp32": Line("select_top snip 1 % fp32, over the same with topk", 8.0),
     "select_random": Line("select_random 1 %, over randperm + sort", None),
+    "snip calibration bf16": Line("Snip calibration bf16, over plain forward and backward", 1.3, at_least=False),
+    "snip calibration fp32": Line("Snip calibration fp32, over plain forward and backward", 1.3, at_least=False),
     "load": Line("load from disk and switch on, over PEFT's load_adapter + merge", 200.0),
     "load of bound": Line("load 16 layers and switch on, over reading and touching them", 1.3, at_least=False),
     "difference": Line("from_difference of mapped checkpoints, of read speed", 0.5, ""),

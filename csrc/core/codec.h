@@ -55,6 +55,143 @@ SHIRA_HD void store(uint8_t* at, T value) {
 template <typename Unit>
 constexpr uint64_t kEscape = std::numeric_limits<Unit>::max();
 
+// ---------------------------------------------------------------------------------------------- refusals
+
+// The sentence for entry `position`, which is below 0 or not above the one before it.
+template <typename Index>
+inline std::string explain_entry(Index entry, Index before, int64_t position) {
+  std::ostringstream text;
+  text << "encode_indices: indices must be strictly increasing and at least 0, got " << entry;
+  if (entry >= 0) text << " after " << before;
+  text << " at position " << position;
+  return text.str();
+}
+
+// The sentence for the first such entry.
+template <typename Index>
+inline std::string explain_indices(const Index* indices, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    if (indices[i] < 0 || (i > 0 && indices[i] <= indices[i - 1]))
+      return explain_entry(indices[i], i > 0 ? indices[i - 1] : Index{0}, i);
+  return "encode_indices: indices changed while they were encoded";
+}
+
+// A code and what it is said to hold: `count` indices in [0, granules), each below `fits`, 2^31 or 2^63.
+struct Code {
+  const uint8_t* data;
+  int64_t bytes;
+  int64_t count;
+  int64_t granules;
+  int64_t fits;  // the largest index of the dtype
+
+  int64_t blocks() const { return block_count(count); }
+  int64_t anchors() const { return blocks() * kAnchorBytes; }
+  int64_t payload_bytes() const { return bytes - anchors(); }
+  uint64_t first(int64_t block) const { return load<uint64_t>(data + block * kAnchorBytes); }
+  uint64_t place(int64_t block) const { return load<uint64_t>(data + block * kAnchorBytes + 8); }
+  uint64_t bound() const {
+    const uint64_t size = static_cast<uint64_t>(fits) + 1, limit = static_cast<uint64_t>(granules);
+    return limit < size ? limit : size;
+  }
+};
+constexpr uint64_t kStartMask = (uint64_t{1} << 56) - 1;
+
+// The fewest bytes that hold `count` indices: an anchor a block, and a byte for each other index. Asked before
+// anything is allocated, it keeps the result at one index a byte of code.
+inline uint64_t fewest_bytes(int64_t count) {
+  return static_cast<uint64_t>(count) +
+         static_cast<uint64_t>(kAnchorBytes - 1) * static_cast<uint64_t>(block_count(count));
+}
+inline bool holds(const Code& code) {
+  return code.count == 0 ? code.bytes == 0 : fewest_bytes(code.count) <= static_cast<uint64_t>(code.bytes);
+}
+
+// What is wrong with a code's size, or with the first block that decode_block refuses: what was given, and at which
+// byte. The slow and obvious decoder, which stops at the first thing that is not right.
+inline std::string explain_size(const Code& code) {
+  std::ostringstream text;
+  text << "decode_indices: code must have " << (code.count == 0 ? "" : "at least ") << fewest_bytes(code.count)
+       << " bytes for " << code.count << " indices, got " << code.bytes;
+  return text.str();
+}
+
+inline std::string explain_block(const Code& code, int64_t block) {
+  std::ostringstream text;
+  text << "decode_indices: code must ";
+  const int64_t n = block_length(code.count, block), anchor = block * kAnchorBytes;
+  const bool last = block + 1 == code.blocks();
+  const uint64_t payload = static_cast<uint64_t>(code.payload_bytes());
+  const uint64_t first = code.first(block), place = code.place(block), mode = place >> 56;
+  const uint64_t start = place & kStartMask, end = last ? payload : code.place(block + 1) & kStartMask;
+  const auto at_byte = [&](int64_t byte) { text << " in block " << block << " (byte " << byte << ")"; };
+
+  if (block == 0 && start != 0) {
+    text << "have its first payload at offset 0, got " << start;
+    at_byte(8);
+    return text.str();
+  }
+  if (end > payload || start > end || (!last && start == end)) {
+    text << "have increasing payload offsets within its " << payload << " payload bytes, got " << end << " after "
+         << start << " in block " << block + 1 << " (byte " << anchor + kAnchorBytes + 8 << ")";
+    return text.str();
+  }
+  if (mode > kWords) {
+    text << "have modes of 0, 1 or 2, got " << mode;
+    at_byte(anchor + 15);
+    return text.str();
+  }
+  // Whether an index is out of range, with the sentence up to what was given.
+  const auto outside = [&](bool past_limit, bool past_dtype) {
+    if (past_limit)
+      text << "be strictly increasing in [0, " << code.granules << "), got ";
+    else if (past_dtype)
+      text << "have indices that fit " << (code.fits > INT32_MAX ? "int64" : "int32") << ", got ";
+    return past_limit || past_dtype;
+  };
+  const uint64_t granules = static_cast<uint64_t>(code.granules), fits = static_cast<uint64_t>(code.fits);
+  if (outside(first >= granules, first > fits)) {
+    text << "first index " << first;
+    at_byte(anchor);
+    return text.str();
+  }
+  const int64_t unit = mode == kBytes ? 1 : mode == kShorts ? 2 : 8;
+  const uint8_t* data = code.data + code.anchors();
+  uint64_t at = start, index = first;
+  for (int64_t k = 1; k < n; ++k) {
+    const uint64_t gap_at = at;
+    uint64_t gap = 0;
+    for (bool more = true; more;) {
+      if (end - at < static_cast<uint64_t>(unit)) {
+        text << "have " << n - 1 << " gaps in each payload of " << n << " indices, got " << k - 1 << " by its end";
+        at_byte(code.anchors() + static_cast<int64_t>(end));
+        return text.str();
+      }
+      const uint64_t value = unit == 1 ? data[at] : unit == 2 ? load<uint16_t>(data + at) : load<uint64_t>(data + at);
+      more = unit != 8 && value == (unit == 1 ? 255u : 65535u);
+      gap += value;
+      at += static_cast<uint64_t>(unit);
+    }
+    // index + gap + 1 > bound - 1, without the sum: it may pass 2^64.
+    if (outside(gap >= granules - 1 - index, gap >= fits - index)) {
+      text << "a gap of " << gap << " after index " << index;
+      at_byte(code.anchors() + static_cast<int64_t>(gap_at));
+      return text.str();
+    }
+    index += gap + 1;
+  }
+  if (at != end) {
+    text << "have " << n - 1 << " gaps in each payload of " << n << " indices, got " << end - at << " bytes after them";
+    at_byte(code.anchors() + static_cast<int64_t>(at));
+    return text.str();
+  }
+  if (!last && code.first(block + 1) <= index) {
+    text << "be strictly increasing in [0, " << code.granules << "), got first index " << code.first(block + 1)
+         << " after " << index << " in block " << block + 1 << " (byte " << anchor + kAnchorBytes << ")";
+    return text.str();
+  }
+  return "decode_indices: code changed while it was decoded";
+}
+
 // The rest is the host's: nvcc would compile it without the vector paths, and the linker keep either one.
 #if !defined(__CUDACC__)
 
@@ -439,52 +576,7 @@ class Encoder {
   std::vector<Bytes> chunks_;
 };
 
-// The sentence for indices that encode_block, or the step from one block to the next, found unordered.
-template <typename Index>
-inline std::string explain_indices(const Index* indices, int64_t count) {
-  std::ostringstream text;
-  text << "encode_indices: indices must be strictly increasing and at least 0, got ";
-  for (int64_t i = 0; i < count; ++i) {
-    if (indices[i] >= 0 && (i == 0 || indices[i] > indices[i - 1])) continue;
-    text << indices[i];
-    if (indices[i] >= 0) text << " after " << indices[i - 1];
-    text << " at position " << i;
-    return text.str();
-  }
-  return "encode_indices: indices changed while they were encoded";
-}
-
 // ---------------------------------------------------------------------------------------------- decoder
-
-// A code and what it is said to hold: `count` indices in [0, granules), each below `fits`, 2^31 or 2^63.
-struct Code {
-  const uint8_t* data;
-  int64_t bytes;
-  int64_t count;
-  int64_t granules;
-  int64_t fits;  // the largest index of the dtype
-
-  int64_t blocks() const { return block_count(count); }
-  int64_t anchors() const { return blocks() * kAnchorBytes; }
-  int64_t payload_bytes() const { return bytes - anchors(); }
-  uint64_t first(int64_t block) const { return load<uint64_t>(data + block * kAnchorBytes); }
-  uint64_t place(int64_t block) const { return load<uint64_t>(data + block * kAnchorBytes + 8); }
-  uint64_t bound() const {
-    const uint64_t size = static_cast<uint64_t>(fits) + 1, limit = static_cast<uint64_t>(granules);
-    return limit < size ? limit : size;
-  }
-};
-constexpr uint64_t kStartMask = (uint64_t{1} << 56) - 1;
-
-// The fewest bytes that hold `count` indices: an anchor a block, and a byte for each other index. Asked before
-// anything is allocated, it keeps the result at one index a byte of code.
-inline uint64_t fewest_bytes(int64_t count) {
-  return static_cast<uint64_t>(count) +
-         static_cast<uint64_t>(kAnchorBytes - 1) * static_cast<uint64_t>(block_count(count));
-}
-inline bool holds(const Code& code) {
-  return code.count == 0 ? code.bytes == 0 : fewest_bytes(code.count) <= static_cast<uint64_t>(code.bytes);
-}
 
 namespace detail {
 
@@ -677,92 +769,6 @@ inline bool decode_block(const Code& code, int64_t block, Index* out, Width widt
   }
   return cursor.written == n && cursor.at == stop && cursor.index < bound &&
          (last || code.first(block + 1) > cursor.index);
-}
-
-// What is wrong with a code's size, or with the first block that decode_block refuses: what was given, and at which
-// byte. The slow and obvious decoder, which stops at the first thing that is not right.
-inline std::string explain_size(const Code& code) {
-  std::ostringstream text;
-  text << "decode_indices: code must have " << (code.count == 0 ? "" : "at least ") << fewest_bytes(code.count)
-       << " bytes for " << code.count << " indices, got " << code.bytes;
-  return text.str();
-}
-
-inline std::string explain_block(const Code& code, int64_t block) {
-  std::ostringstream text;
-  text << "decode_indices: code must ";
-  const int64_t n = block_length(code.count, block), anchor = block * kAnchorBytes;
-  const bool last = block + 1 == code.blocks();
-  const uint64_t payload = static_cast<uint64_t>(code.payload_bytes());
-  const uint64_t first = code.first(block), place = code.place(block), mode = place >> 56;
-  const uint64_t start = place & kStartMask, end = last ? payload : code.place(block + 1) & kStartMask;
-  const auto at_byte = [&](int64_t byte) { text << " in block " << block << " (byte " << byte << ")"; };
-
-  if (block == 0 && start != 0) {
-    text << "have its first payload at offset 0, got " << start;
-    at_byte(8);
-    return text.str();
-  }
-  if (end > payload || start > end || (!last && start == end)) {
-    text << "have increasing payload offsets within its " << payload << " payload bytes, got " << end << " after "
-         << start << " in block " << block + 1 << " (byte " << anchor + kAnchorBytes + 8 << ")";
-    return text.str();
-  }
-  if (mode > kWords) {
-    text << "have modes of 0, 1 or 2, got " << mode;
-    at_byte(anchor + 15);
-    return text.str();
-  }
-  // Whether an index is out of range, with the sentence up to what was given.
-  const auto outside = [&](bool past_limit, bool past_dtype) {
-    if (past_limit)
-      text << "be strictly increasing in [0, " << code.granules << "), got ";
-    else if (past_dtype)
-      text << "have indices that fit " << (code.fits > INT32_MAX ? "int64" : "int32") << ", got ";
-    return past_limit || past_dtype;
-  };
-  const uint64_t granules = static_cast<uint64_t>(code.granules), fits = static_cast<uint64_t>(code.fits);
-  if (outside(first >= granules, first > fits)) {
-    text << "first index " << first;
-    at_byte(anchor);
-    return text.str();
-  }
-  const int64_t unit = mode == kBytes ? 1 : mode == kShorts ? 2 : 8;
-  const uint8_t* data = code.data + code.anchors();
-  uint64_t at = start, index = first;
-  for (int64_t k = 1; k < n; ++k) {
-    const uint64_t gap_at = at;
-    uint64_t gap = 0;
-    for (bool more = true; more;) {
-      if (end - at < static_cast<uint64_t>(unit)) {
-        text << "have " << n - 1 << " gaps in each payload of " << n << " indices, got " << k - 1 << " by its end";
-        at_byte(code.anchors() + static_cast<int64_t>(end));
-        return text.str();
-      }
-      const uint64_t value = unit == 1 ? data[at] : unit == 2 ? load<uint16_t>(data + at) : load<uint64_t>(data + at);
-      more = unit != 8 && value == (unit == 1 ? 255u : 65535u);
-      gap += value;
-      at += static_cast<uint64_t>(unit);
-    }
-    // index + gap + 1 > bound - 1, without the sum: it may pass 2^64.
-    if (outside(gap >= granules - 1 - index, gap >= fits - index)) {
-      text << "a gap of " << gap << " after index " << index;
-      at_byte(code.anchors() + static_cast<int64_t>(gap_at));
-      return text.str();
-    }
-    index += gap + 1;
-  }
-  if (at != end) {
-    text << "have " << n - 1 << " gaps in each payload of " << n << " indices, got " << end - at << " bytes after them";
-    at_byte(code.anchors() + static_cast<int64_t>(at));
-    return text.str();
-  }
-  if (!last && code.first(block + 1) <= index) {
-    text << "be strictly increasing in [0, " << code.granules << "), got first index " << code.first(block + 1)
-         << " after " << index << " in block " << block + 1 << " (byte " << anchor + kAnchorBytes << ")";
-    return text.str();
-  }
-  return "decode_indices: code changed while it was decoded";
 }
 
 #endif  // !defined(__CUDACC__)

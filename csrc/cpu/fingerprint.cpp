@@ -1,21 +1,14 @@
 // The fingerprint of a weight, whole or of the words that some granules touch.
 #include <atomic>
 
-#include "../checks.h"
 #include "../core/fingerprint.h"
+#include "../fingerprint_ops.h"
 #include "indices.h"
 
 namespace shira::cpu {
 namespace {
 
 constexpr int64_t kWordsAThread = 1 << 14;  // 128 KiB: some 5 microseconds of reading
-
-void check_any_weight(const char* op, const Tensor& weight) {
-  check_contiguous(op, {"weight"}, weight);
-  const size_t bytes = weight.element_size();
-  SHIRA_CHECK(bytes == 1 || bytes == 2 || bytes == 4 || bytes == 8, op,
-              ": weight must have entries of 1, 2, 4 or 8 bytes, got ", dtype_name(weight.scalar_type()));
-}
 
 int64_t byte_size(const Tensor& t) { return t.numel() * static_cast<int64_t>(t.element_size()); }
 
@@ -27,17 +20,6 @@ Tensor sum_over(const Tensor& weight, int64_t n, int64_t grain, const F& share) 
   Tensor result = torch::stable::new_empty(weight, {}, ScalarType::Long);
   *result.mutable_data_ptr<int64_t>() = static_cast<int64_t>(sum.load());
   return result;
-}
-
-Tensor fingerprint(const Tensor& weight, int64_t granule) {
-  const char* op = "fingerprint";
-  check_granule(op, granule);
-  check_any_weight(op, weight);
-  const auto* data = static_cast<const uint8_t*>(weight.const_data_ptr());
-  const int64_t bytes = byte_size(weight);
-  const core::Width width = core::widest();
-  return sum_over(weight, core::word_count(bytes), kWordsAThread,
-                  [&](int64_t begin, int64_t end) { return core::sum_words(data, bytes, begin, end, width); });
 }
 
 template <typename Index>
@@ -52,22 +34,26 @@ Tensor sum_at(const Tensor& weight, const Tensor& indices, int64_t granule) {
   });
 }
 
-Tensor fingerprint_at(const Tensor& weight, const Tensor& indices, int64_t granule) {
-  const char* op = "fingerprint_at";
-  check_granule(op, granule);
-  check_weight(op, weight, granule, Kind::Moves);
-  check_device(op, {"indices"}, indices, weight, {"weight"});
-  check_indices(op, {"indices"}, indices);
-  check_indices_content(op, {"indices"}, indices, weight.numel() / granule);
-  return indices.scalar_type() == ScalarType::Int ? sum_at<int32_t>(weight, indices, granule)
-                                                  : sum_at<int64_t>(weight, indices, granule);
-}
+struct Cpu {
+  static void content(const char* op, Name name, const Tensor& indices, int64_t limit) {
+    check_indices_content(op, name, indices, limit);
+  }
+  static Tensor whole(const Tensor& weight) {
+    const auto* data = static_cast<const uint8_t*>(weight.const_data_ptr());
+    const int64_t bytes = byte_size(weight);
+    const core::Width width = core::widest();
+    return sum_over(weight, core::word_count(bytes), kWordsAThread,
+                    [&](int64_t begin, int64_t end) { return core::sum_words(data, bytes, begin, end, width); });
+  }
+  static Tensor touched(const Tensor& weight, const Tensor& indices, int64_t granule) {
+    return indices.scalar_type() == ScalarType::Int ? sum_at<int32_t>(weight, indices, granule)
+                                                    : sum_at<int64_t>(weight, indices, granule);
+  }
+};
 
 }  // namespace
 }  // namespace shira::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(shira, CPU, m) {
-  if (shira::backend_is_reference()) return;
-  m.impl("fingerprint", TORCH_BOX(&shira::cpu::fingerprint));
-  m.impl("fingerprint_at", TORCH_BOX(&shira::cpu::fingerprint_at));
+  if (!shira::backend_is_reference()) shira::FingerprintOps<shira::cpu::Cpu>::implement(m);
 }

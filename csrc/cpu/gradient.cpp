@@ -2,21 +2,23 @@
 //
 // An entry is the dot of a column of grad_output with a column of input, over the tokens. Both are strided, so blocks
 // of them are packed first: turned, so that a column's tokens are contiguous, and converted to the compute type. Then
-// the mask is visited tile by tile, so that the packed columns of a tile stay in the second-level cache:
+// the mask is visited tile by tile, so that the packed columns of a tile stay in a cache:
 //
-//   for each block of tokens                     so that packed blocks are small: see kShare
-//     pack input                                 threads share it
-//     for each block of rows                     threads divide the rows
+//   for each block of tokens              so that packed blocks are small: see kShare
+//     pack input                          threads share it
+//     for each part                       some rows; threads divide the parts
 //       pack grad_output
-//       for each block of columns, each row      the entries between two cuts of the row: see cut_rows
+//       for each run, by tile, by row     entries of one row whose columns are in one tile
 //         dots
 //
 // The sums of an entry are made in an order that depends on shape and vector width alone, so that any number of
 // threads, and any mask around the entry, gives the same bits.
 #include "../gradient_ops.h"
 
+#include <limits>
 #include <memory>
 
+#include "dispatch.h"
 #include "gradient_lanes.h"
 #include "indices.h"
 
@@ -46,11 +48,13 @@ using namespace shira::cpu::avx512;
 
 // A column's tokens in one packed block: 8 registers of the widest kind.
 constexpr int64_t kDepthBytes = 512;
-// Bytes of the packed columns of input that a tile visits, and of the packed rows beside them.
-constexpr int64_t kColumnBytes = 512 << 10, kRowBytes = 256 << 10;
+// Columns of a tile. Packed, 32 of them fit the first-level cache beside the column of grad_output that meets them,
+// 1024 the second-level one: few columns where runs stay long enough to share that column, many where they do not.
+constexpr int kFewest = 5, kMost = 10;    // powers of 2
+constexpr int64_t kLongRun = 6;           // entries on average
+constexpr int64_t kRowBytes = 256 << 10;  // the packed rows of a part, at most
 // Each side's packed block has at most this share of the dense gradient's bytes.
 constexpr int64_t kShare = 16;
-constexpr int64_t kOffsets = 512;  // entries whose places are worked out at a time
 constexpr int64_t kLanesMost = 16;
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -80,118 +84,217 @@ Kernel<D> kernel_of(core::Width width) {
   return {portable::pack<Registers, D>, portable::dots<Registers>};
 }
 
-// The first entry (of the flat result) at or past a place of the flat weight, looking from granule number `from` on.
+// `count` entries from entry `first` of the part on; `row` counts from the part's first row.
+struct Run {
+  uint32_t first;
+  uint16_t row, count;
+};
+static_assert(2 << kMost <= std::numeric_limits<uint16_t>::max());
+
+// What one thread does at a time.
+struct Part {
+  int64_t row_begin, row_end;
+  int64_t entry_begin;  // in the flat result
+  std::vector<Run> runs;
+  std::vector<bool> used;  // the squares of rows that have an entry; the others are not packed
+};
+
+// The mask as entries of the flat result. A granule may span rows.
 template <typename I>
-int64_t entry_at(const I* indices, int64_t n, int64_t granule, int64_t place, int64_t& from) {
-  while (from < n && (int64_t{indices[from]} + 1) * granule <= place) ++from;
-  return from == n ? n * granule : from * granule + std::max<int64_t>(0, place - int64_t{indices[from]} * granule);
+struct Mask {
+  const I* indices;
+  int64_t n, granule, columns;
+
+  // The first entry at or past the start of a row.
+  int64_t row_start(int64_t row) const {
+    const int64_t place = row * columns;
+    const I* const found = std::partition_point(
+        indices, indices + n, [=, this](const I& index) { return (int64_t{index} + 1) * granule <= place; });
+    if (found == indices + n) return n * granule;
+    return (found - indices) * granule + std::max<int64_t>(0, place - int64_t{*found} * granule);
+  }
+
+  // f(first entry, row, tile, entries) for the runs of entries [begin, end), by row; tiles have 2^log columns.
+  template <typename F>
+  void runs(int64_t begin, int64_t end, int log, F&& f) const {
+    int64_t number = begin / granule, within = begin % granule, row = 0, row_end = 0;
+    for (int64_t e = begin; e < end;) {
+      const int64_t start = int64_t{indices[number]} * granule + within;
+      if (start >= row_end) {
+        row = start / columns;
+        row_end = (row + 1) * columns;
+      }
+      const int64_t row_begin = row_end - columns, tile = (start - row_begin) >> log;
+      const int64_t stop = std::min(row_end, row_begin + ((tile + 1) << log)), first = e;
+      if (granule == 1) {
+        while (++e < end && indices[e] < stop) {
+        }
+        number = e;
+      } else {
+        for (int64_t at = start; e < end && at < stop;) {
+          const int64_t length = std::min({granule - within, end - e, stop - at});
+          e += length;
+          within += length;
+          if (within < granule) break;
+          within = 0;
+          if (++number < n) at = int64_t{indices[number]} * granule;
+        }
+      }
+      f(first, row, tile, e - first);
+    }
+  }
+};
+
+// The logarithm of a tile's columns: the smallest at which runs are long enough, judged by the first entries.
+template <typename I>
+int tile_of(const Mask<I>& mask, int64_t begin, int64_t end) {
+  end = std::min<int64_t>(end, begin + 1024);
+  for (int log = kFewest; log < kMost; ++log) {
+    int64_t count = 0;
+    mask.runs(begin, end, log, [&](int64_t, int64_t, int64_t, int64_t) { ++count; });
+    if (count * kLongRun <= end - begin) return log;
+  }
+  return kMost;
 }
 
-// starts[row * blocks + block]: the first entry of that row from that block of columns on; one past the last row too.
+// The runs of a part, sorted by tile and row.
 template <typename I>
-std::vector<int64_t> cut_rows(const SampledGrad& problem, const I* indices, int64_t n, int64_t blocks, int64_t width) {
-  std::vector<int64_t> starts(problem.rows * blocks + 1);
-  torch::stable::parallel_for(0, problem.rows, kGrain / blocks + 1, [&](int64_t begin, int64_t end) {
-    const auto past = [&](const I& index, int64_t place) { return (int64_t{index} + 1) * problem.granule <= place; };
-    int64_t from = std::lower_bound(indices, indices + n, begin * problem.columns, past) - indices;
-    for (int64_t row = begin; row < end; ++row)
-      for (int64_t block = 0; block < blocks; ++block)
-        starts[row * blocks + block] =
-            entry_at(indices, n, problem.granule, row * problem.columns + block * width, from);
+void find_runs(const Mask<I>& mask, Part& part, int64_t end) {
+  const int log = tile_of(mask, part.entry_begin, end);
+  std::vector<uint32_t> starts((mask.columns >> log) + 2, 0);
+  part.used.assign((part.row_end - part.row_begin + kLanesMost - 1) / kLanesMost, false);
+  // The same walk twice: to count each tile's runs, and to put them into their places.
+  mask.runs(part.entry_begin, end, log, [&](int64_t, int64_t row, int64_t tile, int64_t) {
+    ++starts[tile + 1];
+    part.used[(row - part.row_begin) / kLanesMost] = true;
   });
-  starts.back() = n * problem.granule;
-  return starts;
+  for (size_t tile = 1; tile < starts.size(); ++tile) starts[tile] += starts[tile - 1];
+  part.runs.resize(starts.back());
+  mask.runs(part.entry_begin, end, log, [&](int64_t first, int64_t row, int64_t tile, int64_t count) {
+    part.runs[starts[tile]++] = {static_cast<uint32_t>(first - part.entry_begin),
+                                 static_cast<uint16_t>(row - part.row_begin), static_cast<uint16_t>(count)};
+  });
 }
 
-// offsets[k] = (column of entry begin + k) * depth.
-template <typename I>
-void place(const I* indices, int64_t granule, int64_t begin, int64_t end, int64_t row_start, int64_t depth,
-           int64_t* offsets) {
-  if (granule == 1) {
-    for (int64_t e = begin; e < end; ++e) *offsets++ = (int64_t{indices[e]} - row_start) * depth;
-    return;
-  }
-  int64_t number = begin / granule, within = begin % granule;
-  for (int64_t e = begin; e < end; ++number, within = 0) {
-    int64_t offset = (int64_t{indices[number]} * granule + within - row_start) * depth;
-    for (const int64_t stop = std::min(end, e + granule - within); e < stop; ++e, offset += depth) *offsets++ = offset;
-  }
+template <typename T>
+std::unique_ptr<T[], void (*)(T*)> allocate(int64_t count) {  // by lines: a register across two loads at half the speed
+  constexpr std::align_val_t kLine{64};
+  return {static_cast<T*>(::operator new(count * sizeof(T), kLine)), [](T* p) { ::operator delete(p, kLine); }};
 }
 
 template <typename D, typename I>
-void sampled(const SampledGrad& problem, const typename D::Bits* grad_output, const typename D::Bits* input,
-             const I* indices, int64_t n, typename D::Compute* result, core::Width width) {
+class Sampled {
+  using Bits = typename D::Bits;
   using C = typename D::Compute;
-  const auto [tokens, rows, columns, granule] = problem;
-  const int64_t nnz = n * granule;
-  if (tokens == 0) {
-    std::fill(result, result + nnz, C{0});
-    return;
-  }
-  const Kernel<D> kernel = kernel_of<D>(width);
-  const int64_t item = sizeof(C);
-  const int64_t most = std::clamp(rows / kShare / kLanesMost * kLanesMost, kLanesMost, kDepthBytes / item);
-  const int64_t deepest = std::min(most, round_up(tokens, kLanesMost));
-  const int64_t block_columns = std::max(kLanesMost, kColumnBytes / (deepest * item));
-  const int64_t blocks = (columns + block_columns - 1) / block_columns;
-  const std::vector<int64_t> starts = cut_rows(problem, indices, n, blocks, block_columns);
 
-  // Aligned to lines: a register that spans two of them loads at half the speed.
-  const auto allocate = [](int64_t count) {
-    return std::unique_ptr<C[], void (*)(C*)>(static_cast<C*>(::operator new(count * sizeof(C), std::align_val_t{64})),
-                                              [](C* p) { ::operator delete(p, std::align_val_t{64}); });
-  };
-  const auto right = allocate(columns * deepest);
-  for (int64_t first = 0; first < tokens; first += deepest) {
-    const int64_t here = std::min(deepest, tokens - first), depth = round_up(here, kLanesMost);
-    torch::stable::parallel_for(
-        0, (columns + kLanesMost - 1) / kLanesMost, kGrain / depth + 1, [&](int64_t begin, int64_t end) {
-          const int64_t from = begin * kLanesMost, to = std::min(columns, end * kLanesMost);
-          kernel.pack(input + first * columns + from, columns, here, to - from, right.get() + from * depth, depth);
-        });
-    // Rows weigh what they cost: their entries, and the packing of one column.
-    constexpr int64_t kPacking = 4;
-    const auto weight = [&](int64_t row) { return starts[row * blocks] + row * kPacking; };
-    const auto row_of = [&](int64_t total) {
-      int64_t low = 0, high = rows;
+ public:
+  Sampled(const SampledGrad& problem, const Mask<I>& mask, core::Width width)
+      : problem_(problem), mask_(mask), kernel_(kernel_of<D>(width)) {
+    constexpr int64_t kDeepest = kDepthBytes / sizeof(C);
+    const int64_t most = std::clamp(problem.rows / kShare / kLanesMost * kLanesMost, kLanesMost, kDeepest);
+    depth_ = std::min(most, round_up(problem.tokens, kLanesMost));
+  }
+
+  void run(const Bits* grad_output, const Bits* input, C* result) {
+    divide();
+    const auto right = allocate<C>(problem_.columns * depth_);
+    for (int64_t first = 0; first < problem_.tokens; first += depth_) {
+      const int64_t tokens = std::min(depth_, problem_.tokens - first), depth = round_up(tokens, kLanesMost);
+      const int64_t squares = (problem_.columns + kLanesMost - 1) / kLanesMost;
+      torch::stable::parallel_for(0, squares, kGrain / depth + 1, [&](int64_t begin, int64_t end) {
+        const int64_t from = begin * kLanesMost, to = std::min(problem_.columns, end * kLanesMost);
+        kernel_.pack(input + first * problem_.columns + from, problem_.columns, tokens, to - from,
+                     right.get() + from * depth, depth);
+      });
+      torch::stable::parallel_for(0, shares_.size(), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t share = begin; share < end; ++share) {
+          const auto left = allocate<C>(part_rows() * depth);
+          for (const Part& part : shares_[share]) {
+            pack(part, grad_output + first * problem_.rows, tokens, depth, left.get());
+            visit(part, left.get(), right.get(), depth, result, first > 0);
+          }
+        }
+      });
+    }
+  }
+
+ private:
+  int64_t part_rows() const { return std::min<int64_t>(kRowBytes / (depth_ * sizeof(C)), longest_); }
+
+  // Shares of equal work, in parts of at most so many rows. Rows weigh what they cost: their entries, and the packing
+  // of one column, some four entries.
+  void divide() {
+    const auto weight = [&](int64_t row) { return mask_.row_start(row) + 4 * row; };
+    const int64_t total = weight(problem_.rows), grain = 16 * kGrain / depth_;
+    const int64_t count = std::clamp<int64_t>(total / grain, 1, torch::stable::get_num_threads());
+    std::vector<int64_t> cuts(count + 1, problem_.rows);
+    cuts[0] = 0;
+    for (int64_t share = 1; share < count; ++share) {
+      const int64_t wanted = total / count * share;
+      int64_t low = 0, high = problem_.rows;
       while (low < high) {
         const int64_t middle = (low + high) / 2;
-        weight(middle) < total ? low = middle + 1 : high = middle;
+        weight(middle) < wanted ? low = middle + 1 : high = middle;
       }
-      return low;
-    };
-    torch::stable::parallel_for(0, weight(rows), kGrain * 16 / depth + 1, [&](int64_t begin, int64_t end) {
-      const int64_t row_begin = row_of(begin), row_end = row_of(end);
-      const int64_t block_rows = std::min(row_end - row_begin, std::max(kLanesMost, kRowBytes / (depth * item)));
-      if (block_rows == 0) return;
-      const auto left = allocate(block_rows * depth);
-      int64_t offsets[kOffsets];
-      for (int64_t top = row_begin; top < row_end; top += block_rows) {
-        const int64_t bottom = std::min(row_end, top + block_rows);
-        const auto used = [&](int64_t row) {
-          return starts[row * blocks] < starts[std::min(bottom, row + kLanesMost) * blocks];
-        };
-        for (int64_t row = top; row < bottom; row += kLanesMost) {  // runs of rows with entries: the others are skipped
-          if (!used(row)) continue;
-          const int64_t run = row;
-          while (row < bottom && used(row)) row += kLanesMost;
-          kernel.pack(grad_output + first * rows + run, rows, here, std::min(row, bottom) - run,
-                      left.get() + (run - top) * depth, depth);
-        }
-        for (int64_t block = 0; block < blocks; ++block) {
-          for (int64_t row = top; row < bottom; ++row) {
-            const int64_t stop = starts[row * blocks + block + 1];
-            for (int64_t e = starts[row * blocks + block]; e < stop; e += kOffsets) {
-              const int64_t count = std::min(kOffsets, stop - e);
-              place(indices, granule, e, e + count, row * columns, depth, offsets);
-              kernel.dots(left.get() + (row - top) * depth, right.get(), offsets, count, depth, result + e, first > 0);
-            }
-          }
+      cuts[share] = low;
+    }
+    for (int64_t share = 0; share < count; ++share) longest_ = std::max(longest_, cuts[share + 1] - cuts[share]);
+    shares_.resize(count);
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t share = begin; share < end; ++share) {
+        for (int64_t row = cuts[share]; row < cuts[share + 1]; row += part_rows()) {
+          Part part{row, std::min(cuts[share + 1], row + part_rows()), mask_.row_start(row), {}, {}};
+          const int64_t stop = mask_.row_start(part.row_end);
+          if (stop == part.entry_begin) continue;
+          find_runs(mask_, part, stop);
+          shares_[share].push_back(std::move(part));
         }
       }
     });
   }
-}
+
+  void pack(const Part& part, const Bits* grad_output, int64_t tokens, int64_t depth, C* left) const {
+    const int64_t rows = part.row_end - part.row_begin, squares = part.used.size();
+    for (int64_t square = 0; square < squares; ++square) {
+      if (!part.used[square]) continue;
+      const int64_t from = square * kLanesMost;
+      while (square < squares && part.used[square]) ++square;
+      const int64_t to = std::min(rows, square * kLanesMost);
+      kernel_.pack(grad_output + part.row_begin + from, problem_.rows, tokens, to - from, left + from * depth, depth);
+    }
+  }
+
+  void visit(const Part& part, const C* left, const C* right, int64_t depth, C* result, bool add) const {
+    int64_t offsets[2 << kMost];
+    for (const Run& run : part.runs) {
+      const int64_t first = part.entry_begin + run.first, row_start = (part.row_begin + run.row) * mask_.columns;
+      place(first, first + run.count, row_start, depth, offsets);
+      kernel_.dots(left + run.row * depth, right, offsets, run.count, depth, result + first, add);
+    }
+  }
+
+  // offsets[k] = (column of entry begin + k) * depth.
+  void place(int64_t begin, int64_t end, int64_t row_start, int64_t depth, int64_t* offsets) const {
+    const I* const indices = mask_.indices;
+    const int64_t granule = mask_.granule;
+    if (granule == 1) {
+      for (int64_t e = begin; e < end; ++e) *offsets++ = (int64_t{indices[e]} - row_start) * depth;
+      return;
+    }
+    int64_t number = begin / granule, within = begin % granule;
+    for (int64_t e = begin; e < end; ++number, within = 0) {
+      int64_t offset = (int64_t{indices[number]} * granule + within - row_start) * depth;
+      const int64_t stop = std::min(end, e + granule - within);
+      for (; e < stop; ++e, offset += depth) *offsets++ = offset;
+    }
+  }
+
+  const SampledGrad& problem_;
+  const Mask<I>& mask_;
+  const Kernel<D> kernel_;
+  int64_t depth_, longest_ = 0;
+  std::vector<std::vector<Part>> shares_;
+};
 
 template <typename F>
 void with_dtype(ScalarType type, F&& f) {
@@ -213,15 +316,18 @@ struct Cpu {
                       const Tensor& result) {
     with_dtype(input.scalar_type(), [&](auto dtype) {
       using D = decltype(dtype);
-      const auto compute = [&](const auto* granules) {
-        cpu::sampled<D>(problem, static_cast<const typename D::Bits*>(grad_output.const_data_ptr()),
-                        static_cast<const typename D::Bits*>(input.const_data_ptr()), granules, indices.numel(),
-                        static_cast<typename D::Compute*>(result.mutable_data_ptr()), width());
-      };
-      if (indices.scalar_type() == ScalarType::Int)
-        compute(indices.const_data_ptr<int32_t>());
-      else
-        compute(indices.const_data_ptr<int64_t>());
+      auto* const out = static_cast<typename D::Compute*>(result.mutable_data_ptr());
+      if (problem.tokens == 0) {
+        std::fill(out, out + result.numel(), 0);
+        return;
+      }
+      with_index(indices.scalar_type(), [&](auto index) {
+        using I = typename decltype(index)::type;
+        const Mask<I> mask{indices.const_data_ptr<I>(), indices.numel(), problem.granule, problem.columns};
+        Sampled<D, I>(problem, mask, width())
+            .run(static_cast<const typename D::Bits*>(grad_output.const_data_ptr()),
+                 static_cast<const typename D::Bits*>(input.const_data_ptr()), out);
+      });
     });
   }
 };

@@ -1,10 +1,11 @@
-// How kernels are started: the stream, the device, and a list of tensors as one launch.
+// How kernels are started: the device, the stream, and a list of tensors as one launch.
 //
 // This is also the seam between real CUDA and tests/emul, which compiles the same sources as C++ and runs them on
-// CPU tensors: what differs between the two stands here and in tests/emul/cuda_emul.h alone.
+// CPU tensors: what differs between the two stands here, in memory.h and in tests/emul/cuda_emul.h alone.
 #pragma once
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../checks.h"
@@ -13,13 +14,13 @@
 #if defined(SHIRA_EMULATE)
 #include "cuda_emul.h"  // on the include path of the emulated build only
 #define SHIRA_LIB shira_emul
-#define SHIRA_KEY CPU
+#define SHIRA_KEY CompositeExplicitAutograd  // CPU tensors, and those of other devices that an op must refuse
 
 namespace shira::cuda {
-inline cudaStream_t current_stream(int32_t) { return nullptr; }
 struct DeviceGuard {
-  explicit DeviceGuard(int32_t) {}
+  explicit DeviceGuard(int32_t) { emul::forget(); }
 };
+inline cudaStream_t current_stream(int32_t) { return nullptr; }
 }  // namespace shira::cuda
 
 #else
@@ -27,9 +28,9 @@ struct DeviceGuard {
 #define SHIRA_LIB shira
 #define SHIRA_KEY CUDA
 
-// A parameter of a kernel that is too large to copy a thread.
-#define SHIRA_PARAMETER(T, name) const __grid_constant__ T name
-#define SHIRA_SHARED(T, name, count) __shared__ T name[count]
+// A kernel's parameter that is too large for a copy a thread; the type comes last, since it may have commas.
+#define SHIRA_PARAMETER(name, ...) const __grid_constant__ __VA_ARGS__ name
+#define SHIRA_SHARED(name, count, ...) __shared__ __VA_ARGS__ name[count]
 #define SHIRA_LAUNCH(kernel, grid, block, stream, ...)     \
   do {                                                     \
     kernel<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__); \
@@ -64,60 +65,95 @@ namespace shira::cuda {
 
 constexpr int kThreads = 256;
 
+// Makes the tensor's device the current one for as long as it lives, and gives torch's current stream there.
+class Device {
+ public:
+  explicit Device(const Tensor& tensor)
+      : stream(current_stream(tensor.get_device_index())), guard_(tensor.get_device_index()) {}
+  const cudaStream_t stream;
+
+ private:
+  DeviceGuard guard_;
+};
+
+inline int64_t byte_size(const Tensor& t) { return t.numel() * static_cast<int64_t>(t.element_size()); }
+
+// Where a tensor lies, for a kernel. The emulator learns here what a kernel may touch: const T is read-only.
+template <typename T>
+inline T* address(const Tensor& tensor) {
+#if defined(SHIRA_EMULATE)
+  emul::allow(tensor.data_ptr(), byte_size(tensor), !std::is_const_v<T>);
+#endif
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+// From the device, waiting for everything before it on the stream.
+inline void fetch(void* to, const void* from, int64_t bytes, cudaStream_t stream) {
+  SHIRA_CUDA_CHECK(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost, stream));
+  SHIRA_CUDA_CHECK(cudaStreamSynchronize(stream));
+}
+
 // ---- a list of tensors as one launch -------------------------------------------------------------------
 //
 // Work is cut into tiles, one a block, so it is balanced by entries and not by tensors. The tensors' pointers and
 // sizes travel as a kernel parameter: nothing is copied to the device, and a captured graph holds all of it.
 
-// What a kernel may take: 4 KB before CUDA 12.1.
+// What a kernel may take: 4 KB before CUDA 12.1. 32 KB are 430 weights a launch, 280 for
+// switch_.
 #if defined(SHIRA_EMULATE) || CUDART_VERSION >= 12010
 constexpr int kParameterBytes = 32764;
 #else
 constexpr int kParameterBytes = 4096;
 #endif
 
-// `Work` has: struct Row, one tensor's pointers and sizes, with `first`, the number of its first tile, set here;
-// struct Scalars, shared by the list; static int64_t tiles(const Row&), at least 1 for a row that is given; and
-// static __device__ void tile(const Scalars&, const Row&, int64_t tile), run by a block of kThreads threads.
+// `Work` has: struct Row, one tensor's pointers and sizes; struct Scalars, shared by the list; static int64_t
+// tiles(const Row&); and static __device__ void tile(const Scalars&, const Row&, int64_t tile), run by a block of
+// kThreads threads.
 template <typename Work, int kRows>
 struct Table {
   typename Work::Scalars scalars;
   int32_t rows;
+  int32_t first[kRows];  // each row's first tile; apart from the rows, so that the search reads few cache lines
   typename Work::Row row[kRows];
 };
 
 template <typename Work, int kRows>
-__global__ void __launch_bounds__(kThreads) list_kernel(SHIRA_PARAMETER((Table<Work, kRows>), table)) {
-  const int64_t tile = blockIdx.x;
+__global__ void __launch_bounds__(kThreads) list_kernel(SHIRA_PARAMETER(table, Table<Work, kRows>)) {
+  const int32_t tile = static_cast<int32_t>(blockIdx.x);
   int found = 0;
   if constexpr (kRows > 1) {
     int end = table.rows;  // the last row whose first tile is not past this one
     while (end - found > 1) {
       const int middle = (found + end) / 2;
-      if (table.row[middle].first <= tile)
+      if (table.first[middle] <= tile)
         found = middle;
       else
         end = middle;
     }
   }
-  const typename Work::Row& row = table.row[found];
-  Work::tile(table.scalars, row, tile - row.first);
+  Work::tile(table.scalars, table.row[found], static_cast<int64_t>(tile - table.first[found]));
 }
 
 template <typename Work, int kRows>
-void launch_table(const typename Work::Scalars& scalars, typename Work::Row* rows, size_t count, cudaStream_t stream) {
+void launch_table(const typename Work::Scalars& scalars, const std::vector<typename Work::Row>& rows,
+                  cudaStream_t stream) {
   Table<Work, kRows> table;
   table.scalars = scalars;
-  for (size_t begin = 0; begin < count; begin += kRows) {
-    const size_t end = std::min(count, begin + kRows);
+  size_t next = 0;
+  while (next < rows.size()) {
     int64_t tiles = 0;
-    for (size_t r = begin; r < end; ++r) {
-      rows[r].first = tiles;
-      tiles += Work::tiles(rows[r]);
-      table.row[r - begin] = rows[r];
+    int32_t count = 0;
+    for (; next < rows.size() && count < kRows; ++next) {
+      const int64_t more = Work::tiles(rows[next]);
+      if (more == 0) continue;
+      SHIRA_CHECK(more <= INT32_MAX, "shira: a tensor of ", more, " tiles is more than one CUDA launch takes");
+      if (tiles + more > INT32_MAX) break;
+      table.first[count] = static_cast<int32_t>(tiles);
+      table.row[count++] = rows[next];
+      tiles += more;
     }
-    table.rows = static_cast<int32_t>(end - begin);
-    SHIRA_CHECK(tiles <= INT32_MAX, "shira: a call over ", tiles, " tiles is more than one CUDA launch takes");
+    if (count == 0) return;
+    table.rows = count;
     const auto kernel = list_kernel<Work, kRows>;
     SHIRA_LAUNCH(kernel, static_cast<unsigned>(tiles), kThreads, stream, table);
   }
@@ -125,13 +161,38 @@ void launch_table(const typename Work::Scalars& scalars, typename Work::Row* row
 
 // One row has a kernel of its own: its parameter is small, and so is the time a call takes on the host.
 template <typename Work>
-void launch_list(const typename Work::Scalars& scalars, std::vector<typename Work::Row>& rows, cudaStream_t stream) {
-  constexpr int kHeader = sizeof(Table<Work, 1>) - sizeof(typename Work::Row);
-  constexpr int kMost = (kParameterBytes - kHeader) / static_cast<int>(sizeof(typename Work::Row));
-  if (rows.size() == 1)
-    launch_table<Work, 1>(scalars, rows.data(), 1, stream);
-  else if (!rows.empty())
-    launch_table<Work, kMost>(scalars, rows.data(), rows.size(), stream);
+void launch_one(const typename Work::Scalars& scalars, const typename Work::Row& row, cudaStream_t stream) {
+  launch_table<Work, 1>(scalars, {row}, stream);
 }
+template <typename Work>
+void launch_list(const typename Work::Scalars& scalars, const std::vector<typename Work::Row>& rows,
+                 cudaStream_t stream) {
+  constexpr int kHeader = sizeof(typename Work::Scalars) + 16;
+  constexpr int kMost = (kParameterBytes - kHeader) / static_cast<int>(sizeof(typename Work::Row) + sizeof(int32_t));
+  static_assert(sizeof(Table<Work, kMost>) <= kParameterBytes);
+  if (rows.size() == 1)
+    launch_table<Work, 1>(scalars, rows, stream);
+  else
+    launch_table<Work, kMost>(scalars, rows, stream);
+}
+
+// A list whose members need different kernels (dtypes, alignments): those of one kernel go together, so that a
+// model of one dtype is one launch. `Launch` is what starts them, compared as a pointer.
+template <typename Row, typename Launch>
+class Groups {
+ public:
+  void add(Launch launch, const Row& row) {
+    for (auto& [with, rows] : groups_)
+      if (with == launch) return rows.push_back(row);
+    groups_.push_back({launch, {row}});
+  }
+  template <typename... Args>
+  void launch(const Args&... args) const {
+    for (const auto& [with, rows] : groups_) with(rows, args...);
+  }
+
+ private:
+  std::vector<std::pair<Launch, std::vector<Row>>> groups_;
+};
 
 }  // namespace shira::cuda

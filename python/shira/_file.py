@@ -21,9 +21,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VERSION = 1
 VERSION_KEY, ADAPTER_KEY, WEIGHTS_KEY = "shira.version", "shira.adapter", "shira.weights"
@@ -295,6 +298,19 @@ class Part:
     shape: tuple[int, ...]
     nbytes: int
     pieces: Callable[[], Iterable[Any]]
+
+
+def tensor_part(tensor: Tensor) -> Part:
+    """A tensor of torch as a file holds it; it is moved and copied only while it is written."""
+
+    def pieces() -> list[Any]:
+        import torch
+
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        return [flat.view(torch.uint8).numpy()] if flat.numel() else []
+
+    dtype = DTYPES[str(tensor.dtype).removeprefix("torch.")][0]
+    return Part(dtype, tuple(tensor.shape), tensor.nbytes, pieces)
 
 
 def write_safetensors(path: Path, parts: Mapping[str, Part], metadata: Mapping[str, str]) -> None:

@@ -18,8 +18,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 import shira_ops
 from shira import _model
+from shira._targets import VALUES_SUFFIX
 from shira.adapter import dtype_name
-from shira.tuner import VALUES_SUFFIX
 
 LOCK = threading.RLock()
 """Held by every call that reads or writes weights or ledgers: two Switchers may share a model."""

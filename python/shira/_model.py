@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 COMPILED = "_orig_mod."
 
@@ -45,7 +46,9 @@ def slots(model: nn.Module) -> dict[str, Slot]:
 
 def memory(weight: Tensor) -> object:
     """A key that is equal for two weights when they are one: by identity, or by the memory they share."""
-    return (weight.device, weight.data_ptr(), weight.numel()) if weight.data_ptr() else id(weight)
+    if isinstance(weight, UninitializedParameter) or not weight.data_ptr():
+        return id(weight)
+    return weight.device, weight.data_ptr(), weight.numel()
 
 
 def some(names: Iterable[str], most: int = 6) -> str:

@@ -188,7 +188,7 @@ class Adapter:
         for name, entry in self.weights.items():
             where = f"weight {name!r}"
             entry.check_indices(where)
-            parts.append((f"{name}.values", _part(entry.values, _file.DTYPES[dtype_name(entry.values.dtype)][0])))
+            parts.append((f"{name}.values", _file.tensor_part(entry.values)))
             if entry.whole:
                 kind = "whole"
             elif seeds and entry.seed is not None:
@@ -199,7 +199,7 @@ class Adapter:
             else:
                 kind = "code"
                 code = shira_ops.encode_indices(entry.indices.cpu())
-                parts.append((f"{name}.indices", _part(code, "U8")))
+                parts.append((f"{name}.indices", _file.tensor_part(code)))
             weights[name] = {
                 "shape": list(entry.shape),
                 "dtype": dtype_name(entry.dtype),
@@ -311,7 +311,126 @@ class Adapter:
             base, tuned, density=density, granule=granule, alpha=alpha, provenance=provenance, progress=progress
         )
 
-    def to_delta(self, base: Source) -> Adapter:
+    @classmethod
+    def from_peft(
+        cls,
+        folder: str | os.PathLike[str],
+        base: Source | None = None,
+        *,
+        density: float | None = None,
+        granule: int = 1,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> Adapter:
+        """A delta adapter from PEFT's SHiRA, or from PEFT's LoRA as the largest entries of ``scaling * B @ A``.
+
+        Put on at alpha 1, a SHiRA gives the weights that PEFT's merge gives. A LoRA is cut: the adapter's ``report``
+        says what share of the squared ``B @ A`` was lost, for each weight and in all.
+
+        Args:
+            folder: PEFT's folder, or a repository's name on the Hub.
+            base: the base checkpoint, as in `from_difference`: PEFT's files say nothing of the weights' shapes and
+                dtypes, and its fingerprints are kept. None: the folder that the adapter names as its base.
+            density: for LoRA, the share of each weight's entries to keep, by ``|B @ A|``.
+            granule: for LoRA, entries an index stands for.
+            revision, token: for the Hub.
+
+        Raises `AdapterError` for what has no sparse form: DoRA, embeddings, biases, whole modules, pickles.
+        """
+        from shira.peft import from_peft
+
+        return from_peft(folder, base, density=density, granule=granule, revision=revision, token=token)
+
+    def to_peft(
+        self,
+        folder: str | os.PathLike[str],
+        base: Source | None = None,
+        *,
+        base_model: str | None = None,
+        task_type: str | None = None,
+    ) -> None:
+        """Write a folder that ``peft.PeftModel.from_pretrained`` opens and that gives the same outputs.
+
+        PEFT adds values of float32 and keeps no strength: the adapter's alpha goes into the values, granules become
+        single entries, and each weight is filled up with zeros to the ``r * (rows + columns)`` entries that PEFT
+        expects, with one ``r`` for all.
+
+        Args:
+            folder: where to write; made if it does not exist.
+            base: the base checkpoint, as in `from_difference`; needed unless the adapter is a delta.
+            base_model, task_type: for PEFT's configuration.
+
+        Raises `AdapterError` for what PEFT cannot hold: whole parameters, weights that are no linear layer's, tied
+        weights.
+        """
+        from shira.peft import to_peft
+
+        to_peft(self, folder, base, base_model=base_model, task_type=task_type)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        where: str | os.PathLike[str],
+        *,
+        filename: str = "shira_adapter.safetensors",
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> Adapter:
+        """Read an adapter from a folder, or from a repository on the Hugging Face Hub (needs ``shira-ops[hub]``).
+
+        Args:
+            where: a folder, the path of a file, or a repository's name such as ``"user/style"``.
+            filename: the file's name in it.
+            revision, token: a repository's branch, tag or commit, and the right to read it.
+        """
+        from shira import hub
+
+        return cls.load(hub.locate(os.fspath(where), filename=filename, revision=revision, token=token))
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        base_model: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        message: str | None = None,
+        seeds: bool = False,
+    ) -> str:
+        """Upload the adapter with a model card to the Hugging Face Hub (needs ``shira-ops[hub]``), in one commit.
+
+        Args:
+            repo: the repository's name, ``"user/style"``; made if it does not exist.
+            base_model: the base's name on the Hub, for the card; None: what the provenance names.
+            private, token, revision, message: as the client has them.
+            seeds: as in `save`.
+
+        Returns the commit's address.
+        """
+        from shira import hub
+
+        return hub.push(
+            self,
+            repo,
+            base_model=base_model or self.provenance.get("base_model_name_or_path"),
+            private=private,
+            token=token,
+            revision=revision,
+            message=message,
+            seeds=seeds,
+        )
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, base_model: str | None = None, seeds: bool = False
+    ) -> None:
+        """Write the file and its model card into a folder, as `push_to_hub` uploads them."""
+        from shira import hub
+
+        base_model = base_model or self.provenance.get("base_model_name_or_path")
+        hub.save(self, Path(folder), Path(folder).resolve().name, base_model, seeds)
+
+    def to_delta(self, base: Source | Checkpoint) -> Adapter:
         """The same change as values to add: ``new - base``, in fp32 (fp64 for fp64 weights).
 
         Deltas mix by plain sums and survive a base that was trained on, where an overwrite stores exact bits: put on
@@ -430,16 +549,6 @@ def _fused(weight: Tensor, parts: list[tuple[Adapter, float, Entry]]) -> Entry:
 
 def _json(value: object) -> str:
     return json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
-
-
-def _part(tensor: Tensor, dtype: str) -> _file.Part:
-    """A 1-D tensor as a file holds it."""
-
-    def pieces() -> list[Any]:
-        flat = tensor.detach().cpu().contiguous()
-        return [flat.view(torch.uint8).numpy()] if flat.numel() else []
-
-    return _file.Part(dtype, tuple(tensor.shape), tensor.nbytes, pieces)
 
 
 def _drawn(numel: int, count: int, seed: int, granule: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Masks: which entries of a weight an adapter may change.
+"""Masks: which entries of a weight an adapter may change. The five of arXiv 2406.13175, section 3.1 and appendix B.
 
 A mask is called with a weight's name and the weight and gives the ``indices`` of its granules, strictly increasing.
 The budget is either ``density`` (share of the weight's entries, in (0, 1]) or ``r`` (PEFT's budget: ``r * (m + n)``
@@ -8,19 +8,47 @@ entries of an ``m x n`` weight). A weight of ``numel`` entries gives
 
 or ``k = max(1, round(r * (m + n) / granule))``, and never more granules than it has. A weight of more than two
 dimensions counts as ``m = shape[0]`` rows of ``n = numel / m`` entries.
+
+Every mask takes
+
+- ``density`` as a number, or as densities by name, ``{"q_proj": 0.02, ".*": 0.01}``: regular expressions searched in
+  the weight's name, of which the first that is found counts; a weight that none is found in is refused;
+- ``skip``: an adapter or a mask, or several, whose entries are left out, so that the new mask does not overlap them
+  (the paper's non-overlap variants: the next 1 % beside the first). A granule that holds any such entry is left out as
+  a whole, and the mask takes its ``k`` of the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import shira_ops
+from shira import calibration as _calibration
 
-__all__ = ["DEFAULT_SEED", "Mask", "Rand", "Struct", "WeightMagnitude", "fnv1a64", "splitmix64"]
+if TYPE_CHECKING:
+    from shira.adapter import Adapter, Entry
+
+__all__ = [
+    "DEFAULT_SEED",
+    "Grad",
+    "Mask",
+    "Rand",
+    "Snip",
+    "Struct",
+    "WeightMagnitude",
+    "fnv1a64",
+    "from_description",
+    "splitmix64",
+]
+
+Density: TypeAlias = float | Mapping[str, float]
+Skip: TypeAlias = Union["Mask", "Adapter", Sequence[Union["Mask", "Adapter"]]]
 
 DEFAULT_SEED = 0
 """Seed of masks that draw, unless one is given: a mask is the same wherever it is made."""
@@ -72,27 +100,76 @@ def rows_and_columns(weight: Tensor) -> tuple[int, int]:
     return rows, weight.numel() // rows if rows else 0
 
 
-class Mask:
-    """What every mask shares: the budget, the granule, the description. Subclasses give ``select``."""
+def regranule(indices: Tensor, granule: int, wanted: int) -> Tensor:
+    """The granules of ``wanted`` entries that hold an entry of the given granules, not yet distinct; int64."""
+    first = indices.to(torch.int64) * granule
+    last = (first + granule - 1) // wanted
+    first = first // wanted
+    if granule == 1 or indices.numel() == 0:
+        return first
+    within = first[:, None] + torch.arange(int((last - first).max()) + 1, device=indices.device)
+    return within[within <= last[:, None]]
 
-    def __init__(self, density: float | None = None, *, r: int | None = None, granule: int = 1) -> None:
+
+def _skipped(kind: str, skip: Skip) -> tuple[Mask | Adapter, ...]:
+    several = tuple(skip) if isinstance(skip, Sequence) else (skip,)
+    for one in several:
+        if not isinstance(one, Mask) and not isinstance(getattr(one, "weights", None), Mapping):
+            raise TypeError(f"{kind}: skip must be adapters or masks, got {type(one).__name__}")
+    return several
+
+
+def _entry_of(adapter: Adapter, name: str) -> Entry | None:
+    """What an adapter has for a weight, under its own or another name."""
+    for first, entry in adapter.weights.items():
+        if name == first or name in entry.aliases:
+            return entry
+    return None
+
+
+class Mask:
+    """What every mask shares: budget, granule, what is left out, description. Subclasses give ``select``."""
+
+    def __init__(
+        self, density: Density | None = None, *, r: int | None = None, granule: int = 1, skip: Skip = ()
+    ) -> None:
         kind = type(self).__name__
         if (density is None) == (r is None):
             raise ValueError(f"{kind}: give density or r, one of the two, got density {density!r} and r {r!r}")
-        if density is not None and not 0 < density <= 1:
-            raise ValueError(f"{kind}: density must be above 0 and at most 1, got {density!r}")
+        if isinstance(density, Mapping) and not density:
+            raise ValueError(f"{kind}: density must name a pattern, got {density!r}")
+        for share in density.values() if isinstance(density, Mapping) else (density,):
+            if share is not None and not 0 < share <= 1:
+                raise ValueError(f"{kind}: density must be above 0 and at most 1, got {share!r}")
+        for pattern in density if isinstance(density, Mapping) else ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{kind}: density {pattern!r} is no regular expression: {error}") from error
         if r is not None and (type(r) is not int or r < 1):
             raise ValueError(f"{kind}: r must be a whole number of at least 1, got {r!r}")
         if type(granule) is not int or granule < 1:
             raise ValueError(f"{kind}: granule must be a whole number of at least 1, got {granule!r}")
-        self.density = None if density is None else float(density)
+        self.density: float | dict[str, float] | None = None
+        if isinstance(density, Mapping):
+            self.density = {pattern: float(share) for pattern, share in density.items()}
+        elif density is not None:
+            self.density = float(density)
         self.r = r
         self.granule = granule
+        self.skip = _skipped(kind, skip)
 
-    def count(self, weight: Tensor) -> int:
+    def density_of(self, name: str) -> float | None:
+        """The density for the weight of this name; None where the budget is ``r``, or no pattern is found in it."""
+        if not isinstance(self.density, dict):
+            return self.density
+        return next((share for pattern, share in self.density.items() if re.search(pattern, name)), None)
+
+    def count(self, name: str, weight: Tensor) -> int:
         """``k``, the number of granules this mask may take of the weight."""
-        if self.density is not None:
-            entries = self.density * weight.numel()
+        density = self.density_of(name)
+        if density is not None:
+            entries = density * weight.numel()
         else:
             assert self.r is not None
             entries = self.r * sum(rows_and_columns(weight))
@@ -100,6 +177,7 @@ class Mask:
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
         """Refuse weights this mask cannot serve, all of them in one error."""
+        kind = type(self).__name__
         offending = [
             f"{name} {list(weight.shape)}"
             for name, weight in weights.items()
@@ -107,9 +185,70 @@ class Mask:
         ]
         if offending:
             raise ValueError(
-                f"{type(self).__name__}: granule {self.granule} must divide the last dimension of every weight, "
+                f"{kind}: granule {self.granule} must divide the last dimension of every weight, "
                 f"and none may be empty; not so for {len(offending)} of {len(weights)}: {', '.join(offending)}"
             )
+        unmatched = [name for name in weights if self.r is None and self.density_of(name) is None]
+        if unmatched:
+            patterns = ", ".join(map(repr, self.density)) if isinstance(self.density, dict) else ""
+            raise ValueError(
+                f"{kind}: density has no pattern that is found in {', '.join(unmatched)}; it has {patterns}: "
+                f'add a last one, ".*", for all others'
+            )
+        for other in self.skip:
+            if isinstance(other, Mask):
+                other.check(weights)
+                continue
+            for name, weight in weights.items():
+                entry = _entry_of(other, name)
+                if entry is not None and entry.shape != tuple(weight.shape):
+                    raise ValueError(
+                        f"{kind}: skip has an adapter for {name} of shape {list(entry.shape)}, "
+                        f"and the weight's is {list(weight.shape)}"
+                    )
+
+    def prepare(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Sequence[tuple[nn.Module, str]]],
+        calibration: Iterable[Any] | None = None,
+        loss: _calibration.Loss | None = None,
+    ) -> None:
+        """Called once, before the weights are selected from: masks that need gradients collect them here.
+
+        Args:
+            model: the model the weights are in; it is as before afterwards.
+            weights: a weight's name to every place that holds it, as (module, attribute).
+            calibration: batches, for a mask that needs them, or that skips one that does; None for any other.
+            loss: see `shira.calibration.stream`.
+        """
+        needing = [mask for mask in self._with_skipped() if isinstance(mask, _Calibrated)]
+        kind = type(self).__name__
+        if not needing:
+            if calibration is not None or loss is not None:
+                given = "calibration batches" if calibration is not None else "loss"
+                raise ValueError(f"{kind}: needs no {given}: only Grad and Snip do")
+            return
+        if calibration is None:
+            raise ValueError(f"{kind}: needs calibration batches: SparseTuner(model, mask, calibration=batches)")
+        if not weights:
+            return
+        for mask in needing:
+            mask._selected = {}
+
+        def visit(name: str, gradient: Tensor) -> None:
+            weight = getattr(*weights[name][0]).detach()
+            for mask in needing:  # what is skipped comes first
+                mask._selected[name] = mask._choose(name, weight, gradient)
+
+        _calibration.stream(model, weights, calibration, loss, visit)
+
+    def _with_skipped(self) -> Iterator[Mask]:
+        """The masks that this one skips, each behind those it skips itself, and then this one."""
+        for other in self.skip:
+            if isinstance(other, Mask):
+                yield from other._with_skipped()
+        yield self
 
     def select(self, name: str, weight: Tensor) -> Tensor:
         """The indices for one weight that ``check`` has passed."""
@@ -120,48 +259,129 @@ class Mask:
         with torch.no_grad():
             return self.select(name, weight)
 
+    def taken(self, name: str, weight: Tensor) -> Tensor | None:
+        """The granules of this mask's size that hold an entry of ``skip``: ascending, int64; None if there are none."""
+        found = []
+        for other in self.skip:
+            if isinstance(other, Mask):
+                found.append(regranule(other(name, weight), other.granule, self.granule))
+            elif (entry := _entry_of(other, name)) is not None:
+                entry.check_indices(f"skip, weight {name!r}")
+                found.append(regranule(entry.indices.to(weight.device), entry.granule, self.granule))
+        return torch.unique(torch.cat(found)) if found else None
+
+    def _enough(self, name: str, wanted: int, left: int) -> None:
+        if left < wanted:
+            raise ValueError(
+                f"{type(self).__name__}: skip leaves {left} granules of {name}, and the mask takes {wanted}: "
+                f"lower the density, or skip less"
+            )
+
+    def _top(self, name: str, weight: Tensor, gradient: Tensor | None, score: str) -> Tensor:
+        """The top ``k`` granules of those that are not taken."""
+        k, taken, granule = self.count(name, weight), self.taken(name, weight), self.granule
+        if taken is None:
+            return shira_ops.select_top(weight, gradient, k, score=score, granule=granule)
+        granules = weight.numel() // granule
+        self._enough(name, k, granules - taken.numel())
+        # As many more as are taken: at least k of these are free, and so are the k best of all that are free.
+        best = shira_ops.select_top(weight, gradient, k + taken.numel(), score=score, granule=granule)
+        free = best[~torch.isin(best, taken, assume_unique=True)]
+        if free.numel() == k:
+            return free
+        few = shira_ops.gather(weight, free, granule=granule)
+        few_gradient = None if gradient is None else shira_ops.gather(gradient, free, granule=granule)
+        return free[shira_ops.select_top(few, few_gradient, k, score=score, granule=granule)]
+
     def seed_for(self, name: str) -> int | None:
         """The seed that stands for this weight's indices (``shira_ops.select_random``), if one does."""
         return None
 
     def describe(self) -> dict[str, Any]:
-        """What the mask is, in JSON's types: for an adapter's metadata, for equality, for ``repr``."""
-        budget = {"density": self.density} if self.r is None else {"r": self.r}
-        return {"name": type(self).__name__, **budget, "granule": self.granule}
+        """What the mask is, in JSON's types: for an adapter's metadata, for equality, for ``repr``.
+
+        `from_description` makes the mask from it again. An adapter that is skipped is told by the number of its entries
+        and a digest of its indices.
+        """
+        about: dict[str, Any] = {"name": type(self).__name__}
+        about |= {"density": self.density} if self.r is None else {"r": self.r}
+        about["granule"] = self.granule
+        if self.skip:
+            about["skip"] = [one.describe() if isinstance(one, Mask) else _about_adapter(one) for one in self.skip]
+        return about
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Mask) and self.describe() == other.describe()
 
     def __hash__(self) -> int:
-        return hash(tuple(self.describe().items()))
+        return hash(json.dumps(self.describe()))
 
     def __repr__(self) -> str:
         inside = ", ".join(f"{key}={value!r}" for key, value in self.describe().items() if key != "name")
         return f"{type(self).__name__}({inside})"
 
 
+def _about_adapter(adapter: Adapter) -> dict[str, Any]:
+    lines = [
+        f"{name} {entry.granule} {int(shira_ops.fingerprint(entry.indices.to(torch.int64))):x}"
+        for name, entry in sorted(adapter.weights.items())
+    ]
+    return {"name": "Adapter", "nnz": adapter.nnz, "indices": f"{fnv1a64(chr(10).join(lines)):016x}"}
+
+
+def from_description(description: Mapping[str, Any]) -> Mask:
+    """The mask that `Mask.describe` told; not of one that skips adapters, which a description does not hold."""
+    about = dict(description)
+    kind = {mask.__name__: mask for mask in (Struct, Rand, WeightMagnitude, Grad, Snip)}.get(about.pop("name", None))
+    if kind is None:
+        raise ValueError(f"a mask's description must name one of shira.masks, got {dict(description)!r}")
+    about["skip"] = [from_description(one) for one in about.get("skip", ())]
+    mask: Mask = kind(**about)
+    return mask
+
+
 class Rand(Mask):
     """Granules drawn at random, exactly ``k`` of each weight.
 
     The draw of a weight is ``shira_ops.select_random`` with the seed ``splitmix64(seed ^ fnv1a64(name))``: different
-    for every weight, and the same on every machine, so that a file can hold the seed in place of the indices.
+    for every weight, and the same on every machine, so that a file can hold the seed in place of the indices. With
+    ``skip`` the draw is of the granules that are left, and no seed stands for it.
     """
 
     def __init__(
-        self, density: float | None = None, *, r: int | None = None, granule: int = 1, seed: int = DEFAULT_SEED
+        self,
+        density: Density | None = None,
+        *,
+        r: int | None = None,
+        granule: int = 1,
+        seed: int = DEFAULT_SEED,
+        skip: Skip = (),
     ) -> None:
-        super().__init__(density, r=r, granule=granule)
+        super().__init__(density, r=r, granule=granule, skip=skip)
         if type(seed) is not int:
             raise ValueError(f"Rand: seed must be a whole number, got {seed!r}")
         self.seed = seed & _WORD
 
-    def seed_for(self, name: str) -> int:
+    def seed_for(self, name: str) -> int | None:
+        return None if self.skip else self._seed(name)
+
+    def _seed(self, name: str) -> int:
         return splitmix64(self.seed ^ fnv1a64(name))
 
     def select(self, name: str, weight: Tensor) -> Tensor:
-        return shira_ops.select_random(
-            weight.numel(), self.count(weight), signed(self.seed_for(name)), device=weight.device, granule=self.granule
-        )
+        k, taken, granule = self.count(name, weight), self.taken(name, weight), self.granule
+        granules = weight.numel() // granule
+        free = granules - (0 if taken is None else taken.numel())
+        self._enough(name, k, free)
+        seed = signed(self._seed(name))
+        drawn = shira_ops.select_random(free * granule, k, seed, device=weight.device, granule=granule)
+        if taken is None:
+            return drawn
+        # The j-th free granule is j and as many more as taken ones lie before it: those with at most j free ones
+        # before them.
+        free_before = taken - torch.arange(taken.numel(), device=taken.device)
+        moved = drawn + torch.searchsorted(free_before, drawn.to(torch.int64), right=True)
+        return moved.to(index_dtype(granules))
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "seed": self.seed}
@@ -171,7 +391,51 @@ class WeightMagnitude(Mask):
     """The granules of largest magnitude (the paper's WM): top ``k`` by the sum of ``|w|``, ties to the lower index."""
 
     def select(self, name: str, weight: Tensor) -> Tensor:
-        return shira_ops.select_top(weight.detach(), None, self.count(weight), score="magnitude", granule=self.granule)
+        return self._top(name, weight.detach(), None, "magnitude")
+
+
+class _Calibrated(Mask):
+    """A mask by gradients over calibration batches, which `prepare` runs."""
+
+    score: str
+
+    def __init__(
+        self, density: Density | None = None, *, r: int | None = None, granule: int = 1, skip: Skip = ()
+    ) -> None:
+        super().__init__(density, r=r, granule=granule, skip=skip)
+        self._selected: dict[str, Tensor] = {}
+
+    def _choose(self, name: str, weight: Tensor, gradient: Tensor) -> Tensor:
+        return self._top(name, weight, gradient, self.score)
+
+    def select(self, name: str, weight: Tensor) -> Tensor:
+        if name not in self._selected:
+            raise ValueError(
+                f"{type(self).__name__}: has no gradient of {name}: SparseTuner(model, mask, calibration=batches) "
+                f"collects it"
+            )
+        return self._selected[name]
+
+
+class Grad(_Calibrated):
+    """The granules of largest gradient: top ``k`` by the sum of ``|g|``, ties to the lower index.
+
+    ``g`` is the gradient of the loss summed over all calibration batches, signed, in fp32 (fp64 for fp64 weights):
+    ``SparseTuner(model, masks.Grad(density=0.01), calibration=batches)``; `shira.calibration` says how.
+    """
+
+    score = "grad"
+
+
+class Snip(_Calibrated):
+    """The granules whose removal would change the loss most, to first order: top ``k`` by the sum of ``|w * g|``.
+
+    The paper's SNIP, and its overall pick. Ties go to the lower index. ``g`` is the gradient of the loss summed over
+    all calibration batches, signed, in fp32 (fp64 for fp64 weights):
+    ``SparseTuner(model, masks.Snip(density=0.01), calibration=batches)``; `shira.calibration` says how.
+    """
+
+    score = "snip"
 
 
 class Struct(Mask):
@@ -180,8 +444,8 @@ class Struct(Mask):
     Of an ``m x n`` weight (more dimensions folded into the columns) the mask takes
 
     - the diagonal: the entries ``(j * m // n, j)`` for every column ``j``, ``n`` of them;
-    - ``lines="rows"``: every row ``i`` with ``i % f == 0``;
-      ``lines="columns"``: every column ``j`` with ``j % f == 0``;
+    - ``lines="rows"``: every row ``i`` with ``i % f == offset % f``;
+      ``lines="columns"``: every column ``j`` with ``j % f == offset % f``;
 
     and completes each of these entries to the granule it lies in. ``f`` is the smallest number in ``1 .. m``
     (``1 .. n`` for columns) whose mask has at most ``k`` granules, so the budget is kept; where even one line and the
@@ -190,12 +454,22 @@ class Struct(Mask):
     """
 
     def __init__(
-        self, density: float | None = None, *, r: int | None = None, granule: int = 1, lines: str = "rows"
+        self,
+        density: Density | None = None,
+        *,
+        r: int | None = None,
+        granule: int = 1,
+        lines: str = "rows",
+        offset: int = 0,
+        skip: Skip = (),
     ) -> None:
-        super().__init__(density, r=r, granule=granule)
+        super().__init__(density, r=r, granule=granule, skip=skip)
         if lines not in ("rows", "columns"):
             raise ValueError(f'Struct: lines must be "rows" or "columns", got {lines!r}')
+        if type(offset) is not int or offset < 0:
+            raise ValueError(f"Struct: offset must be a whole number of at least 0, got {offset!r}")
         self.lines = lines
+        self.offset = offset
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
         super().check(weights)
@@ -203,7 +477,7 @@ class Struct(Mask):
         if flat:
             raise ValueError(f"Struct: every weight must have rows and columns; not so for {', '.join(flat)}")
 
-    def _plan(self, weight: Tensor) -> tuple[int, Tensor, Tensor]:
+    def _plan(self, name: str, weight: Tensor) -> tuple[int, Tensor, Tensor]:
         """f, the selected lines (bool; rows, or columns of granules) and the diagonal's granules."""
         m, n = rows_and_columns(weight)
         width = n // self.granule
@@ -212,15 +486,15 @@ class Struct(Mask):
         rows = self.lines == "rows"
         most, across = (m, width) if rows else (n, m)
         of_diagonal = diagonal // width if rows else diagonal % width
-        budget = self.count(weight)
+        budget = self.count(name, weight)
 
         def lines(f: int) -> Tensor:
             chosen = torch.zeros(m if rows else width, dtype=torch.bool)
-            chosen[torch.arange(0, most, f) // (1 if rows else self.granule)] = True
+            chosen[torch.arange(self.offset % f, most, f) // (1 if rows else self.granule)] = True
             return chosen
 
         # No smaller f can do: its lines alone have more granules than the budget.
-        first = max(1, -(-most // max(1, budget // across)))
+        first = max(1, most // (budget // across + 1) + 1 if self.offset else -(-most // max(1, budget // across)))
         if not rows and self.granule > 1:
             first = 1 if first <= self.granule else first
         for f in range(first, most + 1):
@@ -229,12 +503,12 @@ class Struct(Mask):
                 return f, chosen, diagonal
         return most, lines(most), diagonal
 
-    def step(self, weight: Tensor) -> int:
+    def step(self, name: str, weight: Tensor) -> int:
         """``f`` for this weight."""
-        return self._plan(weight)[0]
+        return self._plan(name, weight)[0]
 
     def select(self, name: str, weight: Tensor) -> Tensor:
-        _, chosen, diagonal = self._plan(weight)
+        _, chosen, diagonal = self._plan(name, weight)
         m, n = rows_and_columns(weight)
         width = n // self.granule
         taken = torch.zeros(m, width, dtype=torch.bool)
@@ -244,7 +518,11 @@ class Struct(Mask):
             taken[:, chosen] = True
         flat = taken.view(-1)
         flat[diagonal] = True
+        skipped = self.taken(name, weight)
+        if skipped is not None:
+            flat[skipped.to(flat.device)] = False
+            self._enough(name, 1, int(flat.sum()))
         return flat.nonzero().squeeze(1).to(device=weight.device, dtype=index_dtype(m * width))
 
     def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "lines": self.lines}
+        return {**super().describe(), "lines": self.lines, "offset": self.offset}

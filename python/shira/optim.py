@@ -1,4 +1,9 @@
-"""Optimizers over a tuner's values that do the step and the write of the weights in one pass."""
+"""Optimizers over a tuner's values that do the step and the write of the weights in one pass.
+
+They are citizens of ``torch.optim``: groups, schedulers, ``state_dict`` (with torch's layout, so states pass between
+the two), closures, scalers, learning rates as tensors. Parameters that no tuner trains may be in the same groups;
+torch's own step serves those.
+"""
 
 from __future__ import annotations
 
@@ -8,51 +13,63 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
 
 import shira_ops
-from shira.tuner import SparseTuner, Target, mark_written, target_of
+from shira.tuner import SparseTuner, Target, is_detached, mark_written, target_of
 
-__all__ = ["AdamW"]
+__all__ = ["SGD", "AdamW"]
+
+Parameters = SparseTuner | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+# Values, what they train, their gradient (turned round to maximize), their state.
+_Item = tuple[Tensor, Target, Tensor, dict[str, Any]]
 
 
-class AdamW(Optimizer):
-    """AdamW over the values of a `SparseTuner`, with the formulas, defaults and state of ``torch.optim.AdamW``.
-
-    Steps the values and writes the weights in one op call. Weight decay pulls the trained entries towards zero, as in
-    torch. Its ``state_dict`` has torch's layout. Parameters that no tuner trains (a dense head) are refused: give those
-    to an optimizer of their own.
-
-    Args:
-        params: a `SparseTuner`, or what ``torch.optim`` takes: parameters, or groups of them.
-        lr: learning rate.
-        betas: decay of the running averages of the gradient and of its square.
-        eps: added to the denominator.
-        weight_decay: decoupled weight decay.
-    """
+class _Masked(Optimizer):
+    """What both share: groups and their checks, and the division into the values of tuners and everything else."""
 
     # Tells the tuner's post-step hook that there is nothing left to write.
     writes_weights = True
 
-    def __init__(
-        self,
-        params: SparseTuner | Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-    ) -> None:
-        given = params.named_parameters() if isinstance(params, SparseTuner) else params
-        super().__init__(given, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+    def __init__(self, params: Parameters, defaults: dict[str, Any]) -> None:
+        super().__init__(params.named_parameters() if isinstance(params, SparseTuner) else params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            # A state of torch's optimizer has not what only this one knows.
+            group.setdefault("maximize", False)
+            group.setdefault("decay_towards", "zero")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for group in state_dict["param_groups"]:
+            self._check({**self.defaults, **group, "params": []})
+        super().load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
         try:
-            _check_group(group)
+            self._check(self.param_groups[-1])
         except ValueError:
             # A refused group must not stay.
             self.param_groups.pop()
             raise
+
+    def _check(self, group: dict[str, Any]) -> None:
+        what = f"shira.{type(self).__name__}"
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            if lr.numel() != 1 or lr.dtype not in (torch.float32, torch.float64):
+                raise ValueError(f"{what}: lr must be a number or one float32 or float64 entry, got {lr!r}")
+        elif not lr >= 0:
+            raise ValueError(f"{what}: lr must be at least 0, got {lr}")
+        if not group["weight_decay"] >= 0:
+            raise ValueError(f"{what}: weight_decay must be at least 0, got {group['weight_decay']}")
+        if group["decay_towards"] not in ("zero", "base"):
+            raise ValueError(f'{what}: decay_towards must be "zero" or "base", got {group["decay_towards"]!r}')
+        if any(is_detached(parameter) for parameter in group["params"]):
+            raise ValueError(f"{what}: the tuner of these parameters is detached")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -61,67 +78,268 @@ class AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            self._step_group(group)
+        # All are looked through before the first one steps: a refused step has changed nothing.
+        for group, items, others in [(group, *self._divide(group)) for group in self.param_groups]:
+            if items:
+                self._step_values(group, items)
+            if others:
+                self._step_others(group, others)
         return loss
 
-    def _step_group(self, group: dict[str, Any]) -> None:
-        beta1, beta2 = group["betas"]
-        # One call takes one device, granule and step count; most models give a single call.
-        calls: dict[tuple[torch.device, int, int], list[tuple[Target, Tensor]]] = {}
-        for values in group["params"]:
-            if values.grad is None:
+    def _divide(self, group: dict[str, Any]) -> tuple[list[_Item], list[Tensor]]:
+        what = f"shira.{type(self).__name__}"
+        items: list[_Item] = []
+        others: list[Tensor] = []
+        for parameter in group["params"]:
+            grad = parameter.grad
+            if grad is None:
                 continue
-            if values.grad.is_sparse:
-                raise RuntimeError("shira.AdamW: gradients must be dense tensors")
-            target = target_of(values)
-            if target is None:
-                raise RuntimeError("shira.AdamW: the tuner of these parameters is detached")
-            state = self.state[values]
-            if not state:
-                state["step"] = torch.tensor(0.0)
-                state["exp_avg"] = torch.zeros_like(values, memory_format=torch.contiguous_format)
-                state["exp_avg_sq"] = torch.zeros_like(values, memory_format=torch.contiguous_format)
-            step = int(state["step"]) + 1
-            calls.setdefault((values.device, target.site.granule, step), []).append((target, values))
-        for (_, granule, step), items in calls.items():
-            tensors = [target.tensors() for target, _ in items]
-            states = [self.state[values] for _, values in items]
+            if grad.is_sparse:
+                raise RuntimeError(f"{what}: gradients must be dense tensors, got a sparse one")
+            target = target_of(parameter)
+            if target is not None:
+                items.append((parameter, target, grad.neg() if group["maximize"] else grad, self.state[parameter]))
+            elif is_detached(parameter):
+                raise RuntimeError(f"{what}: the tuner of these parameters is detached")
+            elif group["decay_towards"] == "base" and group["weight_decay"]:
+                raise RuntimeError(
+                    f'{what}: decay_towards="base" is for the values of a SparseTuner, whose base is known; got a '
+                    f"parameter of shape {list(parameter.shape)}; give it a group of its own"
+                )
+            else:
+                others.append(parameter)
+        return items, others
+
+    def _step_values(self, group: dict[str, Any], items: list[_Item]) -> None:
+        raise NotImplementedError
+
+    def _step_others(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        raise NotImplementedError
+
+
+def _base(values: Tensor, target: Target) -> Tensor:
+    return target.saved.to(device=values.device, dtype=values.dtype)
+
+
+class AdamW(_Masked):
+    """AdamW over the values of a `SparseTuner`, with the formulas, defaults and state of ``torch.optim.AdamW``.
+
+    Steps the values and writes the weights in one op call for each device, granule and step count
+    (`shira_ops.foreach_adamw_`, which has the formulas). The same bits on every device and thread count.
+
+    Weight decay is decoupled. It pulls the trained entries ``p`` towards zero, as in torch, or towards the base ``b``::
+
+        p = p - lr * weight_decay * p            # decay_towards="zero"
+        p = p - lr * weight_decay * (p - b)      # decay_towards="base"
+
+    before the step, so that with ``"base"`` what decays is the adapter.
+
+    Args:
+        params: a `SparseTuner`, or what ``torch.optim`` takes: parameters, or groups of them. Parameters that no tuner
+            trains get torch's own step.
+        lr: learning rate; a tensor (float32 or float64, one entry) may be changed in place, also for a captured graph.
+        betas: decay of the running averages of the gradient and of its square.
+        eps: added to the denominator.
+        weight_decay: decoupled weight decay.
+        maximize: climb instead of descend.
+        decay_towards: ``"zero"`` or ``"base"``.
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        decay_towards: str = "zero",
+    ) -> None:
+        defaults = {
+            "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
+            "decay_towards": decay_towards,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        super()._check(group)
+        beta1, beta2 = group["betas"]
+        if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+            raise ValueError(f"shira.AdamW: betas must be in [0, 1), got {group['betas']}")
+        if not group["eps"] >= 0:
+            raise ValueError(f"shira.AdamW: eps must be at least 0, got {group['eps']}")
+        if group.get("amsgrad"):
+            raise ValueError("shira.AdamW: amsgrad is not supported")
+
+    @staticmethod
+    def _begin(parameter: Tensor, state: dict[str, Any]) -> None:
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+    def _step_values(self, group: dict[str, Any], items: list[_Item]) -> None:
+        lr, decay, (beta1, beta2) = group["lr"], group["weight_decay"], group["betas"]
+        common = {"beta1": beta1, "beta2": beta2, "eps": group["eps"]}
+        towards_base = group["decay_towards"] == "base" and decay != 0
+        # One call takes one device, granule and step count; most models give a single call.
+        calls: dict[tuple[torch.device, int, int], list[_Item]] = {}
+        for item in items:
+            values, target, grad, state = item
+            self._begin(values, state)
+            if towards_base:
+                values.sub_((values - _base(values, target)) * (lr * decay))
+            if not isinstance(lr, Tensor):
+                calls.setdefault((values.device, target.site.granule, int(state["step"]) + 1), []).append(item)
+                continue
+            # Both numbers stay on the device, where a captured graph finds them.
+            state["step"] = state["step"].to(values.device)
+            weight, indices, _ = target.tensors()
+            shira_ops.adamw_(
+                weight, indices, values, state["exp_avg"], state["exp_avg_sq"], grad,
+                step=state["step"] + 1, lr=lr.to(values.device), weight_decay=0.0 if towards_base else decay,
+                granule=target.site.granule, **common,
+            )  # fmt: skip
+            _stepped(item)
+        for (_, granule, step), members in calls.items():
+            tensors = [target.tensors() for _, target, _, _ in members]
             shira_ops.foreach_adamw_(
                 [weight for weight, _, _ in tensors],
                 [indices for _, indices, _ in tensors],
                 [values for _, _, values in tensors],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [values.grad for _, values in items if values.grad is not None],
+                [state["exp_avg"] for *_, state in members],
+                [state["exp_avg_sq"] for *_, state in members],
+                [grad for _, _, grad, _ in members],
                 step=step,
-                lr=float(group["lr"]),
-                beta1=beta1,
-                beta2=beta2,
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
+                lr=float(lr),
+                weight_decay=0.0 if towards_base else decay,
+                granule=granule,
+                **common,
+            )
+            for item in members:
+                _stepped(item)
+
+    def _step_others(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        states = [self.state[parameter] for parameter in parameters]
+        for parameter, state in zip(parameters, states, strict=True):
+            self._begin(parameter, state)
+        adamw(
+            parameters,
+            [parameter.grad for parameter in parameters if parameter.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+        )
+
+
+def _stepped(item: _Item) -> None:
+    values, target, _, state = item
+    state["step"] += 1
+    mark_written(target.site, values)
+
+
+class SGD(_Masked):
+    """SGD over the values of a `SparseTuner`, with the formulas, defaults and state of ``torch.optim.SGD``.
+
+    Steps the values and writes the weights in one op call for each device and granule (`shira_ops.foreach_sgd_`, which
+    has the formulas). The same bits on every device and thread count.
+
+    Weight decay is part of the gradient, as in torch: it adds ``weight_decay * p`` (``decay_towards="zero"``) or
+    ``weight_decay * (p - b)``, with the base's entries ``b`` (``"base"``).
+
+    Args:
+        params: a `SparseTuner`, or what ``torch.optim`` takes: parameters, or groups of them. Parameters that no tuner
+            trains get torch's own step.
+        lr: learning rate; a tensor (float32 or float64, one entry) may be changed in place, also for a captured graph.
+        momentum: decay of the running sum of gradients; 0 keeps none.
+        dampening: what a gradient lacks of its full weight in that sum.
+        weight_decay: weight decay.
+        nesterov: look ahead; needs momentum and no dampening.
+        maximize: climb instead of descend.
+        decay_towards: ``"zero"`` or ``"base"``.
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        decay_towards: str = "zero",
+    ) -> None:
+        defaults = {
+            "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov,
+            "maximize": maximize, "decay_towards": decay_towards,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        super()._check(group)
+        if not group["momentum"] >= 0:
+            raise ValueError(f"shira.SGD: momentum must be at least 0, got {group['momentum']}")
+        if group["nesterov"] and not (group["momentum"] > 0 and group["dampening"] == 0):
+            raise ValueError(
+                f"shira.SGD: nesterov needs momentum above 0 and dampening 0, got {group['momentum']} and "
+                f"{group['dampening']}"
+            )
+
+    def _step_values(self, group: dict[str, Any], items: list[_Item]) -> None:
+        momentum, decay = group["momentum"], group["weight_decay"]
+        towards_base = group["decay_towards"] == "base" and decay != 0
+        # torch begins its sum with the first gradient undamped: so does a first step from zeros without dampening.
+        calls: dict[tuple[torch.device, int, bool], list[_Item]] = {}
+        for values, target, grad, state in items:
+            if towards_base:
+                grad = grad.add(values - _base(values, target), alpha=decay)
+            first = momentum != 0 and state.get("momentum_buffer") is None
+            if first:
+                state["momentum_buffer"] = torch.zeros_like(values)
+            calls.setdefault((values.device, target.site.granule, first), []).append((values, target, grad, state))
+        lr = group["lr"]
+        for (device, granule, first), members in calls.items():
+            tensors = [target.tensors() for _, target, _, _ in members]
+            shira_ops.foreach_sgd_(
+                [weight for weight, _, _ in tensors],
+                [indices for _, indices, _ in tensors],
+                [values for _, _, values in tensors],
+                [state["momentum_buffer"] for *_, state in members] if momentum else None,
+                [grad for _, _, grad, _ in members],
+                lr=lr.to(device) if isinstance(lr, Tensor) else float(lr),
+                momentum=momentum,
+                dampening=0.0 if first else group["dampening"],
+                weight_decay=0.0 if towards_base else decay,
+                nesterov=group["nesterov"],
                 granule=granule,
             )
-            for (target, values), state in zip(items, states, strict=True):
-                state["step"] += 1
+            for values, target, _, _ in members:
                 mark_written(target.site, values)
 
-
-def _check_group(group: dict[str, Any]) -> None:
-    lr, (beta1, beta2) = group["lr"], group["betas"]
-    if isinstance(lr, Tensor):
-        raise ValueError("shira.AdamW: lr must be a number; a tensor is not taken yet")
-    if not lr >= 0:
-        raise ValueError(f"shira.AdamW: lr must be at least 0, got {lr}")
-    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-        raise ValueError(f"shira.AdamW: betas must be in [0, 1), got {group['betas']}")
-    if not group["eps"] >= 0:
-        raise ValueError(f"shira.AdamW: eps must be at least 0, got {group['eps']}")
-    if not group["weight_decay"] >= 0:
-        raise ValueError(f"shira.AdamW: weight_decay must be at least 0, got {group['weight_decay']}")
-    others = [list(p.shape) for p in group["params"] if target_of(p) is None]
-    if others:
-        raise ValueError(
-            f"shira.AdamW: every parameter must be the values of an attached SparseTuner, got {len(others)} other(s), "
-            f"the first of shape {others[0]}; give those to an optimizer of their own"
+    def _step_others(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        buffers = [self.state[parameter].get("momentum_buffer") for parameter in parameters]
+        sgd(
+            parameters,
+            [parameter.grad for parameter in parameters if parameter.grad is not None],
+            buffers,
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
         )
+        if group["momentum"]:
+            for parameter, buffer in zip(parameters, buffers, strict=True):
+                self.state[parameter]["momentum_buffer"] = buffer

@@ -605,6 +605,14 @@ class Switcher:
         return SwitchError(f"Switcher: {what} failed and nothing has changed: {_told(self._active)}. Cause: {error}")
 
 
+def fitted(model: nn.Module, adapter: str | os.PathLike[str] | Adapter) -> tuple[Adapter, dict[str, _model.Slot]]:
+    """An adapter, and where its weights are in the model: with every check of `Switcher.add`, for who needs no more."""
+    switcher = Switcher(model)
+    switcher.add("given", adapter)
+    added = switcher._added["given"]
+    return added.read(), {name: weight.slot for name, weight in added.weights.items()}
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Weights that require grad may be changed, and what is made is no inference tensor, wherever we are called."""

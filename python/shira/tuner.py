@@ -3,15 +3,23 @@
 The weight itself holds the trained entries, so forward does no added work. The trainable parameters are the ``values``:
 one 1-D parameter for each weight, fp32 (fp64 for fp64 weights), registered on the module that owns the weight as
 ``<weight>_shira_values``. They are the truth and the weight follows: after every optimizer step a hook writes them.
-Gradients come from one forward hook, ``output = Attach.apply(output, values, input, ...)``: an identity whose backward
-gives the values the gradient of a linear layer at their indices alone.
+
+Their gradients come in one of two ways, chosen for each weight:
+
+- *sampled*: a forward hook of the layer, ``output = Attach.apply(output, values, input, ...)``: an identity whose
+  backward gives the values the layer's weight gradient at their indices alone. For linear, convolution and embedding
+  layers.
+- *dense*: autograd makes the weight's dense gradient, and as soon as it is there a hook of the weight gathers it at the
+  indices, hands that to the values, and frees it. Right for every use of a weight: of ``nn.MultiheadAttention``, of
+  layers with a forward of their own, of plain parameters of any shape, of parameters that train as a whole.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -25,27 +33,33 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import shira_ops
-from shira import _model
-from shira.adapter import Adapter, Entry, dtype_name
+from shira import _layers, _model, _targets
+from shira._file import hex_word
+from shira._layers import Attach
+from shira._targets import INDICES_SUFFIX, VALUES_SUFFIX
+from shira.adapter import Adapter, AdapterError, Entry, dtype_name
 from shira.mask import Mask
+from shira.switcher import fitted
 
 __all__ = ["Attach", "SparseTuner"]
 
-VALUES_SUFFIX, INDICES_SUFFIX = "_shira_values", "_shira_indices"
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WORD = 2**64 - 1
+# What DistributedDataParallel leaves to others, by its own convention.
+_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 
 
 @dataclass(eq=False)
 class Site:
-    """How one weight of one module is trained. Plain data, so that a model can be copied and pickled with it."""
+    """How one weight is trained. Plain data, so that a model can be copied and pickled with it."""
 
     name: str
     attribute: str
     granule: int
     dtype: torch.dtype
-    # The values' version counter when the weight was last written: an edit outside an optimizer step shows.
-    written: int = -1
+    # Whether the weight's dense gradient is made and gathered; else every layer that uses it samples its own.
+    dense: bool
+    # The values, and their version, that the weight was last written from: anything else that is found is written.
+    written: tuple[weakref.ref[Tensor], int] | None = None
     # Whether a gradient has ever reached the values; if not, a step is refused unless that is allowed.
     reached: bool = False
     allow_unused: bool = False
@@ -58,86 +72,124 @@ class Site:
     def indices_name(self) -> str:
         return self.attribute + INDICES_SUFFIX
 
+    def is_written(self, values: Tensor) -> bool:
+        """Whether the weight holds these values."""
+        if self.written is None:
+            return False
+        known, version = self.written
+        return known() is values and (values.is_inference() or values._version == version)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of a model has values of its own, that nobody has compared with its weights.
+        return {**self.__dict__, "written": None}
+
 
 @dataclass(eq=False)
 class Target:
-    """A site and the module it is on, while that lives."""
+    """A site, the module it is on while that lives, and the base's entries."""
 
     site: Site
     owner: weakref.ref[nn.Module]
+    saved: Tensor
 
     def tensors(self) -> tuple[nn.Parameter, Tensor, nn.Parameter]:
         """weight, indices and values; refuses values that have lost their precision."""
         module = self.owner()
         if module is None:
             raise RuntimeError(f"the module that held {self.site.name} no longer exists")
-        values = getattr(module, self.site.values_name)
-        _check_master(self.site, values)
-        return getattr(module, self.site.attribute), getattr(module, self.site.indices_name), values
+        return _tensors(self.site, module)
 
 
-# From a values parameter to what it trains. Weak: an optimizer may outlive a tuner, and a model both.
-_targets: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# From a values parameter to what it trains, None once its tuner is detached. Weak: an optimizer may outlive a tuner,
+# and a model both.
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _optimizer_hooks: list[RemovableHandle] = []
 
 
-def target_of(values: Tensor) -> Target | None:
+def target_of(parameter: Tensor) -> Target | None:
     """What a parameter trains, if it is the values of an attached tuner."""
-    found: Target | None = _targets.get(values)
+    found: Target | None = _known.get(parameter)
     return found
 
 
-class Attach(torch.autograd.Function):
-    """An identity on a linear layer's output whose backward also gives ``values`` its sampled weight gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, values: Tensor, input: Tensor, indices: Tensor, granule: int) -> Tensor:
-        ctx.save_for_backward(input, indices)
-        ctx.granule = granule
-        # A detached alias: no copy, and not a view to autograd, so an in-place op may follow (ReLU(inplace=True)).
-        # mark_dirty would allow that too, but counts as a write, and breaks layers that saved their own output.
-        return output.detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        input, indices = ctx.saved_tensors
-        grad_values = None
-        if ctx.needs_input_grad[1]:
-            # Gradients come expanded (after sum()) and inputs strided; and autocast gave the layer a cast input.
-            grad_values = shira_ops.sampled_grad(
-                grad_output.contiguous(), input.to(grad_output.dtype).contiguous(), indices, granule=ctx.granule
-            )
-        return grad_output, grad_values, None, None, None
+def is_detached(parameter: Tensor) -> bool:
+    """Whether a parameter was the values of a tuner that is now detached."""
+    return parameter in _known and _known[parameter] is None
 
 
-def _check_master(site: Site, values: Tensor) -> None:
+def _tensors(site: Site, owner: nn.Module) -> tuple[nn.Parameter, Tensor, nn.Parameter]:
+    values = getattr(owner, site.values_name)
     if values.dtype != site.dtype:
         raise RuntimeError(
             f"{site.name}{VALUES_SUFFIX} must stay {dtype_name(site.dtype)}, got {dtype_name(values.dtype)}: the model "
             f"was cast after the tuner was attached; cast it first, or detach the tuner, cast, and attach again"
         )
+    return getattr(owner, site.attribute), getattr(owner, site.indices_name), values
 
 
-def _attach(site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
-    """The forward hook."""
-    values = getattr(module, site.values_name)
-    _check_master(site, values)
+# ---- hooks of modules and weights ----------------------------------------------------------------------------
+# They reach values and indices through the module that owns them, so that they work in a copied model too.
+
+
+def _attach(
+    site: Site,
+    owner: nn.Module | None,
+    rule: str,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Tensor,
+) -> Any:
+    """The forward hook of a layer that samples; ``owner`` is None where that is the layer itself."""
+    _, indices, values = _tensors(site, owner or module)
     if not torch.is_grad_enabled() or not values.requires_grad:
         return None
-    input = args[0] if args else kwargs["input"]
-    indices = getattr(module, site.indices_name)
-    return Attach.apply(output, values, input, indices, site.granule)  # type: ignore[no-untyped-call]
+    input = args[0] if args else next(iter(kwargs.values()))
+    return _layers.attach(rule, module, output, values, input, indices, site.granule)
 
 
-def _follow(site: Site, module: nn.Module, args: tuple[Any, ...]) -> None:
-    """The forward pre-hook: write values that were edited outside an optimizer step, such as a loaded state dict."""
+def _follow(sites: Sequence[tuple[Site, nn.Module | None]], module: nn.Module, args: tuple[Any, ...]) -> None:
+    """The forward pre-hook: write values that were edited outside an optimizer step."""
     if torch.compiler.is_compiling():
-        # A version check would break the graph; there, the optimizer's hook and sync() write.
+        # A version check would break the graph; there, the optimizer's hook, loading and sync() write.
         return
-    values = getattr(module, site.values_name)
-    if not values.is_inference() and values._version != site.written:
-        _check_master(site, values)
-        _write([(site, getattr(module, site.attribute), getattr(module, site.indices_name), values)])
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "SparseTuner: values are written into weights, which torch.func cannot follow; use torch.autograd"
+        )
+    for site, owner in sites:
+        weight, indices, values = _tensors(site, owner or module)
+        if site.dense and weight.requires_grad and not getattr(weight, "_post_accumulate_grad_hooks", None):
+            raise RuntimeError(
+                f"SparseTuner: the dense gradient of {site.name} would train all of it: the model was copied while a "
+                f"tuner was attached; detach the copy's source first, or give the copy's weights requires_grad=False"
+            )
+        if not site.is_written(values):
+            _write([(site, weight, indices, values)])
+
+
+def _loaded(site: Site, module: nn.Module, _: Any) -> None:
+    """After a state dict was loaded: the weight follows the values, whatever came for either."""
+    weight, indices, values = _tensors(site, module)
+    known = site.written[0]() if site.written is not None else values
+    if known is not values:
+        raise RuntimeError(
+            f"SparseTuner: {site.name}{VALUES_SUFFIX} was replaced, so that no optimizer trains it; load into the "
+            f"parameter itself (load_state_dict with assign=False)"
+        )
+    _write([(site, weight, indices, values)])
+
+
+def _gathered(target: Target, weight: Tensor) -> None:
+    """The hook of a weight whose dense gradient has just been made: keep the mask's entries, free the rest."""
+    grad, weight.grad = weight.grad, None
+    _, indices, values = target.tensors()
+    if grad is None or not values.requires_grad:
+        return
+    dense = grad.to_dense() if grad.is_sparse else grad
+    at_mask = shira_ops.gather(dense.contiguous(), indices, granule=target.site.granule).to(values.dtype)
+    # Through autograd and not by hand: so it accumulates, and hooks of the values and of DDP run, as for any parameter.
+    torch.autograd.backward(values, at_mask, create_graph=torch.is_grad_enabled())
 
 
 def _write(items: Iterable[tuple[Site, Tensor, Tensor, Tensor]]) -> None:
@@ -159,12 +211,14 @@ def _write(items: Iterable[tuple[Site, Tensor, Tensor, Tensor]]) -> None:
 
 def mark_written(site: Site, values: Tensor) -> None:
     """Note that the weight holds the values as they are now."""
-    if not values.is_inference():
-        site.written = values._version
+    site.written = weakref.ref(values), -1 if values.is_inference() else values._version
+
+
+# ---- hooks of optimizers -------------------------------------------------------------------------------------
 
 
 def _targets_in(optimizer: Optimizer) -> list[tuple[Tensor, Target]]:
-    if not len(_targets):
+    if not len(_known):
         return []
     found = ((p, target_of(p)) for group in optimizer.param_groups for p in group["params"])
     return [(values, target) for values, target in found if target is not None]
@@ -180,9 +234,10 @@ def _check_reached(targets: Sequence[tuple[Tensor, Target]]) -> None:
             missing.append(site.name)
     if missing:
         raise RuntimeError(
-            f"SparseTuner: no gradient reached {_model.some(missing)}; either there was no backward pass, or the "
-            f"module's own forward does not run (as inside nn.MultiheadAttention): leave it out with targets=, or, if "
-            f"it runs only in some steps, pass allow_unused=True"
+            f"SparseTuner: no gradient reached {_model.some(missing)}; either there was no backward pass, or the loss "
+            f"does not depend on it, or checkpointing with use_reentrant=True got no input that requires grad "
+            f"(use_reentrant=False needs none). Leave it out with targets=, or, if it is used only in some steps, pass "
+            f"allow_unused=True"
         )
 
 
@@ -209,43 +264,81 @@ def _watch_optimizers() -> None:
 
 
 def _stop_watching() -> None:
-    if not len(_targets):
+    if all(target is None for target in _known.values()):
         for handle in _optimizer_hooks:
             handle.remove()
         _optimizer_hooks.clear()
+
+
+# ---- the tuner -----------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Plan:
+    """What will be put on the model for one weight; making it changes nothing."""
+
+    name: str
+    slots: list[_model.Slot]
+    indices: Tensor
+    granule: int
+    saved: Tensor
+    fingerprint: int
+    seed: int | None = None
+    start: Tensor | None = None
 
 
 @dataclass(eq=False)
 class _Tuned:
     """One weight a tuner trains, and all that takes it back."""
 
-    name: str
+    plan: _Plan
     target: Target
-    slots: list[_model.Slot]
-    saved: Tensor
-    fingerprint: int
-    seed: int | None
     handles: list[RemovableHandle]
 
     @property
+    def name(self) -> str:
+        return self.plan.name
+
+    @property
+    def owner(self) -> nn.Module:
+        return self.plan.slots[0].module
+
+    @property
+    def whole(self) -> bool:
+        return self.plan.granule == self.plan.slots[0].weight.numel()
+
+    @property
     def values(self) -> nn.Parameter:
-        parameter: nn.Parameter = getattr(self.slots[0].module, self.target.site.values_name)
+        parameter: nn.Parameter = getattr(self.owner, self.target.site.values_name)
         return parameter
 
 
 class SparseTuner:
-    """Train the entries that a mask selects of a model's linear layers; everything else is frozen.
+    """Train the entries that a mask selects of a model's weights; everything else is frozen.
 
-    From here on ``model.parameters()`` holds, with ``requires_grad``, the values alone; so DDP, clipping, accumulation,
-    schedulers and checkpoints find them by themselves, and any optimizer over ``tuner.parameters()`` trains them
-    (`shira.AdamW` does step and write in one pass). Unfreeze parameters that should train densely, such as a new head,
-    after this. Use it as a context manager to have the base back at the end.
+    From here on ``model.parameters()`` holds, with ``requires_grad``, the values (and the weights of *dense* targets,
+    whose gradients are gathered and freed during backward, so that optimizers, clipping and scalers never see one); so
+    DDP, clipping, accumulation, schedulers and checkpoints find the values by themselves, and any optimizer over
+    ``tuner.parameters()`` trains them (`shira.AdamW` does step and write in one pass). Use it as a context manager to
+    have the base back at the end.
+
+    A tied weight (an embedding and the head that shares it) is one target: the gradients of its uses are summed.
+    Buffers, such as the running statistics of batch normalisation, are neither trained nor put back: keep such layers
+    in ``eval()``. The model must not be copied and the copy trained while a tuner is attached.
 
     Args:
         model: the model; its weights are changed in place, their storage stays.
         mask: one of ``shira.masks``.
-        targets: a regular expression searched in the modules' names, or a list of names (whole, or their last parts, as
-            ``"q_proj"``), or None for every ``nn.Linear``.
+        targets: which weights. A regular expression searched in names: of modules with weights (linear, convolution,
+            embedding and attention modules; for any other its own matrices), or of parameters. Or a list of such names,
+            whole or their last parts (``"q_proj"``). None: every ``nn.Linear`` and transformers' ``Conv1D``.
+        whole: parameters to train as a whole, such as a new head: a regular expression searched in parameter names, or
+            a list of names of parameters or modules. They become part of the adapter, and `detach` puts them back.
+        gradient: ``"sampled"`` takes the gradient at the mask alone wherever the layer allows it; ``"dense"`` makes the
+            full gradient of every target and masks it, as in the paper (arXiv 2406.13175, section 3.2).
+        calibration: batches for a mask by gradients (`shira.masks.Grad`, `shira.masks.Snip`): a batch is what the model
+            is called with, a mapping, a tuple, a list or a tensor. The model is as before afterwards.
+        loss: ``loss(model, batch)`` gives the scalar for calibration; None: the model's own ``output.loss``.
         allow_unused: accept targets that get no gradient in the first step (layers that run only now and then).
     """
 
@@ -255,64 +348,156 @@ class SparseTuner:
         mask: Mask,
         targets: str | Sequence[str] | None = None,
         *,
+        whole: str | Sequence[str] | None = None,
+        gradient: str = "sampled",
+        calibration: Iterable[Any] | None = None,
+        loss: Callable[[nn.Module, Any], Tensor] | None = None,
         allow_unused: bool = False,
     ) -> None:
         if not isinstance(mask, Mask):
             raise TypeError(f"SparseTuner: mask must be one of shira.masks, got {type(mask).__name__}")
+        self._open(model, gradient, mask, mask.describe())
+        names = _targets.Names(self.model)
+        entire = names.whole(whole)
+        chosen = {name: group for name, group in names.targets(targets).items() if name not in entire}
+        if not chosen and not entire:
+            raise ValueError("SparseTuner: targets is empty, so nothing would train")
+        mask.check({name: group[0].weight for name, group in chosen.items()})
+        places = {name: [(slot.module, slot.attribute) for slot in group] for name, group in chosen.items()}
+        mask.prepare(self.model, places, calibration, loss)
+        plans = [self._masked(mask, name, group) for name, group in chosen.items()]
+        plans += [self._entire(name, group) for name, group in entire.items()]
+        self._install(plans, allow_unused)
+
+    @classmethod
+    def from_adapter(
+        cls,
+        model: nn.Module,
+        adapter: Adapter | str | os.PathLike[str],
+        *,
+        gradient: str = "sampled",
+        allow_unused: bool = False,
+    ) -> SparseTuner:
+        """Go on training a saved adapter: its entries are the mask, and the values start where it ended.
+
+        The model must be at the base the adapter was made for (refused by fingerprint otherwise), and `detach` gives
+        that base back. The strength ``alpha`` plays no part in training; `adapter` keeps it.
+
+        Args:
+            model: the model, at the base.
+            adapter: an `Adapter`, or the path of its file. A delta adapter starts at base + delta, and what is trained
+                is saved as an overwriting one.
+            gradient: as for `SparseTuner`.
+            allow_unused: as for `SparseTuner`.
+        """
+        tuner = cls.__new__(cls)
+        tuner._open(model, gradient, None, None)
+        names = _targets.Names(tuner.model)
+        # A switcher knows what an adapter needs of a model, and says what does not fit.
+        adapter, places = fitted(tuner.model, adapter)
+        if not adapter.weights:
+            raise AdapterError("SparseTuner: the adapter changes no weight, so nothing would train")
+        tuner._about, tuner._alpha = adapter.mask, adapter.alpha
+        plans = []
+        for name, entry in adapter.weights.items():
+            slot = places[name]
+            group = names.of(slot)
+            _targets.check_trainable(slot.name, group)
+            indices = entry.indices.to(slot.weight.device)
+            plan = tuner._plan(group[0].name, group, indices, entry.granule, entry.seed)
+            start = entry.values.detach().to(device=slot.weight.device, dtype=_master_dtype(slot.weight))
+            plan.start = plan.saved.to(start.dtype) + start if adapter.delta else start
+            plans.append(plan)
+        tuner._install(plans, allow_unused)
+        return tuner
+
+    # ---- putting on ------------------------------------------------------------------------------------------
+
+    def _open(self, model: nn.Module, gradient: str, mask: Mask | None, about: Mapping[str, Any] | None) -> None:
+        if gradient not in ("sampled", "dense"):
+            raise ValueError(f'SparseTuner: gradient must be "sampled" or "dense", got {gradient!r}')
         self.model = _model.unwrap(model)
-        self.mask = mask
+        self.mask, self._about = mask, about
+        self._gradient = gradient
+        self._alpha = 1.0
         self._tuned: list[_Tuned] = []
         self._requires_grad: list[tuple[nn.Parameter, bool]] = []
+        self._root: list[RemovableHandle] = []
 
+    def _masked(self, mask: Mask, name: str, group: list[_model.Slot]) -> _Plan:
+        weight = group[0].weight.detach()
+        indices = mask(name, weight)
+        try:
+            shira_ops.check_indices(indices, weight.numel(), granule=mask.granule)
+        except RuntimeError as error:
+            raise ValueError(f"SparseTuner: {mask!r} gave {name} bad indices: {error}") from error
+        return self._plan(name, group, indices, mask.granule, mask.seed_for(name))
+
+    def _entire(self, name: str, group: list[_model.Slot]) -> _Plan:
+        weight = group[0].weight
+        if not weight.numel():
+            raise ValueError(f"SparseTuner: {name} has no entries to train")
+        # As in a file: one granule of all its entries.
+        indices = torch.zeros(1, dtype=torch.int32, device=weight.device)
+        return self._plan(name, group, indices, weight.numel(), None)
+
+    def _plan(self, name: str, group: list[_model.Slot], indices: Tensor, granule: int, seed: int | None) -> _Plan:
+        weight = group[0].weight.detach()
+        saved = shira_ops.gather(weight, indices, granule=granule)
+        fingerprint = int(shira_ops.fingerprint(weight)) & _WORD
+        return _Plan(name, group, indices, granule, saved, fingerprint, seed)
+
+    def _install(self, plans: Sequence[_Plan], allow_unused: bool) -> None:
+        """Everything is checked: from here on the model changes."""
         slots = _model.slots(self.model)
-        chosen = _chosen(self.model, slots, targets)
-        mask.check({name: group[0].weight for name, group in chosen.items()})
-        prepared = [self._prepare(name, group) for name, group in chosen.items()]
-
-        # Everything is checked: from here on the model changes.
-        values_names = tuple(name for name in slots if name.endswith(VALUES_SUFFIX))
-        for name, slot in slots.items():
-            if name not in values_names:
-                self._requires_grad.append((slot.weight, slot.weight.requires_grad))
-                slot.weight.requires_grad_(False)
-        for name, group, indices, saved, fingerprint in prepared:
-            self._tuned.append(self._install(name, group, indices, saved, fingerprint, allow_unused))
+        # Once each: a tied weight that was met a second time would be remembered as frozen.
+        base = {id(slot.weight): slot.weight for name, slot in slots.items() if not name.endswith(VALUES_SUFFIX)}
+        for weight in base.values():
+            self._requires_grad.append((weight, weight.requires_grad))
+            weight.requires_grad_(False)
+        for plan in plans:
+            self._tuned.append(self._put(plan, allow_unused))
+        dense = [tuned for tuned in self._tuned if tuned.target.site.dense]
+        if dense:
+            # Their modules' forward may not run, so the model's own looks after them.
+            sites = [(tuned.target.site, tuned.owner) for tuned in dense]
+            self._root.append(self.model.register_forward_pre_hook(partial(_follow, sites)))
+            ignored = [*getattr(self.model, _DDP_IGNORES, []), *(tuned.name for tuned in dense)]
+            setattr(self.model, _DDP_IGNORES, ignored)
+        if any(plan.start is not None for plan in plans):
+            self.sync()
         _watch_optimizers()
 
-    def _prepare(self, name: str, group: list[_model.Slot]) -> tuple[str, list[_model.Slot], Tensor, Tensor, int]:
-        weight = group[0].weight.detach()
-        indices = self.mask(name, weight)
-        try:
-            shira_ops.check_indices(indices, weight.numel(), granule=self.mask.granule)
-        except RuntimeError as error:
-            raise ValueError(f"SparseTuner: {self.mask!r} gave {name} bad indices: {error}") from error
-        saved = shira_ops.gather(weight, indices, granule=self.mask.granule)
-        fingerprint = int(shira_ops.fingerprint(weight)) & _WORD
-        return name, group, indices, saved, fingerprint
-
-    def _install(
-        self,
-        name: str,
-        group: list[_model.Slot],
-        indices: Tensor,
-        saved: Tensor,
-        fingerprint: int,
-        allow_unused: bool,
-    ) -> _Tuned:
-        first = group[0]
-        dtype = torch.float64 if saved.dtype == torch.float64 else torch.float32
-        values = nn.Parameter(saved.to(dtype, copy=True))
-        site = Site(name, first.attribute, self.mask.granule, dtype, allow_unused=allow_unused)
-        handles: list[RemovableHandle] = []
-        for slot in group:
-            slot.module.register_parameter(site.values_name, values)
-            slot.module.register_buffer(site.indices_name, indices, persistent=False)
-            handles.append(slot.module.register_forward_pre_hook(partial(_follow, site)))
-            handles.append(slot.module.register_forward_hook(partial(_attach, site), with_kwargs=True))
+    def _put(self, plan: _Plan, allow_unused: bool) -> _Tuned:
+        owner, weight = plan.slots[0].module, plan.slots[0].weight
+        rules: list[str | None] = [None] * len(plan.slots)
+        if self._gradient == "sampled" and plan.granule < weight.numel():
+            rules = _targets.rules(plan.slots, plan.granule)
+        dense = rules[0] is None
+        dtype = _master_dtype(weight)
+        start = plan.saved if plan.start is None else plan.start
+        values = nn.Parameter(start.to(dtype, copy=True))
+        site = Site(plan.name, plan.slots[0].attribute, plan.granule, dtype, dense, allow_unused=allow_unused)
+        target = Target(site, weakref.ref(owner), plan.saved)
+        # On the first owner alone: under several names it would be one more tied weight to those who save models.
+        owner.register_parameter(site.values_name, values)
+        owner.register_buffer(site.indices_name, plan.indices, persistent=False)
+        handles: list[RemovableHandle] = [owner.register_load_state_dict_post_hook(partial(_loaded, site))]
+        if dense:
+            weight.requires_grad_(True)
+            handles.append(weight.register_post_accumulate_grad_hook(partial(_gathered, target)))
+        for slot, rule in zip(plan.slots, rules, strict=True):
+            elsewhere = None if slot.module is owner else owner
+            handles.append(slot.module.register_forward_pre_hook(partial(_follow, [(site, elsewhere)])))
+            if rule is not None:
+                # First of all hooks: others may change the output, and this one needs the layer's own.
+                hook = partial(_attach, site, elsewhere, rule)
+                handles.append(slot.module.register_forward_hook(hook, with_kwargs=True, prepend=True))
         mark_written(site, values)
-        target = Target(site, weakref.ref(first.module))
-        _targets[values] = target
-        return _Tuned(name, target, group, saved, fingerprint, self.mask.seed_for(name), handles)
+        _known[values] = target
+        return _Tuned(plan, target, handles)
+
+    # ---- while it trains -------------------------------------------------------------------------------------
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trainable values, one parameter for each weight."""
@@ -326,53 +511,104 @@ class SparseTuner:
         """Write the values into the weights. Optimizer steps do it by themselves; edits by hand may need it."""
         _write((tuned.target.site, *tuned.target.tensors()) for tuned in self._attached())
 
-    def adapter(self, *, alpha: float = 1.0, provenance: Mapping[str, Any] | None = None) -> Adapter:
-        """The trained entries as an `Adapter`: exactly what the weights now hold, in the weights' dtype."""
+    def adapter(self, *, alpha: float | None = None, provenance: Mapping[str, Any] | None = None) -> Adapter:
+        """The trained entries as an `Adapter`: exactly what the weights now hold, in the weights' dtype.
+
+        Args:
+            alpha: the strength it will have unless another is asked for: 1, or that of the adapter this went on from.
+            provenance: anything worth keeping, in JSON's types.
+        """
         self.sync()
         entries: dict[str, Entry] = {}
         for tuned in self._tuned:
             weight, indices, _ = tuned.target.tensors()
-            site = tuned.target.site
+            plan = tuned.plan
             with torch.no_grad():
-                values = shira_ops.gather(weight, indices, granule=site.granule)
+                values = shira_ops.gather(weight, indices, granule=plan.granule)
             entries[tuned.name] = Entry(
                 indices.clone(),
                 values,
                 tuple(weight.shape),
                 weight.dtype,
-                site.granule,
-                tuned.fingerprint,
-                tuned.seed,
-                tuple(slot.name for slot in tuned.slots[1:]),
+                plan.granule,
+                plan.fingerprint,
+                plan.seed,
+                tuple(slot.name for slot in plan.slots[1:]),
                 checked=True,
             )
-        return Adapter(entries, alpha=alpha, mask=self.mask.describe(), provenance=provenance)
+        alpha = self._alpha if alpha is None else alpha
+        return Adapter(entries, alpha=alpha, mask=self._about, provenance=provenance)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The values in full precision, and what they belong to: to go on later, where `adapter` is to use.
+
+        Tensors, strings and numbers only, so ``torch.load(weights_only=True)`` reads it.
+        """
+        weights = {}
+        for tuned in self._attached():
+            weights[tuned.name] = {**_identity(tuned), "values": tuned.values.detach().clone()}
+        return {"version": 1, "weights": weights}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take values from a `state_dict`; refuses, with nothing changed, that of another base, mask or model."""
+        known = state.get("version")
+        if known != 1 or not isinstance(state.get("weights"), Mapping):
+            raise ValueError(f"SparseTuner: this is no state of a tuner (version {known!r})")
+        weights, tuned_here = state["weights"], {tuned.name: tuned for tuned in self._attached()}
+        missing, foreign = tuned_here.keys() - weights.keys(), weights.keys() - tuned_here.keys()
+        if missing or foreign:
+            raise ValueError(
+                f"SparseTuner: the state is of another adapter: it has not {_model.some(sorted(missing))}, "
+                f"and has {_model.some(sorted(foreign))} besides"
+            )
+        what = {
+            "shape": "another shape", "granule": "another granule", "indices": "other entries (another mask)",
+            "fingerprint": "another base",
+        }  # fmt: skip
+        for name, tuned in tuned_here.items():
+            for key, wanted in _identity(tuned).items():
+                if weights[name].get(key) != wanted:
+                    raise ValueError(f"SparseTuner: the state is of another adapter: {name} has {what[key]}")
+            if weights[name]["values"].shape != tuned.values.shape:
+                raise ValueError(f"SparseTuner: the state's values of {name} have the wrong length")
+        with torch.no_grad():
+            for name, tuned in tuned_here.items():
+                tuned.values.copy_(weights[name]["values"])
+        self.sync()
+
+    # ---- taking off ------------------------------------------------------------------------------------------
 
     def detach(self) -> None:
         """Give the base back, bit for bit, and remove everything the tuner put on the model. Twice is once."""
-        groups: dict[torch.device, list[tuple[Tensor, Tensor, Tensor]]] = {}
-        for tuned in self._tuned:
-            module, site = tuned.slots[0].module, tuned.target.site
-            weight, indices = getattr(module, site.attribute), getattr(module, site.indices_name)
-            # The model may have moved, or been cast, since: a cast base has the cast of these entries.
-            saved = tuned.saved.to(device=weight.device, dtype=weight.dtype)
-            groups.setdefault(weight.device, []).append((weight, indices, saved))
-        with torch.no_grad():
-            for items in groups.values():
-                weights, indices_list, saved_list = (list(column) for column in zip(*items, strict=True))
-                shira_ops.foreach_scatter_(weights, indices_list, saved_list, granule=self.mask.granule)
+        groups: dict[tuple[torch.device, int], list[tuple[Tensor, Tensor, Tensor]]] = {}
         for tuned in self._tuned:
             site = tuned.target.site
-            _targets.pop(tuned.values, None)
+            weight, indices = getattr(tuned.owner, site.attribute), getattr(tuned.owner, site.indices_name)
+            # The model may have moved, or been cast, since: a cast base has the cast of these entries.
+            saved = tuned.plan.saved.to(device=weight.device, dtype=weight.dtype)
+            groups.setdefault((weight.device, site.granule), []).append((weight, indices, saved))
+        with torch.no_grad():
+            for (_, granule), items in groups.items():
+                weights, indices_list, saved_list = (list(column) for column in zip(*items, strict=True))
+                shira_ops.foreach_scatter_(weights, indices_list, saved_list, granule=granule)
+        for tuned in self._tuned:
+            site = tuned.target.site
+            _known[tuned.values] = None
             for handle in tuned.handles:
                 handle.remove()
-            for slot in tuned.slots:
-                delattr(slot.module, site.values_name)
-                delattr(slot.module, site.indices_name)
+            delattr(tuned.owner, site.values_name)
+            delattr(tuned.owner, site.indices_name)
+        for handle in self._root:
+            handle.remove()
+        dense = {tuned.name for tuned in self._tuned if tuned.target.site.dense}
+        if dense:
+            ignored = [name for name in getattr(self.model, _DDP_IGNORES) if name not in dense]
+            setattr(self.model, _DDP_IGNORES, ignored) if ignored else delattr(self.model, _DDP_IGNORES)
         for parameter, requires_grad in self._requires_grad:
             parameter.requires_grad_(requires_grad)
         self._tuned.clear()
         self._requires_grad.clear()
+        self._root.clear()
         _stop_watching()
 
     def __enter__(self) -> SparseTuner:
@@ -388,27 +624,47 @@ class SparseTuner:
             raise RuntimeError("SparseTuner: the tuner is detached")
         return self._tuned
 
+    # ---- what it is ------------------------------------------------------------------------------------------
+
     @property
     def nnz(self) -> int:
         """Trainable entries."""
-        return sum(tuned.saved.numel() for tuned in self._tuned)
+        return sum(tuned.plan.saved.numel() for tuned in self._tuned)
 
     @property
     def density(self) -> float:
         """Share of the targeted weights' entries that train."""
-        return self.nnz / max(1, sum(tuned.slots[0].weight.numel() for tuned in self._tuned))
+        return self.nnz / max(1, sum(tuned.plan.slots[0].weight.numel() for tuned in self._tuned))
 
     def summary(self) -> str:
-        """A table of what trains: name, shape, entries and density of each weight, and the share of the model."""
-        rows = [("weight", "shape", "entries", "density")]
+        """A table of what trains: names, shape, entries, density, granule, and how the gradient is taken.
+
+        Layers that differ in their number alone share a row, ``*`` for the number.
+        """
+        kinds: dict[tuple[str, ...], list[str]] = {}
         for tuned in self._attached():
-            weight = tuned.slots[0].weight
-            nnz = tuned.saved.numel()
-            rows.append((tuned.name, "x".join(map(str, weight.shape)), f"{nnz:,}", f"{nnz / weight.numel():.2%}"))
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+            weight, plan = tuned.plan.slots[0].weight, tuned.plan
+            entries = plan.saved.numel()
+            row = (
+                re.sub(r"(?<![^.])\d+(?=\.)", "*", tuned.name),
+                "x".join(map(str, weight.shape)) or "scalar",
+                f"{entries:,}",
+                f"{entries / weight.numel():.2%}",
+                "whole" if tuned.whole else str(plan.granule),
+                "dense" if tuned.target.site.dense else "sampled",
+                ", ".join(slot.name for slot in plan.slots[1:]),
+            )
+            kinds.setdefault(row, []).append(tuned.name)
+        rows: list[tuple[str, ...]] = [
+            ("weight", "weights", "shape", "entries", "density", "granule", "gradient", "tied to")
+        ]
+        for (pattern, *rest), names in kinds.items():
+            rows.append((names[0] if len(names) == 1 else pattern, str(len(names)), *rest))
+        if not any(row[-1] for row in rows[1:]):
+            rows = [row[:-1] for row in rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        base = {id(parameter): parameter.numel() for parameter, _ in self._requires_grad}
-        share = self.nnz / max(1, sum(base.values()))
+        share = self.nnz / max(1, sum(parameter.numel() for parameter, _ in self._requires_grad))
         lines.append(
             f"{self.nnz:,} trainable entries: {self.density:.2%} of {len(self._tuned)} weights, "
             f"{share:.2%} of the model"
@@ -417,81 +673,20 @@ class SparseTuner:
 
     def __repr__(self) -> str:
         if not self._tuned:
-            return f"SparseTuner({self.mask!r}, detached)"
-        return f"SparseTuner({self.mask!r}, {len(self._tuned)} weights, {self.nnz:,} entries, {self.density:.2%})"
+            return "SparseTuner(detached)"
+        mask = "no mask" if self._about is None else self._about.get("name", "a mask")
+        return f"SparseTuner({mask}, {len(self._tuned)} weights, {self.nnz:,} entries, {self.density:.2%})"
 
 
-def _chosen(
-    model: nn.Module, slots: Mapping[str, _model.Slot], targets: str | Sequence[str] | None
-) -> dict[str, list[_model.Slot]]:
-    """The targeted weights by first name, each with every place that holds it; refuses what cannot train."""
-    named = model.named_modules(remove_duplicate=False)
-    modules = {name.replace(_model.COMPILED, ""): module for name, module in named}
-    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    names = _matching(modules, linear, targets)
-
-    holders: dict[object, list[_model.Slot]] = {}
-    for slot in slots.values():
-        group = holders.setdefault(_model.memory(slot.weight), [])
-        if not any(slot.module is other.module and slot.attribute == other.attribute for other in group):
-            group.append(slot)
-
-    chosen: dict[str, list[_model.Slot]] = {}
-    for module_name in names:
-        name = f"{module_name}.weight" if module_name else "weight"
-        if name not in slots:
-            raise ValueError(
-                f"SparseTuner: {name} is not a parameter of its module (parametrized?); leave it out with targets="
-            )
-        slot = slots[name]
-        weight = slot.weight
-        if any(hasattr(other.module, other.attribute + VALUES_SUFFIX) for other in holders[_model.memory(weight)]):
-            raise ValueError(f"SparseTuner: {name} is already trained by a tuner; detach that one first")
-        if weight.is_meta:
-            raise ValueError(f"SparseTuner: {name} is on the meta device; give it its weights first")
-        if weight.dtype not in _FLOATS:
-            raise ValueError(
-                f"SparseTuner: {name} must be float16, bfloat16, float32 or float64 to train, "
-                f"got {dtype_name(weight.dtype)}"
-            )
-        if not weight.is_contiguous():
-            raise ValueError(f"SparseTuner: {name} must be contiguous; {_model.stride_advice(name)}")
-        group = holders[_model.memory(weight)]
-        for other in group:
-            same = isinstance(other.module, nn.Linear) and other.attribute == "weight" and other.weight is weight
-            if not same:
-                raise ValueError(
-                    f"SparseTuner: {name} is tied to {other.name} ({type(other.module).__name__}), whose gradient is "
-                    f"not sampled: training it would miss a part; leave it out with targets="
-                )
-        chosen.setdefault(group[0].name, group)
-    return chosen
+def _master_dtype(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def _matching(
-    modules: Mapping[str, nn.Module], linear: Sequence[str], targets: str | Sequence[str] | None
-) -> list[str]:
-    some = _model.some(name for name in linear if name)
-    if targets is None:
-        if not linear:
-            raise ValueError("SparseTuner: the model has no nn.Linear")
-        return list(linear)
-    if isinstance(targets, str):
-        try:
-            pattern = re.compile(targets)
-        except re.error as error:
-            raise ValueError(f"SparseTuner: targets {targets!r} is no regular expression: {error}") from error
-        names = [name for name in linear if pattern.search(name)]
-        if not names:
-            raise ValueError(f"SparseTuner: targets {targets!r} matches no nn.Linear; the model has {some}")
-        return names
-    found: dict[str, None] = {}
-    for wanted in targets:
-        names = [name for name in linear if name == wanted or name.endswith(f".{wanted}")]
-        if not names:
-            what = f"is a {type(modules[wanted]).__name__}, " if wanted in modules else ""
-            raise ValueError(f"SparseTuner: target {wanted!r} {what}names no nn.Linear; the model has {some}")
-        found.update(dict.fromkeys(names))
-    if not found:
-        raise ValueError(f"SparseTuner: targets is empty; the model has {some}")
-    return [name for name in linear if name in found]
+def _identity(tuned: _Tuned) -> dict[str, Any]:
+    """What values belong to: a state whose identity differs is another adapter's."""
+    return {
+        "shape": list(tuned.plan.slots[0].weight.shape),
+        "granule": tuned.plan.granule,
+        "indices": hex_word(int(shira_ops.fingerprint(tuned.plan.indices.to(torch.int64))) & _WORD),
+        "fingerprint": hex_word(tuned.plan.fingerprint),
+    }

@@ -1,0 +1,286 @@
+// Indices to bytes and back on CUDA: core/codec.h is the format. A block of threads has a block of the code.
+//
+// Both directions refuse content, and the size of a code is not known before it is made, so both synchronise: a code is
+// made when an adapter is saved and read when it is loaded. What a block decodes it finds by two sums over its units,
+// how far each reaches and how many gaps have ended before it.
+#include "../core/codec.h"
+
+#include "../codec_ops.h"
+#include "block.h"
+
+namespace shira::cuda {
+namespace {
+
+namespace codec = shira::core::codec;
+
+constexpr int kItems = 8;  // units, or indices, of a thread in one step
+constexpr int kStep = kThreads * kItems;
+constexpr uint64_t kMost = ~uint64_t{0};
+
+// Sums that stop at the largest number instead of passing it: what reaches it is refused.
+struct Saturating {
+  __device__ __forceinline__ uint64_t operator()(uint64_t a, uint64_t b) const { return a + b < a ? kMost : a + b; }
+};
+struct Plain {
+  __device__ __forceinline__ uint64_t operator()(uint64_t a, uint64_t b) const { return a + b; }
+};
+
+// Codes have any alignment. Neighbouring threads read neighbouring units, so single bytes come from L1.
+template <typename T>
+__device__ __forceinline__ T read(const uint8_t* at) {
+  uint64_t value = 0;
+#pragma unroll
+  for (size_t k = 0; k < sizeof(T); ++k) value |= static_cast<uint64_t>(load_cached(at + k)) << 8 * k;
+  return static_cast<T>(value);
+}
+template <typename T>
+__device__ __forceinline__ void write(uint8_t* at, T value) {
+#pragma unroll
+  for (size_t k = 0; k < sizeof(T); ++k) store_stream(at + k, static_cast<uint8_t>(value >> 8 * k));
+}
+
+// ---- decode ------------------------------------------------------------------------------------------------
+
+struct DecodeRow {
+  const uint8_t* code;
+  int64_t bytes, count;
+  uint64_t bound;               // of every index
+  unsigned long long* refused;  // the first block that is
+};
+
+template <typename Index>
+struct Decode {
+  using Row = DecodeRow;
+  struct Scalars {
+    Index* out;
+  };
+  static int64_t tiles(const Row& row) { return codec::block_count(row.count); }
+
+  // Units of the payload [at, end) into out[1 .. n). Whether they are n - 1 gaps, the last of which ends with the
+  // payload; `index` is the last one.
+  template <typename Unit>
+  static __device__ bool payload(const uint8_t* at, const uint8_t* end, int n, Index* out, uint64_t& index) {
+    constexpr bool kEscapes = sizeof(Unit) < 8;
+    constexpr uint64_t kEscape = codec::kEscape<Unit>;
+    const int64_t units = (end - at) / static_cast<int64_t>(sizeof(Unit));
+    if (units * static_cast<int64_t>(sizeof(Unit)) != end - at) return false;
+    // Escapes may be many: in a payload that no encoder writes, the sum is all that is asked of them.
+    uint64_t written = 0;
+    for (int64_t begin = 0; begin < units; begin += kStep) {
+      uint64_t unit[kItems], sum = 0, ends = 0, before_sum, before_ends, total;
+#pragma unroll
+      for (int k = 0; k < kItems; ++k) {
+        const int64_t i = begin + static_cast<int64_t>(threadIdx.x) * kItems + k;
+        if (i >= units) break;
+        unit[k] = read<Unit>(at + i * static_cast<int64_t>(sizeof(Unit)));
+        const bool last = !kEscapes || unit[k] != kEscape;
+        sum = Saturating{}(sum, Saturating{}(unit[k], last));
+        ends += last;
+      }
+      before_sum = Saturating{}(index, block_scan(sum, total, Saturating{}));
+      index = Saturating{}(index, total);
+      before_ends = written + block_scan(ends, total, Plain{});
+      written += total;
+#pragma unroll
+      for (int k = 0; k < kItems; ++k) {
+        const int64_t i = begin + static_cast<int64_t>(threadIdx.x) * kItems + k;
+        if (i >= units) break;
+        const bool last = !kEscapes || unit[k] != kEscape;
+        before_sum = Saturating{}(before_sum, Saturating{}(unit[k], last));
+        before_ends += last;
+        if (last && before_ends < static_cast<uint64_t>(n))
+          store_stream(out + before_ends, static_cast<Index>(before_sum));
+      }
+    }
+    if (written != static_cast<uint64_t>(n - 1)) return false;
+    return units == 0 || !kEscapes || read<Unit>(end - sizeof(Unit)) != kEscape;
+  }
+
+  static __device__ bool block(const Row& row, int64_t block, Index* out) {
+    const int64_t blocks = codec::block_count(row.count), anchors = blocks * codec::kAnchorBytes;
+    const int n = static_cast<int>(codec::block_length(row.count, block));
+    const bool last = block + 1 == blocks;
+    const uint8_t* const anchor = row.code + block * codec::kAnchorBytes;
+    const uint64_t bytes = static_cast<uint64_t>(row.bytes - anchors);
+    const uint64_t first = read<uint64_t>(anchor), place = read<uint64_t>(anchor + 8);
+    const uint64_t start = place & codec::kStartMask;
+    const uint64_t end = last ? bytes : read<uint64_t>(anchor + codec::kAnchorBytes + 8) & codec::kStartMask;
+    if (block == 0 && start != 0) return false;
+    if (end > bytes || start > end || (!last && start == end) || first >= row.bound) return false;
+    if (threadIdx.x == 0) store_stream(out, static_cast<Index>(first));
+    const uint8_t *const from = row.code + anchors + start, *const to = row.code + anchors + end;
+    uint64_t index = first;
+    bool good = false;
+    switch (place >> 56) {
+      case codec::kBytes: good = payload<uint8_t>(from, to, n, out, index); break;
+      case codec::kShorts: good = payload<uint16_t>(from, to, n, out, index); break;
+      case codec::kWords: good = payload<uint64_t>(from, to, n, out, index); break;
+      default: break;
+    }
+    return good && index < row.bound && (last || read<uint64_t>(anchor + codec::kAnchorBytes) > index);
+  }
+
+  static __device__ void tile(const Scalars& scalars, const Row& row, int64_t tile) {
+    if (!block(row, tile, scalars.out + tile * codec::kBlock) && threadIdx.x == 0)
+      atomicMin(row.refused, static_cast<unsigned long long>(tile));
+  }
+};
+
+// ---- encode ------------------------------------------------------------------------------------------------
+
+template <typename Unit>
+__device__ __forceinline__ uint64_t units_of(uint64_t gap) {
+  return sizeof(Unit) == 8 ? 1 : gap / codec::kEscape<Unit> + 1;
+}
+
+struct EncodeRow {
+  Indices indices;
+  uint64_t* places;             // a block's mode << 56 | the bytes of its payload; then | where that starts
+  unsigned long long* refused;  // the first position that is
+};
+
+// Which mode a block takes, and how long it is in that.
+struct Measure {
+  using Row = EncodeRow;
+  struct Scalars {};
+  static int64_t tiles(const Row& row) { return codec::block_count(row.indices.count); }
+
+  static __device__ void tile(const Scalars&, const Row& row, int64_t tile) {
+    const int64_t begin = tile * codec::kBlock, n = codec::block_length(row.indices.count, tile);
+    uint64_t bytes = 0, shorts = 0;
+    for (int64_t i = threadIdx.x; i < n; i += kThreads) {
+      const int64_t index = row.indices[begin + i], before = begin + i > 0 ? row.indices[begin + i - 1] : -1;
+      if (index < 0 || index <= before) atomicMin(row.refused, static_cast<unsigned long long>(begin + i));
+      if (i == 0) continue;
+      const uint64_t gap = static_cast<uint64_t>(index) - static_cast<uint64_t>(before) - 1;
+      bytes += units_of<uint8_t>(gap);
+      shorts += units_of<uint16_t>(gap);
+    }
+    bytes = block_sum(bytes);
+    shorts = block_sum(shorts);
+    if (threadIdx.x > 0) return;
+    const uint64_t length = static_cast<uint64_t>(n);
+    if (bytes <= 2 * length)
+      store_stream(row.places + tile, uint64_t{codec::kBytes} << 56 | bytes);
+    else if (shorts <= 4 * length)
+      store_stream(row.places + tile, uint64_t{codec::kShorts} << 56 | 2 * shorts);
+    else
+      store_stream(row.places + tile, uint64_t{codec::kWords} << 56 | 8 * (length - 1));
+  }
+};
+
+struct Encode {
+  using Row = EncodeRow;
+  struct Scalars {
+    uint8_t* code;
+  };
+  static int64_t tiles(const Row& row) { return codec::block_count(row.indices.count); }
+
+  template <typename Unit>
+  static __device__ void payload(const Indices& indices, int64_t begin, int64_t n, uint8_t* out) {
+    constexpr uint64_t kEscape = codec::kEscape<Unit>;
+    for (int64_t step = 1; step < n; step += kStep) {
+      uint64_t gap[kItems], units = 0, total;
+      const int64_t first = step + static_cast<int64_t>(threadIdx.x) * kItems;
+#pragma unroll
+      for (int k = 0; k < kItems; ++k) {
+        if (first + k >= n) break;
+        gap[k] = static_cast<uint64_t>(indices[begin + first + k]) -
+                 static_cast<uint64_t>(indices[begin + first + k - 1]) - 1;
+        units += units_of<Unit>(gap[k]);
+      }
+      uint8_t* at = out + block_scan(units, total, Plain{}) * sizeof(Unit);
+      out += total * sizeof(Unit);
+#pragma unroll
+      for (int k = 0; k < kItems; ++k) {
+        if (first + k >= n) break;
+        if constexpr (sizeof(Unit) < 8)
+          for (; gap[k] >= kEscape; gap[k] -= kEscape, at += sizeof(Unit)) write(at, static_cast<Unit>(kEscape));
+        write(at, static_cast<Unit>(gap[k]));
+        at += sizeof(Unit);
+      }
+    }
+  }
+
+  static __device__ void tile(const Scalars& scalars, const Row& row, int64_t tile) {
+    const int64_t count = row.indices.count, begin = tile * codec::kBlock, n = codec::block_length(count, tile);
+    const uint64_t place = load_stream(row.places + tile);
+    uint8_t* const anchor = scalars.code + tile * codec::kAnchorBytes;
+    if (threadIdx.x == 0) {
+      write(anchor, static_cast<uint64_t>(row.indices[begin]));
+      write(anchor + 8, place);
+    }
+    uint8_t* const out = scalars.code + codec::block_count(count) * codec::kAnchorBytes + (place & codec::kStartMask);
+    switch (place >> 56) {
+      case codec::kBytes: payload<uint8_t>(row.indices, begin, n, out); break;
+      case codec::kShorts: payload<uint16_t>(row.indices, begin, n, out); break;
+      default: payload<uint64_t>(row.indices, begin, n, out); break;
+    }
+  }
+};
+
+struct Cuda {
+  template <typename Index>
+  static Tensor encode(const Tensor& indices) {
+    const int64_t count = indices.numel(), blocks = codec::block_count(count);
+    if (count == 0) return torch::stable::new_empty(indices, {0}, ScalarType::Byte);
+    const Device device(indices);
+    // The places of the blocks, and the first position that is refused.
+    const Tensor scratch = torch::stable::new_empty(indices, {blocks + 1}, ScalarType::Long);
+    auto* places = address<uint64_t>(scratch);
+    const EncodeRow row{indices_of(indices), places, reinterpret_cast<unsigned long long*>(places + blocks)};
+    SHIRA_CUDA_CHECK(cudaMemsetAsync(row.refused, 0xFF, sizeof(uint64_t), device.stream));
+    launch_one<Measure>({}, row, device.stream);
+    std::vector<uint64_t> place(static_cast<size_t>(blocks) + 1);
+    fetch(place.data(), places, (blocks + 1) * 8, device.stream);
+    if (place.back() != kMost) {
+      const int64_t at = static_cast<int64_t>(place.back()), n = at == 0 ? 1 : 2;
+      Index entries[2];
+      fetch(entries, address<const Index>(indices) + at + 1 - n, n * static_cast<int64_t>(sizeof(Index)),
+            device.stream);
+      refuse(codec::explain_entry(entries[n - 1], entries[0], at));
+    }
+    uint64_t start = 0;
+    for (int64_t block = 0; block < blocks; ++block) {
+      uint64_t& own = place[static_cast<size_t>(block)];
+      const uint64_t bytes = own & codec::kStartMask;
+      own = (own & ~codec::kStartMask) | start;
+      start += bytes;
+    }
+    SHIRA_CUDA_CHECK(
+        cudaMemcpyAsync(places, place.data(), static_cast<size_t>(blocks) * 8, cudaMemcpyHostToDevice, device.stream));
+    Tensor code = torch::stable::new_empty(indices, {blocks * codec::kAnchorBytes + static_cast<int64_t>(start)},
+                                           ScalarType::Byte);
+    launch_one<Encode>({address<uint8_t>(code)}, row, device.stream);
+    SHIRA_CUDA_CHECK(cudaStreamSynchronize(device.stream));  // `place` is read until then
+    return code;
+  }
+
+  template <typename Index>
+  static Tensor decode(const Tensor& bytes, int64_t count, int64_t granules, ScalarType dtype) {
+    codec::Code code{nullptr, bytes.numel(), count, granules, std::numeric_limits<Index>::max()};
+    if (!codec::holds(code)) refuse(codec::explain_size(code));
+    Tensor indices = torch::stable::new_empty(bytes, {count}, dtype);
+    if (count == 0) return indices;
+    const Device device(bytes);
+    const Tensor scratch = torch::stable::new_empty(bytes, {1}, ScalarType::Long);
+    const DecodeRow row{address<const uint8_t>(bytes), bytes.numel(), count, code.bound(),
+                        address<unsigned long long>(scratch)};
+    SHIRA_CUDA_CHECK(cudaMemsetAsync(row.refused, 0xFF, sizeof(uint64_t), device.stream));
+    launch_one<Decode<Index>>({address<Index>(indices)}, row, device.stream);
+    uint64_t refused;
+    fetch(&refused, row.refused, sizeof(refused), device.stream);
+    if (refused == kMost) return indices;
+    std::vector<uint8_t> copy(static_cast<size_t>(bytes.numel()));
+    fetch(copy.data(), row.code, bytes.numel(), device.stream);
+    code.data = copy.data();
+    refuse(codec::explain_block(code, static_cast<int64_t>(refused)));
+  }
+};
+
+}  // namespace
+}  // namespace shira::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(SHIRA_LIB, SHIRA_KEY, m) {
+  if (!shira::backend_skips_cuda()) shira::CodecOps<shira::cuda::Cuda>::implement(m);
+}

@@ -1,0 +1,168 @@
+// How kernels read and write: widths, cache hints, packs of entries, and which granule an entry is in.
+//
+// Indices, values and saved entries are streams: each byte is used once, by neighbouring threads at neighbouring
+// addresses, and should not push anything out of the caches (evict-first, .cs). The weight is touched in scattered
+// sectors that are also used once, but read and then written: it goes past L1, whose 128-byte lines would be a
+// quarter used, and stays in L2 between the two (.cg). Memory that several threads read goes through L1 (load_cached).
+#pragma once
+#include "../core/arithmetic.h"
+#include "launch.h"
+
+namespace shira::cuda {
+
+#if defined(SHIRA_EMULATE)
+struct alignas(16) Sixteen {
+  uint64_t x, y;
+};
+#else
+using Sixteen = uint4;
+#endif
+
+template <int kBytes>
+using Unit = std::conditional_t<
+    kBytes == 16, Sixteen,
+    std::conditional_t<kBytes == 8, uint64_t,
+                       std::conditional_t<kBytes == 4, uint32_t, std::conditional_t<kBytes == 2, uint16_t, uint8_t>>>>;
+
+#if defined(SHIRA_EMULATE)
+template <typename T>
+inline T load_stream(const T* p) {
+  return emul::load(p);
+}
+template <typename T>
+inline T load_weight(const T* p) {
+  return emul::load(p);
+}
+template <typename T>
+inline T load_cached(const T* p) {
+  return emul::load(p);
+}
+template <typename T>
+inline void store_stream(T* p, T value) {
+  emul::store(p, value);
+}
+template <typename T>
+inline void store_weight(T* p, T value) {
+  emul::store(p, value);
+}
+#else
+template <typename T>
+__device__ __forceinline__ T load_stream(const T* p) {
+  return __ldcs(p);
+}
+template <typename T>
+__device__ __forceinline__ T load_weight(const T* p) {
+  return __ldcg(p);
+}
+template <typename T>
+__device__ __forceinline__ T load_cached(const T* p) {
+  return __ldg(p);
+}
+template <typename T>
+__device__ __forceinline__ void store_stream(T* p, T value) {
+  __stcs(p, value);
+}
+template <typename T>
+__device__ __forceinline__ void store_weight(T* p, T value) {
+  __stcg(p, value);
+}
+#endif
+
+// The widest unit that divides `bytes` (and 16) and every address: what vector accesses may use.
+template <typename... Pointers>
+inline int64_t widest_unit(int64_t bytes, const Pointers*... pointers) {
+  const uint64_t bits = static_cast<uint64_t>(bytes) | (reinterpret_cast<uintptr_t>(pointers) | ... | 16u);
+  return static_cast<int64_t>(bits & (~bits + 1));
+}
+
+// f(std::integral_constant<int, unit>{}) for a unit of 1, 2, 4, 8 or 16 bytes.
+template <typename F>
+auto with_unit(int64_t unit, F&& f) {
+  switch (unit) {
+    case 16: return f(std::integral_constant<int, 16>{});
+    case 8: return f(std::integral_constant<int, 8>{});
+    case 4: return f(std::integral_constant<int, 4>{});
+    case 2: return f(std::integral_constant<int, 2>{});
+    default: return f(std::integral_constant<int, 1>{});
+  }
+}
+
+// Some neighbouring entries, moved in accesses of 16 bytes at most.
+template <typename T, int kEntries>
+struct Pack {
+  static constexpr int kBytes = sizeof(T) * kEntries, kAccess = kBytes < 16 ? kBytes : 16, kParts = kBytes / kAccess;
+  using Part = Unit<kAccess>;
+  union {
+    T entry[kEntries];
+    Part part[kParts];
+  };
+
+  // Pack number `at` of the memory from p on.
+  static __device__ __forceinline__ Pack stream(const void* p, int64_t at) {
+    Pack pack;
+#pragma unroll
+    for (int k = 0; k < kParts; ++k) pack.part[k] = load_stream(static_cast<const Part*>(p) + at * kParts + k);
+    return pack;
+  }
+  static __device__ __forceinline__ Pack weight(const void* p, int64_t at) {
+    Pack pack;
+#pragma unroll
+    for (int k = 0; k < kParts; ++k) pack.part[k] = load_weight(static_cast<const Part*>(p) + at * kParts + k);
+    return pack;
+  }
+  __device__ __forceinline__ void to_stream(void* p, int64_t at) const {
+#pragma unroll
+    for (int k = 0; k < kParts; ++k) store_stream(static_cast<Part*>(p) + at * kParts + k, part[k]);
+  }
+  __device__ __forceinline__ void to_weight(void* p, int64_t at) const {
+#pragma unroll
+    for (int k = 0; k < kParts; ++k) store_weight(static_cast<Part*>(p) + at * kParts + k, part[k]);
+  }
+};
+
+// A list of granule numbers, int32 or int64: decided a row and not a kernel, since the branch is the same for a
+// whole block and memory is what a kernel waits for.
+struct Indices {
+  const void* data;
+  int64_t count;
+  bool wide;
+
+  __device__ __forceinline__ int64_t operator[](int64_t i) const {
+    return wide ? load_stream(static_cast<const int64_t*>(data) + i)
+                : int64_t{load_stream(static_cast<const int32_t*>(data) + i)};
+  }
+};
+inline Indices indices_of(const Tensor& indices) {
+  return {address<const void>(indices), indices.numel(), indices.scalar_type() == ScalarType::Long};
+}
+
+// A granule as units: which one a unit of the flat list is in, and which of its units.
+struct Granule {
+  int64_t units;
+  int32_t shift;  // log2(units), or -1
+
+  static Granule of(int64_t units) {
+    int32_t shift = 0;
+    while ((int64_t{1} << shift) < units) ++shift;
+    return {units, int64_t{1} << shift == units ? shift : -1};
+  }
+  __device__ __forceinline__ void split(int64_t unit, int64_t& number, int64_t& offset) const {
+    if (shift >= 0) {
+      number = unit >> shift;
+      offset = unit & (units - 1);
+    } else if ((static_cast<uint64_t>(unit) | static_cast<uint64_t>(units)) >> 32 == 0) {
+      const uint32_t u = static_cast<uint32_t>(unit), n = static_cast<uint32_t>(units);  // a fifth of the time
+      number = u / n;
+      offset = u % n;
+    } else {
+      number = unit / units;
+      offset = unit % units;
+    }
+  }
+};
+
+__device__ __forceinline__ bool within(int64_t index, int64_t limit) {
+  return static_cast<uint64_t>(index) < static_cast<uint64_t>(limit);
+}
+
+}  // namespace shira::cuda

@@ -1,0 +1,39 @@
+// The ops of the fingerprint family, once for every compiled backend: checked first, then the backend sums.
+//
+// A backend has static functions, whose arguments are already checked:
+//   content(op, name, indices, limit)   refuses indices that are not strictly increasing in [0, limit) granules,
+//                                       where that needs no synchronisation
+//   whole(weight), touched(weight, indices, granule): the sums, int64 and 0-dim on the weight's device
+#pragma once
+#include "checks.h"
+
+namespace shira {
+
+template <typename Backend>
+struct FingerprintOps {
+  static Tensor fingerprint(const Tensor& weight, int64_t granule) {
+    const char* op = "fingerprint";
+    check_granule(op, granule);
+    check_weight(op, weight, 1, Kind::Moves);
+    return Backend::whole(weight);
+  }
+
+  static Tensor fingerprint_at(const Tensor& weight, const Tensor& indices, int64_t granule) {
+    const char* op = "fingerprint_at";
+    check_granule(op, granule);
+    check_weight(op, weight, granule, Kind::Moves);
+    check_device(op, {"indices"}, indices, weight, {"weight"});
+    check_indices(op, {"indices"}, indices);
+    Backend::content(op, {"indices"}, indices, weight.numel() / granule);
+    return Backend::touched(weight, indices, granule);
+  }
+
+  // Every op of the family, under the dispatch key of `library`.
+  template <typename Library>
+  static void implement(Library& library) {
+    library.impl("fingerprint", TORCH_BOX(&fingerprint));
+    library.impl("fingerprint_at", TORCH_BOX(&fingerprint_at));
+  }
+};
+
+}  // namespace shira

@@ -1,0 +1,174 @@
+"""Layers whose weight gradient is taken at the mask: what each of them needs, and `Attach`, which all of them share.
+
+A layer is known by its own ``forward``: a subclass that brings another one may use its weight in another way (scaled,
+normalised), and there only autograd knows the gradient. `rule_of` says which rule holds for a weight, or None for all
+weights whose dense gradient is made by autograd and gathered (see `shira.tuner`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+import shira_ops
+
+__all__ = ["Attach", "owned", "rule_of"]
+
+# transformers' linear layer of GPT-2, whose weight is [in, out]; not imported, since nobody else needs transformers.
+_TRANSPOSED = ("transformers.pytorch_utils", "Conv1D")
+_CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONVOLUTION_GRADIENTS = (conv1d_weight, conv2d_weight, conv3d_weight)
+
+
+def _forward_of(module: nn.Module) -> type:
+    """The class whose ``forward`` the module runs."""
+    return next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """``nn.Linear`` and subclasses, and transformers' ``Conv1D``: what a tuner trains unless it is told otherwise."""
+    return isinstance(module, nn.Linear) or any(
+        (kind.__module__, kind.__qualname__) == _TRANSPOSED for kind in type(module).__mro__
+    )
+
+
+def owned(module: nn.Module) -> tuple[str, ...] | None:
+    """The weights meant by the name of a module, or None for modules that stand for nothing by themselves."""
+    if isinstance(module, nn.MultiheadAttention):
+        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        return (*(name for name in names if getattr(module, name) is not None), "out_proj.weight")
+    if is_linear(module) or isinstance(module, (*_CONVOLUTIONS, nn.modules.conv._ConvTransposeNd, nn.Embedding)):
+        return ("weight",)
+    return None
+
+
+def rule_of(module: nn.Module, attribute: str, granule: int) -> str | None:
+    """``linear``, ``transposed``, ``conv`` or ``embedding``; None where only autograd knows the gradient."""
+    # accelerate puts its hooks around forward; anything else there may compute something else.
+    replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")
+    if attribute != "weight" or replaced:
+        return None
+    forward = _forward_of(module)
+    if forward is nn.Linear:
+        # nn.MultiheadAttention's out_proj: its forward never runs.
+        return None if isinstance(module, NonDynamicallyQuantizableLinear) else "linear"
+    if (forward.__module__, forward.__qualname__) == _TRANSPOSED:
+        return "transposed"
+    for kind in _CONVOLUTIONS:
+        if forward is kind:
+            return "conv" if type(module)._conv_forward is kind._conv_forward else None  # type: ignore[attr-defined]
+    if forward is nn.Embedding and isinstance(module, nn.Embedding):
+        whole_rows = module.embedding_dim % granule == 0
+        return "embedding" if whole_rows and not module.scale_grad_by_freq else None
+    return None
+
+
+def _options(rule: str, module: Any) -> tuple[Any, ...]:
+    """What a rule needs to know of the layer, in plain numbers, so that a compiler sees constants."""
+    if rule == "conv":
+        pads, mode, padding = (), "zeros", module.padding
+        if module.padding_mode != "zeros" or isinstance(padding, str):
+            # "same" may pad one side more than the other, which a convolution itself cannot.
+            pads, mode, padding = tuple(module._reversed_padding_repeated_twice), module.padding_mode, (0,)
+            padding = padding * len(module.kernel_size)
+        return tuple(module.weight.shape), module.stride, padding, module.dilation, module.groups, pads, mode
+    if rule == "embedding":
+        return module.num_embeddings, module.padding_idx
+    return ()
+
+
+def _convolution(grad_output: Tensor, input: Tensor, indices: Tensor, granule: int, options: tuple[Any, ...]) -> Tensor:
+    """The dense gradient of one layer, for as long as it takes to gather from it."""
+    shape, stride, padding, dilation, groups, pads, mode = options
+    if input.dim() < len(shape):
+        grad_output, input = grad_output.unsqueeze(0), input.unsqueeze(0)
+    if pads:
+        input = F.pad(input, pads, mode="constant" if mode == "zeros" else mode)
+    gradient = _CONVOLUTION_GRADIENTS[len(shape) - 3]
+    dense = gradient(input, shape, grad_output, stride, padding, dilation, groups)  # type: ignore[no-untyped-call]
+    return shira_ops.gather(dense.contiguous(), indices, granule=granule)
+
+
+def _embedding(grad_output: Tensor, input: Tensor, indices: Tensor, granule: int, options: tuple[Any, ...]) -> Tensor:
+    """Sums the tokens of each used row, then reads the mask's entries: tokens x width, not rows x width, in memory."""
+    rows, padding = options
+    width, tokens = grad_output.shape[-1], input.reshape(-1)
+    compute = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
+    if tokens.numel() == 0:
+        return torch.zeros(indices.numel() * granule, dtype=compute, device=indices.device)
+    # Every used row is summed at the place of one of its tokens, whichever: there are no more places than tokens.
+    place = torch.full((rows,), -1, dtype=torch.int64, device=tokens.device)
+    place[tokens] = torch.arange(tokens.numel(), device=tokens.device)
+    summed = torch.zeros(tokens.numel(), width, dtype=compute, device=tokens.device)
+    summed.index_add_(0, place[tokens], grad_output.reshape(-1, width).to(compute))
+    if padding is not None:
+        place[padding] = -1
+    first = indices.to(torch.int64) * granule
+    at = place[first // width]
+    columns = (first % width)[:, None] + torch.arange(granule, device=indices.device)
+    found = summed[at.clamp(min=0)[:, None], columns]
+    return torch.where((at >= 0)[:, None], found, 0).view(-1)
+
+
+class Attach(torch.autograd.Function):
+    """An identity on a layer's output whose backward also gives ``values`` the weight's gradient at the indices.
+
+    ``Attach.apply(output, values, input, indices, granule, rule, options)`` with a rule of `rule_of`. The gradient is
+    float32 (float64 for float64). A second derivative would miss what flows through the frozen weight, so a backward
+    with ``create_graph=True`` is refused.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        values: Tensor,
+        input: Tensor,
+        indices: Tensor,
+        granule: int,
+        rule: str,
+        options: tuple[Any, ...],
+    ) -> Tensor:
+        if input.is_floating_point() and input.dtype != output.dtype:
+            # Autocast gave the layer a cast input; that one is the smaller to keep.
+            input = input.to(output.dtype)
+        ctx.save_for_backward(input, indices)
+        ctx.granule, ctx.rule, ctx.options, ctx.dtype = granule, rule, options, values.dtype
+        # A detached alias: no copy, and not a view to autograd, so an in-place op may follow (ReLU(inplace=True)).
+        # mark_dirty would allow that too, but counts as a write, and breaks layers that saved their own output.
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "SparseTuner: a sampled gradient cannot be differentiated again (create_graph=True): what flows "
+                'through the weight itself would be missing; use SparseTuner(..., gradient="dense")'
+            )
+        input, indices = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:
+            return grad_output, None, None, None, None, None, None
+        if ctx.rule == "conv":
+            grad_values = _convolution(grad_output, input, indices, ctx.granule, ctx.options)
+        elif ctx.rule == "embedding":
+            grad_values = _embedding(grad_output, input, indices, ctx.granule, ctx.options)
+        else:
+            # Gradients come expanded (after sum()) and inputs strided.
+            rows, columns = grad_output.contiguous(), input.contiguous()
+            if ctx.rule == "transposed":
+                rows, columns = columns, rows
+            grad_values = shira_ops.sampled_grad(rows, columns, indices, granule=ctx.granule)
+        return grad_output, grad_values.to(ctx.dtype), None, None, None, None, None
+
+
+def attach(
+    rule: str, module: nn.Module, output: Tensor, values: Tensor, input: Tensor, indices: Tensor, granule: int
+) -> Tensor:
+    """The layer's output, with the values' gradient attached."""
+    arguments = (output, values, input, indices, granule, rule, _options(rule, module))
+    return Attach.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,0 +1,176 @@
+"""Which weights a tuner trains: names and patterns to weights, and the refusal of what cannot train."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from shira import _layers, _model
+from shira.adapter import dtype_name
+
+VALUES_SUFFIX, INDICES_SUFFIX = "_shira_values", "_shira_indices"
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+Wanted = str | Sequence[str] | None
+
+
+class Names:
+    """The modules and parameters of a model under all their names, as patterns see them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        # A second tuner may be added to a model: what the first one put there is nobody's target.
+        self.slots = {name: slot for name, slot in _model.slots(model).items() if not name.endswith(VALUES_SUFFIX)}
+        named = model.named_modules(remove_duplicate=False)
+        self.modules = {name.replace(_model.COMPILED, ""): module for name, module in named}
+        self.holders: dict[object, list[_model.Slot]] = {}
+        for slot in self.slots.values():
+            group = self.holders.setdefault(_model.memory(slot.weight), [])
+            if not any(slot.module is other.module and slot.attribute == other.attribute for other in group):
+                group.append(slot)
+
+    def of(self, slot: _model.Slot) -> list[_model.Slot]:
+        """Every place that holds this slot's weight (tied weights have several), the first one first."""
+        return self.holders[_model.memory(slot.weight)]
+
+    def targets(self, wanted: Wanted) -> dict[str, list[_model.Slot]]:
+        """The weights to train sparsely, by first name, each with every place that holds it."""
+        if wanted is None:
+            names = [_join(name, "weight") for name, module in self.modules.items() if _layers.is_linear(module)]
+            if not names:
+                raise ValueError("SparseTuner: the model has no nn.Linear; name other weights with targets=")
+        elif isinstance(wanted, str):
+            names = self._matched("targets", wanted)
+        else:
+            names = [name for one in wanted for name in self._named(one)]
+        return self._chosen(names, "targets")
+
+    def whole(self, wanted: Wanted) -> dict[str, list[_model.Slot]]:
+        """The parameters to train as a whole."""
+        if wanted is None:
+            return {}
+        if isinstance(wanted, str):
+            pattern = _compiled("whole", wanted)
+            names = [name for name in self.slots if pattern.search(name)]
+            if not names:
+                raise ValueError(f"SparseTuner: whole {wanted!r} matches no parameter; the model has {self._some()}")
+        else:
+            names = []
+            for one in wanted:
+                inside = [name for name in self.slots if name.startswith(f"{one}.")]
+                found = [name for name in self.slots if _is(name, one)] or inside
+                if not found:
+                    raise ValueError(f"SparseTuner: whole {one!r} names no parameter; the model has {self._some()}")
+                names += found
+        return self._chosen(names, "whole")
+
+    def _some(self) -> str:
+        weights = [name for name, slot in self.slots.items() if slot.weight.dim() > 1]
+        return _model.some(weights or self.slots)
+
+    def _own(self, module_name: str) -> list[str]:
+        """The weights that a module's name stands for: for a module of no known kind, its own matrices."""
+        module = self.modules[module_name]
+        known = _layers.owned(module)
+        if known is None:
+            matrices = (attribute for attribute, p in module._parameters.items() if p is not None and p.dim() > 1)
+            known = tuple(matrices)
+        return [_join(module_name, attribute) for attribute in known]
+
+    def _matched(self, argument: str, text: str) -> list[str]:
+        pattern = _compiled(argument, text)
+        # What matches a module's name mostly matches the names of its parameters too; there it means the module's
+        # weights, and not the biases and norms that come along.
+        found: dict[str, None] = {}
+        for name in self.modules:
+            if name and pattern.search(name):
+                found.update(dict.fromkeys(self._own(name)))
+        for name in self.slots:
+            module = name.rpartition(".")[0]
+            if pattern.search(name) and not (module and pattern.search(module)):
+                found[name] = None
+        if not found:
+            raise ValueError(
+                f"SparseTuner: {argument} {text!r} matches no module with weights and no parameter; "
+                f"the model has {self._some()}"
+            )
+        return list(found)
+
+    def _named(self, wanted: str) -> list[str]:
+        names = [name for name in self.slots if _is(name, wanted)]
+        modules = [name for name in self.modules if name and _is(name, wanted)]
+        for name in modules:
+            names += self._own(name)
+        if not names:
+            what = f"is a {type(self.modules[modules[0]]).__name__} and " if modules else ""
+            raise ValueError(f"SparseTuner: target {wanted!r} {what}names no weight; the model has {self._some()}")
+        return names
+
+    def _chosen(self, names: Iterable[str], argument: str) -> dict[str, list[_model.Slot]]:
+        chosen: dict[str, list[_model.Slot]] = {}
+        for name in names:
+            if name not in self.slots:
+                raise ValueError(
+                    f"SparseTuner: {name} is not a parameter of its module (parametrized, quantized or packed?); "
+                    f"leave it out with {argument}="
+                )
+            group = self.of(self.slots[name])
+            check_trainable(name, group)
+            chosen.setdefault(group[0].name, group)
+        return {name: chosen[name] for name in self.slots if name in chosen}
+
+
+def check_trainable(name: str, group: Sequence[_model.Slot]) -> None:
+    """Refuse a weight that cannot take values, and say why."""
+    weight = group[0].weight
+    if any(hasattr(slot.module, slot.attribute + VALUES_SUFFIX) for slot in group):
+        raise ValueError(f"SparseTuner: {name} is already trained by a tuner; detach that one first")
+    if isinstance(weight, UninitializedParameter):
+        raise ValueError(f"SparseTuner: {name} has no shape yet; run the model once first")
+    if weight.is_meta:
+        raise ValueError(f"SparseTuner: {name} is on the meta device; give it its weights first")
+    if weight.dtype not in _FLOATS:
+        codes = "" if weight.dtype.is_floating_point else ": the codes of a quantized weight have no gradient"
+        kind = "" if type(weight) is nn.Parameter else f" ({type(weight).__name__})"
+        raise ValueError(
+            f"SparseTuner: {name} must be float16, bfloat16, float32 or float64 to train, "
+            f"got {dtype_name(weight.dtype)}{kind}{codes}; leave it out with targets="
+        )
+    if not weight.is_contiguous():
+        raise ValueError(f"SparseTuner: {name} must be contiguous; {_model.stride_advice(name)}")
+    if weight.grad is not None:
+        raise ValueError(f"SparseTuner: {name} still has a gradient of earlier training; call model.zero_grad() first")
+    for slot in group:
+        if slot.weight is not weight:
+            raise ValueError(
+                f"SparseTuner: {name} and {slot.name} are two parameters in one memory; tie them by one nn.Parameter"
+            )
+        if isinstance(slot.module, (nn.Embedding, nn.EmbeddingBag)) and slot.module.max_norm is not None:
+            raise ValueError(
+                f"SparseTuner: {name} is changed by its own forward (max_norm={slot.module.max_norm:g}), which would "
+                f"move entries that no adapter holds; leave it out with targets="
+            )
+
+
+def rules(group: Sequence[_model.Slot], granule: int) -> list[str | None]:
+    """For each place that holds the weight, how its gradient is taken: at the mask in all of them, or in none."""
+    found = [_layers.rule_of(slot.module, slot.attribute, granule) for slot in group]
+    return found if all(found) else [None] * len(found)
+
+
+def _is(name: str, wanted: str) -> bool:
+    return name == wanted or name.endswith(f".{wanted}")
+
+
+def _join(module: str, attribute: str) -> str:
+    return f"{module}.{attribute}" if module else attribute
+
+
+def _compiled(argument: str, text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ValueError(f"SparseTuner: {argument} {text!r} is no regular expression: {error}") from error

@@ -1,0 +1,346 @@
+"""Gradients over a calibration set, summed over its batches and handed out one weight at a time.
+
+The masks Grad and Snip (arXiv 2406.13175, section 3.1) need, for every targeted weight, the gradient of the loss summed
+over all calibration batches: signed, in fp32 (fp64 for fp64 weights), and once. `stream` makes it so that the memory
+stays small:
+
+- Weights of ``nn.Linear`` layers have no gradient of their own in the backward pass. A forward hook keeps what their
+  gradient is made of, a batch's ``grad_output`` and ``input``, ``[tokens, m]`` and ``[tokens, n]``; the gradient is
+  ``sum over batches of grad_output^T @ input``. While all that is kept for a weight is no larger than its gradient, it
+  is kept; beyond that, it is added into an fp32 accumulator of the weight's shape and let go.
+- Any other weight (convolutions, embeddings, subclasses of ``nn.Linear``, plain parameters) gets autograd's dense
+  gradient, which a hook of the parameter adds into an fp32 accumulator and frees at once.
+- In the last batch's backward pass a weight's gradient is finished, handed to ``visit`` and freed as soon as its last
+  contribution is there. So of one batch there is never more than one weight's dense gradient at a time, and of several
+  batches never more than one beside the accumulators.
+
+Afterwards the model is as before: parameters, their ``.grad`` and ``requires_grad``, modes, buffers, and torch's random
+numbers. It runs in the mode it is in: call ``model.eval()`` first for gradients without dropout and with the running
+statistics of batch normalisation; in training mode it uses the batch's, and the running ones are put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shira import _model
+
+__all__ = ["Loss", "Visit", "stream"]
+
+Loss = Callable[[nn.Module, Any], Tensor]
+Visit = Callable[[str, Tensor], None]
+
+_END = object()
+# Tokens of one product where entries must be widened first: what is widened at a time.
+_TOKENS = 2048
+
+
+def stream(
+    model: nn.Module,
+    weights: Mapping[str, Sequence[tuple[nn.Module, str]]],
+    batches: Iterable[Any],
+    loss: Loss | None,
+    visit: Visit,
+) -> None:
+    """Run the batches and call ``visit(name, gradient)`` once for each weight, in no particular order.
+
+    Args:
+        model: what is called; its state is put back afterwards, also after an error.
+        weights: a weight's name to every place that holds it, as (module, attribute).
+        batches: iterated once. A batch is what the model is called with: a mapping as ``model(**batch)``, a tuple or
+            list as ``model(*batch)``, a tensor as ``model(batch)``.
+        loss: ``loss(model, batch)`` gives the scalar; None: the model's ``output.loss`` or ``output["loss"]``, or its
+            output if that is a scalar.
+        visit: gets the gradient, of the weight's shape, fp32 (fp64 for fp64 weights); it is freed afterwards.
+
+    Raises:
+        ValueError: there are no batches, or a batch gives no scalar loss that depends on the weights.
+        RuntimeError: a weight got no gradient, or one that is not finite; the error names it.
+    """
+    if isinstance(batches, (Tensor, Mapping, str)):
+        raise ValueError(
+            f"calibration must be batches, as a list or a DataLoader, got one {type(batches).__name__}; "
+            f"put it in a list"
+        )
+    run = _Run({name: _Gradient(name, getattr(*places[0])) for name, places in weights.items()}, visit)
+    with _untouched(model), torch.enable_grad():
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        with run.hooked(weights):
+            run.batches(model, batches, loss or model_loss)
+
+
+def model_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The loss the model itself gives."""
+    if isinstance(batch, Mapping):
+        output = model(**batch)
+    elif isinstance(batch, (tuple, list)):
+        output = model(*batch)
+    elif isinstance(batch, Tensor):
+        output = model(batch)
+    else:
+        raise ValueError(
+            f"a calibration batch must be a mapping, a tuple, a list or a tensor, got {type(batch).__name__}; "
+            f"give loss=, a function of (model, batch), for any other"
+        )
+    if isinstance(output, Tensor):
+        return output
+    found = getattr(output, "loss", None)
+    if found is None and isinstance(output, Mapping):
+        found = output.get("loss")
+    if found is None:
+        raise ValueError(
+            f"the model's output, {type(output).__name__}, has no loss; give the batches their labels, or loss=, a "
+            f"function of (model, batch)"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+@dataclass(eq=False)
+class _Gradient:
+    """The gradient of one weight, as far as it has come."""
+
+    name: str
+    weight: nn.Parameter
+    # What it is made of, not yet multiplied: grad_output, input, and their versions.
+    pairs: list[tuple[Tensor, Tensor, tuple[int, int]]] = field(default_factory=list)
+    total: Tensor | None = None
+    reached: bool = False
+    visited: bool = False
+    expected: int = 0  # forward calls of this batch whose backward is still to come
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+
+    def of_layer(self, grad_output: Tensor, input: Tensor, keep: bool) -> None:
+        """A call of the linear layer, kept for later where that is allowed and small."""
+        rows, columns = self.weight.shape
+        self._contribution()
+        size = sum(_bytes(g) + _bytes(x) for g, x, _ in self.pairs) + _bytes(grad_output) + _bytes(input)
+        if keep and self.total is None and size <= self.weight.numel() * self.dtype.itemsize:
+            # What has no grad_fn may be the caller's own batch, whose memory may serve for the next one.
+            pair = _own(grad_output, rows), _own(input, columns, borrowed=input.grad_fn is None)
+            self.pairs.append((*pair, (pair[0]._version, pair[1]._version)))
+        else:
+            self._multiply()
+            self._add(grad_output.reshape(-1, rows), input.reshape(-1, columns))
+
+    def of_parameter(self, grad: Tensor) -> None:
+        """The gradient that autograd made."""
+        self._contribution()
+        if self.total is None and grad.dtype == self.dtype and not grad.is_sparse and grad.is_contiguous():
+            self.total = grad
+        else:
+            self._accumulator().add_(grad.to(self.dtype))
+
+    def finish(self) -> Tensor:
+        """The whole gradient; nothing of it is kept."""
+        self._multiply()
+        total, self.total = self._accumulator(), None
+        self.visited = True
+        return total
+
+    def _contribution(self) -> None:
+        if self.visited:
+            raise RuntimeError(
+                f"calibration: {self.name} got a gradient after its last use: the backward pass runs it more often "
+                f"than the forward pass; checkpoint with use_reentrant=False"
+            )
+        self.reached = True
+
+    def _accumulator(self) -> Tensor:
+        if self.total is None:
+            self.total = torch.zeros(self.weight.shape, dtype=self.dtype, device=self.weight.device)
+        return self.total
+
+    def _multiply(self) -> None:
+        """Add what was kept, and let it go."""
+        pairs, self.pairs = self.pairs, []
+        while pairs:
+            grad_output, input, versions = pairs.pop(0)
+            if (grad_output._version, input._version) != versions:
+                raise RuntimeError(f"calibration: the input of {self.name} was changed in place after its batch")
+            self._add(grad_output, input)
+
+    def _add(self, grad_output: Tensor, input: Tensor) -> None:
+        total = self._accumulator()
+        if grad_output.dtype == input.dtype == self.dtype:
+            total.addmm_(grad_output.t(), input)
+            return
+        for g, x in zip(grad_output.split(_TOKENS), input.split(_TOKENS), strict=True):
+            total.addmm_(g.to(self.dtype).t(), x.to(self.dtype))
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _own(tensor: Tensor, width: int, borrowed: bool = False) -> Tensor:
+    """``[tokens, width]`` that nobody else will write to, and that keeps no larger memory alive."""
+    flat = tensor.detach().reshape(-1, width)
+    whole = flat.is_contiguous() and flat.untyped_storage().nbytes() == _bytes(flat)
+    return flat if whole and not borrowed else flat.clone(memory_format=torch.contiguous_format)
+
+
+class _Tap(torch.autograd.Function):
+    """An identity on a linear layer's output whose backward tells what the weight's gradient is made of."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, anchor: Tensor, input: Tensor, tell: Callable[[Tensor, Tensor], None]
+    ) -> Tensor:
+        ctx.save_for_backward(input)
+        ctx.tell = tell
+        return output.detach()  # as in `shira.tuner.Attach`: an alias that an in-place op may follow
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+        (input,) = ctx.saved_tensors
+        ctx.tell(grad_output, input.to(grad_output.dtype))  # autocast gave the layer a cast input
+        return grad_output, None, None, None
+
+
+@dataclass(eq=False)
+class _Run:
+    """One run over the batches."""
+
+    gradients: dict[str, _Gradient]
+    visit: Visit
+    # Makes the layers' outputs require grad, where no parameter does; it gets no gradient itself.
+    anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
+    leaves: list[Tensor] = field(default_factory=list)
+    last: bool = False
+    in_backward: bool = False
+    strange_losses: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def hooked(self, weights: Mapping[str, Sequence[tuple[nn.Module, str]]]) -> Iterator[None]:
+        handles = []
+        try:
+            self.leaves = [self.anchor]
+            for name, places in weights.items():
+                gradient = self.gradients[name]
+                # A subclass may use its weight in another way than calling nn.Linear's forward.
+                if all(type(module) is nn.Linear and attribute == "weight" for module, attribute in places):
+                    for module, _ in places:
+                        hook = partial(self._forward, gradient)
+                        handles.append(module.register_forward_hook(hook, with_kwargs=True))
+                else:
+                    gradient.weight.requires_grad_(True)
+                    self.leaves.append(gradient.weight)
+                    hook = partial(self._accumulated, gradient)
+                    handles.append(gradient.weight.register_post_accumulate_grad_hook(hook))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def batches(self, model: nn.Module, batches: Iterable[Any], loss: Loss) -> None:
+        iterator = iter(batches)
+        following, number = next(iterator, _END), 0
+        if following is _END:
+            raise ValueError("calibration has no batches")
+        while following is not _END:
+            batch, following = following, next(iterator, _END)
+            self.last = following is _END
+            self._batch(model, batch, loss, number)
+            number += 1
+        missing = [name for name, gradient in self.gradients.items() if not gradient.reached]
+        if missing:
+            raise RuntimeError(
+                f"calibration: no gradient reached {_model.some(missing)} in {number} batches; the loss must depend on "
+                f"every targeted weight: leave those out with targets="
+            )
+        for gradient in self.gradients.values():
+            if not gradient.visited:
+                self._finish(gradient)
+
+    def _batch(self, model: nn.Module, batch: Any, loss: Loss, number: int) -> None:
+        for gradient in self.gradients.values():
+            gradient.expected = 0
+        value = loss(model, batch)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            given = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"calibration: the loss of batch {number} must be a scalar tensor, got {given}")
+        if not value.requires_grad:
+            raise ValueError(f"calibration: the loss of batch {number} depends on none of the targeted weights")
+        if not bool(value.isfinite()):
+            self.strange_losses.append(f"the loss of batch {number} is {value.item()}")
+        self.in_backward = True
+        try:
+            value.backward(inputs=self.leaves)
+        finally:
+            self.in_backward = False
+
+    def _forward(
+        self, gradient: _Gradient, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Any:
+        if not torch.is_grad_enabled():
+            return None
+        gradient.expected += not self.in_backward  # checkpointing runs it once more
+        input = args[0] if args else kwargs["input"]
+        return _Tap.apply(output, self.anchor, input, partial(self._layer, gradient))  # type: ignore[no-untyped-call]
+
+    def _layer(self, gradient: _Gradient, grad_output: Tensor, input: Tensor) -> None:
+        gradient.expected -= 1
+        done = self.last and gradient.expected == 0
+        gradient.of_layer(grad_output, input, keep=not done)
+        if done:
+            self._finish(gradient)
+
+    def _accumulated(self, gradient: _Gradient, parameter: Tensor) -> None:
+        grad, parameter.grad = parameter.grad, None
+        assert grad is not None
+        with torch.no_grad():
+            gradient.of_parameter(grad)
+            del grad
+            if self.last:
+                self._finish(gradient)
+
+    def _finish(self, gradient: _Gradient) -> None:
+        with torch.no_grad():
+            total = gradient.finish()
+            # The sum is finite if all entries are, or nearly always: one cheap pass instead of a mask.
+            if not bool(total.sum().isfinite()) and not bool(total.isfinite().all()):
+                why = f" ({_model.some(self.strange_losses)})" if self.strange_losses else ""
+                raise RuntimeError(f"calibration: the gradient of {gradient.name} is not finite{why}")
+            self.visit(gradient.name, total)
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Whatever happens inside, the model and torch's random numbers are as before afterwards."""
+    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, None if buffer is None else buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    devices = {parameter.device.index for parameter, _, _ in parameters if parameter.is_cuda}
+    try:
+        for parameter, _, _ in parameters:
+            parameter.grad = None
+        with torch.random.fork_rng(devices=sorted(devices)):
+            yield
+    finally:
+        for parameter, requires_grad, grad in parameters:
+            parameter.grad = None
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+        for module, training in modes:
+            module.training = training
+        for module, name, buffer, copy in buffers:
+            module._buffers[name] = buffer
+            # By content: batch normalisation writes its statistics without moving their version.
+            if buffer is not None and copy is not None and not torch.equal(buffer, copy):
+                with torch.no_grad():
+                    buffer.copy_(copy)

@@ -1,0 +1,143 @@
+"""Adapters on the Hugging Face Hub: found in a repository or a folder, and pushed with a model card.
+
+Needs ``huggingface_hub`` for repositories alone: ``pip install 'shira-ops[hub]'``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shira import _file
+from shira._file import AdapterError
+
+if TYPE_CHECKING:
+    from shira.adapter import Adapter
+
+FILE = "shira_adapter.safetensors"
+CARD = "README.md"
+
+
+def client() -> Any:
+    """The client library, or a sentence."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise AdapterError("the Hub needs its client. Run: pip install 'shira-ops[hub]'") from error
+    return huggingface_hub
+
+
+@contextmanager
+def _sentences(repo: str, doing: str) -> Iterator[None]:
+    """The client's errors as one line that names the repository."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        yield
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise AdapterError(f"{repo}: {doing} failed: {' '.join(lines)[:400]}") from error
+
+
+def download(repo: str, filename: str, *, revision: str | None, token: str | bool | None) -> str:
+    """The path of a repository's file in the client's cache."""
+    hub = client()
+    with _sentences(repo, f"fetching {filename}"):
+        path: str = hub.hf_hub_download(repo, filename, revision=revision, token=token)
+    return path
+
+
+def snapshot(repo: str, files: Sequence[str], *, revision: str | None, token: str | bool | None) -> str:
+    """The folder that holds some of a repository's files, in the client's cache."""
+    paths = [download(repo, filename, revision=revision, token=token) for filename in files]
+    return os.path.dirname(paths[0])
+
+
+def locate(where: str, *, filename: str, revision: str | None, token: str | bool | None) -> str:
+    """The adapter's file: of a folder, of a path to it, or of a repository."""
+    if os.path.isdir(where):
+        path = os.path.join(where, filename)
+        if os.path.exists(path):
+            return path
+        if os.path.exists(os.path.join(where, "adapter_config.json")):
+            raise AdapterError(f"{where}: this is a PEFT adapter; read it with Adapter.from_peft")
+        raise AdapterError(f"{where}: the folder has no {filename}")
+    if os.path.isfile(where):
+        return where
+    return download(where, filename, revision=revision, token=token)
+
+
+def card(adapter: Adapter, repo: str, base_model: str | None) -> str:
+    """The model card: what it is for, what it changes, how to load it."""
+    front = ["---", "library_name: shira-ops", "tags:", "- shira", "- sparse-adapter", "- peft"]
+    if base_model:
+        # JSON's strings are YAML's too.
+        front += [f"base_model: {json.dumps(base_model)}", "base_model_relation: adapter"]
+    dtypes = sorted({str(entry.dtype).removeprefix("torch.") for entry in adapter.weights.values()})
+    rows = [
+        ("base model", base_model or "not stated"),
+        ("weights", f"{len(adapter):,}"),
+        ("entries changed", f"{adapter.nnz:,} ({adapter.density:.2%} of these weights)"),
+        ("dtype", ", ".join(dtypes) or "none"),
+        ("kind", "delta: values are added" if adapter.delta else "overwrite: values replace the base's, exactly"),
+        ("strength", f"{adapter.alpha:g}"),
+        ("mask", f"`{json.dumps(adapter.mask)}`" if adapter.mask else "not stated"),
+    ]
+    table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]
+    if adapter.provenance:
+        provenance = ["", "## Provenance", "", "```json", json.dumps(adapter.provenance, indent=2), "```"]
+    else:
+        provenance = []
+    usage = [
+        "```python",
+        "import shira",
+        "",
+        "switcher = shira.Switcher(model)  # the base model, loaded as usual",
+        f'switcher.add("this", shira.Adapter.from_pretrained({json.dumps(repo)}))  # refused on another base',
+        'switcher.activate("this")',
+        "switcher.deactivate()  # the base is back, bit for bit",
+        "```",
+    ]
+    title = f"# {repo.rsplit('/', 1)[-1]}"
+    about = "A sparse adapter ([SHiRA](https://arxiv.org/abs/2406.13175)): a few entries of the base's own weights."
+    parts = [*front, "---", "", title, "", about, "", *table, "", "## Use", "", *usage, *provenance, ""]
+    return "\n".join(parts)
+
+
+def save(adapter: Adapter, folder: Path, repo: str, base_model: str | None, seeds: bool) -> None:
+    """Write the file and its card into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    adapter.save(folder / FILE, seeds=seeds)
+    with _file.replacing(folder / CARD) as temporary:
+        temporary.write_text(card(adapter, repo, base_model), encoding="utf-8")
+
+
+def push(
+    adapter: Adapter,
+    repo: str,
+    *,
+    base_model: str | None,
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    message: str | None,
+    seeds: bool,
+) -> str:
+    """Upload the file and its card in one commit; the commit's address."""
+    hub = client()
+    with tempfile.TemporaryDirectory() as folder, _sentences(repo, "the upload"):
+        save(adapter, Path(folder), repo, base_model, seeds)
+        api = hub.HfApi(token=token)
+        api.create_repo(repo, private=private, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            revision=revision,
+            commit_message=message or f"Sparse adapter of {adapter.nnz:,} entries",
+        )
+    return str(done.commit_url)

@@ -1,0 +1,299 @@
+"""`Trainer`: an ordinary loop around a `SparseTuner`, which stops and goes on bit for bit."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from shira import _file, _run
+from shira._targets import VALUES_SUFFIX
+from shira.optim import AdamW
+from shira.tuner import SparseTuner
+
+__all__ = ["Trainer"]
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+class Trainer:
+    """Train the values of a `SparseTuner` with an ordinary loop.
+
+    One step takes ``accumulate`` batches (fewer at the end of an epoch), whose losses are averaged, clips, steps the
+    optimizer and then the scheduler. The model is put into ``train()`` except for its batch normalisation, whose
+    statistics belong to the base. A run that was stopped and resumed gives the same bits as one that was not, as long
+    as the data gives the same batches for the same random state (a ``DataLoader`` with torch's samplers does).
+
+    Args:
+        tuner: the tuner, attached.
+        data: batches, iterable more than once: a ``DataLoader``, a list. An epoch is one pass.
+        loss: ``loss(model, batch)`` to a scalar; None takes ``model(**batch).loss`` as transformers' models give it.
+        optimizer: over ``tuner.parameters()``; None is ``shira.AdamW(tuner)``.
+        scheduler: stepped after every step of the optimizer.
+        model: what to call in place of ``tuner.model``: the same model compiled or wrapped.
+        accumulate: batches to a step.
+        clip: largest norm of the gradient, or None.
+        autocast: dtype of ``torch.autocast``, or None.
+        scaler: a ``torch.amp.GradScaler``; for float16 autocast one is made.
+        evaluation: batches for `evaluate`; with ``evaluate_every`` steps between.
+        checkpoint: file to write every ``checkpoint_every`` steps and at the end of `fit`, whole or not at all.
+        callbacks: each is called as ``callback(trainer)`` after every step and stops training by returning True.
+        progress: show progress: a bar on a terminal (rich), else a line every ``log_every`` steps.
+    """
+
+    def __init__(
+        self,
+        tuner: SparseTuner,
+        data: Iterable[Any],
+        *,
+        loss: Loss | None = None,
+        optimizer: Optimizer | None = None,
+        scheduler: Any = None,
+        model: nn.Module | None = None,
+        accumulate: int = 1,
+        clip: float | None = None,
+        autocast: torch.dtype | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        evaluation: Iterable[Any] | None = None,
+        evaluate_every: int = 0,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 0,
+        callbacks: Sequence[Callable[[Trainer], bool | None]] = (),
+        progress: bool = True,
+        log_every: int = 10,
+    ) -> None:
+        if isinstance(data, Iterator):
+            raise ValueError(f"Trainer: data must be iterable more than once, got the iterator {type(data).__name__}")
+        if accumulate < 1 or log_every < 1:
+            raise ValueError(f"Trainer: accumulate and log_every must be at least 1, got {accumulate} and {log_every}")
+        if clip is not None and not clip > 0:
+            raise ValueError(f"Trainer: clip must be above 0, got {clip}")
+        self.tuner, self.data, self.evaluation = tuner, data, evaluation
+        self.model = tuner.model if model is None else model
+        self.optimizer = AdamW(tuner) if optimizer is None else optimizer
+        self.scheduler, self.clip, self.autocast, self.accumulate = scheduler, clip, autocast, accumulate
+        values = list(tuner.parameters())
+        trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if not all(id(p) in trained for p in values):
+            raise ValueError("Trainer: the optimizer must train every one of tuner.parameters()")
+        self.device = values[0].device
+        if scaler is None and autocast == torch.float16:
+            scaler = torch.amp.GradScaler(self.device.type)
+        self.scaler = scaler
+        self._loss = _loss_of_output if loss is None else loss
+        self.evaluate_every, self.checkpoint_every = evaluate_every, checkpoint_every
+        self.checkpoint, self.callbacks = checkpoint, tuple(callbacks)
+        self._show, self._log_every = progress, log_every
+
+        self.step, self.epoch = 0, 0
+        """Steps taken and passes completed."""
+        self.loss = math.nan
+        """The loss of the last step that was shown."""
+        self.evaluations: list[tuple[int, float]] = []
+        """Step and loss of every evaluation."""
+        self._position = 0  # batches taken of this epoch
+        self._batches: Iterator[Any] | None = None
+        self._epoch_random: dict[str, Any] | None = None
+
+    # ---- the loop --------------------------------------------------------------------------------------------
+
+    def fit(self, steps: int | None = None, *, epochs: int | None = None) -> Trainer:
+        """Train until ``steps`` steps or ``epochs`` epochs are done in all, those before a resume included."""
+        if (steps is None) == (epochs is None):
+            raise ValueError(f"Trainer: give steps or epochs, one of the two, got {steps!r} and {epochs!r}")
+        total = steps
+        if epochs is not None and isinstance(self.data, Sized):
+            total = epochs * math.ceil(len(self.data) / self.accumulate)
+        self.model.train()
+        for module in self.model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        stopped = False
+        with _run.progress(self._show, self.step, total, self._log_every) as show:
+            while not stopped and (self.epoch < epochs if epochs is not None else self.step < (steps or 0)):
+                group = self._next()
+                if not group:
+                    if self._position == 0:
+                        raise ValueError("Trainer: data gave no batch")
+                    self.epoch, self._position, self._batches, self._epoch_random = self.epoch + 1, 0, None, None
+                    continue
+                loss = self._train(group)
+                if self.step % self._log_every == 0 or self.step == total:
+                    self.loss = float(loss)
+                    if not math.isfinite(self.loss) and self.scaler is None:
+                        raise FloatingPointError(f"Trainer: the loss of step {self.step} is {self.loss}")
+                show(self.step, self.loss, float(self.optimizer.param_groups[0]["lr"]))
+                if self.evaluation is not None and self.evaluate_every and self.step % self.evaluate_every == 0:
+                    self.evaluations.append((self.step, self.evaluate()))
+                stopped = True in [callback(self) for callback in self.callbacks]
+                if self.checkpoint is not None and self.checkpoint_every and self.step % self.checkpoint_every == 0:
+                    self.save(self.checkpoint)
+        if self.checkpoint is not None:
+            self.save(self.checkpoint)
+        return self
+
+    def _next(self) -> list[Any]:
+        """The batches of the next step; none at the end of an epoch."""
+        group = list(islice(self._open_epoch(), self.accumulate))
+        self._position += len(group)
+        return group
+
+    def _open_epoch(self) -> Iterator[Any]:
+        if self._batches is None:
+            for sampler in (getattr(self.data, name, None) for name in ("sampler", "batch_sampler")):
+                if sampler is not None and hasattr(sampler, "set_epoch"):
+                    sampler.set_epoch(self.epoch)
+            self._epoch_random = _run.random_state(self.data, self.evaluation)
+            self._batches = iter(self.data)
+        return self._batches
+
+    def _train(self, group: Sequence[Any]) -> Tensor:
+        total = torch.zeros((), device=self.device)
+        for batch in group:
+            with self._casting():
+                loss = self._loss(self.model, _run.to_device(batch, self.device)) / len(group)
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            total += loss.detach()
+        if self.clip is not None:
+            if self.scaler is not None:
+                self.scaler.unscale_(self.optimizer)
+            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(trained, self.clip)
+        taken = True
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            scale = self.scaler.get_scale()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            taken = self.scaler.get_scale() >= scale
+        if self.scheduler is not None and taken:
+            self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return total
+
+    def _casting(self) -> Any:
+        return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
+
+    @torch.no_grad()
+    def evaluate(self, data: Iterable[Any] | None = None) -> float:
+        """The mean loss over batches, in ``eval()`` mode; training afterwards is as if it had not happened."""
+        data = self.evaluation if data is None else data
+        if data is None:
+            raise ValueError("Trainer: there is nothing to evaluate on; give evaluation= or evaluate(data)")
+        before = _run.random_state(self.data, self.evaluation)
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            total, count = 0.0, 0
+            for batch in data:
+                with self._casting():
+                    total += float(self._loss(self.model, _run.to_device(batch, self.device)))
+                count += 1
+        finally:
+            for module, training in modes:
+                module.training = training
+            _run.set_random_state(before, self.data, self.evaluation)
+        if not count:
+            raise ValueError("Trainer: there was no batch to evaluate on")
+        return total / count
+
+    # ---- stopping and going on -------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a checkpoint: values, optimizer, scheduler, scaler, random states, place in the data; whole or not."""
+        state = {
+            "version": 1,
+            "tuner": self.tuner.state_dict(),
+            "optimizer": {"kind": type(self.optimizer).__name__, "state": self.optimizer.state_dict()},
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "others": {name: tensor.detach().clone() for name, tensor in self._others().items()},
+            "progress": [self.step, self.epoch, self._position],
+            "loss": self.loss,
+            "evaluations": self.evaluations,
+            "random": _run.random_state(self.data, self.evaluation),
+            "epoch_random": self._epoch_random,
+        }
+        with _file.replacing(path) as temporary:
+            torch.save(state, temporary)
+
+    def resume(self, path: str | os.PathLike[str]) -> Trainer:
+        """Go on from a checkpoint as if training had never stopped; refuses another adapter's, base's or set-up's."""
+        where = os.fspath(path)
+        with open(where, "rb") as file:
+            try:
+                state = torch.load(file, map_location="cpu", weights_only=True)
+            except Exception as error:  # torch raises whatever the broken part of a file brings up
+                raise ValueError(f"{where}: this is no whole checkpoint of shira.Trainer: {error}") from error
+        if not isinstance(state, dict) or state.get("version") != 1 or "tuner" not in state:
+            raise ValueError(f"{where}: this is no checkpoint of shira.Trainer, version 1")
+        kind = type(self.optimizer).__name__
+        if state["optimizer"]["kind"] != kind:
+            raise ValueError(f"{where}: the checkpoint's optimizer is {state['optimizer']['kind']}, this one is {kind}")
+        for name, part in (("scheduler", self.scheduler), ("scaler", self.scaler)):
+            if (state[name] is None) != (part is None):
+                wanted, got = ("none", "one") if state[name] is None else ("one", "none")
+                raise ValueError(f"{where}: the checkpoint has {wanted} for a {name}, this trainer has {got}")
+        others = self._others()
+        if {name: tensor.shape for name, tensor in others.items()} != {
+            name: tensor.shape for name, tensor in state["others"].items()
+        }:
+            raise ValueError(f"{where}: the checkpoint is of a model with other buffers or other unfrozen parameters")
+        try:
+            self.tuner.load_state_dict(state["tuner"])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        self.optimizer.load_state_dict(state["optimizer"]["state"])
+        for name, part in (("scheduler", self.scheduler), ("scaler", self.scaler)):
+            if part is not None:
+                part.load_state_dict(state[name])
+        with torch.no_grad():
+            for name, tensor in others.items():
+                tensor.copy_(state["others"][name])
+        self.step, self.epoch, self._position = state["progress"]
+        self.loss = state["loss"]
+        self.evaluations = [(int(step), float(loss)) for step, loss in state["evaluations"]]
+        self._batches, self._epoch_random = None, None
+        if self._position:
+            # The same epoch again, up to the batch that comes next.
+            _run.set_random_state(state["epoch_random"], self.data, self.evaluation)
+            skipped = sum(1 for _ in islice(self._open_epoch(), self._position))
+            if skipped < self._position:
+                raise ValueError(
+                    f"{where}: the checkpoint stopped after {self._position} batches of an epoch, the data has only "
+                    f"{skipped}"
+                )
+        _run.set_random_state(state["random"], self.data, self.evaluation)
+        return self
+
+    def _others(self) -> dict[str, Tensor]:
+        """What training may change besides values: buffers, and parameters that were unfrozen by hand."""
+        model = self.tuner.model
+        persistent = model.state_dict(keep_vars=True)
+        buffers = {name: tensor for name, tensor in model.named_buffers() if name in persistent}
+        dense = {id(tuned.plan.slots[0].weight) for tuned in self.tuner._attached()}
+        return buffers | {
+            name: p
+            for name, p in model.named_parameters()
+            if p.requires_grad and not name.endswith(VALUES_SUFFIX) and id(p) not in dense
+        }
+
+
+def _loss_of_output(model: nn.Module, batch: Any) -> Tensor:
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"Trainer: give loss=, a function of model and batch: a batch is a {type(batch).__name__} here")
+    output = model(**batch)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise TypeError("Trainer: give loss=, a function of model and batch: the model's output has no loss")
+    return loss

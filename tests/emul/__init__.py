@@ -1,0 +1,87 @@
+"""The CUDA sources compiled as C++, to run on CPU tensors: `library()` builds them on first use.
+
+Every object is kept under a hash of all that went into it, in `tests/emul/build`, so that a change rebuilds only what
+it must, and processes that want the library at once wait for the one that builds.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils import cpp_extension
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+BUILD = HERE / "build"
+# -O1: most of the time goes into compiling. Contractions would give other bits, as everywhere.
+FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DSHIRA_EMULATE=1"]
+FLAGS += ["-DTORCH_TARGET_VERSION=0x020B000000000000", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+
+
+def sources() -> list[Path]:
+    return [*sorted((CSRC / "cuda").glob("*.cu")), *sorted(HERE.glob("*.cu")), *sorted(HERE.glob("*.cpp"))]
+
+
+def compiler() -> list[str]:
+    command = os.environ.get("CXX", "g++").split()
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"the emulator needs a C++ compiler, and there is no {command[0]}")
+    return command
+
+
+def digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def checked(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, f"{' '.join(command)}\n{result.stderr[-6000:]}"
+
+
+@cache
+def library() -> None:
+    """Loads torch.ops.shira_emul, after building it where that has not been done."""
+    cxx = compiler()
+    command = [*cxx, *FLAGS, f"-I{HERE}", *(f"-isystem{path}" for path in cpp_extension.include_paths())]
+    headers = [*sorted(CSRC.rglob("*.h")), *sorted(HERE.glob("*.h"))]
+    common = digest(
+        " ".join(command).encode(),
+        torch.__version__.encode(),
+        subprocess.run([*cxx, "--version"], capture_output=True, check=True).stdout,
+        *(header.read_bytes() for header in headers),
+    )
+    objects = {
+        source: BUILD / f"{source.stem}-{digest(common.encode(), source.read_bytes())}.o" for source in sources()
+    }
+    shared = BUILD / f"shira_emul-{digest(*(path.name.encode() for path in objects.values()))}.so"
+    BUILD.mkdir(exist_ok=True)
+    with (BUILD / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not shared.exists():
+
+            def build(source: Path) -> None:
+                if not objects[source].exists():
+                    unfinished = objects[source].with_suffix(".part")
+                    checked([*command, "-x", "c++", "-c", str(source), "-o", str(unfinished)])
+                    unfinished.rename(objects[source])
+
+            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 2))) as pool:
+                list(pool.map(build, sorted(objects, key=lambda source: -source.stat().st_size)))
+            unfinished = shared.with_suffix(".part")
+            links = [f"-L{path}" for path in cpp_extension.library_paths()]
+            checked(
+                [*cxx, "-shared", *map(str, objects.values()), "-o", str(unfinished), *links, "-ltorch_cpu", "-lc10"]
+            )
+            for old in {*BUILD.glob("*.o"), *BUILD.glob("*.so")} - {*objects.values()}:
+                old.unlink()
+            unfinished.rename(shared)
+    torch.ops.load_library(str(shared))

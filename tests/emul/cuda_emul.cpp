@@ -1,0 +1,299 @@
+#include "cuda_emul.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <exception>
+#include <mutex>
+#include <random>
+#include <sstream>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+namespace shira::emul {
+
+Grid grid;
+
+namespace {
+
+// ---- fibers --------------------------------------------------------------------------------------------------
+
+#if defined(__x86_64__)
+// A switch between stacks: ucontext's makes a system call each way, and would take most of the time.
+using Context = void*;
+extern "C" void shira_emul_switch(void** from, void* to) __attribute__((visibility("hidden")));
+asm(R"(
+.text
+.hidden shira_emul_switch
+.globl shira_emul_switch
+.type shira_emul_switch, @function
+shira_emul_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size shira_emul_switch, .-shira_emul_switch
+)");
+void switch_to(Context& from, Context& to) { shira_emul_switch(&from, to); }
+void prepare(Context& context, char* stack, size_t bytes, void (*entry)()) {
+  void** top = reinterpret_cast<void**>(stack + bytes) - 2;
+  top[0] = reinterpret_cast<void*>(entry);  // where `ret` goes; above it the address entry would return to
+  top[1] = nullptr;
+  context = top - 6;  // six registers
+  std::fill(top - 6, top, nullptr);
+}
+#else
+using Context = ucontext_t;
+void switch_to(Context& from, Context& to) { swapcontext(&from, &to); }
+void prepare(Context& context, char* stack, size_t bytes, void (*entry)()) {
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = bytes;
+  context.uc_link = nullptr;
+  makecontext(&context, entry, 0);
+}
+#endif
+
+enum class State { Ready, AtBlock, AtWarp, Done };
+
+struct Fiber : Thread {
+  Context context{};
+  char* stack = nullptr;
+  State state = State::Ready;
+  const char* at = nullptr;  // the warp operation it waits in
+};
+
+constexpr size_t kStack = 256 << 10;
+constexpr unsigned kMostThreads = 1024;
+constexpr size_t kMostShared = 48 << 10;
+
+struct Shared {
+  const void* site;
+  size_t offset;
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<uint64_t> received;  // 32 a warp
+  std::vector<char*> stacks;       // that no fiber has now
+  Context scheduler{};
+  const std::function<void()>* kernel = nullptr;
+  std::exception_ptr error;
+  std::vector<Shared> sites;
+  size_t shared_used = 0;
+  alignas(128) char shared[kMostShared];
+};
+Block block;
+std::mutex running;
+int64_t order_of_threads = 2;
+int64_t launched = 0;
+
+void leave(State state) {
+  auto* me = static_cast<Fiber*>(grid.current);
+  me->state = state;
+  switch_to(me->context, block.scheduler);
+}
+
+void entry() {
+  try {
+    (*block.kernel)();
+  } catch (...) {
+    block.error = std::current_exception();
+  }
+  leave(State::Done);
+}
+
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  text << "emulated CUDA: ";
+  ((text << parts), ...);
+  throw std::runtime_error(text.str());
+}
+
+char* new_stack() {
+  if (!block.stacks.empty()) {
+    char* stack = block.stacks.back();
+    block.stacks.pop_back();
+    return stack;
+  }
+  void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) fail("no memory for a fiber's stack");
+  return static_cast<char*>(memory);
+}
+
+void resume(Fiber& fiber) {
+  if (fiber.stack == nullptr) {
+    fiber.stack = new_stack();
+    prepare(fiber.context, fiber.stack, kStack, entry);
+  }
+  grid.current = &fiber;
+  switch_to(block.scheduler, fiber.context);
+  grid.current = nullptr;
+  if (fiber.state == State::Done) block.stacks.push_back(std::exchange(fiber.stack, nullptr));
+  if (block.error) std::rethrow_exception(std::exchange(block.error, nullptr));
+}
+
+// Lets the lanes of a warp go on whose operation all of its lanes have reached.
+bool release_warp(unsigned warp) {
+  const unsigned begin = warp * 32, end = std::min<unsigned>(begin + 32, static_cast<unsigned>(block.fibers.size()));
+  bool released = false;
+  for (unsigned first = begin; first < end; ++first) {
+    Fiber& one = block.fibers[first];
+    if (one.state != State::AtWarp) continue;
+    uint32_t arrived = 0;
+    for (unsigned i = begin; i < end; ++i) {
+      const Fiber& other = block.fibers[i];
+      if (other.state != State::AtWarp || !(one.mask >> other.lane & 1)) continue;
+      if (other.mask != one.mask || other.at != one.at)
+        fail("lanes ", one.lane, " and ", other.lane, " of a warp meet in ", one.at, " and ", other.at,
+             " with masks 0x", std::hex, one.mask, " and 0x", other.mask);
+      arrived |= 1u << other.lane;
+    }
+    if (arrived != one.mask) continue;
+    for (unsigned i = begin; i < end; ++i) {
+      Fiber& other = block.fibers[i];
+      if (!(arrived >> other.lane & 1)) continue;
+      block.received[i] = other.sent;
+      other.received = &block.received[begin];
+      other.state = State::Ready;
+    }
+    released = true;
+  }
+  return released;
+}
+
+void run_block(unsigned threads, std::mt19937_64& random) {
+  // An error leaves fibers unfinished: their stacks are as good as new, and what they held is lost.
+  for (Fiber& fiber : block.fibers)
+    if (fiber.stack != nullptr) block.stacks.push_back(fiber.stack);
+  block.fibers.assign(threads, Fiber{});
+  block.received.assign((threads + 31) / 32 * 32, 0);
+  block.sites.clear();
+  block.shared_used = 0;
+  std::vector<unsigned> turn(threads);
+  for (unsigned i = 0; i < threads; ++i) {
+    turn[i] = order_of_threads == 1 ? threads - 1 - i : i;
+    block.fibers[i].index = {i, 0, 0};
+    block.fibers[i].lane = static_cast<int>(i % 32);
+  }
+  for (size_t done = 0; done < threads;) {
+    if (order_of_threads >= 2) std::shuffle(turn.begin(), turn.end(), random);
+    bool progress = false;
+    for (const unsigned i : turn) {
+      if (block.fibers[i].state != State::Ready) continue;
+      resume(block.fibers[i]);
+      progress = true;
+      done += block.fibers[i].state == State::Done;
+    }
+    size_t waiting = 0;
+    for (const Fiber& fiber : block.fibers) waiting += fiber.state == State::AtBlock;
+    if (waiting == threads) {
+      for (Fiber& fiber : block.fibers) fiber.state = State::Ready;
+      continue;
+    }
+    for (unsigned warp = 0; warp * 32 < threads; ++warp) progress |= release_warp(warp);
+    if (!progress) {
+      for (const Fiber& fiber : block.fibers)
+        if (fiber.state == State::AtWarp)
+          fail("thread ", fiber.index.x, " waits in ", fiber.at, " for lanes that never come");
+      fail(waiting, " of ", threads, " threads wait at a barrier that the others never reach");
+    }
+  }
+}
+
+// ---- memory --------------------------------------------------------------------------------------------------
+
+struct Range {
+  uintptr_t begin, end;
+  bool writable;
+};
+thread_local std::vector<Range> allowed;  // of the op that this thread of the host is in
+const std::vector<Range>* touched = nullptr;
+
+}  // namespace
+
+void set_order(int64_t order) { order_of_threads = order; }
+int64_t launches() { return launched; }
+
+void launch(unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
+  if (blocks == 0 || threads == 0 || threads > kMostThreads) fail("a launch of ", blocks, " x ", threads, " threads");
+  const std::lock_guard<std::mutex> lock(running);
+  std::sort(allowed.begin(), allowed.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  touched = &allowed;
+  ++launched;
+  block.kernel = &kernel;
+  grid.block_size = {threads};
+  grid.grid_size = {blocks};
+  std::mt19937_64 random(static_cast<uint64_t>(order_of_threads));
+  std::vector<unsigned> turn(blocks);
+  for (unsigned i = 0; i < blocks; ++i) turn[i] = order_of_threads == 1 ? blocks - 1 - i : i;
+  if (order_of_threads >= 2) std::shuffle(turn.begin(), turn.end(), random);
+  for (const unsigned i : turn) {
+    grid.block = {i, 0, 0};
+    run_block(threads, random);
+  }
+}
+
+void* shared_bytes(const void* site, size_t bytes) {
+  for (const Shared& shared : block.sites)
+    if (shared.site == site) return block.shared + shared.offset;
+  const size_t offset = block.shared_used;
+  block.shared_used += (bytes + 127) / 128 * 128;
+  if (block.shared_used > kMostShared) fail("a block uses more than ", kMostShared, " bytes of shared memory");
+  block.sites.push_back({site, offset});
+  std::memset(block.shared + offset, 0xCD, bytes);
+  return block.shared + offset;
+}
+
+void allow(const void* memory, int64_t bytes, bool writable) {
+  const auto begin = reinterpret_cast<uintptr_t>(memory);
+  if (bytes > 0) allowed.push_back({begin, begin + static_cast<uintptr_t>(bytes), writable});
+}
+void forget() { allowed.clear(); }
+
+void check_access(const void* p, size_t bytes, bool writes) {
+  const auto begin = reinterpret_cast<uintptr_t>(p), end = begin + bytes;
+  const char* what = writes ? "writes " : "reads ";
+  if (begin % bytes != 0) fail("a thread ", what, bytes, " bytes at an address that is not aligned to them");
+  // The range that begins last before it has it, but where arguments share memory that is only read.
+  auto range = std::upper_bound(touched->begin(), touched->end(), begin,
+                                [](uintptr_t x, const Range& r) { return x < r.begin; });
+  bool read_only = false;
+  while (range != touched->begin()) {
+    --range;
+    if (begin < range->begin || end > range->end) continue;
+    if (!writes || range->writable) return;
+    read_only = true;
+  }
+  if (read_only) fail("a thread writes ", bytes, " bytes of a tensor that the op only reads");
+  fail("a thread ", what, bytes, " bytes outside the tensors of the call");
+}
+
+void wait_for_block() { leave(State::AtBlock); }
+
+void wait_for_warp(const char* what, uint32_t mask) {
+  auto* me = static_cast<Fiber*>(grid.current);
+  if (!(mask >> me->lane & 1))
+    fail("lane ", me->lane, " calls ", what, " with mask 0x", std::hex, mask, ", without it");
+  me->at = what;
+  me->mask = mask;
+  leave(State::AtWarp);
+}
+
+}  // namespace shira::emul

@@ -1,0 +1,92 @@
+"""The CUDA sources under nvcc, where there is one: they compile for every GPU they are shipped for, and no kernel
+spills registers or keeps arrays in local memory.
+
+All of the targets of a wheel take minutes. By default this compiles for Hopper alone;
+SHIRA_TEST_CUDA_ARCHS="80;90;100;120" names others. A build with SHIRA_CUDA=1 compiles for all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+ARCHS = os.environ.get("SHIRA_TEST_CUDA_ARCHS", "90").split(";")
+
+
+def nvcc() -> str:
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    found = shutil.which("nvcc")
+    if found:
+        candidates.append(str(Path(found).resolve().parents[1]))
+    for home in filter(None, candidates):
+        if (Path(home) / "bin/nvcc").exists() and (Path(home) / "include/cuda_runtime.h").exists():
+            return str(Path(home) / "bin/nvcc")
+    pytest.skip("no CUDA toolkit: set CUDA_HOME")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str
+    registers: int
+    stack: int
+    spills: int
+
+
+_PROPERTIES = re.compile(
+    r"Compiling entry function '(?P<name>\S+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+def compiled(source: Path, arch: str, folder: Path) -> list[Kernel]:
+    """What ptxas says of every kernel of a source."""
+    flags = ["-std=c++20", "-O3", "-fmad=false", "-DTORCH_TARGET_VERSION=0x020B000000000000", "-diag-suppress=20012"]
+    includes = [f"-isystem={path}" for path in cpp_extension.include_paths()]
+    command = [nvcc(), *flags, *includes, f"-arch=sm_{arch}", "-cubin", "-Xptxas=-v", str(source)]
+    command += ["-o", str(folder / f"{source.stem}-{arch}.cubin")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-6000:]
+    assert "warning" not in result.stderr, result.stderr[-6000:]
+    return [
+        Kernel(m["name"], int(m["registers"]), int(m["stack"]), int(m["stores"]) + int(m["loads"]))
+        for m in _PROPERTIES.finditer(result.stderr)
+    ]
+
+
+def readable(names: list[str]) -> list[str]:
+    if shutil.which("c++filt") is None:
+        return names
+    text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    return [re.sub(r"shira::(cuda::|core::)?|\(anonymous namespace\)::|^void ", "", line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_compiles_without_spills(source: Path, arch: str, tmp_path: Path) -> None:
+    """`pytest -rP` prints the table."""
+    kernels = compiled(source, arch, tmp_path)
+    assert kernels
+    print(f"{source.name} for sm_{arch}: registers, stack, spills")
+    for kernel, name in sorted(zip(kernels, readable([k.name for k in kernels]), strict=True), key=lambda k: k[1]):
+        print(f"{kernel.registers:4} {kernel.stack:4} {kernel.spills:4}  {name}")
+    spilled = [kernel for kernel in kernels if kernel.spills or kernel.stack]
+    assert not spilled, readable([kernel.name for kernel in spilled])
+    # 256 threads of 128 registers: two blocks a multiprocessor, below which latency shows.
+    assert max(kernel.registers for kernel in kernels) <= 128
+
+
+def test_every_family_on_the_cpu_compiles_for_cuda() -> None:
+    """One name for a family everywhere."""
+    families = {path.stem for path in (ROOT / "csrc/cpu").glob("*.cpp")}
+    assert {source.stem for source in SOURCES} <= families

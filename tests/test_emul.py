@@ -1,0 +1,186 @@
+"""The CUDA kernels on the CPU: in any order of their threads, over more tensors than a launch takes, on content that
+no check has seen; and that the emulator itself tells a missing barrier and a wrong address."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import cases
+import emul
+from cases import ALL, EMULATOR, Setup, assert_same, build, run
+
+ORDERS = {"forward": 0, "reverse": 1, "shuffled": 7}
+SHUFFLED = 2  # what every other test runs in
+
+
+@pytest.fixture(params=ORDERS.values(), ids=ORDERS.keys())
+def order(request: pytest.FixtureRequest) -> Iterator[int]:
+    emul.library()
+    torch.ops.shira_emul._order(request.param)
+    yield request.param
+    torch.ops.shira_emul._order(SHUFFLED)
+
+
+def ops() -> list[str]:
+    return [op for op in cases.OPS if cases.emulator_has(op)]
+
+
+# The emulator
+
+
+def planted(defect: str) -> torch.Tensor:
+    emul.library()
+    return torch.ops.shira_emul._planted(torch.arange(600), defect)
+
+
+def turned() -> torch.Tensor:
+    """What the planted kernel computes: each block's 256 entries turned around, plus the warp's first of them."""
+    entries = torch.cat([torch.arange(600), torch.zeros(168, dtype=torch.int64)]).view(3, 256).flip(1)
+    return (entries + entries.view(3, 8, 32)[:, :, :1].expand(3, 8, 32).reshape(3, 256)).view(-1)[:600]
+
+
+def test_the_kernel_without_a_defect(order: int) -> None:
+    assert_same(planted("none"), turned())
+
+
+def test_a_missing_barrier_shows() -> None:
+    """As wrong results, in at least one order of the threads."""
+    wrong = []
+    for number in (*ORDERS.values(), SHUFFLED):
+        torch.ops.shira_emul._order(number)
+        wrong.append(not torch.equal(planted("barrier"), turned()))
+    torch.ops.shira_emul._order(SHUFFLED)
+    assert wrong[0]
+    assert wrong[-1], "the order of every other test must show it too"
+
+
+@pytest.mark.parametrize(
+    ("defect", "says"),
+    [
+        ("divergence", "waits in __shfl_sync for lanes that never come"),
+        ("warp", "waits in __shfl_sync for lanes that never come"),
+        ("mask", "with masks|for lanes that never come"),
+        ("index", "writes 8 bytes outside the tensors of the call"),
+        ("read only", "writes 8 bytes of a tensor that the op only reads"),
+        ("alignment", "reads 8 bytes at an address that is not aligned to them"),
+    ],
+)
+def test_a_defect_is_told(order: int, defect: str, says: str) -> None:
+    with pytest.raises(RuntimeError, match=f"emulated CUDA: .*({says})"):
+        planted(defect)
+    assert_same(planted("none"), turned())  # and the next launch starts anew
+
+
+# The kernels
+
+
+@pytest.mark.parametrize("granule", [1, 3, 8, ALL])
+def test_any_order_of_threads(order: int, granule: int | str) -> None:
+    """Barriers stand where they must: a block's threads and a launch's blocks may come in any order."""
+    for op in ops():
+        for offset, dtype in enumerate((torch.bfloat16, torch.float32)):  # of the second no address suits 16 bytes
+            if granule == ALL:
+                setup = Setup(dtype=dtype, granule=2600, limit=1, count=1)
+            else:
+                setup = Setup(dtype=dtype, granule=granule, limit=4000 // granule, count=1400 // granule)
+            case = build(op, setup)
+            assert_same(run(EMULATOR, case, offset=offset), run(cases.REFERENCE, case))
+
+
+FOREACH = ("foreach_gather", "foreach_scatter_", "foreach_swap_", "foreach_apply_", "foreach_switch_")
+
+
+@pytest.mark.parametrize("op", FOREACH)
+def test_more_tensors_than_a_launch_takes(op: str) -> None:
+    members = [
+        build(
+            op.removeprefix("foreach_"), Setup(limit=7, count=i % 5, seed=i, dtype=(torch.int8, torch.bfloat16)[i % 2])
+        )
+        for i in range(1000)
+    ]
+    case = cases.foreach(op, members)
+    assert_same(run(EMULATOR, case), run(cases.REFERENCE, case))
+
+
+@pytest.mark.parametrize("granule", [1, 2, 40, 1100])
+@pytest.mark.parametrize("counts", [(1500, 1500), (0, 1025), (1025, 0), (1, 1500), (1500, 1), (3000, 1700)], ids=str)
+def test_switch_is_cut_anywhere(counts: tuple[int, int], granule: int) -> None:
+    """Masks equal, apart and partly shared, where a granule and its twin come to lie in two tiles."""
+    divisor = 1 if granule < 40 else 64
+    for limit in (3000 // divisor, 10_000 // divisor):
+        setup = Setup(dtype=torch.bfloat16, limit=limit, granule=granule, count=counts[1] // divisor)
+        case = build("switch_", setup, alpha=0.5)
+        other = build("scatter_", Setup(**{**setup.__dict__, "count": counts[0] // divisor, "seed": 1}))
+        case.args |= {"indices_out": other.args["indices"], "saved_out": other.args["values"]}
+        assert_same(run(EMULATOR, case), run(cases.REFERENCE, case))
+    if counts[0] == counts[1]:
+        same = {"indices_out": case.args["indices_in"]}
+        case.args |= same
+        assert_same(run(EMULATOR, case), run(cases.REFERENCE, case))
+
+
+def hostile(n: int, limit: int, index: torch.dtype) -> Iterator[torch.Tensor]:
+    """Lists no check has seen: out of range, falling, all the same, shuffled with wild numbers."""
+    generator = torch.Generator().manual_seed(0)
+    wild = torch.randint(-(2**31), 2**31 - 1, (n,), generator=generator)
+    mixed = torch.randint(-3, limit + 3, (n,), generator=generator)
+    for indices in (wild, mixed, torch.arange(n).flip(0), torch.full((n,), limit - 1), torch.full((n,), limit)):
+        yield indices.to(index)
+
+
+@pytest.mark.parametrize("granule", [1, 2, 600])
+@pytest.mark.parametrize("op", ["gather", "scatter_", "swap_", "apply_", "switch_", "scatter_add_"])
+def test_hostile_indices_reach_no_other_memory(op: str, granule: int) -> None:
+    """The emulator refuses any access outside the arguments; their entries may be anything."""
+    for index in cases.INDEX_DTYPES:
+        for n in (5, 1025) if granule == 600 else (1025, 3000):
+            setup = Setup(dtype=torch.bfloat16, limit=n + 9, count=n, granule=granule, index=index)
+            for bad in hostile(n, n + 9, index):
+                for name in [name for name in build(op, setup).args if name.startswith("indices")]:
+                    changes: dict[str, Any] = {} if op in ("gather", "scatter_", "swap_") else {"alpha": 0.5}
+                    case = build(op, setup, **changes)
+                    case.set(name, bad)
+                    run(EMULATOR, case)
+
+
+def test_what_is_out_of_range_is_left_alone() -> None:
+    """Entries in range are treated as ever; of the others neither `values` nor `saved` changes."""
+    limit, indices = 8, torch.tensor([-1, 0, 3, 8, 2**40])
+    good = (indices >= 0) & (indices < limit)
+    for op, written in (("swap_", "values"), ("apply_", "saved"), ("switch_", "saved_in")):
+        case = build(op, Setup(limit=limit, count=5))
+        case.args["indices_in" if op == "switch_" else "indices"] = indices
+        if op == "switch_":
+            case.args |= {"indices_out": indices[:0], "saved_out": case.args["saved_out"][:0]}
+        given = run(EMULATOR, case)
+        before = case.args["weight"].view(-1)
+        wanted = case.args[written].clone()
+        wanted[good] = before[indices[good]]
+        assert_same(given[written], wanted)
+        weight = before.clone()
+        weight[indices[good]] = case.args["values"][good]
+        assert_same(given["weight"].view(-1), weight)
+
+
+def test_check_indices_names_the_first(order: int) -> None:
+    indices = torch.arange(5000)
+    indices[4321], indices[1234] = 3, 77
+    says = r"got 77 after 1233 at position 1234$"
+    with pytest.raises(RuntimeError, match=says):
+        EMULATOR("check_indices", indices=indices, limit=9000)
+
+
+def test_a_call_is_one_launch() -> None:
+    """Whole models go in one: as many launches as there are kinds of entry, not as tensors."""
+    launches = torch.ops.shira_emul._launches
+    for op in FOREACH:
+        case = cases.foreach(
+            op, [build(op.removeprefix("foreach_"), Setup(seed=i, dtype=torch.bfloat16)) for i in range(200)]
+        )
+        before = launches()
+        EMULATOR(op, **case.args)
+        assert launches() - before == 1, op
