@@ -232,6 +232,36 @@ def test_groups_and_closure() -> None:
     assert not torch.equal(second.detach(), before[1])
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.Adagrad(p, lr=0.1),
+        lambda p: torch.optim.RMSprop(p, lr=0.01, foreach=True),
+        lambda p: torch.optim.Adam(p, lr=0.02, fused=True),
+        lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3),
+    ],
+)
+def test_any_optimizer_of_torch_writes_the_weights(make: Callable[[Any], torch.optim.Optimizer]) -> None:
+    model, tuner = setup(torch.bfloat16, whole=r"2\.bias")
+    optimizer = make(list(tuner.parameters()))
+    losses = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = model(torch.ones(2, 16, dtype=torch.bfloat16)).float().square().sum()
+        loss.backward()
+        losses.append(loss.item())
+        return loss
+
+    for _ in range(5):
+        optimizer.step(closure)
+    assert losses[-1] < losses[0] / 2
+    for name, values in tuner.named_parameters():
+        weight = model.get_parameter(name.removesuffix("_shira_values")).detach().reshape(-1, values.numel() //
+            indices_of(model, name).numel())  # fmt: skip
+        assert torch.equal(weight[indices_of(model, name).long()].view(-1), values.detach().bfloat16())
+
+
 def test_values_that_joined_later_have_their_own_count() -> None:
     """Steps are counted for each parameter, so a late group has the bias correction of its own first step."""
     _, tuner = setup()

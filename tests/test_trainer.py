@@ -271,7 +271,8 @@ def test_checkpoints_of_others_are_refused_and_change_nothing(tmp_path: Path) ->
         assert "run.pt" in str(error.value)
         assert same_bits(trainer.tuner.model, before)
         assert torch.equal(state, torch.get_rng_state())
-        assert trainer.step == 0
+        assert (trainer.step, trainer.epoch, trainer._position, trainer._batches) == (0, 0, 0, None)
+        assert trainer.optimizer.state_dict()["state"] == {}
 
     def of(model: nn.Module, mask: Any, **options: Any) -> Trainer:
         tuner = SparseTuner(model, mask, r"^0$", **{"whole": r"^4\.", **options})
@@ -293,9 +294,11 @@ def test_checkpoints_of_others_are_refused_and_change_nothing(tmp_path: Path) ->
     wider = network()
     wider.register_buffer("more", torch.zeros(1))
     refused(of(wider, masks.Rand(density=0.3)), "other buffers")
-    trainer = make(data=DataLoader(Noisy(), 11))
-    with pytest.raises(ValueError, match=r"stopped after 4 batches of an epoch, the data has only 1"):
-        trainer.resume(path)
+    refused(make(data=DataLoader(Noisy(), 11)), "4 batches into an epoch, the data has only 1")
+    refused(make(shuffled_by=3), "the checkpoint has 0 generators of data, here are 1")
+    trainer = make()
+    trainer.optimizer = AdamW([{"params": [p]} for p in trainer.tuner.parameters()])
+    refused(trainer, "different number of parameter groups")
 
 
 def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:

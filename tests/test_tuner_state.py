@@ -369,6 +369,22 @@ def test_tied_weights_come_back_trainable() -> None:
     assert model.embed.weight.requires_grad
 
 
+def test_two_tuners_train_side_by_side() -> None:
+    model = model_of()
+    before = bits(model)
+    first, second = SparseTuner(model, RAND, "experts|embed"), SparseTuner(model, RAND, "q_proj")
+    with pytest.raises(ValueError, match=r"head\.weight is already trained by a tuner"):
+        SparseTuner(model, RAND, "head")
+    train(model, AdamW([*first.parameters(), *second.parameters()], lr=0.1))
+    for tuner in (first, second):
+        assert all((values.detach() != tuned.plan.saved).any() for tuned in tuner._tuned for values in [tuned.values])
+    second.detach()
+    train(model, AdamW(first, lr=0.1))
+    first.detach()
+    assert same_bits(model, before)
+    assert all(p.requires_grad for p in model.parameters())
+
+
 # Several processes
 
 

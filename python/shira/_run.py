@@ -38,6 +38,11 @@ def random_state(*datas: Any) -> dict[str, Any]:
 
 def set_random_state(state: Mapping[str, Any], *datas: Any) -> None:
     """Go back to a `random_state`."""
+    generators = _generators(datas)
+    if len(generators) != len(state["generators"]):
+        raise ValueError(
+            f"the checkpoint has {len(state['generators'])} generators of data, here are {len(generators)}"
+        )
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -45,7 +50,7 @@ def set_random_state(state: Mapping[str, Any], *datas: Any) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
-    for generator, saved in zip(_generators(datas), state["generators"], strict=True):
+    for generator, saved in zip(generators, state["generators"], strict=True):
         generator.set_state(saved)
 
 

@@ -93,12 +93,9 @@ class Trainer:
         self.checkpoint, self.callbacks = checkpoint, tuple(callbacks)
         self._show, self._log_every = progress, log_every
 
-        self.step, self.epoch = 0, 0
-        """Steps taken and passes completed."""
-        self.loss = math.nan
-        """The loss of the last step that was shown."""
-        self.evaluations: list[tuple[int, float]] = []
-        """Step and loss of every evaluation."""
+        self.step, self.epoch = 0, 0  # steps taken and passes completed
+        self.loss = math.nan  # of the last step that was shown
+        self.evaluations: list[tuple[int, float]] = []  # step and loss of each
         self._position = 0  # batches taken of this epoch
         self._batches: Iterator[Any] | None = None
         self._epoch_random: dict[str, Any] | None = None
@@ -211,7 +208,36 @@ class Trainer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint: values, optimizer, scheduler, scaler, random states, place in the data; whole or not."""
-        state = {
+        with _file.replacing(path) as temporary:
+            torch.save(self._state(), temporary)
+
+    def resume(self, path: str | os.PathLike[str]) -> Trainer:
+        """Go on from a checkpoint as if training had never stopped; refuses another adapter's, base's or set-up's."""
+        where = os.fspath(path)
+        with open(where, "rb") as file:
+            try:
+                state = torch.load(file, map_location="cpu", weights_only=True)
+            except Exception as error:  # torch raises whatever the broken part of a file brings up
+                raise ValueError(f"{where}: this is no whole checkpoint of shira.Trainer: {error}") from error
+        if not isinstance(state, dict) or state.get("version") != 1:
+            raise ValueError(f"{where}: this is no checkpoint of shira.Trainer, version 1")
+        kind = type(self.optimizer).__name__
+        if state["optimizer"]["kind"] != kind:
+            raise ValueError(f"{where}: the checkpoint's optimizer is {state['optimizer']['kind']}, this one is {kind}")
+        for name, part in (("scheduler", self.scheduler), ("scaler", self.scaler)):
+            if (state[name] is None) != (part is None):
+                wanted, got = ("none", "one") if state[name] is None else ("one", "none")
+                raise ValueError(f"{where}: the checkpoint has {wanted} for a {name}, this trainer has {got}")
+        before = self._state()
+        try:
+            self._take(state)
+        except (KeyError, RuntimeError, ValueError) as error:
+            self._take(before)
+            raise ValueError(f"{where}: {error}") from error
+        return self
+
+    def _state(self) -> dict[str, Any]:
+        return {
             "version": 1,
             "tuner": self.tuner.state_dict(),
             "optimizer": {"kind": type(self.optimizer).__name__, "state": self.optimizer.state_dict()},
@@ -224,35 +250,13 @@ class Trainer:
             "random": _run.random_state(self.data, self.evaluation),
             "epoch_random": self._epoch_random,
         }
-        with _file.replacing(path) as temporary:
-            torch.save(state, temporary)
 
-    def resume(self, path: str | os.PathLike[str]) -> Trainer:
-        """Go on from a checkpoint as if training had never stopped; refuses another adapter's, base's or set-up's."""
-        where = os.fspath(path)
-        with open(where, "rb") as file:
-            try:
-                state = torch.load(file, map_location="cpu", weights_only=True)
-            except Exception as error:  # torch raises whatever the broken part of a file brings up
-                raise ValueError(f"{where}: this is no whole checkpoint of shira.Trainer: {error}") from error
-        if not isinstance(state, dict) or state.get("version") != 1 or "tuner" not in state:
-            raise ValueError(f"{where}: this is no checkpoint of shira.Trainer, version 1")
-        kind = type(self.optimizer).__name__
-        if state["optimizer"]["kind"] != kind:
-            raise ValueError(f"{where}: the checkpoint's optimizer is {state['optimizer']['kind']}, this one is {kind}")
-        for name, part in (("scheduler", self.scheduler), ("scaler", self.scaler)):
-            if (state[name] is None) != (part is None):
-                wanted, got = ("none", "one") if state[name] is None else ("one", "none")
-                raise ValueError(f"{where}: the checkpoint has {wanted} for a {name}, this trainer has {got}")
+    def _take(self, state: Mapping[str, Any]) -> None:
         others = self._others()
-        if {name: tensor.shape for name, tensor in others.items()} != {
-            name: tensor.shape for name, tensor in state["others"].items()
-        }:
-            raise ValueError(f"{where}: the checkpoint is of a model with other buffers or other unfrozen parameters")
-        try:
-            self.tuner.load_state_dict(state["tuner"])
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+        shapes = [{name: tensor.shape for name, tensor in part.items()} for part in (others, state["others"])]
+        if shapes[0] != shapes[1]:
+            raise ValueError("the checkpoint is of a model with other buffers or other unfrozen parameters")
+        self.tuner.load_state_dict(state["tuner"])
         self.optimizer.load_state_dict(state["optimizer"]["state"])
         for name, part in (("scheduler", self.scheduler), ("scaler", self.scaler)):
             if part is not None:
@@ -261,20 +265,15 @@ class Trainer:
             for name, tensor in others.items():
                 tensor.copy_(state["others"][name])
         self.step, self.epoch, self._position = state["progress"]
-        self.loss = state["loss"]
-        self.evaluations = [(int(step), float(loss)) for step, loss in state["evaluations"]]
-        self._batches, self._epoch_random = None, None
+        self.loss, self.evaluations = state["loss"], list(state["evaluations"])
+        self._batches = self._epoch_random = None
         if self._position:
             # The same epoch again, up to the batch that comes next.
             _run.set_random_state(state["epoch_random"], self.data, self.evaluation)
-            skipped = sum(1 for _ in islice(self._open_epoch(), self._position))
-            if skipped < self._position:
-                raise ValueError(
-                    f"{where}: the checkpoint stopped after {self._position} batches of an epoch, the data has only "
-                    f"{skipped}"
-                )
+            found = sum(1 for _ in islice(self._open_epoch(), self._position))
+            if found < self._position:
+                raise ValueError(f"the checkpoint is {self._position} batches into an epoch, the data has only {found}")
         _run.set_random_state(state["random"], self.data, self.evaluation)
-        return self
 
     def _others(self) -> dict[str, Tensor]:
         """What training may change besides values: buffers, and parameters that were unfrozen by hand."""

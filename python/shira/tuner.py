@@ -452,6 +452,10 @@ class SparseTuner:
         slots = _model.slots(self.model)
         # Once each: a tied weight that was met a second time would be remembered as frozen.
         base = {id(slot.weight): slot.weight for name, slot in slots.items() if not name.endswith(VALUES_SUFFIX)}
+        # What another tuner trains is its own affair.
+        for slot in slots.values():
+            if hasattr(slot.module, slot.attribute + VALUES_SUFFIX):
+                base.pop(id(slot.weight), None)
         for weight in base.values():
             self._requires_grad.append((weight, weight.requires_grad))
             weight.requires_grad_(False)
