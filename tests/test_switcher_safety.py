@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 import shira_ops
-from shira import Adapter, AdapterError, Entry, SparseTuner, Switcher, SwitchError, _layout, masks
+from shira import Adapter, AdapterError, Entry, SparseTuner, Switcher, SwitchError, _layout, _live, _model, masks
 from shira._live import Weight
 from switcher_walk import NAMES, adapter_of, bits, differing, model_of, restore
 
@@ -205,7 +206,7 @@ def test_calls_are_grouped_by_device_and_granule() -> None:
     def part(number: int, device: str, granule: int, adapter: str) -> tuple[Weight, _layout.Part]:
         parameter = weights.setdefault(number, nn.Parameter(torch.zeros(8, 8, device=device)))
         holder = nn.ParameterDict({"w": parameter})
-        slot = next(iter(_layout._live._model.slots(holder).values()))
+        slot = next(iter(_model.slots(holder).values()))
         weight = found.setdefault(number, Weight.of(slot, object(), False))
         indices = torch.tensor([1, 3], dtype=torch.int32, device=device)
         entries = torch.zeros(2 * granule, device=device)
@@ -451,3 +452,52 @@ def test_names_and_numbers_that_do_not_fit() -> None:
     with pytest.raises(SwitchError, match=r"nothing has changed: active is .a. at 1\. Cause: fuse_"):
         quantized.activate({"a": 1.0, "b": 1.0})
     assert model.weight.tolist() == [[1, 0], [0, 0]]
+
+
+def test_streams_are_ordered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of a GPU, in its order, told by stand-ins: no GPU is needed, and none is tried."""
+    told: list[str] = []
+
+    class Event:
+        def __init__(self, of: str) -> None:
+            self.of = of
+
+        def synchronize(self) -> None:
+            told.append(f"host waits for {self.of}")
+
+    class Stream:
+        def __init__(self, device: torch.device, name: str = "side") -> None:
+            self.name = f"{name} {device.index}"
+
+        def wait_stream(self, other: Stream) -> None:
+            told.append(f"{self.name} waits for {other.name}")
+
+        def wait_event(self, event: Event) -> None:
+            told.append(f"{self.name} waits for {event.of}")
+
+        def record_event(self) -> Event:
+            told.append(f"{self.name} marks")
+            return Event(self.name)
+
+    @contextlib.contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        told.append(f"on {stream.name}")
+        yield
+        told.append(f"off {stream.name}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(device, "caller"))
+    one, two, cpu = torch.device("cuda:0"), torch.device("cuda:1"), torch.device("cpu")
+    streams = _live.Streams()
+    with streams.staging([one, cpu, two, one]) as ready:
+        told.append("staged")
+    assert told == ["side 0 waits for caller 0", "on side 0", "side 1 waits for caller 1", "on side 1", "staged",
+                    "side 0 marks", "side 1 marks", "off side 1", "off side 0"]  # fmt: skip
+    told.clear()
+    _live.wait(ready)  # a commit
+    layout = _layout.Layout(("a",), {}, ready, _live.mark([one, cpu, two]))
+    layout.freeing()
+    layout.freeing()
+    assert told == ["caller 0 waits for side 0", "caller 1 waits for side 1", "caller 0 marks", "caller 1 marks",
+                    "host waits for caller 0", "host waits for caller 1"]  # fmt: skip
