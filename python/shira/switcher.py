@@ -423,7 +423,8 @@ class Switcher:
         if not names:
             return EMPTY
         if names in self._layouts:
-            self._layouts.move_to_end(names)
+            for used in (*((name,) for name in names), names):  # of several, each is used too
+                self._layouts.move_to_end(used)
             return self._layouts[names]
         keep = [self._names(), names, beside]
         if len(names) == 1:
