@@ -91,7 +91,7 @@ void set_move(Task& task, ScalarType index_type, int64_t granule_bytes) {
   task.chunk =
       index_type == ScalarType::Int ? choose_move<move, kBytes, int32_t>() : choose_move<move, kBytes, int64_t>();
   task.granule = granule_bytes / kBytes;
-  task.total = task.count * task.granule;
+  task.total = task.n_in * task.granule;
 }
 
 template <Move move>
@@ -110,7 +110,7 @@ Task make_task(const Tensor& weight, const Tensor& indices, const Tensor* values
   task.indices = indices.data_ptr();
   task.values = values == nullptr ? nullptr : static_cast<char*>(values->data_ptr());
   task.saved = saved == nullptr ? nullptr : static_cast<char*>(saved->data_ptr());
-  task.count = indices.numel();
+  task.n_in = indices.numel();
   return task;
 }
 
@@ -172,7 +172,7 @@ Task mix_task(const Tensor& weight, const Tensor& indices, const Tensor& values,
   Task task = make_task(weight, indices, &values, saved);
   task.alpha = alpha;
   task.granule = granule;
-  task.total = task.count * granule;
+  task.total = task.n_in * granule;
   with_dtypes(weight.scalar_type(), values.scalar_type(), [&](auto w, auto v) {
     using W = typename decltype(w)::type;
     using V = typename decltype(v)::type;
@@ -196,58 +196,113 @@ Task apply_task(const Tensor& weight, const Tensor& indices, const Tensor& value
 
 // ---- switch: one walk over two sorted lists -----------------------------------------------------------
 
-// What goes out and what comes in, each as the walk it would be alone.
-struct SwitchTask {
-  void (*chunk)(const SwitchTask&, int64_t begin, int64_t end);
-  int64_t total;  // granules of the longer list
-  int64_t block;
-  Task out, in;
+// A move of bits, for the dtypes and strengths that need no arithmetic.
+template <int64_t kBytes>
+struct MoveOf {
+  using WB = Unit<kBytes>;
+  using VB = Unit<kBytes>;
+  static inline WB mix(const WB&, const VB& value, double) { return value; }
+};
+template <typename W, typename V, core::Rule rule>
+struct MixOf {
+  using WB = typename W::Bits;
+  using VB = typename V::Bits;
+  static inline WB mix(const WB& base, const VB& value, double alpha) {
+    return core::mix<W, V, rule>(base, value, static_cast<typename W::Compute>(alpha));
+  }
 };
 
-// Granules whose lines, of both lists, wait in the second-level cache for their turn.
-constexpr int64_t kSwitchBlock = 2048;
-
-// Block by block of the longer list: takes the one out, then puts the other in while the lines are still there. No
-// entry is compared with another: merging the lists entry by entry cost a mispredicted branch for nearly each.
-template <typename O, typename I>
-void switch_chunk(const SwitchTask& task, int64_t begin, int64_t end) {
-  const Task &out = task.out, &in = task.in;
-  const O* const indices_out = static_cast<const O*>(out.indices);
-  const I* const indices_in = static_cast<const I*>(in.indices);
-  // Where the other list has come when the longer one is at `at`.
-  const auto share = [](const auto* list, int64_t n, const auto* longer, int64_t n_longer, int64_t at) {
-    if (at == 0) return int64_t{0};
-    if (at == n_longer) return n;
-    return static_cast<int64_t>(std::lower_bound(list, list + n, static_cast<int64_t>(longer[at])) - list);
+// Chunks are cut on the longer list; the other list's share follows from the granule numbers.
+template <typename Mix, typename O, typename I>
+void switch_chunk(const Task& task, int64_t begin, int64_t end) {
+  using WB = typename Mix::WB;
+  using VB = typename Mix::VB;
+  constexpr int64_t kBytes = sizeof(WB);
+  const O* const out = static_cast<const O*>(task.indices_out);
+  const I* const in = static_cast<const I*>(task.indices);
+  const int64_t granule = task.granule, bytes = granule * kBytes;
+  int64_t i = begin, i_end = end, o = begin, o_end = end;
+  const auto share = [](const auto* list, int64_t n, const auto* longer, int64_t n_longer, int64_t cut) {
+    if (cut == 0) return int64_t{0};
+    if (cut == n_longer) return n;
+    return static_cast<int64_t>(std::lower_bound(list, list + n, static_cast<int64_t>(longer[cut])) - list);
   };
-  const auto outs = [&](int64_t at) {
-    return in.count < out.count ? at : share(indices_out, out.count, indices_in, in.count, at);
+  if (task.n_in >= task.n_out) {
+    o = share(out, task.n_out, in, task.n_in, begin);
+    o_end = share(out, task.n_out, in, task.n_in, end);
+  } else {
+    i = share(in, task.n_in, out, task.n_out, begin);
+    i_end = share(in, task.n_in, out, task.n_out, end);
+  }
+  const int64_t ahead = std::max<int64_t>(1, kAhead * kLine / std::max(bytes, kLine));
+  const auto read_w = [](const char* p) {
+    WB x;
+    memcpy(&x, p, kBytes);
+    return x;
   };
-  const auto ins = [&](int64_t at) {
-    return in.count < out.count ? share(indices_in, in.count, indices_out, out.count, at) : at;
-  };
-  const auto go = [](const Task& part, int64_t from, int64_t to) {
-    if (from < to) part.chunk(part, from * part.granule, to * part.granule);
-  };
-  for (int64_t from = begin; from < end; from += task.block) {
-    const int64_t to = std::min(end, from + task.block);
-    go(out, outs(from), outs(to));
-    go(in, ins(from), ins(to));
+  while (i < i_end || o < o_end) {
+    if (i + ahead < i_end) prefetch<Fetch::Write>(task.weight + int64_t{in[i + ahead]} * bytes, bytes);
+    if (o + ahead < o_end) prefetch<Fetch::Write>(task.weight + int64_t{out[o + ahead]} * bytes, bytes);
+    const bool has_in = i < i_end && (o >= o_end || int64_t{in[i]} <= int64_t{out[o]});
+    const bool has_out = o < o_end && (i >= i_end || int64_t{out[o]} <= int64_t{in[i]});
+    char* const w = task.weight + (has_in ? int64_t{in[i]} : int64_t{out[o]}) * bytes;
+    const char* const base = has_out ? task.saved_out + o * bytes : w;
+    if (!has_in) {
+      for (int64_t k = 0; k < granule; ++k) memcpy(w + k * kBytes, base + k * kBytes, kBytes);
+    } else {
+      char* const saved = task.saved + i * bytes;
+      const char* const values = task.values + i * granule * static_cast<int64_t>(sizeof(VB));
+      for (int64_t k = 0; k < granule; ++k) {
+        VB value;
+        memcpy(&value, values + k * sizeof(VB), sizeof(VB));
+        const WB old = read_w(base + k * kBytes), mixed = Mix::mix(old, value, task.alpha);
+        memcpy(saved + k * kBytes, &old, kBytes);
+        memcpy(w + k * kBytes, &mixed, kBytes);
+      }
+    }
+    i += has_in;
+    o += has_out;
   }
 }
 
-SwitchTask switch_task(const Tensor& weight, const Tensor& indices_out, const Tensor& saved_out,
-                       const Tensor& indices_in, const Tensor& values, const Tensor& saved_in, double alpha, bool delta,
-                       int64_t granule) {
-  SwitchTask task{};
-  task.out = move_task<Move::Scatter>(weight, indices_out, saved_out, nullptr, granule);
-  task.in = apply_task(weight, indices_in, values, saved_in, alpha, delta, granule);
-  task.total = std::max(task.out.count, task.in.count);
-  const int64_t lines = std::max<int64_t>(1, granule * static_cast<int64_t>(weight.element_size()) / kLine);
-  task.block = std::max<int64_t>(1, kSwitchBlock / lines);
-  with_index(indices_out.scalar_type(), [&](auto out) {
-    with_index(indices_in.scalar_type(),
-               [&](auto in) { task.chunk = switch_chunk<typename decltype(out)::type, typename decltype(in)::type>; });
+template <typename Mix>
+void set_switch(Task& task, ScalarType out_type, ScalarType in_type, int64_t granule) {
+  with_index(out_type, [&](auto out) {
+    with_index(in_type, [&](auto in) {
+      task.chunk = switch_chunk<Mix, typename decltype(out)::type, typename decltype(in)::type>;
+    });
+  });
+  task.granule = granule;
+  task.total = std::max(task.n_in, task.n_out);
+}
+
+Task switch_task(const Tensor& weight, const Tensor& indices_out, const Tensor& saved_out, const Tensor& indices_in,
+                 const Tensor& values, const Tensor& saved_in, double alpha, bool delta, int64_t granule) {
+  Task task = make_task(weight, indices_in, &values, &saved_in);
+  task.alpha = alpha;
+  task.indices_out = indices_out.data_ptr();
+  task.saved_out = static_cast<const char*>(saved_out.data_ptr());
+  task.n_out = indices_out.numel();
+  const ScalarType out_type = indices_out.scalar_type(), in_type = indices_in.scalar_type();
+  if (!delta && alpha == 1 && values.scalar_type() == weight.scalar_type()) {
+    const int64_t bytes = granule * static_cast<int64_t>(weight.element_size());
+    if (bytes % 32 == 0)
+      set_switch<MoveOf<32>>(task, out_type, in_type, bytes / 32);
+    else if (bytes % 8 == 0)
+      set_switch<MoveOf<8>>(task, out_type, in_type, bytes / 8);
+    else if (bytes % 4 == 0)
+      set_switch<MoveOf<4>>(task, out_type, in_type, bytes / 4);
+    else if (bytes % 2 == 0)
+      set_switch<MoveOf<2>>(task, out_type, in_type, bytes / 2);
+    else
+      set_switch<MoveOf<1>>(task, out_type, in_type, bytes);
+    return task;
+  }
+  with_dtypes(weight.scalar_type(), values.scalar_type(), [&](auto w, auto v) {
+    using W = typename decltype(w)::type;
+    using V = typename decltype(v)::type;
+    with_rule(core::rule_of(static_cast<typename W::Compute>(alpha), delta),
+              [&](auto rule) { set_switch<MixOf<W, V, decltype(rule)::value>>(task, out_type, in_type, granule); });
   });
   return task;
 }
@@ -289,7 +344,7 @@ struct Cpu {
   static void exchange(const Tensors& weights, const Tensors& indices_out, const Tensors& saved_out,
                        const Tensors& indices_in, const Tensors& values, const Tensors& saved_in, double alpha,
                        bool delta, int64_t granule) {
-    std::vector<SwitchTask> tasks;
+    std::vector<Task> tasks;
     tasks.reserve(weights.size());
     for (size_t t = 0; t < weights.size(); ++t)
       tasks.push_back(switch_task(weights[t], indices_out[t], saved_out[t], indices_in[t], values[t], saved_in[t],

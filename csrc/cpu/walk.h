@@ -78,7 +78,10 @@ struct Task {
   int64_t granule;
   int64_t total;  // entries to walk
   double alpha;
-  int64_t count;  // granules
+  // switch_ alone: what goes out
+  const void* indices_out;
+  const char* saved_out;
+  int64_t n_in, n_out;
 };
 
 // A family with other arguments has a Task of its own: `chunk` and `total` are what is asked of it.
