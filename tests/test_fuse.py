@@ -125,6 +125,37 @@ def test_fuse_past_the_grain(backend: Backend) -> None:
         against_oracle(backend, fuse_case(setup, [0.7, 1.0, 0.0, -0.5], [False, True, False, False], False))
 
 
+@pytest.mark.parametrize("granule", [1, 8])
+@pytest.mark.parametrize("refuse", [False, True], ids=("first", "refuse"))
+def test_entries_without_sources_keep_their_bits(backend: Backend, refuse: bool, granule: int) -> None:
+    """A plan that a caller cut: some entries have nothing left, the last ones too."""
+    setup = Setup(dtype=torch.bfloat16, granule=granule, limit=600, count=400, specials=True)
+    case = fuse_case(setup, [0.7, 1.0, -0.5], [False, False, True], refuse)
+    offsets, sources = case.args["offsets"], case.args["sources"]
+    counts = offsets.diff()
+    counts[::5] = 0
+    counts[-3:] = 0
+    kept = (torch.arange(len(sources)) - offsets[:-1].repeat_interleave(offsets.diff())) < counts.repeat_interleave(
+        offsets.diff()
+    )
+    case.args["offsets"] = torch.cat([offsets[:1], counts.cumsum(0, dtype=offsets.dtype)])
+    case.args["sources"] = sources[kept]
+    against_oracle(backend, case)
+
+
+def test_masks_that_coincide(backend: Backend) -> None:
+    """Every entry has as many sources as there are adapters."""
+    at = cases.random_indices(np.random.default_rng(3), 2000, 1001, torch.int32)
+    indices, offsets, sources = oracles.fuse_plan([at] * 5)
+    for dtype in FLOAT_DTYPES:
+        case = fuse_case(Setup(dtype=dtype, limit=2000, count=1001, specials=True), [0.5], [False], False)
+        case.args |= {"indices": indices, "offsets": offsets, "sources": sources}
+        case.args["values"] = [torch.roll(case.args["values"][0], k) for k in range(5)]
+        case.args["alphas"] = torch.tensor([0.5, 0.0, 1.0, -0.25, 3.0], dtype=case.args["alphas"].dtype)
+        case.args["delta"] = [False, True, False, True, False]
+        against_oracle(backend, case, offset=1)
+
+
 @pytest.mark.subset
 @pytest.mark.parametrize("granule", [1, 8])
 @pytest.mark.parametrize("delta", [False, True], ids=("overwrite", "delta"))

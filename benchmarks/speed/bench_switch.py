@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import common
-from common import BF16, FP32, Layer, Report, compare, layers, settings, sweep
+from common import BF16, FP32, Layer, Report, compare, layers, random_indices, settings, sweep
 
 shira, machine = torch.ops.shira, torch.ops.shira_bench
 TOUCH = {"touch, plain": 0, "touch, 64 ahead": 64, "touch, 96 ahead": 96, "touch, 128 ahead": 128}
@@ -211,3 +212,41 @@ def bench_model(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) -
     report.bandwidth(timing, "foreach_swap_", common.switched_bytes(some))
     name = common.dtype_name(dtype)
     report.ratio(f"foreach_swap_ of touch {name}", f"{settings.side} x {settings.side}", timing, "touch")
+
+
+@pytest.mark.parametrize("masks", ["two masks", "one mask"])
+@DTYPES
+def bench_exchange(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, masks: str) -> None:
+    """One adapter for another: switch_ beside scatter_ (the revert) and apply_ one after the other."""
+    some = layers(dtype)
+    rng = np.random.default_rng(1)
+    others = [
+        one.indices if masks == "one mask" else random_indices(rng, one.weight.numel(), len(one.indices))
+        for one in some
+    ]
+    spare = [torch.empty_like(one.saved) for one in some]
+    arguments = [
+        (one.weight, one.indices, one.saved, other, one.values, kept)
+        for one, other, kept in zip(some, others, spare, strict=True)
+    ]
+
+    def two(*tensors: torch.Tensor) -> None:
+        weight, indices_out, saved_out, indices_in, values, saved_in = tensors
+        shira.scatter_(weight, indices_out, saved_out)
+        shira.apply_(weight, indices_in, values, saved_in)
+
+    results = []
+    for way in (shira.switch_, two):
+        weight, *rest, kept = (t.clone() for t in arguments[0])
+        way(weight, *rest, kept)
+        results.append((weight, kept))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+    timing = compare(benchmark, ("switch_", sweep(shira.switch_, arguments)), {"two": sweep(two, arguments)})
+    report = Report(benchmark, threads, **about(some), masks=masks)
+    report.seconds(timing, len(some))
+    name = common.dtype_name(dtype)
+    if masks == "two masks":
+        report.ratio(f"switch_ over two {name}", "", timing, "two")
+    else:
+        report.ratio("switch_ over two, one mask", name, timing, "two")

@@ -5,7 +5,7 @@
 #include <memory>
 
 #include "../fuse_ops.h"
-#include "dispatch.h"
+#include "../dispatch.h"
 #include "vector.h"
 #include "walk.h"
 
@@ -153,19 +153,15 @@ std::tuple<Tensor, Tensor, Tensor> plan(const Tensors& lists) {
 
 // ---- fuse_ ---------------------------------------------------------------------------------------------
 
-// Every element of [begin, end) passes `bad`, which vectorises.
-template <typename L, typename F>
-bool none_of(int64_t n, const F& bad) {
-  std::atomic<bool> good{true};
-  const auto check = [&](int64_t begin, int64_t end) {
-    if (vector_any<L>(end - begin, [&](int64_t i) { return bad(begin + i); }))
-      good.store(false, std::memory_order_relaxed);
-  };
-  if (n <= 4 * kGrain)
-    check(0, n);
-  else
-    torch::stable::parallel_for(0, n, 4 * kGrain, check);
-  return good.load();
+// Whether good(begin, end) holds for all of [0, n).
+template <typename F>
+bool all_of(int64_t n, const F& good) {
+  if (n <= 4 * kGrain) return good(0, n);
+  std::atomic<bool> all{true};
+  torch::stable::parallel_for(0, n, 4 * kGrain, [&](int64_t begin, int64_t end) {
+    if (!good(begin, end)) all.store(false, std::memory_order_relaxed);
+  });
+  return all.load();
 }
 
 void plan_content(const Tensor& offsets, const Tensor& sources, const Tensors& values, int64_t granule) {
@@ -173,7 +169,9 @@ void plan_content(const Tensor& offsets, const Tensor& sources, const Tensors& v
   with_index(offsets.scalar_type(), [&](auto type) {
     using O = typename decltype(type)::type;
     const O* p = offsets.const_data_ptr<O>();
-    const bool rises = p[0] == 0 && p[n - 1] == total && none_of<O>(n - 1, [=](int64_t i) { return p[i] > p[i + 1]; });
+    const bool rises = p[0] == 0 && p[n - 1] == total && all_of(n - 1, [=](int64_t begin, int64_t end) {
+                         return !vector_any<O>(end - begin, [q = p + begin](int64_t i) { return q[i] > q[i + 1]; });
+                       });
     if (!rises) refuse_offsets(p, n, total);
   });
   const int64_t adapters = static_cast<int64_t>(values.size());
@@ -181,18 +179,28 @@ void plan_content(const Tensor& offsets, const Tensor& sources, const Tensors& v
   sizes.reserve(values.size());
   for (const Tensor& own : values) sizes.push_back(own.numel() / granule);
   const int64_t *p = sources.const_data_ptr<int64_t>(), *of = sizes.data();
-  if (!none_of<int64_t>(total, [=](int64_t i) { return !source_fits(p[i], of, adapters); }))
-    refuse_sources(p, total, of, adapters);
+  // One by one: a table read by a vector's lanes is slower.
+  const bool fit = all_of(total, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      if (!source_fits(p[i], of, adapters)) return false;
+    return true;
+  });
+  if (!fit) refuse_sources(p, total, of, adapters);
 }
 
-constexpr int64_t kBlock = 512;  // entries whose buffers stay in L1 together
+constexpr int64_t kStreamAhead = 2048;  // bytes: sources are read in order, and the hardware stops at a page's end
+constexpr int64_t kBlock = 512;         // entries whose buffers stay in L1 together
 
-// An adapter in one call: its strength decides how its values count.
+// How an adapter's values count in one call.
+template <typename C>
+struct Strength {
+  C alpha;
+  core::Rule rule;
+};
 template <typename V, typename C>
 struct Adapter {
   const typename V::Bits* values;
-  C alpha;
-  core::Rule rule;
+  Strength<C> strength;
 };
 
 struct FuseTask {
@@ -216,29 +224,27 @@ void fuse_entries(const FuseTask& task, int64_t from, int64_t n, const typename 
   const auto* const adapters = static_cast<const Adapter<V, C>*>(task.adapters);
   const O* const offsets = static_cast<const O*>(task.offsets) + from;
   VB values[kBlock];
-  C alphas[kBlock];
-  core::Rule rules[kBlock];
+  Strength<C> strengths[kBlock];
   int32_t others[kBlock];
   int64_t count = 0;
   O begin = offsets[0];
   for (int64_t i = 0; i < n; ++i) {
     const O end = offsets[i + 1];
+    if (begin % 8 == 0) prefetch_read(reinterpret_cast<const char*>(task.sources + begin) + kStreamAhead);
     if (end - begin == 1) {
       const int64_t source = task.sources[begin];
       const Adapter<V, C>& adapter = adapters[core::adapter_of(source)];
       values[i] = adapter.values[core::position_of(source)];
-      alphas[i] = adapter.alpha;
-      rules[i] = adapter.rule;
+      strengths[i] = adapter.strength;
     } else {
       values[i] = 0;
-      alphas[i] = 0;
-      rules[i] = core::Rule::Keep;
+      strengths[i] = {0, core::Rule::Keep};
       others[count++] = static_cast<int32_t>(i);
     }
     begin = end;
   }
-  vector_loop(n, [=, &values, &alphas, &rules](int64_t i) {
-    mixed[i] = core::mix_by<W, V>(rules[i], base[i], values[i], alphas[i]);
+  vector_loop(n, [=, &values, &strengths](int64_t i) {
+    mixed[i] = core::mix_by<W, V>(strengths[i].rule, base[i], values[i], strengths[i].alpha);
   });
   for (int64_t k = 0; k < count; ++k) {
     const int32_t i = others[k];
@@ -246,7 +252,7 @@ void fuse_entries(const FuseTask& task, int64_t from, int64_t n, const typename 
     for (O at = offsets[i]; at < offsets[i + 1]; ++at) {
       const int64_t source = task.sources[at];
       const Adapter<V, C>& adapter = adapters[core::adapter_of(source)];
-      entry.add(adapter.rule, adapter.values[core::position_of(source)], adapter.alpha);
+      entry.add(adapter.strength.rule, adapter.values[core::position_of(source)], adapter.strength.alpha);
     }
     mixed[i] = entry.result();
   }
@@ -265,14 +271,13 @@ void fuse_run(const FuseTask& task, int64_t number, int64_t skip, int64_t n, con
   const VB* first_values = nullptr;
   int64_t count = 0;
   const auto add = [&](const Adapter<V, C>& adapter, const VB* values) {
-    vector_loop(n, [=, &total, alpha = adapter.alpha, delta = adapter.rule == core::Rule::Delta](int64_t i) {
-      total[i] = core::add_share<W, V>(total[i], base[i], values[i], alpha, delta);
-    });
+    vector_loop(n, [=, &total, alpha = adapter.strength.alpha, delta = adapter.strength.rule == core::Rule::Delta](
+                       int64_t i) { total[i] = core::add_share<W, V>(total[i], base[i], values[i], alpha, delta); });
   };
   for (O at = offsets[number]; at < offsets[number + 1]; ++at) {
     const int64_t source = task.sources[at];
     const Adapter<V, C>& adapter = adapters[core::adapter_of(source)];
-    if (adapter.rule == core::Rule::Keep) continue;
+    if (adapter.strength.rule == core::Rule::Keep) continue;
     const VB* values = adapter.values + core::position_of(source) * task.granule + skip;
     if (count++ == 0) {
       first = &adapter;
@@ -288,7 +293,7 @@ void fuse_run(const FuseTask& task, int64_t number, int64_t skip, int64_t n, con
   if (count == 0)
     std::copy_n(base, n, mixed);
   else if (count == 1)
-    vector_loop(n, [=, alpha = first->alpha, rule = first->rule](int64_t i) {
+    vector_loop(n, [=, alpha = first->strength.alpha, rule = first->strength.rule](int64_t i) {
       mixed[i] = core::mix_by<W, V>(rule, base[i], first_values[i], alpha);
     });
   else
@@ -302,14 +307,23 @@ void fuse_chunk(const FuseTask& task, int64_t begin, int64_t end) {
   const I* const indices = static_cast<const I*>(task.indices);
   const int64_t granule = task.granule;
   WB mixed[kBlock];
-  for (int64_t from = begin; from < end; from += kBlock) {
-    const int64_t to = std::min(end, from + kBlock);
+  // Of single entries the next block's lines are fetched while this one is mixed, which takes as long.
+  const auto fetch = [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) prefetch_write(task.weight + int64_t{indices[i]} * kBytes);
+  };
+  const int64_t block = granule == 1 ? kAhead : kBlock;
+  if (granule == 1) fetch(begin, std::min(end, begin + block));
+  for (int64_t from = begin; from < end; from += block) {
+    const int64_t to = std::min(end, from + block);
     WB* const base = reinterpret_cast<WB*>(task.saved) + from;
-    if (!task.refuse)
-      walk<kBytes, Fetch::Write>(task.weight, indices, granule, from, to, task.total, from == begin,
-                                 [&](int64_t offset, int64_t at, int64_t length) {
-                                   memcpy(base + (at - from), task.weight + offset, length * kBytes);
-                                 });
+    const auto keep = [&](int64_t offset, int64_t at, int64_t length) {
+      memcpy(base + (at - from), task.weight + offset, length * kBytes);
+    };
+    if (granule == 1) fetch(to, std::min(end, to + block));
+    if (!task.refuse && granule == 1)
+      walk<kBytes, Fetch::None>(task.weight, indices, granule, from, to, task.total, false, keep);
+    else if (!task.refuse)
+      walk<kBytes, Fetch::Write>(task.weight, indices, granule, from, to, task.total, from == begin, keep);
     if (granule == 1) {
       fuse_entries<W, V, O>(task, from, to - from, base, mixed);
     } else {

@@ -18,7 +18,7 @@
 #include <limits>
 #include <memory>
 
-#include "dispatch.h"
+#include "../dispatch.h"
 #include "gradient_lanes.h"
 #include "indices.h"
 

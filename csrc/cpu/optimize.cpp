@@ -7,7 +7,7 @@
 #include <array>
 
 #include "../optimize_ops.h"
-#include "dispatch.h"
+#include "../dispatch.h"
 #include "vector.h"
 #include "walk.h"
 

@@ -6,8 +6,8 @@
 
 #include "../checks.h"
 #include "../core/arithmetic.h"
+#include "../dispatch.h"
 #include "../switch_ops.h"
-#include "dispatch.h"
 #include "vector.h"
 #include "walk.h"
 
@@ -91,7 +91,7 @@ void set_move(Task& task, ScalarType index_type, int64_t granule_bytes) {
   task.chunk =
       index_type == ScalarType::Int ? choose_move<move, kBytes, int32_t>() : choose_move<move, kBytes, int64_t>();
   task.granule = granule_bytes / kBytes;
-  task.total = task.n_in * task.granule;
+  task.total = task.count * task.granule;
 }
 
 template <Move move>
@@ -110,7 +110,7 @@ Task make_task(const Tensor& weight, const Tensor& indices, const Tensor* values
   task.indices = indices.data_ptr();
   task.values = values == nullptr ? nullptr : static_cast<char*>(values->data_ptr());
   task.saved = saved == nullptr ? nullptr : static_cast<char*>(saved->data_ptr());
-  task.n_in = indices.numel();
+  task.count = indices.numel();
   return task;
 }
 
@@ -172,7 +172,7 @@ Task mix_task(const Tensor& weight, const Tensor& indices, const Tensor& values,
   Task task = make_task(weight, indices, &values, saved);
   task.alpha = alpha;
   task.granule = granule;
-  task.total = task.n_in * granule;
+  task.total = task.count * granule;
   with_dtypes(weight.scalar_type(), values.scalar_type(), [&](auto w, auto v) {
     using W = typename decltype(w)::type;
     using V = typename decltype(v)::type;
@@ -194,115 +194,57 @@ Task apply_task(const Tensor& weight, const Tensor& indices, const Tensor& value
   return mix_task<true>(weight, indices, values, &saved, alpha, delta, granule);
 }
 
-// ---- switch: one walk over two sorted lists -----------------------------------------------------------
+// ---- switch: a block of what goes out, then what comes in over the same part of the weight -----------------
+//
+// Lines that both touch come from memory once, and the loops are those of scatter_ and apply_. One merged walk has to
+// guess at every entry which list goes on: it was slower than the two passes, 1.3x in bf16 and 1.5x in fp32.
 
-// A move of bits, for the dtypes and strengths that need no arithmetic.
-template <int64_t kBytes>
-struct MoveOf {
-  using WB = Unit<kBytes>;
-  using VB = Unit<kBytes>;
-  static inline WB mix(const WB&, const VB& value, double) { return value; }
-};
-template <typename W, typename V, core::Rule rule>
-struct MixOf {
-  using WB = typename W::Bits;
-  using VB = typename V::Bits;
-  static inline WB mix(const WB& base, const VB& value, double alpha) {
-    return core::mix<W, V, rule>(base, value, static_cast<typename W::Compute>(alpha));
-  }
+constexpr int64_t kExchanged = 4096;  // entries of the longer list, whose lines and the other's stay in L2
+
+struct SwitchTask {
+  void (*chunk)(const SwitchTask&, int64_t begin, int64_t end);
+  Task out, in;
+  int64_t granule;
+  int64_t total;  // entries of the longer list
 };
 
-// Chunks are cut on the longer list; the other list's share follows from the granule numbers.
-template <typename Mix, typename O, typename I>
-void switch_chunk(const Task& task, int64_t begin, int64_t end) {
-  using WB = typename Mix::WB;
-  using VB = typename Mix::VB;
-  constexpr int64_t kBytes = sizeof(WB);
-  const O* const out = static_cast<const O*>(task.indices_out);
-  const I* const in = static_cast<const I*>(task.indices);
-  const int64_t granule = task.granule, bytes = granule * kBytes;
-  int64_t i = begin, i_end = end, o = begin, o_end = end;
-  const auto share = [](const auto* list, int64_t n, const auto* longer, int64_t n_longer, int64_t cut) {
-    if (cut == 0) return int64_t{0};
-    if (cut == n_longer) return n;
-    return static_cast<int64_t>(std::lower_bound(list, list + n, static_cast<int64_t>(longer[cut])) - list);
+// The shorter list is cut where the longer one's granule numbers say.
+template <typename O, typename I>
+void switch_chunk(const SwitchTask& task, int64_t begin, int64_t end) {
+  const O* const out = static_cast<const O*>(task.out.indices);
+  const I* const in = static_cast<const I*>(task.in.indices);
+  const int64_t n_out = task.out.count, n_in = task.in.count;
+  const bool in_leads = n_in >= n_out;
+  // Where the list that follows stands when the other one is at `at`.
+  const auto follow = [](const auto* list, int64_t n, const auto* leading, int64_t n_leading, int64_t at) {
+    if (at == 0 || at == n_leading) return at == 0 ? 0 : n;
+    return static_cast<int64_t>(std::lower_bound(list, list + n, int64_t{leading[at]}) - list);
   };
-  if (task.n_in >= task.n_out) {
-    o = share(out, task.n_out, in, task.n_in, begin);
-    o_end = share(out, task.n_out, in, task.n_in, end);
-  } else {
-    i = share(in, task.n_in, out, task.n_out, begin);
-    i_end = share(in, task.n_in, out, task.n_out, end);
-  }
-  const int64_t ahead = std::max<int64_t>(1, kAhead * kLine / std::max(bytes, kLine));
-  const auto read_w = [](const char* p) {
-    WB x;
-    memcpy(&x, p, kBytes);
-    return x;
+  const auto pass = [](const Task& part, int64_t from, int64_t to) {
+    if (from < to) part.chunk(part, from * part.granule, to * part.granule);
   };
-  while (i < i_end || o < o_end) {
-    if (i + ahead < i_end) prefetch<Fetch::Write>(task.weight + int64_t{in[i + ahead]} * bytes, bytes);
-    if (o + ahead < o_end) prefetch<Fetch::Write>(task.weight + int64_t{out[o + ahead]} * bytes, bytes);
-    const bool has_in = i < i_end && (o >= o_end || int64_t{in[i]} <= int64_t{out[o]});
-    const bool has_out = o < o_end && (i >= i_end || int64_t{out[o]} <= int64_t{in[i]});
-    char* const w = task.weight + (has_in ? int64_t{in[i]} : int64_t{out[o]}) * bytes;
-    const char* const base = has_out ? task.saved_out + o * bytes : w;
-    if (!has_in) {
-      for (int64_t k = 0; k < granule; ++k) memcpy(w + k * kBytes, base + k * kBytes, kBytes);
-    } else {
-      char* const saved = task.saved + i * bytes;
-      const char* const values = task.values + i * granule * static_cast<int64_t>(sizeof(VB));
-      for (int64_t k = 0; k < granule; ++k) {
-        VB value;
-        memcpy(&value, values + k * sizeof(VB), sizeof(VB));
-        const WB old = read_w(base + k * kBytes), mixed = Mix::mix(old, value, task.alpha);
-        memcpy(saved + k * kBytes, &old, kBytes);
-        memcpy(w + k * kBytes, &mixed, kBytes);
-      }
-    }
-    i += has_in;
-    o += has_out;
+  const auto granules = [&](int64_t entries) { return (entries + task.granule - 1) / task.granule; };
+  const int64_t step = std::max<int64_t>(1, kExchanged / task.granule), last = granules(end);
+  for (int64_t from = granules(begin); from < last; from += step) {
+    const int64_t to = std::min(last, from + step);
+    const auto out_at = [&](int64_t at) { return in_leads ? follow(out, n_out, in, n_in, at) : at; };
+    const auto in_at = [&](int64_t at) { return in_leads ? at : follow(in, n_in, out, n_out, at); };
+    pass(task.out, out_at(from), out_at(to));
+    pass(task.in, in_at(from), in_at(to));
   }
 }
 
-template <typename Mix>
-void set_switch(Task& task, ScalarType out_type, ScalarType in_type, int64_t granule) {
-  with_index(out_type, [&](auto out) {
-    with_index(in_type, [&](auto in) {
-      task.chunk = switch_chunk<Mix, typename decltype(out)::type, typename decltype(in)::type>;
-    });
-  });
+SwitchTask switch_task(const Tensor& weight, const Tensor& indices_out, const Tensor& saved_out,
+                       const Tensor& indices_in, const Tensor& values, const Tensor& saved_in, double alpha, bool delta,
+                       int64_t granule) {
+  SwitchTask task{};
+  task.out = move_task<Move::Scatter>(weight, indices_out, saved_out, nullptr, granule);
+  task.in = apply_task(weight, indices_in, values, saved_in, alpha, delta, granule);
   task.granule = granule;
-  task.total = std::max(task.n_in, task.n_out);
-}
-
-Task switch_task(const Tensor& weight, const Tensor& indices_out, const Tensor& saved_out, const Tensor& indices_in,
-                 const Tensor& values, const Tensor& saved_in, double alpha, bool delta, int64_t granule) {
-  Task task = make_task(weight, indices_in, &values, &saved_in);
-  task.alpha = alpha;
-  task.indices_out = indices_out.data_ptr();
-  task.saved_out = static_cast<const char*>(saved_out.data_ptr());
-  task.n_out = indices_out.numel();
-  const ScalarType out_type = indices_out.scalar_type(), in_type = indices_in.scalar_type();
-  if (!delta && alpha == 1 && values.scalar_type() == weight.scalar_type()) {
-    const int64_t bytes = granule * static_cast<int64_t>(weight.element_size());
-    if (bytes % 32 == 0)
-      set_switch<MoveOf<32>>(task, out_type, in_type, bytes / 32);
-    else if (bytes % 8 == 0)
-      set_switch<MoveOf<8>>(task, out_type, in_type, bytes / 8);
-    else if (bytes % 4 == 0)
-      set_switch<MoveOf<4>>(task, out_type, in_type, bytes / 4);
-    else if (bytes % 2 == 0)
-      set_switch<MoveOf<2>>(task, out_type, in_type, bytes / 2);
-    else
-      set_switch<MoveOf<1>>(task, out_type, in_type, bytes);
-    return task;
-  }
-  with_dtypes(weight.scalar_type(), values.scalar_type(), [&](auto w, auto v) {
-    using W = typename decltype(w)::type;
-    using V = typename decltype(v)::type;
-    with_rule(core::rule_of(static_cast<typename W::Compute>(alpha), delta),
-              [&](auto rule) { set_switch<MixOf<W, V, decltype(rule)::value>>(task, out_type, in_type, granule); });
+  task.total = std::max(task.out.count, task.in.count) * granule;
+  with_index(indices_out.scalar_type(), [&](auto out) {
+    with_index(indices_in.scalar_type(),
+               [&](auto in) { task.chunk = switch_chunk<typename decltype(out)::type, typename decltype(in)::type>; });
   });
   return task;
 }
@@ -344,7 +286,7 @@ struct Cpu {
   static void exchange(const Tensors& weights, const Tensors& indices_out, const Tensors& saved_out,
                        const Tensors& indices_in, const Tensors& values, const Tensors& saved_in, double alpha,
                        bool delta, int64_t granule) {
-    std::vector<Task> tasks;
+    std::vector<SwitchTask> tasks;
     tasks.reserve(weights.size());
     for (size_t t = 0; t < weights.size(); ++t)
       tasks.push_back(switch_task(weights[t], indices_out[t], saved_out[t], indices_in[t], values[t], saved_in[t],

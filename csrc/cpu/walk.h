@@ -78,10 +78,7 @@ struct Task {
   int64_t granule;
   int64_t total;  // entries to walk
   double alpha;
-  // switch_ alone: what goes out
-  const void* indices_out;
-  const char* saved_out;
-  int64_t n_in, n_out;
+  int64_t count;  // indices
 };
 
 // A family with other arguments has a Task of its own: `chunk` and `total` are what is asked of it.
