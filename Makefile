@@ -1,6 +1,7 @@
 # make setup   a .venv with everything, and the package built in place
 # make demo    set-up and the main job: adapters on real digits, trained, saved, switched, reverted, fused
 # make test    set-up and the tests
+# make soak    set-up and a million random operations on the switcher, every state compared bit for bit (minutes)
 # make bench   set-up and the speed benchmarks
 # make lint    ruff, clang-format, mypy
 PYTHON ?= python3
@@ -10,7 +11,7 @@ PY := $(VENV)/bin/python
 TORCH ?= torch==2.13.0
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: setup build demo test bench lint format clean
+.PHONY: setup build demo test soak bench lint format clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -33,6 +34,9 @@ demo: setup
 
 test: setup
 	$(PY) -m pytest -q -n 2 tests
+
+soak: setup
+	$(PY) tests/soak.py
 
 bench: setup
 	$(PY) -m pytest benchmarks/speed --benchmark-json=benchmarks/results/latest.json

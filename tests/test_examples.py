@@ -39,3 +39,10 @@ def test_train_transformers(tmp_path: Path) -> None:
     assert after < before - 1
     assert losses[1].split()[1] == f"{before:.3f}"  # on the base again
     assert Adapter.load(tmp_path / "a.safetensors").nnz > 1000
+
+
+def test_serve_adapters(tmp_path: Path) -> None:
+    out = run("serve_adapters.py", folder=tmp_path)
+    assert out.splitlines()[-1] == "the base is back, bit for bit: True"
+    assert "formal + brief" in out
+    assert list(tmp_path.iterdir()) == []

@@ -21,14 +21,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shira import mask as masks
+    from shira import merging
     from shira._file import AdapterError
     from shira.adapter import Adapter, Entry
     from shira.optim import SGD, AdamW
-    from shira.switcher import Switcher
+    from shira.switcher import Switcher, SwitchError
     from shira.trainer import Trainer
     from shira.tuner import SparseTuner
 
-__all__ = ["SGD", "AdamW", "Adapter", "AdapterError", "Entry", "SparseTuner", "Switcher", "Trainer", "masks"]
+__all__ = [
+    "SGD",
+    "AdamW",
+    "Adapter",
+    "AdapterError",
+    "Entry",
+    "SparseTuner",
+    "SwitchError",
+    "Switcher",
+    "Trainer",
+    "masks",
+    "merging",
+]
 
 # Public name -> the module it lives in, and its name there (None: the module itself).
 _HOMES: dict[str, tuple[str, str | None]] = {
@@ -38,9 +51,11 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "Entry": ("shira.adapter", "Entry"),
     "SGD": ("shira.optim", "SGD"),
     "SparseTuner": ("shira.tuner", "SparseTuner"),
+    "SwitchError": ("shira.switcher", "SwitchError"),
     "Switcher": ("shira.switcher", "Switcher"),
     "Trainer": ("shira.trainer", "Trainer"),
     "masks": ("shira.mask", None),
+    "merging": ("shira.merging", None),
 }
 
 

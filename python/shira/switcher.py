@@ -1,106 +1,116 @@
-"""`Switcher`: adapters on and off on the live model, in place, exactly."""
+"""`Switcher`: one model, many adapters, on and off in place, exactly."""
 
 from __future__ import annotations
 
 import math
 import os
-import threading
-from collections.abc import Iterator, Mapping
+import secrets
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import shira_ops
-from shira import _model
+from shira import _layout, _live, _model
+from shira._layout import EMPTY, Alphas, Layout, Part, Way
+from shira._live import LOCK, SwitchError, Weight
 from shira.adapter import Adapter, AdapterError, Entry, dtype_name
-from shira.mask import refine
 
-__all__ = ["Switcher"]
+__all__ = ["Memory", "SwitchError", "Switcher"]
 
-_WORD = 2**64 - 1
+# Of the last so many: unions of adapters, lists of calls, and differences of fingerprints for strengths.
+_MIXES, _WAYS, _DIFFERENCES = 16, 64, 64
+_LARGEST = torch.finfo(torch.float32).max
 
 
-@dataclass(eq=False)
-class _Batch:
-    """The weights of an adapter that one call walks: those of one device and one granule."""
+class Memory(NamedTuple):
+    """Where an adapter is, in bytes."""
 
-    device: torch.device
-    granule: int
-    weights: list[Tensor] = field(default_factory=list)
-    indices: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-    saved: list[Tensor] = field(default_factory=list)
-
-    def same_weights(self, other: _Batch) -> bool:
-        return (
-            self.granule == other.granule
-            and len(self.weights) == len(other.weights)
-            and all(one is two for one, two in zip(self.weights, other.weights, strict=True))
-        )
+    device: int
+    """On the weights' devices, ready to switch: indices, values, and the base's entries they replace."""
+    host: int
+    """In the host's memory besides: the adapter itself, where the device does not use its tensors."""
+    disk: int
+    """In its file."""
 
 
 @dataclass(eq=False)
-class _Loaded:
-    """An adapter laid out for this model: tensors on the weights' devices, room for the base's entries."""
+class _Added:
+    """An adapter by name, wherever it is now."""
 
-    adapter: Adapter
-    places: dict[str, _model.Slot]
-    batches: list[_Batch]
+    name: str
+    alpha: float
+    nbytes: int
+    weights: dict[str, Weight]
+    adapter: Adapter | None
+    file: Path | None = None
+    stamp: tuple[int, int] | None = None
+    spilled: bool = False
 
-
-@dataclass(eq=False)
-class _Merge:
-    """One weight under several adapters."""
-
-    weight: Tensor
-    indices: Tensor
-    offsets: Tensor
-    sources: Tensor
-    values: list[Tensor]
-    delta: list[bool]
-    adapters: tuple[str, ...]
-    granule: int
-    saved: Tensor
-
-    def fuse(self, strengths: Mapping[str, float], refuse: bool) -> None:
-        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        alphas = torch.tensor([strengths[name] for name in self.adapters], dtype=dtype, device=self.weight.device)
-        shira_ops.fuse_(
-            self.weight,
-            self.saved,
-            self.indices,
-            self.offsets,
-            self.sources,
-            self.values,
-            alphas,
-            delta=self.delta,
-            refuse=refuse,
-            granule=self.granule,
-        )
+    def read(self) -> Adapter:
+        """The adapter, from its file if it is not in memory."""
+        if self.adapter is not None:
+            return self.adapter
+        assert self.file is not None
+        if _stamp(self.file) != self.stamp:
+            raise AdapterError(f"{self.file} has changed since {self.name!r} was added; remove it and add it again")
+        return Adapter.load(self.file)
 
 
 class Switcher:
-    """Put adapters on a model's weights and take them off again, in place.
+    """What a server holds: one model in memory and many adapters, switched and mixed in place.
 
-    Activation overwrites the adapter's entries and keeps the base's; deactivation writes those back, so the base
-    returns bit for bit. Storage pointers never change, so compiled models and captured graphs keep working. Several
-    adapters at once are summed onto the base in the order they were added. Every check comes before the first write.
-    Calls may come from several threads, but not while the model computes.
+    - **Exact.** Whatever was done before, ``activate`` leaves the bits that a fresh activation on the base would, and
+      ``deactivate`` the base's. Several adapters are summed onto the base in the order they were added (SHiRA,
+      arXiv 2406.13175, section 4: ``W + alpha_1 S_1 + alpha_2 S_2``; see `shira_ops.fuse_`).
+    - **Atomic.** Everything is decoded, checked and brought to the device first. An error before the weights change
+      changes nothing; one in between is taken back. `SwitchError` says which adapters are active now.
+    - **In place.** Storage never moves: compiled models, captured graphs and hooks stay as they are.
+    - **Safe.** Refused are: a base the adapter was not made for (by fingerprint), weights that someone else changed (by
+      their versions, and then by fingerprint; inference tensors have no version, see `verify`), weights that were moved
+      or cast, that a `SparseTuner` trains, or that have adapters of another Switcher on them. Two Switchers may share a
+      model if only one at a time has adapters on a weight.
+    - From one adapter to another is one walk over the entries of both (`shira_ops.foreach_switch_`); new strengths
+      for what is active are one pass too.
+    - Calls may come from several threads, but the weights change while a call runs: not while the model computes on
+      them. On GPUs the change is ordered by the caller's current streams; adapters come from pinned memory on side
+      streams.
 
-    The weights must be at the base when an adapter is added for the first time; nothing else should write to them while
-    one is active.
+    Args:
+        model: any module; compiled and spread over devices if you like. Its weights are changed, never replaced.
+        budget: bytes that adapters may keep on the weights' devices (`memory`). When more is needed, those not used for
+            longest leave, to their files or to host memory, and come back by themselves when activated.
+        spill: a folder for adapters that leave and have no file. Without one they stay in host memory.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, *, budget: int | None = None, spill: str | os.PathLike[str] | None = None
+    ) -> None:
         self.model = _model.unwrap(model)
+        if budget is not None and budget < 0:
+            raise ValueError(f"Switcher: budget must be a number of bytes or None, got {budget}")
+        self.budget = budget
+        self._spill = None if spill is None else Path(spill)
         self._slots = _model.slots(self.model)
-        self._loaded: dict[str, _Loaded] = {}
-        self._fingerprints: dict[object, int] = {}
-        self._merges: dict[tuple[str, ...], list[_Merge]] = {}
+        self._added: dict[str, _Added] = {}
+        self._weights: dict[object, Weight] = {}
+        # By names, the least recently used first: one adapter, or several together.
+        self._layouts: OrderedDict[tuple[str, ...], Layout] = OrderedDict()
+        self._ways: OrderedDict[tuple[Layout, Layout], Way] = OrderedDict()
         self._active: dict[str, float] = {}
-        self._lock = threading.RLock()
+        # The way on which the weights are, if going back on it failed.
+        self._torn: Way | None = None
+        self._streams = _live.Streams()
+        # GPUs: when the last change of the weights is done. Every call waits for it in its caller's streams.
+        self._written: dict[torch.device, torch.cuda.Event] = {}
+        self._self: weakref.ref[object] = weakref.ref(self)
 
     @property
     def active(self) -> dict[str, float]:
@@ -109,83 +119,194 @@ class Switcher:
 
     @property
     def adapters(self) -> dict[str, Adapter]:
-        """The added adapters by name, in the order they were added."""
-        return {name: loaded.adapter for name, loaded in self._loaded.items()}
+        """The added adapters by name, in the order they were added; read again from their files where they left."""
+        with LOCK:
+            return {name: added.read() for name, added in self._added.items()}
 
     def add(self, name: str, adapter: str | os.PathLike[str] | Adapter, *, verify: bool = True) -> None:
-        """Make an adapter ready under a name; refuses one that was made for another base.
+        """Make an adapter ready under a name; refuses one that was made for another base. Only reads the weights.
 
         Args:
             name: what to call it.
-            adapter: an `Adapter`, or the path of its file.
+            adapter: an `Adapter`, or the path of its file. The file must stay as it is while it is in use.
             verify: compare the base's content by fingerprint. The first adapter on a weight costs one read of it; the
-                result is kept.
+                result is kept. Without it, only names, shapes and dtypes must fit.
+
+        Raises `AdapterError` if it does not fit the model, and `SwitchError` if the weights are not to be trusted:
+        changed by someone else, tuned, or another Switcher's. Nothing is added then.
         """
-        with self._lock:
-            if name in self._loaded:
+        file = stamp = None
+        if isinstance(adapter, Adapter):
+            where = f"adapter {name!r}"
+        else:
+            file = Path(adapter).absolute()
+            where, stamp = os.fspath(adapter), _stamp(file)
+            adapter = Adapter.load(file)
+        for weight_name, entry in adapter.weights.items():
+            entry.check_indices(f"{where}: weight {weight_name!r}")
+        with LOCK, _quiet():
+            if name in self._added:
                 raise AdapterError(f"an adapter {name!r} was already added; remove it first")
-            if isinstance(adapter, Adapter):
-                where = f"adapter {name!r}"
-            else:
-                where = os.fspath(adapter)
-                adapter = Adapter.load(adapter)
+            self._heal()
+            _live.wait(self._written)
             places = self._places(where, adapter)
-            if verify:
-                self._verify(where, adapter, places)
-            self._loaded[name] = _Loaded(adapter, places, _batches(where, adapter, places))
+            devices = [slot.weight.device for slot in places.values()]
+            with self._streams.staging(devices) as ready:
+                taken = {weight_name: self._take(slot, verify) for weight_name, slot in places.items()}
+                if verify:
+                    self._verify_base(where, adapter, taken)
+                nbytes = sum(entry.indices.nbytes + entry.values.nbytes for entry in adapter.weights.values())
+                nbytes += sum(entry.nnz * entry.dtype.itemsize for entry in adapter.weights.values())
+                if self.budget is not None and nbytes > self.budget:
+                    raise AdapterError(f"{where} needs {nbytes:,} bytes, more than the budget of {self.budget:,}")
+                added = _Added(name, adapter.alpha, nbytes, taken, adapter, file, stamp)
+                layout = None
+                if self._room(nbytes, keep=[self._names()]):
+                    layout = _layout.of_adapter(name, adapter, taken, self._on())
+            self._added[name] = added
+            self._weights.update((_model.memory(weight.tensor), weight) for weight in taken.values())
+            if layout is None:
+                self._leave(added)
+            else:
+                layout.ready = ready
+                self._layouts[name,] = layout
 
     def remove(self, name: str) -> None:
-        """Forget an adapter. If it is active, alone or with others, the base is put back first."""
-        with self._lock:
-            self._known(name)
+        """Forget an adapter. If it is active it is taken off first; others that are active with it stay."""
+        with LOCK:
+            added = self._known(name)
             if name in self._active:
-                self._move({})
-            del self._loaded[name]
-            self._merges = {names: merge for names, merge in self._merges.items() if name not in names}
+                self._move({other: alpha for other, alpha in self._active.items() if other != name})
+            self._drop(name)
+            if added.spilled and added.file is not None:
+                added.file.unlink(missing_ok=True)
+            del self._added[name]
+            used = {weight for other in self._added.values() for weight in other.weights.values()}
+            self._weights = {key: weight for key, weight in self._weights.items() if weight in used}
 
     def activate(self, which: str | Mapping[str, float], alpha: float | None = None) -> None:
         """Put one adapter on, or several at once; what was active goes off.
 
         Args:
-            which: a name, or names with their strengths, which are fused.
+            which: a name, or names with their strengths, which are summed onto the base.
             alpha: the strength of a single adapter; its own unless given.
         """
-        with self._lock:
+        with LOCK:
             self._move(self._strengths(which, alpha))
 
-    def deactivate(self) -> None:
-        """Put the base back, bit for bit."""
-        with self._lock:
-            self._move({})
+    def deactivate(self, name: str | None = None, *, verify: bool = True) -> None:
+        """Put the base back, bit for bit, or take one of several adapters off as if it had never been on.
+
+        Args:
+            name: an active adapter; all of them unless given.
+            verify: refuse if someone else changed the weights meanwhile. Without it, the base's entries are written
+                back whatever stands there now; what was changed elsewhere stays changed.
+        """
+        with LOCK:
+            if name is None:
+                self._move({}, verify=verify)
+                return
+            self._known(name)
+            if name not in self._active:
+                raise AdapterError(f"adapter {name!r} is not active; active are: {_model.some(self._active)}")
+            self._move({other: alpha for other, alpha in self._active.items() if other != name}, verify=verify)
 
     @contextmanager
     def using(self, which: str | Mapping[str, float], alpha: float | None = None) -> Iterator[Switcher]:
         """Activate within a ``with`` block; afterwards what was active before is active again."""
-        with self._lock:
+        with LOCK:
             before = dict(self._active)
             self.activate(which, alpha)
         try:
             yield self
         finally:
-            with self._lock:
-                self._move(before)
+            with LOCK:
+                self._move({name: alpha for name, alpha in before.items() if name in self._added})
+
+    def fingerprint(self, name: str) -> int:
+        """The fingerprint that the weight should have as it is now, as an unsigned number (`shira_ops.fingerprint`).
+
+        Known without reading the weight: the base's, plus the difference that the active adapters make, which is worked
+        out on a copy when it is first asked for, and kept for each strength. What the memory really holds, `verify`
+        reads.
+        """
+        with LOCK:
+            if name not in self._slots:
+                raise KeyError(f"the model has no weight {name!r}")
+            slot = self._slots[name]
+            weight = self._weights.get(_model.memory(slot.weight))
+            if weight is None:
+                with _quiet():
+                    return _live.fingerprint(slot.weight)
+            _live.refuse_first([weight], Weight.place)
+            _live.wait(self._written)
+            return self._fingerprint(weight)
+
+    def verify(self, *, full: bool = False) -> None:
+        """Raise `SwitchError`, naming the weights, unless they are the base plus what is active.
+
+        Args:
+            full: hash all memory of the weights that adapters are for, which finds any other change. Otherwise only the
+                entries are compared: the active adapters', or with none active those of every adapter on the device.
+        """
+        with LOCK, _quiet():
+            if self._torn is not None:
+                raise SwitchError("Switcher: the last switch failed half way; deactivate() puts the base back")
+            _live.refuse_first(self._weights.values(), Weight.place)
+            _live.wait(self._written)
+            # Weights with adapters of another Switcher are its to judge.
+            others = {weight for weight in self._weights.values() if weight.held(self) is not None}
+            wrong: dict[str, None] = {}
+            for layout in [self._on()] if self._active else list(self._layouts.values()):
+                _live.wait(layout.ready)
+                for weight, part in layout.parts.items():
+                    if weight not in others and not self._holds(part):
+                        wrong[weight.name] = None
+            for weight in self._weights.values() if full else ():
+                if weight not in others:
+                    if weight.ledger.base is None:
+                        self._learn(weight)
+                    if not self._right(weight):
+                        wrong[weight.name] = None
+            if wrong:
+                what = "the base plus what is active" if self._active else "the base"
+                raise SwitchError(f"Switcher: {len(wrong)} weight(s) do not hold {what}: {_model.some(wrong)}")
+            for weight in self._weights.values() if full else ():
+                if weight not in others:
+                    weight.note()
+
+    def memory(self) -> dict[str, Memory]:
+        """Bytes that each adapter keeps, by name; under ``"a + b"`` those of adapters made ready to act together."""
+        with LOCK:
+            found: dict[str, Memory] = {}
+            for name, added in self._added.items():
+                layout = self._layouts.get((name,))
+                on_cpu = layout is not None and all(device.type == "cpu" for device in layout.devices)
+                host = 0 if added.adapter is None or on_cpu else added.adapter.nbytes
+                disk = added.file.stat().st_size if added.file is not None and added.file.exists() else 0
+                found[name] = Memory(0 if layout is None else layout.nbytes, host, disk)
+            for names, layout in self._layouts.items():
+                if len(names) > 1:
+                    found[" + ".join(names)] = Memory(layout.nbytes, 0, 0)
+            return found
 
     def __repr__(self) -> str:
-        return f"Switcher(adapters={list(self._loaded)}, active={self._active})"
+        return f"Switcher(adapters={list(self._added)}, active={self._active})"
 
     # ---- adding ----------------------------------------------------------------------------------------------
 
     def _places(self, where: str, adapter: Adapter) -> dict[str, _model.Slot]:
         """Find each of the adapter's weights in the model; all that does not fit is said in one error."""
+        self._slots = slots = _model.slots(self.model)  # parameters may have been replaced since
         problems: list[str] = []
         places: dict[str, _model.Slot] = {}
         owner: dict[object, str] = {}
         for name, entry in adapter.weights.items():
-            known = [known for known in (name, *entry.aliases) if known in self._slots]
+            known = [known for known in (name, *entry.aliases) if known in slots]
             if not known:
                 problems.append(f"weight {name!r} is not in the model")
                 continue
-            slot = self._slots[known[0]]
+            slot = slots[known[0]]
             problem = _misfit(slot, entry)
             key = _model.memory(slot.weight)
             if problem is None and key in owner:
@@ -199,35 +320,193 @@ class Switcher:
             raise AdapterError(f"{where} does not fit the model: {'; '.join(problems[:5])}{more}")
         return places
 
-    def _verify(self, where: str, adapter: Adapter, places: Mapping[str, _model.Slot]) -> None:
+    def _take(self, slot: _model.Slot, verify: bool) -> Weight:
+        """The weight in this place, as we know it to be."""
+        weight = self._weights.get(_model.memory(slot.weight))
+        if weight is None:
+            weight = Weight.of(slot, self, verify)
+        _live.refuse_first([weight], Weight.place)
+        _live.refuse_first([weight], lambda one: one.held(self))
+        self._recheck([weight])
+        if verify and weight.ledger.base is None:
+            self._learn(weight)
+        return weight
+
+    def _verify_base(self, where: str, adapter: Adapter, weights: Mapping[str, Weight]) -> None:
         """Compare the content of the base with that the adapter was made for."""
         wanted = {name: entry.fingerprint for name, entry in adapter.weights.items() if entry.fingerprint is not None}
-        unread = [name for name in wanted if _model.memory(places[name].weight) not in self._fingerprints]
-        if unread:
-            # A base is read at the base.
-            before = dict(self._active)
-            self._move({})
-            for name in unread:
-                weight = places[name].weight
-                self._fingerprints[_model.memory(weight)] = int(shira_ops.fingerprint(weight.detach())) & _WORD
-            self._move(before)
-        wrong = [name for name in wanted if self._fingerprints[_model.memory(places[name].weight)] != wanted[name]]
+        wrong = [name for name, fingerprint in wanted.items() if weights[name].ledger.base != fingerprint]
         if wrong:
             raise AdapterError(
                 f"{where} was made for another base: the content of {len(wrong)} of {len(wanted)} weights differs "
                 f"(by fingerprint): {_model.some(wrong)}"
             )
 
-    # ---- switching -------------------------------------------------------------------------------------------
+    # ---- what is known of the weights ------------------------------------------------------------------------
 
-    def _known(self, name: str) -> _Loaded:
-        if name not in self._loaded:
-            raise AdapterError(f"no adapter {name!r} was added; there are: {_model.some(self._loaded)}")
-        return self._loaded[name]
+    def _names(self) -> tuple[str, ...]:
+        return tuple(self._active)
+
+    def _on(self) -> Layout:
+        """The active layout."""
+        return self._layouts[self._names()] if self._active else EMPTY
+
+    def _learn(self, weight: Weight) -> None:
+        """Read the base's fingerprint, from a copy where adapters are on it."""
+        part = self._on().parts.get(weight)
+        with _quiet():
+            weight.ledger.base = _live.fingerprint(weight.tensor if part is None else part.base_copy())
+
+    def _fingerprint(self, weight: Weight) -> int:
+        """What the weight should have now."""
+        if weight.ledger.base is None:
+            self._learn(weight)
+        assert weight.ledger.base is not None
+        part = self._on().parts.get(weight)
+        if part is None:
+            return weight.ledger.base
+        strengths = tuple(self._active[name] for name in part.adapters)
+        if strengths not in part.differences:
+            if len(part.differences) >= _DIFFERENCES:
+                part.differences.clear()
+            with _quiet():
+                part.differences[strengths] = self._difference(weight, part)
+        return _live.word(weight.ledger.base + part.differences[strengths])
+
+    def _difference(self, weight: Weight, part: Part) -> int:
+        """What an active part adds to the base's fingerprint. Worked out on a copy that is proved to be the base, so
+        that what others may have done to the weight never counts."""
+        copy = part.base_copy()
+        if _live.fingerprint(copy) != weight.ledger.base:
+            raise self._foreign(weight)
+        before = _live.fingerprint_at(copy, part.indices, part.granule)
+        part.put_on(copy, part.indices, Alphas(self._active).of(part))
+        return _live.word(_live.fingerprint_at(copy, part.indices, part.granule) - before)
+
+    def _right(self, weight: Weight) -> bool:
+        """Whether the memory holds the base plus what is active, all of it."""
+        part = self._on().parts.get(weight)
+        if part is None:
+            return weight.fingerprint() == weight.ledger.base
+        return _live.fingerprint(part.base_copy()) == weight.ledger.base and self._holds(part)
+
+    def _holds(self, part: Part) -> bool:
+        """Whether the weight has the entries of an active part, bit for bit; or, of one that is not, the base's."""
+        active = self._on().parts.get(part.weight) is part
+        expected = part.expected(Alphas(self._active).of(part)) if active else part.saved
+        entries = shira_ops.gather(part.weight.tensor.detach(), part.indices, granule=part.granule)
+        return torch.equal(entries.view(torch.uint8), expected.view(torch.uint8))
+
+    def _recheck(self, weights: Iterable[Weight]) -> None:
+        """Refuse weights that someone else changed. Where a version moved, the content decides."""
+        for weight in weights:
+            if weight.changed():
+                if weight.ledger.base is None or not self._right(weight):
+                    raise self._foreign(weight)
+                weight.note()
+
+    def _foreign(self, weight: Weight) -> SwitchError:
+        return SwitchError(
+            f"Switcher: {weight.name} was changed by someone else since the Switcher last wrote or read it; "
+            f"{_told(self._active)}. deactivate(verify=False) puts the base's entries back all the same"
+        )
+
+    # ---- keeping adapters ------------------------------------------------------------------------------------
+
+    def _known(self, name: str) -> _Added:
+        if name not in self._added:
+            raise AdapterError(f"no adapter {name!r} was added; there are: {_model.some(self._added)}")
+        return self._added[name]
+
+    def _ready(self, names: tuple[str, ...], beside: tuple[str, ...] = ()) -> Layout:
+        """The layout of these adapters on the device; brings them back if they left. `beside` must not leave for it."""
+        if not names:
+            return EMPTY
+        if names in self._layouts:
+            for used in (*((name,) for name in names), names):  # of several, each is used too
+                self._layouts.move_to_end(used)
+            return self._layouts[names]
+        keep = [self._names(), names, beside]
+        if len(names) == 1:
+            added = self._added[names[0]]
+            adapter = added.read()
+            self._make_room(added.nbytes, keep, names)
+            weights = list(added.weights.values())
+            _live.refuse_first(weights, Weight.place)
+            _live.refuse_first(weights, lambda weight: weight.held(self))
+            self._recheck(weights)
+            with self._streams.staging(weight.device for weight in weights) as ready:
+                layout = _layout.of_adapter(names[0], adapter, added.weights, self._on())
+            added.adapter = adapter
+        else:
+            members = [self._ready((name,), names) for name in names]
+            for member in members:
+                _live.wait(member.ready)
+            with self._streams.staging(device for member in members for device in member.devices) as ready:
+                layout = _layout.together(members)
+            self._make_room(layout.nbytes, keep, names)
+            mixes = [known for known in self._layouts if len(known) > 1]
+            for oldest in [known for known in mixes if known not in keep][: max(0, len(mixes) + 1 - _MIXES)]:
+                self._forget(oldest)
+        layout.ready = ready
+        self._layouts[names] = layout
+        return layout
+
+    def _room(self, nbytes: int, keep: Iterable[tuple[str, ...]]) -> bool:
+        """Whether there is room for so many bytes more; makes it of what was not used for longest."""
+        if self.budget is None:
+            return True
+        kept = {*keep, *((name,) for names in keep for name in names)}
+        sizes = {names: layout.nbytes for names, layout in self._layouts.items()}
+        excess = sum(sizes.values()) + nbytes - self.budget
+        if excess > sum(size for names, size in sizes.items() if names not in kept):
+            return False
+        for names in list(self._layouts):
+            if excess <= 0:
+                break
+            if names in kept or names not in self._layouts:
+                continue
+            gone = [known for known in self._layouts if known == names or (len(names) == 1 and names[0] in known)]
+            excess -= sum(sizes[known] for known in gone)
+            if len(names) == 1:
+                self._leave(self._added[names[0]])
+            else:
+                self._forget(names)
+        return True
+
+    def _make_room(self, nbytes: int, keep: Iterable[tuple[str, ...]], names: tuple[str, ...]) -> None:
+        if not self._room(nbytes, keep):
+            raise SwitchError(
+                f"Switcher: {' + '.join(names)} would need {nbytes:,} bytes on the device beside what is active, and "
+                f"the budget is {self.budget:,}; {_told(self._active)}"
+            )
+
+    def _leave(self, added: _Added) -> None:
+        """Take an adapter off the device: to its file, or to a file in `spill`, or to host memory."""
+        if added.file is None and self._spill is not None:
+            self._spill.mkdir(parents=True, exist_ok=True)
+            file = self._spill / f"{secrets.token_hex(8)}.safetensors"
+            added.read().save(file)
+            added.file, added.stamp, added.spilled = file.absolute(), _stamp(file), True
+        if added.file is not None:
+            added.adapter = None
+        self._drop(added.name)
+
+    def _drop(self, name: str) -> None:
+        """Let go of all layouts with an adapter."""
+        for names in [names for names in self._layouts if name in names]:
+            self._forget(names)
+
+    def _forget(self, names: tuple[str, ...]) -> None:
+        layout = self._layouts.pop(names)
+        self._ways = OrderedDict((key, way) for key, way in self._ways.items() if layout not in key)
+        layout.freeing()
+
+    # ---- switching -------------------------------------------------------------------------------------------
 
     def _strengths(self, which: str | Mapping[str, float], alpha: float | None) -> dict[str, float]:
         if isinstance(which, str):
-            strengths = {which: self._known(which).adapter.alpha if alpha is None else alpha}
+            strengths = {which: self._known(which).alpha if alpha is None else alpha}
         else:
             if alpha is not None:
                 raise ValueError("alpha is for a single adapter; give each of several its strength in the mapping")
@@ -236,188 +515,138 @@ class Switcher:
             for name in which:
                 self._known(name)
             # In the order they were added, whatever the mapping's: the sum is then always the same bits.
-            strengths = {name: which[name] for name in self._loaded if name in which}
+            strengths = {name: which[name] for name in self._added if name in which}
         for name, strength in strengths.items():
-            if not isinstance(strength, (int, float)) or not math.isfinite(strength):
+            if not isinstance(strength, (int, float)) or not math.isfinite(strength) or abs(strength) > _LARGEST:
                 raise ValueError(f"the strength of {name!r} must be a finite number, got {strength!r}")
         return {name: float(strength) for name, strength in strengths.items()}
 
-    def _move(self, strengths: dict[str, float]) -> None:
-        """Go from what is active to these strengths, or raise with nothing changed."""
-        if strengths == self._active:
-            return
-        for name in {**self._active, **strengths}:
-            for slot in self._loaded[name].places.values():
-                if not slot.holds():
-                    raise RuntimeError(
-                        f"{slot.name} is no longer the parameter it was when {name!r} was added; make a new Switcher"
-                    )
-        before = self._active
-        with torch.no_grad():
-            if len(strengths) > 1 and list(strengths) == list(before):
-                self._merge(strengths, refuse=True)
-            elif len(strengths) == 1 and len(before) == 1 and self._exchange(before, strengths):
-                pass
-            else:
-                merges = self._plan(strengths) if len(strengths) > 1 else []
-                self._revert(before)
-                self._active = {}
-                try:
-                    self._apply(strengths, merges)
-                except RuntimeError:
-                    # The ops refuse before they write, so the model is at the base: go back to where we came from.
-                    self._apply(before, self._merges.get(tuple(before), []))
-                    self._active = before
-                    raise
-        self._active = dict(strengths)
+    def _way(self, before: Layout, after: Layout) -> Way:
+        key = (before, after)
+        if key not in self._ways:
+            self._ways[key] = _layout.way(before, after)
+            if len(self._ways) > _WAYS:
+                self._ways.popitem(last=False)
+        self._ways.move_to_end(key)
+        return self._ways[key]
 
-    def _apply(self, strengths: Mapping[str, float], merges: list[_Merge]) -> None:
-        """From the base to these strengths."""
-        if merges:
-            self._merge(strengths, refuse=False)
-            return
-        for name, alpha in strengths.items():
-            loaded = self._loaded[name]
-            done: list[_Batch] = []
+    def _move(self, strengths: dict[str, float], *, verify: bool = True) -> None:
+        """Go from what is active to these strengths, or raise with nothing changed."""
+        with _quiet():
+            self._heal()
+            if strengths == self._active:
+                return
+            before = self._on()
+            _live.wait(self._written)
             try:
-                for batch in loaded.batches:
-                    shira_ops.foreach_apply_(
-                        batch.weights,
-                        batch.indices,
-                        batch.values,
-                        batch.saved,
-                        alpha=alpha,
-                        delta=loaded.adapter.delta,
-                        granule=batch.granule,
-                    )
-                    done.append(batch)
-            except RuntimeError:
-                _put_back(done)
+                after = self._ready(tuple(strengths))
+                way = self._way(before, after)
+                changed = [] if way.watch.undisturbed(self._self) else self._disturbed(way.watch.weights, verify)
+                _live.wait(after.ready)
+            except (AdapterError, SwitchError):
+                raise
+            except Exception as error:
+                raise self._failed(strengths, error) from error
+            # From here on the weights change.
+            try:
+                way.go(strengths)
+                self._settle(way, after, changed)
+                self._active = strengths
+            except BaseException as error:
+                if self._active is not strengths:
+                    self._take_back(way, changed)
+                if isinstance(error, Exception):
+                    raise self._failed(strengths, error) from error
                 raise
 
-    def _revert(self, strengths: Mapping[str, float]) -> None:
-        """From these strengths to the base."""
-        if len(strengths) > 1:
-            self._unmerge(self._merges[tuple(strengths)])
-        for name in strengths if len(strengths) == 1 else ():
-            _put_back(self._loaded[name].batches)
+    def _disturbed(self, weights: list[Weight], verify: bool) -> list[Weight]:
+        """Refuse what happened to the weights; without `verify`, return those that someone else changed."""
+        _live.refuse_first(weights, Weight.place)
+        _live.refuse_first(weights, lambda weight: weight.held(self))
+        if verify:
+            self._recheck(weights)
+        return [weight for weight in weights if weight.changed()]
 
-    def _exchange(self, before: Mapping[str, float], after: Mapping[str, float]) -> bool:
-        """One adapter for another in one walk, where both touch the same weights with the same granule."""
-        ((old, _),), ((new, alpha),) = before.items(), after.items()
-        outgoing, incoming = self._loaded[old], self._loaded[new]
-        if old == new or len(outgoing.batches) != 1 or len(incoming.batches) != 1:
-            return False
-        out, into = outgoing.batches[0], incoming.batches[0]
-        if not out.same_weights(into):
-            return False
-        shira_ops.foreach_switch_(
-            out.weights,
-            out.indices,
-            out.saved,
-            into.indices,
-            into.values,
-            into.saved,
-            alpha=alpha,
-            delta=incoming.adapter.delta,
-            granule=out.granule,
-        )
-        return True
+    def _settle(self, way: Way, now: Layout, changed: Iterable[Weight] = ()) -> None:
+        """Note which layout the weights of a way have on them now."""
+        way.watch.left(self._self, now.parts)
+        for weight in changed:
+            weight.ledger.version = -1  # no version: what another wrote stays his, until its content is right again
+        self._written = _live.mark([*way.before.devices, *way.after.devices])
+        for layout in (way.before, way.after):
+            layout.used.update(self._written)
 
-    # ---- several at once -------------------------------------------------------------------------------------
-
-    def _plan(self, strengths: Mapping[str, float]) -> list[_Merge]:
-        """The unions of the adapters' entries, weight by weight; made once for each set of adapters."""
-        names = tuple(strengths)
-        if names in self._merges:
-            return self._merges[names]
-        touched: dict[object, list[tuple[str, Tensor, _Batch, int]]] = {}
-        for name in names:
-            for batch in self._loaded[name].batches:
-                for position, weight in enumerate(batch.weights):
-                    touched.setdefault(_model.memory(weight), []).append((name, weight, batch, position))
-        merges = []
-        for parts in touched.values():
-            weight = parts[0][1]
-            granule = math.gcd(*(batch.granule for _, _, batch, _ in parts))
-            refined = [refine(batch.indices[at], batch.granule, granule, weight.numel()) for _, _, batch, at in parts]
-            indices, offsets, sources = shira_ops.fuse_plan(refined, granule=granule)
-            values = [batch.values[at] for _, _, batch, at in parts]
-            if len({value.dtype for value in values}) > 1:
-                # fuse_ takes values of one dtype; float32 holds the narrow ones exactly.
-                values = [value.to(torch.float32) for value in values]
-            merges.append(
-                _Merge(
-                    weight,
-                    indices,
-                    offsets,
-                    sources,
-                    values,
-                    [self._loaded[name].adapter.delta for name, _, _, _ in parts],
-                    tuple(name for name, _, _, _ in parts),
-                    granule,
-                    torch.empty(indices.numel() * granule, dtype=weight.dtype, device=weight.device),
-                )
-            )
-        self._merges[names] = merges
-        return merges
-
-    def _merge(self, strengths: Mapping[str, float], *, refuse: bool) -> None:
-        """Sum the adapters onto the base; with ``refuse`` the base comes from what an earlier sum saved."""
-        done: list[_Merge] = []
+    def _take_back(self, way: Way, changed: Iterable[Weight]) -> None:
+        """However much was written: put the base back, and on it what was active."""
+        active, self._active, self._torn = self._active, {}, way
         try:
-            for merge in self._merges[tuple(strengths)]:
-                merge.fuse(strengths, refuse)
-                done.append(merge)
-        except RuntimeError:
-            if refuse:
-                for merge in done:
-                    merge.fuse(self._active, True)
-            else:
-                self._unmerge(done)
-            raise
+            self._base_back(way)
+            _layout.way(EMPTY, way.before).go(active)
+            self._settle(way, way.before, changed)
+        except BaseException as error:
+            raise SwitchError(
+                f"Switcher: a switch failed, and so did the way back to {_listed(active) or 'the base'}: the weights "
+                f"are in between; the next call that succeeds, such as deactivate(), puts the base back. Cause: {error}"
+            ) from error
+        self._torn, self._active = None, active
 
-    @staticmethod
-    def _unmerge(merges: list[_Merge]) -> None:
-        groups: dict[tuple[torch.device, int], list[_Merge]] = {}
-        for merge in merges:
-            groups.setdefault((merge.weight.device, merge.granule), []).append(merge)
-        for (_, granule), group in groups.items():
-            shira_ops.foreach_scatter_(
-                [merge.weight for merge in group],
-                [merge.indices for merge in group],
-                [merge.saved for merge in group],
-                granule=granule,
-            )
+    def _base_back(self, way: Way) -> None:
+        for layout in (way.after, way.before):
+            _layout.way(layout, EMPTY).go({})
+
+    def _heal(self) -> None:
+        """After a way back that failed: put the base back."""
+        if self._torn is not None:
+            self._base_back(self._torn)
+            self._settle(self._torn, EMPTY)
+            self._torn = None
+
+    def _failed(self, wanted: Mapping[str, float], error: Exception) -> SwitchError:
+        what = f"activating {_listed(wanted)}" if wanted else "deactivating"
+        return SwitchError(f"Switcher: {what} failed and nothing has changed: {_told(self._active)}. Cause: {error}")
+
+
+def fitted(model: nn.Module, adapter: str | os.PathLike[str] | Adapter) -> tuple[Adapter, dict[str, _model.Slot]]:
+    """An adapter, and where its weights are in the model: with every check of `Switcher.add`, for who needs no more."""
+    switcher = Switcher(model)
+    switcher.add("given", adapter)
+    added = switcher._added["given"]
+    return added.read(), {name: weight.slot for name, weight in added.weights.items()}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Weights that require grad may be changed, and what is made is no inference tensor, wherever we are called."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _listed(strengths: Mapping[str, float]) -> str:
+    return ", ".join(f"{name!r} at {alpha:g}" for name, alpha in strengths.items())
+
+
+def _told(active: Mapping[str, float]) -> str:
+    return f"active is {_listed(active)}" if active else "no adapter is active"
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """What tells that a file was written again."""
+    found = file.stat()
+    return found.st_mtime_ns, found.st_size
 
 
 def _misfit(slot: _model.Slot, entry: Entry) -> str | None:
     """Why an entry cannot go onto a weight, or None."""
-    weight = slot.weight
+    weight: torch.Tensor = slot.weight
     if tuple(weight.shape) != entry.shape:
         return f"must have shape {list(entry.shape)}, got {list(weight.shape)}"
     if weight.dtype != entry.dtype:
         return f"must have dtype {dtype_name(entry.dtype)}, got {dtype_name(weight.dtype)}"
     if weight.is_meta:
         return "is on the meta device"
+    wrapped: bool = is_traceable_wrapper_subclass(weight)
+    if wrapped:
+        return f"must be a plain tensor, got {type(weight).__name__}"
     if not weight.is_contiguous():
         return f"must be contiguous; {_model.stride_advice(slot.name)}"
     return None
-
-
-def _batches(where: str, adapter: Adapter, places: Mapping[str, _model.Slot]) -> list[_Batch]:
-    found: dict[tuple[torch.device, int], _Batch] = {}
-    for name, entry in adapter.weights.items():
-        entry.check_indices(f"{where}: weight {name!r}")
-        weight = places[name].weight
-        batch = found.setdefault((weight.device, entry.granule), _Batch(weight.device, entry.granule))
-        batch.weights.append(weight)
-        batch.indices.append(entry.indices.to(weight.device))
-        batch.values.append(entry.values.detach().to(weight.device))
-        batch.saved.append(torch.empty(entry.nnz, dtype=weight.dtype, device=weight.device))
-    return list(found.values())
-
-
-def _put_back(batches: list[_Batch]) -> None:
-    for batch in batches:
-        shira_ops.foreach_scatter_(batch.weights, batch.indices, batch.saved, granule=batch.granule)

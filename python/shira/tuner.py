@@ -39,7 +39,7 @@ from shira._layers import Attach
 from shira._targets import INDICES_SUFFIX, VALUES_SUFFIX
 from shira.adapter import Adapter, AdapterError, Entry, dtype_name
 from shira.mask import Mask
-from shira.switcher import Switcher
+from shira.switcher import fitted
 
 __all__ = ["Attach", "SparseTuner"]
 
@@ -394,21 +394,19 @@ class SparseTuner:
         tuner._open(model, gradient, None, None)
         names = _targets.Names(tuner.model)
         # A switcher knows what an adapter needs of a model, and says what does not fit.
-        switcher = Switcher(tuner.model)
-        switcher.add("given", adapter)
-        loaded = switcher._loaded["given"]
-        if not loaded.adapter.weights:
+        adapter, places = fitted(tuner.model, adapter)
+        if not adapter.weights:
             raise AdapterError("SparseTuner: the adapter changes no weight, so nothing would train")
-        tuner._about, tuner._alpha = loaded.adapter.mask, loaded.adapter.alpha
+        tuner._about, tuner._alpha = adapter.mask, adapter.alpha
         plans = []
-        for name, entry in loaded.adapter.weights.items():
-            slot = loaded.places[name]
+        for name, entry in adapter.weights.items():
+            slot = places[name]
             group = names.of(slot)
             _targets.check_trainable(slot.name, group)
             indices = entry.indices.to(slot.weight.device)
             plan = tuner._plan(group[0].name, group, indices, entry.granule, entry.seed)
             start = entry.values.detach().to(device=slot.weight.device, dtype=_master_dtype(slot.weight))
-            plan.start = plan.saved.to(start.dtype) + start if loaded.adapter.delta else start
+            plan.start = plan.saved.to(start.dtype) + start if adapter.delta else start
             plans.append(plan)
         tuner._install(plans, allow_unused)
         return tuner

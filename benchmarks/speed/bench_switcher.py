@@ -1,0 +1,155 @@
+"""`Switcher.activate` from one adapter to another on a live model, beside the ways of LoRA and of PEFT.
+
+addmm_ twice   the fastest LoRA switch: take one adapter out of the weights and fold the next in, W.addmm_(B, A) each,
+               of rank r with r * (m + n) <= nnz. It does not restore the base's bits; we do
+PEFT LoRA      unmerge_adapter and merge_adapter, the same rank
+PEFT SHiRA     the same calls, as many entries as ours
+fingerprint    `Switcher.fingerprint` of every weight after the switch: what knowing it adds
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import nn
+
+import common
+from common import BF16, Layer, Report, compare, settings
+
+peft = pytest.importorskip("peft")
+shira = pytest.importorskip("shira")
+
+TWICE = "addmm_ twice"
+PEFT_LAYERS = 4
+
+
+class Layers(nn.Module):
+    """Linear layers that hold the given weights, nothing copied."""
+
+    def __init__(self, weights: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for weight in weights:
+            layer = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+            self.layers.append(layer)
+
+
+def adapter_of(model: nn.Module, some: list[Layer], seed: int) -> Any:
+    mask, generator = shira.masks.Rand(density=0.01, seed=seed), torch.Generator().manual_seed(seed)
+    entries = {}
+    for (name, weight), layer in zip(model.named_parameters(), some, strict=True):
+        values = torch.empty_like(layer.values).normal_(0, 0.02, generator=generator)
+        indices = mask(name, weight.detach())[: len(values)]
+        fingerprint = int(torch.ops.shira.fingerprint(weight.detach())) % 2**64
+        entries[name] = shira.Entry(indices, values, tuple(weight.shape), weight.dtype, 1, fingerprint)
+    return shira.Adapter(entries)
+
+
+def switcher_of(some: list[Layer]) -> Any:
+    model = Layers([one.weight for one in some])
+    switcher = shira.Switcher(model)
+    for seed, name in enumerate("ab"):
+        switcher.add(name, adapter_of(model, some, seed))
+    return switcher
+
+
+def to_and_fro(switch: Callable[[str, str], object]) -> Callable[[], None]:
+    """Switches from the one to the other, turn by turn."""
+    names = ["a", "b"]
+
+    def run() -> None:
+        switch(*names)
+        names.reverse()
+
+    return run
+
+
+def prove(switcher: Any, some: list[Layer]) -> None:
+    """Each state is the base with the adapter's values, and the base comes back."""
+    base = [one.weight.clone() for one in some]
+    for name in ("a", "b", "a"):
+        switcher.activate(name)
+        for one, original, entry in zip(some, base, switcher.adapters[name].weights.values(), strict=True):
+            expected = original.view(-1).index_copy(0, entry.indices.to(torch.int64), entry.values)
+            assert torch.equal(one.weight.view(-1), expected)
+    switcher.deactivate()
+    assert all(torch.equal(one.weight, original) for one, original in zip(some, base, strict=True))
+
+
+def about(some: list[Layer]) -> dict[str, object]:
+    return {"shape": list(some[0].weight.shape), "layers": len(some), "nnz": some[0].values.numel(),
+            "lora_rank": common.lora_rank()}  # fmt: skip
+
+
+def bench_switcher(benchmark: BenchmarkFixture, threads: int) -> None:
+    some = common.layers(BF16)
+    switcher = switcher_of(some)
+    prove(switcher, some)
+    names = list(switcher.adapters["a"].weights)
+
+    def known() -> None:
+        for name in names:
+            switcher.fingerprint(name)
+
+    for name in "ab":
+        switcher.activate(name)
+        known()
+        assert switcher.fingerprint(names[0]) == int(torch.ops.shira.fingerprint(some[0].weight)) % 2**64
+
+    def twice() -> None:  # on weights of their own: they drift
+        for one, weight in zip(some, drifting, strict=True):
+            weight.addmm_(one.lora_b, one.lora_a, alpha=-0.01)
+            weight.addmm_(one.lora_b, one.lora_a, alpha=0.01)
+
+    drifting = [one.weight.clone() for one in some]
+    switch = to_and_fro(lambda _, name: switcher.activate(name))
+    timing = compare(benchmark, ("activate", switch), {TWICE: twice, "fingerprint": known})
+    switcher.deactivate()
+    switcher.verify(full=True)
+    report = Report(benchmark, threads, **about(some))
+    report.seconds(timing, len(some))
+    report.ratio("switcher over addmm_", f"{settings.side} x {settings.side}", timing, TWICE)
+    shares = [100 * ratio for ratio in timing.ratios("fingerprint")]
+    best = 100 * min(timing.of("fingerprint")) / min(timing.of("activate"))
+    report.result("fingerprint share", f"{settings.side} x {settings.side}", shares, best)
+
+
+def peft_model(kind: str, some: list[Layer]) -> Any:
+    """Two adapters as large as ours, on copies of the weights."""
+    rank, targets = common.lora_rank(), r"layers\.\d+"
+
+    def config(seed: int) -> Any:
+        if kind == "PEFT LoRA":
+            return peft.LoraConfig(r=rank, target_modules=targets, init_lora_weights=False)
+        return peft.ShiraConfig(r=rank, target_modules=targets, random_seed=seed)
+
+    made = peft.get_peft_model(Layers([one.weight.clone() for one in some]), config(1), "one")
+    made.add_adapter("two", config(2))
+    made.base_model.merge_adapter(["one"])
+    return made.base_model
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.parametrize("kind", ["PEFT LoRA", "PEFT SHiRA"])
+def bench_switcher_over_peft(benchmark: BenchmarkFixture, threads: int, kind: str) -> None:
+    some = common.layers(BF16)[:PEFT_LAYERS]
+    switcher, theirs = switcher_of(some), peft_model(kind, some)
+    prove(switcher, some)
+    switcher.activate("a")
+
+    def merge(_: str, name: str) -> None:
+        theirs.unmerge_adapter()
+        theirs.merge_adapter(["one" if name == "a" else "two"])
+
+    ours = to_and_fro(lambda _, name: switcher.activate(name))
+    timing = compare(benchmark, ("activate", ours), {kind: to_and_fro(merge)}, rounds=2 if settings.quick else 6)
+    switcher.deactivate()
+    switcher.verify(full=True)
+    report = Report(benchmark, threads, **about(some))
+    report.seconds(timing, len(some))
+    report.ratio(f"switcher over {kind}", f"{settings.side} x {settings.side}", timing, kind)

@@ -1,0 +1,503 @@
+"""Switcher: all or nothing whatever fails, and every way in which the weights may not be what it thinks they are."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import shira_ops
+from shira import Adapter, AdapterError, Entry, SparseTuner, Switcher, SwitchError, _layout, _live, _model, masks
+from shira._live import Weight
+from switcher_walk import NAMES, adapter_of, bits, differing, model_of, restore
+
+OPS = ("foreach_scatter_", "foreach_switch_", "foreach_apply_", "fuse_", "fuse_plan", "gather", "scatter_",
+       "check_indices", "fingerprint", "fingerprint_at", "apply_", "decode_indices")  # fmt: skip
+
+
+def switcher_of(dtype: torch.dtype = torch.bfloat16, **options: Any) -> tuple[nn.Module, Switcher]:
+    model = model_of(dtype)
+    switcher = Switcher(model, **options)
+    for name in NAMES:
+        switcher.add(name, adapter_of(model, name))
+    return model, switcher
+
+
+class Calls:
+    """Counts the calls of every op, and fails one of them, before or after it did its work."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[str] = []
+        self.fail_at: range = range(0)
+        self.after = False
+        self.error: BaseException = RuntimeError("injected")
+        for name in OPS:
+            monkeypatch.setattr(shira_ops, name, self.counted(name, getattr(shira_ops, name)))
+
+    def counted(self, name: str, op: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            number = len(self.seen)
+            self.seen.append(name)
+            if number in self.fail_at and not self.after:
+                raise self.error
+            result = op(*args, **kwargs)
+            if number in self.fail_at:
+                raise self.error
+            return result
+
+        return call
+
+    def start(self, fail_at: range = range(0), after: bool = False) -> None:
+        self.seen, self.fail_at, self.after = [], fail_at, after
+
+
+STATES: list[dict[str, float]] = [{}, {"a": 1.0}, {"a": 0.5}, {"b": 1.0}, {"c": -0.25}, {"a": 0.5, "b": 1.0},
+                                  {"a": 1.0, "b": 0.25}, {"b": 1.0, "c": 0.5, "d": 1.0}]  # fmt: skip
+
+
+def go(switcher: Switcher, state: dict[str, float]) -> None:
+    switcher.activate(state) if state else switcher.deactivate()
+
+
+# ---- atomic ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [RuntimeError("injected"), KeyboardInterrupt("injected")], ids=["error", "interrupt"])
+def test_an_error_at_any_op_leaves_the_old_state(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    model, switcher = switcher_of()
+    calls = Calls(monkeypatch)
+    calls.error = error
+    injected = 0
+    for before, after in itertools.permutations(STATES, 2):
+        go(switcher, after)  # everything is staged now: what is left are the calls of the way itself
+        go(switcher, before)
+        calls.start()
+        go(switcher, after)
+        count, wanted = len(calls.seen), bits(model)
+        assert count > 0
+        go(switcher, before)
+        state = bits(model)
+        for number, late in itertools.product(range(count), (False, True)):
+            calls.start(range(number, number + 1), late)
+            says = "injected" if isinstance(error, KeyboardInterrupt) else "failed and nothing has changed: .*injected"
+            with pytest.raises((SwitchError, KeyboardInterrupt), match=says):
+                go(switcher, after)
+            injected += 1
+            calls.start()
+            assert switcher.active == before
+            assert differing(bits(model), state) == 0, (before, after, number, late, calls.seen)
+            switcher.verify(full=True)
+        go(switcher, after)
+        assert differing(bits(model), wanted) == 0
+    assert injected > 200
+
+
+def test_an_error_while_staging_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    model, switcher = switcher_of()
+    adapter_of(model_of(torch.bfloat16), "a").save(tmp_path / "more.safetensors")
+    switcher.activate("b")
+    state = bits(model)
+    calls = Calls(monkeypatch)
+    calls.start()
+    switcher.add("more", tmp_path / "more.safetensors")
+    count = len(calls.seen)
+    assert {"gather", "decode_indices"} <= set(calls.seen)
+    switcher.remove("more")
+    for number in range(count):
+        calls.start(range(number, number + 1))
+        with pytest.raises((RuntimeError, AdapterError), match="injected"):
+            switcher.add("more", tmp_path / "more.safetensors")
+        assert "more" not in switcher.adapters
+        assert switcher.active == {"b": 1.0}
+        assert differing(bits(model), state) == 0
+    calls.start()
+    switcher.add("more", tmp_path / "more.safetensors")
+    for number in range(3):  # a union of adapters that was never made: its plans, then what it writes
+        calls.start(range(number, number + 1))
+        with pytest.raises(
+            SwitchError, match=r"activating 'c' at 1, 'more' at 1 failed and nothing has changed: active"
+        ):
+            switcher.activate({"more": 1.0, "c": 1.0})
+        assert calls.seen[number] == "fuse_plan"
+        assert switcher.active == {"b": 1.0}
+        assert differing(bits(model), state) == 0
+
+
+def test_a_way_back_that_fails_too_ends_at_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, switcher = switcher_of()
+    base = bits(model)
+    switcher.activate({"a": 1.0, "b": 1.0})
+    calls = Calls(monkeypatch)
+    calls.start(range(1, 1000))
+    with pytest.raises(SwitchError, match="so did the way back to 'a' at 1, 'b' at 1: the weights are in between"):
+        switcher.activate("d")
+    with pytest.raises(RuntimeError, match="injected"):
+        switcher.deactivate()
+    calls.start()
+    with pytest.raises(SwitchError, match="failed half way"):
+        switcher.verify()
+    assert switcher.active == {}
+    switcher.deactivate()
+    assert differing(bits(model), base) == 0
+    switcher.verify(full=True)
+    switcher.activate("d")
+
+
+# ---- one walk ----------------------------------------------------------------------------------------------
+
+
+def test_from_one_to_another_each_weight_is_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, switcher = switcher_of()
+    walks: dict[str, list[tuple[int, list[int]]]] = {}
+    for name in OPS:
+        op = getattr(shira_ops, name)
+
+        def counted(first: Any, *args: Any, _op: Any = op, _name: str = name, granule: int = 1, **kwargs: Any) -> Any:
+            members = first if isinstance(first, (list, tuple)) else [first]
+            walks.setdefault(_name, []).append((granule, [member.data_ptr() for member in members]))
+            return _op(first, *args, granule=granule, **kwargs)
+
+        monkeypatch.setattr(shira_ops, name, counted)
+    pointer = {name: parameter.data_ptr() for name, parameter in switcher.model.named_parameters()}
+
+    def walked(before: str, after: str) -> dict[str, list[tuple[int, set[str]]]]:
+        switcher.activate(before)
+        walks.clear()
+        switcher.activate(after)
+        return {op: [(granule, {n for n, p in pointer.items() if p in members}) for granule, members in found]
+                for op, found in walks.items()}  # fmt: skip
+
+    # The same weights and granules; other granules, some weights only here or there; a divisor that neither has.
+    assert walked("a", "e") == {"foreach_switch_": [(1, {"0.weight", "1.weight"})]}
+    assert walked("a", "b") == {
+        "foreach_scatter_": [(1, {"1.weight"})],
+        "foreach_switch_": [(1, {"0.weight"})],
+        "foreach_apply_": [(1, {"2.weight"})],
+    }
+    # A bias replaced as a whole and one entered by entries: a plain revert and apply.
+    assert walked("c", "d") == {
+        "foreach_scatter_": [(5, {"2.bias"})],
+        "foreach_switch_": [(2, {"1.weight"})],
+        "foreach_apply_": [(1, {"0.weight", "2.bias"}), (2, {"2.weight"})],
+    }
+    # From several to one of them, and to more.
+    switcher.activate({"a": 1.0, "e": 1.0})
+    walks.clear()
+    switcher.activate("a")
+    assert [len(found[1]) for found in walks.pop("foreach_switch_")] == [2]
+    assert not walks
+    switcher.activate({"a": 1.0, "e": 0.5, "b": 1.0})
+    assert "foreach_scatter_" not in walks
+    walks.clear()
+    switcher.activate({"a": 0.5, "e": 1.0, "b": 0.25})
+    assert {op: len(found) for op, found in walks.items()} == {"fuse_": 3}
+
+
+def test_calls_are_grouped_by_device_and_granule() -> None:
+    """Meta tensors stand for a second device: nothing is run."""
+
+    def part(number: int, device: str, granule: int, adapter: str) -> tuple[Weight, _layout.Part]:
+        parameter = weights.setdefault(number, nn.Parameter(torch.zeros(8, 8, device=device)))
+        holder = nn.ParameterDict({"w": parameter})
+        slot = next(iter(_model.slots(holder).values()))
+        weight = found.setdefault(number, Weight.of(slot, object(), False))
+        indices = torch.tensor([1, 3], dtype=torch.int32, device=device)
+        entries = torch.zeros(2 * granule, device=device)
+        return weight, _layout.Part(weight, (adapter,), indices, granule, [entries], [False], entries.clone())
+
+    weights: dict[int, nn.Parameter] = {}
+    found: dict[int, Weight] = {}
+    places = [(0, "cpu", 1), (1, "meta", 1), (2, "cpu", 1), (3, "meta", 4), (4, "meta", 1)]
+    one = _layout.Layout(("one",), dict(part(*place, "one") for place in places))
+    two = _layout.Layout(("two",), dict(part(*place, "two") for place in places[1:]))
+    way = _layout.way(one, two)
+    shapes = [(call.op, call.columns[0][0].device.type, call.granule, len(call.columns[0])) for call in way.calls]
+    assert sorted(shapes) == [("scatter", "cpu", 1, 1), ("switch", "cpu", 1, 1), ("switch", "meta", 1, 2),
+                              ("switch", "meta", 4, 1)]  # fmt: skip
+    assert all(len({tensor.device for column in call.columns for tensor in column}) == 1 for call in way.calls)
+    assert {device.type for device in one.devices} == {"cpu", "meta"}
+
+
+# ---- what others do to the weights -------------------------------------------------------------------------
+
+
+def test_changes_by_others_are_refused_and_the_same_content_is_not() -> None:
+    model, switcher = switcher_of()
+    base = bits(model)
+    switcher.activate("a")
+    state = bits(model)
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    for call in (switcher.deactivate, lambda: switcher.activate("b"), lambda: switcher.activate({"a": 0.5, "b": 0.5})):
+        with pytest.raises(SwitchError, match=r"0\.weight was changed by someone else .* active is 'a' at 1"):
+            call()
+    with pytest.raises(SwitchError, match=r"1 weight\(s\) do not hold the base plus what is active: 0\.weight"):
+        switcher.verify()
+    restore(model, state)
+    switcher.activate("b")  # the version moved, the content is right
+    switcher.deactivate()
+    assert differing(bits(model), base) == 0
+    # A weight that the next adapter does not touch is nobody's business.
+    switcher.activate("a")
+    with torch.no_grad():
+        model[2].bias.zero_()
+    switcher.activate("e")
+    with pytest.raises(SwitchError, match=r"2\.bias was changed"):
+        switcher.activate("c")
+    assert switcher.active == {"e": 1.0}
+
+
+def test_the_base_s_entries_can_be_written_back_all_the_same() -> None:
+    model, switcher = switcher_of()
+    base = model[0].weight.detach().clone()
+    switcher.activate("a")
+    entries = switcher.adapters["a"].weights["0.weight"].indices.long()
+    with torch.no_grad():
+        model[0].weight.fill_(7)
+    switcher.deactivate(verify=False)
+    expected = torch.full_like(base, 7).flatten()
+    expected[entries] = base.flatten()[entries]
+    assert torch.equal(model[0].weight.detach().flatten(), expected)
+    with pytest.raises(SwitchError, match="changed by someone else"):  # and it is not taken for the base
+        switcher.activate("a")
+    with torch.no_grad():
+        model[0].weight.copy_(base)
+    switcher.activate("a")
+    switcher.verify(full=True)
+
+
+def test_weights_that_were_trained_on_are_another_base() -> None:
+    model, switcher = switcher_of()
+    for name in NAMES:
+        switcher.remove(name)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    with pytest.raises(AdapterError, match="another base"):
+        switcher.add("a", adapter_of(model_of(torch.bfloat16), "a"))
+    switcher.add("a", adapter_of(model, "a"))
+    switcher.activate("a")
+    switcher.verify(full=True)
+
+
+def test_verify_finds_what_versions_do_not_tell() -> None:
+    model, switcher = switcher_of()
+    for active in ({}, {"a": 1.0}, {"a": 0.5, "b": 1.0}):
+        go(switcher, active)
+        switcher.verify()
+        switcher.verify(full=True)
+        touched = torch.zeros(96, dtype=torch.bool)
+        for name in active or ("a", "b", "c", "d", "e"):
+            entry = switcher.adapters[name].weights.get("0.weight")
+            if entry is not None:
+                touched.view(-1, entry.granule)[entry.indices.long()] = True
+        for place, quick in ((int(touched.nonzero()[0]), True), (int((~touched).nonzero()[0]), False)):
+            before = model[0].weight.detach().clone()
+            model[0].weight.data.view(-1)[place] += 1  # .data: no version moves
+            if quick:
+                with pytest.raises(SwitchError, match=r"do not hold .*: 0\.weight"):
+                    switcher.verify()
+            else:
+                switcher.verify()
+            with pytest.raises(SwitchError, match=r"do not hold .*: 0\.weight"):
+                switcher.verify(full=True)
+            model[0].weight.data.copy_(before)
+            go(switcher, {"c": 1.0})
+            go(switcher, active)
+    go(switcher, {})
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+def test_inference_tensors(inside: bool) -> None:
+    with torch.inference_mode():
+        model = model_of(torch.bfloat16)
+    assert model[0].weight.is_inference()
+    base = bits(model)
+    with torch.inference_mode(inside):
+        switcher = Switcher(model)
+        for name in NAMES:
+            switcher.add(name, adapter_of(model, name))
+        for state in STATES[1:]:
+            switcher.activate(state)
+            switcher.verify(full=True)
+            switcher.fingerprint("0.weight")
+    with torch.inference_mode():
+        switcher.activate("a")
+        before = model[0].weight.clone()
+        model[0].weight.view(-1)[switcher.adapters["a"].weights["0.weight"].indices[0]] += 1
+    with pytest.raises(SwitchError, match=r"0\.weight"):
+        switcher.verify()
+    with torch.inference_mode():
+        model[0].weight.copy_(before)
+    switcher.deactivate()
+    assert differing(bits(model), base) == 0
+
+
+def test_weights_that_moved_are_refused() -> None:
+    model, switcher = switcher_of()
+    switcher.activate("a")
+    model.to(torch.float32)
+    says = r"0\.weight was moved or cast .* bfloat16 on cpu, it is float32 on cpu, in other memory; move it before"
+    for call in (switcher.deactivate, lambda: switcher.activate("b"), switcher.verify):
+        with pytest.raises(SwitchError, match=says):
+            call()
+    assert switcher.active == {"a": 1.0}
+    # Made new, on a model that has its base again.
+    model.load_state_dict(model_of(torch.float32).state_dict())
+    fresh = Switcher(model)
+    fresh.add("a", adapter_of(model, "a"))
+    fresh.activate("a")
+    fresh.verify(full=True)
+
+
+def test_a_tuner_and_a_switcher_take_turns() -> None:
+    model, switcher = switcher_of()
+    switcher.activate("a")
+    switcher.deactivate()
+    tuner = SparseTuner(model, masks.Rand(density=0.1))
+    with pytest.raises(SwitchError, match=r"0\.weight is being tuned by a SparseTuner; detach it first"):
+        switcher.activate("a")
+    with torch.no_grad():
+        next(tuner.parameters()).add_(1)
+    trained = tuner.adapter()
+    with pytest.raises(SwitchError, match="is being tuned"):
+        switcher.add("trained", trained)
+    tuner.detach()
+    switcher.add("trained", trained)  # versions moved, the base is back
+    switcher.activate({"trained": 1.0, "a": 0.5})
+    switcher.deactivate()
+    switcher.verify(full=True)
+
+
+def test_two_switchers_on_one_model() -> None:
+    model, one = switcher_of()
+    two = Switcher(model)
+    two.add("a", adapter_of(model, "a"))
+    base = bits(model)
+    one.activate("b")
+    with pytest.raises(SwitchError, match=r"0\.weight has adapters of another Switcher: deactivate them there"):
+        two.activate("a")
+    with pytest.raises(SwitchError, match=r"has adapters of another Switcher"):
+        two.add("d", adapter_of(model_of(torch.bfloat16), "d"))
+    one.verify(full=True)
+    two.verify(full=True)  # of the weights that are its own to judge
+    one.deactivate()
+    two.activate("a")
+    with pytest.raises(SwitchError, match=r"another Switcher"):
+        one.activate("e")
+    two.deactivate()
+    one.activate("e")
+    one.deactivate()
+    assert differing(bits(model), base) == 0
+    two.activate("a")
+    del two
+    gc.collect()
+    with pytest.raises(SwitchError, match="a Switcher that no longer exists"):
+        one.activate("e")
+    restore(model, base)
+    three = Switcher(model)
+    three.add("a", adapter_of(model, "a"))
+    three.activate("a")
+    three.verify(full=True)
+
+
+def test_threads_take_turns() -> None:
+    model, switcher = switcher_of()
+    base, errors = bits(model), []
+    barrier = threading.Barrier(4)
+
+    def work(name: str) -> None:
+        try:
+            barrier.wait()
+            for turn in range(60):
+                switcher.activate(name, alpha=0.5) if turn % 3 else switcher.activate({name: 1.0, "e": 0.5})
+                switcher.verify()
+        except BaseException as error:
+            errors.append(error)
+
+    workers = [threading.Thread(target=work, args=(name,)) for name in "abcd"]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not errors
+    switcher.verify(full=True)
+    switcher.deactivate()
+    assert differing(bits(model), base) == 0
+
+
+def test_names_and_numbers_that_do_not_fit() -> None:
+    _, switcher = switcher_of()
+    for call, kind, says in (
+        (lambda: switcher.deactivate("a"), AdapterError, "'a' is not active; active are: none"),
+        (lambda: switcher.activate("a", 1e39), ValueError, "must be a finite number"),
+        (lambda: switcher.fingerprint("nothing"), KeyError, "no weight 'nothing'"),
+        (lambda: Switcher(nn.Linear(1, 1), budget=-1), ValueError, "budget"),
+    ):
+        with pytest.raises(kind, match=says):
+            call()
+    whole = Adapter({"weight": Entry(torch.tensor([0]), torch.ones(1, dtype=torch.int8), (2, 2), torch.int8)})
+    model = nn.Module()
+    model.register_parameter("weight", nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False))
+    quantized = Switcher(model)
+    quantized.add("a", whole)
+    quantized.add("b", whole)
+    quantized.activate("a")
+    with pytest.raises(SwitchError, match=r"nothing has changed: active is .a. at 1\. Cause: fuse_"):
+        quantized.activate({"a": 1.0, "b": 1.0})
+    assert model.weight.tolist() == [[1, 0], [0, 0]]
+
+
+def test_streams_are_ordered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of a GPU, in its order, told by stand-ins: no GPU is needed, and none is tried."""
+    told: list[str] = []
+
+    class Event:
+        def __init__(self, of: str) -> None:
+            self.of = of
+
+        def synchronize(self) -> None:
+            told.append(f"host waits for {self.of}")
+
+    class Stream:
+        def __init__(self, device: torch.device, name: str = "side") -> None:
+            self.name = f"{name} {device.index}"
+
+        def wait_stream(self, other: Stream) -> None:
+            told.append(f"{self.name} waits for {other.name}")
+
+        def wait_event(self, event: Event) -> None:
+            told.append(f"{self.name} waits for {event.of}")
+
+        def record_event(self) -> Event:
+            told.append(f"{self.name} marks")
+            return Event(self.name)
+
+    @contextlib.contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        told.append(f"on {stream.name}")
+        yield
+        told.append(f"off {stream.name}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(device, "caller"))
+    one, two, cpu = torch.device("cuda:0"), torch.device("cuda:1"), torch.device("cpu")
+    streams = _live.Streams()
+    with streams.staging([one, cpu, two, one]) as ready:
+        told.append("staged")
+    assert told == ["side 0 waits for caller 0", "on side 0", "side 1 waits for caller 1", "on side 1", "staged",
+                    "side 0 marks", "side 1 marks", "off side 1", "off side 0"]  # fmt: skip
+    told.clear()
+    _live.wait(ready)  # a commit
+    layout = _layout.Layout(("a",), {}, ready, _live.mark([one, cpu, two]))
+    layout.freeing()
+    layout.freeing()
+    assert told == ["caller 0 waits for side 0", "caller 1 waits for side 1", "caller 0 marks", "caller 1 marks",
+                    "host waits for caller 0", "host waits for caller 1"]  # fmt: skip
