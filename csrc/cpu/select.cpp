@@ -9,8 +9,8 @@
 #include <cmath>
 #include <mutex>
 
+#include "../dispatch.h"
 #include "../select_ops.h"
-#include "dispatch.h"
 #include "vector.h"
 
 namespace shira::cpu {
