@@ -17,13 +17,24 @@ FAMILIES = {
         *("gather", "scatter_", "swap_", "apply_", "switch_", "scatter_add_"),
         *("foreach_gather", "foreach_scatter_", "foreach_swap_", "foreach_apply_", "foreach_switch_"),
     ),
+    "fuse": ("fuse_",),
+    "gradient": ("sampled_grad",),
+    "optimize": (
+        *("adamw_", "adamw_.tensor", "sgd_", "sgd_.tensor"),
+        *("foreach_adamw_", "foreach_adamw_.tensor", "foreach_sgd_", "foreach_sgd_.tensor"),
+    ),
+    "fingerprint": ("fingerprint", "fingerprint_at"),
 }
 OPS = {op: family for family, ops in FAMILIES.items() for op in ops}
 
 
+@cache
 def installed() -> bool:
     """Whether there is a triton to import."""
-    return find_spec("triton") is not None
+    try:
+        return find_spec("triton") is not None
+    except ImportError:  # an import hook that hides it
+        return False
 
 
 @cache

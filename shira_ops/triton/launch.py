@@ -34,7 +34,12 @@ def bits(tensor: Tensor) -> Tensor:
 
 def dtype(tensor: Tensor) -> tl.dtype:
     """The Triton dtype of what `bits` holds; of a dtype without arithmetic the integers themselves."""
-    return _DTYPES.get(tensor.dtype) or (tl.int8, tl.int16, tl.int32, tl.int64)[tensor.element_size().bit_length() - 1]
+    return _DTYPES.get(tensor.dtype) or bits_dtype(tensor)
+
+
+def bits_dtype(tensor: Tensor) -> tl.dtype:
+    """The Triton dtype of `bits`."""
+    return (tl.int8, tl.int16, tl.int32, tl.int64)[tensor.element_size().bit_length() - 1]
 
 
 def compute(weight: Tensor) -> tl.dtype:
@@ -110,19 +115,26 @@ def walk(kernel: Any, indices: Tensor, weight: Tensor, granule: int, *args: Any,
 
 
 @triton.jit
-def tile(indices, n, granules, granule, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A program's share, [ROWS, COLUMNS]: positions in the streams, entries of the weight, whether there is such a
-    position, and whether the weight has such an entry too."""
+def lines(indices, n, granules, granule, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A program's share by rows and columns: [ROWS] numbers of granules in the streams and in the weight, whether
+    the weight has such a one, and [COLUMNS] entries of a granule."""
     program = tl.program_id(0)
     parts = tl.cdiv(granule, COLUMNS)  # of a granule that is wider than a tile
     row = (program // parts).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = (program % parts).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     index = tl.load(indices + row, mask=row < n, other=-1).to(tl.int64)
-    given = (row < n)[:, None] & (column < granule)[None, :]
-    inside = given & ((index >= 0) & (index < granules))[:, None]
+    return row, column, index, (index >= 0) & (index < granules)
+
+
+@triton.jit
+def tile(indices, n, granules, granule, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A program's share, [ROWS, COLUMNS]: positions in the streams, entries of the weight, whether there is such a
+    position, and whether the weight has such an entry too."""
+    row, column, index, known = lines(indices, n, granules, granule, ROWS, COLUMNS)
+    narrow = (column < granule)[None, :]
     return (
         row[:, None] * granule + column[None, :],
         index[:, None] * granule + column[None, :],
-        given,
-        inside,
+        (row < n)[:, None] & narrow,
+        known[:, None] & narrow,
     )
