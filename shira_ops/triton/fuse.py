@@ -138,4 +138,4 @@ def fuse_(
     }
     table = _table(values, delta, granule)
     args = (bits(weight), bits(saved), offsets, sources, sources.numel(), table, alphas, len(values))
-    walk(fuse_kernel, indices, weight, granule, *args, **constants)
+    walk(fuse_kernel, indices, weight.numel(), granule, *args, entries=256, **constants)

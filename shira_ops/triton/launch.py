@@ -24,7 +24,7 @@ _DTYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
-TILE = 1024  # entries a program
+TILE = 1024  # entries a program, where a kernel does not need many registers an entry
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -100,15 +100,17 @@ def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
         kernel[(programs,)](*args, **constants, enable_fp_fusion=False)
 
 
-def walk(kernel: Any, indices: Tensor, weight: Tensor, granule: int, *args: Any, **constants: Any) -> None:
-    """Runs a kernel over tiles of `indices`: see `tile`.
+def walk(
+    kernel: Any, indices: Tensor, numel: int, granule: int, *args: Any, entries: int = TILE, **constants: Any
+) -> None:
+    """Runs a kernel over tiles of `entries` each of the `indices` of a weight of `numel`: see `tile`.
 
     `args` come first and then what the tile needs. A granule that is a power of two and aligned moves in vectors.
     """
-    columns = min(triton.next_power_of_2(granule), TILE)
-    rows = TILE // columns
+    columns = min(triton.next_power_of_2(granule), entries)
+    rows = entries // columns
     programs = triton.cdiv(indices.numel(), rows) * triton.cdiv(granule, columns)
-    granules = weight.numel() // granule
+    granules = numel // granule
     launch(
         kernel, programs, *args, indices, indices.numel(), granules, granule, **constants, ROWS=rows, COLUMNS=columns
     )

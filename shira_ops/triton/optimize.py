@@ -202,7 +202,7 @@ def _adamw(
         "C": compute(weight),
     }
     args = (bits(weight), bits(master), bits(exp_avg), bits(exp_avg_sq), bits(grad), numbers)
-    walk(adamw_kernel, indices, weight, granule, *args, **constants)
+    walk(adamw_kernel, indices, weight.numel(), granule, *args, entries=512, **constants)
 
 
 @checked
@@ -284,7 +284,7 @@ def _sgd(
     buffer = bits(master if momentum_buffer is None else momentum_buffer)
     scalars = (number_bits(x, wide) for x in (momentum, 1 - dampening, weight_decay))
     args = (bits(weight), bits(master), buffer, bits(grad), _number(lr), *scalars)
-    walk(sgd_kernel, indices, weight, granule, *args, **constants)
+    walk(sgd_kernel, indices, weight.numel(), granule, *args, entries=512, **constants)
 
 
 @checked

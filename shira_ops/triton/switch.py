@@ -89,7 +89,7 @@ def _mix(
     strength = rounded(alpha, wide)
     if strength == 0:
         if kept is not None:
-            walk(gather_kernel, indices, weight, granule, base, kept, ZERO=False)
+            walk(gather_kernel, indices, weight.numel(), granule, base, kept, ZERO=False)
         return
     constants = {
         "RULE": "delta" if delta else "overwrite" if strength == 1 else "blend",
@@ -100,21 +100,21 @@ def _mix(
     }
     # A kernel without `saved` never looks at what stands in its place.
     args = (base, bits(values), base if kept is None else kept, number_bits(strength, wide))
-    walk(mix_kernel, indices, weight, granule, *args, **constants)
+    walk(mix_kernel, indices, weight.numel(), granule, *args, **constants)
 
 
 def _gather(weight: Tensor, indices: Tensor, granule: int) -> Tensor:
     out = torch.empty(indices.numel() * granule, dtype=weight.dtype, device=weight.device)
-    walk(gather_kernel, indices, weight, granule, bits(weight), bits(out), ZERO=True)
+    walk(gather_kernel, indices, weight.numel(), granule, bits(weight), bits(out), ZERO=True)
     return out
 
 
 def _scatter(weight: Tensor, indices: Tensor, values: Tensor, granule: int) -> None:
-    walk(scatter_kernel, indices, weight, granule, bits(weight), bits(values))
+    walk(scatter_kernel, indices, weight.numel(), granule, bits(weight), bits(values))
 
 
 def _swap(weight: Tensor, indices: Tensor, values: Tensor, granule: int) -> None:
-    walk(swap_kernel, indices, weight, granule, bits(weight), bits(values))
+    walk(swap_kernel, indices, weight.numel(), granule, bits(weight), bits(values))
 
 
 def _switch(
