@@ -23,6 +23,7 @@ FAMILIES = {
         *("adamw_", "adamw_.tensor", "sgd_", "sgd_.tensor"),
         *("foreach_adamw_", "foreach_adamw_.tensor", "foreach_sgd_", "foreach_sgd_.tensor"),
     ),
+    "select": ("select_top",),
     "fingerprint": ("fingerprint", "fingerprint_at"),
 }
 OPS = {op: family for family, ops in FAMILIES.items() for op in ops}
