@@ -35,15 +35,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 # A part of each family's contract tests: the interpreter takes 2 ms a program.
 CONTRACT = {
-    "switch": "test_moves_keep_every_bit and (uint8 or bfloat16 or complex64) and (3 or 32 or numel)"
-    " or test_strengths and (bfloat16 or float64) and 3 or test_lists and 8 or test_lists_of or test_lists_may"
+    "switch": "test_moves_keep_every_bit and (uint8 or bfloat16 or complex64) and (-3] or numel)"
+    " or test_strengths and (bfloat16 or float64) and -3] or test_lists and 8 or test_lists_of or test_lists_may"
     " or test_shapes or test_a_view or test_switch_between or test_gather_gives or test_alpha_is"
     " or test_no_contraction or subnormals",
-    "fuse": "test_fuse[ and 3 or test_fuse_small or one_adapter and bfloat16 or never or order_of or share",
+    "fuse": "test_fuse[ and -3] or test_fuse_small or one_adapter and bfloat16 or never or order_of or share",
     "gradient": "test_exact and (bfloat16 or float64) and (-3 or numel) or against_the or leading or span or finite"
     " or narrow",
-    "optimize": "test_step and (3 or numel) or variants and (float16 or float64) or lists_of or overloads"
-    " or test_dense",
+    "optimize": "test_step and -3] or variants and (float16 or float64) or lists_of or overloads or test_dense",
     "select": "nan_comes or zero_times or in_entry or test_narrow or ignores or ties"
     " or bfloat16-magnitude-3] or float32-grad-1] or float64-snip-8]",
     "fingerprint": "bfloat16 or uint8 and not past or complex64 or frozen or all_granules or shape_does",
