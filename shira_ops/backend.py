@@ -1,7 +1,9 @@
 """Which backend serves each op, decided in this one place.
 
-The compiled kernels register themselves when `shira_ops._C` is loaded; where they leave a gap, the plain-torch
-reference is registered. `SHIRA_BACKEND` overrides: `cuda`, `triton` or `reference`.
+The compiled kernels register themselves when `shira_ops._C` is loaded. Where they leave a gap on a GPU, the Triton
+kernel is registered, if there is one and triton is installed; where a gap is left still, the plain-torch reference.
+`SHIRA_BACKEND` overrides: `cuda` (compiled kernels, without Triton), `triton` (without compiled CUDA kernels) or
+`reference`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import reference
+from . import reference, triton
 
 CHOICES = ("cuda", "triton", "reference")
 
@@ -50,20 +52,41 @@ def _compiled(op: str, key: str) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"shira::{op}", key))
 
 
-def _why_reference(key: str, choice: str | None) -> str:
-    if choice == "reference":
-        return "SHIRA_BACKEND=reference"
+def _triton(op: str) -> Callable[..., Any]:
+    """The Triton kernel, imported when it is first called: importing triton takes longer than everything else here."""
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        return triton.find(op)(*args, **kwargs)
+
+    return kernel
+
+
+def _why_not_compiled(key: str, choice: str | None) -> str:
     if key == "CPU":
         return "this build has no CPU kernel for it"
     if choice == "triton":
-        return "there is no Triton kernel for it"
+        return "SHIRA_BACKEND=triton"
     if not torch.ops.shira._build_info.default() & 1:
         return "this build was compiled without CUDA"
     return "this build has no CUDA kernel for it"
 
 
+def _without_compiled(op: str, key: str, choice: str | None) -> Backend:
+    """Who serves an op that has no compiled kernel."""
+    if choice == "reference":
+        return Backend("reference", "SHIRA_BACKEND=reference")
+    why = _why_not_compiled(key, choice)
+    if key == "CPU" or choice == "cuda":
+        return Backend("reference", why)
+    if op not in triton.OPS:
+        return Backend("reference", f"{why}, and there is no Triton kernel for it")
+    if not triton.installed():
+        return Backend("reference", f"{why}, and triton is not installed")
+    return Backend("triton", why)
+
+
 def register() -> None:
-    """Registers the references where no kernel is. Called once, after the compiled module is loaded."""
+    """Registers Triton kernels and references where no kernel is. Called once, after the compiled module is loaded."""
     choice = wanted()
     for op, function in reference.OPS.items():
         # An op without a tensor argument has no device to be dispatched by.
@@ -72,8 +95,9 @@ def register() -> None:
             keys = dict.fromkeys(keys, "CompositeExplicitAutograd")
         served = _served[op] = {}
         found = {key: _compiled(op, key) for key in keys.values()}
-        for key in sorted(key for key, compiled in found.items() if not compiled):
-            _library.impl(op, _below_autograd(function), key)
+        gaps = {key: _without_compiled(op, key, choice) for key in sorted(found) if not found[key]}
+        for key, backend in gaps.items():
+            _library.impl(op, _below_autograd(_triton(op) if backend.name == "triton" else function), key)
         if op.startswith("foreach_") or op == "fuse_plan":
             # A list may be empty, and without a tensor there is no device either: nothing to do, or a refusal.
             _library.impl(op, _below_autograd(function), "CompositeExplicitAutograd")
@@ -83,7 +107,7 @@ def register() -> None:
             elif found[key]:
                 backend = Backend("compiled", "a kernel of this build")
             else:
-                backend = Backend("reference", _why_reference(device, choice))
+                backend = gaps[key]
             served[device.lower()] = backend
 
 

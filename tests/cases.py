@@ -6,6 +6,7 @@ A backend is a way to call the ops. Add one to BACKENDS and every contract test 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -19,6 +20,7 @@ import emul
 import oracles
 import shira_ops
 import shira_ops.reference
+import shira_ops.triton
 
 MOVE_DTYPES = (
     torch.bool,
@@ -109,6 +111,8 @@ EMULATOR = Backend("emulator", "cpu", of_emulator, checks_content=False, dispatc
 BACKENDS = [DISPATCHER, REFERENCE, EMULATOR]
 if torch.cuda.is_available():
     BACKENDS.append(Backend("cuda", "cuda", of_namespace("shira"), checks_content=False))
+if os.environ.get("TRITON_INTERPRET") == "1":  # the kernels on CPU tensors, in a process of its own: test_triton.py
+    BACKENDS = [Backend("triton", "cpu", shira_ops.triton.find, checks_content=False, ops=tuple(shira_ops.triton.OPS))]
 
 
 # Schemas

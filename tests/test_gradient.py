@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,10 +29,24 @@ def of_width(width: str) -> Callable[[str], Callable[..., torch.Tensor]]:
     return lambda op: sampled_grad
 
 
+def sampled(**args: Any) -> torch.Tensor:
+    """Triton's way for masks too sparse for these tests."""
+    gradient = import_module("shira_ops.triton.gradient")
+    with mock.patch.object(gradient, "DENSE_FROM", math.inf):
+        return gradient.sampled_grad(**args)
+
+
 WIDTHS = [Backend(width, "cpu", of_width(width), has="sampled_grad".__eq__) for width in _codec.widths()]
 
 
-@pytest.fixture(params=[*cases.BACKENDS, *WIDTHS], ids=lambda backend: backend.name)
+WAYS = [
+    Backend("triton-sampled", b.device, lambda op: sampled, has="sampled_grad".__eq__)
+    for b in cases.BACKENDS
+    if b.name == "triton"
+]
+
+
+@pytest.fixture(params=[*cases.BACKENDS, *WAYS, *WIDTHS], ids=lambda backend: backend.name)
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Every backend, and the CPU kernel in every vector width of this processor."""
     return request.param

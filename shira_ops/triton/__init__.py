@@ -1,1 +1,46 @@
-"""Triton kernels, a module for each family."""
+"""The ops as Triton kernels: what serves a GPU where the build had no CUDA toolkit.
+
+A module a family, named as in csrc/. Nothing here imports triton: `find` does, when an op is first called. Set
+TRITON_INTERPRET=1 before that and the kernels run on CPU tensors, without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+FAMILIES = {
+    "switch": (
+        *("gather", "scatter_", "swap_", "apply_", "switch_", "scatter_add_"),
+        *("foreach_gather", "foreach_scatter_", "foreach_swap_", "foreach_apply_", "foreach_switch_"),
+    ),
+    "fuse": ("fuse_",),
+    "gradient": ("sampled_grad",),
+    "optimize": (
+        *("adamw_", "adamw_.tensor", "sgd_", "sgd_.tensor"),
+        *("foreach_adamw_", "foreach_adamw_.tensor", "foreach_sgd_", "foreach_sgd_.tensor"),
+    ),
+    "select": ("select_top",),
+    "fingerprint": ("fingerprint", "fingerprint_at"),
+}
+OPS = {op: family for family, ops in FAMILIES.items() for op in ops}
+
+
+@cache
+def installed() -> bool:
+    """Whether there is a triton to import."""
+    try:
+        return find_spec("triton") is not None
+    except ImportError:  # an import hook that hides it
+        return False
+
+
+@cache
+def find(op: str) -> Callable[..., Any]:
+    """The function that serves an op: `adamw_.tensor` is `adamw_tensor_` of its family, as in the references."""
+    packet, _, overload = op.partition(".")
+    family = import_module(f"{__name__}.{OPS[op]}")
+    return getattr(family, f"{packet}{overload}_" if overload else packet)  # type: ignore[no-any-return]

@@ -1,0 +1,142 @@
+"""How kernels are started: what is refused first, the device, and how entries are dealt to programs."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import checks
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_DTYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+TILE = 1024  # entries a program, where a kernel does not need many registers an entry
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The tensor's entries as integers."""
+    return tensor.view(_BITS[tensor.element_size()])
+
+
+def dtype(tensor: Tensor) -> tl.dtype:
+    """The Triton dtype of what `bits` holds; of a dtype without arithmetic the integers themselves."""
+    return _DTYPES.get(tensor.dtype) or bits_dtype(tensor)
+
+
+def bits_dtype(tensor: Tensor) -> tl.dtype:
+    """The Triton dtype of `bits`."""
+    return (tl.int8, tl.int16, tl.int32, tl.int64)[tensor.element_size().bit_length() - 1]
+
+
+def compute(weight: Tensor) -> tl.dtype:
+    return _DTYPES[checks.compute_dtype(weight.dtype)]
+
+
+def rounded(value: float, dtype: tl.dtype) -> float:
+    """A number of double precision in the compute dtype."""
+    return value if dtype == tl.float64 else ctypes.c_float(value).value
+
+
+def number_bits(value: float, dtype: tl.dtype) -> int:
+    """What `arithmetic.number` takes for a number, which is rounded to the dtype."""
+    number = ctypes.c_double(value) if dtype == tl.float64 else ctypes.c_float(value)
+    return int.from_bytes(number, sys.byteorder, signed=True)
+
+
+def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The op, after what every backend refuses and on the device of its arguments.
+
+    The content of indices is not looked at: that would synchronise. Kernels guard each access.
+    """
+    op = function.__name__
+    arguments = getattr(torch.ops.shira, op).default._schema.arguments
+    names = [a.name for a in arguments]
+    defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    mutated = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
+    check = getattr(checks, op)
+    looked_at = list(inspect.signature(check).parameters)
+
+    def tensors(given: dict[str, Any]) -> Iterator[tuple[str, Tensor, bool]]:
+        for name in names:
+            value = given[name]
+            if isinstance(value, Tensor):
+                yield name, value, name in mutated
+            elif isinstance(value, (list, tuple)):
+                for member, tensor in enumerate(value):
+                    if isinstance(tensor, Tensor):
+                        yield f"{name}[{member}]", tensor, name in mutated
+
+    @functools.wraps(function)
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+        check(**{name: given[name] for name in looked_at})
+        found = list(tensors(given))
+        if mutated:
+            checks.overlap(op, found)
+        on_cuda = bool(found) and found[0][1].is_cuda
+        with torch.cuda.device(found[0][1].device) if on_cuda else nullcontext():
+            return function(**given)
+
+    return kernel
+
+
+def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+    """Runs a kernel, without contraction: fused multiplications and additions have other bits."""
+    if programs > 0:
+        kernel[(programs,)](*args, **constants, enable_fp_fusion=False)
+
+
+def walk(
+    kernel: Any, indices: Tensor, numel: int, granule: int, *args: Any, entries: int = TILE, **constants: Any
+) -> None:
+    """Runs a kernel over tiles of `entries` each of the `indices` of a weight of `numel`: see `tile`.
+
+    `args` come first and then what the tile needs. A granule that is a power of two and aligned moves in vectors.
+    """
+    columns = min(triton.next_power_of_2(granule), entries)
+    rows = entries // columns
+    programs = triton.cdiv(indices.numel(), rows) * triton.cdiv(granule, columns)
+    granules = numel // granule
+    launch(
+        kernel, programs, *args, indices, indices.numel(), granules, granule, **constants, ROWS=rows, COLUMNS=columns
+    )
+
+
+@triton.jit
+def lines(indices, n, granules, granule, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A program's share by rows and columns: [ROWS] numbers of granules in the streams and in the weight, whether
+    the weight has such a one, and [COLUMNS] entries of a granule."""
+    program = tl.program_id(0)
+    parts = tl.cdiv(granule, COLUMNS)  # of a granule that is wider than a tile
+    row = (program // parts).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = (program % parts).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    index = tl.load(indices + row, mask=row < n, other=-1).to(tl.int64)
+    return row, column, index, (index >= 0) & (index < granules)
+
+
+@triton.jit
+def tile(indices, n, granules, granule, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A program's share, [ROWS, COLUMNS]: positions in the streams, entries of the weight, whether there is such a
+    position, and whether the weight has such an entry too."""
+    row, column, index, known = lines(indices, n, granules, granule, ROWS, COLUMNS)
+    narrow = (column < granule)[None, :]
+    return (
+        row[:, None] * granule + column[None, :],
+        index[:, None] * granule + column[None, :],
+        (row < n)[:, None] & narrow,
+        known[:, None] & narrow,
+    )

@@ -1,0 +1,207 @@
+"""The Triton kernels without a GPU: run by Triton's interpreter on CPU tensors, and compiled ahead of time.
+
+The interpreter replaces `triton.jit` when a module is imported, so it has a process of its own, in which
+cases.BACKENDS is Triton alone: `TRITON_INTERPRET=1 pytest tests/test_switch.py -k triton` runs any contract test so.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import shira_ops.triton
+from cases import Setup, build
+from test_import import TESTS, python, said
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime import jit  # noqa: E402
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("this file starts interpreted processes", allow_module_level=True)
+
+
+# Interpreted
+
+
+# A part of each family's contract tests: the interpreter takes 2 ms a program.
+CONTRACT = {
+    "switch": "test_moves_keep_every_bit and (uint8 or bfloat16 or complex64) and (-3] or numel)"
+    " or test_strengths and (bfloat16 or float64) and -3] or test_lists and 8 or test_lists_of or test_lists_may"
+    " or test_shapes or test_a_view or test_switch_between or test_gather_gives or test_alpha_is"
+    " or test_no_contraction or subnormals",
+    "fuse": "test_fuse[ and -3] or test_fuse_small or one_adapter and bfloat16 or never or order_of or share",
+    "gradient": "test_exact and (bfloat16 or float64) and (-3 or numel) or against_the or leading or span or finite"
+    " or narrow",
+    "optimize": "test_step and -3] or variants and (float16 or float64) or lists_of or overloads or test_dense",
+    "select": "nan_comes or zero_times or in_entry or test_narrow or ignores or ties"
+    " or bfloat16-magnitude-3] or float32-grad-1] or float64-snip-8]",
+    "fingerprint": "bfloat16 or uint8 and not past or complex64 or frozen or all_granules or shape_does",
+    "refusals": "test_overlap or test_order or test_a_gpu or test_dtype or test_strengths or test_one_weight_twice",
+}
+
+
+@pytest.mark.parametrize("family", CONTRACT)
+def test_contract(family: str) -> None:
+    arguments = ["-q", "-x", "-k", f"triton and ({CONTRACT[family]})", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    # numpy warns of infinities and NaNs, as a GPU does not.
+    arguments += ["-W", "ignore::RuntimeWarning", str(TESTS / f"test_{family}.py")]
+    code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    result = python(code, *arguments, TRITON_INTERPRET="1", OMP_NUM_THREADS="1", PYTEST_ADDOPTS="")
+    assert result.returncode == 0, result.stdout[-4000:]
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert passed is not None
+    assert int(passed[1]) >= 10
+
+
+_REGISTERED = """
+import torch, shira_ops
+weight, values = torch.zeros(8), torch.ones(2)
+cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+torch.ops.shira.swap_.default.redispatch(cuda, weight, torch.tensor([1, 99]), values)
+print(weight.tolist(), values.tolist())
+"""
+
+
+def test_what_is_registered_for_cuda() -> None:
+    """A kernel that never looks at the content: 99 is skipped, where any other backend refuses it."""
+    wanted = "[0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0] [0.0, 1.0]"
+    assert said(python(_REGISTERED, TRITON_INTERPRET="1", SHIRA_BACKEND="triton")) == wanted
+
+
+_BACKENDS = """
+import sys, torch
+torch.backends.cuda.is_built = lambda: True
+if sys.argv[1:]:
+    sys.modules["triton"] = None
+import shira_ops
+print(shira_ops.backends()["swap_"]["cuda"], shira_ops.backends()["encode_indices"]["cuda"].why)
+"""
+
+
+def test_backends_on_cuda() -> None:
+    """What serves a GPU and why, without one: this torch is told that it has CUDA."""
+    asked = said(python(_BACKENDS, SHIRA_BACKEND="triton"))
+    assert asked.startswith("Backend(name='triton', why='SHIRA_BACKEND=triton')")
+    assert asked.endswith("SHIRA_BACKEND=triton, and there is no Triton kernel for it")
+    missing = said(python(_BACKENDS, "hidden", SHIRA_BACKEND="triton"))
+    assert missing.startswith("Backend(name='reference', why='SHIRA_BACKEND=triton, and triton is not installed')")
+
+
+def test_import_leaves_triton_alone() -> None:
+    code = (
+        "import sys, torch; before = 'triton' in sys.modules; import shira_ops; print(before, 'triton' in sys.modules)"
+    )
+    assert said(python(code)) == "False False"
+
+
+# Compiled ahead of time
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel as a call specialises it: Triton's own rules for pointers, multiples of 16, ones and None."""
+
+    function: Any
+    signature: dict[str, str]
+    constants: dict[tuple[int], Any]
+    attributes: dict[tuple[int], list[list[Any]]]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.function.__name__} {self.signature} {self.constants} {self.attributes}"
+
+    @staticmethod
+    def of(function: Any, *args: Any, **kwargs: Any) -> Kernel:
+        names = function.arg_names
+        given = {**dict(zip(names, args, strict=False)), **{k: v for k, v in kwargs.items() if k in names}}
+        signature, constants, attributes = {}, {}, {}
+        for i, parameter in enumerate(function.params):
+            value = given[parameter.name]
+            free = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and free):
+                signature[parameter.name] = "constexpr"
+                constants[(i,)] = value
+                continue
+            signature[parameter.name] = jit.mangle_type(value)
+            address = value.data_ptr() if isinstance(value, torch.Tensor) else value
+            if address % 16 == 0 and free:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        options = {k: v for k, v in kwargs.items() if k not in names}
+        return Kernel(function, signature, constants, attributes, options)
+
+
+SETUPS = {
+    "float32": Setup(index=torch.int64),
+    "bfloat16": Setup(dtype=torch.bfloat16, values=torch.float32, granule=16, index=torch.int32),
+    "float64": Setup(dtype=torch.float64),
+}
+CHANGES: dict[str, list[dict[str, Any]]] = {
+    "apply_": [{}, {"alpha": 0.0}, {"alpha": 0.5}, {"alpha": 0.5, "delta": True}],
+    "fuse_": [{}, {"refuse": True}],
+    "sgd_": [{}, {"weight_decay": 0.0, "momentum": 0.0, "momentum_buffer": None}, {"dampening": 0.0, "nesterov": True}],
+}
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, family: str, setup: Setup) -> dict[str, Kernel]:
+    """Every kernel that the ops of a family start."""
+    found: dict[str, Kernel] = {}
+
+    def record(function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        assert kwargs["enable_fp_fusion"] is False
+        kernel = Kernel.of(function, *args, **kwargs)
+        found[kernel.name] = kernel
+
+    monkeypatch.setattr(jit.JITFunction, "run", record)
+    for op in shira_ops.triton.FAMILIES[family]:
+        if op.startswith("foreach_"):
+            continue
+        case = build(op, setup)
+        if op in ("scatter_", "swap_") and setup.values is not None:
+            case.args["values"] = case.args["values"].to(setup.dtype)
+        for changes in CHANGES.get(op, [{}]):
+            shira_ops.triton.find(op)(**{**case.args, **changes})
+    return found
+
+
+def resources(cubin: bytes, path: Path) -> dict[str, int]:
+    """Registers, stack and local memory (spills) of a compiled kernel."""
+    path.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    said = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    return {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", said)}
+
+
+@pytest.mark.parametrize("dtype", SETUPS)
+@pytest.mark.parametrize("family", shira_ops.triton.FAMILIES)
+def test_compiles_for_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str, dtype: str) -> None:
+    """For sm_90 and, a dtype each, sm_80 and AMD's gfx942: nothing spills, is contracted or flushes subnormals."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    kernels = launched(monkeypatch, family, SETUPS[dtype])
+    assert kernels
+    targets = [GPUTarget("cuda", 90, 32)]
+    if dtype == "bfloat16":
+        targets += [GPUTarget("cuda", 80, 32), GPUTarget("hip", "gfx942", 64)]
+    for kernel in kernels.values():
+        source = ASTSource(kernel.function, kernel.signature, kernel.constants, kernel.attributes)
+        for target in targets:
+            compiled = triton.compile(source, target=target, options=kernel.options)
+            where = f"{target.arch}: {kernel.name}"
+            if target.backend == "hip":
+                assert re.search(r"\.vgpr_spill_count: +0\b", compiled.asm["amdgcn"]), where
+                continue
+            used = resources(compiled.asm["cubin"], tmp_path / "kernel.cubin")
+            assert used["STACK"] == used["LOCAL"] == 0, where
+            assert used["REG"] <= 128, where
+            assert ".ftz" not in compiled.asm["ptx"], where
+            assert not re.search(r"\bfma\.", compiled.asm["ptx"]), where
