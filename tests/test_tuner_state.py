@@ -372,6 +372,17 @@ def test_a_copy_whose_dense_weight_would_train_is_refused() -> None:
         copy.deepcopy(model)(IDS)
 
 
+def test_a_sampled_weight_that_was_unfrozen_is_refused() -> None:
+    """All of it would train: the adapter would lack most of that, and detaching would not give the base back."""
+    model = nn.Sequential(nn.Linear(8, 4))
+    with SparseTuner(model, masks.Rand(density=0.2)):
+        model[0].bias.requires_grad_(True)  # what no tuner trains may be trained beside it
+        model(torch.randn(2, 8))
+        model.requires_grad_(True)
+        with pytest.raises(RuntimeError, match=r"dense gradient of 0\.weight would train all of it.*were unfrozen"):
+            model(torch.randn(2, 8))
+
+
 def test_tied_weights_come_back_trainable() -> None:
     """Met under two names, remembered once."""
     model = model_of()

@@ -163,10 +163,11 @@ def _follow(sites: Sequence[tuple[Site, nn.Module | None]], module: nn.Module, a
         )
     for site, owner in sites:
         weight, indices, values = _tensors(site, owner or module)
-        if site.dense and weight.requires_grad and not getattr(weight, "_post_accumulate_grad_hooks", None):
+        if weight.requires_grad and not getattr(weight, "_post_accumulate_grad_hooks", None):
             raise RuntimeError(
                 f"SparseTuner: the dense gradient of {site.name} would train all of it: the model was copied while a "
-                f"tuner was attached; detach the copy's source first, or give the copy's weights requires_grad=False"
+                f"tuner was attached, or its weights were unfrozen; detach the copy's source first, or give them "
+                f"requires_grad=False"
             )
         if not site.is_written(values):
             _write([(site, weight, indices, values)])
