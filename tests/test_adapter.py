@@ -1,6 +1,8 @@
 """Adapter and its file: round trips, and every kind of wrong file refused with a sentence."""
 
+import copy
 import json
+import pickle
 import struct
 
 import pytest
@@ -36,6 +38,14 @@ def same(one, two):
         assert torch.equal(a.values, b.values)
         assert (a.shape, a.dtype, a.granule, a.fingerprint, a.aliases) == (
             b.shape, b.dtype, b.granule, b.fingerprint, b.aliases)  # fmt: skip
+
+
+def test_copies_and_pickles_are_the_same_adapter():
+    adapter = adapter_of()
+    for other in (copy.copy(adapter), copy.deepcopy(adapter), pickle.loads(pickle.dumps(adapter))):
+        same(adapter, other)
+        with pytest.raises(TypeError, match="does not support item assignment"):
+            other.weights["w"] = None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

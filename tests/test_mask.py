@@ -275,6 +275,8 @@ def test_a_skipped_adapter_is_told_by_a_digest():
     ("make", "says"),
     [
         (lambda: masks.Rand(density=0.0), "density must be above 0"),
+        (lambda: masks.Rand(density="0.1"), "density must be above 0 and at most 1, got '0.1'"),
+        (lambda: masks.Rand(density=True), "density must be above 0 and at most 1, got True"),
         (lambda: masks.Rand(density=1.5), "at most 1, got 1.5"),
         (lambda: masks.Rand(), "give density or r"),
         (lambda: masks.Rand(density=0.1, r=2), "one of the two"),

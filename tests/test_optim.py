@@ -282,13 +282,13 @@ def test_values_that_joined_later_have_their_own_count() -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda t: AdamW(t, lr=-1.0), r"shira\.AdamW: lr must be at least 0, got -1\.0"),
-        (lambda t: SGD(t, lr=-1.0), r"shira\.SGD: lr must be at least 0, got -1\.0"),
+        (lambda t: AdamW(t, lr=-1.0), r"shira\.AdamW: lr must be at least 0 and finite, got -1\.0"),
+        (lambda t: SGD(t, lr=-1.0), r"shira\.SGD: lr must be at least 0 and finite, got -1\.0"),
         (lambda t: AdamW(t, lr=torch.ones(2)), "lr must be a number or one float32 or float64 entry"),
         (lambda t: AdamW(t, lr=torch.tensor(1)), "lr must be a number or one float32 or float64 entry"),
         (lambda t: AdamW(t, betas=(1.0, 0.9)), r"betas must be in \[0, 1\), got \(1\.0, 0\.9\)"),
         (lambda t: AdamW(t, eps=-1e-8), "eps must be at least 0"),
-        (lambda t: AdamW(t, weight_decay=float("nan")), "weight_decay must be at least 0, got nan"),
+        (lambda t: AdamW(t, weight_decay=float("nan")), "weight_decay must be at least 0 and finite, got nan"),
         (lambda t: AdamW(t, decay_towards="mean"), 'decay_towards must be "zero" or "base", got \'mean\''),
         (lambda t: SGD(t, momentum=-0.1), r"shira\.SGD: momentum must be at least 0"),
         (lambda t: SGD(t, nesterov=True), "nesterov needs momentum above 0 and dampening 0, got 0.0 and 0.0"),
@@ -299,6 +299,20 @@ def test_refused_settings(make: Callable[[SparseTuner], Any], says: str) -> None
     _, tuner = setup()
     with pytest.raises(ValueError, match=says):
         make(tuner)
+
+
+@pytest.mark.parametrize("change", [{"lr": float("nan")}, {"lr": float("inf")}, {"weight_decay": float("inf")}])
+def test_a_refused_step_has_changed_nothing(change: dict[str, float]) -> None:
+    """Also where a group's numbers went wrong after it was made, as a scheduler can do."""
+    model, tuner = setup()
+    optimizer = AdamW(tuner, weight_decay=0.1, decay_towards="base")
+    steps(model, optimizer, 2)
+    before = bits(model)
+    optimizer.param_groups[0].update(change)
+    with pytest.raises(ValueError, match="must be at least 0 and finite"):
+        steps(model, optimizer, 1)
+    assert same_bits(model, before)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {2}
 
 
 def test_a_refused_group_does_not_stay() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import itertools
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -437,6 +439,9 @@ def test_names_and_numbers_that_do_not_fit() -> None:
     for call, kind, says in (
         (lambda: switcher.deactivate("a"), AdapterError, "'a' is not active; active are: none"),
         (lambda: switcher.activate("a", 1e39), ValueError, "must be a finite number"),
+        (lambda: switcher.activate(["a", "b"]), TypeError, "a mapping of names to strengths, got list"),  # type: ignore[arg-type]
+        (lambda: copy.deepcopy(switcher), TypeError, "cannot be copied or pickled"),
+        (lambda: pickle.dumps(switcher), TypeError, "cannot be copied or pickled"),
         (lambda: switcher.fingerprint("nothing"), KeyError, "no weight 'nothing'"),
         (lambda: Switcher(nn.Linear(1, 1), budget=-1), ValueError, "budget"),
     ):

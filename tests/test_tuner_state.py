@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import os
+import pickle
 import socket
 from pathlib import Path
 from typing import Any
@@ -323,6 +324,16 @@ def test_replacing_the_values_is_refused() -> None:
         model.load_state_dict(model.state_dict(), assign=True)
 
 
+def test_other_memory_under_the_values_is_followed() -> None:
+    """It moves no version: torch's own ``vector_to_parameters`` does it."""
+    model = nn.Linear(8, 8)
+    tuner = SparseTuner(model, masks.Rand(density=0.2))
+    nn.utils.vector_to_parameters(torch.arange(1.0, tuner.nnz + 1), tuner.parameters())
+    model(torch.randn(1, 8))
+    at = model.get_buffer("weight_shira_indices").long()
+    assert model.weight.view(-1)[at].tolist() == list(range(1, tuner.nnz + 1))
+
+
 def test_edits_by_hand_are_followed() -> None:
     model = model_of()
     with SparseTuner(model, RAND, EVERYTHING) as tuner, torch.no_grad():
@@ -361,12 +372,61 @@ def test_a_copy_whose_dense_weight_would_train_is_refused() -> None:
         copy.deepcopy(model)(IDS)
 
 
+def test_a_sampled_weight_that_was_unfrozen_is_refused() -> None:
+    """All of it would train: the adapter would lack most of that, and detaching would not give the base back."""
+    model = nn.Sequential(nn.Linear(8, 4))
+    with SparseTuner(model, masks.Rand(density=0.2)):
+        model[0].bias.requires_grad_(True)  # what no tuner trains may be trained beside it
+        model(torch.randn(2, 8))
+        model.requires_grad_(True)
+        with pytest.raises(RuntimeError, match=r"dense gradient of 0\.weight would train all of it.*were unfrozen"):
+            model(torch.randn(2, 8))
+
+
 def test_tied_weights_come_back_trainable() -> None:
     """Met under two names, remembered once."""
     model = model_of()
     with SparseTuner(model, RAND, "embed"):
         assert not model.embed.weight.requires_grad
     assert model.embed.weight.requires_grad
+
+
+@pytest.mark.parametrize("gradient", ["sampled", "dense"])
+@pytest.mark.parametrize("first", [True, False])
+def test_tuners_of_one_model_may_go_in_any_order(first: bool, gradient: str) -> None:
+    """While one is left the whole model stays frozen but for what it trains; after the last it is as it was."""
+    model = randomize(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)))
+    model[0].bias.requires_grad_(False)
+    required = {name: p.requires_grad for name, p in model.named_parameters()}
+    before = bits(model)
+    tuners = [SparseTuner(model, masks.Rand(density=0.2), targets=[name], gradient=gradient) for name in ("0", "1")]
+    gone, left = tuners if first else reversed(tuners)
+    gone.detach()
+    optimizer = AdamW(left, lr=0.1)
+    model(torch.randn(3, 8)).square().mean().backward()
+    optimizer.step()
+    trained = {id(p) for p in left.parameters()}
+    assert [name for name, p in model.named_parameters() if p.grad is not None and id(p) not in trained] == []
+    left.detach()
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == required
+    assert same_bits(model, before)
+
+
+def test_a_tuner_is_neither_copied_nor_pickled() -> None:
+    """A copy would know the first one's modules, and hand out their entries as its own."""
+    tuner = SparseTuner(nn.Linear(8, 4), masks.Rand(density=0.2))
+    for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"cannot be copied or pickled; keep tuner\.state_dict\(\)"):
+            attempt(tuner)
+
+
+def test_inference_mode_is_refused_by_name() -> None:
+    with torch.inference_mode():
+        made = nn.Linear(8, 4)
+        with pytest.raises(RuntimeError, match=r"under torch\.inference_mode cannot train"):
+            SparseTuner(nn.Linear(8, 4), masks.Rand(density=0.2))
+    with pytest.raises(ValueError, match=r"SparseTuner: weight was made under torch\.inference_mode"):
+        SparseTuner(made, masks.Rand(density=0.2))
 
 
 def test_two_tuners_train_side_by_side() -> None:

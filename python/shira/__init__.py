@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shira import mask as masks
-    from shira import merging
+    from shira import merging, metrics
     from shira._file import AdapterError
     from shira.adapter import Adapter, Entry
     from shira.optim import SGD, AdamW
@@ -41,6 +41,7 @@ __all__ = [
     "Trainer",
     "masks",
     "merging",
+    "metrics",
 ]
 
 # Public name -> the module it lives in, and its name there (None: the module itself).
@@ -56,6 +57,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "Trainer": ("shira.trainer", "Trainer"),
     "masks": ("shira.mask", None),
     "merging": ("shira.merging", None),
+    "metrics": ("shira.metrics", None),
 }
 
 

@@ -139,6 +139,10 @@ def check_trainable(name: str, group: Sequence[_model.Slot]) -> None:
             f"SparseTuner: {name} must be float16, bfloat16, float32 or float64 to train, "
             f"got {dtype_name(weight.dtype)}{kind}{codes}; leave it out with targets="
         )
+    if weight.is_inference():
+        raise ValueError(
+            f"SparseTuner: {name} was made under torch.inference_mode and cannot train; load or clone it outside"
+        )
     if not weight.is_contiguous():
         raise ValueError(f"SparseTuner: {name} must be contiguous; {_model.stride_advice(name)}")
     if weight.grad is not None:

@@ -162,6 +162,13 @@ class Adapter:
     def __len__(self) -> int:
         return len(self.weights)
 
+    # A mapping that cannot be written to cannot be pickled either.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "weights": dict(self.weights)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, weights=MappingProxyType(state["weights"]))
+
     def __repr__(self) -> str:
         kind = "delta, " if self.delta else ""
         plural = "" if len(self) == 1 else "s"

@@ -21,6 +21,7 @@ Every mask takes
 from __future__ import annotations
 
 import json
+import numbers
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
@@ -111,6 +112,11 @@ def regranule(indices: Tensor, granule: int, wanted: int) -> Tensor:
     return within[within <= last[:, None]]
 
 
+def _is_number(value: object) -> bool:
+    """Python's and numpy's real numbers; True is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def _skipped(kind: str, skip: Skip) -> tuple[Mask | Adapter, ...]:
     several = tuple(skip) if isinstance(skip, Sequence) else (skip,)
     for one in several:
@@ -139,7 +145,7 @@ class Mask:
         if isinstance(density, Mapping) and not density:
             raise ValueError(f"{kind}: density must name a pattern, got {density!r}")
         for share in density.values() if isinstance(density, Mapping) else (density,):
-            if share is not None and not 0 < share <= 1:
+            if share is not None and not (_is_number(share) and 0 < share <= 1):
                 raise ValueError(f"{kind}: density must be above 0 and at most 1, got {share!r}")
         for pattern in density if isinstance(density, Mapping) else ():
             try:

@@ -7,6 +7,7 @@ torch's own step serves those.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -51,6 +52,8 @@ class _Masked(Optimizer):
         super().add_param_group(param_group)
         try:
             self._check(self.param_groups[-1])
+            if any(is_detached(parameter) for parameter in self.param_groups[-1]["params"]):
+                raise ValueError(f"shira.{type(self).__name__}: the tuner of these parameters is detached")
         except ValueError:
             # A refused group must not stay.
             self.param_groups.pop()
@@ -62,14 +65,12 @@ class _Masked(Optimizer):
         if isinstance(lr, Tensor):
             if lr.numel() != 1 or lr.dtype not in (torch.float32, torch.float64):
                 raise ValueError(f"{what}: lr must be a number or one float32 or float64 entry, got {lr!r}")
-        elif not lr >= 0:
-            raise ValueError(f"{what}: lr must be at least 0, got {lr}")
-        if not group["weight_decay"] >= 0:
-            raise ValueError(f"{what}: weight_decay must be at least 0, got {group['weight_decay']}")
+        elif not 0 <= lr < math.inf:
+            raise ValueError(f"{what}: lr must be at least 0 and finite, got {lr}")
+        if not 0 <= group["weight_decay"] < math.inf:
+            raise ValueError(f"{what}: weight_decay must be at least 0 and finite, got {group['weight_decay']}")
         if group["decay_towards"] not in ("zero", "base"):
             raise ValueError(f'{what}: decay_towards must be "zero" or "base", got {group["decay_towards"]!r}')
-        if any(is_detached(parameter) for parameter in group["params"]):
-            raise ValueError(f"{what}: the tuner of these parameters is detached")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -78,7 +79,10 @@ class _Masked(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # All are looked through before the first one steps: a refused step has changed nothing.
+        # All are looked through before the first one steps: a refused step has changed nothing. Schedulers and users
+        # change a group's numbers after it was checked.
+        for group in self.param_groups:
+            self._check(group)
         for group, items, others in [(group, *self._divide(group)) for group in self.param_groups]:
             if items:
                 self._step_values(group, items)

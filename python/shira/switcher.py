@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import numbers
 import os
 import secrets
 import weakref
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -290,6 +290,10 @@ class Switcher:
                     found[" + ".join(names)] = Memory(layout.nbytes, 0, 0)
             return found
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A copy would share what is known of the first one's weights, and write into them.
+        raise TypeError("Switcher: a switcher cannot be copied or pickled; make another one for a copy of the base")
+
     def __repr__(self) -> str:
         return f"Switcher(adapters={list(self._added)}, active={self._active})"
 
@@ -508,6 +512,10 @@ class Switcher:
         if isinstance(which, str):
             strengths = {which: self._known(which).alpha if alpha is None else alpha}
         else:
+            if not isinstance(which, Mapping):
+                raise TypeError(
+                    f"give an adapter's name, or a mapping of names to strengths, got {type(which).__name__}"
+                )
             if alpha is not None:
                 raise ValueError("alpha is for a single adapter; give each of several its strength in the mapping")
             if not which:
@@ -517,8 +525,10 @@ class Switcher:
             # In the order they were added, whatever the mapping's: the sum is then always the same bits.
             strengths = {name: which[name] for name in self._added if name in which}
         for name, strength in strengths.items():
-            if not isinstance(strength, (int, float)) or not math.isfinite(strength) or abs(strength) > _LARGEST:
-                raise ValueError(f"the strength of {name!r} must be a finite number, got {strength!r}")
+            # Numbers of numpy are numbers too; one that float32 has no room for would act as infinite.
+            number: object = strength
+            if not isinstance(number, numbers.Real) or not abs(strength) <= _LARGEST:
+                raise ValueError(f"the strength of {name!r} must be a finite number (of float32), got {strength!r}")
         return {name: float(strength) for name, strength in strengths.items()}
 
     def _way(self, before: Layout, after: Layout) -> Way:

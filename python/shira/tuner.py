@@ -58,8 +58,9 @@ class Site:
     dtype: torch.dtype
     # Whether the weight's dense gradient is made and gathered; else every layer that uses it samples its own.
     dense: bool
-    # The values, and their version, that the weight was last written from: anything else that is found is written.
-    written: tuple[weakref.ref[Tensor], int] | None = None
+    # The values, their memory and its version, that the weight was last written from: anything else that is found is
+    # written. Some put other memory under a parameter (`.data =`, as `vector_to_parameters` does): no version moves.
+    written: tuple[weakref.ref[Tensor], int, int] | None = None
     # Whether a gradient has ever reached the values; if not, a step is refused unless that is allowed.
     reached: bool = False
     allow_unused: bool = False
@@ -76,8 +77,9 @@ class Site:
         """Whether the weight holds these values."""
         if self.written is None:
             return False
-        known, version = self.written
-        return known() is values and (values.is_inference() or values._version == version)
+        known, memory, version = self.written
+        same = known() is values and values.untyped_storage()._cdata == memory
+        return same and (values.is_inference() or values._version == version)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model has values of its own, that nobody has compared with its weights.
@@ -103,6 +105,8 @@ class Target:
 # From a values parameter to what it trains, None once its tuner is detached. Weak: an optimizer may outlive a tuner,
 # and a model both.
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# A weight to how many attached tuners freeze it, and whether it required grad before the first of them.
+_frozen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _optimizer_hooks: list[RemovableHandle] = []
 
 
@@ -159,10 +163,11 @@ def _follow(sites: Sequence[tuple[Site, nn.Module | None]], module: nn.Module, a
         )
     for site, owner in sites:
         weight, indices, values = _tensors(site, owner or module)
-        if site.dense and weight.requires_grad and not getattr(weight, "_post_accumulate_grad_hooks", None):
+        if weight.requires_grad and not getattr(weight, "_post_accumulate_grad_hooks", None):
             raise RuntimeError(
                 f"SparseTuner: the dense gradient of {site.name} would train all of it: the model was copied while a "
-                f"tuner was attached; detach the copy's source first, or give the copy's weights requires_grad=False"
+                f"tuner was attached, or its weights were unfrozen; detach the copy's source first, or give them "
+                f"requires_grad=False"
             )
         if not site.is_written(values):
             _write([(site, weight, indices, values)])
@@ -211,7 +216,8 @@ def _write(items: Iterable[tuple[Site, Tensor, Tensor, Tensor]]) -> None:
 
 def mark_written(site: Site, values: Tensor) -> None:
     """Note that the weight holds the values as they are now."""
-    site.written = weakref.ref(values), -1 if values.is_inference() else values._version
+    version = -1 if values.is_inference() else values._version
+    site.written = weakref.ref(values), values.untyped_storage()._cdata, version
 
 
 # ---- hooks of optimizers -------------------------------------------------------------------------------------
@@ -324,7 +330,9 @@ class SparseTuner:
 
     A tied weight (an embedding and the head that shares it) is one target: the gradients of its uses are summed.
     Buffers, such as the running statistics of batch normalisation, are neither trained nor put back: keep such layers
-    in ``eval()``. The model must not be copied and the copy trained while a tuner is attached.
+    in ``eval()``. The model must not be copied and the copy trained while a tuner is attached; a tuner is not copied or
+    pickled, `state_dict` and `adapter` are for that. Several tuners may train different weights of one model, and be
+    detached in any order.
 
     Args:
         model: the model; its weights are changed in place, their storage stays.
@@ -335,7 +343,9 @@ class SparseTuner:
         whole: parameters to train as a whole, such as a new head: a regular expression searched in parameter names, or
             a list of names of parameters or modules. They become part of the adapter, and `detach` puts them back.
         gradient: ``"sampled"`` takes the gradient at the mask alone wherever the layer allows it; ``"dense"`` makes the
-            full gradient of every target and masks it, as in the paper (arXiv 2406.13175, section 3.2).
+            full gradient of every target and masks it, as in the paper (arXiv 2406.13175, section 3.2). A sampled
+            gradient is that of the calls of its layers alone: a weight that is also used without them, as in
+            ``F.linear(x, self.embedding.weight)``, needs ``"dense"``, and nothing can tell.
         calibration: batches for a mask by gradients (`shira.masks.Grad`, `shira.masks.Snip`): a batch is what the model
             is called with, a mapping, a tuple, a list or a tensor. The model is as before afterwards.
         loss: ``loss(model, batch)`` gives the scalar for calibration; None: the model's own ``output.loss``.
@@ -416,12 +426,16 @@ class SparseTuner:
     def _open(self, model: nn.Module, gradient: str, mask: Mask | None, about: Mapping[str, Any] | None) -> None:
         if gradient not in ("sampled", "dense"):
             raise ValueError(f'SparseTuner: gradient must be "sampled" or "dense", got {gradient!r}')
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "SparseTuner: what is made under torch.inference_mode cannot train; leave that mode first"
+            )
         self.model = _model.unwrap(model)
         self.mask, self._about = mask, about
         self._gradient = gradient
         self._alpha = 1.0
         self._tuned: list[_Tuned] = []
-        self._requires_grad: list[tuple[nn.Parameter, bool]] = []
+        self._froze: list[nn.Parameter] = []
         self._root: list[RemovableHandle] = []
 
     def _masked(self, mask: Mask, name: str, group: list[_model.Slot]) -> _Plan:
@@ -453,12 +467,13 @@ class SparseTuner:
         # Once each: a tied weight that was met a second time would be remembered as frozen.
         base = {id(slot.weight): slot.weight for name, slot in slots.items() if not name.endswith(VALUES_SUFFIX)}
         # What another tuner trains is its own affair.
-        for slot in slots.values():
-            if hasattr(slot.module, slot.attribute + VALUES_SUFFIX):
-                base.pop(id(slot.weight), None)
+        others = {id(slot.weight) for slot in slots.values() if hasattr(slot.module, slot.attribute + VALUES_SUFFIX)}
         for weight in base.values():
-            self._requires_grad.append((weight, weight.requires_grad))
-            weight.requires_grad_(False)
+            tuners, required = _frozen.get(weight, (0, weight.requires_grad))
+            _frozen[weight] = tuners + 1, required
+            self._froze.append(weight)
+            if id(weight) not in others:
+                weight.requires_grad_(False)
         for plan in plans:
             self._tuned.append(self._put(plan, allow_unused))
         dense = [tuned for tuned in self._tuned if tuned.target.site.dense]
@@ -555,7 +570,7 @@ class SparseTuner:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take values from a `state_dict`; refuses, with nothing changed, that of another base, mask or model."""
-        known = state.get("version")
+        known = state.get("version") if isinstance(state, Mapping) else None
         if known != 1 or not isinstance(state.get("weights"), Mapping):
             raise ValueError(f"SparseTuner: this is no state of a tuner (version {known!r})")
         weights, tuned_here = state["weights"], {tuned.name: tuned for tuned in self._attached()}
@@ -608,10 +623,16 @@ class SparseTuner:
         if dense:
             ignored = [name for name in getattr(self.model, _DDP_IGNORES) if name not in dense]
             setattr(self.model, _DDP_IGNORES, ignored) if ignored else delattr(self.model, _DDP_IGNORES)
-        for parameter, requires_grad in self._requires_grad:
-            parameter.requires_grad_(requires_grad)
+        for tuned in self._tuned:
+            getattr(tuned.owner, tuned.target.site.attribute).requires_grad_(False)
+        for weight in self._froze:
+            tuners, required = _frozen.pop(weight)
+            if tuners > 1:  # the last tuner to go gives back what was before the first
+                _frozen[weight] = tuners - 1, required
+            else:
+                weight.requires_grad_(required)
         self._tuned.clear()
-        self._requires_grad.clear()
+        self._froze.clear()
         self._root.clear()
         _stop_watching()
 
@@ -668,12 +689,19 @@ class SparseTuner:
             rows = [row[:-1] for row in rows]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        share = self.nnz / max(1, sum(parameter.numel() for parameter, _ in self._requires_grad))
+        share = self.nnz / max(1, sum(weight.numel() for weight in self._froze))
         lines.append(
             f"{self.nnz:,} trainable entries: {self.density:.2%} of {len(self._tuned)} weights, "
             f"{share:.2%} of the model"
         )
         return "\n".join(lines)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A copy would write into the weights of the first one's model.
+        raise TypeError(
+            "SparseTuner: a tuner cannot be copied or pickled; keep tuner.state_dict() or tuner.adapter(), and attach "
+            "another tuner to a copy of the base"
+        )
 
     def __repr__(self) -> str:
         if not self._tuned:

@@ -1,0 +1,290 @@
+"""How much two adapters have to do with each other: by their weights, by their masks, and by what they do to a model.
+
+The first two are the paper's (arXiv 2406.13175, section 4.2). With ``A1`` and ``A2`` the changes two adapters make to a
+weight of ``m`` rows and ``n`` columns (``new - base``, zero outside the mask, at strength 1; more than two dimensions
+are folded into the columns), their product is ``A1^T A2``, ``n x n``::
+
+    AWOM = || A1^T A2 ||_2                       the largest singular value: 0 where no direction is shared
+    AWOR = 1 - nnz(A1^T A2) / n^2                the share of the product's entries that are zero
+
+AWOR cannot see whether masks overlap: an entry of the product is non-zero where a row has an entry of either adapter,
+so two random masks of density ``p`` have about ``(1 - p^2)^m`` whether they share entries or not. `overlap` counts what
+is shared, and `interference` measures what it does to activations.
+
+All of them take adapters of one base. An adapter of new values is no change yet: give ``base``, or `Adapter.to_delta`
+first. Products are in float64. A metric of two adapters is the mean over the weights that both of them change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from shira import _model
+from shira._checkpoint import Source
+from shira.adapter import Adapter, AdapterError, Entry
+from shira.mask import refine
+from shira.switcher import Switcher
+
+__all__ = ["awom", "awor", "interference", "overlap"]
+
+# Entries of the product that are made at a time.
+_CHUNK = 1 << 22
+# Lanczos steps at most, and the relative error of the squared norm at which they end.
+_STEPS, _ERROR = 300, 1e-12
+
+
+def awom(first: Adapter, second: Adapter, base: Source | None = None) -> float:
+    """The orthogonality magnitude ``|| A1^T A2 ||_2``: the mean over the weights both change; 0 if they share none.
+
+    The product is never made: its largest singular value comes from a Lanczos iteration (Golub and Kahan) over the
+    entries alone, with a fixed start, so the same adapters always give the same number.
+
+    Args:
+        first, second: the adapters; their strengths play no part.
+        base: the checkpoint they were made for, as in `Adapter.from_difference`; needed unless both are deltas.
+    """
+    return _mean([_norm(one, two) for one, two in _changes("awom", first, second, base)], 0.0)
+
+
+def awor(first: Adapter, second: Adapter, base: Source | None = None) -> float:
+    """The orthogonality ratio ``1 - nnz(A1^T A2) / n^2``: the mean over the weights both change; 1 if they share none.
+
+    Entries that an adapter holds but does not change count as zeros. See the module for what this cannot tell.
+
+    Args:
+        first, second: the adapters; their strengths play no part.
+        base: the checkpoint they were made for, as in `Adapter.from_difference`; needed unless both are deltas.
+    """
+    return _mean([_zeros(one, two) for one, two in _changes("awor", first, second, base)], 1.0)
+
+
+def overlap(first: Adapter, second: Adapter) -> float:
+    """The share of the smaller adapter's entries that the other has too: 0 for disjoint masks, 1 for one in another.
+
+    Counts entries of masks over all weights, whatever their values, their granules and which of them is a delta.
+    """
+    shared = 0
+    for one, two in _pairs(first, second):
+        granule = math.gcd(one.granule, two.granule)
+        a, b = (refine(entry.indices.cpu(), entry.granule, granule, entry.numel) for entry in (one, two))
+        shared += int(torch.isin(a, b, assume_unique=True).sum()) * granule
+    smaller = min(first.nnz, second.nnz)
+    return shared / smaller if smaller else 0.0
+
+
+def interference(
+    model: nn.Module,
+    first: Adapter,
+    second: Adapter,
+    data: Iterable[Any],
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> float:
+    """How far the second adapter disturbs what the first one does, on the first one's data.
+
+    With ``h(S)`` the outputs of all modules that hold a weight of either adapter, over all batches, one vector::
+
+        || h(first + second) - h(first) || / || h(first) - h(base) ||
+
+    0: the first one's activations are as if it were alone; 1: they are moved as far as it moved them itself. Each
+    adapter has its own alpha. Not symmetric: for the other direction swap the adapters and give the other's data.
+
+    Args:
+        model: the base of both, with no adapter on it. It runs in ``eval()`` without gradients, and is as before
+            afterwards.
+        first, second: the adapters.
+        data: batches, iterated once: a mapping is given as ``model(**batch)``, a tuple or list as ``model(*batch)``,
+            anything else as ``model(batch)``.
+        forward: ``forward(model, batch)`` to run a batch in another way.
+
+    Raises `AdapterError` for adapters that do not fit the model, `ValueError` if there are no batches or none of these
+    modules runs, or if the first adapter changes no activation of theirs.
+    """
+    switcher = Switcher(model)
+    switcher.add("first", first)
+    switcher.add("second", second)
+    slots = _model.slots(switcher.model)
+    modules: dict[nn.Module, None] = {}
+    for adapter in (first, second):
+        for name, entry in adapter.weights.items():
+            # Of a tied weight every place runs.
+            modules.update((slots[known].module, None) for known in (name, *entry.aliases) if known in slots)
+    run = _forward if forward is None else forward
+    own = moved = 0.0
+    with _evaluated(model), _outputs(modules) as outputs:
+
+        def activations(batch: Any) -> list[Tensor]:
+            outputs.clear()
+            run(model, batch)
+            return [output.to(torch.float64) for output in outputs]
+
+        try:
+            for batch in data:
+                switcher.deactivate()
+                base = activations(batch)
+                if not base:
+                    raise ValueError("interference: none of the modules that hold the adapters' weights ran")
+                switcher.activate("first")
+                alone = activations(batch)
+                switcher.activate({"first": first.alpha, "second": second.alpha})
+                own += sum(float((a - b).square().sum()) for a, b in zip(alone, base, strict=True))
+                moved += sum(float((a - b).square().sum()) for a, b in zip(activations(batch), alone, strict=True))
+        finally:
+            switcher.deactivate()
+    if not own > 0:
+        raise ValueError("interference: there were no batches, or the first adapter changes no activation on them")
+    return math.sqrt(moved / own)
+
+
+def _mean(values: list[float], none: float) -> float:
+    return math.fsum(values) / len(values) if values else none
+
+
+def _pairs(first: Adapter, second: Adapter) -> Iterator[tuple[Entry, Entry]]:
+    """The weights that both have, under any of their names."""
+    known = {name: entry for own, entry in second.weights.items() for name in (own, *entry.aliases)}
+    for name, one in first.weights.items():
+        two = next((known[other] for other in (name, *one.aliases) if other in known), None)
+        if two is not None:
+            if one.shape != two.shape:
+                raise AdapterError(
+                    f"weight {name!r} has shape {list(one.shape)} in the first adapter and {list(two.shape)} in the "
+                    f"second: they are not of one base"
+                )
+            yield one, two
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A change of a weight by its entries that are not zero: their rows, columns and values, float64."""
+
+    shape: tuple[int, int]
+    rows: Tensor
+    columns: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, entry: Entry) -> _Change:
+        m = entry.shape[0] if entry.shape else 1
+        n = entry.numel // m if m else 0
+        at = refine(entry.indices.cpu().to(torch.int64), entry.granule, 1, entry.numel).to(torch.int64)
+        values = entry.values.detach().cpu().to(torch.float64)
+        kept = values != 0
+        at, values = at[kept], values[kept]
+        return cls((m, n), at // max(n, 1), at % max(n, 1), values)
+
+    def times(self, x: Tensor) -> Tensor:
+        """``A x``."""
+        return x.new_zeros(self.shape[0]).index_add_(0, self.rows, self.values * x[self.columns])
+
+    def transposed_times(self, x: Tensor) -> Tensor:
+        """``A^T x``."""
+        return x.new_zeros(self.shape[1]).index_add_(0, self.columns, self.values * x[self.rows])
+
+
+def _changes(metric: str, first: Adapter, second: Adapter, base: Source | None) -> Iterator[tuple[_Change, _Change]]:
+    if base is None and not (first.delta and second.delta):
+        raise ValueError(f"{metric}: an adapter of new values has no changes without its base; give base=")
+    if base is not None:
+        first, second = first.to_delta(base), second.to_delta(base)
+    for one, two in _pairs(first, second):
+        yield _Change.of(one), _Change.of(two)
+
+
+def _norm(one: _Change, two: _Change) -> float:
+    """The largest singular value of ``M = one^T two``: the root of the largest eigenvalue of ``M^T M``, by Lanczos.
+
+    Every new direction is made orthogonal to all before. The last component of the eigenvector bounds the error.
+    """
+    columns = torch.unique(two.columns)
+    if not one.values.numel() or not columns.numel():
+        return 0.0
+    # Any start that no eigenvector is orthogonal to: draws of a generator of its own, where M^T M is not zero.
+    x = torch.zeros(two.shape[1], dtype=torch.float64)
+    x[columns] = torch.randn(len(columns), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    basis = [x / x.norm()]
+    diagonal: list[float] = []
+    beside: list[float] = []
+    for _ in range(min(_STEPS, len(columns))):
+        x = two.transposed_times(one.times(one.transposed_times(two.times(basis[-1]))))
+        diagonal.append(float(x @ basis[-1]))
+        known = torch.stack(basis)
+        for _ in range(2):  # once leaves rounding behind
+            x = x - known.t() @ (known @ x)
+        left = float(x.norm())
+        matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+        matrix += torch.diag(torch.tensor(beside, dtype=torch.float64), -1)
+        found, vectors = torch.linalg.eigh(matrix)  # reads the lower triangle
+        largest = float(found[-1])
+        if left * abs(float(vectors[-1, -1])) <= _ERROR * largest:
+            break
+        beside.append(left)
+        basis.append(x / left)
+    return math.sqrt(max(0.0, largest))
+
+
+def _zeros(one: _Change, two: _Change) -> float:
+    """The share of zeros in ``one^T two``, made some rows at a time: every pair of entries of a row is a summand."""
+    n = one.shape[1]
+    if n == 0:
+        return 1.0
+    # The entries of `two` lie row by row; those of `one` are taken column by column, which the product's rows are.
+    starts = torch.searchsorted(two.rows, torch.arange(two.shape[0] + 1))
+    order = torch.argsort(one.columns, stable=True)
+    rows, columns, values = one.rows[order], one.columns[order], one.values[order]
+    found, step = 0, max(1, _CHUNK // n)
+    for begin in range(0, n, step):
+        count = min(step, n - begin)
+        first, last = torch.searchsorted(columns, torch.tensor([begin, begin + count])).tolist()
+        lengths = (starts[1:] - starts[:-1])[rows[first:last]]
+        mine = torch.arange(first, last).repeat_interleave(lengths)
+        within = torch.arange(len(mine)) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+        theirs = starts[rows[mine]] + within
+        part = torch.zeros(count * n, dtype=torch.float64)
+        part.index_add_(0, (columns[mine] - begin) * n + two.columns[theirs], values[mine] * two.values[theirs])
+        found += int(part.count_nonzero())
+    return 1.0 - found / n**2
+
+
+def _forward(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+@contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _outputs(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """The floating-point outputs of the modules, in the order they run."""
+    found: list[Tensor] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        # A copy: what comes after may write in place.
+        leaves = (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+        found.extend(leaf.clone() for leaf in leaves)
+
+    handles = [module.register_forward_hook(note) for module in modules]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
