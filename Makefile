@@ -7,7 +7,8 @@
 # make lint    ruff, clang-format, mypy
 PYTHON ?= python3
 VENV := .venv
-PY ?= $(VENV)/bin/python
+GPU_PY := $(PY)
+PY := $(VENV)/bin/python
 # CUDA torch wheels are several GB: on a machine without a GPU the CPU build serves.
 TORCH ?= torch==2.13.0
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
@@ -42,9 +43,9 @@ soak: setup
 bench: setup
 	$(PY) -m pytest benchmarks/speed --benchmark-json=benchmarks/results/latest.json
 
-# With the torch that is there: PY from the environment, else the .venv's Python where there is one, else $(PYTHON).
+# With the torch that is there: of PY from the environment, else of the .venv where there is one, else of $(PYTHON).
 gpu:
-	$(if $(filter file,$(origin PY)),$(or $(wildcard $(PY)),$(PYTHON)),$(PY)) benchmarks/speed/gpu.py $(GPU_OPTIONS)
+	$(or $(GPU_PY),$(wildcard $(PY)),$(PYTHON)) benchmarks/speed/gpu.py $(GPU_OPTIONS)
 
 lint: setup
 	$(VENV)/bin/ruff check .

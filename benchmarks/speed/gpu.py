@@ -182,7 +182,7 @@ def last_line(done: Done) -> Told:
 def about(run: Run) -> Told:
     run.told["about"] = last_line(run.one(python("-c", ABOUT), 60))
     if run.cuda and "gpu" not in run.told["about"]:
-        raise RuntimeError("torch finds no GPU here (--device cpu runs what a CPU can)")
+        raise RuntimeError(f"the torch of {sys.executable} finds no GPU (PY=... make gpu takes another Python)")
     for tool, command in {
         "driver": ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
         "nvcc": ["nvcc", "--version"],
@@ -265,9 +265,11 @@ def sanitizer(run: Run) -> Told:
     if tool is None:
         return skipped("there is no compute-sanitizer")
     program = python(str(HERE / "gpu_ops.py"), "--once")
-    # torch's own kernels copy what nobody wrote (padding): only ours are looked at, whose names say shira.
+    # memcheck looks at everything. The others look at our kernels alone, whose names say shira: torch's own may read
+    # what nobody wrote.
+    ours = ["--kernel-name", "kernel_substring=shira"]
     commands = {
-        name: [tool, "--tool", name, "--error-exitcode", "9", "--kernel-name", "kernel_substring=shira", *program]
+        name: [tool, "--tool", name, "--error-exitcode", "9", *ours * (name != "memcheck"), *program]
         for name in SANITIZERS
     }
     found = run.all(commands, min(90, 0.25 * run.left()), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
