@@ -372,13 +372,14 @@ def main() -> None:
     given = parser.parse_args()
     run = Run(given.device, given.quick, given.budget, given.out or ROOT / "benchmarks/results/gpu.json")
     run.section("about", 2, lambda: about(run))
-    if "about" not in run.told or run.told["sections"]["about"]["state"] != "passed":
-        sys.exit(1)
     if given.out is None:
         run.out.unlink(missing_ok=True)
+    if run.told["sections"]["about"]["state"] != "passed":
+        sys.exit(1)
+    if given.out is None:
         name = re.sub(r"[^a-z0-9]+", "-", run.told["about"].get("gpu", "cpu").lower()).strip("-")
         run.out = run.out.with_name(f"{name}.json")
-    run.section("build", 60 if run.cuda else 0, lambda: build(run))
+    run.section("build", 60 if run.cuda else 4, lambda: build(run))
     run.section("contract tests", 20, lambda: tests(run))
     run.section("parity, compiled", 10, lambda: parity(run))
     run.section("sanitizer", 30, lambda: sanitizer(run))
@@ -387,17 +388,15 @@ def main() -> None:
     # The compiled kernels come first and may take two thirds of what is left where Triton's are measured too.
     share = (2 / 3 if triton else 1) * (run.left() - 5)
     run.section("measurements, compiled", 15, lambda: measure(run, "compiled", given.only, share))
-    names = [name for name in given.only if name in TRITON_NAMES]
-    for name, needs, body in (
-        ("parity, triton", 15, lambda: parity(run, SHIRA_BACKEND="triton")),
-        (
-            "measurements, triton",
-            20,
-            lambda: measure(run, "triton", names, run.left() - 5, SHIRA_BACKEND="triton"),
-        ),
-    ):
-        no_triton = "there is no triton" if run.cuda else "Triton's kernels need a GPU"
-        run.section(name, needs, body if triton else lambda: skipped(no_triton))  # noqa: B023
+    if triton:
+        names = [name for name in given.only if name in TRITON_NAMES]
+        chosen = {"SHIRA_BACKEND": "triton"}
+        run.section("parity, triton", 15, lambda: parity(run, **chosen))
+        run.section("measurements, triton", 20, lambda: measure(run, "triton", names, run.left() - 5, **chosen))
+    else:
+        why = "there is no triton" if run.cuda else "Triton's kernels need a GPU"
+        for name in ("parity, triton", "measurements, triton"):
+            run.section(name, 0, lambda: skipped(why))
     show(run.told)
     print(f"\n{run.told['seconds']:g} s; written to {run.out}")
     sys.exit(any(one["state"] == "failed" for one in run.told["sections"].values()))
