@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,6 +17,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "speed" / "gpu.py"
 NEEDS_A_GPU = ("sanitizer", "captured graphs", "parity, triton", "measurements, triton")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script as a module; importing it imports no torch."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    return importlib.import_module("gpu")
 
 
 def told(tmp_path: Path, *options: str) -> dict[str, Any]:
@@ -33,21 +42,14 @@ def told(tmp_path: Path, *options: str) -> dict[str, Any]:
     return found
 
 
-def test_everything_that_a_cpu_can(tmp_path: Path) -> None:
+def test_everything_that_a_cpu_can(gpu: ModuleType, tmp_path: Path) -> None:
     found = told(tmp_path)
     assert set(NEEDS_A_GPU) < set(found["sections"])
     for name, section in found["sections"].items():
         assert section["state"] == ("skipped" if name in NEEDS_A_GPU else "passed"), (name, section)
         assert section["why"], name
-    names = subprocess.run(
-        [sys.executable, "-c", "import json, gpu_bench; print(json.dumps(list(gpu_bench.MEASUREMENTS)))"],
-        capture_output=True,
-        text=True,
-        cwd=SCRIPT.parent,
-        check=True,
-    )
     measured = found["measurements"]["compiled"]
-    assert list(measured) == json.loads(names.stdout)
+    assert list(measured) == list(gpu.NAMES)
     for name, one in measured.items():
         assert one["seconds"], name
         assert one["parity"] or name == "copy", name
@@ -63,11 +65,8 @@ def test_what_does_not_fit_the_time_is_told(tmp_path: Path) -> None:
     assert not found["measurements"]
 
 
-def test_a_lost_process_costs_one_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_lost_process_costs_one_measurement(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A process that dies, one that says that it lost the device, and one that ends well."""
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    import gpu
-
     run = gpu.Run("cpu", True, 100.0, tmp_path / "told.json")
     lives = iter([([], 1), (["swap"], gpu.DEVICE_LOST), (["adamw", "fuse"], 0)])
 

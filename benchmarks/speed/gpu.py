@@ -32,6 +32,12 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 FAMILIES = ("switch", "fuse", "gradient", "optimize", "select", "fingerprint", "codec", "refusals")
 DEVICE_LOST = 3  # the exit status of gpu_bench.py
+# The measurements, functions of gpu_bench.py, the most wanted first.
+NAMES = (
+    *("copy", "swap", "swap_granule_16", "adamw", "sampled_grad", "select_top"),
+    *("decode_indices", "fuse", "switch", "fingerprint", "training"),
+)
+TRITON_NAMES = tuple(name for name in NAMES if name != "decode_indices")  # it has no Triton kernel
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 Told = dict[str, Any]
 
@@ -352,14 +358,6 @@ def show(told: Told) -> None:
                     print(f"{backend}, {name}: {fact} {one[fact]}")
             if "peak bytes" in one:
                 print(f"{backend}, {name}: peak bytes {one['peak bytes']}")
-
-
-NAMES = (
-    *("copy", "swap", "swap_granule_16", "adamw", "sampled_grad", "select_top"),
-    *("decode_indices", "fuse", "switch", "fingerprint", "training"),
-)
-# decode_indices has no Triton kernel.
-TRITON_NAMES = tuple(name for name in NAMES if name != "decode_indices")
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 import shira_ops
+from gpu import DEVICE_LOST, NAMES
 from gpu_ops import ADAMW, against_reference, calls, same
 from samples import spread
 
@@ -37,7 +38,6 @@ BF16 = torch.bfloat16
 SECTOR = 32  # bytes that a GPU's memory moves at least
 DENSITY = 0.01
 ADAPTERS = 8
-DEVICE_LOST = 3  # exit status
 Call = Callable[[], object]
 
 
@@ -495,13 +495,7 @@ def training(bench: Bench) -> Found:
     return Found(parity, seconds, facts=facts)
 
 
-MEASUREMENTS = {
-    one.__name__: one
-    for one in (
-        *(copy, swap, swap_granule_16, adamw, sampled_grad, select_top),
-        *(decode_indices, fuse, switch, fingerprint, training),
-    )
-}
+MEASUREMENTS: dict[str, Callable[[Bench], Found]] = {name: globals()[name] for name in NAMES}
 
 
 def clear() -> None:
