@@ -27,6 +27,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import native
 import shira_ops  # noqa: F401  (registers torch.ops.shira)
+from samples import spread
 
 native.load()
 
@@ -244,14 +245,6 @@ def compare(
     if benchmark.stats is None:
         pytest.skip("--benchmark-disable: nothing was measured")
     return Timing({name: list(benchmark.stats.stats.data), **{k: v[warmups:] for k, v in samples.items()}}, name)
-
-
-def spread(samples: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    if len(samples) < 2:
-        return {"median": samples[0], "low": samples[0], "high": samples[0]}
-    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return {"median": median, "low": low, "high": high}
 
 
 class Report:

@@ -1,0 +1,404 @@
+"""One command on a machine with an NVIDIA GPU and no network: builds, proves, measures, and writes what it found.
+
+python benchmarks/speed/gpu.py        (or: make gpu)
+
+Sections, each in processes of its own, so that nothing that fails there ends the run: build (where the package is not
+built for this torch yet), contract tests, parity of every op with the references (compiled kernels, and Triton's),
+compute-sanitizer, captured graphs, measurements (gpu_bench.py) with the compiled kernels and with Triton's. A section
+that does not fit the time left is told as skipped. The exit status is 1 where something failed.
+
+`--device cpu --quick` runs all that a CPU can, at tiny sizes: does it work at all? The figures mean nothing then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+FAMILIES = ("switch", "fuse", "gradient", "optimize", "select", "fingerprint", "codec", "refusals")
+DEVICE_LOST = 3  # the exit status of gpu_bench.py
+# The measurements, functions of gpu_bench.py, the most wanted first.
+NAMES = (
+    *("copy", "swap", "swap_granule_16", "adamw", "sampled_grad", "select_top"),
+    *("decode_indices", "fuse", "switch", "fingerprint", "training"),
+)
+TRITON_NAMES = tuple(name for name in NAMES if name != "decode_indices")  # it has no Triton kernel
+SANITIZERS = ("memcheck", "racecheck", "initcheck")
+Told = dict[str, Any]
+
+# What is asked of torch in a process of its own, so that this one holds no memory of the GPU.
+ABOUT = """
+import json, platform, torch
+told = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+try:
+    import triton
+    told["triton"] = triton.__version__
+except ImportError:
+    told["triton"] = None
+if torch.cuda.is_available():
+    p = torch.cuda.get_device_properties(0)
+    told |= {"gpu": p.name, "capability": f"{p.major}.{p.minor}", "memory": p.total_memory}
+    told |= {"multiprocessors": p.multi_processor_count, "l2": p.L2_cache_size}
+print(json.dumps(told))
+"""
+BUILT = """
+import json, torch, shira, shira_ops, shira._codec
+print(json.dumps({"cuda kernels": bool(torch.ops.shira._build_info() & 1),
+    "backends": {op: {device: served.name for device, served in devices.items()}
+                 for op, devices in shira_ops.backends().items()}}))
+"""
+
+
+@dataclass
+class Done:
+    """A process that ended, or was ended."""
+
+    code: int | None  # None: it did not end in time
+    output: str
+    took: float
+
+    @property
+    def tail(self) -> str:
+        return self.output[-3000:]
+
+
+@dataclass
+class Run:
+    """The time left, the environment of every process, and what is told so far."""
+
+    device: str
+    quick: bool
+    budget: float
+    out: Path
+    start: float = field(default_factory=time.monotonic)
+    told: Told = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.told |= {"device": self.device, "quick": self.quick, "sections": {}, "measurements": {}}
+
+    @property
+    def cuda(self) -> bool:
+        return self.device == "cuda"
+
+    def left(self) -> float:
+        return self.budget - (time.monotonic() - self.start)
+
+    def environment(self, **more: str) -> dict[str, str]:
+        # A worker of pytest-xdist says so to its children too, and they would wait for a master.
+        own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+        paths = [str(ROOT), str(ROOT / "python"), own.get("PYTHONPATH", "")]
+        return {**own, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
+
+    def all(self, commands: dict[str, Sequence[str]], limit: float, **environment: str) -> dict[str, Done]:
+        """Runs commands side by side; those that take longer than `limit` seconds are ended."""
+        start, running, found = time.monotonic(), {}, {}
+        with tempfile.TemporaryDirectory() as folder:
+            for name, command in commands.items():
+                output = (Path(folder) / name).open("w+")
+                process = subprocess.Popen(
+                    command,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    cwd=ROOT,
+                    env=self.environment(**environment),
+                    start_new_session=True,
+                )
+                running[name] = process, output
+            for name, (process, output) in running.items():
+                try:
+                    code: int | None = process.wait(max(0.1, limit - (time.monotonic() - start)))
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)  # the session that was started for it
+                    process.wait()
+                    code = None
+                output.seek(0)
+                found[name] = Done(code, output.read(), time.monotonic() - start)
+                output.close()
+        return found
+
+    def one(self, command: Sequence[str], limit: float, **environment: str) -> Done:
+        return self.all({"one": command}, limit, **environment)["one"]
+
+    def section(self, name: str, needs: float, body: Callable[[], Told]) -> None:
+        """Runs a section and keeps what it tells; nothing it raises ends the run."""
+        begun = time.monotonic()
+        if self.left() < needs:
+            told: Told = {"state": "skipped", "why": f"{self.left():.0f} s were left, it needs {needs:.0f} s"}
+        else:
+            try:
+                told = body()
+            except Exception as error:  # recorded: the other sections are still worth having
+                told = {"state": "failed", "why": f"{type(error).__name__}: {error}"}
+        told["seconds"] = round(time.monotonic() - begun, 1)
+        self.told["sections"][name] = told
+        print(f"{told['state']:8}{name}, {told['seconds']:g} s{': ' if told.get('why') else ''}{told.get('why', '')}")
+        if told["state"] == "failed" and told.get("output"):
+            print("        | " + told["output"][-1500:].replace("\n", "\n        | "))
+        sys.stdout.flush()
+        self.write()
+
+    def write(self) -> None:
+        self.told["seconds"] = round(time.monotonic() - self.start, 1)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.out.write_text(json.dumps(self.told, indent=1) + "\n")
+
+
+def python(*arguments: str) -> list[str]:
+    return [sys.executable, *arguments]
+
+
+def judged(done: Done, why: str = "") -> Told:
+    """A section of one process: it passed if that ended with 0."""
+    if done.code == 0:
+        lines = done.output.strip().splitlines()
+        return {"state": "passed", "why": why or (lines[-1] if lines else "")}
+    why = "it did not end in time" if done.code is None else f"exit status {done.code}"
+    return {"state": "failed", "why": why, "output": done.tail}
+
+
+def skipped(why: str) -> Told:
+    return {"state": "skipped", "why": why}
+
+
+def last_line(done: Done) -> Told:
+    """The JSON that a process printed last."""
+    if done.code != 0:
+        raise RuntimeError(done.tail)
+    return dict(json.loads(done.output.strip().splitlines()[-1]))
+
+
+# Sections
+
+
+def about(run: Run) -> Told:
+    run.told["about"] = last_line(run.one(python("-c", ABOUT), 60))
+    if run.cuda and "gpu" not in run.told["about"]:
+        raise RuntimeError(f"the torch of {sys.executable} finds no GPU (PY=... make gpu takes another Python)")
+    for tool, command in {
+        "driver": ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        "nvcc": ["nvcc", "--version"],
+    }.items():
+        if run.cuda and shutil.which(command[0]):
+            found = re.findall(r"\d+\.\d[\d.]*", run.one(command, 20).output)
+            run.told["about"][tool] = found[-1] if found else None
+    known = run.told["about"]
+    words = [known.get("gpu", "cpu"), f"torch {known['torch']}", f"triton {known['triton']}", f"CUDA {known['cuda']}"]
+    return {"state": "passed", "why": ", ".join([*words, f"driver {known.get('driver')}"])}
+
+
+def build(run: Run) -> Told:
+    def built() -> bool:
+        done = run.one(python("-c", BUILT), 60)
+        if done.code == 0:
+            run.told |= last_line(done)
+        return done.code == 0 and (not run.cuda or bool(run.told["cuda kernels"]))
+
+    if built():
+        return {"state": "passed", "why": "it was built before"}
+    if not run.cuda:
+        return {"state": "failed", "why": "build the package first: make setup, or make build"}
+    environment = {
+        "TORCH_CUDA_ARCH_LIST": run.told["about"]["capability"],
+        "MAX_JOBS": str(max(1, os.cpu_count() or 1)),
+    }
+    pip = ["-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-index", "--no-build-isolation"]
+    attempts = {
+        "pip install -e .": python(*pip, "--no-deps", "-e", "."),
+        # Where this Python must not be installed into.
+        "setup.py build_ext --inplace": python("setup.py", "-q", "build_ext", "--inplace"),
+    }
+    said = ""
+    for name, command in attempts.items():
+        done = run.one(command, min(240, run.left() - 60), **environment)
+        if done.code == 0 and built():
+            return {"state": "passed", "why": name}
+        said += f"{name}: {done.tail}\n"
+    return {"state": "failed", "why": "without CUDA kernels the rest tells of Triton alone", "output": said}
+
+
+def tests(run: Run) -> Told:
+    """The contract tests of every family on the device, the families side by side."""
+    if not find_spec("pytest"):
+        return skipped("pytest is not installed: the parity sections stand alone")
+    families = ("switch",) if run.quick else FAMILIES
+    chosen = "cuda" if run.cuda else "test_twice and dispatcher and float32"
+    options = ["-q", "-k", chosen, "--maxfail=5", "-W", "default", "-p", "no:cacheprovider"]
+    commands = {name: python("-m", "pytest", *options, f"tests/test_{name}.py") for name in families}
+    told: Told = {"state": "passed", "families": {}}
+    output, counts = "", []
+    for name, done in run.all(commands, min(110, 0.3 * run.left())).items():
+        lines = done.output.strip().splitlines()
+        said = lines[-1].strip("= ") if lines else ""
+        missing = re.search(r"No module named '(\w+)'", done.output) if done.code in (2, 4) else None
+        if missing:
+            said = f"not run: there is no {missing[1]}"
+        elif done.code is None:
+            said = "did not end in time"
+        elif done.code == 5:
+            said = "no test of it names the device"
+        if done.code not in (0, 5) and not missing:
+            told["state"] = "failed"
+            output += f"test_{name}.py:\n{done.output[-2500:]}\n"
+        told["families"][name] = said
+        counts.append(f"{name} {passed[0]}" if (passed := re.findall(r"\d+ passed", said)) else f"{name}: {said}")
+    return {**told, "why": "; ".join(counts), "output": output}
+
+
+def parity(run: Run, **environment: str) -> Told:
+    command = python(str(HERE / "gpu_ops.py"), "--device", run.device)
+    return judged(run.one([*command, *["--once"] * run.quick], min(90, run.left()), **environment))
+
+
+def sanitizer(run: Run) -> Told:
+    if not run.cuda:
+        return skipped("compute-sanitizer needs a GPU")
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if tool is None:
+        return skipped("there is no compute-sanitizer")
+    program = python(str(HERE / "gpu_ops.py"), "--once")
+    # memcheck looks at everything. The others look at our kernels alone, whose names say shira: torch's own may read
+    # what nobody wrote.
+    ours = ["--kernel-name", "kernel_substring=shira"]
+    commands = {
+        name: [tool, "--tool", name, "--error-exitcode", "9", *ours * (name != "memcheck"), *program]
+        for name in SANITIZERS
+    }
+    found = run.all(commands, min(90, 0.25 * run.left()), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    said = {}
+    for name, done in found.items():
+        summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", done.output)
+        said[name] = "did not end in time" if done.code is None else summary[-1] if summary else f"exit {done.code}"
+    bad = [name for name, done in found.items() if done.code != 0]
+    told = {"state": "failed" if bad else "passed", "why": "; ".join(f"{name}: {one}" for name, one in said.items())}
+    return {**told, "output": "\n".join(found[name].tail for name in bad)}
+
+
+def graph(run: Run) -> Told:
+    if not run.cuda:
+        return skipped("CUDA graphs need a GPU")
+    done = run.one(python(str(HERE / "gpu_graph.py")), min(60, run.left()))
+    return judged(done, "; ".join(done.output.strip().splitlines()[-2:]))
+
+
+def measure(run: Run, backend: str, names: Sequence[str], limit: float, **environment: str) -> Told:
+    """Measures what there is time for; a process that is lost is started again for the rest."""
+    found: dict[str, Told] = run.told["measurements"].setdefault(backend, {})
+    end, waiting = time.monotonic() + limit, list(names)
+    while waiting and (rest := end - time.monotonic()) > 5:
+        with tempfile.TemporaryDirectory() as folder:
+            lines = Path(folder) / "lines"
+            command = python(str(HERE / "gpu_bench.py"), "--device", run.device, "--lines", str(lines))
+            done = run.one([*command, *["--quick"] * run.quick, "--only", *waiting], rest, **environment)
+            told = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+        found.update({one["name"]: one for one in told})
+        before, waiting = len(waiting), [name for name in waiting if name not in found]
+        if done.code is None:
+            break
+        # Where the device was lost, the measurement that lost it is told already.
+        if waiting and (done.code != DEVICE_LOST or len(waiting) == before):
+            lost = waiting.pop(0)
+            found[lost] = {"name": lost, "error": f"its process ended with {done.code}", "traceback": done.tail}
+    bad = {name: one["error"] for name, one in found.items() if "error" in one}
+    state = "failed" if bad or not found else "skipped" if len(waiting) == len(names) else "passed"
+    why = [f"{len(found) - len(bad)} measured"]
+    why += [f"no time left for {', '.join(waiting)}"] * bool(waiting) + [f"{k}: {v}" for k, v in bad.items()]
+    output = "\n".join(found[name].get("traceback", "") for name in bad)
+    return {"state": state, "why": "; ".join(why), "not measured": waiting, "output": output}
+
+
+# The table
+
+
+def rows(measurements: dict[str, dict[str, Told]]) -> list[tuple[str, ...]]:
+    found: list[tuple[str, ...]] = []
+    for backend, named in measurements.items():
+        for name, one in named.items():
+            if "error" in one:
+                found.append((backend, name, "FAILED", one["error"].splitlines()[0][:60], "", "", ""))
+            for way, seconds in one.get("seconds", {}).items():
+                moved, share = one["bytes"].get(way), one["share of copy"].get(way)
+                middle, low, high = (f"{seconds[k] * 1e3:.4g}" for k in ("median", "low", "high"))
+                gigabytes = "" if moved is None else f"{moved / 1e9:.3g}"
+                rate = "" if moved is None else f"{moved / seconds['median'] / 1e9:.4g}"
+                found.append(
+                    (backend, name, way, f"{middle} ({low}..{high})", gigabytes, rate, f"{share:.2f}" if share else "")
+                )
+    return found
+
+
+def show(told: Told) -> None:
+    head = ("backend", "measurement", "way", "ms (quartiles)", "GB moved", "GB/s", "of copy")
+    table = [head, *rows(told["measurements"])]
+    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+    print("\nTiny sizes: the figures mean nothing." if told["quick"] else "")
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print()
+    for backend, named in told["measurements"].items():
+        for name, one in named.items():
+            for ratio, value in one.get("times as long", {}).items():
+                print(f"{backend}, {name}: {ratio} = {value:.3g}")
+            for fact in ("G indices/s", "of read bandwidth", "share of sectors", "share of pairs", "steps/s"):
+                if fact in one:
+                    print(f"{backend}, {name}: {fact} {one[fact]}")
+            if "peak bytes" in one:
+                print(f"{backend}, {name}: peak bytes {one['peak bytes']}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    parser.add_argument("--budget", type=float, default=440, help="seconds for all of it (440)")
+    parser.add_argument("--only", nargs="*", choices=NAMES, default=NAMES, help="measurements (all)")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu-name>.json")
+    given = parser.parse_args()
+    run = Run(given.device, given.quick, given.budget, given.out or ROOT / "benchmarks/results/gpu.json")
+    run.section("about", 2, lambda: about(run))
+    if given.out is None:
+        run.out.unlink(missing_ok=True)
+    if run.told["sections"]["about"]["state"] != "passed":
+        sys.exit(1)
+    if given.out is None:
+        name = re.sub(r"[^a-z0-9]+", "-", run.told["about"].get("gpu", "cpu").lower()).strip("-")
+        run.out = run.out.with_name(f"{name}.json")
+    run.section("build", 60 if run.cuda else 4, lambda: build(run))
+    run.section("contract tests", 20, lambda: tests(run))
+    run.section("parity, compiled", 10, lambda: parity(run))
+    run.section("sanitizer", 30, lambda: sanitizer(run))
+    run.section("captured graphs", 15, lambda: graph(run))
+    triton = run.cuda and run.told["about"]["triton"] is not None
+    # The compiled kernels come first and may take two thirds of what is left where Triton's are measured too.
+    share = (2 / 3 if triton else 1) * (run.left() - 5)
+    run.section("measurements, compiled", 15, lambda: measure(run, "compiled", given.only, share))
+    if triton:
+        names = [name for name in given.only if name in TRITON_NAMES]
+        chosen = {"SHIRA_BACKEND": "triton"}
+        run.section("parity, triton", 15, lambda: parity(run, **chosen))
+        run.section("measurements, triton", 20, lambda: measure(run, "triton", names, run.left() - 5, **chosen))
+    else:
+        why = "there is no triton" if run.cuda else "Triton's kernels need a GPU"
+        for name in ("parity, triton", "measurements, triton"):
+            run.section(name, 0, lambda: skipped(why))
+    show(run.told)
+    print(f"\n{run.told['seconds']:g} s; written to {run.out}")
+    sys.exit(any(one["state"] == "failed" for one in run.told["sections"].values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Captured CUDA graphs and adapters: what a server that replays a captured model needs, proved bit for bit.
+
+- a model's inference is captured once; a Switcher changes its weights between replays, and every replay gives the bits
+  of an eager forward with the same adapter
+- the ops themselves are captured: swap_ twice is the identity, and fuse_ follows strengths changed between replays
+
+python benchmarks/speed/gpu_graph.py
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import shira
+import shira_ops
+from gpu_bench import captured
+from gpu_ops import same
+
+SIDE = 512
+
+
+def mask(numel: int, seed: int) -> torch.Tensor:
+    random = torch.Generator().manual_seed(seed)
+    return (torch.rand(numel, generator=random) < 0.02).nonzero().view(-1).to(torch.int32)
+
+
+def adapter(model: nn.Module, seed: int) -> shira.Adapter:
+    weights = {}
+    for number, (name, weight) in enumerate(model.named_parameters()):
+        indices = mask(weight.numel(), 10 * seed + number)
+        values = torch.randn(len(indices), generator=torch.Generator().manual_seed(seed)).to(weight.dtype)
+        weights[name] = shira.Entry(indices, values, tuple(weight.shape), weight.dtype)
+    return shira.Adapter(weights)
+
+
+def captured_inference() -> str:
+    torch.manual_seed(0)
+    layers = [nn.Linear(SIDE, SIDE, bias=False) for _ in range(4)]
+    model = nn.Sequential(*(part for layer in layers for part in (layer, nn.GELU()))).to("cuda", torch.bfloat16)
+    model.requires_grad_(False)
+    x = torch.randn(16, SIDE, device="cuda", dtype=torch.bfloat16)
+    switcher = shira.Switcher(model)
+    for name, seed in (("one", 1), ("two", 2)):
+        switcher.add(name, adapter(model, seed))
+    pointers = [p.data_ptr() for p in model.parameters()]
+    out = torch.empty_like(x)
+    replay = captured(lambda: out.copy_(model(x)))
+    seen = []
+    for which in (None, "one", "two", {"one": 0.7, "two": 0.5}, "one", None):
+        switcher.deactivate() if which is None else switcher.activate(which)
+        replay()
+        replayed = out.to("cpu", copy=True)
+        if not same(replayed, model(x).cpu()):
+            raise AssertionError(f"{which}: a replay differs from an eager forward")
+        seen.append(replayed)
+    if any(same(seen[i], seen[i + 1]) for i in range(len(seen) - 1)):
+        raise AssertionError("a switch did not change the replay's result")
+    if not same(seen[0], seen[-1]) or not same(seen[1], seen[4]):
+        raise AssertionError("the same adapter gave other bits the second time")
+    if pointers != [p.data_ptr() for p in model.parameters()]:
+        raise AssertionError("a weight moved")
+    return f"one capture, {len(seen)} replays with switches between them: the bits of eager forwards"
+
+
+def captured_ops() -> str:
+    weight = torch.randn(SIDE, SIDE, device="cuda", dtype=torch.bfloat16)
+    base, masks = weight.clone(), [mask(SIDE * SIDE, seed).cuda() for seed in (1, 2)]
+    values = [torch.randn(len(one), device="cuda", dtype=torch.bfloat16) for one in masks]
+    swapped = values[0].clone()
+    replay = captured(lambda: shira_ops.swap_(weight, masks[0], swapped))
+    before = weight.clone()
+    replay()
+    if same(weight.cpu(), before.cpu()):
+        raise AssertionError("a replayed swap_ changed nothing")
+    replay()
+    if not same(weight.cpu(), before.cpu()):
+        raise AssertionError("swap_ replayed twice is not the identity")
+
+    weight.copy_(base)
+    indices, offsets, sources = shira_ops.fuse_plan(masks)
+    saved, alphas = shira_ops.gather(weight, indices), torch.tensor([0.5, 0.5], device="cuda")
+
+    def fuse(into: torch.Tensor) -> None:
+        shira_ops.fuse_(into, saved, indices, offsets, sources, values, alphas, delta=[False, True], refuse=True)
+
+    replay = captured(lambda: fuse(weight))
+    for strengths in ([1.0, 0.0], [0.3, -0.8]):
+        alphas.copy_(torch.tensor(strengths))
+        replay()
+        eager = base.clone()
+        fuse(eager)
+        if not same(weight.cpu(), eager.cpu()):
+            raise AssertionError(f"fuse_ replayed at {strengths} differs from eager")
+    return "swap_ replayed twice is the identity; fuse_ follows strengths changed between replays"
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        print(captured_inference())
+        print(captured_ops())

@@ -1,0 +1,100 @@
+"""The GPU's one command still runs: all of it that a CPU can, at tiny sizes. The figures mean nothing."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "benchmarks" / "speed" / "gpu.py"
+NEEDS_A_GPU = ("sanitizer", "captured graphs", "parity, triton", "measurements, triton")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script as a module; importing it imports no torch."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    return importlib.import_module("gpu")
+
+
+def told(tmp_path: Path, *options: str) -> dict[str, Any]:
+    out = tmp_path / "told.json"
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--device", "cpu", "--quick", "--out", str(out), *options],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(out.read_text())
+    for name in found["sections"]:
+        assert name in done.stdout
+    return found
+
+
+def test_everything_that_a_cpu_can(gpu: ModuleType, tmp_path: Path) -> None:
+    found = told(tmp_path)
+    assert set(NEEDS_A_GPU) < set(found["sections"])
+    for name, section in found["sections"].items():
+        assert section["state"] == ("skipped" if name in NEEDS_A_GPU else "passed"), (name, section)
+        assert section["why"], name
+    measured = found["measurements"]["compiled"]
+    assert list(measured) == list(gpu.NAMES)
+    for name, one in measured.items():
+        assert one["seconds"], name
+        assert one["parity"] or name == "copy", name
+        assert set(one["bytes"]) == set(one["share of copy"]) <= set(one["seconds"]), name
+    assert found["backends"]["swap_"]["cpu"]
+
+
+def test_what_does_not_fit_the_time_is_told(tmp_path: Path) -> None:
+    found = told(tmp_path, "--budget", "3")
+    for name in ("build", "contract tests", "parity, compiled", "measurements, compiled"):
+        assert found["sections"][name]["state"] == "skipped"
+        assert "s were left" in found["sections"][name]["why"]
+    assert not found["measurements"]
+
+
+def test_a_lost_process_costs_one_measurement(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A process that dies, one that says that it lost the device, and one that ends well."""
+    run = gpu.Run("cpu", True, 100.0, tmp_path / "told.json")
+    lives = iter([([], 1), (["swap"], gpu.DEVICE_LOST), (["adamw", "fuse"], 0)])
+
+    def one(command: list[str], limit: float) -> gpu.Done:
+        names, code = next(lives)
+        lines = Path(command[command.index("--lines") + 1])
+        lines.write_text("".join(json.dumps({"name": name, "seconds": {}}) + "\n" for name in names))
+        return gpu.Done(code, "what it said", 0.1)
+
+    monkeypatch.setattr(run, "one", one)
+    section = gpu.measure(run, "compiled", ["copy", "swap", "adamw", "fuse"], 50.0)
+    found = run.told["measurements"]["compiled"]
+    assert section["state"] == "failed"
+    assert [name for name, result in found.items() if "error" in result] == ["copy"]
+    assert found["copy"]["traceback"] == "what it said"
+    assert set(found) == {"copy", "swap", "adamw", "fuse"}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("chosen", ["environment", "command line", "neither"])
+def test_make_takes_the_python_it_is_given(tmp_path: Path, chosen: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("PY", "PYTHON", "MAKEFLAGS")}
+    command = ["make", "-n", "-f", str(ROOT / "Makefile"), "gpu"]
+    if chosen == "environment":
+        environment["PY"] = "python-of-mine"
+    elif chosen == "command line":
+        command.append("PY=python-of-mine")
+    # An empty folder has no .venv.
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
+    wanted = "python3" if chosen == "neither" else "python-of-mine"
+    assert done.stdout.split()[:2] == [wanted, "benchmarks/speed/gpu.py"]
