@@ -81,6 +81,7 @@ LINES = {
     "sampled_grad density bf16": Line("sampled_grad bf16, over dense rows in blocks + gather", None),
     "training over LoRA": Line("a training step, of PEFT LoRA's time", 1.05, at_least=False),
     "training over SHiRA": Line("a training step, of PEFT SHiRA's time", 0.4, at_least=False),
+    "training, bound": Line("the frozen model alone, forward and backward, of the step", None, ""),
     "training memory over LoRA": Line("peak memory of training, of PEFT LoRA's", 1.05, at_least=False),
     "training memory over SHiRA": Line("peak memory of training, of PEFT SHiRA's", None, at_least=False),
     "encode": Line("encode_indices, a core", 1.0, " G/s"),
