@@ -88,8 +88,10 @@ def test_a_lost_process_costs_one_measurement(gpu: ModuleType, monkeypatch: pyte
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize("chosen", ["environment", "command line", "neither"])
 def test_make_takes_the_python_it_is_given(tmp_path: Path, chosen: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name not in ("PY", "PYTHON", "MAKEFLAGS")}
-    command = ["make", "-n", "-f", str(ROOT / "Makefile"), "gpu"]
+    # The tests may run under a make of their own, which would speak of itself.
+    ours = ("PY", "PYTHON", "MAKEFLAGS", "MFLAGS", "MAKELEVEL")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    command = ["make", "-n", "--no-print-directory", "-f", str(ROOT / "Makefile"), "gpu"]
     if chosen == "environment":
         environment["PY"] = "python-of-mine"
     elif chosen == "command line":

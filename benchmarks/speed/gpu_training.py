@@ -136,9 +136,17 @@ def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, words: Tensor) 
 def prove(model: nn.Module, words: Tensor) -> None:
     """The values' gradient is the dense one at the mask, in a layer that all of backward comes through."""
     layer = model.blocks[0].q_proj
-    layer.weight.requires_grad_(True)
+    met: dict[str, Tensor] = {}
+
+    def watch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        met["input"] = args[0].detach()
+        output.register_hook(lambda grad: met.update(grad_output=grad))
+
+    handle = layer.register_forward_hook(watch)
     model(words).backward()
-    wanted = layer.weight.grad.view(-1)[layer.weight_shira_indices.long()].float()
+    handle.remove()
+    dense = met["grad_output"].flatten(0, -2).T.float() @ met["input"].flatten(0, -2).float()
+    wanted = dense.reshape(-1)[layer.weight_shira_indices.long()]
     if not (layer.weight_shira_values.grad - wanted).abs().max() <= 2**-7 * wanted.abs().max():
         raise AssertionError("the values' gradient is not the dense one at the mask")
 
