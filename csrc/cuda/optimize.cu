@@ -40,6 +40,9 @@ struct Adamw : core::Adamw<C> {
 
 bool in_tensors(const core::SgdOptions& options) { return options.lr.at != nullptr; }
 bool in_tensors(const core::AdamwOptions& options) { return options.step.at != nullptr; }
+
+// Where step and lr lie on the device, the kernel makes the rule; the one made here is not read, and must not follow
+// the device's pointers.
 core::SgdOptions placeholder(core::SgdOptions options) {
   options.lr = {0};
   return options;
