@@ -1,0 +1,181 @@
+"""Experiment 3: fusion. What two or three adapters keep of their tasks when they are on together.
+
+Every adapter was trained for its own task alone, with the learning rate that experiment 1 found. All are switched on at
+one strength, which is swept; the strength that a method is judged at is chosen on validation. A new head is a task's
+own: it is on at full strength where its task is scored, and not fused.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.quality import tasks
+from benchmarks.quality.experiments.single import rank
+from benchmarks.quality.lab import Job, Lab, Setting
+from benchmarks.quality.methods import Lora, Method, Shira
+from benchmarks.quality.task import Task
+from shira import Adapter, Entry, Switcher, merging, metrics
+
+ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5)
+MERGES = ("sum", "ties", "dare")
+
+
+def groups(family: str) -> list[tuple[str, ...]]:
+    """Pairs of neighbours and of the ends, and one triple."""
+    names = list(tasks.tasks(family))
+    pairs: list[tuple[str, ...]] = list(itertools.combinations(names, 2))
+    return [*pairs, *itertools.combinations(names, 3)][: len(pairs) + 1]
+
+
+def variants(family: str, count: int) -> dict[str, list[Method]]:
+    """Methods for ``count`` adapters that are to be fused, by name."""
+    r = rank(family)
+    found: dict[str, list[Method]] = {"lora": [Lora(r)] * count}
+    for mask in ("rand", "wm", "struct", "snip", "grad"):
+        found[f"{mask}, own masks" if mask in ("snip", "grad") else f"{mask}, one mask"] = [Shira(mask, r=r)] * count
+    for mask in ("rand", "wm"):
+        found[f"{mask}, disjoint"] = [Shira(mask, r=r, part=part) for part in range(count)]
+    for granule in (16,):
+        found[f"rand {granule}, one mask"] = [Shira("rand", r=r, granule=granule)] * count
+        found[f"rand {granule}, disjoint"] = [Shira("rand", r=r, granule=granule, part=part) for part in range(count)]
+    return found
+
+
+def jobs(family: str, seeds: int) -> list[Job]:
+    found = []
+    for number, group in enumerate(groups(family)):
+        for name, methods in variants(family, len(group)).items():
+
+            def do(lab: Lab, group: tuple[str, ...] = group, methods: list[Method] = methods, name: str = name) -> None:
+                for seed in lab.seeds:
+                    fused(lab, group, methods, name, seed)
+
+            found.append(Job(1.2 + number * 0.1, seeds, do))
+    return found
+
+
+def fused(lab: Lab, group: Sequence[str], methods: Sequence[Method], name: str, seed: int) -> dict[str, Any]:
+    """Train (or load) the adapters of these tasks, and score them together."""
+    settings = [Setting(task, method) for task, method in zip(group, methods, strict=True)]
+    # The rate of the plain method: a disjoint part is the same kind of mask.
+    rates = [lab.tuned(Setting(task, _plain(method))) for task, method in zip(group, methods, strict=True)]
+    described = [method.describe() for method in methods]
+    run = {"do": "fusion", "task": group[0], "with": list(group[1:]), "methods": described, "lrs": rates, "seed": seed}
+
+    def do() -> dict[str, Any]:
+        adapters = [lab.adapter(setting, lr, seed) for setting, lr in zip(settings, rates, strict=True)]
+        return {"variant": name, **measure(group, adapters)}
+
+    return lab.done(run, do)
+
+
+def _plain(method: Method) -> Method:
+    return Shira(method.mask, r=method.r, granule=method.granule) if isinstance(method, Shira) else method
+
+
+def measure(group: Sequence[str], adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """Scores of each task with its own adapter alone and with all of them, and what the metrics say of every pair."""
+    parts = [split(task, adapter) for task, adapter in zip(group, adapters, strict=True)]
+    bodies = [body for body, _ in parts]
+    model = tasks.task(group[0]).base()
+    merged = {
+        "ties": merging.ties(bodies, model, density=0.5),
+        "dare": merging.dare(bodies, model, drop=0.5),
+    }
+    single: list[dict[str, float]] = []
+    together: dict[str, dict[str, dict[str, list[float]]]] = {
+        merge: {f"{alpha:g}": {"validation": [], "test": []} for alpha in ALPHAS} for merge in MERGES
+    }
+    for number, (name, (_, head)) in enumerate(zip(group, parts, strict=True)):
+        task = tasks.task(name)
+        model = task.base()
+        switcher = Switcher(model)
+        always = {"head": 1.0} if head.weights else {}
+        if always:
+            switcher.add("head", head)
+        for other, body in enumerate(bodies):
+            switcher.add(str(other), body)
+        for merge, adapter in merged.items():
+            switcher.add(merge, adapter)
+
+        def scores(model: torch.nn.Module = model, task: Task = task) -> dict[str, float]:
+            return {which: task.score(model, which) for which in ("validation", "test")}
+
+        switcher.activate({str(number): 1.0, **always})
+        single.append(scores())
+        for merge in MERGES:
+            for alpha in ALPHAS:
+                on = {merge: alpha} if merge != "sum" else {str(other): alpha for other in range(len(bodies))}
+                switcher.activate({**on, **always})
+                for which, score in scores().items():
+                    together[merge][f"{alpha:g}"][which].append(score)
+    return {
+        "single": {which: [one[which] for one in single] for which in ("validation", "test")},
+        "together": together,
+        **pairs(group, bodies),
+    }
+
+
+def split(task: str, adapter: Adapter) -> tuple[Adapter, Adapter]:
+    """What is fused, and the parameters that are the task's own."""
+    whole = tasks.task(task).whole
+    mine = {name for name in adapter.weights if whole is not None and re.search(whole, name)}
+
+    def part(keep: bool) -> Adapter:
+        weights = {name: entry for name, entry in adapter.weights.items() if (name in mine) is keep}
+        return Adapter(weights, delta=adapter.delta)
+
+    return part(False), part(True)
+
+
+def pairs(group: Sequence[str], bodies: Sequence[Adapter]) -> dict[str, list[Any]]:
+    """The metrics, for every pair; interference for every ordered pair: of the second's on the first's data."""
+    base = tasks.task(group[0]).base()
+    found: dict[str, list[Any]] = {"overlap": [], "awor": [], "awom": [], "awom_relative": [], "interference": []}
+    for one, two in itertools.combinations(range(len(group)), 2):
+        a, b = bodies[one], bodies[two]
+        found["overlap"].append(metrics.overlap(a, b))
+        numbers = products(a, b) if a.delta else sparse_products(a, b, base)
+        for name, number in numbers.items():
+            found[name].append(number)
+        for first, second in ((one, two), (two, one)):
+            task = tasks.task(group[first])
+            value = metrics.interference(task.base(), bodies[first], bodies[second], task.inputs())
+            found["interference"].append({"of": second, "on": first, "is": value})
+    return found
+
+
+def sparse_products(a: Adapter, b: Adapter, base: torch.nn.Module) -> dict[str, float]:
+    awom = metrics.awom(a, b, base)
+    own = metrics.awom(a, a, base) * metrics.awom(b, b, base)
+    return {"awor": metrics.awor(a, b, base), "awom": awom, "awom_relative": awom / own**0.5 if own else 0.0}
+
+
+def products(a: Adapter, b: Adapter) -> dict[str, float]:
+    """The same numbers for whole changes, where the dense product is the quickest way."""
+
+    def dense(weights: Mapping[str, Entry], name: str) -> torch.Tensor:
+        entry = weights[name]
+        return entry.values.detach().double().view(entry.shape[0], -1)
+
+    shared = [name for name in a.weights if name in b.weights]
+    sums = {"awor": 0.0, "awom": 0.0, "aa": 0.0, "bb": 0.0}
+    for name in shared:
+        first, second = dense(a.weights, name), dense(b.weights, name)
+        product = first.t() @ second
+        sums["awor"] += 1 - int(product.count_nonzero()) / product.numel()
+        sums["awom"] += float(torch.linalg.matrix_norm(product, 2))
+        sums["aa"] += float(torch.linalg.matrix_norm(first, 2)) ** 2
+        sums["bb"] += float(torch.linalg.matrix_norm(second, 2)) ** 2
+    own = (sums["aa"] * sums["bb"]) ** 0.5
+    count = len(shared)
+    return {
+        "awor": sums["awor"] / count,
+        "awom": sums["awom"] / count,
+        "awom_relative": sums["awom"] / own if own else 0.0,
+    }

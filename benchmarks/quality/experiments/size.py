@@ -1,0 +1,64 @@
+"""The open questions: how much data a density needs, whether an adapter serves a related task, how models grow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.quality import tasks
+from benchmarks.quality.experiments.single import rank
+from benchmarks.quality.lab import Job, Lab, Setting, study
+from benchmarks.quality.methods import Full, Lora, Shira
+from shira import Switcher
+
+FRACTIONS = (0.05, 0.15, 0.4, 1.0)
+DENSITIES = (0.0025, 0.01, 0.04, 0.16)
+
+
+def jobs(family: str, seeds: int) -> list[Job]:
+    names = list(tasks.tasks(family))
+    middle = names[len(names) // 2]
+    found = []
+    # Data: from the middle of the gradation.
+    for fraction in FRACTIONS:
+        for mask in ("rand", "wm"):
+            for density in DENSITIES:
+                method = Shira(mask, density=density)
+                found.append(study(4, Setting(middle, method, fraction=fraction, budget=5), seeds))
+        found.append(study(4, Setting(middle, Lora(rank(family)), fraction=fraction), seeds))
+        found.append(study(4, Setting(middle, Full(), fraction=fraction), seeds))
+    # Transfer: every adapter on every task of the family.
+    for method in (Shira("wm", r=rank(family)), Shira("rand", r=rank(family)), Lora(rank(family))):
+
+        def do(lab: Lab, method: Any = method) -> None:
+            for name in names:
+                for seed in lab.seeds:
+                    transfer(lab, Setting(name, method), names, seed)
+
+        found.append(Job(3, seeds * len(names), do))
+    # Growth: the same density in every size, beside all of it.
+    for name in names:
+        for method in (Shira("rand", density=0.01), Shira("wm", density=0.01), Shira("snip", density=0.01)):
+            found.append(study(3.5, Setting(name, method, budget=5), seeds))
+        found.append(study(3.5, Setting(name, Full()), seeds))
+    return found
+
+
+def transfer(lab: Lab, setting: Setting, names: list[str], seed: int) -> dict[str, Any]:
+    """One adapter's score on every task of its family that has no parameters of its own."""
+    lr = lab.tuned(setting)
+    run = {**setting.run(lr, seed), "do": "transfer"}
+
+    def do() -> dict[str, Any]:
+        adapter = lab.adapter(setting, lr, seed)
+        scores = {}
+        for name in names:
+            task = tasks.task(name)
+            if task.whole is None or name == setting.task:
+                model = task.base()
+                switcher = Switcher(model)
+                switcher.add("it", adapter)
+                switcher.activate("it")
+                scores[name] = task.score(model, "test")
+        return {"test": scores}
+
+    return lab.done(run, do)

@@ -1,0 +1,151 @@
+"""What experiments are written in: runs that are done once, learning rates that are tuned, adapters that are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality import tasks
+from benchmarks.quality.methods import Method, train
+from benchmarks.quality.store import RESULTS, Run, Store, key
+from benchmarks.quality.task import CACHE, Task
+from shira import Adapter
+
+RATES = tuple(float(f"{digit}e{power}") for power in range(-5, 1) for digit in (1, 3))
+"""Learning rates that are tried: 1e-5, 3e-5, ... 3."""
+
+
+class Stop(Exception):
+    """The time is over: everything that was finished is kept."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method on a task, with everything but the learning rate and the seed."""
+
+    task: str
+    method: Method
+    steps: int | None = None  # None: the task's own
+    fraction: float = 1.0
+    budget: int = 6  # runs to find the learning rate with
+
+    def run(self, lr: float, seed: int) -> Run:
+        run: Run = {"do": "train", "task": self.task, "method": self.method.describe(), "lr": lr, "seed": seed}
+        if self.steps is not None:
+            run["steps"] = self.steps
+        if self.fraction != 1:
+            run["fraction"] = self.fraction
+        return run
+
+
+@dataclass
+class Lab:
+    """Where runs are done and kept."""
+
+    folder: Path = RESULTS
+    seeds: Sequence[int] = range(5)
+    until: float = math.inf
+    tick: Callable[[str], None] = lambda what: None
+    steps: int | None = None  # for tests: fewer steps, for every run
+    cache: Path = CACHE / "adapters"
+    _stores: dict[str, Store] = field(default_factory=dict)
+
+    def store(self, family: str) -> Store:
+        if family not in self._stores:
+            self._stores[family] = Store(family, self.folder)
+        return self._stores[family]
+
+    def done(self, run: Run, do: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of a run, done now unless it was done before."""
+        store = self.store(run["task"].partition("/")[0])
+        found = store.get(run)
+        if found is None:
+            if time.time() >= self.until:
+                raise Stop
+            start = time.perf_counter()
+            result = do()
+            found = store.add(run, {**result, "seconds": round(time.perf_counter() - start, 2)})
+        self.tick(f"{run['task']} {run['do']}")
+        return found
+
+    def base(self, task: str) -> dict[str, Any]:
+        """The scores of the base, untouched."""
+        one = tasks.task(task)
+
+        def do() -> dict[str, Any]:
+            model = one.base()
+            return {split: one.score(model, split) for split in ("validation", "test")}
+
+        return self.done({"do": "base", "task": task}, do)
+
+    def train(self, setting: Setting, lr: float, seed: int) -> dict[str, Any]:
+        return self.done(setting.run(lr, seed), lambda: self._trained(setting, lr, seed)[1])
+
+    def _trained(self, setting: Setting, lr: float, seed: int) -> tuple[Adapter, dict[str, Any]]:
+        task: Task = tasks.task(setting.task)
+        trained = train(task, setting.method, lr, seed, self.steps or setting.steps or task.steps, setting.fraction)
+        return trained.adapter, trained.record
+
+    def adapter(self, setting: Setting, lr: float, seed: int) -> Adapter:
+        """The adapter of a run, kept as a file under ``build/``."""
+        name = hashlib.sha256(f"{key(setting.run(lr, seed))}{self.steps}".encode()).hexdigest()[:24]
+        path = self.cache / f"{name}.safetensors"
+        if path.exists():
+            return Adapter.load(path)
+        adapter, _ = self._trained(setting, lr, seed)
+        self.cache.mkdir(parents=True, exist_ok=True)
+        adapter.save(path)
+        return adapter
+
+    def tuned(self, setting: Setting) -> float:
+        """The learning rate with the best validation score at the first seed; of equals, the lowest.
+
+        From where the method starts in both directions, until a lower and a higher rate are worse than the best, or
+        the budget, the same for every method, is spent.
+        """
+        scores: dict[int, float] = {}
+
+        def score(at: int) -> None:
+            found = self.train(setting, RATES[at], self.seeds[0])["validation"]
+            scores[at] = -math.inf if found is None else found
+
+        low = high = RATES.index(setting.method.start)
+        score(low)
+        while len(scores) < setting.budget:
+            best = max(sorted(scores), key=scores.__getitem__)
+            if best == low and low > 0:
+                low -= 1
+                score(low)
+            elif best == high and high < len(RATES) - 1:
+                high += 1
+                score(high)
+            else:
+                break
+        return RATES[max(sorted(scores), key=scores.__getitem__)]
+
+    def study(self, setting: Setting) -> list[dict[str, Any]]:
+        """Tune, then train with every seed."""
+        lr = self.tuned(setting)
+        return [self.train(setting, lr, seed) for seed in self.seeds]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Part of an experiment: ``rank`` 0 is done first; ``runs`` is about how many runs it takes."""
+
+    rank: float
+    runs: int
+    do: Callable[[Lab], object]
+
+
+def study(rank: float, setting: Setting, seeds: int) -> Job:
+    return Job(rank, 4 + seeds - 1, lambda lab: lab.study(setting))
+
+
+def bases(rank: float, names: Iterable[str]) -> Iterable[Job]:
+    return (Job(rank, 1, lambda lab, name=name: lab.base(name)) for name in names)  # type: ignore[misc]

@@ -1,0 +1,329 @@
+"""Ways to adapt a base to a task, all trained by one loop: SHiRA with its masks, LoRA and DoRA (PEFT's own), full.
+
+A method says how it is put on a model, what trains, and what came out, as a `shira.Adapter` in every case: that of LoRA
+is the dense change of its weights. So one switcher applies, scales and fuses the adapters of every method.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+import shira
+import shira_ops
+from benchmarks.quality.task import Task
+from shira import Adapter, Entry, masks
+from shira.mask import Mask, index_dtype, rows_and_columns
+
+LINE_ENTRIES = 32  # bfloat16 entries of a 64-byte cache line
+CALIBRATION_SEED = 1_000_003  # batches that masks look at, other than those of any training seed's first steps
+
+
+@dataclass
+class Attached:
+    """A method on a model: what to train, how to step, and the adapter that it comes to."""
+
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    adapter: Any  # () -> Adapter, once training is over; the model may be scored before, and is used up afterwards
+
+    @property
+    def trainable(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What every method shares. ``start`` is where the search for its learning rate begins (`lab.Lab.tuned`)."""
+
+    kind: ClassVar[str]
+    start: ClassVar[float]
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies the method in the results: its name, and what differs from the defaults."""
+        default = {name: field.default for name, field in self.__dataclass_fields__.items()}
+        return {"kind": self.kind, **{name: value for name, value in asdict(self).items() if value != default[name]}}
+
+    @contextmanager
+    def attached(self, model: nn.Module, task: Task, lr: float, seed: int) -> Iterator[Attached]:
+        raise NotImplementedError
+
+
+# ---- SHiRA ---------------------------------------------------------------------------------------------------
+
+
+class _Balanced(Mask):
+    """The same number of granules in every row, as far as it divides: first every row's best, then its second, ..."""
+
+    def _top(self, name: str, weight: Tensor, gradient: Tensor | None, score: str) -> Tensor:
+        w = weight.detach().float().abs()
+        scores = w if score == "magnitude" else gradient.float().abs()  # type: ignore[union-attr]
+        return self._by_rows(name, weight, w * scores if score == "snip" else scores)
+
+    def _by_rows(self, name: str, weight: Tensor, scores: Tensor) -> Tensor:
+        rows, columns = rows_and_columns(weight)
+        k, by_row = self.count(name, weight), scores.view(rows, columns // self.granule, self.granule).sum(2)
+        if (taken := self.taken(name, weight)) is not None:
+            by_row.view(-1)[taken] = -math.inf
+        # What a row's granule is placed at within its row; of equal places the better come first.
+        place = torch.argsort(torch.argsort(by_row, dim=1, descending=True, stable=True), dim=1, stable=True).view(-1)
+        best = torch.argsort(by_row.view(-1), descending=True, stable=True)
+        chosen = best[torch.argsort(place[best], stable=True)][:k]
+        return chosen.sort().values.to(index_dtype(by_row.numel()))
+
+
+class BalancedWeightMagnitude(_Balanced, masks.WeightMagnitude):
+    pass
+
+
+class BalancedGrad(_Balanced, masks.Grad):
+    pass
+
+
+class BalancedSnip(_Balanced, masks.Snip):
+    pass
+
+
+class BalancedRand(_Balanced, masks.Rand):
+    def seed_for(self, name: str) -> int | None:
+        return None
+
+    def select(self, name: str, weight: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(self._seed(name) >> 1)
+        return self._by_rows(name, weight, torch.rand(weight.shape, generator=generator))
+
+
+MASKS = ("rand", "struct", "wm", "grad", "snip")
+_CLASSES: dict[tuple[str, bool], type[Mask]] = {
+    ("rand", False): masks.Rand,
+    ("struct", False): masks.Struct,
+    ("wm", False): masks.WeightMagnitude,
+    ("grad", False): masks.Grad,
+    ("snip", False): masks.Snip,
+    ("rand", True): BalancedRand,
+    ("wm", True): BalancedWeightMagnitude,
+    ("grad", True): BalancedGrad,
+    ("snip", True): BalancedSnip,
+}
+
+
+@dataclass(frozen=True)
+class Shira(Method):
+    """SHiRA by `shira.SparseTuner` and `shira.AdamW`.
+
+    The budget is ``density``, or ``r``: as many entries as a LoRA of that rank has. ``part`` tells masks of one kind
+    apart that share no entry: 0 is the mask itself, 1 the next best entries beside it, and so on.
+    """
+
+    kind: ClassVar[str] = "shira"
+    start: ClassVar[float] = 1e-1
+
+    mask: str = "rand"
+    density: float | None = None
+    r: int | None = None
+    granule: int = 1
+    balanced: bool = False
+    part: int = 0
+    calibration: int = 8  # batches
+    lines: str = "rows"  # Struct's
+
+    def make(self, seed: int) -> Mask:
+        options: dict[str, Any] = {"granule": self.granule}
+        if self.mask == "rand":
+            options["seed"] = seed
+        if self.mask == "struct":
+            options["lines"] = self.lines
+        if self.part:
+            options["skip"] = [replace(self, part=part).make(seed) for part in range(self.part)]
+        return _CLASSES[self.mask, self.balanced](self.density, r=self.r, **options)
+
+    @contextmanager
+    def attached(self, model: nn.Module, task: Task, lr: float, seed: int) -> Iterator[Attached]:
+        calibrated = self.mask in ("grad", "snip")
+        tuner = shira.SparseTuner(
+            model,
+            self.make(seed),
+            targets=task.targets,
+            whole=task.whole,
+            calibration=list(task.batches(CALIBRATION_SEED + seed, self.calibration)) if calibrated else None,
+            loss=task.loss if calibrated else None,
+        )
+        with tuner:
+            optimizer = shira.AdamW(tuner, lr=lr, weight_decay=0.0)
+            yield Attached(list(tuner.parameters()), optimizer, tuner.adapter)
+
+
+# ---- the others ----------------------------------------------------------------------------------------------
+
+
+def target_names(model: nn.Module, task: Task) -> tuple[list[str], list[str]]:
+    """The weights that adapters change, and the parameters that train whole, by name."""
+    from shira._targets import Names
+
+    names = Names(model)
+    whole = list(names.whole(task.whole))
+    return [name for name in names.targets(task.targets) if name not in whole], whole
+
+
+def dense_adapter(model: nn.Module, base: dict[str, Tensor], names: Iterable[str]) -> Adapter:
+    """The whole change of these parameters, to add to the base."""
+    entries = {}
+    for name in names:
+        before, after = base[name], model.get_parameter(name).detach()
+        entries[name] = Entry(
+            torch.zeros(1, dtype=torch.int32),
+            (after - before).flatten(),
+            tuple(before.shape),
+            before.dtype,
+            before.numel(),
+            int(shira_ops.fingerprint(before)) % 2**64,
+            checked=True,
+        )
+    return Adapter(entries, delta=True)
+
+
+def copies(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    return {name: model.get_parameter(name).detach().clone() for name in names}
+
+
+@dataclass(frozen=True)
+class Lora(Method):
+    """PEFT's LoRA, on the same weights, scale 2 (``lora_alpha = 2 * r``)."""
+
+    kind: ClassVar[str] = "lora"
+    start: ClassVar[float] = 1e-2
+    dora: ClassVar[bool] = False
+
+    r: int = 1
+
+    @contextmanager
+    def attached(self, model: nn.Module, task: Task, lr: float, seed: int) -> Iterator[Attached]:
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        targets, whole = target_names(model, task)
+        base = copies(model, [*targets, *whole])
+        modules = [name.removesuffix(".weight") for name in targets]
+        config = LoraConfig(r=self.r, lora_alpha=2 * self.r, target_modules=modules, use_dora=self.dora)
+        inject_adapter_in_model(config, model)
+        for name in whole:
+            model.get_parameter(name).requires_grad_(True)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+        def adapter() -> Adapter:
+            for name, layer in list(model.named_modules()):
+                if isinstance(layer, BaseTunerLayer):
+                    layer.merge()
+                    parent, _, attribute = name.rpartition(".")
+                    setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
+            return dense_adapter(model, base, base)
+
+        yield Attached(parameters, torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0), adapter)
+
+
+@dataclass(frozen=True)
+class Dora(Lora):
+    """PEFT's DoRA: LoRA, and a trained magnitude for every row."""
+
+    kind: ClassVar[str] = "dora"
+    dora: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Full(Method):
+    """Every parameter of the model."""
+
+    kind: ClassVar[str] = "full"
+    start: ClassVar[float] = 1e-3
+
+    @contextmanager
+    def attached(self, model: nn.Module, task: Task, lr: float, seed: int) -> Iterator[Attached]:
+        names = [name for name, _ in model.named_parameters()]
+        base = copies(model, names)
+        parameters = [parameter.requires_grad_(True) for parameter in model.parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+        yield Attached(parameters, optimizer, lambda: dense_adapter(model, base, names))
+
+
+KINDS: dict[str, type[Method]] = {method.kind: method for method in (Shira, Lora, Dora, Full)}
+
+
+def from_description(description: dict[str, Any]) -> Method:
+    """The method that `Method.describe` told."""
+    options = dict(description)
+    return KINDS[options.pop("kind")](**options)
+
+
+# ---- training ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Trained:
+    """What came of one training run."""
+
+    adapter: Adapter
+    record: dict[str, Any]
+
+
+def train(task: Task, method: Method, lr: float, seed: int, steps: int, fraction: float = 1.0) -> Trained:
+    """Adapt a fresh base: AdamW without decay. The rate rises over a tenth of the steps, then falls along a cosine."""
+    torch.manual_seed(seed)
+    model = task.base()
+    with method.attached(model, task, lr, seed) as attached:
+        optimizer, last = attached.optimizer, math.nan
+        for step, batch in enumerate(task.batches(seed, steps, fraction)):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * factor(step, steps)
+            loss = task.loss(model, batch)
+            optimizer.zero_grad()
+            loss.backward()
+            last = loss.item()
+            if not math.isfinite(last):
+                break  # the score tells
+            optimizer.step()
+        model.eval()
+        record = {
+            "validation": task.score(model, "validation"),
+            "test": task.score(model, "test"),
+            "loss": last if math.isfinite(last) else None,
+            "trainable": attached.trainable,
+        }
+        adapter = attached.adapter()
+    record |= costs(adapter, method, task)
+    return Trained(adapter, record)
+
+
+def factor(step: int, steps: int) -> float:
+    rise = max(1, steps // 10)
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def costs(adapter: Adapter, method: Method, task: Task) -> dict[str, Any]:
+    """What switching the adapter touches and what storing it takes, of the adapted weights alone, as if in bfloat16."""
+    whole = re.compile(task.whole) if task.whole else None
+    entries = {name: entry for name, entry in adapter.weights.items() if not (whole and whole.search(name))}
+    total = sum(entry.numel for entry in entries.values())
+    if not isinstance(method, Shira):
+        return {"targets": total}
+    index_bytes, touched, nnz = 0, 0, 0
+    for entry in entries.values():
+        index_bytes += shira_ops.encode_indices(entry.indices).numel()
+        first = entry.indices.long() * entry.granule
+        ends = torch.cat([first // LINE_ENTRIES, (first + entry.granule - 1) // LINE_ENTRIES])
+        touched += ends.unique().numel()
+        nnz += entry.nnz
+    return {
+        "targets": total,
+        "nnz": nnz,
+        "lines": touched * LINE_ENTRIES / total,
+        "bytes": index_bytes + 2 * nnz,
+    }

@@ -1,0 +1,62 @@
+"""Run the experiments: ``python -m benchmarks.quality.run``. Finished runs are kept, and never done again.
+
+Runs are done one after the other on one thread (the models are small; two processes on two families do not disturb
+each other), the most important first. ``docs/quality.md`` is made of the results by `benchmarks.quality.report`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from benchmarks.quality.experiments import EXPERIMENTS
+from benchmarks.quality.lab import Job, Lab, Stop
+from benchmarks.quality.tasks import FAMILIES
+
+
+def plan(families: Sequence[str], experiments: Sequence[str], seeds: int) -> list[Job]:
+    """All jobs, the most important first."""
+    jobs = [job for family in families for experiment in experiments for job in EXPERIMENTS[experiment](family, seeds)]
+    return sorted(jobs, key=lambda job: job.rank)
+
+
+def run(jobs: Sequence[Job], lab: Lab, console: Console) -> bool:
+    """Do the jobs; False if the time was over before."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        bar, done = progress.add_task("runs", total=sum(job.runs for job in jobs)), 0
+        lab.tick = lambda what: progress.update(bar, advance=1, description=what)
+        for job in jobs:
+            try:
+                job.do(lab)
+            except Stop:
+                console.print("The time is over; the same command goes on from here.")
+                return False
+            done += job.runs
+            # A job may need fewer runs than it was thought to, or those of others.
+            progress.update(bar, completed=done)
+    return True
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.run", description=(__doc__ or "").split(":")[0])
+    families, experiments = list(FAMILIES), list(EXPERIMENTS)
+    parser.add_argument("--family", action="append", choices=families, help="again for more (default: all)")
+    parser.add_argument("--experiment", action="append", choices=experiments, help="again for more (default: all)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after as many, between two runs")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds for every figure (default: 5)")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # for matrices of this size, as fast as more
+    lab = Lab(seeds=range(given.seeds), until=time.time() + 60 * given.minutes)
+    jobs = plan(given.family or families, given.experiment or experiments, given.seeds)
+    run(jobs, lab, Console())
+
+
+if __name__ == "__main__":
+    main()
