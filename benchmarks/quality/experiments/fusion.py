@@ -26,10 +26,13 @@ MERGES = ("sum", "ties", "dare")
 
 
 def groups(family: str) -> list[tuple[str, ...]]:
-    """Pairs of neighbours and of the ends, and one triple."""
+    """Neighbours in the gradation, its ends, and three in a row from the middle."""
     names = list(tasks.tasks(family))
-    pairs: list[tuple[str, ...]] = list(itertools.combinations(names, 2))
-    return [*pairs, *itertools.combinations(names, 3)][: len(pairs) + 1]
+    pairs: list[tuple[str, ...]] = [*itertools.pairwise(names)]
+    if len(names) > 2:
+        middle = (len(names) - 3) // 2
+        pairs += [(names[0], names[-1]), tuple(names[middle : middle + 3])]
+    return pairs[1:] + pairs[:1]
 
 
 def variants(family: str, count: int) -> dict[str, list[Method]]:

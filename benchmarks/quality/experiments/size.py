@@ -23,9 +23,9 @@ def jobs(family: str, seeds: int) -> list[Job]:
         for mask in ("rand", "wm"):
             for density in DENSITIES:
                 method = Shira(mask, density=density)
-                found.append(study(4, Setting(middle, method, fraction=fraction, budget=5), seeds))
-        found.append(study(4, Setting(middle, Lora(rank(family)), fraction=fraction), seeds))
-        found.append(study(4, Setting(middle, Full(), fraction=fraction), seeds))
+                found.append(study(2.6, Setting(middle, method, fraction=fraction, budget=5), seeds))
+        found.append(study(2.6, Setting(middle, Lora(rank(family)), fraction=fraction), seeds))
+        found.append(study(2.6, Setting(middle, Full(), fraction=fraction), seeds))
     # Transfer: every adapter on every task of the family.
     for method in (Shira("wm", r=rank(family)), Shira("rand", r=rank(family)), Lora(rank(family))):
 
@@ -34,12 +34,11 @@ def jobs(family: str, seeds: int) -> list[Job]:
                 for seed in lab.seeds:
                     transfer(lab, Setting(name, method), names, seed)
 
-        found.append(Job(3, seeds * len(names), do))
+        found.append(Job(2.2, seeds * len(names), do))
     # Growth: the same density in every size, beside all of it.
-    for name in names:
-        for method in (Shira("rand", density=0.01), Shira("wm", density=0.01), Shira("snip", density=0.01)):
-            found.append(study(3.5, Setting(name, method, budget=5), seeds))
-        found.append(study(3.5, Setting(name, Full()), seeds))
+    for name in dict.fromkeys((middle, names[-1])):
+        for growing in (Shira("rand", density=0.01), Shira("wm", density=0.01), Lora(rank(family)), Full()):
+            found.append(study(2.1, Setting(name, growing), seeds))
     return found
 
 

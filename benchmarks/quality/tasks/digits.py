@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from benchmarks.quality.task import Task, cached
 
-SIDE, CLASSES, BATCH = 8, 10, 32
+SIDE, CLASSES, PRETRAIN_BATCH = 8, 10, 32
 TRAIN, VALIDATION = 1000, 300  # the other 497 are the test
 PRETRAIN_STEPS, PRETRAIN_LR = 1500, 1e-3
 
@@ -124,11 +124,11 @@ def shown(shift: str, split: str) -> tuple[Tensor, Tensor]:
     return SHIFTS[shift](images).contiguous(), labels
 
 
-def batches_of(images: Tensor, labels: Tensor, seed: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches_of(images: Tensor, labels: Tensor, size: int, seed: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Epoch after epoch, each in an order of its own."""
     generator, made = torch.Generator().manual_seed(seed), 0
     while True:
-        for part in torch.randperm(len(labels), generator=generator).split(BATCH):
+        for part in torch.randperm(len(labels), generator=generator).split(size):
             if made == steps:
                 return
             made += 1
@@ -148,8 +148,9 @@ class Digits:
     shift: str
     make: Callable[[], nn.Module]
     targets: str
+    batch: int
+    steps: int
     whole: str | None = None
-    steps: int = 150
 
     @property
     def name(self) -> str:
@@ -163,7 +164,7 @@ class Digits:
         def pretrain(model: nn.Module) -> None:
             optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAIN_LR, weight_decay=0.01)
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PRETRAIN_LR, total_steps=PRETRAIN_STEPS)
-            for batch in batches_of(*shown("upright", "train"), 0, PRETRAIN_STEPS):
+            for batch in batches_of(*shown("upright", "train"), PRETRAIN_BATCH, 0, PRETRAIN_STEPS):
                 optimizer.zero_grad()
                 cross_entropy(model, batch).backward()
                 optimizer.step()
@@ -174,7 +175,7 @@ class Digits:
     def batches(self, seed: int, steps: int, fraction: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels = shown(self.shift, "train")
         count = max(1, round(fraction * len(labels)))
-        return batches_of(images[:count], labels[:count], seed, steps)
+        return batches_of(images[:count], labels[:count], self.batch, seed, steps)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return cross_entropy(model, batch)
@@ -193,8 +194,8 @@ def tasks(family: str) -> list[Task]:
     """All but ``upright``, which the base knows."""
     if family == "digits-vit":
         make: Callable[[], nn.Module] = VisionTransformer
-        targets = "_proj$"
+        targets, batch, steps = "_proj$", 16, 200  # a step costs four of the perceptron's
     else:
         width = int(family.removeprefix("digits-mlp").removeprefix("-") or 512)
-        make, targets = functools.partial(Perceptron, width), "^(first|second|third)$"
-    return [Digits(family, shift, make, targets) for shift in SHIFTS if shift != "upright"]
+        make, targets, batch, steps = functools.partial(Perceptron, width), "^(first|second|third)$", 32, 150
+    return [Digits(family, shift, make, targets, batch, steps) for shift in SHIFTS if shift != "upright"]
