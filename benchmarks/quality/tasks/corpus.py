@@ -1,23 +1,19 @@
-"""Text that every installation has: the standard library and its documentation, C headers, Unicode's names, torch.
+"""Text that every Python has: its standard library and documentation, its C headers, Unicode's names.
 
-Where it can be it is the same text everywhere: Unicode's names are those of version 3.2, which every Python carries; and
-torch is pinned. The standard library is that of the Python that runs, so results hold `versions` and a task's
-`fingerprint`, by which one sees whether two machines had the same data.
+Unicode's names are those of version 3.2, which every Python carries: the same text everywhere. The rest is that of the
+Python that runs, so results hold a task's `provenance`, by which one sees whether two machines had the same data.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import platform
 import sysconfig
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
-
-import torch
 
 Row = TypeVar("Row")
 SPLITS = {"test": 0.25, "validation": 0.15, "train": 0.6}
@@ -30,20 +26,16 @@ _OMITTED = {
 }  # fmt: skip
 
 
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": torch.__version__}
-
-
 def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def fingerprint(texts: Iterable[str]) -> str:
-    """The same for the same texts in the same order."""
+def provenance(texts: Iterable[str]) -> dict[str, str]:
+    """The Python whose text it is, and a hash that is the same for the same texts in the same order."""
     total = hashlib.sha256()
     for text in texts:
         total.update(digest(text).encode())
-    return total.hexdigest()[:16]
+    return {"python": platform.python_version(), "sha256": total.hexdigest()[:16]}
 
 
 def _read(root: Path, pattern: str, keep: Callable[[Path], bool] = lambda _: True) -> dict[str, str]:
@@ -66,14 +58,6 @@ def library() -> dict[str, str]:
         return not (_OMITTED & set(path.parts) or path.parts[0].startswith(("config-", "_sysconfigdata")))
 
     return _read(Path(sysconfig.get_path("stdlib")), "*.py", keep)
-
-
-@functools.cache
-def torch_sources() -> dict[str, str]:
-    """torch's own Python sources."""
-    found = importlib.util.find_spec("torch")
-    assert found is not None and found.origin is not None
-    return {f"torch/{path}": text for path, text in _read(Path(found.origin).parent, "*.py").items()}
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Language, from scratch: a small GPT of bytes learns the standard library's Python, then other kinds of text.
 
-Three widths, for the trend with the model's size: ``gpt-s``, ``gpt-m``, ``gpt-l``. The score is minus the mean loss, in nats
-a byte: ``exp`` of its negative is the perplexity of a byte.
+Three widths, for the trend with the model's size: ``gpt-s``, ``gpt-m``, ``gpt-l``. The score is minus the mean loss in
+nats a byte: ``exp`` of its negative is the perplexity of a byte.
 """
 
 from __future__ import annotations
@@ -143,16 +143,13 @@ class Text:
     def name(self) -> str:
         return f"{self.family}/{self.kind}"
 
-    @property
-    def fingerprint(self) -> str:
+    def provenance(self) -> dict[str, str]:
         """Of the task's data and of what the base has read."""
-        return corpus.fingerprint([*texts(self.kind).values(), *corpus.library().values()])
+        return corpus.provenance([*texts(self.kind).values(), *corpus.library().values()])
 
     def base(self) -> nn.Module:
         width = WIDTHS[self.family]
-        return cached(
-            self.family, lambda: make(width), lambda model: pretrain(model, self.family, PRETRAIN_STEPS)
-        )
+        return cached(self.family, lambda: make(width), lambda model: pretrain(model, self.family, PRETRAIN_STEPS))
 
     def batches(self, seed: int, steps: int, fraction: float = 1.0) -> Iterator[Tensor]:
         text = data(self.kind, "train")

