@@ -43,6 +43,7 @@ CATEGORIES = {
 }  # fmt: skip
 
 
+@functools.cache
 def characters() -> dict[str, list[Row]]:
     blocks: dict[str, list[Row]] = {}
     for code, name, category in corpus.characters():
@@ -58,6 +59,7 @@ def docstrings(source: str) -> Iterator[str]:
             yield text
 
 
+@functools.cache
 def order() -> dict[str, list[Row]]:
     """Sentences of 6 to 11 words, without case and punctuation, which would tell; half of them mixed."""
     modules: dict[str, list[Row]] = {}
@@ -95,6 +97,7 @@ def named(source: str) -> Iterator[Row]:
             yield node.targets[0].id, "constant"
 
 
+@functools.cache
 def names() -> dict[str, list[Row]]:
     """Names that are of one kind everywhere."""
     modules = {
