@@ -1,6 +1,7 @@
 """The metrics of two adapters against their formulas on dense matrices, in plain torch."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -206,3 +207,89 @@ def test_refusals():
         metrics.interference(model, one, two, [torch.ones(2, 23)])
     assert torch.equal(model.a.weight, before)
     assert math.isfinite(metrics.interference(model, one, two, [torch.ones(2, 24)]))
+
+
+def test_a_matrix_has_every_pair():
+    model = Two()
+    adapters = {"one": adapter_of(model, 1), "two": adapter_of(model, 2), "three": adapter_of(model, 3)}
+    several = list(adapters.values())
+    for metric, function in (
+        ("overlap", metrics.overlap),
+        ("awor", lambda a, b: metrics.awor(a, b, model)),
+        ("awom", lambda a, b: metrics.awom(a, b, model)),
+    ):
+        found = metrics.matrix(adapters, metric, model)
+        assert found.shape == (3, 3)
+        assert found.dtype == torch.float64
+        assert torch.equal(found, found.t())
+        assert [found[i, j].item() for i in range(3) for j in range(i + 1)] == [
+            function(several[i], several[j]) for i in range(3) for j in range(i + 1)
+        ]
+    # A function need not be symmetric: rows are what is given first.
+    found = metrics.matrix(adapters, lambda a, b: several.index(a) - several.index(b))
+    assert found.tolist() == [[0, -1, -2], [1, 0, -1], [2, 1, 0]]
+    with pytest.raises(ValueError, match=r"^matrix: metric must be 'overlap', 'awor', 'awom' or a function, got 'x'"):
+        metrics.matrix(adapters, "x")
+    with pytest.raises(ValueError, match=r"^matrix: give at least one adapter"):
+        metrics.matrix({})
+
+
+def test_a_heat_map_shows_the_matrix(tmp_path):
+    pytest.importorskip("matplotlib")
+    model = Two()
+    adapters = {"one": adapter_of(model, 1), "two": adapter_of(model, 2)}
+    figure = metrics.heat_map(adapters, "awom", model)
+    axes = figure.axes[0]
+    expected = metrics.matrix(adapters, "awom", model)
+    assert torch.equal(torch.tensor(axes.images[0].get_array()), expected)
+    assert [text.get_text() for text in axes.texts] == [f"{number:.3g}" for number in expected.flatten().tolist()]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["one", "two"]
+    figure.savefig(tmp_path / "map.png")
+    assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("granule", [1, 2])
+def test_a_mask_map_shows_where_the_entries_are(granule):
+    pytest.importorskip("matplotlib")
+    model = Two()
+    adapter = adapter_of(model, 1, granule=granule)
+    panels = metrics.mask_map(adapter, cells=64).axes
+    assert [axes.get_title().split("\n")[0] for axes in panels] == ["a.weight", "b.weight"]
+    entry = adapter.weights["a.weight"]
+    mask = torch.zeros(40 * 24, dtype=torch.float64)
+    mask[(entry.indices.long()[:, None] * granule + torch.arange(granule)).flatten()] = 1
+    mask = mask.view(40, 24)
+    assert torch.equal(torch.tensor(panels[0].images[0].get_array()), mask)
+    # In fewer cells: the mean of what falls into each.
+    (panel,) = metrics.mask_map(adapter, ["a.weight"], cells=8).axes
+    expected = mask.view(8, 5, 8, 3).mean((1, 3))
+    assert torch.allclose(torch.tensor(panel.images[0].get_array()), expected, rtol=1e-12)
+    # Sides that the cells do not divide: nothing is lost.
+    (panel,) = metrics.mask_map(adapter, ["a.weight"], cells=7).axes
+    heights, widths = torch.bincount(torch.arange(40) * 7 // 40), torch.bincount(torch.arange(24) * 7 // 24)
+    shares = torch.tensor(panel.images[0].get_array())
+    assert float((shares * heights[:, None] * widths).sum()) == pytest.approx(entry.nnz)
+
+
+def test_a_mask_map_leaves_out_what_is_replaced_as_a_whole():
+    pytest.importorskip("matplotlib")
+    whole = Entry(torch.zeros(1, dtype=torch.int32), torch.ones(4), (4,), torch.float32, 4)
+    part = Entry(torch.tensor([1], dtype=torch.int32), torch.ones(1), (4, 2), torch.float32)
+    figure = metrics.mask_map(Adapter({"bias": whole, "w": part}, delta=True))
+    assert [axes.get_title().split("\n")[0] for axes in figure.axes] == ["w"]
+    assert len(metrics.mask_map(Adapter({"bias": whole, "w": part}, delta=True), ["bias", "w"]).axes) == 2
+    with pytest.raises(ValueError, match=r"^mask_map: the adapter has no weight to draw"):
+        metrics.mask_map(Adapter({"bias": whole}, delta=True))
+    with pytest.raises(ValueError, match=r"^mask_map: the adapter has no weight 'v'"):
+        metrics.mask_map(Adapter({"w": part}, delta=True), ["v"])
+    with pytest.raises(ValueError, match=r"^mask_map: cells must be at least 1, got 0"):
+        metrics.mask_map(Adapter({"w": part}, delta=True), cells=0)
+
+
+def test_drawing_without_matplotlib_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    model = Two()
+    with pytest.raises(ImportError, match=r"^mask_map: drawing needs matplotlib .*pip install 'shira-ops\[demo\]'"):
+        metrics.mask_map(adapter_of(model, 1))
+    with pytest.raises(ImportError, match=r"^heat_map: drawing needs matplotlib"):
+        metrics.heat_map({"one": adapter_of(model, 1)})

@@ -11,6 +11,9 @@ AWOR cannot see whether masks overlap: an entry of the product is non-zero where
 so two random masks of density ``p`` have about ``(1 - p^2)^m`` whether they share entries or not. `overlap` counts what
 is shared, and `interference` measures what it does to activations.
 
+`matrix` has a metric of every two of several adapters, `heat_map` draws it, and `mask_map` draws where an adapter's
+entries lie; drawing needs matplotlib (``pip install 'shira-ops[demo]'``).
+
 All of them take adapters of one base. An adapter of new values is no change yet: give ``base``, or `Adapter.to_delta`
 first. Products are in float64. A metric of two adapters is the mean over the weights that both of them change.
 """
@@ -18,10 +21,10 @@ first. Products are in float64. A metric of two adapters is the mean over the we
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +36,12 @@ from shira.adapter import Adapter, AdapterError, Entry
 from shira.mask import refine
 from shira.switcher import Switcher
 
-__all__ = ["awom", "awor", "interference", "overlap"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["awom", "awor", "heat_map", "interference", "mask_map", "matrix", "overlap"]
+
+Metric = str | Callable[[Adapter, Adapter], float]
 
 # Entries of the product that are made at a time.
 _CHUNK = 1 << 22
@@ -144,6 +152,129 @@ def interference(
     return math.sqrt(moved / own)
 
 
+def matrix(adapters: Mapping[str, Adapter], metric: Metric = "overlap", base: Source | None = None) -> Tensor:
+    """A metric of every two adapters, and of each with itself: float64, ``[len(adapters), len(adapters)]``.
+
+    Args:
+        adapters: name to adapter, of one base.
+        metric: ``"overlap"``, ``"awor"`` or ``"awom"``, each of which is symmetric and worked out once for a pair; or
+            a function ``metric(first, second)``, called for every ordered pair: row ``first``, column ``second``.
+        base: as for `awor` and `awom`.
+    """
+    several = list(adapters.values())
+    if not several:
+        raise ValueError("matrix: give at least one adapter")
+    result = torch.zeros(len(several), len(several), dtype=torch.float64)
+    if callable(metric):
+        for i, first in enumerate(several):
+            for j, second in enumerate(several):
+                result[i, j] = metric(first, second)
+        return result
+    known: dict[str, Callable[[Adapter, Adapter], float]] = {
+        "overlap": overlap,
+        "awor": lambda first, second: awor(first, second, base),
+        "awom": lambda first, second: awom(first, second, base),
+    }
+    if metric not in known:
+        raise ValueError(f"matrix: metric must be {', '.join(map(repr, known))} or a function, got {metric!r}")
+    for i, first in enumerate(several):
+        for j in range(i + 1):
+            result[i, j] = result[j, i] = known[metric](first, several[j])
+    return result
+
+
+def heat_map(adapters: Mapping[str, Adapter], metric: Metric = "overlap", base: Source | None = None) -> Figure:
+    """`matrix`, drawn: a square for every two adapters, dark for large, with its number in it.
+
+    Of AWOR's picture nothing about shared entries can be read (see the module); draw `overlap` beside it.
+
+    Returns a matplotlib figure: ``heat_map(adapters, "awom", base).savefig("awom.png")``. Raises `ImportError` without
+    matplotlib.
+    """
+    figure = _figure("heat_map")
+    numbers = matrix(adapters, metric, base)
+    names, title = list(adapters), metric if isinstance(metric, str) else getattr(metric, "__name__", "")
+    side = 1.6 + 0.7 * len(names)
+    figure.set_size_inches(side + 0.8, side)
+    axes = figure.add_subplot()
+    image = axes.imshow(numbers.numpy(), cmap="Blues")
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_title(title)
+    low, high = image.get_clim()
+    for i, row in enumerate(numbers.tolist()):
+        for j, number in enumerate(row):
+            dark = number > (low + high) / 2
+            axes.text(j, i, f"{number:.3g}", ha="center", va="center", color="white" if dark else "black")
+    figure.colorbar(image, ax=axes)
+    return figure
+
+
+def mask_map(adapter: Adapter, names: Sequence[str] | None = None, *, cells: int = 128) -> Figure:
+    """Where the entries of an adapter lie: a panel for each weight, dark where many of the entries change.
+
+    A weight of more than ``cells`` rows or columns is drawn as ``cells`` of them, each as dark as the share of its
+    entries that the adapter has; dimensions beyond the second are folded into the columns.
+
+    Args:
+        adapter: the adapter.
+        names: which weights; None: all but those that are replaced as a whole.
+        cells: the most rows and columns of a panel.
+
+    Returns a matplotlib figure. Raises `ValueError` for a name the adapter does not have, or if there is nothing to
+    draw, and `ImportError` without matplotlib.
+    """
+    figure = _figure("mask_map")
+    if cells < 1:
+        raise ValueError(f"mask_map: cells must be at least 1, got {cells}")
+    if names is None:
+        names = [name for name, entry in adapter.weights.items() if not entry.whole]
+    unknown = [name for name in names if name not in adapter.weights]
+    if unknown:
+        raise ValueError(f"mask_map: the adapter has no weight {', '.join(map(repr, unknown))}")
+    if not names:
+        raise ValueError("mask_map: the adapter has no weight to draw")
+    columns = math.ceil(math.sqrt(len(names)))
+    rows = -(-len(names) // columns)
+    figure.set_size_inches(3 * columns, 3 * rows)
+    for place, name in enumerate(names, 1):
+        shares = _shares(adapter.weights[name], cells)
+        axes = figure.add_subplot(rows, columns, place)
+        axes.imshow(shares.numpy(), cmap="Blues", vmin=0, interpolation="nearest", aspect="auto")
+        entry = adapter.weights[name]
+        axes.set_title(f"{name}\n{entry.nnz / max(entry.numel, 1):.2%} of {list(entry.shape)}", fontsize=8)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    return figure
+
+
+def _shares(entry: Entry, cells: int) -> Tensor:
+    """The share of entries an adapter has in each cell of a weight, float64."""
+    m, n = _sides(entry)
+    rows, columns = min(m, cells), min(n, cells)
+    at = refine(entry.indices.cpu().to(torch.int64), entry.granule, 1, entry.numel)
+    cell = (at // n) * rows // m * columns + (at % n) * columns // n
+    found = torch.bincount(cell, minlength=rows * columns).to(torch.float64).view(rows, columns)
+    height = torch.bincount(torch.arange(m) * rows // m, minlength=rows)
+    width = torch.bincount(torch.arange(n) * columns // n, minlength=columns)
+    return found / (height[:, None] * width)
+
+
+def _figure(name: str) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"{name}: drawing needs matplotlib ({error}): pip install 'shira-ops[demo]'") from error
+    # Not pyplot's: nothing is registered, no window opens, and no backend is chosen for the caller.
+    return Figure(layout="constrained")
+
+
+def _sides(entry: Entry) -> tuple[int, int]:
+    """Rows and columns of a weight, more than two dimensions folded into the columns."""
+    m = entry.shape[0] if entry.shape else 1
+    return m, entry.numel // m if m else 0
+
+
 def _mean(values: list[float], none: float) -> float:
     return math.fsum(values) / len(values) if values else none
 
@@ -173,8 +304,7 @@ class _Change:
 
     @classmethod
     def of(cls, entry: Entry) -> _Change:
-        m = entry.shape[0] if entry.shape else 1
-        n = entry.numel // m if m else 0
+        m, n = _sides(entry)
         at = refine(entry.indices.cpu().to(torch.int64), entry.granule, 1, entry.numel).to(torch.int64)
         values = entry.values.detach().cpu().to(torch.float64)
         kept = values != 0

@@ -1,0 +1,165 @@
+"""The plots of the page, small PNG files. Like the tables, from the kept results alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality import tasks
+from benchmarks.quality.experiments import fusion, single
+from benchmarks.quality.lab import Setting
+from benchmarks.quality.report import (
+    FAMILIES_SHOWN,
+    Fused,
+    Grid,
+    Results,
+    fusion_name,
+    is_accuracy,
+    label,
+    mean,
+    points,
+    what,
+)
+
+COLORS = {1: "#4477aa", 4: "#66ccee", 8: "#228833", 16: "#ccbb44", 32: "#ee6677"}
+MARKERS = {"rand": "o", "struct": "s", "wm": "^", "grad": "v", "snip": "D"}
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """Every plot there is something to show in; returns their files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    for family in filter(results.has, FAMILIES_SHOWN):
+        for name, plot in PLOTS.items():
+            figure = plot(results, family, pyplot)
+            if figure is not None:
+                path = folder / f"{name}-{family}.png"
+                # No date or version inside: the same results give the same file.
+                figure.savefig(path, dpi=90, metadata={"Software": None})
+                pyplot.close(figure)
+                made.append(path)
+    return made
+
+
+def axis_name(family: str) -> str:
+    return "test accuracy, %" if is_accuracy(family) else "test loss, nats"
+
+
+def shown(family: str, score: float) -> float:
+    return 100 * score if is_accuracy(family) else -score
+
+
+def singles(results: Results, family: str, pyplot: Any) -> Any:
+    """Experiment 1: a group of bars for each task."""
+    import statistics
+
+    names = list(tasks.tasks(family))
+    methods = single.methods(family)
+    scores = {m: {n: results.scores(Setting(n, m)) for n in names} for m in methods}
+    methods = [method for method in methods if any(scores[method].values())]
+    if not methods:
+        return None
+    figure, axes = pyplot.subplots(figsize=(8, 3), layout="constrained")
+    width = 0.8 / len(methods)
+    for place, method in enumerate(methods):
+        at, heights, errors = [], [], []
+        for task, name in enumerate(names):
+            if one := scores[method][name]:
+                at.append(task + (place - (len(methods) - 1) / 2) * width)
+                heights.append(shown(family, mean(one)))
+                errors.append(abs(shown(family, statistics.stdev(one))))
+        axes.bar(at, heights, width * 0.9, yerr=errors, label=label(method), error_kw={"lw": 0.8})
+    axes.set_xticks(range(len(names)), [what(name) for name in names])
+    axes.set_ylabel(axis_name(family))
+    axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
+    return figure
+
+
+def front(results: Results, family: str, pyplot: Any) -> Any:
+    """Experiment 2: score by switch time, and by bytes; one point for each mask, density and granule."""
+    found = Grid(results, family)
+    names = [name for name in found.tasks if len([1 for task, _ in found.records if task == name]) >= 30]
+    if not names or not results.switching:
+        return None
+    figure, both = pyplot.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")
+    for method in found.methods(names):
+        total = mean(one["targets"] for (_, m), records in found.records.items() if m == method for one in records)
+        y = shown(family, mean(found.score(name, method) for name in names))
+        style = {"color": COLORS[method.granule], "marker": MARKERS[method.mask], "s": 14}
+        style["facecolors"] = COLORS[method.granule] if not method.balanced else "none"
+        both[0].scatter(found.milliseconds(method), y, **style)
+        both[1].scatter(100 * found.cost(method, "bytes") / (2 * total), y, **style)
+    both[0].set_xlabel("ms to switch a 4096 x 4096 bfloat16 layer")
+    both[1].set_xlabel("file, % of the weights' bytes")
+    both[0].set_ylabel(f"{axis_name(family)}, mean of {len(names)} tasks")
+    for axes in both:
+        axes.set_xscale("log")
+    for granule, color in COLORS.items():
+        both[0].scatter([], [], color=color, s=14, label=f"granule {granule}")
+    for mask, marker in MARKERS.items():
+        both[1].scatter([], [], color="gray", marker=marker, s=14, label=mask)
+    both[0].legend(frameon=False)
+    both[1].legend(frameon=False)
+    return figure
+
+
+def strengths(results: Results, family: str, pyplot: Any) -> Any:
+    """Experiment 3: the share of the gain kept, by strength, one panel for each group of tasks."""
+    fused = Fused(results, family)
+    groups = fused.groups()
+    if not groups:
+        return None
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
+    figure, grid = pyplot.subplots(
+        rows, columns, figsize=(8, 2.3 * rows + 0.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes in grid.flat[len(groups) :]:
+        axes.axis("off")
+    for axes, group in zip(grid.flat, groups, strict=False):
+        for place, variant in enumerate(fused.variants()):
+            if (group, variant) in fused.runs:
+                alphas = [f"{alpha:g}" for alpha in fusion.ALPHAS]
+                y = [100 * mean(fused.kept((group, variant), "sum", alpha)) for alpha in alphas]
+                style = {"color": "black", "lw": 1.8} if variant == "lora" else {"color": f"C{place % 10}", "lw": 1}
+                axes.plot(fusion.ALPHAS, y, label=fusion_name(variant), **style)
+        axes.set_title(" + ".join(map(what, group)), fontsize=8)
+    grid[-1][0].set_xlabel("strength of each")
+    grid[0][0].set_ylabel("gain kept, %")
+    grid[0][0].set_ylim(-20, 105)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=4, loc="outside lower center", frameon=False)
+    return figure
+
+
+def predictors(results: Results, family: str, pyplot: Any) -> Any:
+    """Experiment 3: what is lost, by each metric; a point for each pair, variant and seed."""
+    every = points(results, family)
+    if not every:
+        return None
+    names = ("overlap", "awor", "awom_relative", "interference")
+    figure, grid = pyplot.subplots(1, len(names), figsize=(9, 2.4), sharey=True, layout="constrained")
+    for axes, name in zip(grid, names, strict=True):
+        for kind, color in (("shira", "#4477aa"), ("lora", "black")):
+            some = [point for point in every if (point["variant"] == "lora") == (kind == "lora")]
+            axes.scatter([p[name] for p in some], [100 * p["lost"] for p in some], s=5, color=color, label=kind)
+        axes.set_xlabel(name.replace("_", ", "))
+    grid[-1].set_xscale("log")
+    grid[0].set_ylabel("gain lost, %")
+    grid[0].set_ylim(-5, 130)
+    return figure
+
+
+PLOTS: dict[str, Callable[[Results, str, Any], Any]] = {
+    "single": singles,
+    "front": front,
+    "fusion": strengths,
+    "metrics": predictors,
+}

@@ -1,0 +1,590 @@
+"""The page of the results: ``python -m benchmarks.quality.report`` writes ``docs/quality.md`` and its plots.
+
+The prose is in ``page.md``; a line ``{{single digits-mlp}}`` there becomes that table. Numbers come from the kept
+results alone: a setting is in a table once its learning rate is tuned and all its seeds are done, and not before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality import tasks
+from benchmarks.quality.experiments import fusion, masks, single, size
+from benchmarks.quality.lab import Lab, Setting, Stop
+from benchmarks.quality.methods import MASKS, Full, Lora, Method, Shira, from_description
+from benchmarks.quality.store import RESULTS
+from benchmarks.quality.task import ROOT
+
+HERE = Path(__file__).parent
+PAGE, PLOTS = ROOT / "docs" / "quality.md", ROOT / "docs" / "quality"
+NAMES = {"rand": "Rand", "struct": "Struct", "wm": "WM", "grad": "Grad", "snip": "Snip"}
+
+
+FAMILIES_SHOWN = ("digits-mlp", "digits-vit", "minilm", "gpt-s", "gpt-m", "gpt-l")
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------
+
+
+class Results:
+    """What is known, read as the experiments wrote it."""
+
+    def __init__(self, folder: Path = RESULTS, seeds: int = 5) -> None:
+        # Without time nothing is run: what is missing ends in Stop.
+        self.lab = Lab(folder=folder, seeds=range(seeds), until=0)
+        self.folder, self.seeds = folder, seeds
+
+    def study(self, setting: Setting) -> list[dict[str, Any]] | None:
+        try:
+            return self.lab.study(setting)
+        except Stop:
+            return None
+
+    def rate(self, setting: Setting) -> float | None:
+        try:
+            return self.lab.tuned(setting)
+        except Stop:
+            return None
+
+    def scores(self, setting: Setting) -> list[float] | None:
+        """A test score for each seed."""
+        found = self.study(setting)
+        return None if found is None else [-math.inf if one["test"] is None else one["test"] for one in found]
+
+    def base(self, task: str) -> float | None:
+        try:
+            score: float = self.lab.base(task)["test"]
+        except Stop:
+            return None
+        return score
+
+    def has(self, family: str) -> bool:
+        return (self.folder / f"{family}.jsonl").exists()
+
+    def fusions(self, family: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        return [(run, result) for run, result in self.lab.store(family) if run["do"] == "fusion"]
+
+    def transfers(self, family: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        return [(run, result) for run, result in self.lab.store(family) if run["do"] == "transfer"]
+
+    @functools.cached_property
+    def switching(self) -> dict[tuple[float, int], float]:
+        """Milliseconds a layer by density and granule, measured; granule 0 is the LoRA fuse."""
+        path = self.folder / "switching.json"
+        if not path.exists():
+            return {}
+        measured = json.loads(path.read_text())["measured"]
+        return {(one["density"], one.get("granule", 0)): one["ms"] for one in measured}
+
+
+def is_accuracy(family: str) -> bool:
+    """Scores are accuracies, or minus the loss of a language model."""
+    return not family.startswith("gpt")
+
+
+def number(family: str, score: float) -> str:
+    """A mean, as the tables show it: accuracy in percent, or the loss in nats."""
+    if not math.isfinite(score):
+        return "diverged"
+    return f"{100 * score:.1f}" if is_accuracy(family) else f"{-score:.3f}"
+
+
+def spread(family: str, scores: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    if not all(map(math.isfinite, scores)):
+        return "diverged"
+    deviation = statistics.stdev(scores) if len(scores) > 1 else 0.0
+    digits = f"{100 * deviation:.1f}" if is_accuracy(family) else f"{deviation:.3f}"
+    return f"{number(family, statistics.fmean(scores))} ± {digits}"
+
+
+def mean(values: Iterable[float]) -> float:
+    return statistics.fmean(values)
+
+
+def difference(family: str, values: Sequence[float]) -> str:
+    """The mean of differences, in points (or nats), and its standard error."""
+    factor = 100 if is_accuracy(family) else 1
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    digits = 1 if is_accuracy(family) else 3
+    return f"{factor * mean(values):+.{digits}f} ± {factor * error:.{digits}f}"
+
+
+def label(method: Method) -> str:
+    """A method as the tables call it."""
+    if not isinstance(method, Shira):
+        return {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tuning"}[method.kind]
+    parts = [f"SHiRA-{NAMES[method.mask]}"]
+    if method.granule > 1:
+        parts.append(f"granule {method.granule}")
+    if method.balanced:
+        parts.append("balanced")
+    return ", ".join(parts)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.4g} %"
+
+
+def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(heading) + " |", "|---" * len(heading) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def what(task: str) -> str:
+    return task.partition("/")[2]
+
+
+# ---- tables --------------------------------------------------------------------------------------------------
+
+
+def single_table(results: Results, family: str) -> str:
+    """Experiment 1: methods by tasks."""
+    names = list(tasks.tasks(family))
+    rows = []
+    bases = [results.base(name) for name in names]
+    if all(score is not None for score in bases):
+        known = [score for score in bases if score is not None]
+        rows.append(["base, untouched", "", *(number(family, score) for score in known), number(family, mean(known))])
+    for method in single.methods(family):
+        found = {name: results.study(Setting(name, method)) for name in names}
+        done = {name: results.scores(Setting(name, method)) for name in names}
+        if not any(done.values()):
+            continue
+        count = next(one[0]["trainable"] for one in found.values() if one)
+        cells = [spread(family, scores) if scores else "" for scores in done.values()]
+        complete = [mean(scores) for scores in done.values() if scores]
+        total = number(family, mean(complete)) if len(complete) == len(names) else ""
+        rows.append([label(method), f"{count:,}", *cells, total])
+    return table(["method", "trained", *map(what, names), "mean"], rows)
+
+
+def rates_table(results: Results, family: str) -> str:
+    """The learning rates that the search of experiment 1 ended at."""
+    names = list(tasks.tasks(family))
+    rows = []
+    for method in single.methods(family):
+        found = [results.rate(Setting(name, method)) for name in names]
+        if any(found):
+            rows.append([label(method), *(f"{rate:g}" if rate else "" for rate in found)])
+    return table(["method", *map(what, names)], rows)
+
+
+def grid(family: str) -> list[tuple[str, Shira]]:
+    """Every task and mask of experiment 2."""
+    found = []
+    for name in tasks.tasks(family):
+        for mask, balanced, granule, density in itertools.product(
+            MASKS, (False, True), masks.GRANULES, masks.DENSITIES
+        ):
+            if (mask, balanced) != ("struct", True):
+                found.append((name, Shira(mask, density=density, granule=granule, balanced=balanced)))
+    return found
+
+
+class Grid:
+    """Experiment 2 of one family: a mean score and costs for every task and mask that is done."""
+
+    def __init__(self, results: Results, family: str) -> None:
+        self.family, self.results = family, results
+        self.records: dict[tuple[str, Shira], list[dict[str, Any]]] = {}
+        for name, method in grid(family):
+            found = results.study(Setting(name, method, budget=5))
+            if found is not None and all(one["test"] is not None for one in found):
+                self.records[name, method] = found
+        self.tasks = [name for name in tasks.tasks(family) if any(task == name for task, _ in self.records)]
+
+    def score(self, name: str, method: Shira) -> float:
+        return mean(one["test"] for one in self.records[name, method])
+
+    def cost(self, method: Shira, which: str) -> float:
+        return mean(one[which] for (_, other), found in self.records.items() if other == method for one in found)
+
+    def methods(self, names: Sequence[str]) -> list[Shira]:
+        """Masks that are done on all of these tasks."""
+        every = dict.fromkeys(method for _, method in self.records)
+        return [method for method in every if all((name, method) in self.records for name in names)]
+
+    def milliseconds(self, method: Shira) -> float:
+        """A switch of a 4096 x 4096 bfloat16 layer: measured for random masks of this density and granule, times the
+        share of lines that this mask touches of what a random one does."""
+        assert method.density is not None
+        random = 1 - (1 - method.density) ** (32 / method.granule)
+        return self.results.switching[method.density, method.granule] * self.cost(method, "lines") / random
+
+
+def density_table(results: Results, family: str) -> str:
+    """Masks and granules by density: the mean over the tasks that every one of them was done on."""
+    found = Grid(results, family)
+    names = [name for name in found.tasks if len([1 for task, _ in found.records if task == name]) >= 30]
+    if not names:
+        return ""
+    methods = found.methods(names)
+    densities = [d for d in masks.DENSITIES if any(method.density == d for method in methods)]
+    rows = []
+    for mask, granule in itertools.product(MASKS, masks.GRANULES):
+        line = [Shira(mask, density=density, granule=granule) for density in densities]
+        if any(method in methods for method in line):
+            cells = [
+                number(family, mean(found.score(name, method) for name in names)) if method in methods else ""
+                for method in line
+            ]
+            rows.append([f"{NAMES[mask]}, granule {granule}", *cells])
+    return f"Mean over {', '.join(map(what, names))}.\n\n" + table(["mask", *map(percent, densities)], rows)
+
+
+def paired(
+    family: str, found: Grid, one: Callable[[Shira], bool], to: Callable[[Shira], Shira]
+) -> dict[Shira, list[float]]:
+    """For every mask of ``one``, by how much it is better than its counterpart, on every task both are done on."""
+    gains: dict[Shira, list[float]] = {}
+    for name, method in found.records:
+        if one(method) and (name, to(method)) in found.records:
+            gains.setdefault(method, []).append(found.score(name, method) - found.score(name, to(method)))
+    return gains
+
+
+def compared(results: Results, family: str, kind: str) -> str:
+    """What a granule, or balance, costs or wins at equal density: paired differences over tasks (and densities)."""
+    found = Grid(results, family)
+    if kind == "granules":
+        gains = paired(family, found, lambda m: m.granule > 1 and not m.balanced, lambda m: replace(m, granule=1))
+    else:
+        gains = paired(family, found, lambda m: m.balanced, lambda m: replace(m, balanced=False))
+    densities = [d for d in masks.DENSITIES if any(method.density == d for method in gains)]
+    rows = []
+    for mask, granule in itertools.product(MASKS, masks.GRANULES):
+        cells = []
+        for density in densities:
+            method = Shira(mask, density=density, granule=granule, balanced=kind == "balanced")
+            cells.append(difference(family, gains[method]) if method in gains else "")
+        if any(cells):
+            rows.append([f"{NAMES[mask]}, granule {granule}", *cells])
+    return table(["mask", *map(percent, densities)], rows) if rows else ""
+
+
+BUDGETS = {
+    "switch": ("ms", (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)),
+    "bytes": ("% of the targets' bytes", (0.5, 1, 2, 4, 8, 16)),
+}
+
+
+def front_table(results: Results, family: str, axis: str) -> str:
+    """The best mask within a budget, of single entries and of granules."""
+    found = Grid(results, family)
+    if not results.switching or not found.tasks:
+        return ""
+    names = [name for name in found.tasks if len([1 for task, _ in found.records if task == name]) >= 30]
+    if not names:
+        return ""
+    methods = found.methods(names)
+    unit, budgets = BUDGETS[axis]
+
+    def price(method: Shira) -> float:
+        if axis == "switch":
+            return found.milliseconds(method)
+        total = mean(one["targets"] for (_, m), records in found.records.items() if m == method for one in records)
+        return 100 * found.cost(method, "bytes") / (2 * total)
+
+    def score(method: Shira) -> float:
+        return mean(found.score(name, method) for name in names)
+
+    rows = []
+    for budget in budgets:
+        cells = []
+        for fits in (lambda m: m.granule == 1, lambda m: m.granule > 1):
+            within = [method for method in methods if fits(method) and price(method) <= budget]
+            if within:
+                best = max(within, key=score)
+                cells.append(f"{number(family, score(best))} ({label(best)[6:]}, {percent(best.density or 0)})")
+            else:
+                cells.append("none")
+        rows.append([f"{budget:g} {unit}", *cells])
+    heading = ["at most", "best of single entries", "best of granules"]
+    return f"Mean over {', '.join(map(what, names))}.\n\n" + table(heading, rows)
+
+
+class Fused:
+    """Experiment 3 of one family: for every group of tasks and variant, the runs of all seeds."""
+
+    def __init__(self, results: Results, family: str) -> None:
+        self.family, self.results = family, results
+        self.runs: dict[tuple[tuple[str, ...], str], list[dict[str, Any]]] = {}
+        for run, result in results.fusions(family):
+            self.runs.setdefault(((run["task"], *run["with"]), result["variant"]), []).append(result)
+        self.runs = {key: found for key, found in self.runs.items() if len(found) >= results.seeds}
+
+    def alpha(self, key: tuple[tuple[str, ...], str], merge: str = "sum") -> str:
+        """The strength with the best validation, over all seeds and tasks."""
+        found = self.runs[key]
+        return max(
+            found[0]["together"][merge], key=lambda a: mean(mean(r["together"][merge][a]["validation"]) for r in found)
+        )
+
+    def kept(self, key: tuple[tuple[str, ...], str], merge: str, alpha: str) -> list[float]:
+        """Of what the adapters gain alone over the base, the share that is left together: one for each seed."""
+        bases = [self.results.base(name) or 0.0 for name in key[0]]
+        shares = []
+        for result in self.runs[key]:
+            together, alone = result["together"][merge][alpha]["test"], result["single"]["test"]
+            shares.append(mean((t - b) / (a - b) for t, a, b in zip(together, alone, bases, strict=True)))
+        return shares
+
+    def variants(self) -> list[str]:
+        return list(dict.fromkeys(variant for _, variant in self.runs))
+
+    def groups(self) -> list[tuple[str, ...]]:
+        return list(dict.fromkeys(group for group, _ in self.runs))
+
+
+def fusion_name(variant: str) -> str:
+    first, comma, rest = variant.partition(",")
+    name, _, granule = first.partition(" ")
+    text = "LoRA" if name == "lora" else f"SHiRA-{NAMES[name]}" + (f" granule {granule}" if granule else "")
+    return text + comma + rest
+
+
+def share(values: Sequence[float]) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{100 * mean(values):.0f} ± {100 * deviation:.0f}"
+
+
+def fusion_table(results: Results, family: str) -> str:
+    """Variants by groups of tasks: share of the gain kept, at strength 1 and at the best one."""
+    fused = Fused(results, family)
+    if not fused.runs:
+        return ""
+    groups = fused.groups()
+    rows = []
+    for variant in fused.variants():
+        cells = []
+        for group in groups:
+            key = (group, variant)
+            if key not in fused.runs:
+                cells.append("")
+                continue
+            alpha = fused.alpha(key)
+            full, best = share(fused.kept(key, "sum", "1")), share(fused.kept(key, "sum", alpha))
+            cells.append(f"{full}; {best} at {alpha}")
+        rows.append([fusion_name(variant), *cells])
+    return table(["adapters", *(" + ".join(map(what, group)) for group in groups)], rows)
+
+
+def merges_table(results: Results, family: str) -> str:
+    """Scores of the adapters alone, and of their sum, TIES and DARE at the best strength: means over groups."""
+    fused = Fused(results, family)
+    rows = []
+    for variant in fused.variants():
+        keys = [key for key in fused.runs if key[1] == variant]
+        alone = mean(mean(result["single"]["test"]) for key in keys for result in fused.runs[key])
+        cells = []
+        for merge in fusion.MERGES:
+            cells.append(
+                number(
+                    family,
+                    mean(
+                        mean(result["together"][merge][fused.alpha(key, merge)]["test"])
+                        for key in keys
+                        for result in fused.runs[key]
+                    ),
+                )
+            )
+        at_one = number(
+            family, mean(mean(result["together"]["sum"]["1"]["test"]) for key in keys for result in fused.runs[key])
+        )
+        rows.append([fusion_name(variant), str(len(keys)), number(family, alone), at_one, *cells])
+    heading = ["adapters", "groups", "alone", "sum at 1", "sum, best strength", "TIES", "DARE"]
+    return table(heading, rows) if rows else ""
+
+
+METRICS = ("overlap", "awor", "awom", "awom_relative", "interference")
+
+
+def points(results: Results, family: str) -> list[dict[str, Any]]:
+    """For every fused pair: the metrics, and the share of the gain that is lost at strength 1 (summed at half each)."""
+    fused = Fused(results, family)
+    found = []
+    for (group, variant), runs in fused.runs.items():
+        if len(group) != 2:
+            continue
+        for number_, result in enumerate(runs):
+            kept = fused.kept((group, variant), "sum", "1")[number_]
+            interference = mean(one["is"] for one in result["interference"])
+            numbers = {name: mean(result[name]) for name in METRICS if name != "interference"}
+            found.append(
+                {"group": group, "variant": variant, "lost": 1 - kept, "interference": interference, **numbers}
+            )
+    return found
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """The correlation of ranks; None where one of them is constant."""
+
+    def ranks(values: Sequence[float]) -> list[float]:
+        order = sorted(range(len(values)), key=values.__getitem__)
+        found = [0.0] * len(values)
+        for _, tied in itertools.groupby(enumerate(order), key=lambda pair: values[pair[1]]):
+            some = list(tied)
+            for _, index in some:
+                found[index] = mean(place for place, _ in some)
+        return found
+
+    a, b = ranks(x), ranks(y)
+    if len(set(a)) < 2 or len(set(b)) < 2:
+        return None
+    return statistics.correlation(a, b)
+
+
+def metrics_table(results: Results, family: str) -> str:
+    """How well each metric orders what is lost: over all pairs, within one variant, and within one pair of tasks."""
+    every = points(results, family)
+    if not every:
+        return ""
+    sparse = [point for point in every if point["variant"] != "lora"]
+
+    def within(key: str, metric: str, some: list[dict[str, Any]]) -> str:
+        groups: dict[Any, list[dict[str, Any]]] = {}
+        for point in some:
+            groups.setdefault(point[key], []).append(point)
+        found = [
+            value
+            for group in groups.values()
+            if (value := spearman([p[metric] for p in group], [p["lost"] for p in group])) is not None
+        ]
+        return f"{mean(found):+.2f}" if found else "constant"
+
+    def over(metric: str, some: list[dict[str, Any]]) -> str:
+        value = spearman([p[metric] for p in some], [p["lost"] for p in some])
+        return "constant" if value is None else f"{value:+.2f}"
+
+    names = {"awor": "AWOR", "awom": "AWOM", "awom_relative": "AWOM / (norm of each)"}
+    rows = [
+        [
+            names.get(metric, metric),
+            over(metric, every),
+            over(metric, sparse),
+            within("variant", metric, every),
+            within("group", metric, every),
+        ]
+        for metric in METRICS
+    ]
+    return table(["metric", "all", "SHiRA alone", "within one variant", "within one pair of tasks"], rows)
+
+
+def data_table(results: Results, family: str) -> str:
+    """Density by the share of the training data."""
+    names = list(tasks.tasks(family))
+    name = names[len(names) // 2]
+    methods: list[Method] = [Shira(mask, density=d) for mask in ("rand", "wm") for d in size.DENSITIES]
+    rows = []
+    for method in [*methods, Lora(single.rank(family)), Full()]:
+        budget = 5 if isinstance(method, Shira) else 6
+        cells = [results.scores(Setting(name, method, fraction=fraction, budget=budget)) for fraction in size.FRACTIONS]
+        if any(cells):
+            share_ = f", {percent(method.density or 0)}" if isinstance(method, Shira) else ""
+            rows.append([label(method) + share_, *(spread(family, one) if one else "" for one in cells)])
+    heading = [f"{what(name)}", *(f"{percent(fraction)} of the data" for fraction in size.FRACTIONS)]
+    return table(heading, rows) if rows else ""
+
+
+def transfer_table(results: Results, family: str) -> str:
+    """An adapter's score on every task of its family: the mean over seeds; rows are what it was trained for."""
+    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for run, result in results.transfers(family):
+        found.setdefault((label(from_description(run["method"])), run["task"]), []).append(result["test"])
+    names = list(tasks.tasks(family))
+    rows = []
+    bases = [results.base(name) for name in names]
+    rows.append(["base", "", *("" if score is None else number(family, score) for score in bases)])
+    for (method, task), scores in found.items():
+        if len(scores) >= results.seeds:
+            cells = [spread(family, [one[name] for one in scores]) if name in scores[0] else "" for name in names]
+            rows.append([method, what(task), *cells])
+    return table(["method", "trained for", *map(what, names)], rows) if len(rows) > 1 else ""
+
+
+def growth_table(results: Results, *families: str) -> str:
+    """The same density in models of several sizes."""
+    rows = []
+    for family in filter(results.has, families):
+        names = list(tasks.tasks(family))
+        for name in dict.fromkeys((names[len(names) // 2], names[-1])):
+            methods: list[Method] = [Shira("rand", density=0.01), Shira("wm", density=0.01)]
+            every = [*methods, Lora(single.rank(family)), Full()]
+            cells = [results.scores(Setting(name, method)) for method in every]
+            if any(cells):
+                rows.append([family, what(name), *(spread(family, one) if one else "" for one in cells)])
+    heading = ["model", "task", "SHiRA-Rand 1 %", "SHiRA-WM 1 %", "LoRA", "full"]
+    return table(heading, rows) if rows else ""
+
+
+def switching_table(results: Results) -> str:
+    """Milliseconds a layer by density and granule, and the LoRA fuse."""
+    if not results.switching:
+        return ""
+    rows = [
+        [
+            f"granule {granule}" if granule else "LoRA fuse",
+            *(f"{results.switching[density, granule]:.2f}" for density in masks.DENSITIES),
+        ]
+        for granule in (*masks.GRANULES, 0)
+    ]
+    return table(["", *map(percent, masks.DENSITIES)], rows)
+
+
+TABLES: dict[str, Callable[..., str]] = {
+    "single": single_table,
+    "rates": rates_table,
+    "density": density_table,
+    "compared": compared,
+    "front": front_table,
+    "fusion": fusion_table,
+    "merges": merges_table,
+    "metrics": metrics_table,
+    "data": data_table,
+    "transfer": transfer_table,
+    "growth": growth_table,
+    "switching": switching_table,
+}
+
+
+def page(template: str, results: Results) -> str:
+    """The template with its tables filled in; one of which nothing is known yet says so."""
+
+    def filled(match: re.Match[str]) -> str:
+        name, *arguments = match.group(1).split()
+        families = [argument for argument in arguments if argument in tasks.FAMILIES]
+        if families and not any(map(results.has, families)):
+            return "*Not yet run.*"
+        return TABLES[name](results, *arguments) or "*Not yet run.*"
+
+    return re.sub(r"^\{\{(.+?)\}\}$", filled, template, flags=re.MULTILINE)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    from benchmarks.quality import plots
+
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality.report", description=(__doc__ or "").split(":")[0]
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--out", type=Path, default=PAGE, help=f"the page (default: {PAGE.relative_to(ROOT)})")
+    given = parser.parse_args(arguments)
+    results = Results(given.results)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(page((HERE / "page.md").read_text(encoding="utf-8"), results), encoding="utf-8")
+    plots.draw(results, given.out.parent / "quality")
+
+
+if __name__ == "__main__":
+    main()
