@@ -24,5 +24,6 @@ def methods(family: str) -> list[Method]:
 
 def jobs(family: str, seeds: int) -> list[Job]:
     names = list(tasks(family))
-    settings = [Setting(name, method) for method in methods(family) for name in names]
+    # Task by task, so that what was stopped early compares methods.
+    settings = [Setting(name, method) for name in names for method in methods(family)]
     return [*bases(0, names), *(study(0, setting, seeds) for setting in settings)]
