@@ -180,6 +180,47 @@ def rates_table(results: Results, family: str) -> str:
     return table(["method", *map(what, names)], rows)
 
 
+def steps_table(results: Results, family: str) -> str:
+    """Experiment 1 on the farthest tasks, with the steps it has and with four times as many."""
+    rows = []
+    for setting in single.longer(family):
+        short, long = results.scores(replace(setting, steps=None)), results.scores(setting)
+        if short and long:
+            steps = tasks.task(setting.task).steps
+            rows.append([what(setting.task), label(setting.method), spread(family, short), spread(family, long)])
+    return table(["task", "method", f"{steps} steps", f"{4 * steps} steps"], rows) if rows else ""
+
+
+def calibration_table(results: Results, family: str) -> str:
+    """Masks by gradients, by the number of batches that they have seen."""
+    rows = []
+    for name, mask in itertools.product(single.far(family), ("grad", "snip")):
+        methods = [Shira(mask, r=single.rank(family), calibration=n) for n in single.CALIBRATIONS]
+        cells = [results.scores(Setting(name, method)) for method in methods]
+        if any(cells):
+            rows.append([what(name), label(methods[0]), *(spread(family, one) if one else "" for one in cells)])
+    return table(["task", "mask", *(f"{n} batches" for n in single.CALIBRATIONS)], rows) if rows else ""
+
+
+def density_rates_table(results: Results, family: str) -> str:
+    """The learning rates that experiment 2 ended at: the geometric mean over its tasks."""
+    found = Grid(results, family)
+    densities = [d for d in masks.DENSITIES if any(method.density == d for _, method in found.records)]
+    rows = []
+    for mask, granule in itertools.product(MASKS, masks.GRANULES):
+        cells = []
+        for density in densities:
+            method = Shira(mask, density=density, granule=granule)
+            rates = [
+                results.rate(Setting(name, method, budget=5)) for name in found.names if (name, method) in found.records
+            ]
+            known = [math.log(rate) for rate in rates if rate]
+            cells.append(f"{math.exp(mean(known)):.2g}" if known else "")
+        if any(cells):
+            rows.append([f"{NAMES[mask]}, granule {granule}", *cells])
+    return table(["mask", *map(percent, densities)], rows) if rows else ""
+
+
 def crowding_table(results: Results, family: str) -> str:
     """Where the masks of experiment 1 lie: means over the tasks."""
     found: dict[str, list[dict[str, float]]] = {}
@@ -562,6 +603,9 @@ def switching_table(results: Results) -> str:
 TABLES: dict[str, Callable[..., str]] = {
     "single": single_table,
     "rates": rates_table,
+    "steps": steps_table,
+    "calibration": calibration_table,
+    "density-rates": density_rates_table,
     "crowding": crowding_table,
     "density": density_table,
     "compared": compared,

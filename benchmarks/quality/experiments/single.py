@@ -1,7 +1,8 @@
 """Experiment 1: one adapter. SHiRA with each mask against LoRA, DoRA and full fine-tuning, at equal parameters.
 
 SHiRA has as many entries of every weight as LoRA of the same rank has parameters; DoRA has a magnitude for every row
-more; full fine-tuning trains everything. Beside it: how far a mask's entries crowd into few rows and columns.
+more; full fine-tuning trains everything. Beside it, on the farthest tasks: four times as many steps, masks that have
+seen more batches or fewer, and how far a mask's entries crowd into few rows and columns.
 """
 
 from __future__ import annotations
@@ -32,10 +33,32 @@ def jobs(family: str, seeds: int) -> list[Job]:
     names = list(tasks(family))
     settings = [Setting(name, method) for method in methods(family) for name in names]
     found = [*bases(0, names), *(study(0, setting, seeds) for setting in settings)]
+    found += [study(0.8, setting, seeds) for setting in longer(family)]
+    found += [study(0.9, setting, seeds) for setting in calibrated(family)]
     for setting in settings:
         if isinstance(setting.method, Shira):
             found.append(Job(0.5, 1, lambda lab, setting=setting: crowding(lab, setting)))  # type: ignore[misc]
     return found
+
+
+def far(family: str) -> list[str]:
+    return list(tasks(family))[-2:]
+
+
+def longer(family: str) -> list[Setting]:
+    """Four times the steps: is what a method lacks time?"""
+    r = rank(family)
+    several = (Shira("rand", r=r), Shira("wm", r=r), Shira("snip", r=r), Lora(r), Full())
+    return [Setting(name, method, steps=4 * task(name).steps) for name in far(family) for method in several]
+
+
+CALIBRATIONS = (1, 8, 31)
+
+
+def calibrated(family: str) -> list[Setting]:
+    """Masks by gradients over other numbers of batches than 8."""
+    several = [Shira(mask, r=rank(family), calibration=n) for mask in ("grad", "snip") for n in CALIBRATIONS if n != 8]
+    return [Setting(name, method) for name in far(family) for method in several]
 
 
 def crowding(lab: Lab, setting: Setting) -> dict[str, Any]:
