@@ -3,6 +3,7 @@
 # make test    set-up and the tests
 # make soak    set-up and a million random operations on the switcher, every state compared bit for bit (minutes)
 # make bench   set-up and the speed benchmarks
+# make quality set-up and the experiments that prove the adapters learn: hours, but every finished run is kept
 # make gpu     on a machine with an NVIDIA GPU, no network needed: builds, proves and measures there (8 minutes)
 # make lint    ruff, clang-format, mypy
 PYTHON ?= python3
@@ -13,7 +14,7 @@ PY := $(VENV)/bin/python
 TORCH ?= torch==2.13.0
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: setup build demo test soak bench gpu lint format clean
+.PHONY: setup build demo test soak bench quality gpu lint format clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -42,6 +43,11 @@ soak: setup
 
 bench: setup
 	$(PY) -m pytest benchmarks/speed --benchmark-json=benchmarks/results/latest.json
+
+# For example QUALITY_OPTIONS='--family digits-mlp --minutes 30'. The page and its plots are made of what there is.
+quality: setup
+	$(PY) -m benchmarks.quality.run $(QUALITY_OPTIONS)
+	$(PY) -m benchmarks.quality.report
 
 # With the torch that is there: of PY from the environment, else of the .venv where there is one, else of $(PYTHON).
 gpu:

@@ -274,8 +274,8 @@ class Trained:
 
 def train(task: Task, method: Method, lr: float, seed: int, steps: int, fraction: float = 1.0) -> Trained:
     """Adapt a fresh base: AdamW without decay. The rate rises over a tenth of the steps, then falls along a cosine."""
-    torch.manual_seed(seed)
     model = task.base()
+    torch.manual_seed(seed)  # for LoRA's start; the base may have drawn numbers when it was made
     with method.attached(model, task, lr, seed) as attached:
         optimizer, last = attached.optimizer, math.nan
         for step, batch in enumerate(task.batches(seed, steps, fraction)):
@@ -307,10 +307,14 @@ def factor(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
+def is_whole(task: Task, name: str) -> bool:
+    """Whether a parameter trains whole beside every method."""
+    return task.whole is not None and re.search(task.whole, name) is not None
+
+
 def costs(adapter: Adapter, method: Method, task: Task) -> dict[str, Any]:
     """What switching the adapter touches and what storing it takes, of the adapted weights alone, as if in bfloat16."""
-    whole = re.compile(task.whole) if task.whole else None
-    entries = {name: entry for name, entry in adapter.weights.items() if not (whole and whole.search(name))}
+    entries = {name: entry for name, entry in adapter.weights.items() if not is_whole(task, name)}
     total = sum(entry.numel for entry in entries.values())
     if not isinstance(method, Shira):
         return {"targets": total}

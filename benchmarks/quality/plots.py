@@ -85,7 +85,7 @@ def singles(results: Results, family: str, pyplot: Any) -> Any:
 def front(results: Results, family: str, pyplot: Any) -> Any:
     """Experiment 2: score by switch time, and by bytes; one point for each mask, density and granule."""
     found = Grid(results, family)
-    names = [name for name in found.tasks if len([1 for task, _ in found.records if task == name]) >= 30]
+    names = found.names
     if not names or not results.switching:
         return None
     figure, both = pyplot.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")

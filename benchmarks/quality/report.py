@@ -180,6 +180,64 @@ def rates_table(results: Results, family: str) -> str:
     return table(["method", *map(what, names)], rows)
 
 
+def steps_table(results: Results, family: str) -> str:
+    """Experiment 1 on the farthest tasks, with the steps it has and with four times as many."""
+    rows = []
+    for setting in single.longer(family):
+        short, long = results.scores(replace(setting, steps=None)), results.scores(setting)
+        if short and long:
+            steps = tasks.task(setting.task).steps
+            rows.append([what(setting.task), label(setting.method), spread(family, short), spread(family, long)])
+    return table(["task", "method", f"{steps} steps", f"{4 * steps} steps"], rows) if rows else ""
+
+
+def calibration_table(results: Results, family: str) -> str:
+    """Masks by gradients, by the number of batches that they have seen."""
+    rows = []
+    for name, mask in itertools.product(single.far(family), ("grad", "snip")):
+        methods = [Shira(mask, r=single.rank(family), calibration=n) for n in single.CALIBRATIONS]
+        cells = [results.scores(Setting(name, method)) for method in methods]
+        if any(cells):
+            rows.append([what(name), label(methods[0]), *(spread(family, one) if one else "" for one in cells)])
+    return table(["task", "mask", *(f"{n} batches" for n in single.CALIBRATIONS)], rows) if rows else ""
+
+
+def density_rates_table(results: Results, family: str) -> str:
+    """The learning rates that experiment 2 ended at: the geometric mean over its tasks."""
+    found = Grid(results, family)
+    densities = [d for d in masks.DENSITIES if any(method.density == d for _, method in found.records)]
+    rows = []
+    for mask, granule in itertools.product(MASKS, masks.GRANULES):
+        cells = []
+        for density in densities:
+            method = Shira(mask, density=density, granule=granule)
+            rates = [
+                results.rate(Setting(name, method, budget=5)) for name in found.names if (name, method) in found.records
+            ]
+            known = [math.log(rate) for rate in rates if rate]
+            cells.append(f"{math.exp(mean(known)):.2g}" if known else "")
+        if any(cells):
+            rows.append([f"{NAMES[mask]}, granule {granule}", *cells])
+    return table(["mask", *map(percent, densities)], rows) if rows else ""
+
+
+def crowding_table(results: Results, family: str) -> str:
+    """Where the masks of experiment 1 lie: means over the tasks."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for run, result in results.lab.store(family):
+        if run["do"] == "crowding":
+            found.setdefault(label(from_description(run["method"])), []).append(result)
+    rows = [
+        [name, *(percent(round(mean(one[which] for one in several), 3)) for which in CROWDING)]
+        for name, several in found.items()
+    ]
+    heading = ["mask", "rows with an entry", "entries in a tenth of the rows", "columns", "in a tenth of the columns"]
+    return table(heading, rows) if rows else ""
+
+
+CROWDING = ("rows", "top_rows", "columns", "top_columns")
+
+
 def grid(family: str) -> list[tuple[str, Shira]]:
     """Every task and mask of experiment 2."""
     found = []
@@ -202,7 +260,9 @@ class Grid:
             found = results.study(Setting(name, method, budget=5))
             if found is not None and all(one["test"] is not None for one in found):
                 self.records[name, method] = found
-        self.tasks = [name for name in tasks.tasks(family) if any(task == name for task, _ in self.records)]
+        done = {name: sum(task == name for task, _ in self.records) for name in tasks.tasks(family)}
+        self.names = [name for name, count in done.items() if count and count >= 0.8 * max(done.values())]
+        """The tasks that are as good as done: tables are of the masks that were run on all of them."""
 
     def score(self, name: str, method: Shira) -> float:
         return mean(one["test"] for one in self.records[name, method])
@@ -226,7 +286,7 @@ class Grid:
 def density_table(results: Results, family: str) -> str:
     """Masks and granules by density: the mean over the tasks that every one of them was done on."""
     found = Grid(results, family)
-    names = [name for name in found.tasks if len([1 for task, _ in found.records if task == name]) >= 30]
+    names = found.names
     if not names:
         return ""
     methods = found.methods(names)
@@ -282,10 +342,8 @@ BUDGETS = {
 def front_table(results: Results, family: str, axis: str) -> str:
     """The best mask within a budget, of single entries and of granules."""
     found = Grid(results, family)
-    if not results.switching or not found.tasks:
-        return ""
-    names = [name for name in found.tasks if len([1 for task, _ in found.records if task == name]) >= 30]
-    if not names:
+    names = found.names
+    if not results.switching or not names:
         return ""
     methods = found.methods(names)
     unit, budgets = BUDGETS[axis]
@@ -545,6 +603,10 @@ def switching_table(results: Results) -> str:
 TABLES: dict[str, Callable[..., str]] = {
     "single": single_table,
     "rates": rates_table,
+    "steps": steps_table,
+    "calibration": calibration_table,
+    "density-rates": density_rates_table,
+    "crowding": crowding_table,
     "density": density_table,
     "compared": compared,
     "front": front_table,

@@ -8,7 +8,6 @@ own: it is on at full strength where its task is scored, and not fused.
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from benchmarks.quality import tasks
 from benchmarks.quality.experiments.single import rank
 from benchmarks.quality.lab import Job, Lab, Setting
-from benchmarks.quality.methods import Lora, Method, Shira
+from benchmarks.quality.methods import Lora, Method, Shira, is_whole
 from benchmarks.quality.task import Task
 from shira import Adapter, Entry, Switcher, merging, metrics
 
@@ -126,8 +125,7 @@ def measure(group: Sequence[str], adapters: Sequence[Adapter]) -> dict[str, Any]
 
 def split(task: str, adapter: Adapter) -> tuple[Adapter, Adapter]:
     """What is fused, and the parameters that are the task's own."""
-    whole = tasks.task(task).whole
-    mine = {name for name in adapter.weights if whole is not None and re.search(whole, name)}
+    mine = {name for name in adapter.weights if is_whole(tasks.task(task), name)}
 
     def part(keep: bool) -> Adapter:
         weights = {name: entry for name, entry in adapter.weights.items() if (name in mine) is keep}

@@ -1,14 +1,21 @@
 """Experiment 1: one adapter. SHiRA with each mask against LoRA, DoRA and full fine-tuning, at equal parameters.
 
 SHiRA has as many entries of every weight as LoRA of the same rank has parameters; DoRA has a magnitude for every row
-more; full fine-tuning trains everything.
+more; full fine-tuning trains everything. Beside it, on the farthest tasks: four times as many steps, masks that have
+seen more batches or fewer, and how far a mask's entries crowd into few rows and columns.
 """
 
 from __future__ import annotations
 
-from benchmarks.quality.lab import Job, Setting, bases, study
-from benchmarks.quality.methods import MASKS, Dora, Full, Lora, Method, Shira
-from benchmarks.quality.tasks import tasks
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.quality.lab import Job, Lab, Setting, bases, study
+from benchmarks.quality.methods import MASKS, Dora, Full, Lora, Method, Shira, is_whole
+from benchmarks.quality.tasks import task, tasks
+from shira.mask import refine
 
 RANKS = {"digits-mlp": 2, "digits-vit": 1, "minilm": 4}
 
@@ -26,4 +33,62 @@ def jobs(family: str, seeds: int) -> list[Job]:
     names = list(tasks(family))
     # Task by task, so that what was stopped early compares methods.
     settings = [Setting(name, method) for name in names for method in methods(family)]
-    return [*bases(0, names), *(study(0, setting, seeds) for setting in settings)]
+    found = [*bases(0, names), *(study(0, setting, seeds) for setting in settings)]
+    found += [study(0.8, setting, seeds) for setting in longer(family)]
+    found += [study(0.9, setting, seeds) for setting in calibrated(family)]
+    for setting in settings:
+        if isinstance(setting.method, Shira):
+            found.append(Job(0.5, 1, lambda lab, setting=setting: crowding(lab, setting)))  # type: ignore[misc]
+    return found
+
+
+def far(family: str) -> list[str]:
+    return list(tasks(family))[-2:]
+
+
+def longer(family: str) -> list[Setting]:
+    """Four times the steps: is what a method lacks time?"""
+    r = rank(family)
+    several = (Shira("rand", r=r), Shira("wm", r=r), Shira("snip", r=r), Lora(r), Full())
+    return [Setting(name, method, steps=4 * task(name).steps) for name in far(family) for method in several]
+
+
+CALIBRATIONS = (1, 8, 31)
+
+
+def calibrated(family: str) -> list[Setting]:
+    """Masks by gradients over other numbers of batches than 8."""
+    several = [Shira(mask, r=rank(family), calibration=n) for mask in ("grad", "snip") for n in CALIBRATIONS if n != 8]
+    return [Setting(name, method) for name in far(family) for method in several]
+
+
+def crowding(lab: Lab, setting: Setting) -> dict[str, Any]:
+    """The share of rows and columns that have an entry, and the share of entries in the fullest tenth of the rows (of
+    the columns): means over the weights."""
+    seed = lab.seeds[0]
+    run = {"do": "crowding", "task": setting.task, "method": setting.method.describe(), "seed": seed}
+
+    def do() -> dict[str, Any]:
+        one = task(setting.task)
+        with setting.method.attached(one.base(), one, 1e-3, seed) as attached:
+            adapter = attached.adapter()
+        numbers: dict[str, list[float]] = {"rows": [], "columns": [], "top_rows": [], "top_columns": []}
+        for name, entry in adapter.weights.items():
+            if not is_whole(one, name):
+                m, n = entry.shape[0], entry.numel // entry.shape[0]
+                at = refine(entry.indices.long(), entry.granule, 1, entry.numel)
+                for which, lines in (
+                    ("rows", torch.bincount(at // n, minlength=m)),
+                    ("columns", torch.bincount(at % n, minlength=n)),
+                ):
+                    numbers[which].append(float((lines > 0).double().mean()))
+                    numbers[f"top_{which}"].append(fullest(lines))
+        return {which: sum(values) / len(values) for which, values in numbers.items()}
+
+    return lab.done(run, do)
+
+
+def fullest(counts: Tensor) -> float:
+    """The share of all that the fullest tenth of the lines has."""
+    most = counts.sort(descending=True).values[: max(1, len(counts) // 10)]
+    return float(most.sum() / counts.sum())

@@ -1,0 +1,233 @@
+"""The experiments still run, each at a tiny scale on the real digits; and what is made of their results."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn", reason="pip install -e '.[test]'")
+pytest.importorskip("peft", reason="pip install -e '.[test]'")
+pytest.importorskip("rich", reason="pip install -e '.[test]'")
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.quality import methods, report, store, tasks  # noqa: E402
+from benchmarks.quality import task as task_module  # noqa: E402
+from benchmarks.quality.experiments import EXPERIMENTS, fusion, masks, size  # noqa: E402
+from benchmarks.quality.lab import RATES, Lab, Setting, Stop  # noqa: E402
+from benchmarks.quality.methods import Dora, Full, Lora, Shira, from_description, train  # noqa: E402
+from benchmarks.quality.run import plan  # noqa: E402
+from benchmarks.quality.tasks import digits  # noqa: E402
+from shira import Switcher  # noqa: E402
+
+FAMILY = "digits-mlp-128"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """Two tasks for a base that has hardly been trained; returns a lab whose runs are three steps."""
+    monkeypatch.setattr(task_module, "CACHE", tmp_path)
+    monkeypatch.setattr(task_module, "_memory", {})
+    monkeypatch.setattr(digits, "PRETRAIN_STEPS", 20)
+    monkeypatch.setattr(digits, "SHIFTS", {name: digits.SHIFTS[name] for name in ("upright", "rotated-45", "permuted")})
+    monkeypatch.setattr(masks, "DENSITIES", (0.01,))
+    monkeypatch.setattr(masks, "GRANULES", (1, 16))
+    monkeypatch.setattr(fusion, "ALPHAS", (0.5, 1.0))
+    monkeypatch.setattr(size, "FRACTIONS", (0.1, 1.0))
+    monkeypatch.setattr(size, "DENSITIES", (0.01,))
+    tasks.tasks.cache_clear()
+    yield Lab(folder=tmp_path / "results", seeds=range(2), steps=3, cache=tmp_path / "adapters")
+    tasks.tasks.cache_clear()
+
+
+def test_every_experiment_runs_and_the_report_tells_it(tiny, tmp_path):
+    (tiny.folder).mkdir()
+    (tiny.folder / "switching.json").write_text((store.RESULTS / "switching.json").read_text())
+    jobs = plan([FAMILY], list(EXPERIMENTS), 2)
+    assert [job.rank for job in jobs] == sorted(job.rank for job in jobs)
+    for job in jobs:
+        job.do(tiny)
+    kept = (tiny.folder / f"{FAMILY}.jsonl").read_bytes()
+    done = {run["do"] for run, _ in store.Store(FAMILY, tiny.folder)}
+    assert done == {"base", "train", "crowding", "fusion", "transfer"}
+
+    # All is known now: the same again needs no time, and writes nothing.
+    again = Lab(folder=tiny.folder, seeds=range(2), until=0)
+    for job in jobs:
+        job.do(again)
+    assert (tiny.folder / f"{FAMILY}.jsonl").read_bytes() == kept
+
+    results = report.Results(tiny.folder, seeds=2)
+    template = (report.HERE / "page.md").read_text()
+    names = [match.split() for match in re.findall(r"^\{\{(.+?)\}\}$", template, flags=re.MULTILINE)]
+    assert {name for name, *_ in names} <= set(report.TABLES)
+    for name in report.TABLES:
+        arguments = {"compared": ["granules"], "front": ["switch"], "switching": []}.get(name, [])
+        families = [] if name == "switching" else [FAMILY]
+        text = report.page(f"{{{{{' '.join([name, *families, *arguments])}}}}}", results)
+        assert text.startswith(("|", "Mean over")), (name, text)
+        assert "nan" not in text
+
+
+def test_what_was_not_run_is_said(tmp_path):
+    text = report.page("before\n{{single digits-mlp}}\nafter", report.Results(tmp_path))
+    assert text == "before\n*Not yet run.*\nafter"
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Shira("rand", r=1), Shira("snip", r=1, granule=16, balanced=True), Lora(1), Dora(1), Full()],
+    ids=lambda method: method.kind + str(getattr(method, "mask", "")),
+)
+def test_an_adapter_is_what_was_trained(tiny, method):
+    """Switched on a fresh base it scores as the trained model did; and the same run gives the same bits again."""
+    task = tasks.task(f"{FAMILY}/permuted")
+    trained, again = (train(task, method, 3e-2, 1, 12) for _ in range(2))
+    assert trained.record == again.record
+    model = task.base()
+    switcher = Switcher(model)
+    switcher.add("it", trained.adapter)
+    switcher.activate("it")
+    for split in ("validation", "test"):
+        assert task.score(model, split) == trained.record[split]
+    switcher.deactivate()
+    assert task.score(model) != trained.record["test"]
+    assert from_description(json.loads(json.dumps(method.describe()))) == method
+
+
+def test_equal_parameters(tiny):
+    task = tasks.task(f"{FAMILY}/permuted")
+    lora = train(task, Lora(2), 1e-2, 0, 1).record["trainable"]
+    for mask in ("rand", "wm", "snip"):
+        assert train(task, Shira(mask, r=2), 1e-2, 0, 1).record["trainable"] == lora
+    assert 0.9 * lora < train(task, Shira("struct", r=2), 1e-2, 0, 1).record["trainable"] <= lora
+    rows = sum(task.base().get_parameter(f"{name}.weight").shape[0] for name in ("first", "second", "third"))
+    assert train(task, Dora(2), 1e-2, 0, 1).record["trainable"] == lora + rows
+
+
+def test_a_switch_costs_the_lines_it_touches(tiny):
+    task = tasks.task(f"{FAMILY}/permuted")
+    single = train(task, Shira("rand", density=0.04), 1e-2, 0, 1).record
+    assert single["lines"] == pytest.approx(1 - 0.96**32, abs=0.05)
+    block = train(task, Shira("rand", density=0.04, granule=32), 1e-2, 0, 1).record
+    assert block["lines"] == pytest.approx(0.04, abs=0.002)
+    assert single["nnz"] == pytest.approx(block["nnz"], rel=0.03)  # whole granules
+    assert block["bytes"] < single["bytes"]
+
+
+@pytest.mark.parametrize("granule", [1, 8])
+@pytest.mark.parametrize("mask", ["rand", "wm"])
+def test_balanced_masks_have_as_many_granules_in_every_row(mask, granule):
+    weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
+    weight[3] *= 100  # magnitudes crowd here
+    density = 0.25
+    one = Shira(mask, density=density, granule=granule, balanced=True).make(5)
+    indices = one("w", weight)
+    counts = torch.bincount(indices // (64 // granule), minlength=24)
+    assert len(indices) == one.count("w", weight)
+    assert int(counts.max() - counts.min()) <= 1
+    if mask == "wm":
+        best = weight.abs().view(24, -1, granule).sum(2).topk(int(counts.min()), dim=1).indices
+        for row in range(24):
+            assert {row * (64 // granule) + int(column) for column in best[row]} <= set(indices.tolist())
+    other = Shira(mask, density=density, granule=granule, balanced=True, part=1).make(5)("w", weight)
+    assert not torch.isin(other, indices).any()
+
+
+def test_the_rate_is_searched_up_and_down_within_the_budget():
+    class Known(Lab):
+        def train(self, setting, lr, seed):
+            tried.append(lr)
+            return {"validation": curve(lr), "test": None}
+
+    def search(budget=6):
+        tried.clear()
+        return Known(seeds=[0]).tuned(Setting("x/y", Shira(r=1), budget=budget)), list(tried)
+
+    tried: list[float] = []
+    curve = lambda lr: -abs(math.log10(lr) - math.log10(1e-2))  # noqa: E731
+    assert search() == (1e-2, [1e-1, 3e-2, 1e-2, 3e-3, 3e-1][:4])
+    curve = lambda lr: lr if lr < 2 else None  # noqa: E731
+    assert search() == (1.0, [1e-1, 3e-2, 3e-1, 1.0, 3.0])
+    curve = lambda lr: -lr  # noqa: E731
+    rate, tried_now = search(budget=3)
+    assert (rate, len(tried_now)) == (1e-2, 3)
+    curve = lambda lr: 0.5  # noqa: E731
+    rate, _ = search()
+    assert rate in RATES
+
+
+def test_results_survive_a_cut_line(tmp_path):
+    first = store.Store("x", tmp_path)
+    first.add({"task": "x/a", "lr": 0.1}, {"test": 0.5, "loss": math.nan, "many": [1.0, math.inf]})
+    first.add({"task": "x/b", "lr": 0.1}, {"test": 1 / 3})
+    whole = first.path.read_bytes()
+    for cut in (1, 5, 20):
+        first.path.write_bytes(whole[:-cut])
+        again = store.Store("x", tmp_path)
+        assert len(again) == 1
+        assert again.get({"lr": 0.1, "task": "x/a"}) == {"test": 0.5, "loss": None, "many": [1.0, None]}
+        assert again.get({"task": "x/b", "lr": 0.1}) is None
+        assert again.add({"task": "x/b", "lr": 0.1}, {"test": 1 / 3}) == {"test": 0.3333333}
+        assert first.path.read_bytes() == whole
+    first.path.write_bytes(b'{"run": 1}\n' + whole)
+    with pytest.raises(ValueError, match="line 1 is no result"):
+        store.Store("x", tmp_path)
+
+
+def test_the_time_is_up_between_two_runs(tiny):
+    setting = Setting(f"{FAMILY}/permuted", Shira(r=1))
+    tiny.until = time.time() - 1
+    with pytest.raises(Stop):
+        tiny.train(setting, 0.1, 0)
+    tiny.until = math.inf
+    result = tiny.train(setting, 0.1, 0)
+    tiny.until = 0
+    assert tiny.train(setting, 0.1, 0) == result
+
+
+def test_a_result_belongs_to_all_that_was_run():
+    """No two settings share a key, and defaults that are spelled out do not make another."""
+    base = Setting("x/y", Shira("rand", r=2))
+    others = [
+        dataclasses.replace(base, **change)
+        for change in (
+            {"task": "x/z"},
+            {"steps": 7},
+            {"fraction": 0.5},
+            {"method": Shira("wm", r=2)},
+            {"method": Shira("rand", r=2, granule=4)},
+            {"method": Shira("rand", r=2, part=1)},
+            {"method": Lora(2)},
+        )
+    ]
+    runs = [base.run(0.1, 0), base.run(0.3, 0), base.run(0.1, 1), *(other.run(0.1, 0) for other in others)]
+    assert len({store.key(run) for run in runs}) == len(runs)
+    assert store.key(Setting("x/y", Shira("rand", r=2, granule=1)).run(0.1, 0)) == store.key(runs[0])
+    assert methods.Shira().describe() == {"kind": "shira"}
+
+
+def test_the_page_is_what_the_results_say():
+    template = (report.HERE / "page.md").read_text(encoding="utf-8")
+    assert report.PAGE.read_text(encoding="utf-8") == report.page(template, report.Results()), (
+        "python -m benchmarks.quality.report writes it"
+    )
+    for name in re.findall(r"\]\((quality/[^)]+)\)", template):
+        assert (report.PAGE.parent / name).is_file()
