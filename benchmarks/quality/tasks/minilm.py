@@ -2,7 +2,7 @@
 
 Each task asks for something that a sentence's embedding does not tell plainly:
 
-- ``characters``: a character's general category, by its Unicode name; blocks of 64 characters stay together;
+- ``characters``: a character's general category, by its Unicode name; rows of 16 characters stay together;
 - ``order``: whether the words of a docstring's sentence are in their order, or mixed; modules stay together;
 - ``names``: whether a name in a program is that of a function, a class, an argument, ...; modules stay together.
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.quality.task import Task, cached
+from benchmarks.quality.task import cached
 from benchmarks.quality.tasks import corpus
 
 WIDTH, BATCH, TOKENS = 384, 16, 16
@@ -48,7 +48,7 @@ def characters() -> dict[str, list[Row]]:
     blocks: dict[str, list[Row]] = {}
     for code, name, category in corpus.characters():
         if category in CATEGORIES:
-            blocks.setdefault(f"{code >> 6:x}", []).append((name.lower(), CATEGORIES[category]))
+            blocks.setdefault(f"{code >> 4:x}", []).append((name.lower(), CATEGORIES[category]))
     return blocks
 
 
@@ -257,10 +257,12 @@ class Classification:
         return rf"^heads\.{self.kind}\."
 
     def provenance(self) -> dict[str, str]:
+        """Of the task's data."""
         return corpus.provenance(f"{text}\n{label}" for members in rows(self.kind).values() for text, label in members)
 
     def base(self) -> nn.Module:
-        return cached(self.family, make, fit_heads)
+        known = corpus.provenance(task.provenance()["sha256"] for task in tasks(self.family))  # to the heads
+        return cached(f"{self.family}-{known['sha256'][:8]}", make, fit_heads)
 
     def batches(self, seed: int, steps: int, fraction: float = 1.0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         tokens, classes = examples(self.kind, "train")
@@ -287,5 +289,5 @@ class Classification:
         return [{"ids": ids, "there": there, "kind": self.kind} for ids, there, _ in ordered(self.kind, "validation")]
 
 
-def tasks(family: str) -> list[Task]:
+def tasks(family: str) -> list[Classification]:
     return [Classification(kind, family) for kind in DOCUMENTS]
