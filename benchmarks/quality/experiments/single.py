@@ -26,14 +26,18 @@ def rank(family: str) -> int:
 
 def methods(family: str) -> list[Method]:
     r = rank(family)
-    return [*(Shira(mask, r=r) for mask in MASKS), Lora(r), Dora(r), Full()]
+    granules = [Shira(mask, r=r, granule=16) for mask in ("rand", "wm")]
+    return [*(Shira(mask, r=r) for mask in MASKS), *granules, Lora(r), Dora(r), Full()]
 
 
 def jobs(family: str, seeds: int) -> list[Job]:
     names = list(tasks(family))
     # Task by task, so that what was stopped early compares methods.
     settings = [Setting(name, method) for name in names for method in methods(family)]
-    found = [*bases(0, names), *(study(0, setting, seeds) for setting in settings)]
+    found: list[Job] = [*bases(0, names)]
+    for setting in settings:
+        first = setting.method.kind == "lora" or getattr(setting.method, "mask", None) in ("rand", "wm")
+        found.append(study(0 if first else 0.2, setting, seeds))
     found += [study(0.8, setting, seeds) for setting in longer(family)]
     found += [study(0.9, setting, seeds) for setting in calibrated(family)]
     for setting in settings:
