@@ -15,7 +15,7 @@ def assert_no_leak(documents, splits):
     """Every row comes from one document's split alone, and no row, however often it occurs, is in two splits."""
     kept = {split: set(rows) for split, rows in splits.items()}
     assert all(kept.values())
-    assert not (kept["test"] & kept["validation"] or kept["test"] & kept["train"] or kept["validation"] & kept["train"])
+    assert sum(map(len, kept.values())) == len(set().union(*kept.values()))
     for name, rows in documents.items():
         # What a document shares with an earlier one is there, not here; the rest is together.
         shared = {row for other, others in documents.items() if other != name for row in others}
@@ -41,11 +41,11 @@ def test_documents_stay_together_and_no_row_is_in_two_splits():
 
 
 def test_characters_are_the_same_text_on_every_python():
-    assert minilm.Classification("characters").provenance()["sha256"] == "d73728873645c336"
+    assert minilm.Classification("characters").provenance()["sha256"] == "b91da88856fe0671"
     assert corpus.provenance(gpt.texts("characters").values())["sha256"] == "11924edbe24ed449"
 
 
-@pytest.mark.parametrize("kind", ["characters", "order", "names"])
+@pytest.mark.parametrize("kind", ["characters", "order", "keywords"])
 def test_classification_is_balanced_and_its_splits_share_nothing(kind):
     documents, rows = minilm.DOCUMENTS[kind](), minilm.rows(kind)
     assert_no_leak(documents, rows)

@@ -19,7 +19,7 @@ from shira import Adapter
 RATES = tuple(float(f"{digit}e{power}") for power in range(-5, 1) for digit in (1, 3))
 """Learning rates that are tried: 1e-5, 3e-5, ... 3."""
 
-SLOWER = {"minilm": 2, "gpt-s": 1, "gpt-m": 1, "gpt-l": 1}
+SLOWER = {"minilm": 1, "gpt-s": 1, "gpt-m": 1, "gpt-l": 1}
 """How many rates below a method's own start the search begins for a family, the same for all methods."""
 
 

@@ -32,7 +32,8 @@ def methods(family: str) -> list[Method]:
 
 def jobs(family: str, seeds: int) -> list[Job]:
     names = list(tasks(family))
-    settings = [Setting(name, method) for method in methods(family) for name in names]
+    # Task by task, so that what was stopped early compares methods.
+    settings = [Setting(name, method) for name in names for method in methods(family)]
     found: list[Job] = [*bases(0, names)]
     r = rank(family)
     first = (Shira("rand", r=r), Shira("wm", r=r), Lora(r))

@@ -148,8 +148,8 @@ class Text:
         return corpus.provenance([*texts(self.kind).values(), *corpus.library().values()])
 
     def base(self) -> nn.Module:
-        width = WIDTHS[self.family]
-        return cached(self.family, lambda: make(width), lambda model: pretrain(model, self.family, PRETRAIN_STEPS))
+        name = f"{self.family}-{corpus.provenance(corpus.library().values())['sha256'][:8]}"
+        return cached(name, lambda: make(WIDTHS[self.family]), lambda model: pretrain(model, name, PRETRAIN_STEPS))
 
     def batches(self, seed: int, steps: int, fraction: float = 1.0) -> Iterator[Tensor]:
         text = data(self.kind, "train")

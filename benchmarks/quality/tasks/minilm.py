@@ -2,9 +2,9 @@
 
 Each task asks for something that a sentence's embedding does not tell plainly:
 
-- ``characters``: a character's general category, by its Unicode name; blocks of 64 characters stay together;
+- ``characters``: a character's general category, by its Unicode name; rows of 16 characters stay together;
 - ``order``: whether the words of a docstring's sentence are in their order, or mixed; modules stay together;
-- ``names``: whether a name in a program is that of a function, a class, an argument, ...; modules stay together.
+- ``keywords``: the keyword that a statement of Python begins with, by the rest of its line; modules stay together.
 
 The base has a head for each task, fitted alone on the frozen model's embeddings (logistic regression): what an adapter
 adds to the base's score is what changing the weights adds, and masks that look at gradients see those of the task. The
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -26,17 +25,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.quality.task import Task, cached
+from benchmarks.quality.task import cached
 from benchmarks.quality.tasks import corpus
 
 WIDTH, BATCH, TOKENS = 384, 16, 16
-COUNTS = {"train": 1200, "validation": 240, "test": 360}
+COUNTS = {"train": 1200, "validation": 240, "test": 300}
 """Texts in each split, as many of each class."""
 DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the heads' fit, chosen on validation
 
 Row = tuple[str, str]
 """A text and its label."""
 
+KEYWORDS: dict[type[ast.AST], str] = {ast.For: "for", ast.If: "if", ast.Raise: "raise", ast.Return: "return"}
 CATEGORIES = {
     "Ll": "lower case", "Lu": "upper case", "Lo": "other letter", "Mn": "mark", "Sm": "mathematics",
     "So": "other symbol",
@@ -48,7 +48,7 @@ def characters() -> dict[str, list[Row]]:
     blocks: dict[str, list[Row]] = {}
     for code, name, category in corpus.characters():
         if category in CATEGORIES:
-            blocks.setdefault(f"{code >> 6:x}", []).append((name.lower(), CATEGORIES[category]))
+            blocks.setdefault(f"{code >> 4:x}", []).append((name.lower(), CATEGORIES[category]))
     return blocks
 
 
@@ -77,42 +77,22 @@ def order() -> dict[str, list[Row]]:
     return modules
 
 
-def spoken(name: str) -> str:
-    """``get_HTTPResponse`` as it is said: its words, without case."""
-    return re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name.strip("_")).replace("_", " ").lower().strip()
-
-
-def named(source: str) -> Iterator[Row]:
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ClassDef):
-            yield node.name, "class"
-        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            if not node.name.startswith("__"):
-                yield node.name, "function"
-            for argument in node.args.args:
-                yield argument.arg, "argument"
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            yield node.attr, "attribute"
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.isupper():
-            yield node.targets[0].id, "constant"
-
-
 @functools.cache
-def names() -> dict[str, list[Row]]:
-    """Names that are of one kind everywhere."""
-    modules = {
-        path: [(spoken(name), kind) for name, kind in named(source)] for path, source in corpus.library().items()
-    }
-    kinds: dict[str, set[str]] = {}
-    for name, kind in itertools.chain.from_iterable(modules.values()):
-        kinds.setdefault(name, set()).add(kind)
-    return {
-        path: [row for row in rows if len(kinds[row[0]]) == 1 and len(row[0]) > 2] for path, rows in modules.items()
-    }
+def keywords() -> dict[str, list[Row]]:
+    """First lines of statements, of up to 60 letters."""
+    modules: dict[str, list[Row]] = {}
+    for path, source in corpus.library().items():
+        rows = modules.setdefault(path, [])
+        for node in ast.walk(ast.parse(source)):
+            if keyword := KEYWORDS.get(type(node)):
+                line = ast.unparse(node).partition("\n")[0].removeprefix(keyword).removesuffix(":").strip()
+                if 3 < len(line) <= 60:
+                    rows.append((line, keyword))
+    return modules
 
 
 # From near to far, by what the base scores.
-DOCUMENTS = {"characters": characters, "order": order, "names": names}
+DOCUMENTS = {"characters": characters, "order": order, "keywords": keywords}
 
 
 @functools.cache
@@ -257,10 +237,12 @@ class Classification:
         return rf"^heads\.{self.kind}\."
 
     def provenance(self) -> dict[str, str]:
+        """Of the task's data."""
         return corpus.provenance(f"{text}\n{label}" for members in rows(self.kind).values() for text, label in members)
 
     def base(self) -> nn.Module:
-        return cached(self.family, make, fit_heads)
+        known = corpus.provenance(task.provenance()["sha256"] for task in tasks(self.family))  # to the heads
+        return cached(f"{self.family}-{known['sha256'][:8]}", make, fit_heads)
 
     def batches(self, seed: int, steps: int, fraction: float = 1.0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         tokens, classes = examples(self.kind, "train")
@@ -287,5 +269,5 @@ class Classification:
         return [{"ids": ids, "there": there, "kind": self.kind} for ids, there, _ in ordered(self.kind, "validation")]
 
 
-def tasks(family: str) -> list[Task]:
+def tasks(family: str) -> list[Classification]:
     return [Classification(kind, family) for kind in DOCUMENTS]
