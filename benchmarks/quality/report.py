@@ -604,6 +604,12 @@ def switching_table(results: Results) -> str:
     return table(["", *map(percent, masks.DENSITIES)], rows)
 
 
+def plot(results: Results, family: str, name: str) -> str:
+    """A plot, where there was something to draw."""
+    file = f"{name}-{family}.png"
+    return f"![{name}, {family}](quality/{file})" if (PLOTS / file).exists() else ""
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "single": single_table,
     "rates": rates_table,
@@ -621,6 +627,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "transfer": transfer_table,
     "growth": growth_table,
     "switching": switching_table,
+    "plot": plot,
 }
 
 
@@ -648,8 +655,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     results = Results(given.results)
     given.out.parent.mkdir(parents=True, exist_ok=True)
+    plots.draw(results, given.out.parent / "quality")  # the page shows those there are
     given.out.write_text(page((HERE / "page.md").read_text(encoding="utf-8"), results), encoding="utf-8")
-    plots.draw(results, given.out.parent / "quality")
 
 
 if __name__ == "__main__":
