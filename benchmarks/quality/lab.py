@@ -108,16 +108,17 @@ class Lab:
         return adapter
 
     def tuned(self, setting: Setting) -> float:
-        """The learning rate with the best validation score at the first seed; of equals, the lowest.
+        """The learning rate with the best validation score at the first seed; of equals, that of the lower last loss.
 
         From where the method starts in both directions, until a lower and a higher rate are worse than the best, or
         the budget, the same for every method, is spent.
         """
-        scores: dict[int, float] = {}
+        scores: dict[int, tuple[float, float]] = {}
 
         def score(at: int) -> None:
-            found = self.train(setting, RATES[at], self.seeds[0])["validation"]
-            scores[at] = -math.inf if found is None else found
+            found = self.train(setting, RATES[at], self.seeds[0])
+            validation, loss = found["validation"], found["loss"]
+            scores[at] = -math.inf if validation is None else validation, -math.inf if loss is None else -loss
 
         family = setting.task.partition("/")[0]
         low = high = RATES.index(setting.method.start) - SLOWER.get(family, 0)

@@ -98,9 +98,11 @@ def front(results: Results, family: str, pyplot: Any) -> Any:
         both[1].scatter(100 * found.cost(method, "bytes") / (2 * total), y, **style)
     both[0].set_xlabel("ms to switch a 4096 x 4096 bfloat16 layer")
     both[1].set_xlabel("file, % of the weights' bytes")
-    both[0].set_ylabel(f"{axis_name(family)}, mean of {len(names)} tasks")
-    for axes in both:
+    both[0].set_ylabel(f"{axis_name(family)}, tasks: {len(names)}")
+    for axes, ticks in zip(both, ((0.1, 0.2, 0.5, 1, 2, 4), (0.3, 1, 3, 10, 30)), strict=True):
         axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
     for granule, color in COLORS.items():
         both[0].scatter([], [], color=color, s=14, label=f"granule {granule}")
     for mask, marker in MARKERS.items():

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.quality import tasks
 from benchmarks.quality.experiments.single import rank
-from benchmarks.quality.lab import Job, Lab, Setting
+from benchmarks.quality.lab import RATES, Job, Lab, Setting
 from benchmarks.quality.methods import Lora, Method, Shira, is_whole
 from benchmarks.quality.task import Task
 from shira import Adapter, Entry, Switcher, merging, metrics
@@ -31,13 +31,18 @@ def groups(family: str) -> list[tuple[str, ...]]:
     if len(names) > 2:
         middle = (len(names) - 3) // 2
         pairs += [(names[0], names[-1]), tuple(names[middle : middle + 3])]
-    return pairs[1:] + pairs[:1]
+    return pairs
+
+
+GENTLE = ("rand, one mask, a tenth of the rate", "wm, one mask, a tenth of the rate")
 
 
 def variants(family: str, count: int) -> dict[str, list[Method]]:
-    """Methods for ``count`` adapters that are to be fused, by name."""
+    """Methods for ``count`` adapters that are to be fused, by name; those of `GENTLE` move less far from the base."""
     r = rank(family)
     found: dict[str, list[Method]] = {"lora": [Lora(r)] * count}
+    for name, mask in zip(GENTLE, ("rand", "wm"), strict=True):
+        found[name] = [Shira(mask, r=r)] * count
     for mask in ("rand", "wm", "struct", "snip", "grad"):
         found[f"{mask}, own masks" if mask in ("snip", "grad") else f"{mask}, one mask"] = [Shira(mask, r=r)] * count
     for mask in ("rand", "wm"):
@@ -66,6 +71,8 @@ def fused(lab: Lab, group: Sequence[str], methods: Sequence[Method], name: str, 
     settings = [Setting(task, method) for task, method in zip(group, methods, strict=True)]
     # The rate of the plain method: a disjoint part is the same kind of mask.
     rates = [lab.tuned(Setting(task, _plain(method))) for task, method in zip(group, methods, strict=True)]
+    if name in GENTLE:
+        rates = [RATES[max(0, RATES.index(rate) - 2)] for rate in rates]
     described = [method.describe() for method in methods]
     run = {"do": "fusion", "task": group[0], "with": list(group[1:]), "methods": described, "lrs": rates, "seed": seed}
 

@@ -35,9 +35,9 @@ def jobs(family: str, seeds: int) -> list[Job]:
     # Task by task, so that what was stopped early compares methods.
     settings = [Setting(name, method) for name in names for method in methods(family)]
     found: list[Job] = [*bases(0, names)]
-    for setting in settings:
-        first = setting.method.kind == "lora" or getattr(setting.method, "mask", None) in ("rand", "wm")
-        found.append(study(0 if first else 0.2, setting, seeds))
+    r = rank(family)
+    first = (Shira("rand", r=r), Shira("wm", r=r), Lora(r))
+    found += [study(0 if setting.method in first else 0.2, setting, seeds) for setting in settings]
     found += [study(0.8, setting, seeds) for setting in longer(family)]
     found += [study(0.9, setting, seeds) for setting in calibrated(family)]
     for setting in settings:
