@@ -85,6 +85,8 @@ def keywords() -> dict[str, list[Row]]:
         rows = modules.setdefault(path, [])
         for node in ast.walk(ast.parse(source)):
             if keyword := KEYWORDS.get(type(node)):
+                if isinstance(node, (ast.If, ast.For)):
+                    node.body = node.orelse = []  # what walk() is to see of it, it has queued
                 line = ast.unparse(node).partition("\n")[0].removeprefix(keyword).removesuffix(":").strip()
                 if 3 < len(line) <= 60:
                     rows.append((line, keyword))
