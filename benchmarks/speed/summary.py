@@ -52,6 +52,8 @@ LINES = {
     "switch_ over two bf16": Line("switch_ 1 % to 1 % bf16, over revert + apply_", 1.1),
     "switch_ over two fp32": Line("switch_ 1 % to 1 % fp32, over revert + apply_", 1.05),
     "switch_ over two, one mask": Line("switch_ within one mask, over revert + apply_", 1.8),
+    "touch over two, one mask": Line("the same of touch: what no switch_ within one mask passes", None),
+    "switch_ of touch, one mask": Line("switch_ within one mask, of touch", None, ""),
     "check share bf16": Line("index checking, share of swap_ bf16", 10.0, " %", at_least=False),
     "check share fp32": Line("index checking, share of swap_ fp32", 10.0, " %", at_least=False),
     "fuse_ in touches bf16": Line("fuse_ 8 x 1 % bf16, in touches of the union", 1.8, at_least=False),
