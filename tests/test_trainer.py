@@ -242,7 +242,7 @@ def test_default_loss_is_the_models_own() -> None:
     before = trainer.evaluate([{"x": torch.ones(2, 4)}])
     trainer.fit(steps=3)
     assert trainer.loss < before
-    with pytest.raises(ValueError, match=r"a batch must be .*, got int; give loss="):
+    with pytest.raises(ValueError, match=r"a batch must be .*, got int; for any other give loss="):
         Trainer(tuner, [1], progress=False).fit(steps=1)
     with pytest.raises(ValueError, match="data must be batches, as a list or a DataLoader, got int"):
         Trainer(tuner, 1, progress=False)  # type: ignore[arg-type]
