@@ -257,22 +257,22 @@ def fresh(state: dict[str, float]) -> torch.Tensor:
     return _fresh(tuple(state.items()))
 
 
-def test_adapters_added_while_another_is_on_the_same_weights() -> None:
-    for active, added in itertools.permutations(NAMES, 2):
-        for state in ({added: 0.5}, {name: 1.0 for name in NAMES if name in (active, added)}, {}):
+@pytest.mark.parametrize("count", [1, 2])
+def test_adapters_added_while_others_are_on_the_same_weights(count: int) -> None:
+    for *active, added in itertools.permutations(NAMES, count + 1):
+        for state in ({added: 0.5}, dict.fromkeys((*active, added), 1.0), {}):
             model = model_of(torch.bfloat16)
             base = bits(model)
             switcher = Switcher(model)
-            switcher.add(active, adapter_of(model, active))
-            switcher.activate(active)
+            for name in active:
+                switcher.add(name, adapter_of(model, name))
+            switcher.activate(dict.fromkeys(active, 1.0))
             switcher.add(added, adapter_of(model_of(torch.bfloat16), added))
             switcher.verify()
             go(switcher, state)
-            if len(state) < 2:
-                assert differing(bits(model), fresh(state)) == 0
-            else:  # in the order they were added
-                switcher.deactivate(active)
-                assert differing(bits(model), fresh({added: 1.0})) == 0
+            for name in active if len(state) > 1 else ():  # what was added is left alone at the end
+                switcher.deactivate(name)
+            assert differing(bits(model), fresh(switcher.active)) == 0
             switcher.verify(full=True)
             switcher.deactivate()
             assert differing(bits(model), base) == 0
