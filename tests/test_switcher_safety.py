@@ -8,6 +8,7 @@ import functools
 import gc
 import itertools
 import pickle
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from torch import nn
 import shira_ops
 from shira import Adapter, AdapterError, Entry, SparseTuner, Switcher, SwitchError, _layout, _live, _model, masks
 from shira._live import Weight
+from shira_ops import reference
 from switcher_walk import NAMES, PLANS, adapter_of, bits, differing, model_of, restore
 
 OPS = ("foreach_scatter_", "foreach_switch_", "foreach_apply_", "fuse_", "fuse_plan", "gather", "scatter_",
@@ -241,6 +243,45 @@ def test_an_error_at_any_op_of_a_first_activation(
             assert differing(bits(model), base) == 0, (before, after, number, late)
             switcher.verify(full=True)
     assert injected > 60
+
+
+def test_an_interrupt_within_an_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ops in Python, as other backends have, may come to no end: at any of their lines."""
+    for name in ("foreach_scatter_", "foreach_switch_", "foreach_apply_"):
+        monkeypatch.setattr(shira_ops, name, getattr(reference, name))
+    left = 0
+
+    def traced(frame: Any, event: str, _: Any) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename != reference.__file__:
+            return None
+        if event == "line":
+            left -= 1
+            if left < 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return traced
+
+    for lines in itertools.count():
+        model, switcher = switcher_of()
+        base = bits(model)
+        switcher.activate("c")
+        state, left = bits(model), lines
+        try:
+            sys.settrace(traced)
+            switcher.activate("d")
+        except KeyboardInterrupt:
+            assert switcher.active == {"c": 0.5}
+        finally:
+            sys.settrace(None)
+        if switcher.active == {"d": 1.0}:
+            break
+        assert differing(bits(model), state) == 0, lines
+        go(switcher, {"d": 1.0} if lines % 2 else {})
+        go(switcher, {})
+        assert differing(bits(model), base) == 0, lines
+        switcher.verify(full=True)
+    assert lines > 100
 
 
 @functools.cache
