@@ -17,7 +17,7 @@ namespace {
 
 using core::Score;
 
-constexpr int kItems = 8;
+constexpr int kItems = 4;
 constexpr int kTile = kThreads * kItems;
 constexpr int kDigit = 11, kBins = 1 << kDigit;
 
@@ -290,7 +290,7 @@ Tensor sorted(const Tensor& tensor) {
 
 // ---- as csrc/select_ops.h calls them -----------------------------------------------------------------------
 
-constexpr int kBlocks = 1024, kMostRounds = 8;  // about as many blocks as the largest GPUs run at once
+constexpr int kBlocks = 1024, kMostRounds = 16;  // about as many blocks as the largest GPUs run at once
 
 struct Cuda {
   static Tensor top(const Tensor& weight, const Tensor* grad, int64_t k, Score score, int64_t granule) {
