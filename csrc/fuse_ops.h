@@ -32,6 +32,7 @@ struct FuseOps {
                   device_name(indices[0]), ", got ", device_name(indices[k]));
       check_indices(op, name, indices[k]);
     }
+    for (size_t k = 0; k < indices.size(); ++k) check_memory(op, {"indices", static_cast<int64_t>(k)}, indices[k]);
     return Backend::plan(indices);
   }
 

@@ -87,6 +87,8 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
         found = list(tensors(given))
         if mutated:
             checks.overlap(op, found)
+        else:
+            checks.memory(op, [(name, tensor) for name, tensor, _ in found])
         device = found[0][1].device if found else given.get("device")
         with torch.cuda.device(device) if device is not None and device.type == "cuda" else nullcontext():
             return function(**given)
