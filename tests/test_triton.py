@@ -45,7 +45,8 @@ CONTRACT = {
     " or narrow",
     "optimize": "test_step and -3] or variants and (float16 or float64) or lists_of or overloads or test_dense",
     "select": "nan_comes or zero_times or in_entry or test_narrow or ignores or ties"
-    " or bfloat16-magnitude-3] or float32-grad-1] or float64-snip-8] or test_random",
+    " or bfloat16-magnitude-3] or float32-grad-1] or float64-snip-8]"
+    " or test_random_is or test_random_of or test_random_takes or test_random_device or test_random and 65-3]",
     "codec": "test_refused",
     "fingerprint": "bfloat16 or uint8 and not past or complex64 or frozen or all_granules or shape_does",
     "refusals": "test_overlap or test_order or test_a_gpu or test_dtype or test_strengths or test_one_weight_twice"
