@@ -95,6 +95,7 @@ LINES = {
     "snip calibration fp32": Line("Snip calibration fp32, over plain forward and backward", 1.3, at_least=False),
     "load": Line("load from disk and switch on, over PEFT's load_adapter + merge", 200.0),
     "load of bound": Line("load 16 layers and switch on, over reading and touching them", 1.3, at_least=False),
+    "first of bound": Line("load a first adapter and switch it on, over reading it and the base and touching", None),
     "difference": Line("from_difference of mapped checkpoints, of read speed", 0.5, ""),
     "difference memory": Line("from_difference of 2 GB, memory of its own", 1000.0, " MB", at_least=False),
     "load over plain": Line("load from disk and switch on, over safetensors + index_copy_ unchecked", None),
