@@ -15,6 +15,7 @@ STABLE_TORCH_LIBRARY(shira_emul, m) {
 
 static shira::Tensor select_random(int64_t numel, int64_t k, int64_t seed, std::optional<torch::stable::Device>,
                                    int64_t granule) {
+  shira::check_select_random(numel, k, granule);  // a refusal from within a dispatched call loses its words
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
   return shira::select_random_on("shira_emul::_select_random", cpu, numel, k, seed, granule);
 }
