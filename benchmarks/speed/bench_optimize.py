@@ -1,6 +1,6 @@
 """AdamW on 1 % of layers of 4096 x 4096, in the weights: beside plain torch on the values alone, and on whole weights.
 
-stock   torch.optim.AdamW(fused=True) over the values of all layers, then a cast and index_copy_ or put_ into each weight
+stock   torch.optim.AdamW(fused=True) over the values of all layers, then a cast and index_copy_ or put_
 dense   torch.optim.AdamW(fused=True) over the weights, after each dense gradient was multiplied by its mask: masked
         training as the paper describes it
 masked  the same with gradients that were masked beforehand: its step alone

@@ -1,11 +1,11 @@
 """The paper's figures again (arXiv 2406.13175v2): its Fig. 7 and its Tables 5 and 6. Table 7 is bench_training.py.
 
-Fig. 7: fusing a LoRA over switching, weights of 512 to 8192 square, the mean of many weights a size. The paper's pair is
-W + A B over Tensor.scatter_; beside it the fast pair, addmm_ over swap_.
+Fig. 7: fusing a LoRA over switching, weights of 512 to 8192 square, the mean of many weights a size. The paper's pair
+is W + A B over Tensor.scatter_; beside it the fast pair, addmm_ over swap_.
 
-Tables 5 and 6: load, fuse, unfuse and unload on the shapes of SDXL's attention (560 weights) and of LLaMA2-7B's q, k, v,
-up and down (160 weights), in bf16, the adapter's file in the page cache. A share of the layers is measured, and a larger
-share beside it shows that seconds grow with it.
+Tables 5 and 6: load, fuse, unfuse and unload on the shapes of SDXL's attention (560 weights) and of LLaMA2-7B's q, k,
+v, up and down (160 weights), in bf16, the adapter's file in the page cache. A share of the layers is measured, and a
+larger share beside it shows that seconds grow with it.
 """
 
 from __future__ import annotations
@@ -120,8 +120,10 @@ def bench_fig7(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, si
 
 
 def sdxl() -> list[tuple[int, int]]:
-    """One tenth of the attention of SDXL's UNet: to_q, to_k, to_v and to_out of self- and cross-attention of 7 of the 70
-    transformer layers, 1 of the 10 that are 640 wide and 6 of the 60 that are 1280 wide. The text is 2048 wide."""
+    """One tenth of the attention of SDXL's UNet: to_q, to_k, to_v and to_out of self- and cross-attention.
+
+    7 of its 70 transformer layers: 1 of the 10 that are 640 wide, 6 of the 60 that are 1280 wide. Text is 2048 wide.
+    """
     shapes = []
     for wide in (640, *[1280] * 6):
         shapes += [(wide, wide)] * 6 + [(wide, 2048)] * 2
@@ -184,7 +186,7 @@ def bench_end_to_end(benchmark: BenchmarkFixture, threads: int, model: str, part
         model=model,
         share=[parts, of],
         rank=rank,
-        tensors=len(weights),
+        shapes=[list(weight.shape) for weight in weights],
         weight_bytes=sum(weight.nbytes for weight in weights),
         nnz=made.nnz,
         file_bytes={name: one.file_bytes for name, one in {"shira": ours, **others}.items()},

@@ -1,7 +1,7 @@
 """Every other way to put an adapter into weights, beside `swap_`: each is named as what it is, and is run for real.
 
-A mask of 1 % on layers of 4096 x 4096, or a LoRA of as many parameters. Those of plain torch keep the base's entries, as
-swap_ does; no other way brings the base back bit for bit.
+A mask of 1 % on layers of 4096 x 4096, or a LoRA of as many parameters. Those of plain torch keep the base's entries,
+as swap_ does; no other way brings the base back bit for bit.
 
 index_copy_, put_, index_put_, scatter_    plain torch: index_select keeps what they overwrite
 W += COO, W += CSR    adding a sparse tensor of torch's that holds the difference
@@ -153,8 +153,8 @@ def bench_loads(benchmark: BenchmarkFixture, threads: int, tmp_path: Path) -> No
     ways: dict[str, Callable[[], None]] = {name: Steps(cycle.steps()) for name, cycle in others.items()}
     ways["PEFT LoRA hotswap, not merged"] = hotswap
     timing = compare(benchmark, ("shira", Steps(ours.steps())), ways, rounds=3 if settings.quick else 7)
-    report = Report(benchmark, threads, layers=len(some), rank=rank,
-                    file_bytes={"shira": ours.file_bytes, **{name: one.file_bytes for name, one in others.items()}})  # fmt: skip
+    sizes = {name: cycle.file_bytes for name, cycle in {"shira": ours, **others}.items()}
+    report = Report(benchmark, threads, layers=len(some), rank=rank, file_bytes=sizes)
     for name in ("shira", *others):
         timing.samples[name] = switched_on(timing, name)
     report.seconds(timing)

@@ -1,8 +1,8 @@
 """How the cost of a switch grows: with density, granule, weight, dtype, number of adapters and threads.
 
 Every point of an axis is a sweep over layers, and the points take turns in every round. What each point has to move is
-kept beside its seconds: cache lines, which are read and written, and indices, values and base entries, which stream. The
-model in scaling.py is fitted to all points of a thread count at once, and report.py draws it beside them.
+kept beside its seconds: cache lines, which are read and written, and indices, values and base entries, which stream.
+The model in scaling.py is fitted to all points of a thread count at once, and report.py draws it beside them.
 """
 
 from __future__ import annotations

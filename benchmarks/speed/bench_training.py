@@ -1,10 +1,10 @@
 """A training step, forward + backward + optimizer: shira's tuner beside PEFT's LoRA, DoRA, SHiRA and Super-Tuning.
 
 The paper's Table 7 has LoRA, DoRA and SHiRA. All train as many parameters, r * (m + n) a layer, on the same frozen
-weights (DoRA also a magnitude for each row, and Super-Tuning has the same share of every weight): four linear layers of 4096 x 4096, and a
-Llama of four layers, 2048 wide, with LoRA's usual targets. Ours steps with `shira.AdamW`, PEFT's with the fused AdamW
-of torch. Time is of interleaved steps on warm caches: a step moves more than any cache holds. Memory is the largest
-resident size from before the model was made to the end of its third step.
+weights: four linear layers of 4096 x 4096, and a Llama of four layers, 2048 wide, with LoRA's usual targets. (DoRA also
+trains a magnitude for each row, and Super-Tuning the same share of every weight.) Ours steps with `shira.AdamW`, PEFT's
+with the fused AdamW of torch. Time is of interleaved steps on warm caches: a step moves more than any cache holds.
+Memory is the largest resident size from before the model was made to the end of its third step.
 
 The frozen model is the bound of all three: its own forward, and its backward from the loss to the first layer that is
 trained, with no parameters there.
@@ -32,13 +32,14 @@ from common import BF16, FP32, Report, compare, settings
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 shira = pytest.importorskip("shira")
-from peers import DORA, LORA, SHIRA, SUPER
+import peers  # noqa: E402
 
 TOKENS = 128
 TARGETS = {
     "linear": r"layers\.\d+",
     "llama": r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
 }
+LORA, DORA, SHIRA, SUPER = peers.LORA, peers.DORA, peers.SHIRA, peers.SUPER
 OURS, FROZEN = "shira", "the frozen model"
 WORDS = {LORA: "LoRA", DORA: "DoRA", SHIRA: "SHiRA", SUPER: "Super-Tuning"}
 

@@ -146,7 +146,7 @@ def adapter(weights: list[torch.Tensor], density: float = 0.01) -> shira.Adapter
 
 
 def plain_cycle(weights: list[torch.Tensor], made: shira.Adapter, folder: Path) -> Cycle:
-    """The same adapter by stock safetensors and index_copy_: int64 indices, nothing checked, the base's entries kept."""
+    """The same adapter by stock safetensors and index_copy_: nothing checked, the base's entries kept."""
     tensors = {}
     for i, entry in enumerate(made.weights.values()):
         tensors[f"{i}.indices"], tensors[f"{i}.values"] = entry.indices.to(torch.int64), entry.values
@@ -193,7 +193,7 @@ def our_cycle(weights: list[torch.Tensor], made: shira.Adapter, folder: Path, *,
 
 
 def prove_cycle(cycle: Cycle, weights: list[torch.Tensor], wanted: list[torch.Tensor] | None) -> None:
-    """Ours and plain torch's: the wanted bits, and the base again. The others: something, and the base within roundings."""
+    """Ours and plain torch's: the wanted bits, and the base's. The others: a change, and the base within roundings."""
     base = [weight.clone() for weight in weights]
     cycle.load()
     cycle.fuse()

@@ -76,10 +76,9 @@ class Regression:
 
     def __str__(self) -> str:
         line, variant, threads = self.key
-        where = f"{variant}, " if variant else ""
-        text = summary.LINES[line].text
-        plural = "s" * (threads > 1)
-        return f"{text} ({where}{threads} thread{plural}): {self.now:.3g}, was {self.before:.3g}: {self.factor:.2f} times as bad"
+        case = ", ".join(filter(None, (variant, f"{threads} thread{'s' * (threads > 1)}")))
+        text = f"{summary.LINES[line].text} ({case})"
+        return f"{text}: {self.now:.3g}, was {self.before:.3g}: {self.factor:.2f} times as bad"
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class Comparison:
 
 
 def compare(before: dict[str, Any], now: dict[str, Any]) -> Comparison:
-    """The ratios that got worse by more than WORSE. Seconds, rates and bytes are another machine's, or another day's."""
+    """The ratios that got worse by more than WORSE. Seconds, rates and bytes differ from day to day."""
     then, fresh = figures(before), figures(now)
     worse, compared, missing = [], 0, []
     for key, result in then.items():

@@ -1,7 +1,7 @@
-"""What a switch costs, as a sum: a call, the cache lines it reads and writes, the bytes it streams, the entries it moves.
+"""What a switch costs, as a sum: a call, the cache lines read and written, the bytes streamed, the entries moved.
 
-Fitted to the measured points of one thread count, with errors relative to each, so that a small weight counts as much as a
-large one. No term can be negative. Needs numpy alone.
+Fitted to the measured points of one thread count, with errors relative to each, so that a small weight counts as much
+as a large one. No term can be negative. Needs numpy alone.
 """
 
 from __future__ import annotations
