@@ -87,7 +87,9 @@ def bench_sampled_grad(benchmark: BenchmarkFixture, threads: int, dtype: torch.d
     problem.prove(op(), entries)
     torch.testing.assert_close(dense().float(), op(), rtol=2**-8, atol=0)  # bf16 rounds the dense gradient
     timing = compare(benchmark, ("sampled_grad", op), {"dense": dense})
-    report = Report(benchmark, threads, dtype=common.dtype_name(dtype), tokens=tokens, nnz=len(entries))
+    report = Report(
+        benchmark, threads, dtype=common.dtype_name(dtype), tokens=tokens, side=settings.side, nnz=len(entries)
+    )
     report.seconds(timing)
     report.ratio(f"sampled_grad {common.dtype_name(dtype)}", f"{tokens} tokens", timing, "dense")
 

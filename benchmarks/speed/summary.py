@@ -115,6 +115,9 @@ LINES = {
     "switcher over addmm_": Line("Switcher.activate A to B, 1 % bf16, over two addmm_ (LoRA)", 4.0),
     "switcher over PEFT LoRA": Line("Switcher.activate A to B, 1 % bf16, over PEFT LoRA unmerge + merge", 25.0),
     "switcher over PEFT SHiRA": Line("Switcher.activate A to B, 1 % bf16, over PEFT SHiRA unmerge + merge", 10.0),
+    "switcher over PEFT Super-Tuning": Line(
+        "Switcher.activate A to B, 1 % bf16, over PEFT Super-Tuning unmerge + merge", 10.0
+    ),
     "fingerprint share": Line("knowing all fingerprints, share of Switcher.activate", 10.0, " %", at_least=False),
     "swap_ over best LoRA bf16": Line("swap_ 1 % bf16, over the fastest LoRA fuse of all", 3.3),
     "swap_ over best LoRA fp32": Line("swap_ 1 % fp32, over the fastest LoRA fuse of all", 6.0),

@@ -1,7 +1,7 @@
 """The README's section about speed, docs/speed.md and the README's plot: all made from the committed results.
 
-python benchmarks/speed/tables.py            # rewrites all three
-python benchmarks/speed/tables.py --check    # or says which of the two texts is not what the results say
+python benchmarks/speed/texts.py            # rewrites all three
+python benchmarks/speed/texts.py --check    # or says which of the two texts is not what the results say
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import summary
 
 ROOT = Path(__file__).parent.parent.parent
 README, PAGE, PLOT = ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "speed.png"
-BEGIN, END = "<!-- speed: benchmarks/speed/tables.py writes from here -->", "<!-- speed: to here -->"
+BEGIN, END = "<!-- speed: benchmarks/speed/texts.py writes from here -->", "<!-- speed: to here -->"
 STEPS = ("load", "fuse", "unfuse", "unload")
 MICROARCHITECTURES = {("AMD EPYC", 25, 17): "Zen 4"}  # what a brand leaves out
 
@@ -361,6 +361,12 @@ def page(f: Figures) -> str:
     )
 
 
+def complete(f: Figures) -> bool:
+    """Whether the run has all that the page tells of."""
+    needed = ("bench_limits", "bench_ways", "bench_loads", "bench_fig7", "bench_end_to_end", "bench_training")
+    return all(f.info(name) for name in (*needed, "bench_scaling"))
+
+
 def section(text: str) -> str:
     """What stands between the markers."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
@@ -383,7 +389,9 @@ def write() -> None:
     found = results.read(results.FOLDER / f"{results.COMMITTED}.json")
     f = Figures(found)
     before = README.read_text()
-    README.write_text(before.replace(section(before), readme(f)))
+    start, _, rest = before.partition(f"{BEGIN}\n")
+    section(before)  # refuses a README without its markers
+    README.write_text(f"{start}{BEGIN}\n{readme(f)}{END}{rest.partition(END)[2]}")
     PAGE.write_text(page(f))
     report.readme_plot(found, PLOT)
     for path in (README, PAGE, PLOT):
@@ -398,7 +406,7 @@ def main() -> int:
         return 0
     old = stale(results.read(results.FOLDER / f"{results.COMMITTED}.json"))
     for name in old:
-        print(f"{name} does not say what {results.COMMITTED}.json says: make bench-record, or tables.py")
+        print(f"{name} does not say what {results.COMMITTED}.json says: make bench-record, or texts.py")
     return 1 if old else 0
 
 
