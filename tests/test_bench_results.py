@@ -24,12 +24,10 @@ import texts
 COMMITTED = results.FOLDER / f"{results.COMMITTED}.json"
 
 
-def case(
-    line: str, median: float, variant: str = "", threads: int = 1, name: str = "bench_it[1thread]"
-) -> dict[str, Any]:
+def case(line: str, median: float, variant: str = "", threads: int = 1) -> dict[str, Any]:
     one = {"line": line, "variant": variant, "median": median, "low": median, "high": median, "best": median}
     info = {"threads": threads, "quick": False, "results": [one], "seconds": {}}
-    return {"name": name, "extra_info": info, "stats": {"data": [1.0]}, "fullname": "/a/path"}
+    return {"name": "bench_it[1thread]", "extra_info": info, "stats": {"data": [1.0]}, "fullname": "/a/path"}
 
 
 def run(*cases: dict[str, Any]) -> dict[str, Any]:
