@@ -177,26 +177,45 @@ def test_the_front_of_quality_is_drawn_where_there_is_one(tmp_path: Path) -> Non
     assert "front.png" in [path.name for path in report.draw(found, tmp_path, quality).values()]
 
 
+def made_up(rng: np.random.Generator, density: float, side: int, cost: scaling.Model) -> dict[str, Any]:
+    work = scaling.Work.random(side * side, 2, density)
+    work = scaling.Work(work.lines, work.weight_lines, work.streamed * rng.uniform(0.5, 2), work.entries)
+    return {
+        "lines": work.lines,
+        "weight_bytes": 64 * work.weight_lines,
+        "streamed": work.streamed,
+        "entries": work.entries,
+        "seconds": {"median": cost.seconds(work)},
+    }
+
+
 def test_the_cost_model_finds_the_costs_of_made_up_points() -> None:
     rng = np.random.default_rng(0)
-    points = []
-    for _ in range(40):
-        lines, streamed, entries = (float(x) for x in 10 ** rng.uniform(2, 6, 3))
-        seconds = 2e-6 + 8e-9 * lines + 5e-11 * streamed
-        points.append({"lines": lines, "streamed": streamed, "entries": entries, "seconds": {"median": seconds}})
+    cost = scaling.Model(2e-6, 8e-9, 3e-9, 5e-11, 0, 0, 0)
+    points = [made_up(rng, d, side, cost) for d in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3) for side in (512, 2048, 8192)]
     model = scaling.fit(points)
-    assert (model.calls, model.lines, model.streamed) == pytest.approx((2e-6, 8e-9, 5e-11), rel=1e-6)
-    assert model.entries == pytest.approx(0, abs=1e-15)  # never below zero
+    for term in scaling.TERMS:
+        assert getattr(model, term) == pytest.approx(getattr(cost, term), rel=1e-6, abs=1e-15)  # none below zero
     assert model.largest < 1e-6
-    assert model.line_bandwidth == pytest.approx(16e9)
-    shapes = [(64, 64), (128, 64)]
-    wanted = sum(model.seconds(scaling.expected_lines(m * n, 2, 0.1), 0.8 * m * n, 0.1 * m * n) for m, n in shapes)
-    assert scaling.predict(model, shapes, 0.1) == pytest.approx(wanted)
+    assert model.bandwidth("scattered") == pytest.approx(16e9)
+    assert [model.in_runs(scaling.Work.random(1 << 20, 2, density)) for density in (0.01, 0.1)] == [False, True]
+
+    fuse = scaling.Model(1e-5, 8e-9, 3e-9, 5e-11, 2e-9, 0, 0)
+    other = scaling.fit([made_up(rng, density, 4096, fuse) for density in (0.01, 0.02, 0.08)], model)
+    assert (other.calls, other.entries, other.scattered) == pytest.approx((1e-5, 2e-9, 8e-9), rel=1e-5)
 
 
-def test_expected_lines_are_those_of_random_masks() -> None:
+def test_a_point_that_the_model_misses_shows() -> None:
+    rng = np.random.default_rng(0)
+    cost = scaling.Model(0, 8e-9, 0, 0, 0, 0, 0)
+    points = [made_up(rng, density, 4096, cost) for density in (0.001, 0.002, 0.004, 0.008, 0.01)]
+    points[2]["seconds"]["median"] *= 2
+    assert scaling.fit(points).largest > 0.3
+
+
+def test_random_work_is_that_of_random_masks() -> None:
     rng = np.random.default_rng(0)
     numel = 1 << 20
     for itemsize, density in ((2, 0.01), (4, 0.05)):
         touched = np.unique(rng.choice(numel, int(density * numel), replace=False) // (64 // itemsize))
-        assert scaling.expected_lines(numel, itemsize, density) == pytest.approx(len(touched), rel=0.01)
+        assert scaling.Work.random(numel, itemsize, density).lines == pytest.approx(len(touched), rel=0.01)

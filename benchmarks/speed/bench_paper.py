@@ -159,24 +159,25 @@ def bench_end_to_end(benchmark: BenchmarkFixture, threads: int, model: str, part
         torch.empty(m // shrunk, n // shrunk, dtype=BF16).normal_(0, 0.02, generator=generator)
         for m, n in shapes() * parts
     ]
-    # A Switcher remembers what it has read of a base, and a LoRA does not leave it as it was: each has its own.
-    fresh, drifting = ([weight.clone() for weight in weights] for _ in range(2))
+    # A Switcher remembers what it has read of a base and reads it again if anyone else has written there, and a LoRA
+    # does not leave it as it was: each has its own.
+    fresh, others_own = ([weight.clone() for weight in weights] for _ in range(2))
     made = peers.adapter(weights)
     wanted = peers.adapted(weights, made)
     ours = peers.our_cycle(weights, made, tmp_path / "ours")
     first = peers.our_cycle(fresh, made, tmp_path / "first", first=True)
-    plain = peers.plain_cycle(weights, made, tmp_path / "plain")
-    for cycle, where in ((ours, weights), (first, fresh), (plain, weights)):
+    plain = peers.plain_cycle(others_own, made, tmp_path / "plain")
+    for cycle, where in ((ours, weights), (first, fresh), (plain, others_own)):
         peers.prove_cycle(cycle, where, wanted)
     del wanted
     others = {
         "shira, first adapter": first,
         "safetensors + index_copy_": plain,
-        "addmm_": peers.addmm_cycle(drifting, rank, tmp_path / "addmm"),
-        peers.LORA: peers.peft_cycle(peers.LORA, drifting, rank, tmp_path / "lora"),
+        "addmm_": peers.addmm_cycle(others_own, rank, tmp_path / "addmm"),
+        peers.LORA: peers.peft_cycle(peers.LORA, others_own, rank, tmp_path / "lora"),
     }
-    peers.prove_cycle(others["addmm_"], drifting, None)
-    peers.prove_cycle(others[peers.LORA], drifting, None)
+    peers.prove_cycle(others["addmm_"], others_own, None)
+    peers.prove_cycle(others[peers.LORA], others_own, None)
     ways: dict[str, Callable[[], None]] = {name: Steps(cycle.steps()) for name, cycle in others.items()}
     timing = compare(benchmark, ("shira", Steps(ours.steps())), ways, rounds=2 if settings.quick else 5)
     share = Fraction(parts, of)

@@ -7,9 +7,9 @@ The model in scaling.py is fitted to all points of a thread count at once, and r
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ import common
 from common import BF16, FP32, Report, compare, line_numbers, settings, sweep
 
 shira = torch.ops.shira
-ENOUGH = 128 << 20  # bytes of weights in a point's sweep: no cache holds them
+ENOUGH = 128 << 20  # bytes of weights in a point's sweep: no cache holds them; one weight of 8192 x 8192 in bf16
 
 
 @dataclass
@@ -32,10 +32,17 @@ class Point:
     about: dict[str, float]
 
 
+@functools.cache
+def arena(size: int) -> torch.Tensor:
+    """The memory of every point's weights, so that no axis has luckier pages than another."""
+    return normal(size // 2, BF16, 0)
+
+
 def weights_of(side: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    count = 2 if settings.quick else max(2, ENOUGH // (side * side * dtype.itemsize))
-    return [torch.empty(side, side, dtype=dtype).normal_(0, 0.02, generator=generator) for _ in range(count)]
+    """As many as the arena holds; pairs of bf16 values are fp32 values of the same size."""
+    size = side * side * dtype.itemsize
+    whole = arena(2 * size if settings.quick else ENOUGH).view(torch.uint8)
+    return [one.view(dtype).view(side, side) for one in whole.split(size) if len(one) == size]
 
 
 def normal(count: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -126,8 +133,8 @@ def adapters_axis() -> list[Point]:
 
 
 AXES: dict[str, Callable[[], list[Point]]] = {
-    "density": partial(density_axis, BF16),
-    "density fp32": partial(density_axis, FP32),
+    "density": functools.partial(density_axis, BF16),
+    "density fp32": functools.partial(density_axis, FP32),
     "granule": granule_axis,
     "weight": weight_axis,
     "adapters": adapters_axis,

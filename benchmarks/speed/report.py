@@ -28,6 +28,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import results
+import scaling
 import summary
 import texts
 
@@ -203,14 +204,14 @@ def growth(f: texts.Figures) -> Figure | None:
             axes.errorbar(xs, [one["median"] for one in found], yerr=whiskers(found), fmt="o", ms=4, color=shade,
                           label=f"{threads} thread{'s' * (threads > 1)}")  # fmt: skip
             model = fitted[info["op"]][threads]
-            said = [1e3 * model.seconds(p["lines"], p["streamed"], p["entries"]) for p in points]
+            said = [1e3 * model.seconds(scaling.Work.of(point)) for point in points]
             axes.plot(xs, said, color=shade, linewidth=1)
         axes.set_xscale("log", base=2 if name not in ("density", "density fp32") else 10)
         axes.set_yscale("log")
         axes.set_title(f"{infos[0]['op'] if name != 'adapters' else 'fuse_'}: {name}")
         axes.set_ylabel("ms a layer")
     panels.flat[0].legend()
-    figure.suptitle("Points: measured. Lines: a call + lines + streamed bytes + entries, fitted to all of them at once")
+    figure.suptitle("Points: measured. Lines: a sum of what is moved, fitted to the points of all axes at once")
     return figure
 
 
