@@ -26,6 +26,7 @@ def test_every_line_is_measured(tmp_path: Path) -> None:
         str(SPEED),
         "-q",
         "--quick",
+        "--full",
         "-k",
         "1thread",
         f"--benchmark-json={results}",

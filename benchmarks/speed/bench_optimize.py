@@ -19,7 +19,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 import common
 import shira_ops.reference
 from bench_switch import TOUCH, about, touch
-from common import BF16, FP32, LINE, Layer, Report, compare, layers, sweep
+from common import BF16, FP32, LINE, Layer, Report, compare, layers, settings, sweep
 
 shira = torch.ops.shira
 DTYPES = pytest.mark.parametrize("dtype", [BF16, FP32], ids=common.dtype_name)
@@ -152,7 +152,8 @@ def bench_dense(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) -
     prove(some)
     some = clones(some)
     ways = {"dense": dense(some, masks=True), "masked": dense(some, masks=False)}
-    timing = compare(benchmark, ("adamw_", sweep(adamw, arguments(some))), ways)
+    run = sweep(adamw, arguments(some))
+    timing = compare(benchmark, ("adamw_", run), ways, rounds=max(3, settings.rounds // 3))
     report = Report(benchmark, threads, **about(some))
     report.seconds(timing, len(some))
     name = common.dtype_name(dtype)

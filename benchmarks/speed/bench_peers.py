@@ -105,7 +105,7 @@ def bench_ways(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) ->
         peers.prove_merge(made)
         ways[kind] = Steps({"merge": made.base_model.merge_adapter, "unmerge": made.base_model.unmerge_adapter})
     swaps = sweep(shira.swap_, [(one.weight, one.indices, one.values) for one in some])
-    timing = compare(benchmark, ("swap_", swaps), ways, rounds=3 if settings.quick else 9)
+    timing = compare(benchmark, ("swap_", swaps), ways, rounds=3 if settings.quick else 7)
     name = common.dtype_name(dtype)
     report = Report(benchmark, threads, dtype=name, layers=len(some), nnz=some[0].values.numel(),
                     lora_rank=common.lora_rank())  # fmt: skip
@@ -118,6 +118,43 @@ def bench_ways(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) ->
         timing.best(kind, candidates)
         report.ratio(f"swap_ over best {kind} {name}", "", timing, kind)
     report.info["fastest"] = dict(timing.aliases)
+
+
+@DTYPES
+def bench_warm(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) -> None:
+    """A layer so small that the caches hold it, switched again and again: everything else here is cold."""
+    side, calls = 512, settings.calls // 10
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, scale: float = 0.02) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype).normal_(0, scale, generator=generator)
+
+    indices = shira.select_random(side * side, side * side // 100, 0)
+    rank = max(1, side // 200)
+    layer = Layer(
+        weight=normal(side, side),
+        indices=indices,
+        indices64=indices.to(torch.int64),
+        values=normal(len(indices)),
+        saved=normal(len(indices)),
+        lines=indices[:0],
+        lora_b=normal(side, rank, scale=1e-3),
+        lora_a=normal(rank, side, scale=1e-3),
+        granule=1,
+    )
+    prove(layer, {})
+    drifting = layer.weight.clone()
+    repeated = [(layer,)] * calls
+    ways: dict[str, Callable[[], None]] = {name: sweep(way, repeated) for name, way in PLAIN.items()}
+    ways["addmm_"] = sweep(lambda one: drifting.addmm_(one.lora_b, one.lora_a, alpha=SCALE), repeated)
+    swaps = sweep(shira.swap_, [(layer.weight, layer.indices, layer.values)] * calls)
+    timing = compare(benchmark, ("swap_", swaps), ways, cold=False)
+    timing.best("exact", list(PLAIN))
+    name = common.dtype_name(dtype)
+    report = Report(benchmark, threads, dtype=name, side=side, nnz=len(indices), lora_rank=rank, calls=calls)
+    report.seconds(timing, calls)
+    report.ratio(f"warm swap_ over best exact {name}", f"{side} x {side}", timing, "exact")
+    report.ratio(f"warm swap_ over fuse {name}", f"{side} x {side}", timing, "addmm_")
 
 
 @pytest.mark.filterwarnings("ignore:Sparse")

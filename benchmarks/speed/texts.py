@@ -107,7 +107,8 @@ def readme(f: Figures) -> str:
             ],
             [
                 "load a file and switch it on, over PEFT SHiRA's load and merge: first / later adapter",
-                *(f"{f('load', f'{d}, first adapter')} / {f('load', f'{d}, later adapter')}" for d in ("bf16", "fp32")),
+                f"{f('load', 'bf16, first adapter')} / {f('load', 'bf16, later adapter')}",
+                "",
             ],
         ],
     )
@@ -352,6 +353,10 @@ def page(f: Figures) -> str:
         torch=f.machine["torch"],
         limits=limits(f),
         ways=ways(f),
+        warm_bf16=f("warm swap_ over best exact bf16", "512 x 512"),
+        warm_fp32=f("warm swap_ over best exact fp32", "512 x 512"),
+        warm_lora_bf16=f("warm swap_ over fuse bf16", "512 x 512"),
+        warm_lora_fp32=f("warm swap_ over fuse fp32", "512 x 512"),
         loads=loads(f),
         fig7=fig7(f),
         end_to_end=end_to_end(f),
@@ -365,7 +370,15 @@ def page(f: Figures) -> str:
 
 def complete(f: Figures) -> bool:
     """Whether the run has all that the page tells of."""
-    needed = ("bench_limits", "bench_ways", "bench_loads", "bench_fig7", "bench_end_to_end", "bench_training")
+    needed = (
+        "bench_limits",
+        "bench_ways",
+        "bench_warm",
+        "bench_loads",
+        "bench_fig7",
+        "bench_end_to_end",
+        "bench_training",
+    )
     return all(f.info(name) for name in (*needed, "bench_scaling"))
 
 
