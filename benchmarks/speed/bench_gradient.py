@@ -110,7 +110,9 @@ def bench_masks(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, m
     report.ratio(f"sampled_grad masks {common.dtype_name(dtype)}", mask, timing, "rand")
 
 
-@pytest.mark.parametrize("density", [0.01, 0.02, 0.05, 0.1, 0.5])
+@pytest.mark.parametrize(
+    "density", [0.01, 0.1, *(pytest.param(one, marks=pytest.mark.full) for one in (0.02, 0.05, 0.5))]
+)
 @DTYPES
 def bench_density(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, density: float) -> None:
     """Where the dense GEMM takes over."""
