@@ -175,16 +175,15 @@ def prove(ours: Trained, others: dict[str, Trained], plain: nn.Module) -> None:
     ours.optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=common.dtype_name)
+@pytest.mark.parametrize("dtype", [pytest.param(FP32, marks=pytest.mark.full), BF16], ids=common.dtype_name)
 @pytest.mark.parametrize("model", [pytest.param("linear", marks=pytest.mark.full), "llama"])
 def bench_training(benchmark: BenchmarkFixture, threads: int, model: str, dtype: torch.dtype) -> None:
     memory = {way: peak_alone(way, model, dtype, threads) for way in (OURS, *WORDS)}
     trained = {way: Trained(way, model, dtype) for way in (OURS, *WORDS, FROZEN)}
     prove(trained[OURS], {way: trained[way] for way in WORDS}, base(model, dtype))
     others: dict[str, Callable[[], object]] = {way: trained[way].step for way in (*WORDS, FROZEN)}
-    timing = compare(
-        benchmark, (OURS, trained[OURS].step), others, cold=False, rounds=3 if settings.quick else settings.rounds // 3
-    )
+    rounds = settings.rounds // 3 if settings.full and not settings.quick else 3
+    timing = compare(benchmark, (OURS, trained[OURS].step), others, cold=False, rounds=rounds)
     name = common.dtype_name(dtype)
     report = Report(benchmark, threads, dtype=name, model=model, rank=rank(model), tokens=TOKENS, peak_bytes=memory)
     report.seconds(timing)

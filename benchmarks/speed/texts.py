@@ -113,8 +113,8 @@ def readme(f: Figures) -> str:
         ],
     )
 
-    def share(word: str, dtype: str) -> str:
-        return f"{f(f'training over {word}', f'llama {dtype}')} / {f(f'training memory over {word}', f'llama {dtype}')}"
+    def share(word: str) -> str:
+        return f"{f(f'training over {word}', 'llama bf16')} / {f(f'training memory over {word}', 'llama bf16')}"
 
     training = table(
         ["training", "bfloat16", "float32"],
@@ -128,16 +128,12 @@ def readme(f: Figures) -> str:
             ["`select_top` over `abs().topk()`", *f.both("select_top magnitude")],
             [
                 "a step of a Llama (4 layers, 2048 wide, 128 tokens), share of PEFT LoRA's time / peak memory",
-                share("LoRA", "bf16"),
-                share("LoRA", "fp32"),
+                share("LoRA"),
+                "",
             ],
-            *(
-                [f"the same, share of PEFT {word}'s", share(word, "bf16"), share(word, "fp32")]
-                for word in ("DoRA", "SHiRA", "Super-Tuning")
-            ),
+            *([f"the same, share of PEFT {word}'s", share(word), ""] for word in ("DoRA", "SHiRA", "Super-Tuning")),
         ],
     )
-    bound = [100 * f.median("training, bound", f"llama {dtype}, of shira's") for dtype in ("bf16", "fp32")]
 
     def rates(line: str) -> str:
         every = [result["median"] for (found, _, threads), result in f.all.items() if found == line and threads == 1]
@@ -149,7 +145,7 @@ def readme(f: Figures) -> str:
         torch=f.machine["torch"],
         switching=switching,
         training=training,
-        bound=f"{min(bound):.0f}",
+        bound=f"{100 * f.median('training, bound', "llama bf16, of shira's"):.0f}",
         fuse_touches=f("fuse_ in touches bf16").rstrip("x"),
         fuse_over_add=f("fuse_ over scatter_add_ bf16"),
         call=f("call", "torch.ops.shira.swap_"),
