@@ -135,6 +135,8 @@ def readme(f: Figures) -> str:
         ],
     )
 
+    bound = 100 * f.median("training, bound", "llama bf16, of shira's")
+
     def rates(line: str) -> str:
         every = [result["median"] for (found, _, threads), result in f.all.items() if found == line and threads == 1]
         return f"{min(every):.1f} to {max(every):.1f}"
@@ -145,7 +147,7 @@ def readme(f: Figures) -> str:
         torch=f.machine["torch"],
         switching=switching,
         training=training,
-        bound=f"{100 * f.median('training, bound', "llama bf16, of shira's"):.0f}",
+        bound=f"{bound:.0f}",
         fuse_touches=f("fuse_ in touches bf16").rstrip("x"),
         fuse_over_add=f("fuse_ over scatter_add_ bf16"),
         call=f("call", "torch.ops.shira.swap_"),
