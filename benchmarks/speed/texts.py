@@ -114,7 +114,8 @@ def readme(f: Figures) -> str:
     )
 
     def share(word: str) -> str:
-        return f"{f(f'training over {word}', 'llama bf16')} / {f(f'training memory over {word}', 'llama bf16')}"
+        time, memory = f(f"training over {word}", "llama bf16"), f(f"training memory over {word}", "llama bf16")
+        return f"{time} / {memory}".replace("x", "")
 
     training = table(
         ["training", "bfloat16", "float32"],
@@ -331,7 +332,8 @@ def measured_beside(f: Figures) -> str:
 def everything(f: Figures) -> str:
     threads = sorted({n for *_, n in f.all})
     order = list(summary.LINES)
-    keys = sorted({(line, variant) for line, variant, _ in f.all}, key=lambda key: order.index(key[0]))
+    known = {(line, variant) for line, variant, _ in f.all if line in summary.LINES}  # old results have old lines
+    keys = sorted(known, key=lambda key: order.index(key[0]))
     body = []
     for line, variant in keys:
         cells = []
