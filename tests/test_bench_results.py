@@ -124,6 +124,18 @@ def test_another_figure_makes_the_texts_stale() -> None:
     assert texts.stale(changed) == ["README.md", "docs/speed.md"]
 
 
+def test_part_of_a_run_makes_no_text_and_is_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    latest = tmp_path / "latest.json"
+    latest.write_text(json.dumps(run(case(FASTER, 2.0))))
+    before = texts.README.read_text()
+    with pytest.raises(ValueError, match=r"the results have no '.*' with 1 thread"):
+        results.record(latest, results.COMMITTED)
+    assert texts.README.read_text() == before
+    assert not (tmp_path / f"{results.COMMITTED}.json").exists()
+
+
 def test_the_readme_has_its_markers_once() -> None:
     readme = texts.README.read_text()
     with pytest.raises(ValueError, match=re.escape(texts.BEGIN)):

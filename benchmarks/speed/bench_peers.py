@@ -87,7 +87,11 @@ def prove(layer: Layer, differences: dict[str, torch.Tensor]) -> None:
 @pytest.mark.filterwarnings("ignore:Sparse")
 @DTYPES
 def bench_ways(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) -> None:
-    some = common.layers(dtype)[:LAYERS]
+    generator = torch.Generator().manual_seed(0)
+    some = [
+        Layer(**{**vars(one), "values": torch.empty_like(one.values).normal_(0, 0.02, generator=generator)})
+        for one in common.layers(dtype)[:LAYERS]  # whose own values may be in the weights already
+    ]
     coo = [sparse(one) for one in some]
     csr = [one.to_sparse_csr() for one in coo]
     prove(some[0], {"COO": coo[0], "CSR": csr[0]})

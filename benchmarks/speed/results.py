@@ -1,6 +1,6 @@
 """The committed results: made from pytest-benchmark's output, looked up by line, compared with a new run.
 
-python benchmarks/speed/results.py record            # latest.json -> cpu-zen4.json, the tables, the plot
+python benchmarks/speed/results.py record            # latest.json -> cpu-zen4.json, the texts, the plot
 python benchmarks/speed/results.py compare           # latest.json beside cpu-zen4.json: what got worse?
 """
 
@@ -116,14 +116,15 @@ def apart(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[float, Key]
 
 
 def record(latest: Path, name: str) -> None:
-    """Makes the committed file; where it is the README's, also the tables and the plot."""
-    path = FOLDER / f"{name}.json"
-    path.write_text(json.dumps(trim(read(latest)), indent=1) + "\n")
-    print(f"{path.name}: written")
+    """Makes the committed file; where it is the README's, also the texts and the plot, which need all of a run."""
+    found = trim(read(latest))
     if name == COMMITTED:
         import texts
 
-        texts.write()
+        texts.write(found)
+    path = FOLDER / f"{name}.json"
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{path.name}: written")
 
 
 def main() -> int:

@@ -61,7 +61,9 @@ class Figures:
         try:
             return float(self.all[line, variant, threads]["median"])
         except KeyError:
-            raise KeyError(f"the results have no {line!r}, {variant!r} with {threads} threads") from None
+            raise ValueError(
+                f"the results have no {line!r}, {variant!r} with {threads} thread{'s' * (threads > 1)}"
+            ) from None
 
     def __call__(self, line: str, variant: str = "", threads: int = 1) -> str:
         return short(self.median(line, variant, threads)) + summary.LINES[line].unit
@@ -397,17 +399,16 @@ def stale(found: dict[str, Any]) -> list[str]:
     return [name for name, text in wanted.items() if there[name] != text]
 
 
-def write() -> None:
-    """Texts and plot of the committed results."""
+def write(found: dict[str, Any]) -> None:
+    """Texts and plot of these results; nothing, if they lack a figure."""
     import report
 
-    found = results.read(results.FOLDER / f"{results.COMMITTED}.json")
     f = Figures(found)
-    before = README.read_text()
-    start, _, rest = before.partition(f"{BEGIN}\n")
-    section(before)  # refuses a README without its markers
-    README.write_text(f"{start}{BEGIN}\n{readme(f)}{END}{rest.partition(END)[2]}")
-    PAGE.write_text(page(f))
+    section(README.read_text())
+    start, _, rest = README.read_text().partition(f"{BEGIN}\n")
+    made = {README: f"{start}{BEGIN}\n{readme(f)}{END}{rest.partition(END)[2]}", PAGE: page(f)}
+    for path, text in made.items():
+        path.write_text(text)
     report.readme_plot(found, PLOT)
     for path in (README, PAGE, PLOT):
         print(f"{path.relative_to(ROOT)}: written")
@@ -416,10 +417,11 @@ def write() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a text is stale")
+    found = results.read(results.FOLDER / f"{results.COMMITTED}.json")
     if not parser.parse_args().check:
-        write()
+        write(found)
         return 0
-    old = stale(results.read(results.FOLDER / f"{results.COMMITTED}.json"))
+    old = stale(found)
     for name in old:
         print(f"{name} does not say what {results.COMMITTED}.json says: make bench-record, or texts.py")
     return 1 if old else 0
