@@ -46,7 +46,10 @@ def weights_of(side: int, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def normal(count: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    return torch.empty(count, dtype=dtype).normal_(0, 0.02, generator=torch.Generator().manual_seed(seed))
+    """bf16 values; of fp32 pairs of them, since the same memory is read as either."""
+    wide = dtype.itemsize // BF16.itemsize
+    made = torch.empty(count * wide, dtype=BF16).normal_(0, 0.02, generator=torch.Generator().manual_seed(seed))
+    return made.view(dtype)
 
 
 def swap_point(x: float, weights: list[torch.Tensor], density: float, granule: int = 1) -> Point:

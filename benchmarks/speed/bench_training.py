@@ -1,7 +1,7 @@
 """A training step, forward + backward + optimizer: shira's tuner beside PEFT's LoRA, DoRA, SHiRA and Super-Tuning.
 
 The paper's Table 7 has LoRA, DoRA and SHiRA. All train as many parameters, r * (m + n) a layer, on the same frozen
-weights: four linear layers of 4096 x 4096, and a Llama of four layers, 2048 wide, with LoRA's usual targets. (DoRA also
+weights: four linear layers of 4096 x 4096, and a Llama of two layers, 2048 wide, with LoRA's usual targets. (DoRA also
 trains a magnitude for each row, and Super-Tuning the same share of every weight.) Ours steps with `shira.AdamW`, PEFT's
 with the fused AdamW of torch. Time is of interleaved steps on warm caches: a step moves more than any cache holds.
 Memory is the largest resident size from before the model was made to the end of its third step.
@@ -68,7 +68,7 @@ def llama() -> nn.Module:
         vocab_size=256 if settings.quick else 8192,
         hidden_size=wide,
         intermediate_size=wide * 11 // 4,
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         num_attention_heads=max(1, wide // 128),
         num_key_value_heads=max(1, wide // 128),
         use_cache=False,
@@ -149,9 +149,9 @@ def peak_alone(way: str, model: str, dtype: torch.dtype, threads: int) -> int:
     """In a process of its own: what another model has freed stays with the allocator and would not count again."""
     if settings.quick:
         return peak(way, model, dtype)
-    with ProcessPoolExecutor(
-        1, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
-    ) as pool:
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # each process begins where the imports are done
+    with ProcessPoolExecutor(1, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
         return pool.submit(peak, way, model, dtype).result()
 
 

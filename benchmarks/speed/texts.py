@@ -130,7 +130,7 @@ def readme(f: Figures) -> str:
             ["`adamw_` over a masked dense AdamW, the paper's own way", *f.both("adamw_ over dense")],
             ["`select_top` over `abs().topk()`", *f.both("select_top magnitude")],
             [
-                "a step of a Llama (4 layers, 2048 wide, 128 tokens), share of PEFT LoRA's time / peak memory",
+                "a step of a Llama (2 layers, 2048 wide, 128 tokens), share of PEFT LoRA's time / peak memory",
                 share("LoRA"),
                 "",
             ],
