@@ -71,6 +71,7 @@ def test_quick_runs_and_empty_runs_are_not_recorded() -> None:
         (SMALLER, 1.0, 0.5, False),
         ("call", 2.0, 9.0, False),  # microseconds: another machine's, or another day's
         ("limit, copy", 30.0, 3.0, False),
+        ("swap_ over ways bf16", 30.0, 3.0, False),  # another's time, which is not guarded
         ("a line that is gone", 2.0, 1.0, False),
     ],
 )
@@ -80,6 +81,13 @@ def test_a_ratio_that_is_20_percent_worse_is_flagged(line: str, before: float, n
     if worse:
         assert found.worse[0].factor == pytest.approx(max(before / now, now / before))
         assert summary.LINES[line].text in str(found.worse[0])
+
+
+def test_disturbed_rounds_are_no_regression() -> None:
+    before, now = run(case(FASTER, 2.0)), run(case(FASTER, 1.0))
+    assert len(results.compare(before, now).worse) == 1
+    now["benchmarks"][0]["extra_info"]["results"][0]["best"] = 1.9
+    assert not results.compare(before, now).worse
 
 
 def test_variants_and_threads_are_compared_each_with_its_own() -> None:
