@@ -24,7 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     common.settings.quick = config.getoption("--quick")
     common.settings.full = config.getoption("--full")
-    common.settings.rounds = config.getoption("--rounds") or (3 if common.settings.quick else 25)
+    rounds = 3 if common.settings.quick else 25 if common.settings.full else 19
+    common.settings.rounds = config.getoption("--rounds") or rounds
     config.addinivalue_line("markers", "full: a case that is measured with --full alone")
     config.addinivalue_line("markers", "every_thread_count: without --full too; the others then run on one thread")
     config.stash[FOUND] = []
