@@ -45,6 +45,8 @@ struct SelectOps {
                 score, '"');
     check_count(op, k, weight.numel() / granule);
     SHIRA_CHECK(grad.has_value() || !reads, op, ": grad must be given for score ", score, ", got None");
+    check_memory(op, {"weight"}, weight);
+    if (reads) check_memory(op, {"grad"}, *grad);
     const core::Score how = !reads ? core::Score::Magnitude : score == "grad" ? core::Score::Grad : core::Score::Snip;
     return Backend::top(weight, reads ? &*grad : nullptr, k, how, granule);
   }

@@ -266,11 +266,15 @@ def bench_exchange(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype
         results.append((weight, kept))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
-    timing = compare(benchmark, ("switch_", sweep(shira.switch_, arguments)), {"two": sweep(two, arguments)})
+    bound = touch(some) if masks == "one mask" else {}  # no switch_ between them writes fewer lines
+    timing = compare(benchmark, ("switch_", sweep(shira.switch_, arguments)), {"two": sweep(two, arguments), **bound})
     report = Report(benchmark, threads, **about(some), masks=masks)
     report.seconds(timing, len(some))
     name = common.dtype_name(dtype)
     if masks == "two masks":
         report.ratio(f"switch_ over two {name}", "", timing, "two")
     else:
+        timing.best("touch", list(TOUCH))
         report.ratio("switch_ over two, one mask", name, timing, "two")
+        report.ratio("touch over two, one mask", name, timing, "two", of="touch")
+        report.ratio("switch_ of touch, one mask", name, timing, "touch")

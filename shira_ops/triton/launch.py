@@ -87,6 +87,8 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
         found = list(tensors(given))
         if mutated:
             checks.overlap(op, found)
+        else:
+            checks.memory(op, [(name, tensor) for name, tensor, _ in found])
         on_cuda = bool(found) and found[0][1].is_cuda
         with torch.cuda.device(found[0][1].device) if on_cuda else nullcontext():
             return function(**given)
