@@ -120,7 +120,7 @@ def test_the_command_fails_where_something_got_worse(
 
 
 def test_the_texts_are_those_of_the_committed_results() -> None:
-    assert texts.stale(results.read(COMMITTED)) == []
+    assert texts.stale(results.read(COMMITTED)) == [], "python benchmarks/speed/texts.py writes them again"
 
 
 def test_another_figure_makes_the_texts_stale() -> None:

@@ -21,6 +21,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import common
+from bench_switch import touch
 from common import BF16, FP32, Layer, Report, Steps, compare, settings, sweep
 
 pytest.importorskip("peft")
@@ -109,12 +110,15 @@ def bench_ways(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) ->
         peers.prove_merge(made)
         ways[kind] = Steps({"merge": made.base_model.merge_adapter, "unmerge": made.base_model.unmerge_adapter})
     swaps = sweep(shira.swap_, [(one.weight, one.indices, one.values) for one in some])
-    timing = compare(benchmark, ("swap_", swaps), ways, rounds=3 if settings.quick else 7)
+    bounds = touch(some)
+    timing = compare(benchmark, ("swap_", swaps), {**ways, **bounds}, rounds=3 if settings.quick else 7)
+    timing.best("touch", list(bounds))
     name = common.dtype_name(dtype)
     report = Report(benchmark, threads, dtype=name, layers=len(some), nnz=some[0].values.numel(),
                     lora_rank=common.lora_rank())  # fmt: skip
     report.seconds(timing, len(some))
-    single = [way for way in timing.samples if way != "swap_" and not isinstance(ways.get(way), Steps)]
+    others = [way for way in timing.samples if way != "swap_" and way not in bounds]
+    single = [way for way in others if not isinstance(ways.get(way), Steps)]
     for way in single:
         report.ratio(f"swap_ over ways {name}", way, timing, way)
     best = {"exact": list(PLAIN), "LoRA": LORA_WAYS, "lossy": [way for way in single if way not in PLAIN]}
