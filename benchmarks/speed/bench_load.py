@@ -120,7 +120,7 @@ def plain_switch(model: nn.Module, path: Path) -> list[torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=common.dtype_name)
+@pytest.mark.parametrize("dtype", [BF16, pytest.param(FP32, marks=pytest.mark.full)], ids=common.dtype_name)
 def bench_load(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, tmp_path: Path) -> None:
     """The first adapter makes the Switcher and reads the base for its fingerprint; a later one finds both there."""
     theirs = Peft(dtype, tmp_path / "peft")
