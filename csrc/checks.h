@@ -187,7 +187,18 @@ inline void check_values(const char* op, Name name, const Tensor& values, Values
   check_contiguous(op, name, values);
 }
 
-// Memory of the arguments of one call. Mutated ones must not overlap any other.
+// A tensor whose storage was freed or shrunk under it (sharding that frees weights between uses does so) still has
+// its shape. Asked after the shapes and before the first access.
+inline void check_memory(const char* op, Name name, const Tensor& t) {
+  if (t.numel() == 0) return;
+  const int64_t end = (t.storage_offset() + t.numel()) * static_cast<int64_t>(t.element_size());
+  int64_t held = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &held));
+  SHIRA_CHECK(end <= held, op, ": ", name, " must lie within its storage, up to byte ", end, ", got a storage of ",
+              held, " bytes");
+}
+
+// Memory of the arguments of one call: all there, and mutated ones must not overlap any other.
 class Overlap {
  public:
   explicit Overlap(const char* op) : op_(op) {}
@@ -196,6 +207,7 @@ class Overlap {
   void add(Name name, const Tensor& t, bool mutated) {
     const int64_t bytes = t.numel() * static_cast<int64_t>(t.element_size());
     if (bytes == 0) return;
+    check_memory(op_, name, t);
     const char* begin = static_cast<const char*>(t.const_data_ptr());
     ranges_.push_back({begin, begin + bytes, name, mutated, ranges_.size()});
   }

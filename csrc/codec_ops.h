@@ -13,6 +13,7 @@ struct CodecOps {
     const char* op = "encode_indices";
     check_granule(op, granule);
     check_indices(op, {"indices"}, indices);
+    check_memory(op, {"indices"}, indices);
     return indices.scalar_type() == ScalarType::Int ? Backend::template encode<int32_t>(indices)
                                                     : Backend::template encode<int64_t>(indices);
   }
@@ -29,6 +30,7 @@ struct CodecOps {
                 " and not negative, got ", limit);
     SHIRA_CHECK(dtype == ScalarType::Int || dtype == ScalarType::Long, op, ": dtype must be int32 or int64, got ",
                 dtype_name(dtype));
+    check_memory(op, {"code"}, code);
     return dtype == ScalarType::Int ? Backend::template decode<int32_t>(code, count, limit / granule, dtype)
                                     : Backend::template decode<int64_t>(code, count, limit / granule, dtype);
   }

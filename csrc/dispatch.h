@@ -27,4 +27,16 @@ auto with_index(ScalarType type, F&& f) {
   return type == ScalarType::Int ? f(Type<int32_t>{}) : f(Type<int64_t>{});
 }
 
+// f(std::integral_constant<Rule, rule>{}).
+template <typename F>
+auto with_rule(core::Rule rule, F&& f) {
+  using core::Rule;
+  switch (rule) {
+    case Rule::Keep: return f(std::integral_constant<Rule, Rule::Keep>{});
+    case Rule::Overwrite: return f(std::integral_constant<Rule, Rule::Overwrite>{});
+    case Rule::Blend: return f(std::integral_constant<Rule, Rule::Blend>{});
+    default: return f(std::integral_constant<Rule, Rule::Delta>{});
+  }
+}
+
 }  // namespace shira

@@ -15,6 +15,7 @@ struct FingerprintOps {
     const char* op = "fingerprint";
     check_granule(op, granule);
     check_weight(op, weight, 1, Kind::Moves);
+    check_memory(op, {"weight"}, weight);
     return Backend::whole(weight);
   }
 
@@ -24,6 +25,8 @@ struct FingerprintOps {
     check_weight(op, weight, granule, Kind::Moves);
     check_device(op, {"indices"}, indices, weight, {"weight"});
     check_indices(op, {"indices"}, indices);
+    check_memory(op, {"weight"}, weight);
+    check_memory(op, {"indices"}, indices);
     Backend::content(op, {"indices"}, indices, weight.numel() / granule);
     return Backend::touched(weight, indices, granule);
   }

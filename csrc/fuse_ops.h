@@ -32,6 +32,7 @@ struct FuseOps {
                   device_name(indices[0]), ", got ", device_name(indices[k]));
       check_indices(op, name, indices[k]);
     }
+    for (size_t k = 0; k < indices.size(); ++k) check_memory(op, {"indices", static_cast<int64_t>(k)}, indices[k]);
     return Backend::plan(indices);
   }
 
@@ -106,9 +107,14 @@ template <typename O>
   refuse("fuse_: offsets changed while they were checked");
 }
 
+// Whether a source names one of the adapters and a granule of it: of `sizes[adapter]` granules, or of `size` each.
 inline bool source_fits(int64_t source, const int64_t* sizes, int64_t adapters) {
   const int64_t adapter = core::adapter_of(source);
   return adapter >= 0 && adapter < adapters && core::position_of(source) < sizes[adapter];
+}
+inline bool source_fits(int64_t source, int64_t size, int64_t adapters) {
+  const int64_t adapter = core::adapter_of(source);
+  return (adapter >= 0) & (adapter < adapters) & (core::position_of(source) < size);  // no branch: loops vectorise
 }
 
 // The first of `sources` that names none of the adapters, of `sizes` granules each.

@@ -44,6 +44,9 @@ struct GradientOps {
     for (const int64_t size : lead) problem.tokens *= size;
     const int64_t entries = problem.rows * problem.columns;
     SHIRA_CHECK(entries % granule == 0, op, ": granule must divide weight's ", entries, " entries, got ", granule);
+    check_memory(op, owner, grad_output);
+    check_memory(op, {"input"}, input);
+    check_memory(op, {"indices"}, indices);
     Backend::content(op, {"indices"}, indices, entries / granule);
 
     Tensor result = torch::stable::new_empty(input, {indices.numel() * granule}, compute_type(input.scalar_type()));

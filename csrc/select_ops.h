@@ -2,7 +2,9 @@
 //
 // A backend has static functions whose arguments are already checked:
 //   top(weight, grad, k, score, granule) -> indices    grad is null for Score::Magnitude
+//   random(permutation, indices)    the images of 0 .. k-1, ascending; k is at least 1
 #pragma once
+#include <array>
 #include <optional>
 
 #include "checks.h"
@@ -26,6 +28,17 @@ inline void check_select_random(int64_t numel, int64_t k, int64_t granule) {
   check_count(op, k, numel / granule);
 }
 
+// select_random has no tensor that tells its device: for a GPU `op`, "<library>::_select_random", is asked again with
+// an empty one that does.
+inline Tensor select_random_on(const char* op, const torch::stable::Device& device, int64_t numel, int64_t k,
+                               int64_t seed, int64_t granule) {
+  using torch::stable::detail::from;
+  const Tensor like = torch::stable::empty({0}, ScalarType::Byte, std::nullopt, device);
+  std::array<StableIValue, 5> stack{from(like), from(numel), from(k), from(seed), from(granule)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 template <typename Backend>
 struct SelectOps {
   static Tensor select_top(const Tensor& weight, const std::optional<Tensor>& grad, int64_t k, std::string score,
@@ -45,14 +58,26 @@ struct SelectOps {
                 score, '"');
     check_count(op, k, weight.numel() / granule);
     SHIRA_CHECK(grad.has_value() || !reads, op, ": grad must be given for score ", score, ", got None");
+    check_memory(op, {"weight"}, weight);
+    if (reads) check_memory(op, {"grad"}, *grad);
     const core::Score how = !reads ? core::Score::Magnitude : score == "grad" ? core::Score::Grad : core::Score::Snip;
     return Backend::top(weight, reads ? &*grad : nullptr, k, how, granule);
+  }
+
+  // On the device of `like`, which is for nothing else.
+  static Tensor select_random(const Tensor& like, int64_t numel, int64_t k, int64_t seed, int64_t granule) {
+    check_select_random(numel, k, granule);
+    const int64_t domain = numel / granule;
+    Tensor indices = torch::stable::new_empty(like, {k}, index_type(domain));
+    if (k > 0) Backend::random({static_cast<uint64_t>(domain), static_cast<uint64_t>(seed)}, indices);
+    return indices;
   }
 
   // Every op of the family that a tensor argument dispatches, under the dispatch key of `library`.
   template <typename Library>
   static void implement(Library& library) {
     library.impl("select_top", TORCH_BOX(&select_top));
+    library.impl("_select_random", TORCH_BOX(&select_random));
   }
 };
 

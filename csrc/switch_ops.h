@@ -20,6 +20,8 @@ struct SwitchOps {
     call.length("indices", indices, weights);
     call.weights(weights, Kind::Moves);
     for (size_t t = 0; t < weights.size(); ++t) call.indices("indices", indices[t], weights[t], t);
+    for (size_t t = 0; t < weights.size(); ++t) check_memory(call.op, call.weight_name(t), weights[t]);
+    for (size_t t = 0; t < weights.size(); ++t) check_memory(call.op, call.name("indices", t), indices[t]);
     content(call, "indices", indices, weights);
     Tensors values;
     values.reserve(weights.size());
@@ -166,6 +168,7 @@ struct SwitchOps {
     shira::check_indices(op, {"indices"}, indices);
     SHIRA_CHECK(limit >= 0 && limit % granule == 0, op, ": limit must be a multiple of granule ", granule,
                 " and not negative, got ", limit);
+    check_memory(op, {"indices"}, indices);
     Backend::check(op, indices, limit / granule);
   }
 

@@ -2,7 +2,7 @@
 
 The same checks in the same order and words as csrc/checks.h, for the references, the fakes and Triton.
 One function per op looks at what a fake tensor has too (shapes, dtypes, devices, strides, scalars);
-`overlap` and `content` look at memory and run on real tensors only, before the first write.
+`memory`, `overlap` and `content` look at memory and run on real tensors only, before the first write.
 """
 
 from __future__ import annotations
@@ -165,11 +165,24 @@ def _alpha(op: str, weight: Tensor, alpha: float, delta: bool) -> None:
 # ---- memory and content: real tensors only -----------------------------------------------------------------
 
 
+def memory(op: str, arguments: Sequence[tuple[str, Tensor]]) -> None:
+    """Refuses tensors whose storage was freed or shrunk under them: they still have their shapes.
+
+    `arguments` are (name, tensor) in the order of the schema.
+    """
+    for name, tensor in arguments:
+        end = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+        held = tensor.untyped_storage().nbytes()
+        text = f"must lie within its storage, up to byte {end}"
+        _require(tensor.numel() == 0 or end <= held, op, name, text, f"a storage of {held} bytes")
+
+
 def overlap(op: str, arguments: Sequence[tuple[str, Tensor, bool]]) -> None:
-    """Refuses a mutated argument that shares memory with any other.
+    """Refuses what `memory` refuses, and a mutated argument that shares memory with any other.
 
     `arguments` are (name, tensor, mutated) in the order of the schema.
     """
+    memory(op, [(name, tensor) for name, tensor, _ in arguments])
     ranges: list[tuple[int, int, int, str, bool]] = []
     for order, (name, tensor, mutated) in enumerate(arguments):
         size = tensor.numel() * tensor.element_size()

@@ -77,6 +77,7 @@ def _take(weight: Tensor, indices: Tensor, granule: int) -> Tensor:
 
 def gather(weight: Tensor, indices: Tensor, granule: int = 1) -> Tensor:
     checks.gather(weight, indices, granule)
+    checks.memory("gather", [("weight", weight), ("indices", indices)])
     checks.content("gather", "indices", indices, weight.numel() // granule)
     return _take(weight, indices, granule)
 
@@ -189,8 +190,12 @@ def scatter_add_(weight: Tensor, indices: Tensor, values: Tensor, *, alpha: floa
     _mix(weight, indices, base, values, alpha, True, granule)
 
 
+def _named(name: str, tensors: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+    return [(f"{name}[{t}]", tensor) for t, tensor in enumerate(tensors)]
+
+
 def _members(name: str, tensors: Sequence[Tensor], mutated: bool) -> list[tuple[str, Tensor, bool]]:
-    return [(f"{name}[{t}]", tensor, mutated) for t, tensor in enumerate(tensors)]
+    return [(*named, mutated) for named in _named(name, tensors)]
 
 
 def _contents(op: str, name: str, indices: Sequence[Tensor], weights: Sequence[Tensor], granule: int) -> None:
@@ -200,6 +205,7 @@ def _contents(op: str, name: str, indices: Sequence[Tensor], weights: Sequence[T
 
 def foreach_gather(weights: Sequence[Tensor], indices: Sequence[Tensor], granule: int = 1) -> list[Tensor]:
     checks.foreach_gather(weights, indices, granule)
+    checks.memory("foreach_gather", _named("weights", weights) + _named("indices", indices))
     _contents("foreach_gather", "indices", indices, weights, granule)
     return [_take(weight, index, granule) for weight, index in zip(weights, indices, strict=True)]
 
@@ -287,6 +293,7 @@ def foreach_switch_(
 
 def check_indices(indices: Tensor, limit: int, granule: int = 1) -> None:
     checks.check_indices(indices, limit, granule)
+    checks.memory("check_indices", [("indices", indices)])
     checks.content("check_indices", "indices", indices, limit // granule)
 
 
@@ -295,6 +302,7 @@ def check_indices(indices: Tensor, limit: int, granule: int = 1) -> None:
 
 def fuse_plan(indices: Sequence[Tensor], granule: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     checks.fuse_plan(indices, granule)
+    checks.memory("fuse_plan", _named("indices", indices))
     for k, tensor in enumerate(indices):
         checks.content("fuse_plan", f"indices[{k}]", tensor, None)
     dtype = torch.int32 if all(tensor.dtype == torch.int32 for tensor in indices) else torch.int64
@@ -399,6 +407,7 @@ def fuse_(
 
 def sampled_grad(grad_output: Tensor, input: Tensor, indices: Tensor, granule: int = 1) -> Tensor:
     checks.sampled_grad(grad_output, input, indices, granule)
+    checks.memory("sampled_grad", [("grad_output", grad_output), ("input", input), ("indices", indices)])
     rows, columns = grad_output.shape[-1], input.shape[-1]
     checks.content("sampled_grad", "indices", indices, rows * columns // granule)
     dtype = checks.compute_dtype(grad_output.dtype)
@@ -709,6 +718,8 @@ foreach_sgd_tensor_ = foreach_sgd_
 
 def select_top(weight: Tensor, grad: Tensor | None, k: int, *, score: str, granule: int = 1) -> Tensor:
     checks.select_top(weight, grad, k, score, granule)
+    read = [("weight", weight)] if grad is None or score == "magnitude" else [("weight", weight), ("grad", grad)]
+    checks.memory("select_top", read)
     entries = _compute(_granules(weight, granule), weight)
     if score != "magnitude" and grad is not None:
         gradient = _compute(_granules(grad, granule), weight)
@@ -785,6 +796,7 @@ def _units(gaps: _U64, most: int) -> int:
 
 def encode_indices(indices: Tensor, granule: int = 1) -> Tensor:
     checks.encode_indices(indices, granule)
+    checks.memory("encode_indices", [("indices", indices)])
     checks.content("encode_indices", "indices", indices, None)
     numbers = indices.to(torch.int64).cpu().numpy().astype(np.uint64)
     anchors, payloads, start = [], [], 0
@@ -881,6 +893,7 @@ def _decode_block(data: bytes, block: int, count: int, granules: int, dtype: tor
 
 def decode_indices(code: Tensor, count: int, limit: int, dtype: torch.dtype, granule: int = 1) -> Tensor:
     checks.decode_indices(code, count, limit, dtype, granule)
+    checks.memory("decode_indices", [("code", code)])
     data = code.cpu().numpy().tobytes()
     blocks = -(-count // BLOCK)
     # Asked before anything is allocated: no code makes more than one index a byte.
@@ -932,6 +945,7 @@ def _hash(words: Tensor, positions: Tensor) -> Tensor:
 
 def fingerprint(weight: Tensor, granule: int = 1) -> Tensor:
     checks.fingerprint(weight, granule)
+    checks.memory("fingerprint", [("weight", weight)])
     count, chunk = -(-weight.numel() * weight.element_size() // 8), 2**22
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
     for begin in range(0, count, chunk):
@@ -942,6 +956,7 @@ def fingerprint(weight: Tensor, granule: int = 1) -> Tensor:
 
 def fingerprint_at(weight: Tensor, indices: Tensor, granule: int = 1) -> Tensor:
     checks.fingerprint_at(weight, indices, granule)
+    checks.memory("fingerprint_at", [("weight", weight), ("indices", indices)])
     checks.content("fingerprint_at", "indices", indices, weight.numel() // granule)
     size = granule * weight.element_size()
     count = -(-weight.numel() * weight.element_size() // 8)

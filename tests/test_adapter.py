@@ -97,6 +97,20 @@ def test_reads_with_the_stock_library(tmp_path):
     assert stock["0.weight.indices"].dtype == torch.uint8
 
 
+@pytest.mark.parametrize("spaces", [1, 2, 4])
+def test_tensors_at_any_address(tmp_path, spaces):
+    """Other writers may not align them."""
+    adapter, path = adapter_of(), tmp_path / "a.safetensors"
+    adapter.save(path)
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    path.write_bytes(struct.pack("<Q", length + spaces) + raw[8 : 8 + length] + b" " * spaces + raw[8 + length :])
+    for name, entry in Adapter.load(path).weights.items():
+        assert entry.values.data_ptr() % entry.values.itemsize == 0
+        assert torch.equal(entry.values, adapter.weights[name].values)
+        assert torch.equal(entry.indices, adapter.weights[name].indices)
+
+
 def rewritten(path, change):
     """The file with its JSON header changed by `change(header, weights, about)`."""
     raw = path.read_bytes()

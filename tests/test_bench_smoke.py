@@ -26,6 +26,7 @@ def test_every_line_is_measured(tmp_path: Path) -> None:
         str(SPEED),
         "-q",
         "--quick",
+        "--full",
         "-k",
         "1thread",
         f"--benchmark-json={results}",
@@ -49,3 +50,10 @@ def test_every_line_is_measured(tmp_path: Path) -> None:
         check=True,
     )
     assert measured == set(json.loads(lines.stdout))
+
+    # Fresh results make a page too, which says that they are of a quick run.
+    done = subprocess.run(
+        [sys.executable, str(SPEED / "report.py"), str(results), "--out", str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "A --quick run" in (tmp_path / "report.html").read_text()

@@ -642,6 +642,30 @@ def test_halves_of_one_weight_in_a_list(backend: Backend) -> None:
     refused(backend, case, "foreach_scatter_: weights[1] must not overlap weights[0] in memory")
 
 
+# Memory that is not there
+
+
+@pytest.mark.subset
+@pytest.mark.parametrize("left", [0, 1], ids=["freed", "shrunk"])
+@pytest.mark.parametrize("op", [op for op in OPS if op != "select_random"])
+def test_storage_that_was_freed(backend: Backend, op: str, left: int) -> None:
+    """Sharding frees the storage of weights between uses; the tensors keep their shapes."""
+    names = [name for name, t in valid(backend, op).tensors() if t.numel()]
+    assert names
+    for name in names:
+        case = valid(backend, op)
+        lost = case.get(name).clone()
+        case.set(name, lost)
+        size = lost.numel() * lost.element_size()
+        lost.untyped_storage().resize_(left * (size - 1))
+        before = {other: bits(t).clone() for other, t in case.tensors() if t is not lost}
+        with pytest.raises(RuntimeError) as raised:
+            backend(case.op, **case.args)
+        wanted = f"must lie within its storage, up to byte {size}, got a storage of {left * (size - 1)} bytes"
+        assert str(raised.value) == f"{title(op)}: {name} {wanted}"
+        assert all(torch.equal(bits(t), before[other]) for other, t in case.tensors() if t is not lost)
+
+
 # Content
 
 

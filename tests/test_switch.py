@@ -207,6 +207,22 @@ def test_switch_between_two_adapters_of_one_mask(backend: Backend) -> None:
     assert_same(weight, base)
 
 
+@pytest.mark.parametrize("granule", [1, 2])
+@pytest.mark.parametrize(("alpha", "delta"), [(1.0, False), (0.5, False), (0.5, True), (0.0, False)])
+def test_switch_where_masks_coincide(backend: Backend, alpha: float, delta: bool, granule: int) -> None:
+    """In one tensor, in another of either dtype, and but for a few granules, so that equal parts stand apart."""
+    setup = Setup(dtype=torch.bfloat16, granule=granule, limit=20_000, count=9_001, index=torch.int32, specials=True)
+    case = build("switch_", setup, alpha=alpha, delta=delta)
+    mask = case.args["indices_in"]
+    few = torch.cat([mask[:70], mask[75:8_500], mask[8_501:]])
+    for out, into in ((mask, mask), (mask.clone(), mask), (mask.long(), mask), (few, mask), (mask, few)):
+        args = dict(case.args, indices_out=out, indices_in=into)
+        args["saved_out"] = args["values"].flip(0)[: len(out) * granule].clone()
+        for name in ("values", "saved_in"):
+            args[name] = args[name][: len(into) * granule].clone()
+        against_oracle(backend, Case("switch_", args))
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (2, 3, 4), (2, 1, 3, 5), (0, 4)], ids=str)
 @pytest.mark.parametrize("op", [*MOVES, "scatter_add_"])
 def test_shapes(backend: Backend, op: str, shape: tuple[int, ...]) -> None:

@@ -81,8 +81,13 @@ def test_every_state_is_the_definition_bit_for_bit(dtype):
                       {"a": 0.7, "wide": 0.7, "late": 1.0}, {"a": 0.0, "b": 1.0}, {"late": 0.0}):  # fmt: skip
         switcher.activate(strengths)
         want = expected(switcher, base, strengths, dtype)
+        new, fresh = switcher_of(dtype)
+        fresh.activate(strengths)  # as the first that is on
         for name, p in model.named_parameters():
             assert torch.equal(p.detach(), want[name]), (strengths, name)
+            assert torch.equal(new.get_parameter(name), want[name]), (strengths, name)
+        fresh.deactivate()
+        assert all(torch.equal(p, base[name]) for name, p in new.named_parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

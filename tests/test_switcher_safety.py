@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import itertools
 import pickle
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +20,8 @@ from torch import nn
 import shira_ops
 from shira import Adapter, AdapterError, Entry, SparseTuner, Switcher, SwitchError, _layout, _live, _model, masks
 from shira._live import Weight
-from switcher_walk import NAMES, adapter_of, bits, differing, model_of, restore
+from shira_ops import reference
+from switcher_walk import NAMES, PLANS, adapter_of, bits, differing, model_of, restore
 
 OPS = ("foreach_scatter_", "foreach_switch_", "foreach_apply_", "fuse_", "fuse_plan", "gather", "scatter_",
        "check_indices", "fingerprint", "fingerprint_at", "apply_", "decode_indices")  # fmt: skip
@@ -119,15 +122,32 @@ def test_an_error_while_staging_changes_nothing(monkeypatch: pytest.MonkeyPatch,
         assert "more" not in switcher.adapters
         assert switcher.active == {"b": 1.0}
         assert differing(bits(model), state) == 0
+    union = {"more": 1.0, "c": 1.0}  # of adapters that were never on: the base's entries, the plans, and the way itself
+    switcher.remove("c")
+
+    def add() -> None:
+        switcher.add("more", tmp_path / "more.safetensors")
+        switcher.add("c", adapter_of(model_of(torch.bfloat16), "c"))
+
+    def remove() -> None:
+        switcher.activate("b")
+        switcher.remove("more")
+        switcher.remove("c")
+
     calls.start()
-    switcher.add("more", tmp_path / "more.safetensors")
-    for number in range(3):  # a union of adapters that was never made: its plans, then what it writes
+    add()
+    calls.start()
+    switcher.activate(union)
+    assert {"gather", "fuse_plan", "fuse_"} <= set(calls.seen)
+    for number in range(len(calls.seen)):
+        calls.start()
+        remove()
+        add()
         calls.start(range(number, number + 1))
         with pytest.raises(
-            SwitchError, match=r"activating 'c' at 1, 'more' at 1 failed and nothing has changed: active"
+            SwitchError, match=r"activating 'more' at 1, 'c' at 1 failed and nothing has changed: active"
         ):
-            switcher.activate({"more": 1.0, "c": 1.0})
-        assert calls.seen[number] == "fuse_plan"
+            switcher.activate(union)
         assert switcher.active == {"b": 1.0}
         assert differing(bits(model), state) == 0
 
@@ -150,6 +170,206 @@ def test_a_way_back_that_fails_too_ends_at_the_base(monkeypatch: pytest.MonkeyPa
     assert differing(bits(model), base) == 0
     switcher.verify(full=True)
     switcher.activate("d")
+
+
+# ---- the base's entries of what was never on -----------------------------------------------------------------
+
+
+def test_adding_does_not_read_the_base_s_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    gather = shira_ops.gather
+    monkeypatch.setattr(
+        shira_ops, "gather", lambda weight, indices, **k: read.append(len(indices)) or gather(weight, indices, **k)
+    )
+    model, switcher = switcher_of()
+    assert len(read) == sum(map(len, PLANS.values()))
+    assert set(read) == {1}
+    base = bits(model)
+    for name in NAMES:
+        parts = switcher._layouts[name,].parts
+        # A whole parameter is a single granule.
+        assert {weight.name: part.known for weight, part in parts.items()} == {
+            weight: weight == "2.bias" and name == "c" for weight, _, _ in PLANS[name]
+        }
+        switcher.activate(name)
+        assert all(part.known for part in parts.values())
+        switcher.remove(name)
+        assert differing(bits(model), base) == 0
+    assert set(read) == {1}
+
+
+FIRST: list[tuple[dict[str, float], dict[str, float]]] = [
+    ({}, {"a": 1.0}), ({}, {"b": 0.5}), ({}, {"c": 1.0}), ({}, {"d": 0.0}), ({}, {"a": 0.5, "b": 1.0, "c": 1.0}),
+    ({"a": 0.5}, {"e": 1.0}), ({"a": 1.0}, {"b": 0.0}), ({"c": 1.0}, {"d": -0.25}), ({"b": 1.0}, {"d": 1.0}),
+    ({"a": 1.0}, {"a": 1.0, "d": 0.5}), ({"a": 1.0, "b": 0.5}, {"d": 1.0}), ({"d": 1.0}, {"a": 0.5, "c": 1.0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["", "inference"])
+@pytest.mark.parametrize("error", [RuntimeError("injected"), KeyboardInterrupt("injected")], ids=["error", "interrupt"])
+def test_an_error_at_any_op_of_a_first_activation(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, inference: bool
+) -> None:
+    """Between an op and the next line of ours too: whether it read the base's entries must be found out."""
+    calls = Calls(monkeypatch)
+    calls.error = error
+    injected = 0
+    for before, after in FIRST:
+        for number, late in ((step // 2, bool(step % 2)) for step in itertools.count()):
+            calls.start()
+            with torch.inference_mode(inference):
+                model, switcher = switcher_of()
+            base = bits(model)
+            go(switcher, before)
+            state = bits(model)
+            calls.start(range(number, number + 1), late)
+            with contextlib.suppress(SwitchError, KeyboardInterrupt):
+                go(switcher, after)
+            if number >= len(calls.seen):
+                break
+            injected += 1
+            calls.start()
+            assert switcher.active == before
+            assert differing(bits(model), state) == 0, (before, after, number, late)
+            switcher.verify(full=True)
+            go(switcher, after)
+            assert differing(bits(model), fresh(after)) == 0, (before, after, number, late)
+            for layout in switcher._layouts.values():
+                for weight, part in layout.parts.items():
+                    if part.known:
+                        entries = dict(model_of(torch.bfloat16).named_parameters())[weight.name].detach()
+                        assert torch.equal(part.saved, shira_ops.gather(entries, part.indices, granule=part.granule))
+            go(switcher, {})
+            assert differing(bits(model), base) == 0, (before, after, number, late)
+            switcher.verify(full=True)
+    assert injected > 60
+
+
+def test_an_interrupt_within_an_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ops in Python, as other backends have, may come to no end: at any of their lines."""
+    for name in ("foreach_scatter_", "foreach_switch_", "foreach_apply_"):
+        monkeypatch.setattr(shira_ops, name, getattr(reference, name))
+    left = 0
+
+    def traced(frame: Any, event: str, _: Any) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename != reference.__file__:
+            return None
+        if event == "line":
+            left -= 1
+            if left < 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return traced
+
+    for lines in itertools.count():
+        model, switcher = switcher_of()
+        base = bits(model)
+        switcher.activate("c")
+        state, left = bits(model), lines
+        try:
+            sys.settrace(traced)
+            switcher.activate("d")
+        except KeyboardInterrupt:
+            assert switcher.active == {"c": 0.5}
+        finally:
+            sys.settrace(None)
+        if switcher.active == {"d": 1.0}:
+            break
+        assert differing(bits(model), state) == 0, lines
+        go(switcher, {"d": 1.0} if lines % 2 else {})
+        go(switcher, {})
+        assert differing(bits(model), base) == 0, lines
+        switcher.verify(full=True)
+    assert lines > 100
+
+
+@functools.cache
+def _fresh(state: tuple[tuple[str, float], ...]) -> torch.Tensor:
+    model, switcher = switcher_of()
+    for name, _ in state:  # known before they are mixed
+        switcher.activate(name)
+    go(switcher, dict(state))
+    return bits(model)
+
+
+def fresh(state: dict[str, float]) -> torch.Tensor:
+    """The weights in a state that was not entered in a hurry."""
+    return _fresh(tuple(state.items()))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_adapters_added_while_others_are_on_the_same_weights(count: int) -> None:
+    for *active, added in itertools.permutations(NAMES, count + 1):
+        for state in ({added: 0.5}, dict.fromkeys((*active, added), 1.0), {}):
+            model = model_of(torch.bfloat16)
+            base = bits(model)
+            switcher = Switcher(model)
+            for name in active:
+                switcher.add(name, adapter_of(model, name))
+            switcher.activate(dict.fromkeys(active, 1.0))
+            switcher.add(added, adapter_of(model_of(torch.bfloat16), added))
+            switcher.verify()
+            go(switcher, state)
+            for name in active if len(state) > 1 else ():  # what was added is left alone at the end
+                switcher.deactivate(name)
+            assert differing(bits(model), fresh(switcher.active)) == 0
+            switcher.verify(full=True)
+            switcher.deactivate()
+            assert differing(bits(model), base) == 0
+            switcher.verify(full=True)
+
+
+def test_what_others_did_before_an_adapter_was_first_on() -> None:
+    model, switcher = switcher_of()
+    base = bits(model)
+    other = Switcher(model)
+    other.add("c", adapter_of(model, "c"))
+
+    def refused(says: str) -> None:
+        state = bits(model)
+        for wanted in ({"a": 1.0}, {"a": 1.0, "e": 1.0}, {"a": 1.0, "b": 0.5}):
+            with pytest.raises(SwitchError, match=says):
+                switcher.activate(wanted)
+            assert differing(bits(model), state) == 0
+        assert not any(part.known for part in switcher._layouts["a",].parts.values())
+
+    with torch.no_grad():
+        model[1].weight.add_(1)
+    refused(r"1\.weight was changed by someone else")
+    restore(model, base)
+    other.activate("c")
+    refused(r"1\.weight has adapters of another Switcher")
+    other.deactivate()
+    tuner = SparseTuner(model, masks.Rand(density=0.1))
+    refused(r"0\.weight is being tuned")
+    tuner.detach()
+    with torch.no_grad():
+        before = model[0].weight.detach().clone()
+        for place in range(8):
+            model[0].weight.data.view(-1)[place] += 1  # .data: no version moves
+            with pytest.raises(SwitchError, match=r"do not hold the base: 0\.weight"):
+                switcher.verify()
+            model[0].weight.data.copy_(before)
+    switcher.verify()
+    assert not any(part.known for part in switcher._layouts["a",].parts.values())
+    switcher.activate({"a": 1.0, "b": 0.5})
+    assert differing(bits(model), fresh({"a": 1.0, "b": 0.5})) == 0
+    switcher.deactivate()
+    assert differing(bits(model), base) == 0
+
+
+def test_adapters_that_were_never_on_leave_and_come_back() -> None:
+    model, switcher = switcher_of(budget=1_000)
+    base = bits(model)
+    gone = [name for name, memory in switcher.memory().items() if not memory.device]
+    assert gone
+    for name in NAMES:
+        switcher.activate(name)
+        assert differing(bits(model), fresh({name: adapter_of(model_of(torch.bfloat16), name).alpha})) == 0
+        switcher.verify(full=True)
+    switcher.deactivate()
+    assert differing(bits(model), base) == 0
 
 
 # ---- one walk ----------------------------------------------------------------------------------------------
@@ -290,6 +510,8 @@ def test_weights_that_were_trained_on_are_another_base() -> None:
 
 def test_verify_finds_what_versions_do_not_tell() -> None:
     model, switcher = switcher_of()
+    for name in NAMES:
+        switcher.activate(name)
     for active in ({}, {"a": 1.0}, {"a": 0.5, "b": 1.0}):
         go(switcher, active)
         switcher.verify()

@@ -242,10 +242,12 @@ def test_default_loss_is_the_models_own() -> None:
     before = trainer.evaluate([{"x": torch.ones(2, 4)}])
     trainer.fit(steps=3)
     assert trainer.loss < before
-    with pytest.raises(TypeError, match=r"give loss=.*a batch is a list here"):
-        Trainer(tuner, [[1]], progress=False).fit(steps=1)
+    with pytest.raises(ValueError, match=r"a batch must be .*, got int; for any other give loss="):
+        Trainer(tuner, [1], progress=False).fit(steps=1)
+    with pytest.raises(ValueError, match="data must be batches, as a list or a DataLoader, got int"):
+        Trainer(tuner, 1, progress=False)  # type: ignore[arg-type]
     tuner = SparseTuner(network(), masks.Rand(density=0.5))
-    with pytest.raises(TypeError, match="the model's output has no loss"):
+    with pytest.raises(ValueError, match=r"the loss must be a scalar tensor, got shape \[2, 2\]"):
         Trainer(tuner, [{"input": torch.ones(2, 8)}], progress=False).fit(steps=1)
 
 

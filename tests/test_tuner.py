@@ -154,6 +154,8 @@ def test_values_are_where_everyone_looks():
         ("(", "no regular expression"),
         ([], "targets is empty"),
         (["1"], "target '1' is a ReLU and names no weight"),
+        (5, "targets must be a pattern or a list of names, got int"),
+        (["0", 2], r"targets must be a pattern or a list of names, got \['0', 2\]"),
     ],
 )
 def test_targets_that_do_not_fit(targets, says):

@@ -1,6 +1,8 @@
 """Eight adapters of 1 % each at once on layers of 4096 x 4096: one pass over their union, and the plan it follows.
 
-touch   reads and writes each cache line of the union once: see bench_switch.py. The plan's 20 MB come on top
+touch   reads and writes each cache line of the union once: see bench_switch.py. The plan's 21 MB come on top
+bytes   what no fuse_ can do without: the plan read once to check it before the first write and once to follow it, the
+        values read, `saved` written, the union touched
 eight   scatter_add_ for one adapter after the other
 torch   the union and its counts by torch.cat and torch.unique: less than a plan says, and what there is otherwise
 """
@@ -22,6 +24,7 @@ from common import BF16, FP32, LINE, Report, compare, line_numbers, random_indic
 
 shira, machine = torch.ops.shira, torch.ops.shira_bench
 ADAPTERS, LAYERS = 8, 4
+BYTES = {"bytes, plain": 0, "bytes, fetched ahead": 96}
 DTYPES = pytest.mark.parametrize("dtype", [BF16, FP32], ids=common.dtype_name)
 
 
@@ -36,11 +39,13 @@ class Stack:
     plan: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = field(init=False)
     saved: torch.Tensor = field(init=False)
     lines: torch.Tensor = field(init=False)
+    saved_lines: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.plan = shira.fuse_plan(self.indices)
         self.saved = torch.zeros(len(self.plan[0]), dtype=self.weight.dtype)
         self.lines = line_numbers(self.plan[0], 1, self.weight.itemsize)
+        self.saved_lines = torch.arange(len(whole_lines(self.saved)) // LINE, dtype=torch.int32)
 
     def fuse(self, refuse: bool = False, ops: object = shira) -> None:
         delta = [True] * len(self.values)
@@ -50,9 +55,21 @@ class Stack:
         for index, value, alpha in zip(self.indices, self.values, self.alphas.tolist(), strict=True):
             shira.scatter_add_(self.weight, index, value, alpha=alpha)
 
+    def bytes_alone(self, ahead: int) -> None:
+        for part in (*self.plan, *self.plan, *self.values):
+            machine.read(whole_lines(part), ahead > 0)
+        machine.touch_(whole_lines(self.saved), self.saved_lines, ahead)
+        machine.touch_(self.weight, self.lines, ahead)
+
     def moved(self) -> int:
         parts = (self.saved, *self.plan, *self.values)
         return 2 * LINE * len(self.lines) + sum(t.numel() * t.element_size() for t in parts)
+
+
+def whole_lines(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes, but for those of a last line that it does not fill."""
+    flat = tensor.view(torch.uint8)
+    return flat[: len(flat) // LINE * LINE]
 
 
 @functools.lru_cache(maxsize=1)
@@ -89,7 +106,10 @@ def prove(stack: Stack) -> None:
     stack.weight.copy_(base)
     for ahead in TOUCH.values():
         machine.touch_(stack.weight, stack.lines, ahead)
+    for ahead in BYTES.values():
+        stack.bytes_alone(ahead)
     assert torch.equal(stack.weight, base)
+    assert torch.equal(stack.saved, saved)
 
 
 @DTYPES
@@ -103,13 +123,17 @@ def bench_fuse(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) ->
         "refuse": sweep(Stack.fuse, [(one, True) for one in some]),
         "eight": sweep(Stack.add, [(one,) for one in some]),
     }
-    timing = compare(benchmark, ("fuse_", sweep(Stack.fuse, [(one,) for one in some])), {**ways, **touch})
+    alone = {name: sweep(Stack.bytes_alone, [(one, ahead) for one in some]) for name, ahead in BYTES.items()}
+    timing = compare(benchmark, ("fuse_", sweep(Stack.fuse, [(one,) for one in some])), {**ways, **touch, **alone})
     timing.best("touch", list(TOUCH))
+    timing.best("bytes", list(BYTES))
     name = common.dtype_name(dtype)
     report = Report(benchmark, threads, dtype=name, adapters=ADAPTERS, layers=len(some), union=len(some[0].saved))
     report.seconds(timing, len(some))
     report.bandwidth(timing, "fuse_", sum(one.moved() for one in some))
     report.ratio(f"fuse_ in touches {name}", "", timing, "fuse_", of="touch")
+    report.ratio(f"fuse_ bytes in touches {name}", "", timing, "bytes", of="touch")
+    report.ratio(f"fuse_ of bytes {name}", "", timing, "bytes")
     report.ratio(f"fuse_ over scatter_add_ {name}", "", timing, "eight")
     report.ratio(f"refuse over fuse_ {name}", "", timing, "fuse_", of="refuse")
 

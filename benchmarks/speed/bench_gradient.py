@@ -87,7 +87,9 @@ def bench_sampled_grad(benchmark: BenchmarkFixture, threads: int, dtype: torch.d
     problem.prove(op(), entries)
     torch.testing.assert_close(dense().float(), op(), rtol=2**-8, atol=0)  # bf16 rounds the dense gradient
     timing = compare(benchmark, ("sampled_grad", op), {"dense": dense})
-    report = Report(benchmark, threads, dtype=common.dtype_name(dtype), tokens=tokens, nnz=len(entries))
+    report = Report(
+        benchmark, threads, dtype=common.dtype_name(dtype), tokens=tokens, side=settings.side, nnz=len(entries)
+    )
     report.seconds(timing)
     report.ratio(f"sampled_grad {common.dtype_name(dtype)}", f"{tokens} tokens", timing, "dense")
 
@@ -108,7 +110,9 @@ def bench_masks(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, m
     report.ratio(f"sampled_grad masks {common.dtype_name(dtype)}", mask, timing, "rand")
 
 
-@pytest.mark.parametrize("density", [0.01, 0.02, 0.05, 0.1, 0.5])
+@pytest.mark.parametrize(
+    "density", [0.01, 0.1, *(pytest.param(one, marks=pytest.mark.full) for one in (0.02, 0.05, 0.5))]
+)
 @DTYPES
 def bench_density(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, density: float) -> None:
     """Where the dense GEMM takes over."""

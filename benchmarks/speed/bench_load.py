@@ -2,13 +2,15 @@
 
 Both find their file in the page cache and their model in place. Ours reads, checks (file, indices and, for the first
 adapter, the base's fingerprint) and switches on; PEFT loads and merges. The plain line is what remains when nothing is
-checked: stock safetensors with int64 indices, and index_copy_.
+checked: stock safetensors with int64 indices, and index_copy_. The bound of the first adapter is what it cannot do
+without: the file's bytes and the base read once, and the weights' lines touched once.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,8 @@ LAYERS = 4
 FIRST, LATER = "shira, first adapter", "shira, later adapter"
 LOAD, MERGE, PEFT = "PEFT load_adapter", "PEFT merge", "PEFT load_adapter + merge"
 PLAIN = "safetensors + index_copy_"
+BOUNDS = {f"read and touch, {ahead} ahead": ahead for ahead in (0, 64, 96, 128)}
+machine = torch.ops.shira_bench
 
 
 class Layers(nn.Module):
@@ -116,7 +120,7 @@ def plain_switch(model: nn.Module, path: Path) -> list[torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=common.dtype_name)
+@pytest.mark.parametrize("dtype", [BF16, pytest.param(FP32, marks=pytest.mark.full)], ids=common.dtype_name)
 def bench_load(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, tmp_path: Path) -> None:
     """The first adapter makes the Switcher and reads the base for its fingerprint; a later one finds both there."""
     theirs = Peft(dtype, tmp_path / "peft")
@@ -164,7 +168,18 @@ def bench_load(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, tm
     assert is_now(merged)
     restore(model, base)
 
-    names = (FIRST, LATER, LOAD, MERGE, PEFT, PLAIN)
+    lines = [common.line_numbers(one, 1, dtype.itemsize) for one in indices]
+    room = bytearray(ours.stat().st_size)
+
+    def read_and_touch(ahead: int) -> None:
+        with ours.open("rb", buffering=0) as file:
+            assert file.readinto(room) == len(room)
+        for weight in model.parameters():
+            machine.read(weight.detach().view(-1).view(torch.uint8), False)
+        for weight, touched in zip(model.parameters(), lines, strict=True):
+            machine.touch_(weight.detach(), touched, ahead)
+
+    names = (FIRST, LATER, LOAD, MERGE, PEFT, PLAIN, *BOUNDS)
     seconds: dict[str, list[float]] = {name: [] for name in names if name != FIRST}
 
     def before() -> None:
@@ -177,6 +192,9 @@ def bench_load(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, tm
         theirs.reset()
         chill()
         seconds[PLAIN].append(timed(lambda: plain_switch(model, plain)))
+        for bound, ahead in BOUNDS.items():
+            chill()
+            seconds[bound].append(timed(partial(read_and_touch, ahead)))
         restore(model, base)
         chill()
         seconds[LATER].append(timed(later))
@@ -191,6 +209,7 @@ def bench_load(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, tm
         pytest.skip("--benchmark-disable: nothing was measured")
     samples = {name: values[1:] for name, values in seconds.items()}
     timing = common.Timing({FIRST: list(benchmark.stats.stats.data), **samples}, FIRST)
+    timing.best("bound", list(BOUNDS))
     report = Report(
         benchmark,
         threads,
@@ -206,6 +225,7 @@ def bench_load(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, tm
     )
     report.seconds(timing)
     name = common.dtype_name(dtype)
+    report.ratio("first of bound", name, timing, FIRST, of="bound")
     for way, variant in ((FIRST, f"{name}, first adapter"), (LATER, f"{name}, later adapter")):
         report.ratio("load", variant, timing, PEFT, of=way)
         report.ratio("load over plain", variant, timing, PLAIN, of=way)

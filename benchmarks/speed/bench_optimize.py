@@ -1,6 +1,6 @@
 """AdamW on 1 % of layers of 4096 x 4096, in the weights: beside plain torch on the values alone, and on whole weights.
 
-stock   torch.optim.AdamW(fused=True) over the values of all layers, then a cast and index_copy_ into each weight
+stock   torch.optim.AdamW(fused=True) over the values of all layers, then a cast and index_copy_ or put_
 dense   torch.optim.AdamW(fused=True) over the weights, after each dense gradient was multiplied by its mask: masked
         training as the paper describes it
 masked  the same with gradients that were masked beforehand: its step alone
@@ -19,7 +19,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 import common
 import shira_ops.reference
 from bench_switch import TOUCH, about, touch
-from common import BF16, FP32, LINE, Layer, Report, compare, layers, sweep
+from common import BF16, FP32, LINE, Layer, Report, compare, layers, settings, sweep
 
 shira = torch.ops.shira
 DTYPES = pytest.mark.parametrize("dtype", [BF16, FP32], ids=common.dtype_name)
@@ -55,7 +55,7 @@ def adamw(*tensors: torch.Tensor) -> None:
     shira.adamw_(*tensors, step=1, **OPTIONS)
 
 
-def stock(some: list[Layer]) -> Callable[[], None]:
+def stock(some: list[Layer], write: str) -> Callable[[], None]:
     parameters = []
     for one in some:
         state = State.of(one)
@@ -66,7 +66,11 @@ def stock(some: list[Layer]) -> Callable[[], None]:
     def run() -> None:
         optimizer.step()
         for one, values in zip(some, parameters, strict=True):
-            one.weight.view(-1).index_copy_(0, one.indices64, values.detach().to(one.weight.dtype))
+            flat, new = one.weight.view(-1), values.detach().to(one.weight.dtype)
+            if write == "put_":
+                flat.put_(one.indices64, new)
+            else:
+                flat.index_copy_(0, one.indices64, new)
 
     return run
 
@@ -99,21 +103,22 @@ def clones(some: list[Layer]) -> list[Layer]:
 
 def prove(some: list[Layer]) -> None:
     """The first step of all ways: the reference's bits, and torch's numbers."""
-    ours, same, theirs, whole, masked = (clones(some[:1]) for _ in range(5))
+    ours, same, theirs, put, whole, masked = (clones(some[:1]) for _ in range(6))
     ((weight, *given),) = arguments(ours)
     adamw(weight, *given)
     ((_, *wanted),) = arguments(same)
     shira_ops.reference.adamw_(same[0].weight, *wanted, step=1, **OPTIONS)
     for a, b in zip((weight, *given), (same[0].weight, *wanted), strict=True):
         assert torch.equal(a, b)
-    stock(theirs)()
+    stock(theirs, "index_copy_")()
+    stock(put, "put_")()
     dense(whole, masks=True)()
     dense(masked, masks=False)()
-    for layer in (theirs, whole, masked):
+    for layer in (theirs, put, whole, masked):
         # Narrow weights show no more than their own ulp of a step of 1e-3.
         torch.testing.assert_close(layer[0].weight, weight, atol=1e-3 * 2.0**-5, rtol=2.0**-8)
     untouched = torch.ones(weight.numel(), dtype=torch.bool).index_fill_(0, some[0].indices64, False)
-    for layer in (ours, theirs, whole, masked):
+    for layer in (ours, theirs, put, whole, masked):
         assert torch.equal(layer[0].weight.view(-1)[untouched], some[0].weight.view(-1)[untouched])
 
 
@@ -128,8 +133,10 @@ def bench_adamw(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) -
     prove(some)
     some = clones(some)
     run = sweep(adamw, arguments(some))
-    timing = compare(benchmark, ("adamw_", run), {**touch(some), "stock": stock(some)})
+    plain = {f"stock, {write}": stock(some, write) for write in ("index_copy_", "put_")}
+    timing = compare(benchmark, ("adamw_", run), {**touch(some), **plain})
     timing.best("touch", list(TOUCH))
+    timing.best("stock", list(plain))
     report = Report(benchmark, threads, **about(some))
     report.seconds(timing, len(some))
     report.bandwidth(timing, "adamw_", stepped_bytes(some))
@@ -145,7 +152,8 @@ def bench_dense(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) -
     prove(some)
     some = clones(some)
     ways = {"dense": dense(some, masks=True), "masked": dense(some, masks=False)}
-    timing = compare(benchmark, ("adamw_", sweep(adamw, arguments(some))), ways)
+    run = sweep(adamw, arguments(some))
+    timing = compare(benchmark, ("adamw_", run), ways, rounds=max(3, settings.rounds // 3))
     report = Report(benchmark, threads, **about(some))
     report.seconds(timing, len(some))
     name = common.dtype_name(dtype)

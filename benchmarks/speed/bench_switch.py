@@ -2,7 +2,8 @@
 
 touch   reads and writes each cache line that a switch needs once, in the fastest of a plain loop and loops that
         fetch ahead: the memory's bound
-stock   the fastest exact switch of plain torch: index_select keeps the old entries, index_copy_ writes the new ones
+stock   the fastest exact switch of plain torch: index_select keeps the old entries, and the new ones are written by
+        index_copy_, put_ or scatter_ (which takes 80 ms in bf16 and is left out there)
 fuse    the fastest way to fold a LoRA adapter in: W.addmm_(B, A, alpha=s), of rank r with r * (m + n) <= nnz
 copy    the faster of plain and cache-bypassing copies of the same weights: what bandwidth there is
 """
@@ -30,6 +31,25 @@ def stock_switch(granules: torch.Tensor, indices: torch.Tensor, values: torch.Te
     granules.index_copy_(0, indices, values)
 
 
+def stock_put(weight: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, saved: torch.Tensor) -> None:
+    torch.index_select(weight, 0, indices, out=saved)
+    weight.put_(indices, values)
+
+
+def stock_scatter(weight: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, saved: torch.Tensor) -> None:
+    torch.index_select(weight, 0, indices, out=saved)
+    weight.scatter_(0, indices, values)
+
+
+def stock_ways(layer: Layer) -> dict[str, Callable[..., None]]:
+    ways = {"index_copy_": stock_switch}
+    if layer.granule == 1:
+        ways["put_"] = stock_put
+        if layer.weight.dtype == FP32:
+            ways["scatter_"] = stock_scatter
+    return ways
+
+
 def touch(some: list[Layer]) -> dict[str, Callable[[], None]]:
     return {
         name: sweep(machine.touch_, [(one.weight, one.lines, ahead) for one in some]) for name, ahead in TOUCH.items()
@@ -38,7 +58,7 @@ def touch(some: list[Layer]) -> dict[str, Callable[[], None]]:
 
 def stock(some: list[Layer]) -> dict[str, Callable[[], None]]:
     arguments = [(one.granules, one.indices64, one.shaped(one.values), one.shaped(one.saved)) for one in some]
-    return {"stock": sweep(stock_switch, arguments)}
+    return {name: sweep(way, arguments) for name, way in stock_ways(some[0]).items()}
 
 
 def fuse(some: list[Layer]) -> dict[str, Callable[[], None]]:
@@ -60,9 +80,11 @@ def prove(layer: Layer, op: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, 
     old = op(weight, layer.indices, values, saved)
     expected, kept = layer.weight.clone(), torch.empty_like(layer.saved)
     rows = expected.view(-1) if layer.granule == 1 else expected.view(-1, layer.granule)
-    stock_switch(rows, layer.indices64, layer.shaped(layer.values), layer.shaped(kept))
-    assert torch.equal(weight, expected)
-    assert torch.equal(old, kept)
+    for stock_way in stock_ways(layer).values():
+        rows.copy_(layer.granules)
+        stock_way(rows, layer.indices64, layer.shaped(layer.values), layer.shaped(kept))
+        assert torch.equal(weight, expected)
+        assert torch.equal(old, kept)
     before = weight.clone()
     for ahead in TOUCH.values():
         machine.touch_(weight, layer.lines, ahead)
@@ -106,6 +128,7 @@ def bench_swap(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) ->
     run = sweep(shira.swap_, [(one.weight, one.indices, one.values) for one in some])
     timing = compare(benchmark, ("swap_", run), {**touch(some), **stock(some), **fuse(some), **copy(some)})
     timing.best("touch", list(TOUCH))
+    timing.best("stock", list(stock_ways(some[0])))
     timing.best("copy", list(COPY))
     report = Report(benchmark, threads, **about(some))
     report.seconds(timing, len(some))
@@ -136,7 +159,7 @@ def bench_apply(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, r
         for one in some:
             shira.apply_(one.weight, one.indices, one.values, one.saved, **options)
 
-    timing = compare(benchmark, ("apply_", run), {**touch(some), **stock(some)})
+    timing = compare(benchmark, ("apply_", run), touch(some))
     timing.best("touch", list(TOUCH))
     report = Report(benchmark, threads, **about(some), **options)
     report.seconds(timing, len(some))
@@ -168,6 +191,7 @@ def bench_granule(benchmark: BenchmarkFixture, threads: int) -> None:
     run = sweep(shira.swap_, [(one.weight, one.indices, one.values, 32) for one in some])
     timing = compare(benchmark, ("swap_", run), {**touch(some), **stock(some), **fuse(some)})
     timing.best("touch", list(TOUCH))
+    timing.best("stock", list(stock_ways(some[0])))
     report = Report(benchmark, threads, **about(some))
     report.seconds(timing, len(some))
     report.bandwidth(timing, "swap_", common.switched_bytes(some))
@@ -242,11 +266,15 @@ def bench_exchange(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype
         results.append((weight, kept))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
-    timing = compare(benchmark, ("switch_", sweep(shira.switch_, arguments)), {"two": sweep(two, arguments)})
+    bound = touch(some) if masks == "one mask" else {}  # no switch_ between them writes fewer lines
+    timing = compare(benchmark, ("switch_", sweep(shira.switch_, arguments)), {"two": sweep(two, arguments), **bound})
     report = Report(benchmark, threads, **about(some), masks=masks)
     report.seconds(timing, len(some))
     name = common.dtype_name(dtype)
     if masks == "two masks":
         report.ratio(f"switch_ over two {name}", "", timing, "two")
     else:
+        timing.best("touch", list(TOUCH))
         report.ratio("switch_ over two, one mask", name, timing, "two")
+        report.ratio("touch over two, one mask", name, timing, "two", of="touch")
+        report.ratio("switch_ of touch, one mask", name, timing, "touch")

@@ -20,23 +20,13 @@ from torch import nn
 import common
 from common import BF16, Layer, Report, compare, settings
 
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 shira = pytest.importorskip("shira")
+import peers  # noqa: E402
+from peers import Layers  # noqa: E402
 
 TWICE = "addmm_ twice"
 PEFT_LAYERS = 4
-
-
-class Layers(nn.Module):
-    """Linear layers that hold the given weights, nothing copied."""
-
-    def __init__(self, weights: list[torch.Tensor]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList()
-        for weight in weights:
-            layer = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
-            layer.weight = nn.Parameter(weight, requires_grad=False)
-            self.layers.append(layer)
 
 
 def adapter_of(model: nn.Module, some: list[Layer], seed: int) -> Any:
@@ -121,21 +111,14 @@ def bench_switcher(benchmark: BenchmarkFixture, threads: int) -> None:
 
 def peft_model(kind: str, some: list[Layer]) -> Any:
     """Two adapters as large as ours, on copies of the weights."""
-    rank, targets = common.lora_rank(), r"layers\.\d+"
-
-    def config(seed: int) -> Any:
-        if kind == "PEFT LoRA":
-            return peft.LoraConfig(r=rank, target_modules=targets, init_lora_weights=False)
-        return peft.ShiraConfig(r=rank, target_modules=targets, random_seed=seed)
-
-    made = peft.get_peft_model(Layers([one.weight.clone() for one in some]), config(1), "one")
-    made.add_adapter("two", config(2))
-    made.base_model.merge_adapter(["one"])
+    made = peers.model(kind, [one.weight.clone() for one in some], common.lora_rank())
+    made.add_adapter("two", peers.config(kind, common.lora_rank(), seed=2), autocast_adapter_dtype=False)
+    made.base_model.merge_adapter(["default"])
     return made.base_model
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
-@pytest.mark.parametrize("kind", ["PEFT LoRA", "PEFT SHiRA"])
+@pytest.mark.parametrize("kind", [peers.LORA, peers.SHIRA, peers.SUPER])
 def bench_switcher_over_peft(benchmark: BenchmarkFixture, threads: int, kind: str) -> None:
     some = common.layers(BF16)[:PEFT_LAYERS]
     switcher, theirs = switcher_of(some), peft_model(kind, some)
@@ -144,7 +127,7 @@ def bench_switcher_over_peft(benchmark: BenchmarkFixture, threads: int, kind: st
 
     def merge(_: str, name: str) -> None:
         theirs.unmerge_adapter()
-        theirs.merge_adapter(["one" if name == "a" else "two"])
+        theirs.merge_adapter(["default" if name == "a" else "two"])
 
     ours = to_and_fro(lambda _, name: switcher.activate(name))
     timing = compare(benchmark, ("activate", ours), {kind: to_and_fro(merge)}, rounds=2 if settings.quick else 6)

@@ -40,6 +40,7 @@ class Settings:
     """How much is measured: set by conftest.py from the command line."""
 
     quick: bool = False
+    full: bool = False
     rounds: int = 25
 
     @property
@@ -59,7 +60,8 @@ class Settings:
 
 
 settings = Settings()
-THREADS = [n for n in (1, 2) if n <= (os.cpu_count() or 1)]
+CORES = len(os.sched_getaffinity(0))
+THREADS = sorted({min(1 << i, CORES) for i in range(CORES.bit_length() + 1)})  # 1, 2, 4 ... and all
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -190,6 +192,23 @@ def sweep(call: Callable[..., object], arguments: Iterable[tuple[Any, ...]]) -> 
 
 
 @dataclass
+class Steps:
+    """Calls that follow one another, timed as a whole and each by itself: load, then fuse, then take it out again."""
+
+    calls: dict[str, Callable[[], object]]
+    seconds: dict[str, list[float]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.seconds = {name: [] for name in self.calls}
+
+    def __call__(self) -> None:
+        for name, call in self.calls.items():
+            start = time.perf_counter()
+            call()
+            self.seconds[name].append(time.perf_counter() - start)
+
+
+@dataclass
 class Timing:
     """Seconds of the interleaved samples of one comparison; round i of every name ran next to each other."""
 
@@ -221,7 +240,7 @@ def compare(
 ) -> Timing:
     """Runs the subject under pytest-benchmark with the baselines interleaved: each round's set-up times them.
 
-    `reset`, untimed, takes back what the subject did.
+    `reset`, untimed, takes back what the subject did. Of a way that is `Steps`, each step is timed too, as "way: step".
     """
     name, run = subject
     samples: dict[str, list[float]] = {one: [] for one in baselines}
@@ -244,7 +263,11 @@ def compare(
     benchmark.pedantic(run, setup=baselines_first, rounds=rounds or settings.rounds, warmup_rounds=warmups)
     if benchmark.stats is None:
         pytest.skip("--benchmark-disable: nothing was measured")
-    return Timing({name: list(benchmark.stats.stats.data), **{k: v[warmups:] for k, v in samples.items()}}, name)
+    timed = {name: list(benchmark.stats.stats.data), **{k: v[warmups:] for k, v in samples.items()}}
+    for way, call in {name: run, **baselines}.items():
+        if isinstance(call, Steps):
+            timed |= {f"{way}: {step}": seconds[warmups:] for step, seconds in call.seconds.items()}
+    return Timing(timed, name)
 
 
 class Report:

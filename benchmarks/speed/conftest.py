@@ -17,13 +17,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("speed")
     group.addoption("--quick", action="store_true", help="tiny layers and few rounds: does it run at all?")
     group.addoption("--details", action="store_true", help="print what every benchmark timed, in microseconds")
+    group.addoption("--full", action="store_true", help="all cases and thread counts, not the selection: an hour")
     group.addoption("--rounds", type=int, default=None, help="samples of each comparison")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     common.settings.quick = config.getoption("--quick")
-    common.settings.rounds = config.getoption("--rounds") or (3 if common.settings.quick else 25)
+    common.settings.full = config.getoption("--full")
+    rounds = 3 if common.settings.quick else 25 if common.settings.full else 19
+    common.settings.rounds = config.getoption("--rounds") or rounds
+    config.addinivalue_line("markers", "full: a case that is measured with --full alone")
+    config.addinivalue_line("markers", "every_thread_count: without --full too; the others then run on one thread")
     config.stash[FOUND] = []
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without --full, a selection that takes less than ten minutes."""
+    if config.getoption("--full"):
+        return
+
+    def chosen(item: pytest.Item) -> bool:
+        threads = item.callspec.params.get("threads", 1) if hasattr(item, "callspec") else 1
+        one = threads == 1 or item.get_closest_marker("every_thread_count") is not None
+        return one and item.get_closest_marker("full") is None
+
+    left_out = [item for item in items if not chosen(item)]
+    items[:] = [item for item in items if chosen(item)]
+    config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, object]) -> None:
+    machine_info["torch"] = torch.__version__.partition("+")[0]
 
 
 @pytest.fixture(params=common.THREADS, ids=lambda n: f"{n}thread{'s' * (n > 1)}")

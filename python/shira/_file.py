@@ -283,10 +283,17 @@ def _weight(where: str, name: str, entry: Any, places: Mapping[str, Place]) -> W
     )
 
 
+def read_adapter(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Place]]:
+    """What the file says of its adapter, and where its tensors lie, all of it checked, without torch and without
+    reading the tensors."""
+    where = os.fspath(path)
+    metadata, places = read_layout(where)
+    return _header(where, metadata, places), places
+
+
 def read_header(path: str | os.PathLike[str]) -> Header:
     """What the file says of its adapter, all of it checked, without torch and without reading the tensors."""
-    where = os.fspath(path)
-    return _header(where, *read_layout(where))
+    return read_adapter(path)[0]
 
 
 def _header(path: str, metadata: Mapping[str, str], places: Mapping[str, Place]) -> Header:
@@ -346,33 +353,21 @@ def check_regular(path: str) -> None:
         raise AdapterError(f"{path}: this is a pipe or a device, not a file")
 
 
-@contextmanager
-def open_adapter(path: str | os.PathLike[str], framework: str) -> Iterator[tuple[Any, Header]]:
-    """Check all that a file's header says, and map it; yield the stock library's handle and the header."""
-    where = os.fspath(path)
-    header = read_header(where)
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        file = safe_open(where, framework)
-    except SafetensorError as error:
-        raise AdapterError(f"{where}: this is no whole safetensors file: {error}") from error
-    with file:
-        yield file, header
-
-
 def read_whole(path: str | os.PathLike[str]) -> Header:
     """Check everything a reader checks, the index codes included, without torch; what the file says of its adapter."""
     import numpy as np
 
     from shira import _codec
 
-    with open_adapter(path, "numpy") as (file, header):
+    header, places = read_adapter(path)
+    with open(path, "rb") as file:
         for name, weight in header.weights.items():
             if weight.indices != "code":
                 continue
             dtype = np.int32 if weight.numel // weight.granule < 2**31 else np.int64
-            code = file.get_tensor(f"{name}.indices")
+            place = places[f"{name}.indices"]
+            file.seek(place.begin)
+            code = np.frombuffer(file.read(place.end - place.begin), np.uint8)
             try:
                 _codec.decode(code, weight.count, weight.numel, dtype, weight.granule)
             except ValueError as error:

@@ -1,8 +1,9 @@
 """States of a model and the ways between them, as calls of the list ops.
 
-A `Layout` is what one adapter, or several together, put on the model, weight by weight (`Part`). Each part knows the
-base's entries at its indices, from the moment it is made. So every state can be left for the base, and any half-done
-way can be taken back, without knowing how far it came.
+A `Layout` is what one adapter, or several together, put on the model, weight by weight (`Part`). Each part keeps the
+base's entries at its indices: on a GPU from the moment it is made, on the CPU from the moment the weight first changes
+there, and it tells which by itself (`Part.known`). So every state can be left for the base, and any half-done way can
+be taken back, without knowing how far it came.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ class Part:
     granule: int
     values: list[Tensor]
     delta: list[bool]
+    # The base's entries, or room for them.
     saved: Tensor
+    # If room: what stands in its first granule, the complement of what will. See `known`.
+    blank: Tensor | None = None
     # offsets and sources of `fuse_plan`, for several adapters; whose values are then those of their own layouts.
     plan: tuple[Tensor, Tensor] | None = None
     borrowed: bool = False
@@ -45,6 +49,25 @@ class Part:
     def whole(self) -> bool:
         """Whether it replaces the weight as a whole."""
         return self.saved.numel() == self.weight.tensor.numel() == self.granule
+
+    @property
+    def known(self) -> bool:
+        """Whether `saved` holds the base's entries. If not, the part was never on its weight.
+
+        Gathering them costs what switching costs, since it touches the same lines; the op that first puts the part on
+        writes them anyway. It writes all of them or none, but an interrupt may come before anyone can note which: so it
+        is read off `saved` itself.
+        """
+        if self.blank is not None and not torch.equal(_bits(self.saved[: self.granule]), self.blank):
+            self.blank = None
+        return self.blank is None
+
+    def learn(self, active: Part | None) -> None:
+        """Read the base's entries, for who needs them of a part that was never on. Only reads the weight."""
+        if not self.known:
+            # In place: ways have the tensor.
+            self.saved.copy_(base_entries(self.weight, self.indices, self.granule, active))
+            self.blank = None
 
     def finer(self, granule: int) -> Tensor:
         """The indices for a divisor of the granule; made once."""
@@ -145,8 +168,9 @@ def base_entries(weight: Weight, indices: Tensor, granule: int, active: Part | N
     if active is None or not active.indices.numel() or not indices.numel():
         return entries
     common = math.gcd(granule, active.granule)
-    mine = refine(indices, granule, common, weight.tensor.numel()).to(torch.int64)
-    theirs = active.finer(common).to(torch.int64)
+    mine, theirs = refine(indices, granule, common, weight.tensor.numel()), active.finer(common)
+    if mine.dtype != theirs.dtype:
+        mine, theirs = mine.to(torch.int64), theirs.to(torch.int64)
     at = torch.searchsorted(theirs, mine).clamp_(max=theirs.numel() - 1)
     both = (theirs[at] == mine).nonzero().view(-1)
     hidden = shira_ops.gather(active.saved, at[both], granule=common)
@@ -155,22 +179,30 @@ def base_entries(weight: Weight, indices: Tensor, granule: int, active: Part | N
 
 
 def of_adapter(name: str, adapter: Adapter, weights: Mapping[str, Weight], active: Layout) -> Layout:
-    """One adapter on its weights' devices, and the base's entries it will hide."""
+    """One adapter on its weights' devices, and the base's entries it will hide, or room for them."""
     parts: dict[Weight, Part] = {}
     for weight_name, entry in adapter.weights.items():
         weight = weights[weight_name]
         indices = _live.send(entry.indices, weight.device)
         values = _live.send(entry.values.detach(), weight.device)
-        saved = base_entries(weight, indices, entry.granule, active.parts.get(weight))
-        parts[weight] = Part(weight, (name,), indices, entry.granule, [values], [adapter.delta], saved)
+        # GPUs gather beside the model's computation, on a side stream; then switching is as short as it can be.
+        later = weight.device.type == "cpu" and indices.numel() > 1
+        some = indices[:1] if later else indices
+        saved, blank = base_entries(weight, some, entry.granule, active.parts.get(weight)), None
+        if later:
+            blank = _bits(saved).bitwise_not_()
+            saved = saved.new_empty(entry.nnz)
+            _bits(saved[: entry.granule]).copy_(blank)
+        parts[weight] = Part(weight, (name,), indices, entry.granule, [values], [adapter.delta], saved, blank)
     return Layout((name,), parts)
 
 
-def together(layouts: list[Layout]) -> Layout:
+def together(layouts: list[Layout], active: Layout) -> Layout:
     """Several adapters at once: unions of their entries, and the base's entries there from what each one saved."""
     on: dict[Weight, list[Part]] = {}
     for layout in layouts:
         for weight, part in layout.parts.items():
+            part.learn(active.parts.get(weight))
             on.setdefault(weight, []).append(part)
     return Layout(
         tuple(name for layout in layouts for name in layout.names),
@@ -186,7 +218,7 @@ def _union(weight: Weight, parts: list[Part]) -> Part:
     first = sources[offsets[:-1].to(torch.int64)]
     counts = torch.tensor([0, *(one.numel() for one in lists[:-1])], device=first.device)
     at = counts.cumsum(0)[first >> 48] + (first & (2**48 - 1))
-    saved = torch.cat([part.saved.view(torch.uint8) for part in parts]).view(-1, granule * weight.dtype.itemsize)
+    saved = torch.cat([_bits(part.saved) for part in parts]).view(-1, granule * weight.dtype.itemsize)
     values = [part.values[0] for part in parts]
     borrowed = len({value.dtype for value in values}) == 1
     if not borrowed:
@@ -200,9 +232,13 @@ def _union(weight: Weight, parts: list[Part]) -> Part:
         values,
         [part.delta[0] for part in parts],
         saved[at].view(-1).view(weight.dtype),
-        (offsets, sources),
-        borrowed,
+        plan=(offsets, sources),
+        borrowed=borrowed,
     )
+
+
+def _bits(entries: Tensor) -> Tensor:
+    return entries.view(torch.uint8)
 
 
 # ---- the ways between them ---------------------------------------------------------------------------------
@@ -240,6 +276,8 @@ class Way:
         alphas = Alphas(strengths)
         for part in self.fused:
             part.put(part.weight.tensor, part.indices, part.saved, alphas.of(part))
+        for part in self.after.parts.values():
+            part.blank = None
 
 
 class Alphas:
@@ -275,7 +313,8 @@ def way(before: Layout, after: Layout) -> Way:
         groups.setdefault((op, part.weight.device, granule), []).append((part.weight.tensor, *row))
 
     def leave(part: Part) -> None:
-        add("scatter", part.granule, part, part.indices, part.saved)
+        if part.known:
+            add("scatter", part.granule, part, part.indices, part.saved)
 
     for weight, part in before.parts.items():
         if weight not in after.parts:

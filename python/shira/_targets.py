@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -38,6 +38,7 @@ class Names:
 
     def targets(self, wanted: Wanted) -> dict[str, list[_model.Slot]]:
         """The weights to train sparsely, by first name, each with every place that holds it."""
+        _check_wanted("targets", wanted)
         if wanted is None:
             names = [_join(name, "weight") for name, module in self.modules.items() if _layers.is_linear(module)]
             if not names:
@@ -50,6 +51,7 @@ class Names:
 
     def whole(self, wanted: Wanted) -> dict[str, list[_model.Slot]]:
         """The parameters to train as a whole."""
+        _check_wanted("whole", wanted)
         if wanted is None:
             return {}
         if isinstance(wanted, str):
@@ -171,6 +173,13 @@ def _is(name: str, wanted: str) -> bool:
 
 def _join(module: str, attribute: str) -> str:
     return f"{module}.{attribute}" if module else attribute
+
+
+def _check_wanted(argument: str, wanted: Wanted) -> None:
+    listed = isinstance(wanted, Collection) and all(isinstance(one, str) for one in wanted)
+    if wanted is not None and not listed:
+        got = repr(wanted) if isinstance(wanted, Collection) else type(wanted).__name__
+        raise ValueError(f"SparseTuner: {argument} must be a pattern or a list of names, got {got}")
 
 
 def _compiled(argument: str, text: str) -> re.Pattern[str]:

@@ -245,40 +245,46 @@ class Adapter:
         The values stay in the mapped file, so loading costs the decoding of the indices. Raises `AdapterError` with the
         file, the weight and what is wrong.
         """
-        with _file.open_adapter(path, "pt") as (file, header):
-            entries: dict[str, Entry] = {}
-            for name, weight in header.weights.items():
-                values = file.get_tensor(f"{name}.values")
-                if values.data_ptr() % values.itemsize:
-                    # Other writers may not align tensors in the file; ops need whole entries at whole addresses.
-                    values = values.clone()
-                if weight.indices == "code":
-                    try:
-                        indices = shira_ops.decode_indices(
-                            file.get_tensor(f"{name}.indices"),
-                            weight.count,
-                            weight.numel,
-                            index_dtype(weight.numel // weight.granule),
-                            granule=weight.granule,
-                        )
-                    except RuntimeError as error:
-                        raise AdapterError(_file.bad_code(path, name, error)) from error
-                elif weight.indices == "seed":
-                    assert weight.seed is not None
-                    indices = _drawn(weight.numel, weight.count, weight.seed, weight.granule)
-                else:
-                    indices = torch.zeros(1, dtype=torch.int32)
-                entries[name] = Entry(
-                    indices,
-                    values,
-                    weight.shape,
-                    getattr(torch, weight.dtype),
-                    weight.granule,
-                    weight.fingerprint,
-                    weight.seed,
-                    weight.aliases,
-                    checked=True,
-                )
+        header, places = _file.read_adapter(path)
+        size = max((place.end for place in places.values()), default=0)
+        # Private: nothing that is done to it reaches the file.
+        mapped = torch.from_file(os.fspath(path), shared=False, size=size, dtype=torch.uint8)
+
+        def read(name: str, dtype: torch.dtype) -> Tensor:
+            place = places[name]
+            raw = mapped[place.begin : place.end]
+            # Other writers may not align tensors in the file; ops need whole entries at whole addresses.
+            return (raw.clone() if place.begin % dtype.itemsize else raw).view(dtype)
+
+        entries: dict[str, Entry] = {}
+        for name, weight in header.weights.items():
+            if weight.indices == "code":
+                try:
+                    indices = shira_ops.decode_indices(
+                        read(f"{name}.indices", torch.uint8),
+                        weight.count,
+                        weight.numel,
+                        index_dtype(weight.numel // weight.granule),
+                        granule=weight.granule,
+                    )
+                except RuntimeError as error:
+                    raise AdapterError(_file.bad_code(path, name, error)) from error
+            elif weight.indices == "seed":
+                assert weight.seed is not None
+                indices = _drawn(weight.numel, weight.count, weight.seed, weight.granule)
+            else:
+                indices = torch.zeros(1, dtype=torch.int32)
+            entries[name] = Entry(
+                indices,
+                read(f"{name}.values", getattr(torch, weight.values_dtype)),
+                weight.shape,
+                getattr(torch, weight.dtype),
+                weight.granule,
+                weight.fingerprint,
+                weight.seed,
+                weight.aliases,
+                checked=True,
+            )
         return cls(entries, alpha=header.alpha, delta=header.delta, mask=header.mask, provenance=header.provenance)
 
     @classmethod

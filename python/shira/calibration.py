@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shira import _model
+from shira import _model, _run
 
 __all__ = ["Loss", "Visit", "stream"]
 
@@ -65,7 +65,7 @@ def stream(
         ValueError: there are no batches, or a batch gives no scalar loss that depends on the weights.
         RuntimeError: a weight got no gradient, or one that is not finite; the error names it.
     """
-    if isinstance(batches, (Tensor, Mapping, str)):
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise ValueError(
             f"calibration must be batches, as a list or a DataLoader, got one {type(batches).__name__}; "
             f"put it in a list"
@@ -75,33 +75,7 @@ def stream(
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         with run.hooked(weights):
-            run.batches(model, batches, loss or model_loss)
-
-
-def model_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The loss the model itself gives."""
-    if isinstance(batch, Mapping):
-        output = model(**batch)
-    elif isinstance(batch, (tuple, list)):
-        output = model(*batch)
-    elif isinstance(batch, Tensor):
-        output = model(batch)
-    else:
-        raise ValueError(
-            f"a calibration batch must be a mapping, a tuple, a list or a tensor, got {type(batch).__name__}; "
-            f"give loss=, a function of (model, batch), for any other"
-        )
-    if isinstance(output, Tensor):
-        return output
-    found = getattr(output, "loss", None)
-    if found is None and isinstance(output, Mapping):
-        found = output.get("loss")
-    if found is None:
-        raise ValueError(
-            f"the model's output, {type(output).__name__}, has no loss; give the batches their labels, or loss=, a "
-            f"function of (model, batch)"
-        )
-    return found  # type: ignore[no-any-return]
+            run.batches(model, batches, loss or _run.loss_of_model)
 
 
 @dataclass(eq=False)
@@ -272,10 +246,7 @@ class _Run:
     def _batch(self, model: nn.Module, batch: Any, loss: Loss, number: int) -> None:
         for gradient in self.gradients.values():
             gradient.expected = 0
-        value = loss(model, batch)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            given = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"calibration: the loss of batch {number} must be a scalar tensor, got {given}")
+        value = _run.scalar(loss(model, batch), f"calibration: the loss of batch {number}")
         if not value.requires_grad:
             raise ValueError(f"calibration: the loss of batch {number} depends on none of the targeted weights")
         if not bool(value.isfinite()):

@@ -347,7 +347,16 @@ def demo(
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(context: typer.Context) -> None:
+def bench(
+    context: typer.Context,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for a page about the run, and its plots.", show_default=False)
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option("--from", help="With --report: results of an earlier run, nothing is run.", show_default=False),
+    ] = None,
+) -> None:
     """Run the speed benchmarks, if the repository is at hand; further arguments go to pytest."""
     import subprocess
 
@@ -360,7 +369,20 @@ def bench(context: typer.Context) -> None:
             err=True,
         )
         raise typer.Exit(1)
-    raise typer.Exit(subprocess.call([sys.executable, "-m", "pytest", str(folder), *context.args]))
+    if results is not None and (report is None or context.args):
+        typer.echo("shira bench: --from is for --report alone: it takes the results as they are", err=True)
+        raise typer.Exit(1)
+    arguments = context.args
+    if results is None:
+        if report is not None:
+            report.mkdir(parents=True, exist_ok=True)
+            results = report / "results.json"
+            arguments = [*arguments, f"--benchmark-json={results}"]
+        code = subprocess.call([sys.executable, "-m", "pytest", str(folder), *arguments])
+        if code or report is None:
+            raise typer.Exit(code)
+    page = [sys.executable, str(folder / "report.py"), str(results), "--out", str(report)]
+    raise typer.Exit(subprocess.call(page))
 
 
 def main() -> None:

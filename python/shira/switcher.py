@@ -248,6 +248,8 @@ class Switcher:
         Args:
             full: hash all memory of the weights that adapters are for, which finds any other change. Otherwise only the
                 entries are compared: the active adapters', or with none active those of every adapter on the device.
+                Weights on the CPU for which one of these was never active are then read whole, as its entries of the
+                base are not known yet.
         """
         with LOCK, _quiet():
             if self._torn is not None:
@@ -257,23 +259,25 @@ class Switcher:
             # Weights with adapters of another Switcher are its to judge.
             others = {weight for weight in self._weights.values() if weight.held(self) is not None}
             wrong: dict[str, None] = {}
+            read = dict.fromkeys(self._weights.values() if full else ())
             for layout in [self._on()] if self._active else list(self._layouts.values()):
                 _live.wait(layout.ready)
                 for weight, part in layout.parts.items():
-                    if weight not in others and not self._holds(part):
+                    if not part.known:
+                        read[weight] = None
+                    elif weight not in others and not self._holds(part):
                         wrong[weight.name] = None
-            for weight in self._weights.values() if full else ():
-                if weight not in others:
-                    if weight.ledger.base is None:
-                        self._learn(weight)
-                    if not self._right(weight):
-                        wrong[weight.name] = None
+            read = {weight: None for weight in read if weight not in others}
+            for weight in read:
+                if weight.ledger.base is None:
+                    self._learn(weight)
+                if not self._right(weight):
+                    wrong[weight.name] = None
             if wrong:
                 what = "the base plus what is active" if self._active else "the base"
                 raise SwitchError(f"Switcher: {len(wrong)} weight(s) do not hold {what}: {_model.some(wrong)}")
-            for weight in self._weights.values() if full else ():
-                if weight not in others:
-                    weight.note()
+            for weight in read:
+                weight.note()
 
     def memory(self) -> dict[str, Memory]:
         """Bytes that each adapter keeps, by name; under ``"a + b"`` those of adapters made ready to act together."""
@@ -436,9 +440,7 @@ class Switcher:
             adapter = added.read()
             self._make_room(added.nbytes, keep, names)
             weights = list(added.weights.values())
-            _live.refuse_first(weights, Weight.place)
-            _live.refuse_first(weights, lambda weight: weight.held(self))
-            self._recheck(weights)
+            self._disturbed(weights)
             with self._streams.staging(weight.device for weight in weights) as ready:
                 layout = _layout.of_adapter(names[0], adapter, added.weights, self._on())
             added.adapter = adapter
@@ -446,8 +448,9 @@ class Switcher:
             members = [self._ready((name,), names) for name in names]
             for member in members:
                 _live.wait(member.ready)
+                self._disturbed([weight for weight, part in member.parts.items() if not part.known])
             with self._streams.staging(device for member in members for device in member.devices) as ready:
-                layout = _layout.together(members)
+                layout = _layout.together(members, self._on())
             self._make_room(layout.nbytes, keep, names)
             mixes = [known for known in self._layouts if len(known) > 1]
             for oldest in [known for known in mixes if known not in keep][: max(0, len(mixes) + 1 - _MIXES)]:
@@ -569,7 +572,7 @@ class Switcher:
                     raise self._failed(strengths, error) from error
                 raise
 
-    def _disturbed(self, weights: list[Weight], verify: bool) -> list[Weight]:
+    def _disturbed(self, weights: list[Weight], verify: bool = True) -> list[Weight]:
         """Refuse what happened to the weights; without `verify`, return those that someone else changed."""
         _live.refuse_first(weights, Weight.place)
         _live.refuse_first(weights, lambda weight: weight.held(self))

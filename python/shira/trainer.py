@@ -35,7 +35,8 @@ class Trainer:
     Args:
         tuner: the tuner, attached.
         data: batches, iterable more than once: a ``DataLoader``, a list. An epoch is one pass.
-        loss: ``loss(model, batch)`` to a scalar; None takes ``model(**batch).loss`` as transformers' models give it.
+        loss: ``loss(model, batch)`` to a scalar; None takes the model's own: ``model(**batch).loss`` as transformers'
+            models give it, or the model's output if that is a scalar.
         optimizer: over ``tuner.parameters()``; None is ``shira.AdamW(tuner)``.
         scheduler: stepped after every step of the optimizer.
         model: what to call in place of ``tuner.model``: the same model compiled or wrapped.
@@ -70,6 +71,8 @@ class Trainer:
         progress: bool = True,
         log_every: int = 10,
     ) -> None:
+        if not isinstance(data, Iterable):
+            raise ValueError(f"Trainer: data must be batches, as a list or a DataLoader, got {type(data).__name__}")
         if isinstance(data, Iterator):
             raise ValueError(f"Trainer: data must be iterable more than once, got the iterator {type(data).__name__}")
         if accumulate < 1 or log_every < 1:
@@ -88,7 +91,7 @@ class Trainer:
         if scaler is None and autocast == torch.float16:
             scaler = torch.amp.GradScaler(self.device.type)
         self.scaler = scaler
-        self._loss = _loss_of_output if loss is None else loss
+        self._loss_of = _run.loss_of_model if loss is None else loss
         self.evaluate_every, self.checkpoint_every = evaluate_every, checkpoint_every
         self.checkpoint, self.callbacks = checkpoint, tuple(callbacks)
         self._show, self._log_every = progress, log_every
@@ -156,7 +159,7 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for batch in group:
             with self._casting():
-                loss = self._loss(self.model, _run.to_device(batch, self.device)) / len(group)
+                loss = self._loss(batch) / len(group)
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             total += loss.detach()
         if self.clip is not None:
@@ -178,6 +181,10 @@ class Trainer:
         self.step += 1
         return total
 
+    def _loss(self, batch: Any) -> Tensor:
+        found = self._loss_of(self.model, _run.to_device(batch, self.device))
+        return _run.scalar(found, "Trainer: the loss").reshape(())
+
     def _casting(self) -> Any:
         return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
 
@@ -194,7 +201,7 @@ class Trainer:
             total, count = 0.0, 0
             for batch in data:
                 with self._casting():
-                    total += float(self._loss(self.model, _run.to_device(batch, self.device)))
+                    total += float(self._loss(batch))
                 count += 1
         finally:
             for module, training in modes:
@@ -286,13 +293,3 @@ class Trainer:
             for name, p in model.named_parameters()
             if p.requires_grad and not name.endswith(VALUES_SUFFIX) and id(p) not in dense
         }
-
-
-def _loss_of_output(model: nn.Module, batch: Any) -> Tensor:
-    if not isinstance(batch, Mapping):
-        raise TypeError(f"Trainer: give loss=, a function of model and batch: a batch is a {type(batch).__name__} here")
-    output = model(**batch)
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if not isinstance(loss, Tensor):
-        raise TypeError("Trainer: give loss=, a function of model and batch: the model's output has no loss")
-    return loss

@@ -1,0 +1,376 @@
+"""One page about one run: plots as PNG files, and an HTML page that needs no other file.
+
+python benchmarks/speed/report.py benchmarks/results/cpu-zen4.json --out out/          # or: shira bench --report out/
+
+Nothing is measured. A plot whose benchmarks are not in the results is left out. Results of benchmarks/quality, where
+there are any, make the plot of accuracy beside switch time and file size: `--quality FILE`, by default
+benchmarks/results/quality.json, a list under "front" of {"name", "task", "accuracy", "switch_seconds", "file_bytes"}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import html
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import results
+import scaling
+import summary
+import texts
+
+QUALITY = results.FOLDER / "quality.json"
+OURS, PLAIN, LORA, PEFT, BOUND = "#00796b", "#5c6bc0", "#ef6c00", "#9e9e9e", "#c62828"
+ITEM = {"bf16": 2, "fp32": 4}
+COLOURS = {1: OURS, 2: PLAIN, 4: LORA, 8: PEFT}
+GROUPS = (("PEFT", PEFT), ("addmm_", LORA), ("W += s", LORA))
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+    "figure.constrained_layout.use": True,
+}
+
+
+def colour(way: str) -> str:
+    return next((shade for start, shade in GROUPS if way.startswith(start)), PLAIN)
+
+
+def whiskers(results: list[dict[str, float]]) -> list[list[float]]:
+    """From the medians down and up to the quartiles."""
+    return [[one["median"] - one["low"] for one in results], [one["high"] - one["median"] for one in results]]
+
+
+def bars(axes: Axes, names: list[str], found: list[dict[str, float]], shades: list[str]) -> None:
+    """Horizontal, logarithmic, each with its median as text."""
+    axes.barh(names, [one["median"] for one in found], xerr=whiskers(found), color=shades, ecolor="#444", height=0.7)
+    axes.set_xscale("log")
+    axes.margins(y=0.01)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+
+
+# Plots: each takes the figures and returns a drawing, or None where nothing was measured.
+
+
+def ways(f: texts.Figures) -> Figure | None:
+    """Milliseconds a layer of every way to put an adapter in, and touch."""
+    infos = {info["dtype"]: info for info in f.info("bench_ways[1thread")}
+    if not infos:
+        return None
+    figure, panels = plt.subplots(1, len(infos), figsize=(4.6 * len(infos), 4.2), squeeze=False)
+    for axes, (dtype, info) in zip(panels[0], infos.items(), strict=True):
+        measured = {
+            name: {key: 1e3 * value for key, value in found.items()}
+            for name, found in info["seconds"].items()
+            if name == "swap_" or (f"swap_ over ways {dtype}", name, 1) in f.all
+        }
+        names = sorted(measured, key=lambda one: measured[one]["median"])
+        shades = [OURS if name == "swap_" else colour(name) for name in names]
+        bars(axes, ["shira swap_" if name == "swap_" else name for name in names], [measured[n] for n in names], shades)
+        for at, name in enumerate(names):
+            axes.text(measured[name]["high"] * 1.12, at, f"{measured[name]['median']:.3g}", va="center", fontsize=7.5)
+        axes.set_xlim(right=max(one["high"] for one in measured.values()) * 3)
+        limit = 1e3 * info["seconds"][info["fastest"]["touch"]]["median"]
+        axes.axvline(limit, color=BOUND, linestyle="--", linewidth=1)
+        axes.set_xlim(left=0.6 * min(limit, *(one["low"] for one in measured.values())))
+        axes.text(0.99, 0.97, "- - touch: memory's limit", color=BOUND, fontsize=7.5, ha="right",
+                  transform=axes.transAxes)  # fmt: skip
+        axes.set_title(f"{dtype}, one thread")
+        axes.set_xlabel("ms a layer of 4096 x 4096, 1 %")
+    figure.suptitle("Switching one adapter on, every way")
+    return figure
+
+
+def ratios(f: texts.Figures) -> Figure | None:
+    """The promises that are ratios, with quartiles and targets."""
+    rows = []
+    for line, kind in summary.LINES.items():
+        if kind.target is None or kind.unit != "x" or not kind.at_least:
+            continue
+        rows += [(kind, variant, found) for (name, variant, n), found in f.all.items() if name == line and n == 1]
+    if not rows:
+        return None
+    figure, axes = plt.subplots(figsize=(9, 0.24 * len(rows) + 1))
+    names = [kind.text + (f" ({variant})" if variant else "") for kind, variant, _ in rows]
+    found = [one for *_, one in rows]
+    bars(axes, names, found, [OURS if kind.met(one["median"]) else LORA for kind, _, one in rows])
+    targets = [float(kind.target or 0) for kind, *_ in rows]
+    axes.scatter(targets, range(len(rows)), color=BOUND, marker="|", s=90, zorder=3, label="wanted")
+    axes.set_xlabel("times as fast, one thread; whiskers: quartiles of the rounds")
+    axes.legend(loc="lower right")
+    return figure
+
+
+def shares(f: texts.Figures) -> Figure | None:
+    """Bytes a second of every op that knows what it has to move, beside the machine's limits."""
+    limits = {line.removeprefix("limit, "): one["median"] for (line, _, n), one in f.all.items()
+              if line in ("limit, touch", "limit, copy", "limit, read") and n == 1}  # fmt: skip
+    rates: dict[str, float] = {}
+    for one in f.benchmarks:
+        info = one["extra_info"]
+        if info["threads"] != 1:
+            continue
+        for name, rate in info.get("gigabytes_per_second", {}).items():
+            if name not in ("copy", "read"):
+                family, _, case = one["name"].removeprefix("bench_").partition("[1thread")
+                rates[f"{family}: {name} {case.strip('-]')}".strip()] = rate
+    if not limits or not rates:
+        return None
+    figure, axes = plt.subplots(figsize=(8, 0.22 * len(rates) + 1))
+    names = sorted(rates, key=lambda name: -rates[name])
+    axes.barh(names, [rates[name] for name in names], color=OURS, height=0.7)
+    axes.margins(y=0.01)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    for name, limit in limits.items():
+        axes.axvline(limit, color=BOUND, linestyle="--", linewidth=1)
+        axes.text(limit, 0.02, f" {name}", color=BOUND, fontsize=8, rotation=90, transform=axes.get_xaxis_transform())
+    axes.set_xlabel("GB/s of what has to be moved, one thread")
+    return figure
+
+
+def roofline(f: texts.Figures) -> Figure | None:
+    """What does arithmetic, beside what memory and arithmetic allow: a move of bits does none, see the limits."""
+    limits = {line: one["median"] for (line, _, n), one in f.all.items() if line.startswith("limit, ") and n == 1}
+    points = []  # name, dtype, floating-point operations, bytes that have to move, seconds
+    for info in f.info("bench_swap[1thread"):
+        (m, n), rank, size = info["shape"], info["lora_rank"], ITEM[info["dtype"]]
+        moved = size * (2 * m * n + rank * (m + n))
+        points.append(("LoRA fuse, addmm_", info["dtype"], 2 * m * n * rank, moved, info["seconds"]["fuse"]["median"]))
+    for info in f.info("bench_sampled_grad[1thread"):
+        tokens, side, size, seconds = info["tokens"], info["side"], ITEM[info["dtype"]], info["seconds"]
+        inputs = 2 * tokens * side * size
+        for name, key, entries, written in (
+            ("sampled_grad", "sampled_grad", info["nnz"], 8 * info["nnz"]),
+            ("dense gradient", "dense", side**2, side**2 * size),
+        ):
+            work = 2 * tokens * entries
+            points.append((f"{name}, {tokens} tokens", info["dtype"], work, inputs + written, seconds[key]["median"]))
+    if not points or "limit, copy" not in limits:
+        return None
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for axes, dtype in zip(panels, ITEM, strict=True):
+        xs = [2**at for at in range(-2, 12)]
+        roof = [min(limits[f"limit, GEMM {dtype}"], x * limits["limit, copy"]) for x in xs]
+        axes.plot(xs, roof, color=BOUND, linewidth=1, label="copy bandwidth, GEMM")
+        for at, (name, kind, work, moved, seconds) in enumerate(points):
+            if kind == dtype:
+                marker = "o" if name.startswith("sampled") else "^" if name.startswith("dense") else "s"
+                axes.plot(work / moved, work / seconds / 1e9, marker, label=name, color=f"C{at % 10}")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_title(f"{dtype}, one thread")
+        axes.set_xlabel("operations a byte that has to move")
+        axes.legend(fontsize=7)
+    panels[0].set_ylabel("GFLOP/s")
+    return figure
+
+
+def growth(f: texts.Figures) -> Figure | None:
+    """The measured points of every axis, and the fitted sum."""
+    infos = f.info("bench_scaling[")
+    if not infos:
+        return None
+    axes_names = list(dict.fromkeys(info["axis"] for info in infos))
+    fitted = {op: texts.models(f, op) for op in ("swap_", "fuse_")}
+    columns = min(3, len(axes_names))
+    rows = math.ceil(len(axes_names) / columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(3.6 * columns, 3 * rows), squeeze=False)
+    for axes in panels.flat[len(axes_names) :]:
+        axes.axis("off")
+    for axes, name in zip(panels.flat, axes_names, strict=False):
+        for info in (one for one in infos if one["axis"] == name):
+            threads, points = info["threads"], info["points"]
+            found = [{key: 1e3 * value for key, value in point["seconds"].items()} for point in points]
+            shade = COLOURS.get(threads, "#444")
+            xs = [point["x"] for point in points]
+            axes.errorbar(xs, [one["median"] for one in found], yerr=whiskers(found), fmt="o", ms=4, color=shade,
+                          label=f"{threads} thread{'s' * (threads > 1)}")  # fmt: skip
+            model = fitted[info["op"]][threads]
+            said = [1e3 * model.seconds(scaling.Work.of(point)) for point in points]
+            axes.plot(xs, said, color=shade, linewidth=1)
+        axes.set_xscale("log", base=2 if name not in ("density", "density fp32") else 10)
+        axes.set_yscale("log")
+        axes.set_title(f"{infos[0]['op'] if name != 'adapters' else 'fuse_'}: {name}")
+        axes.set_ylabel("ms a layer")
+    panels.flat[0].legend()
+    figure.suptitle("Points: measured. Lines: a sum of what is moved, fitted to the points of all axes at once")
+    return figure
+
+
+def paper(f: texts.Figures) -> Figure | None:
+    """Fig. 7: fuse over switch, by the weight's size."""
+    found: dict[tuple[str, str], list[tuple[int, dict[str, float]]]] = {}
+    for (line, variant, threads), one in f.all.items():
+        if line.startswith("fig. 7") and threads == 1:
+            side, *rest = variant.split(", ")
+            found.setdefault((line, ", ".join(rest)), []).append((int(side), one))
+    if not found:
+        return None
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4))
+    for axes, line in zip(panels, ("fig. 7, the paper's pair", "fig. 7, the fast pair"), strict=True):
+        for (name, case), points in found.items():
+            if name == line:
+                points.sort(key=lambda point: point[0])
+                every = [one for _, one in points]
+                axes.errorbar([side for side, _ in points], [one["median"] for one in every], yerr=whiskers(every),
+                              marker="o", ms=4, label=case)  # fmt: skip
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_title(summary.LINES[line].text)
+        axes.set_xlabel("rows and columns of the weight")
+    panels[0].axhspan(13, 16, color=BOUND, alpha=0.2, label="the paper: 13x to 16x")
+    panels[0].legend(fontsize=7)
+    panels[1].legend(fontsize=7)
+    return figure
+
+
+def front(points: list[dict[str, Any]]) -> Figure | None:
+    """Accuracy beside switch time; the area of a point is its file's size."""
+    if not points:
+        return None
+    tasks = list(dict.fromkeys(point.get("task", "") for point in points))
+    figure, panels = plt.subplots(1, len(tasks), figsize=(4.6 * len(tasks), 3.6), squeeze=False)
+    largest = max(point["file_bytes"] for point in points)
+    for axes, task in zip(panels[0], tasks, strict=True):
+        for point in (one for one in points if one.get("task", "") == task):
+            axes.scatter(1e3 * point["switch_seconds"], point["accuracy"], s=20 + 400 * point["file_bytes"] / largest,
+                         alpha=0.6)  # fmt: skip
+            axes.annotate(point["name"], (1e3 * point["switch_seconds"], point["accuracy"]), fontsize=7)
+        axes.set_xscale("log")
+        axes.set_title(task)
+        axes.set_xlabel("ms to switch (area: bytes of the file)")
+        axes.set_ylabel("accuracy")
+    return figure
+
+
+PLOTS: dict[str, tuple[str, Callable[[texts.Figures], Figure | None]]] = {
+    "ways": ("Every way to switch an adapter on", ways),
+    "ratios": ("The promises", ratios),
+    "limits": ("Beside the machine's limits", shares),
+    "roofline": ("The roofline of what does arithmetic", roofline),
+    "scaling": ("How the cost grows", growth),
+    "fig7": ("The paper's Fig. 7", paper),
+}
+
+
+def digest(found: dict[str, Any]) -> str:
+    """Of what the README's plot shows."""
+    shown = [one for one in found["benchmarks"] if one["name"].startswith("bench_ways[1thread")]
+    return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
+
+
+def readme_plot(found: dict[str, Any], path: Path) -> None:
+    """The README's picture: it says in its metadata which results it was drawn from."""
+    with plt.rc_context(STYLE):
+        figure = ways(texts.Figures(found))
+        if figure is None:
+            raise ValueError("the results have no bench_ways")
+        figure.savefig(path, dpi=100, metadata={"Software": None, "Source": digest(found)})
+        plt.close(figure)
+
+
+def draw(found: dict[str, Any], out: Path, quality: Path) -> dict[str, Path]:
+    """PNG files of the plots for which there are results, by title."""
+    f = texts.Figures(found)
+    drawn = {}
+    with plt.rc_context(STYLE):
+        makers: dict[str, tuple[str, Callable[[], Figure | None]]] = {
+            name: (title, lambda make=make: make(f)) for name, (title, make) in PLOTS.items()
+        }
+        if quality.exists():
+            points = json.loads(quality.read_text()).get("front", [])
+            makers["front"] = ("Accuracy, switch time, file size", lambda: front(points))
+        for name, (title, make) in makers.items():
+            figure = make()
+            if figure is None:
+                continue
+            drawn[title] = out / f"{name}.png"
+            figure.savefig(drawn[title], dpi=110, metadata={"Software": None})
+            plt.close(figure)
+    return drawn
+
+
+# The page
+
+
+def inline(text: str) -> str:
+    text = html.escape(text, quote=False)
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
+    text = re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", text)
+    text = re.sub(r"(?<![\w*])\*([^*]+)\*(?![\w*])", r"<i>\1</i>", text)
+    return re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1", text)
+
+
+def to_html(markdown: str) -> str:
+    """Headings, paragraphs and tables: all that the templates use."""
+    made = []
+    for block in re.split(r"\n{2,}", markdown.strip()):
+        lines = block.splitlines()
+        if lines[0].startswith("#"):
+            level = len(lines[0]) - len(lines[0].lstrip("#"))
+            made.append(f"<h{level}>{inline(lines[0].lstrip('# '))}</h{level}>")
+        elif lines[0].startswith("|"):
+            rows = [[inline(cell.strip()) for cell in line.strip("|").split("|")] for line in lines]
+            head = "".join(f"<th>{cell}</th>" for cell in rows[0])
+            body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in one)}</tr>" for one in rows[2:])
+            made.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+        else:
+            made.append(f"<p>{inline(' '.join(lines))}</p>")
+    return "\n".join(made)
+
+
+CSS = """body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse;margin:1rem 0;font-size:13px}td,th{border-bottom:1px solid #ddd;padding:.25rem .6rem;
+text-align:left}th{background:#f5f5f5}img{max-width:100%}code{background:#f3f3f3;padding:0 .2em}.warn{color:#c62828}"""
+
+
+def page(found: dict[str, Any], drawn: dict[str, Path]) -> str:
+    """Whole texts where the run has all that they tell of, else every result it has."""
+    f = texts.Figures(found)
+    quick = any(one["extra_info"].get("quick") for one in found["benchmarks"])
+    warning = '<p class="warn">A --quick run: tiny layers, the figures mean nothing.</p>' if quick else ""
+    pictures = []
+    for title, path in drawn.items():
+        data = base64.b64encode(path.read_bytes()).decode()
+        pictures.append(
+            f'<h2>{html.escape(title)}</h2>\n<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
+        )
+    rest = f"# Speed\n\n## Everything that was measured\n\n{texts.everything(f)}"
+    head, cut, rest = to_html(texts.page(f) if texts.complete(f) else rest).partition("<h2>")
+    top = '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>shira-ops: speed</title>'
+    return "\n".join([top, f"<style>{CSS}</style>", head, warning, *pictures, cut + rest, "</html>\n"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="JSON of a run, committed or as --benchmark-json writes it")
+    parser.add_argument("--out", type=Path, required=True, help="folder for report.html and the PNG files")
+    parser.add_argument("--quality", type=Path, default=QUALITY, help="results of benchmarks/quality")
+    arguments = parser.parse_args()
+    found = results.trim(results.read(arguments.results), quick=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    drawn = draw(found, arguments.out, arguments.quality)
+    (arguments.out / "report.html").write_text(page(found, drawn))
+    print(f"{arguments.out / 'report.html'}: {len(drawn)} plots, {len(found['benchmarks'])} benchmarks")
+
+
+if __name__ == "__main__":
+    main()

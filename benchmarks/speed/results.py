@@ -1,0 +1,155 @@
+"""The committed results: made from pytest-benchmark's output, looked up by line, compared with a new run.
+
+python benchmarks/speed/results.py record            # latest.json -> cpu-zen4.json, the texts, the plot
+python benchmarks/speed/results.py compare           # latest.json beside cpu-zen4.json: what got worse?
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import summary
+
+FOLDER = Path(__file__).parent.parent / "results"
+LATEST = FOLDER / "latest.json"
+COMMITTED = "cpu-zen4"
+WORSE = 1.2  # a ratio this many times as bad as it was is a regression
+CPU = ("brand_raw", "family", "model", "stepping", "count", "hz_actual_friendly", "l2_cache_size", "l3_cache_size")
+
+
+def trim(raw: dict[str, Any], *, quick: bool = False) -> dict[str, Any]:
+    """What is kept of pytest-benchmark's output: the machine (not its name), and what each benchmark reported.
+
+    Refuses a `--quick` run, whose figures mean nothing, unless `quick`. What is trimmed already stays as it is.
+    """
+    found = [one for one in raw["benchmarks"] if one["extra_info"]]
+    if not found:
+        raise ValueError("no benchmark reported anything")
+    if not quick and any(one["extra_info"].get("quick") for one in found):
+        raise ValueError("a --quick run: its figures mean nothing")
+    machine = raw["machine_info"]
+    return {
+        "machine_info": {
+            "python": machine.get("python_version", machine.get("python")),
+            "cpu": {key: machine["cpu"][key] for key in CPU if key in machine["cpu"]},
+            "torch": machine["torch"],
+        },
+        "benchmarks": [{"name": one["name"], "extra_info": one["extra_info"]} for one in found],
+    }
+
+
+def read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text()))
+
+
+Key = tuple[str, str, int]  # line, variant, threads
+
+
+def figures(results: dict[str, Any]) -> dict[Key, dict[str, Any]]:
+    """Every result, by its line, variant and threads."""
+    found: dict[Key, dict[str, Any]] = {}
+    for one in results["benchmarks"]:
+        info = one["extra_info"]
+        for result in info["results"]:
+            key = (result["line"], result["variant"], info["threads"])
+            if key in found:
+                raise ValueError(f"{one['name']}: measured twice: {key}")
+            found[key] = result
+    return found
+
+
+@dataclass(frozen=True)
+class Regression:
+    key: Key
+    before: float
+    now: float
+
+    @property
+    def factor(self) -> float:
+        """How many times as bad as it was."""
+        return max(self.before / self.now, self.now / self.before)
+
+    def __str__(self) -> str:
+        line, variant, threads = self.key
+        case = ", ".join(filter(None, (variant, f"{threads} thread{'s' * (threads > 1)}")))
+        text = f"{summary.LINES[line].text} ({case})"
+        return f"{text}: {self.now:.3g}, was {self.before:.3g}: {self.factor:.2f} times as bad"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    worse: list[Regression]
+    compared: int
+    missing: list[Key]  # measured then, not now
+
+
+def compare(before: dict[str, Any], now: dict[str, Any]) -> Comparison:
+    """The guarded ratios that got worse by more than WORSE, in the median and in the fastest rounds: a disturbed round
+    moves the one and not the other. Seconds, rates and bytes differ from day to day."""
+    then, fresh = figures(before), figures(now)
+    worse, compared, missing = [], 0, []
+    for key, result in then.items():
+        line = summary.LINES.get(key[0])
+        if line is None or not line.is_ratio or not line.guarded:
+            continue
+        if key not in fresh:
+            missing.append(key)
+            continue
+        compared += 1
+        pairs = [(result[name], fresh[key][name]) for name in ("median", "best")]
+        if all((was / is_now if line.at_least else is_now / was) > WORSE for was, is_now in pairs):
+            worse.append(Regression(key, *pairs[0]))
+    return Comparison(sorted(worse, key=lambda one: -one.factor), compared, missing)
+
+
+def apart(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[float, Key]]:
+    """How far two runs disagree about each ratio, the largest first: 1.1 is 10 %."""
+    then, fresh = figures(before), figures(now)
+    ratios = {key: then[key]["median"] / fresh[key]["median"] for key in then.keys() & fresh.keys()
+              if key[0] in summary.LINES and summary.LINES[key[0]].is_ratio}  # fmt: skip
+    return sorted(((max(one, 1 / one), key) for key, one in ratios.items()), reverse=True)
+
+
+def record(latest: Path, name: str) -> None:
+    """Makes the committed file; where it is the README's, also the texts and the plot, which need all of a run."""
+    found = trim(read(latest))
+    if name == COMMITTED:
+        import texts
+
+        texts.write(found)
+    path = FOLDER / f"{name}.json"
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{path.name}: written")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["record", "compare"])
+    parser.add_argument("--latest", type=Path, default=LATEST, help="JSON written by --benchmark-json")
+    parser.add_argument("--name", default=COMMITTED, help="of the committed file, without .json: one for each machine")
+    arguments = parser.parse_args()
+    if arguments.what == "record":
+        record(arguments.latest, arguments.name)
+        return 0
+    before, now = read(FOLDER / f"{arguments.name}.json"), trim(read(arguments.latest))
+    if before["machine_info"]["cpu"].get("model") != now["machine_info"]["cpu"].get("model"):
+        print(f"another processor than that of {arguments.name}.json: ratios depend on it too")
+    found = compare(before, now)
+    for one in found.worse:
+        print(f"worse: {one}")
+    if found.missing:
+        print(f"not measured this time: {len(found.missing)} of {len(found.missing) + found.compared} ratios")
+    far = apart(before, now)
+    within = sum(factor <= 1.1 for factor, _ in far)
+    print(f"{found.compared} ratios compared: {len(found.worse)} worse by more than {WORSE - 1:.0%}, "
+          f"{within} within 10 % of what they were")  # fmt: skip
+    return 1 if found.worse else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
