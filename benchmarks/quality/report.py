@@ -166,7 +166,7 @@ def single_table(results: Results, family: str) -> str:
         complete = [mean(scores) for scores in done.values() if scores]
         total = number(family, mean(complete)) if len(complete) == len(names) else ""
         rows.append([label(method), f"{count:,}", *cells, total])
-    return table(["method", "trained", *map(what, names), "mean"], rows)
+    return table(["method", "trained", *map(what, names), "mean"], rows) if rows else ""
 
 
 def rates_table(results: Results, family: str) -> str:
@@ -177,7 +177,7 @@ def rates_table(results: Results, family: str) -> str:
         found = [results.rate(Setting(name, method)) for name in names]
         if any(found):
             rows.append([label(method), *(f"{rate:g}" if rate else "" for rate in found)])
-    return table(["method", *map(what, names)], rows)
+    return table(["method", *map(what, names)], rows) if rows else ""
 
 
 def steps_table(results: Results, family: str) -> str:
