@@ -166,7 +166,7 @@ def single_table(results: Results, family: str) -> str:
         complete = [mean(scores) for scores in done.values() if scores]
         total = number(family, mean(complete)) if len(complete) == len(names) else ""
         rows.append([label(method), f"{count:,}", *cells, total])
-    return table(["method", "trained", *map(what, names), "mean"], rows)
+    return table(["method", "trained", *map(what, names), "mean"], rows) if rows else ""
 
 
 def rates_table(results: Results, family: str) -> str:
@@ -177,7 +177,7 @@ def rates_table(results: Results, family: str) -> str:
         found = [results.rate(Setting(name, method)) for name in names]
         if any(found):
             rows.append([label(method), *(f"{rate:g}" if rate else "" for rate in found)])
-    return table(["method", *map(what, names)], rows)
+    return table(["method", *map(what, names)], rows) if rows else ""
 
 
 def steps_table(results: Results, family: str) -> str:
@@ -443,30 +443,38 @@ def fusion_table(results: Results, family: str) -> str:
 
 
 def merges_table(results: Results, family: str) -> str:
-    """Scores of the adapters alone, and of their sum, TIES and DARE at the best strength: means over groups."""
+    """Scores of the adapters alone, and of their sum, TIES and DARE at the best strength: means over the groups of
+    tasks that most variants are done on."""
     fused = Fused(results, family)
+    if not fused.runs:
+        return ""
+    count = {group: sum(key[0] == group for key in fused.runs) for group in fused.groups()}
+    groups = [group for group in fused.groups() if count[group] == max(count.values())]
+
+    def score(variant: str, of: Callable[[tuple[tuple[str, ...], str], dict[str, Any]], list[float]]) -> str:
+        keys = [(group, variant) for group in groups]
+        return number(family, mean(mean(of(key, result)) for key in keys for result in fused.runs[key]))
+
     rows = []
     for variant in fused.variants():
-        keys = [key for key in fused.runs if key[1] == variant]
-        alone = mean(mean(result["single"]["test"]) for key in keys for result in fused.runs[key])
-        cells = []
-        for merge in fusion.MERGES:
-            cells.append(
-                number(
-                    family,
-                    mean(
-                        mean(result["together"][merge][fused.alpha(key, merge)]["test"])
-                        for key in keys
-                        for result in fused.runs[key]
-                    ),
-                )
-            )
-        at_one = number(
-            family, mean(mean(result["together"]["sum"]["1"]["test"]) for key in keys for result in fused.runs[key])
-        )
-        rows.append([fusion_name(variant), str(len(keys)), number(family, alone), at_one, *cells])
-    heading = ["adapters", "groups", "alone", "sum at 1", "sum, best strength", "TIES", "DARE"]
-    return table(heading, rows) if rows else ""
+        if all((group, variant) in fused.runs for group in groups):
+            cells = [
+                score(variant, lambda _, result: result["single"]["test"]),
+                score(variant, lambda _, result: result["together"]["sum"]["1"]["test"]),
+            ]
+            for merge in fusion.MERGES:
+                best = functools.partial(at_best, fused, merge)
+                cells.append(score(variant, best))
+            rows.append([fusion_name(variant), *cells])
+    heading = ["adapters", "alone", "sum at 1", "sum, best strength", "TIES", "DARE"]
+    over = "; ".join(" + ".join(map(what, group)) for group in groups)
+    return f"Over {over}.\n\n" + table(heading, rows)
+
+
+def at_best(fused: Fused, merge: str, key: tuple[tuple[str, ...], str], result: dict[str, Any]) -> list[float]:
+    """The test scores of a run at the strength that is best on validation."""
+    scores: list[float] = result["together"][merge][fused.alpha(key, merge)]["test"]
+    return scores
 
 
 METRICS = ("overlap", "awor", "awom", "awom_relative", "interference")
