@@ -2,7 +2,9 @@
 //
 // A backend has static functions whose arguments are already checked:
 //   top(weight, grad, k, score, granule) -> indices    grad is null for Score::Magnitude
+//   random(permutation, indices)    the images of 0 .. k-1, ascending; k is at least 1
 #pragma once
+#include <array>
 #include <optional>
 
 #include "checks.h"
@@ -24,6 +26,17 @@ inline void check_select_random(int64_t numel, int64_t k, int64_t granule) {
   SHIRA_CHECK(numel >= 0, op, ": numel must be at least 0, got ", numel);
   SHIRA_CHECK(numel % granule == 0, op, ": granule must divide numel ", numel, ", got ", granule);
   check_count(op, k, numel / granule);
+}
+
+// select_random has no tensor that tells its device: for a GPU `op`, "<library>::_select_random", is asked again with
+// an empty one that does.
+inline Tensor select_random_on(const char* op, const torch::stable::Device& device, int64_t numel, int64_t k,
+                               int64_t seed, int64_t granule) {
+  using torch::stable::detail::from;
+  const Tensor like = torch::stable::empty({0}, ScalarType::Byte, std::nullopt, device);
+  std::array<StableIValue, 5> stack{from(like), from(numel), from(k), from(seed), from(granule)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 template <typename Backend>
@@ -51,10 +64,20 @@ struct SelectOps {
     return Backend::top(weight, reads ? &*grad : nullptr, k, how, granule);
   }
 
+  // On the device of `like`, which is for nothing else.
+  static Tensor select_random(const Tensor& like, int64_t numel, int64_t k, int64_t seed, int64_t granule) {
+    check_select_random(numel, k, granule);
+    const int64_t domain = numel / granule;
+    Tensor indices = torch::stable::new_empty(like, {k}, index_type(domain));
+    if (k > 0) Backend::random({static_cast<uint64_t>(domain), static_cast<uint64_t>(seed)}, indices);
+    return indices;
+  }
+
   // Every op of the family that a tensor argument dispatches, under the dispatch key of `library`.
   template <typename Library>
   static void implement(Library& library) {
     library.impl("select_top", TORCH_BOX(&select_top));
+    library.impl("_select_random", TORCH_BOX(&select_random));
   }
 };
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from . import reference, triton
 
@@ -61,6 +62,15 @@ def _triton(op: str) -> Callable[..., Any]:
     return kernel
 
 
+def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`_select_random` by `select_random`: its first argument tells the device."""
+
+    def kernel(like: Tensor, numel: int, k: int, seed: int, granule: int) -> Any:
+        return function(numel, k, seed, device=like.device, granule=granule)
+
+    return kernel
+
+
 def _why_not_compiled(key: str, choice: str | None) -> str:
     if key == "CPU":
         return "this build has no CPU kernel for it"
@@ -89,15 +99,15 @@ def register() -> None:
     """Registers Triton kernels and references where no kernel is. Called once, after the compiled module is loaded."""
     choice = wanted()
     for op, function in reference.OPS.items():
-        # An op without a tensor argument has no device to be dispatched by.
-        keys = {"CPU": "CPU", "CUDA": "CUDA"}
-        if op == "select_random":
-            keys = dict.fromkeys(keys, "CompositeExplicitAutograd")
         served = _served[op] = {}
-        found = {key: _compiled(op, key) for key in keys.values()}
+        # An op without a tensor argument has no device to be dispatched by: it asks another one, with a tensor.
+        asked = "_select_random" if op == "select_random" else op
+        keys = {"CPU": "CPU", "CUDA": "CUDA"}
+        found = {key: _compiled(asked, key) for key in keys.values()}
         gaps = {key: _without_compiled(op, key, choice) for key in sorted(found) if not found[key]}
         for key, backend in gaps.items():
-            _library.impl(op, _below_autograd(_triton(op) if backend.name == "triton" else function), key)
+            kernel = _triton(op) if backend.name == "triton" else function
+            _library.impl(asked, _below_autograd(_on_device(kernel) if asked != op else kernel), key)
         if op.startswith("foreach_") or op == "fuse_plan":
             # A list may be empty, and without a tensor there is no device either: nothing to do, or a refusal.
             _library.impl(op, _below_autograd(function), "CompositeExplicitAutograd")

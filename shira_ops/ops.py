@@ -372,7 +372,8 @@ def sampled_grad(grad_output: Tensor, input: Tensor, indices: Tensor, granule: i
 
     For `output = input @ weight.T` with `weight` `[m, n]`: `grad_output` is `[..., m]`, `input` `[..., n]` with the
     same leading dimensions and float dtype, both contiguous, and `granule` divides `m * n`. No dense gradient is
-    made. Differentiable in `grad_output` and `input`.
+    left: where the mask is dense enough a GPU makes it 64 MB at a time and takes the entries, by a product that
+    follows `torch.set_float32_matmul_precision` in float32. Differentiable in `grad_output` and `input`.
 
     Deterministic on one device and vector width for any thread count; other devices sum in another order.
 

@@ -2,7 +2,10 @@
 spills registers or keeps arrays in local memory.
 
 All of the targets of a wheel take minutes. By default this compiles for Hopper alone;
-SHIRA_TEST_CUDA_ARCHS="80;90;100;120" names others. A build with SHIRA_CUDA=1 compiles for all of them.
+SHIRA_TEST_CUDA_ARCHS="80;90;100;120" names others. After a build with SHIRA_CUDA=1, which compiles for all of them, the
+last test reads them from the library itself and lists every kernel:
+
+    SHIRA_CUDA=1 make build && .venv/bin/python -m pytest -rP tests/test_cuda_build.py -k finished
 """
 
 from __future__ import annotations
@@ -12,10 +15,14 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils import cpp_extension
+
+import shira_ops
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
@@ -84,6 +91,41 @@ def test_compiles_without_spills(source: Path, arch: str, tmp_path: Path) -> Non
     assert not spilled, readable([kernel.name for kernel in spilled])
     # 256 threads of 128 registers: two blocks a multiprocessor, below which latency shows.
     assert max(kernel.registers for kernel in kernels) <= 128
+
+
+def cuobjdump() -> str:
+    """The toolkit's, or the one that triton brings."""
+    beside = Path(nvcc()).with_name("cuobjdump")
+    spec = find_spec("triton")
+    brought = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump" if spec and spec.origin else beside
+    for tool in (beside, brought):
+        if tool.exists():
+            return str(tool)
+    pytest.skip("no cuobjdump: neither the toolkit nor triton has it")
+
+
+@pytest.mark.skipif(not torch.ops.shira._build_info() & 1, reason="this build was compiled without CUDA")
+def test_a_finished_build_spills_nowhere() -> None:
+    library = shira_ops._C.__file__
+    said = subprocess.run([cuobjdump(), "--dump-resource-usage", library], capture_output=True, text=True, check=True)
+    found: dict[str, list[Kernel]] = {}
+    arch = name = ""
+    for line in said.stdout.splitlines():
+        if target := re.search(r"arch = (sm_\d+)", line):
+            arch = target[1]
+        elif function := re.search(r"Function (\S+):", line):
+            name = function[1]
+        elif used := re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", line):
+            found.setdefault(arch, []).append(Kernel(name, *map(int, used.groups())))
+    assert found
+    assert len({len(kernels) for kernels in found.values()}) == 1
+    for arch, kernels in found.items():
+        print(f"{arch}: {len(kernels)} kernels; registers, stack, local")
+        for kernel, text in sorted(zip(kernels, readable([k.name for k in kernels]), strict=True), key=lambda k: k[1]):
+            print(f"{kernel.registers:4} {kernel.stack:4} {kernel.spills:4}  {text}")
+        # Eight bytes of stack are a return address: a division or a root in float64 is a call on some targets.
+        assert all(kernel.spills == 0 and kernel.stack <= 8 for kernel in kernels), arch
+        assert max(kernel.registers for kernel in kernels) <= 128, arch
 
 
 def test_every_family_on_the_cpu_compiles_for_cuda() -> None:

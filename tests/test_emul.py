@@ -3,6 +3,7 @@ no check has seen; and that the emulator itself tells a missing barrier and a wr
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 import cases
 import emul
-from cases import ALL, EMULATOR, Setup, assert_same, build, run
+from cases import ALL, EMULATOR, Case, Setup, assert_same, build, run
 
 ORDERS = {"forward": 0, "reverse": 1, "shuffled": 7}
 SHUFFLED = 2  # what every other test runs in
@@ -67,6 +68,7 @@ def test_a_missing_barrier_shows() -> None:
         ("index", "writes 8 bytes outside the tensors of the call"),
         ("read only", "writes 8 bytes of a tensor that the op only reads"),
         ("alignment", "reads 8 bytes at an address that is not aligned to them"),
+        ("shared", "writes past the end of a shared array of 2048 bytes"),
     ],
 )
 def test_a_defect_is_told(order: int, defect: str, says: str) -> None:
@@ -138,19 +140,88 @@ def hostile(n: int, limit: int, index: torch.dtype) -> Iterator[torch.Tensor]:
         yield indices.to(index)
 
 
+# Every op that takes indices, with what else a caller may change for it; the foreach_ forms run the same kernels.
+TAKE_INDICES: dict[str, list[dict[str, Any]]] = {
+    "gather": [{}],
+    "scatter_": [{}],
+    "swap_": [{}],
+    "apply_": [{"alpha": 0.5}, {"alpha": 0.0}],
+    "switch_": [{"alpha": 0.5}],
+    "scatter_add_": [{"alpha": 0.5}],
+    "adamw_": [{}],
+    "sgd_": [{}, {"momentum_buffer": None, "momentum": 0.0, "dampening": 0.0}],
+    "fingerprint_at": [{}],
+}
+
+
+def of_indices(case: Case) -> list[str]:
+    return [name for name, _ in case.tensors() if name.startswith("indices")]
+
+
 @pytest.mark.parametrize("granule", [1, 2, 600])
-@pytest.mark.parametrize("op", ["gather", "scatter_", "swap_", "apply_", "switch_", "scatter_add_"])
+@pytest.mark.parametrize("op", TAKE_INDICES)
 def test_hostile_indices_reach_no_other_memory(op: str, granule: int) -> None:
     """The emulator refuses any access outside the arguments; their entries may be anything."""
     for index in cases.INDEX_DTYPES:
         for n in (5, 1025) if granule == 600 else (1025, 3000):
             setup = Setup(dtype=torch.bfloat16, limit=n + 9, count=n, granule=granule, index=index)
-            for bad in hostile(n, n + 9, index):
-                for name in [name for name in build(op, setup).args if name.startswith("indices")]:
-                    changes: dict[str, Any] = {} if op in ("gather", "scatter_", "swap_") else {"alpha": 0.5}
-                    case = build(op, setup, **changes)
-                    case.set(name, bad)
-                    run(EMULATOR, case)
+            for changes in TAKE_INDICES[op]:
+                case = build(op, setup, **changes)
+                for name in of_indices(case):
+                    good = case.get(name)
+                    for bad in hostile(n, n + 9, index):
+                        case.set(name, bad)
+                        run(EMULATOR, case)
+                    case.set(name, good)
+
+
+def test_hostile_indices_of_a_dense_gradient() -> None:
+    """The optimizers read it at the indices."""
+    for op in ("adamw_", "sgd_"):
+        for bad in hostile(1025, 1034, torch.int32):
+            case = build(op, Setup(dtype=torch.bfloat16, limit=1034, count=1025, index=torch.int32))
+            case.args |= {"grad": torch.randn(case.args["weight"].shape), "indices": bad}
+            run(EMULATOR, case)
+
+
+@pytest.mark.parametrize("how", ["sampled", "dense"])
+def test_hostile_indices_of_a_sampled_gradient(how: str) -> None:
+    """What is out of range gives 0."""
+    emul.library()
+    for granule, bad in itertools.product((1, 8), hostile(300, 309, torch.int64)):
+        x, y = (torch.randint(1, 4, (5, n * granule)).float() for n in (103, 3))
+        y = y[:, :3].contiguous()
+        given = torch.ops.shira_emul._sampled_grad(x, y, bad, granule, how).view(-1, granule)
+        dense, good = (x.T @ y).view(-1, granule), (bad >= 0) & (bad < 309)
+        assert_same(given, torch.where(good[:, None], dense[bad.where(good, 0)], 0.0))
+
+
+@pytest.mark.parametrize("many", [False, True], ids=("few", "many"))
+def test_a_hostile_plan_reaches_no_other_memory(many: bool) -> None:
+    """Of fuse_: indices, offsets and sources that no plan has, each alone and all at once."""
+    generator = torch.Generator().manual_seed(1)
+    for granule, refuse in itertools.product((1, 40), (False, True)):
+        case = build("fuse_", Setup(dtype=torch.bfloat16, granule=granule, limit=700, count=300), refuse=refuse)
+        if many:  # more than a launch has room for
+            extra = [case.args["values"][0][: granule * (i % 3)] for i in range(67)]
+            case.args["values"] = [*case.args["values"], *extra]
+            case.args["alphas"] = torch.linspace(-1, 1, 70)
+            case.args["delta"] = [i % 2 == 0 for i in range(70)]
+        adapters, n = len(case.args["values"]), case.args["sources"].numel()
+        union = case.args["indices"].numel()
+        wild = torch.randint(-(2**63), 2**63 - 1, (n,), generator=generator)
+        adapter = torch.randint(-2, adapters + 2, (n,), generator=generator)
+        position = torch.randint(0, 303, (n,), generator=generator)
+        sources = [wild, adapter << 48 | position, torch.full((n,), 2**48 - 1), torch.full((n,), (adapters << 48) - 1)]
+        offsets = list(hostile(union + 1, n, torch.int32))
+        indices = list(hostile(union, 700, torch.int64))
+        plans = [{"sources": one} for one in sources] + [{"offsets": one} for one in offsets]
+        plans += [{"indices": one} for one in indices]
+        plans += [
+            {"sources": s, "offsets": o, "indices": i} for s, o, i in zip(sources, offsets, indices, strict=False)
+        ]
+        for plan in plans:
+            run(EMULATOR, Case("fuse_", {**case.args, **plan}))
 
 
 def test_what_is_out_of_range_is_left_alone() -> None:
@@ -190,3 +261,58 @@ def test_a_call_is_one_launch() -> None:
         before = launches()
         EMULATOR(op, **case.args)
         assert launches() - before == 1, op
+
+
+NOT_CAPTURED = ("check_indices", "fuse_plan", "encode_indices", "decode_indices")  # they look at the content
+
+
+def test_what_a_graph_can_hold() -> None:
+    """No op waits for the device or copies from the host, but those that say so."""
+    for op in ops():
+        case = build(op, Setup(dtype=torch.bfloat16, limit=200, count=100))
+        torch.ops.shira_emul._capturing(True)
+        try:
+            if op in NOT_CAPTURED:
+                with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+                    EMULATOR(op, **case.args)
+            else:
+                EMULATOR(op, **case.args)
+        finally:
+            torch.ops.shira_emul._capturing(False)
+
+
+@pytest.mark.parametrize("adapters", [64, 65, 200, 1500])
+def test_any_number_of_adapters(adapters: int) -> None:
+    """More than a launch has room for are put into a table on the device, which a captured graph holds too."""
+    emul.library()
+    generator = torch.Generator().manual_seed(adapters)
+    masks = [(torch.rand(60, generator=generator) < 0.2).nonzero().view(-1).int() for _ in range(adapters)]
+    indices, offsets, sources = cases.ORACLE("fuse_plan", indices=masks, granule=1)
+    args = {
+        "weight": torch.randn(60, generator=generator).bfloat16(),
+        "saved": torch.zeros(len(indices), dtype=torch.bfloat16),
+        "indices": indices,
+        "offsets": offsets,
+        "sources": sources,
+        "values": [torch.randn(len(one), generator=generator) for one in masks],
+        "alphas": torch.randn(adapters, generator=generator),
+        "delta": [i % 3 == 0 for i in range(adapters)],
+        "refuse": False,
+        "granule": 1,
+    }
+    wanted = run(cases.ORACLE, Case("fuse_", args))
+    torch.ops.shira_emul._capturing(True)
+    try:
+        assert_same(run(EMULATOR, Case("fuse_", args)), wanted)
+    finally:
+        torch.ops.shira_emul._capturing(False)
+
+
+def test_select_top_of_more_tiles_than_a_scan_takes_at_once() -> None:
+    """Past 2^21 granules a block counts several tiles, and their counts are scanned in several steps."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2**21 + 5000, generator=generator).bfloat16()
+    k = 20_000
+    given = EMULATOR("select_top", weight=weight, grad=None, k=k, score="magnitude", granule=1)
+    order = weight.abs().float().sort(descending=True, stable=True).indices
+    assert_same(given, order[:k].sort().values.int())

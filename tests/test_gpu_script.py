@@ -85,6 +85,13 @@ def test_a_lost_process_costs_one_measurement(gpu: ModuleType, monkeypatch: pyte
     assert set(found) == {"copy", "swap", "adamw", "fuse"}
 
 
+def test_what_was_measured_survives_a_process_that_was_ended(gpu: ModuleType, tmp_path: Path) -> None:
+    lines = tmp_path / "lines"
+    assert gpu.written(lines) == {}
+    lines.write_text('{"name": "copy", "seconds": {}}\n{"name": "sw')
+    assert gpu.written(lines) == {"copy": {"name": "copy", "seconds": {}}}
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize("chosen", ["environment", "command line", "neither"])
 def test_make_takes_the_python_it_is_given(tmp_path: Path, chosen: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import cases
+import emul
 from cases import FLOAT_DTYPES, GRANULES, TOLERANCE, Backend, Case, assert_same, build, run
 from shira import _codec
 from test_switch import id_of
@@ -39,11 +40,32 @@ def sampled(**args: Any) -> torch.Tensor:
 WIDTHS = [Backend(width, "cpu", of_width(width), has="sampled_grad".__eq__) for width in _codec.widths()]
 
 
-WAYS = [
-    Backend("triton-sampled", b.device, lambda op: sampled, has="sampled_grad".__eq__)
-    for b in cases.BACKENDS
-    if b.name == "triton"
-]
+def compiled_sampled(backend: Backend) -> Callable[[str], Callable[..., torch.Tensor]]:
+    """CUDA's way for masks too sparse for these tests."""
+
+    def sampled_grad(
+        grad_output: torch.Tensor, input: torch.Tensor, indices: torch.Tensor, granule: int = 1
+    ) -> torch.Tensor:
+        if backend is cases.EMULATOR:
+            emul.library()
+        namespace = torch.ops.shira_emul if backend is cases.EMULATOR else torch.ops.shira
+        return namespace._sampled_grad.default(grad_output, input, indices, granule, "sampled")
+
+    return lambda op: sampled_grad
+
+
+def ways() -> Iterator[Backend]:
+    for b in cases.BACKENDS:
+        here = replace(b, name=f"{b.name}-sampled", has="sampled_grad".__eq__)
+        if b.name == "triton":
+            yield replace(here, find=lambda op: sampled)
+        elif b is cases.EMULATOR or (
+            b.name == "cuda" and torch._C._dispatch_has_kernel_for_dispatch_key("shira::_sampled_grad", "CUDA")
+        ):
+            yield replace(here, find=compiled_sampled(b))
+
+
+WAYS = list(ways())
 
 
 @pytest.fixture(params=[*cases.BACKENDS, *WAYS, *WIDTHS], ids=lambda backend: backend.name)
@@ -150,6 +172,53 @@ def test_larger_than_a_block(backend: Backend) -> None:
         indices = cases.random_indices(rng, rows * columns, rows * columns // 9, torch.int32)
         args = {"grad_output": grad_output, "input": input, "indices": indices, "granule": granule}
         assert_same(run(backend, Case("sampled_grad", args)), run(cases.ORACLE, Case("sampled_grad", args)))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=id_of)
+def test_more_tokens_than_are_turned_at_a_time(dtype: torch.dtype) -> None:
+    """CUDA's sampled way takes 4096 tokens after the other, and adds up."""
+    rng = np.random.default_rng(12)
+    for tokens in (4097, 8192, 9001):
+        grad_output, input = (integers(rng, (tokens, n), dtype) for n in (3, 4))
+        args = {"grad_output": grad_output, "input": input, "indices": torch.tensor([0, 2, 5, 7, 11]), "granule": 1}
+        for way in WAYS:
+            assert_same(run(way, Case("sampled_grad", args)), run(cases.ORACLE, Case("sampled_grad", args)))
+
+
+# CUDA's two ways
+
+
+def emulated(how: str, *args: torch.Tensor) -> torch.Tensor:
+    emul.library()
+    return torch.ops.shira_emul._sampled_grad(*args, 1, how)
+
+
+@pytest.mark.parametrize(("dtype", "from_share"), [(torch.bfloat16, 0.005), (torch.float32, 0.02)], ids=str)
+def test_the_density_decides(dtype: torch.dtype, from_share: float) -> None:
+    """Numbers whose sum depends on the order tell which way was taken."""
+    rng = np.random.default_rng(13)
+    x, y = (cases.random_numbers(rng, 999 * n, dtype).view(999, n) for n in (40, 50))
+    for count, how in ((int(2000 * from_share) - 1, "sampled"), (int(2000 * from_share), "dense")):
+        indices = cases.random_indices(rng, 2000, count, torch.int64)
+        given = cases.EMULATOR("sampled_grad", grad_output=x, input=y, indices=indices)
+        assert_same(given, emulated(how, x, y, indices))
+        other = emulated("sampled" if how == "dense" else "dense", x, y, indices)
+        assert not torch.equal(given, other)
+
+
+def test_a_dense_product_comes_in_blocks_of_rows() -> None:
+    """2^24 entries at a time, the last block smaller."""
+    rng = np.random.default_rng(14)
+    rows, columns = 9001, 4099
+    x, y = integers(rng, (1, rows), torch.float32), integers(rng, (1, columns), torch.float32)
+    indices = cases.random_indices(rng, rows * columns, 700, torch.int32)
+    assert_same(emulated("dense", x, y, indices), (x[0][indices // columns] * y[0][indices % columns]))
+
+
+def test_ways_are_named() -> None:
+    one = torch.ones(1, 1)
+    with pytest.raises(RuntimeError, match="_sampled_grad: how must be sampled or dense, got fast"):
+        emulated("fast", one, one, torch.tensor([0]))
 
 
 # The CPU kernel

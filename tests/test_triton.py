@@ -38,21 +38,28 @@ CONTRACT = {
     "switch": "test_moves_keep_every_bit and (uint8 or bfloat16 or complex64) and (-3] or numel)"
     " or test_strengths and (bfloat16 or float64) and -3] or test_lists and 8 or test_lists_of or test_lists_may"
     " or test_shapes or test_a_view or test_switch_between or test_gather_gives or test_alpha_is"
-    " or test_no_contraction or subnormals",
-    "fuse": "test_fuse[ and -3] or test_fuse_small or one_adapter and bfloat16 or never or order_of or share",
+    " or test_no_contraction or subnormals or check_indices",
+    "fuse": "test_fuse[ and -3] or test_fuse_small or one_adapter and bfloat16 or never or order_of or share"
+    " or test_plan or the_plan_of",
     "gradient": "test_exact and (bfloat16 or float64) and (-3 or numel) or against_the or leading or span or finite"
     " or narrow",
     "optimize": "test_step and -3] or variants and (float16 or float64) or lists_of or overloads or test_dense",
     "select": "nan_comes or zero_times or in_entry or test_narrow or ignores or ties"
-    " or bfloat16-magnitude-3] or float32-grad-1] or float64-snip-8]",
+    " or bfloat16-magnitude-3] or float32-grad-1] or float64-snip-8]"
+    " or test_random_is or test_random_of or test_random_takes or test_random_device or test_random and 65-3]",
+    "codec": "test_refused",
     "fingerprint": "bfloat16 or uint8 and not past or complex64 or frozen or all_granules or shape_does",
-    "refusals": "test_overlap or test_order or test_a_gpu or test_dtype or test_strengths or test_one_weight_twice",
+    "refusals": "test_overlap or test_order or test_a_gpu or test_dtype or test_strengths or test_one_weight_twice"
+    " or test_content or test_check_indices or test_decode or test_fuse_plan_arguments",
 }
+# Tests that call every backend themselves, and have no backend in their names.
+OF_ALL = {"codec": "test_frozen or test_edges and 65535 or test_mode_bounds and 300 or test_largest or test_granule"}
 
 
 @pytest.mark.parametrize("family", CONTRACT)
 def test_contract(family: str) -> None:
-    arguments = ["-q", "-x", "-k", f"triton and ({CONTRACT[family]})", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    chosen = f"triton and ({CONTRACT[family]})" + (f" or {OF_ALL[family]}" if family in OF_ALL else "")
+    arguments = ["-q", "-x", "-k", chosen, "-p", "no:cacheprovider", "-p", "no:xdist"]
     # numpy warns of infinities and NaNs, as a GPU does not.
     arguments += ["-W", "ignore::RuntimeWarning", str(TESTS / f"test_{family}.py")]
     code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"

@@ -2,10 +2,11 @@
 
 python benchmarks/speed/gpu.py        (or: make gpu)
 
-Sections, each in processes of its own, so that nothing that fails there ends the run: build (where the package is not
-built for this torch yet), contract tests, parity of every op with the references (compiled kernels, and Triton's),
-compute-sanitizer, captured graphs, measurements (gpu_bench.py) with the compiled kernels and with Triton's. A section
-that does not fit the time left is told as skipped. The exit status is 1 where something failed.
+Sections, each in processes of its own, so that nothing that fails there ends the run, the most wanted first: build
+(where the package is not built for this torch yet), parity of every op with the references, captured graphs,
+measurements (gpu_bench.py) of the compiled kernels, contract tests, compute-sanitizer, parity and measurements of
+Triton's kernels. A section that does not fit the time left is told as skipped. What is found is written as it is found.
+The exit status is 1 where something failed.
 
 `--device cpu --quick` runs all that a CPU can, at tiny sizes: does it work at all? The figures mean nothing then.
 """
@@ -37,8 +38,6 @@ NAMES = (
     *("copy", "swap", "swap_granule_16", "adamw", "sampled_grad", "select_top"),
     *("decode_indices", "fuse", "switch", "fingerprint", "training"),
 )
-TRITON_NAMES = tuple(name for name in NAMES if name != "decode_indices")  # it has no Triton kernel
-SANITIZERS = ("memcheck", "racecheck", "initcheck")
 Told = dict[str, Any]
 
 # What is asked of torch in a process of its own, so that this one holds no memory of the GPU.
@@ -53,7 +52,7 @@ except ImportError:
 if torch.cuda.is_available():
     p = torch.cuda.get_device_properties(0)
     told |= {"gpu": p.name, "capability": f"{p.major}.{p.minor}", "memory": p.total_memory}
-    told |= {"multiprocessors": p.multi_processor_count, "l2": p.L2_cache_size}
+    told |= {"multiprocessors": p.multi_processor_count, "l2": getattr(p, "L2_cache_size", None)}
 print(json.dumps(told))
 """
 BUILT = """
@@ -241,7 +240,7 @@ def tests(run: Run) -> Told:
     commands = {name: python("-m", "pytest", *options, f"tests/test_{name}.py") for name in families}
     told: Told = {"state": "passed", "families": {}}
     output, counts = "", []
-    for name, done in run.all(commands, min(110, 0.3 * run.left())).items():
+    for name, done in run.all(commands, min(110, 0.5 * run.left())).items():
         lines = done.output.strip().splitlines()
         said = lines[-1].strip("= ") if lines else ""
         missing = re.search(r"No module named '(\w+)'", done.output) if done.code in (2, 4) else None
@@ -267,25 +266,36 @@ def parity(run: Run, **environment: str) -> Told:
 def sanitizer(run: Run) -> Told:
     if not run.cuda:
         return skipped("compute-sanitizer needs a GPU")
-    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    folders = os.pathsep.join(["/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer"])
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=folders)
     if tool is None:
         return skipped("there is no compute-sanitizer")
     program = python(str(HERE / "gpu_ops.py"), "--once")
-    # memcheck looks at everything. The others look at our kernels alone, whose names say shira: torch's own may read
-    # what nobody wrote.
-    ours = ["--kernel-name", "kernel_substring=shira"]
-    commands = {
-        name: [tool, "--tool", name, "--error-exitcode", "9", *ours * (name != "memcheck"), *program]
-        for name in SANITIZERS
+    options = {
+        # Of everything; torch itself makes calls that fail and are meant to.
+        "memcheck": ["--report-api-errors", "no", "--error-exitcode", "9"],
+        # Of our kernels, whose names say shira.
+        "racecheck": ["--kernel-name", "kernel_substring=shira", "--error-exitcode", "9"],
+        # It must see all that writes; torch's kernels may read what nobody wrote, so only what ours do is told.
+        "initcheck": ["--report-api-errors", "no", "--error-exitcode", "0"],
     }
-    found = run.all(commands, min(90, 0.25 * run.left()), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    said = {}
+    commands = {name: [tool, "--tool", name, *own, *program] for name, own in options.items()}
+    found = run.all(commands, min(90, 0.5 * run.left()), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    said, bad = {}, []
     for name, done in found.items():
         summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", done.output)
-        said[name] = "did not end in time" if done.code is None else summary[-1] if summary else f"exit {done.code}"
-    bad = [name for name, done in found.items() if done.code != 0]
-    told = {"state": "failed" if bad else "passed", "why": "; ".join(f"{name}: {one}" for name, one in said.items())}
-    return {**told, "output": "\n".join(found[name].tail for name in bad)}
+        said[name] = summary[-1] if summary else f"exit {done.code}"
+        if name == "initcheck":
+            own = re.findall(r"Uninitialized .*\n=+ +at (.*shira.*)", done.output)
+            said[name] += f", {len(own)} of them in our kernels"
+            bad += [name] * bool(own)
+        if done.code is None:
+            said[name] = "did not end in time"
+        elif done.code != 0:
+            bad.append(name)
+    state = "failed" if bad else "passed" if any(done.code == 0 for done in found.values()) else "skipped"
+    told = {"state": state, "why": "; ".join(f"{name}: {one}" for name, one in said.items())}
+    return {**told, "output": "\n".join(found[name].tail for name in dict.fromkeys(bad))}
 
 
 def graph(run: Run) -> Told:
@@ -295,17 +305,32 @@ def graph(run: Run) -> Told:
     return judged(done, "; ".join(done.output.strip().splitlines()[-2:]))
 
 
+def written(lines: Path) -> dict[str, Told]:
+    """The measurements that a process wrote; it may have been ended within a line."""
+    found = {}
+    for line in lines.read_text().splitlines() if lines.exists() else []:
+        try:
+            one = json.loads(line)
+        except ValueError:
+            continue
+        found[one["name"]] = one
+    return found
+
+
 def measure(run: Run, backend: str, names: Sequence[str], limit: float, **environment: str) -> Told:
     """Measures what there is time for; a process that is lost is started again for the rest."""
     found: dict[str, Told] = run.told["measurements"].setdefault(backend, {})
     end, waiting = time.monotonic() + limit, list(names)
+    # Beside the result, so that what was measured is there even if this process is ended.
+    lines = run.out.with_suffix(f".{backend}.lines")
     while waiting and (rest := end - time.monotonic()) > 5:
-        with tempfile.TemporaryDirectory() as folder:
-            lines = Path(folder) / "lines"
-            command = python(str(HERE / "gpu_bench.py"), "--device", run.device, "--lines", str(lines))
-            done = run.one([*command, *["--quick"] * run.quick, "--only", *waiting], rest, **environment)
-            told = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
-        found.update({one["name"]: one for one in told})
+        lines.parent.mkdir(parents=True, exist_ok=True)
+        lines.unlink(missing_ok=True)
+        command = python(str(HERE / "gpu_bench.py"), "--device", run.device, "--lines", str(lines))
+        done = run.one([*command, *["--quick"] * run.quick, "--only", *waiting], rest, **environment)
+        found.update(written(lines))
+        run.write()
+        lines.unlink(missing_ok=True)
         before, waiting = len(waiting), [name for name in waiting if name not in found]
         if done.code is None:
             break
@@ -378,19 +403,17 @@ def main() -> None:
         name = re.sub(r"[^a-z0-9]+", "-", run.told["about"].get("gpu", "cpu").lower()).strip("-")
         run.out = run.out.with_name(f"{name}.json")
     run.section("build", 60 if run.cuda else 4, lambda: build(run))
-    run.section("contract tests", 20, lambda: tests(run))
     run.section("parity, compiled", 10, lambda: parity(run))
-    run.section("sanitizer", 30, lambda: sanitizer(run))
     run.section("captured graphs", 15, lambda: graph(run))
-    triton = run.cuda and run.told["about"]["triton"] is not None
-    # The compiled kernels come first and may take two thirds of what is left where Triton's are measured too.
-    share = (2 / 3 if triton else 1) * (run.left() - 5)
+    # Half of what is left is for the rest: proofs that are wanted as much, and Triton's.
+    share = (0.5 if run.cuda else 1) * (run.left() - 5)
     run.section("measurements, compiled", 15, lambda: measure(run, "compiled", given.only, share))
-    if triton:
-        names = [name for name in given.only if name in TRITON_NAMES]
+    run.section("contract tests", 20, lambda: tests(run))
+    run.section("sanitizer", 30, lambda: sanitizer(run))
+    if run.cuda and run.told["about"]["triton"] is not None:
         chosen = {"SHIRA_BACKEND": "triton"}
         run.section("parity, triton", 15, lambda: parity(run, **chosen))
-        run.section("measurements, triton", 20, lambda: measure(run, "triton", names, run.left() - 5, **chosen))
+        run.section("measurements, triton", 20, lambda: measure(run, "triton", given.only, run.left() - 5, **chosen))
     else:
         why = "there is no triton" if run.cuda else "Triton's kernels need a GPU"
         for name in ("parity, triton", "measurements, triton"):

@@ -323,6 +323,7 @@ void top(const Tensor& weight, const Tensor* grad, int64_t k, int64_t granule, c
 }
 
 struct Cpu {
+  static void random(const core::Permutation& permutation, Tensor& indices);  // further down
   static Tensor top(const Tensor& weight, const Tensor* grad, int64_t k, Score score, int64_t granule) {
     const Tensor indices = torch::stable::new_empty(weight, {k}, index_type(weight.numel() / granule));
     if (k == 0) return indices;
@@ -409,18 +410,21 @@ void random(const core::Permutation& permutation, const Tensor& indices) {
   sort_distinct(out, k, permutation.domain);
 }
 
+void Cpu::random(const core::Permutation& permutation, Tensor& indices) {
+  with_index(indices.scalar_type(),
+             [&](auto index) { cpu::random<typename decltype(index)::type>(permutation, indices); });
+}
+
+// A GPU makes its own choice, of the same bits; any other device is given the CPU's.
 Tensor select_random(int64_t numel, int64_t k, int64_t seed, std::optional<torch::stable::Device> device,
                      int64_t granule) {
   check_select_random(numel, k, granule);
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  const int64_t domain = numel / granule;
-  const ScalarType type = index_type(domain);
-  const Tensor indices = torch::stable::empty({k}, type, std::nullopt, cpu);
-  if (k > 0) {
-    const core::Permutation permutation(static_cast<uint64_t>(domain), static_cast<uint64_t>(seed));
-    with_index(type, [&](auto index) { random<typename decltype(index)::type>(permutation, indices); });
-  }
-  return device.has_value() && !device->is_cpu() ? torch::stable::to(indices, *device) : indices;
+  const bool elsewhere = device.has_value() && !device->is_cpu();
+  if (elsewhere && device->is_cuda())
+    return select_random_on("shira::_select_random", *device, numel, k, seed, granule);
+  const Tensor indices = select_random_on("shira::_select_random", cpu, numel, k, seed, granule);
+  return elsewhere ? torch::stable::to(indices, *device) : indices;
 }
 
 }  // namespace
@@ -431,8 +435,7 @@ STABLE_TORCH_LIBRARY_IMPL(shira, CPU, m) {
   shira::SelectOps<shira::cpu::Cpu>::implement(m);
 }
 
-// No tensor argument tells a device: the choice is made here, and moved to `device`.
+// No tensor argument tells a device: `device` does.
 STABLE_TORCH_LIBRARY_IMPL(shira, CompositeExplicitAutograd, m) {
-  if (shira::backend_is_reference()) return;
   m.impl("select_random", TORCH_BOX(&shira::cpu::select_random));
 }

@@ -1,8 +1,9 @@
 // Indices to bytes and back on CUDA: core/codec.h is the format. A block of threads has a block of the code.
 //
 // Both directions refuse content, and the size of a code is not known before it is made, so both synchronise: a code is
-// made when an adapter is saved and read when it is loaded. What a block decodes it finds by two sums over its units,
-// how far each reaches and how many gaps have ended before it.
+// made when an adapter is saved and read when it is loaded. What a block decodes it finds by sums over its units, how
+// far each reaches and how many gaps have ended before it. Units come and indices go through shared memory: a thread
+// has neighbouring ones, and memory is asked for them in whole lines.
 #include "../core/codec.h"
 
 #include "../codec_ops.h"
@@ -13,8 +14,6 @@ namespace {
 
 namespace codec = shira::core::codec;
 
-constexpr int kItems = 8;  // units, or indices, of a thread in one step
-constexpr int kStep = kThreads * kItems;
 constexpr uint64_t kMost = ~uint64_t{0};
 
 // Sums that stop at the largest number instead of passing it: what reaches it is refused.
@@ -52,68 +51,106 @@ struct Decode {
   };
   static int64_t tiles(const Row& row) { return codec::block_count(row.count); }
 
+  // Units of a thread in one step: a block's at 1 % (4440 bytes, of 5120) are one step. Five words of shared memory, so
+  // that the lanes of a warp read from banks of their own.
+  template <typename Unit>
+  static constexpr int kItems = sizeof(Unit) == 1   ? 20
+                                : sizeof(Unit) == 2 ? 10
+                                                    : 2;
+  static constexpr int kStaged = kThreads * 20;
+
   // Units of the payload [at, end) into out[1 .. n). Whether they are n - 1 gaps, the last of which ends with the
   // payload; `index` is the last one.
   template <typename Unit>
-  static __device__ bool payload(const uint8_t* at, const uint8_t* end, int n, Index* out, uint64_t& index) {
+  static __device__ bool payload(const uint8_t* at, const uint8_t* end, int n, uint8_t* staged, Index* out,
+                                 uint64_t& index) {
     constexpr bool kEscapes = sizeof(Unit) < 8;
     constexpr uint64_t kEscape = codec::kEscape<Unit>;
-    const int64_t units = (end - at) / static_cast<int64_t>(sizeof(Unit));
-    if (units * static_cast<int64_t>(sizeof(Unit)) != end - at) return false;
+    constexpr int kOwn = kItems<Unit>, kStep = kThreads * kOwn;
+    constexpr int64_t kSize = sizeof(Unit);
+    const int thread = static_cast<int>(threadIdx.x);
+    const int64_t units = (end - at) / kSize;
+    if (units * kSize != end - at) return false;
     // Escapes may be many: in a payload that no encoder writes, the sum is all that is asked of them.
     uint64_t written = 0;
     for (int64_t begin = 0; begin < units; begin += kStep) {
-      uint64_t unit[kItems], sum = 0, ends = 0, before_sum, before_ends, total;
-#pragma unroll
-      for (int k = 0; k < kItems; ++k) {
-        const int64_t i = begin + static_cast<int64_t>(threadIdx.x) * kItems + k;
-        if (i >= units) break;
-        unit[k] = read<Unit>(at + i * static_cast<int64_t>(sizeof(Unit)));
-        const bool last = !kEscapes || unit[k] != kEscape;
-        sum = Saturating{}(sum, Saturating{}(unit[k], last));
+      const int here = static_cast<int>(units - begin < kStep ? units - begin : kStep);
+      for (int i = thread; i < here * static_cast<int>(kSize); i += kThreads)
+        staged[i] = load_cached(at + begin * kSize + i);
+      __syncthreads();
+      // Read twice, since registers for all of them would cost half of the blocks that a multiprocessor runs at once.
+      const auto unit = [&](int k, bool& last) {
+        const int i = thread * kOwn + k;
+        const Unit own = i < here ? codec::load<Unit>(staged + i * kSize) : Unit{0};
+        last = i < here && (!kEscapes || own != kEscape);
+        return static_cast<uint64_t>(own);
+      };
+      uint64_t sum = 0, ends = 0, total;
+#pragma unroll 4
+      for (int k = 0; k < kOwn; ++k) {
+        bool last;
+        const uint64_t own = unit(k, last);
+        sum = kEscapes ? sum + own + last : Saturating{}(sum, Saturating{}(own, last));
         ends += last;
       }
-      before_sum = Saturating{}(index, block_scan(sum, total, Saturating{}));
-      index = Saturating{}(index, total);
-      before_ends = written + block_scan(ends, total, Plain{});
-      written += total;
-#pragma unroll
-      for (int k = 0; k < kItems; ++k) {
-        const int64_t i = begin + static_cast<int64_t>(threadIdx.x) * kItems + k;
-        if (i >= units) break;
-        const bool last = !kEscapes || unit[k] != kEscape;
-        before_sum = Saturating{}(before_sum, Saturating{}(unit[k], last));
-        before_ends += last;
-        if (last && before_ends < static_cast<uint64_t>(n))
-          store_stream(out + before_ends, static_cast<Index>(before_sum));
+      uint64_t reach, gaps;  // of the units before this thread's
+      if constexpr (kEscapes) {
+        // Both sums in one number: at most 5120 gaps, which reach less than 2^28.
+        const uint64_t before = block_scan(sum << 16 | ends, total, Plain{});
+        reach = Saturating{}(index, before >> 16);
+        gaps = written + (before & 0xFFFF);
+        index = Saturating{}(index, total >> 16);
+        written += total & 0xFFFF;
+      } else {
+        reach = Saturating{}(index, block_scan(sum, total, Saturating{}));
+        gaps = static_cast<uint64_t>(begin) + static_cast<uint64_t>(thread) * kOwn;
+        index = Saturating{}(index, total);
+        written += static_cast<uint64_t>(here);
       }
+#pragma unroll 4
+      for (int k = 0; k < kOwn; ++k) {
+        bool last;
+        reach += unit(k, last) + last;
+        gaps += last;
+        if (last && gaps < static_cast<uint64_t>(n)) out[gaps] = static_cast<Index>(reach);
+      }
+      __syncthreads();
     }
     if (written != static_cast<uint64_t>(n - 1)) return false;
-    return units == 0 || !kEscapes || read<Unit>(end - sizeof(Unit)) != kEscape;
+    return units == 0 || !kEscapes || read<Unit>(end - kSize) != kEscape;
   }
 
   static __device__ bool block(const Row& row, int64_t block, Index* out) {
-    const int64_t blocks = codec::block_count(row.count), anchors = blocks * codec::kAnchorBytes;
+    SHIRA_SHARED(anchors, 4, uint64_t);  // this block's and the next one's
+    SHIRA_SHARED(staged, kStaged, uint8_t);
+    SHIRA_SHARED(indices, codec::kBlock, Index);
+    const int thread = static_cast<int>(threadIdx.x);
+    const int64_t blocks = codec::block_count(row.count);
     const int n = static_cast<int>(codec::block_length(row.count, block));
     const bool last = block + 1 == blocks;
-    const uint8_t* const anchor = row.code + block * codec::kAnchorBytes;
-    const uint64_t bytes = static_cast<uint64_t>(row.bytes - anchors);
-    const uint64_t first = read<uint64_t>(anchor), place = read<uint64_t>(anchor + 8);
-    const uint64_t start = place & codec::kStartMask;
-    const uint64_t end = last ? bytes : read<uint64_t>(anchor + codec::kAnchorBytes + 8) & codec::kStartMask;
+    if (thread < (last ? 1 : 2) * codec::kAnchorBytes)
+      reinterpret_cast<uint8_t*>(&anchors[0])[thread] = load_cached(row.code + block * codec::kAnchorBytes + thread);
+    __syncthreads();
+    const uint64_t bytes = static_cast<uint64_t>(row.bytes - blocks * codec::kAnchorBytes);
+    const uint64_t first = anchors[0], start = anchors[1] & codec::kStartMask;
+    const uint64_t end = last ? bytes : anchors[3] & codec::kStartMask;
     if (block == 0 && start != 0) return false;
     if (end > bytes || start > end || (!last && start == end) || first >= row.bound) return false;
-    if (threadIdx.x == 0) store_stream(out, static_cast<Index>(first));
-    const uint8_t *const from = row.code + anchors + start, *const to = row.code + anchors + end;
+    if (thread == 0) indices[0] = static_cast<Index>(first);
+    const uint8_t* const payloads = row.code + blocks * codec::kAnchorBytes;
+    const uint8_t *const from = payloads + start, *const to = payloads + end;
     uint64_t index = first;
     bool good = false;
-    switch (place >> 56) {
-      case codec::kBytes: good = payload<uint8_t>(from, to, n, out, index); break;
-      case codec::kShorts: good = payload<uint16_t>(from, to, n, out, index); break;
-      case codec::kWords: good = payload<uint64_t>(from, to, n, out, index); break;
+    switch (anchors[1] >> 56) {
+      case codec::kBytes: good = payload<uint8_t>(from, to, n, staged, indices, index); break;
+      case codec::kShorts: good = payload<uint16_t>(from, to, n, staged, indices, index); break;
+      case codec::kWords: good = payload<uint64_t>(from, to, n, staged, indices, index); break;
       default: break;
     }
-    return good && index < row.bound && (last || read<uint64_t>(anchor + codec::kAnchorBytes) > index);
+    if (!good || index >= row.bound || (!last && anchors[2] <= index)) return false;
+    __syncthreads();  // a block of one index has had none since it was written
+    for (int i = thread; i < n; i += kThreads) store_stream(out + i, indices[i]);
+    return true;
   }
 
   static __device__ void tile(const Scalars& scalars, const Row& row, int64_t tile) {
@@ -128,6 +165,9 @@ template <typename Unit>
 __device__ __forceinline__ uint64_t units_of(uint64_t gap) {
   return sizeof(Unit) == 8 ? 1 : gap / codec::kEscape<Unit> + 1;
 }
+
+constexpr int kItems = 8;  // indices of a thread in one step
+constexpr int kStep = kThreads * kItems;
 
 struct EncodeRow {
   Indices indices;

@@ -146,7 +146,29 @@ struct Adapter {
   bool delta;
 };
 
-constexpr int kFew = 64;  // adapters that travel with the launch; more are copied to the device first
+static_assert(sizeof(Adapter) % 8 == 0);
+constexpr int kFew = 64;  // adapters that travel with the launch; more are put into a table on the device first
+
+// The table's lines travel with launches too, and not by a copy from the host: a captured graph holds them.
+struct PutRow {
+  Adapter* table;
+  Adapter few[kFew];
+  int32_t count;
+};
+
+struct Put {
+  using Row = PutRow;
+  struct Scalars {};
+  static int64_t tiles(const Row&) { return 1; }
+  static __device__ void tile(const Scalars&, const Row& row, int64_t) {
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread >= row.count) return;
+    Adapter* const own = row.table + thread;
+    store_stream(reinterpret_cast<uint64_t*>(&own->values), reinterpret_cast<uint64_t>(row.few[thread].values));
+    store_stream(&own->granules, row.few[thread].granules);
+    store_stream(reinterpret_cast<uint8_t*>(&own->delta), static_cast<uint8_t>(row.few[thread].delta));
+  }
+};
 
 struct FuseRow {
   void* weight;
@@ -196,33 +218,46 @@ struct Fuse {
       if (threadIdx.x < row.adapters) few[threadIdx.x] = strength(row, threadIdx.x);
       __syncthreads();
     }
-    const int64_t entries = row.indices.count * row.granule.units;
+    const int64_t entries = row.indices.count * row.granule.units, first = tile * kTile + threadIdx.x;
+    // Of all entries of a thread: where they are, then their bases and first sources, are on their way together. The
+    // sums then wait for one source after the other, most often for one or none.
+    int64_t to[kItems], offset[kItems], at[kItems], end[kItems], source[kItems];  // `to` below 0: nothing to do
+    typename W::Bits base[kItems];
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
-      const int64_t entry = tile * kTile + k * kThreads + threadIdx.x;
-      if (entry >= entries) continue;
-      int64_t number, offset;
-      row.granule.split(entry, number, offset);
+      to[k] = -1;
+      if (first + k * kThreads >= entries) continue;
+      int64_t number;
+      row.granule.split(first + k * kThreads, number, offset[k]);
       const int64_t index = row.indices[number];
-      if (!within(index, row.limit)) continue;
-      auto* const weight = static_cast<typename W::Bits*>(row.weight) + index * row.granule.units + offset;
-      auto* const saved = static_cast<typename W::Bits*>(row.saved) + entry;
-      const auto base = row.refuse ? load_stream(saved) : load_weight(weight);
-      core::FusedEntry<W, V> fused(base);
       // A plan that no check has seen: what does not fit is skipped.
-      int64_t begin = row.offsets[number], end = row.offsets[number + 1];
-      if (begin < 0) begin = 0;
-      if (end > row.total) end = row.total;
-      for (int64_t at = begin; at < end; ++at) {
-        const int64_t source = load_cached(row.sources + at);
-        const int64_t adapter = core::adapter_of(source), position = core::position_of(source);
+      at[k] = row.offsets[number];
+      end[k] = row.offsets[number + 1];
+      if (at[k] < 0) at[k] = 0;
+      if (end[k] > row.total) end[k] = row.total;
+      if (within(index, row.limit)) to[k] = index * row.granule.units + offset[k];
+    }
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      if (to[k] < 0) continue;
+      base[k] = row.refuse ? load_stream(static_cast<const typename W::Bits*>(row.saved) + first + k * kThreads)
+                           : load_weight(static_cast<const typename W::Bits*>(row.weight) + to[k]);
+      if (at[k] < end[k]) source[k] = load_cached(row.sources + at[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      if (to[k] < 0) continue;
+      core::FusedEntry<W, V> fused(base[k]);
+      while (at[k] < end[k]) {
+        const int64_t adapter = core::adapter_of(source[k]), position = core::position_of(source[k]);
+        if (++at[k] < end[k]) source[k] = load_cached(row.sources + at[k]);
         if (!within(adapter, row.adapters)) continue;
         const Strength own = row.many == nullptr ? few[adapter] : strength(row, adapter);
         if (position >= own.granules) continue;
-        fused.add(own.rule, load_stream(own.values + position * row.granule.units + offset), own.alpha);
+        fused.add(own.rule, load_stream(own.values + position * row.granule.units + offset[k]), own.alpha);
       }
-      if (!row.refuse) store_stream(saved, base);
-      store_weight(weight, fused.result());
+      if (!row.refuse) store_stream(static_cast<typename W::Bits*>(row.saved) + first + k * kThreads, base[k]);
+      store_weight(static_cast<typename W::Bits*>(row.weight) + to[k], fused.result());
     }
   }
 };
@@ -289,6 +324,22 @@ struct Cuda {
     return {indices, offsets, sources};
   }
 
+  // A table on the device, in memory that `room` holds.
+  static const Adapter* put(const std::vector<Adapter>& adapters, const Tensor& like, Tensor& room,
+                            cudaStream_t stream) {
+    room =
+        torch::stable::new_empty(like, {static_cast<int64_t>(adapters.size() * sizeof(Adapter) / 8)}, ScalarType::Long);
+    auto* const table = address<Adapter>(room);
+    std::vector<PutRow> rows;
+    for (size_t begin = 0; begin < adapters.size(); begin += kFew) {
+      PutRow row{table + begin, {}, static_cast<int32_t>(std::min<size_t>(kFew, adapters.size() - begin))};
+      std::copy_n(adapters.begin() + static_cast<int64_t>(begin), row.count, row.few);
+      rows.push_back(row);
+    }
+    launch_list<Put>({}, rows, stream);
+    return table;
+  }
+
   static void fuse(const Tensor& weight, const Tensor& saved, const Tensor& indices, const Tensor& offsets,
                    const Tensor& sources, const Tensors& values, const Tensor& alphas, const std::vector<bool>& delta,
                    bool refuse, int64_t granule) {
@@ -313,7 +364,7 @@ struct Cuda {
     if (adapters.size() <= kFew)
       std::copy(adapters.begin(), adapters.end(), row.few);
     else
-      row.many = upload(adapters, weight, room, device.stream);
+      row.many = put(adapters, weight, room, device.stream);
     with_dtypes(weight.scalar_type(), values[0].scalar_type(), [&](auto w, auto v) {
       launch_one<Fuse<typename decltype(w)::type, typename decltype(v)::type>>({}, row, device.stream);
     });

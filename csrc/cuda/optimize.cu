@@ -1,9 +1,10 @@
 // The optimize family on CUDA: adamw_, sgd_ and their foreach_ forms.
 //
-// One pass, bound by the state it streams: 12 to 24 bytes an entry in whole lines, beside which the weight's scattered
-// sectors are few. A thread loads all of its entries' state before it steps the first. A rule's numbers (bias
-// corrections, rates) are worked out in double once: on the host, or, where `step` and `lr` are tensors that a
-// captured graph must follow, by one thread of each block.
+// One pass, bound by memory: the state streams in whole lines (AdamW: 32 bytes an entry with gradient and index), and
+// of the weight's scattered sectors, which are written in part, each is fetched and written back (64 bytes an entry,
+// where one has a sector to itself). A thread loads all of its entries' state before it steps the first. A rule's
+// numbers (bias corrections, rates) are worked out in double once: on the host, or, where `step` and `lr` are tensors
+// that a captured graph must follow, by one thread of each block.
 #include "../core/optimize.h"
 
 #include <new>

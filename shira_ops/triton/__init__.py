@@ -16,14 +16,16 @@ FAMILIES = {
     "switch": (
         *("gather", "scatter_", "swap_", "apply_", "switch_", "scatter_add_"),
         *("foreach_gather", "foreach_scatter_", "foreach_swap_", "foreach_apply_", "foreach_switch_"),
+        "check_indices",
     ),
-    "fuse": ("fuse_",),
+    "fuse": ("fuse_plan", "fuse_"),
     "gradient": ("sampled_grad",),
     "optimize": (
         *("adamw_", "adamw_.tensor", "sgd_", "sgd_.tensor"),
         *("foreach_adamw_", "foreach_adamw_.tensor", "foreach_sgd_", "foreach_sgd_.tensor"),
     ),
-    "select": ("select_top",),
+    "select": ("select_top", "select_random"),
+    "codec": ("decode_indices",),
     "fingerprint": ("fingerprint", "fingerprint_at"),
 }
 OPS = {op: family for family, ops in FAMILIES.items() for op in ops}

@@ -75,9 +75,11 @@ def _sampled(left: Tensor, right: Tensor, indices: Tensor, out: Tensor, granule:
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the forms of mm that autocast leaves alone."""
     if left.dtype != dtype and left.is_cuda and torch.version.hip is None:
         return torch.mm(left, right, out_dtype=dtype)  # float16 and bfloat16 with the sums in float32
-    return torch.mm(left.to(dtype), right.to(dtype))
+    out = torch.empty(left.shape[0], right.shape[1], dtype=dtype, device=left.device)
+    return torch.mm(left.to(dtype), right.to(dtype), out=out)
 
 
 def _dense(left: Tensor, right: Tensor, indices: Tensor, out: Tensor, granule: int) -> None:

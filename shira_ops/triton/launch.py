@@ -89,8 +89,8 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
             checks.overlap(op, found)
         else:
             checks.memory(op, [(name, tensor) for name, tensor, _ in found])
-        on_cuda = bool(found) and found[0][1].is_cuda
-        with torch.cuda.device(found[0][1].device) if on_cuda else nullcontext():
+        device = found[0][1].device if found else given.get("device")
+        with torch.cuda.device(device) if device is not None and device.type == "cuda" else nullcontext():
             return function(**given)
 
     return kernel
@@ -142,3 +142,27 @@ def tile(indices, n, granules, granule, ROWS: tl.constexpr, COLUMNS: tl.constexp
         (row < n)[:, None] & narrow,
         known[:, None] & narrow,
     )
+
+
+@triton.jit(do_not_specialize=["granules"])
+def check_kernel(indices, first, n, granules, LIMITED: tl.constexpr, BLOCK: tl.constexpr):
+    """The first position that is refused stays in `first`."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    index = tl.load(indices + at, mask=at < n, other=0).to(tl.int64)
+    before = tl.load(indices + at - 1, mask=(at < n) & (at > 0), other=-1).to(tl.int64)
+    bad = (index < 0) | (index <= before)
+    if LIMITED:
+        bad |= index >= granules
+    position = tl.min(tl.where(bad & (at < n), at, n), 0)
+    if position < n:
+        tl.atomic_min(first, position, sem="relaxed")
+
+
+def content(op: str, name: str, indices: Tensor, granules: int | None) -> None:
+    """As `checks.content`, which says what is wrong. Synchronises."""
+    n = indices.numel()
+    first = torch.full((), n, dtype=torch.int64, device=indices.device)
+    constants = {"LIMITED": granules is not None, "BLOCK": TILE}
+    launch(check_kernel, triton.cdiv(n, TILE), indices, first, n, granules or 0, **constants)
+    if int(first) < n:
+        checks.content(op, name, indices, granules)

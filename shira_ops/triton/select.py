@@ -3,6 +3,8 @@
 `select_top` finds the k-th largest score digit by digit, from the highest on: a pass over the weight counts the
 granules that agree with what is found so far by their next digit, and one program takes the digit. Scores are
 computed anew in each pass and never stored; nothing waits for a count.
+
+`select_random` draws as csrc/core/select.h does, and torch sorts.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from torch import Tensor
 
 from .. import checks
 from .arithmetic import widen
-from .launch import bits, checked, compute, dtype, launch
+from .launch import TILE, bits, checked, compute, dtype, launch
+from .splitmix import GOLDEN, splitmix64
 
 DIGIT = 8  # bits
 BINS = tl.constexpr(2**DIGIT)
@@ -128,3 +131,38 @@ def select_top(weight: Tensor, grad: Tensor | None, k: int, score: str, granule:
     before = tallies.cumsum(1) - tallies
     launch(write_kernel, programs, *args, before, state, out, *sizes, **constants)
     return out
+
+
+@triton.jit
+def permute(x, seed, low, high):
+    """A keyed permutation of the numbers of low + high bits: eight rounds over a high and a low half."""
+    right = x & ((tl.full((), 1, tl.uint64) << low) - 1)
+    left = x >> low
+    state = seed
+    for _ in tl.static_range(4):
+        state += GOLDEN
+        left ^= splitmix64(right ^ splitmix64(state)) >> (64 - high)
+        state += GOLDEN
+        right ^= splitmix64(left ^ splitmix64(state)) >> (64 - low)
+    return (left << low) | right
+
+
+@triton.jit(do_not_specialize=["k", "domain", "seed", "low", "high"])
+def draw_kernel(out, k, domain, seed, low, high, BLOCK: tl.constexpr):
+    """The images of 0 .. k-1; one outside the domain is permuted on."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    key, end = seed.to(tl.uint64), domain.to(tl.uint64)
+    low, high = low.to(tl.uint64), high.to(tl.uint64)
+    image = permute(at.to(tl.uint64), key, low, high)
+    while tl.max(((image >= end) & (at < k)).to(tl.int32), 0) > 0:
+        image = tl.where(image >= end, permute(image, key, low, high), image)
+    tl.store(out + at, image.to(out.dtype.element_ty), mask=at < k)
+
+
+@checked
+def select_random(numel: int, k: int, seed: int, device: torch.device | None, granule: int) -> Tensor:
+    domain = numel // granule
+    out = torch.empty(k, dtype=checks.index_dtype(domain), device=device)
+    bits = max(2, (domain - 1).bit_length())
+    launch(draw_kernel, triton.cdiv(k, TILE), out, k, domain, seed, bits // 2, bits - bits // 2, BLOCK=TILE)
+    return out.sort().values

@@ -1,4 +1,4 @@
-"""The switch family: gather, scatter_, swap_, apply_, switch_, scatter_add_, and their foreach_ forms.
+"""The switch family: gather, scatter_, swap_, apply_, switch_, scatter_add_, their foreach_ forms, and check_indices.
 
 An index that is out of range is skipped where it is used (gather gives 0). A list is a launch a tensor.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import checks
 from .arithmetic import convert, narrow, number, widen
-from .launch import bits, checked, compute, dtype, number_bits, rounded, tile, walk
+from .launch import bits, checked, compute, content, dtype, number_bits, rounded, tile, walk
 
 
 @triton.jit
@@ -222,3 +222,8 @@ def foreach_switch_(
 ) -> None:
     for t, weight in enumerate(weights):
         _switch(weight, indices_out[t], saved_out[t], indices_in[t], values[t], saved_in[t], alpha, delta, granule)
+
+
+@checked
+def check_indices(indices: Tensor, limit: int, granule: int) -> None:
+    content("check_indices", "indices", indices, limit // granule)

@@ -17,6 +17,7 @@
 namespace shira::emul {
 
 Grid grid;
+bool capturing = false;
 
 namespace {
 
@@ -82,9 +83,12 @@ constexpr size_t kStack = 256 << 10;
 constexpr unsigned kMostThreads = 1024;
 constexpr size_t kMostShared = 48 << 10;
 
+constexpr size_t kRedZone = 128;  // behind each shared array
+constexpr char kRed = 0x5A;
+
 struct Shared {
   const void* site;
-  size_t offset;
+  size_t offset, bytes;
 };
 
 struct Block {
@@ -96,7 +100,8 @@ struct Block {
   std::exception_ptr error;
   std::vector<Shared> sites;
   size_t shared_used = 0;
-  alignas(128) char shared[kMostShared];
+  size_t shared_real = 0;  // without red zones
+  alignas(128) char shared[2 * kMostShared];
 };
 Block block;
 std::mutex running;
@@ -178,6 +183,15 @@ bool release_warp(unsigned warp) {
   return released;
 }
 
+// That nothing was written past the end of a shared array, as far as to the next one.
+void check_red_zones() {
+  for (const Shared& shared : block.sites) {
+    const char* const end = block.shared + shared.offset + shared.bytes;
+    if (std::any_of(end, end + kRedZone, [](char byte) { return byte != kRed; }))
+      fail("a thread writes past the end of a shared array of ", shared.bytes, " bytes");
+  }
+}
+
 void run_block(unsigned threads, std::mt19937_64& random) {
   // An error leaves fibers unfinished: their stacks are as good as new, and what they held is lost.
   for (Fiber& fiber : block.fibers)
@@ -185,7 +199,7 @@ void run_block(unsigned threads, std::mt19937_64& random) {
   block.fibers.assign(threads, Fiber{});
   block.received.assign((threads + 31) / 32 * 32, 0);
   block.sites.clear();
-  block.shared_used = 0;
+  block.shared_used = block.shared_real = 0;
   std::vector<unsigned> turn(threads);
   for (unsigned i = 0; i < threads; ++i) {
     turn[i] = order_of_threads == 1 ? threads - 1 - i : i;
@@ -215,6 +229,7 @@ void run_block(unsigned threads, std::mt19937_64& random) {
       fail(waiting, " of ", threads, " threads wait at a barrier that the others never reach");
     }
   }
+  check_red_zones();
 }
 
 // ---- memory --------------------------------------------------------------------------------------------------
@@ -229,6 +244,7 @@ const std::vector<Range>* touched = nullptr;
 }  // namespace
 
 void set_order(int64_t order) { order_of_threads = order; }
+void set_capturing(bool on) { capturing = on; }
 int64_t launches() { return launched; }
 
 void launch(unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
@@ -254,10 +270,13 @@ void* shared_bytes(const void* site, size_t bytes) {
   for (const Shared& shared : block.sites)
     if (shared.site == site) return block.shared + shared.offset;
   const size_t offset = block.shared_used;
-  block.shared_used += (bytes + 127) / 128 * 128;
-  if (block.shared_used > kMostShared) fail("a block uses more than ", kMostShared, " bytes of shared memory");
-  block.sites.push_back({site, offset});
+  block.shared_real += (bytes + 127) / 128 * 128;
+  block.shared_used += (bytes + kRedZone + 127) / 128 * 128;
+  if (block.shared_real > kMostShared || block.shared_used > sizeof(block.shared))
+    fail("a block uses more than ", kMostShared, " bytes of shared memory");
+  block.sites.push_back({site, offset, bytes});
   std::memset(block.shared + offset, 0xCD, bytes);
+  std::memset(block.shared + offset + bytes, kRed, kRedZone);
   return block.shared + offset;
 }
 

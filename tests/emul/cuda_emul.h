@@ -7,7 +7,8 @@
 //   - an access outside the tensors that the host code gave an address() of, a write to one that it gave as const,
 //     and an access that is not aligned to its size
 //   - a barrier, or a warp operation, that some of its threads never reach, or reach with other masks
-//   - shared memory beyond 48 KB
+//   - shared memory beyond 48 KB, and a write past the end of a shared array
+//   - while capturing(): a copy from or to the host, and waiting for a stream
 // Shared memory is filled with 0xCD before a block runs. It cannot show what only parallel threads do: a race within
 // one step, memory ordering, or how fast anything is.
 #pragma once
@@ -37,12 +38,19 @@ struct Dim3 {
 
 // ---- the runtime's few functions ---------------------------------------------------------------------------
 using cudaStream_t = void*;
-using cudaError_t = int;
-constexpr cudaError_t cudaSuccess = 0;
+enum cudaError_t { cudaSuccess, cudaErrorStreamCaptureUnsupported };
 enum cudaMemcpyKind { cudaMemcpyDeviceToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToDevice };
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "operation not permitted when stream is capturing";
+}
+namespace shira::emul {
+extern bool capturing;  // a graph; what a graph cannot hold is an error
+inline cudaError_t unless_capturing() { return capturing ? cudaErrorStreamCaptureUnsupported : cudaSuccess; }
+}  // namespace shira::emul
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return shira::emul::unless_capturing(); }
+// The host's memory is pageable.
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+  if (kind != cudaMemcpyDeviceToDevice && shira::emul::capturing) return cudaErrorStreamCaptureUnsupported;
   std::memcpy(to, from, bytes);
   return cudaSuccess;
 }
@@ -69,6 +77,7 @@ extern Grid grid;
 
 // 0: forward, 1: reverse, else shuffled by this seed.
 void set_order(int64_t order);
+void set_capturing(bool on);
 int64_t launches();  // so far
 void launch(unsigned blocks, unsigned threads, const std::function<void()>& kernel);
 

@@ -1,16 +1,28 @@
 // torch.ops.shira_emul.*: the ops of csrc/cuda, emulated on the CPU. What has no kernel yet is declared all the same.
 #include "../../csrc/schemas.h"
-#include "../../csrc/stable.h"
+#include "../../csrc/select_ops.h"
 #include "cuda_emul.h"
 
 STABLE_TORCH_LIBRARY(shira_emul, m) {
   SHIRA_SCHEMAS(m);
-  m.def("_order(int order) -> ()");  // of threads and blocks: 0 forward, 1 reverse, else shuffled by this seed
-  m.def("_launches() -> int");       // so far
+  m.def("_select_random(Tensor like, int numel, int k, int seed, int granule) -> Tensor");
+  m.def("_sampled_grad(Tensor grad_output, Tensor input, Tensor indices, int granule, str how) -> Tensor");
+  m.def("_order(int order) -> ()");    // of threads and blocks: 0 forward, 1 reverse, else shuffled by this seed
+  m.def("_capturing(bool on) -> ()");  // a graph
+  m.def("_launches() -> int");         // so far
   m.def("_planted(Tensor x, str defect) -> Tensor");
 }
 
+static shira::Tensor select_random(int64_t numel, int64_t k, int64_t seed, std::optional<torch::stable::Device>,
+                                   int64_t granule) {
+  shira::check_select_random(numel, k, granule);  // a refusal from within a dispatched call loses its words
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  return shira::select_random_on("shira_emul::_select_random", cpu, numel, k, seed, granule);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(shira_emul, CompositeExplicitAutograd, m) {
+  m.impl("select_random", TORCH_BOX(&select_random));
   m.impl("_order", TORCH_BOX(&shira::emul::set_order));
+  m.impl("_capturing", TORCH_BOX(&shira::emul::set_capturing));
   m.impl("_launches", TORCH_BOX(&shira::emul::launches));
 }

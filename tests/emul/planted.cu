@@ -6,7 +6,7 @@
 namespace shira::cuda {
 namespace {
 
-enum class Defect { None, Barrier, Divergence, Warp, Mask, Index, ReadOnly, Alignment };
+enum class Defect { None, Barrier, Divergence, Warp, Mask, Index, ReadOnly, Alignment, Shared };
 
 struct Job {
   const int64_t* in;
@@ -21,6 +21,7 @@ __global__ void turn(SHIRA_PARAMETER(job, Job)) {
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t i = int64_t{blockIdx.x} * kThreads + thread;
   share[thread] = i < job.count ? load_stream(job.in + i) : 0;
+  if (job.defect == Defect::Shared && thread == 7) share[kThreads] = 0;
   if (job.defect != Defect::Barrier && !(job.defect == Defect::Divergence && thread == 7)) __syncthreads();
   int64_t other = share[kThreads - 1 - thread];
   if (job.defect == Defect::Warp && thread == 33) return;
@@ -34,9 +35,9 @@ __global__ void turn(SHIRA_PARAMETER(job, Job)) {
 
 Tensor planted(const Tensor& x, std::string name) {
   const std::pair<const char*, Defect> names[] = {
-      {"none", Defect::None},          {"barrier", Defect::Barrier},    {"divergence", Defect::Divergence},
-      {"warp", Defect::Warp},          {"mask", Defect::Mask},          {"index", Defect::Index},
-      {"read only", Defect::ReadOnly}, {"alignment", Defect::Alignment}};
+      {"none", Defect::None},          {"barrier", Defect::Barrier},     {"divergence", Defect::Divergence},
+      {"warp", Defect::Warp},          {"mask", Defect::Mask},           {"index", Defect::Index},
+      {"read only", Defect::ReadOnly}, {"alignment", Defect::Alignment}, {"shared", Defect::Shared}};
   const Device device(x);
   const Tensor out = torch::stable::new_empty(x, {x.numel()});
   for (const auto& [known, defect] : names)

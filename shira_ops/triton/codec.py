@@ -1,0 +1,110 @@
+"""The codec family: bytes to indices. csrc/core/codec.h is the format.
+
+A program has a block of the code, and adds up its units a step at a time: how far each reaches, and how many gaps have
+ended before it. Content is refused, so it synchronises; what is wrong with a code the reference says. It encodes, too:
+an adapter that is saved goes through the host in any case.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import reference
+from .launch import checked, launch
+
+BLOCK = tl.constexpr(reference.BLOCK)
+ANCHOR = tl.constexpr(16)  # bytes
+START = tl.constexpr((1 << 56) - 1)  # the bits of an anchor's second word that say where its payload starts
+STEP = 1024  # units
+
+
+@triton.jit
+def read(at, mask, SIZE: tl.constexpr):
+    """Little-endian unsigned numbers of SIZE bytes, at addresses of any alignment; 0 where there is none."""
+    value = tl.load(at, mask=mask, other=0).to(tl.uint64)
+    for byte in tl.static_range(1, SIZE):
+        value |= tl.load(at + byte, mask=mask, other=0).to(tl.uint64) << (8 * byte)
+    return value
+
+
+@triton.jit
+def decode_payload(payload, units, n, first, out, SIZE: tl.constexpr, STEP: tl.constexpr):
+    """Units of SIZE bytes to out[1 .. n): whether they are n - 1 gaps, the last of which ends with them; the last
+    index; and the highest number met. Sums wrap only after one that is out of range, so that one tells."""
+    lane = tl.arange(0, STEP)
+    index = first
+    highest = first
+    gaps = tl.zeros((), tl.int64)
+    ended = tl.full((), 1, tl.int32)
+    begin = tl.zeros((), tl.int64)
+    while begin < units:
+        at = begin + lane
+        here = at < units
+        unit = read(payload + at * SIZE, here, SIZE)
+        if SIZE < 8:
+            last = here & (unit != (1 << (8 * SIZE)) - 1)
+        else:
+            last = here
+        steps = unit + last.to(tl.uint64)
+        reach = index + tl.cumsum(steps, 0)
+        number = gaps + tl.cumsum(last.to(tl.int64), 0)
+        tl.store(out + number, reach.to(out.dtype.element_ty), mask=last & (number < n))
+        index += tl.sum(steps, 0)
+        if SIZE < 8:  # too small to wrap
+            highest = index
+        else:
+            highest = tl.maximum(highest, tl.max(tl.where(here, tl.maximum(reach, unit), 0), 0))
+        gaps += tl.sum(last.to(tl.int64), 0)
+        ended = tl.max(tl.where(at == units - 1, last.to(tl.int32), 0), 0)
+        begin += STEP
+    return (gaps == n - 1) & (ended != 0), index, highest
+
+
+@triton.jit(do_not_specialize=["bytes", "count", "bound", "blocks"])
+def decode_kernel(code, out, refused, bytes, count, bound, blocks, STEP: tl.constexpr):
+    """The first block that is not right stays in `refused`."""
+    block = tl.program_id(0).to(tl.int64)
+    inner = block + 1 < blocks
+    anchor = code + block * ANCHOR
+    first, place = read(anchor, block >= 0, 8), read(anchor + 8, block >= 0, 8)
+    following, end = read(anchor + ANCHOR, inner, 8), read(anchor + ANCHOR + 8, inner, 8).to(tl.int64) & START
+    start, mode = place.to(tl.int64) & START, (place >> 56).to(tl.int32)
+    payloads = bytes - blocks.to(tl.int64) * ANCHOR
+    limit = bound.to(tl.uint64)
+    end = tl.where(inner, end, payloads)
+    n = tl.minimum(count - block * BLOCK, BLOCK)
+    good = (end <= payloads) & (start <= end) & ((start < end) | (block + 1 == blocks)) & ((block > 0) | (start == 0))
+    good = good & (mode <= 2) & (first < limit)
+    if good:
+        own = out + block * BLOCK
+        tl.store(own, first.to(out.dtype.element_ty))
+        payload, size = code + blocks.to(tl.int64) * ANCHOR + start, end - start
+        if mode == 0:
+            whole, index, highest = decode_payload(payload, size, n, first, own, 1, STEP)
+        elif mode == 1:
+            whole, index, highest = decode_payload(payload, size // 2, n, first, own, 2, STEP)
+            whole = whole & (size % 2 == 0)
+        else:
+            whole, index, highest = decode_payload(payload, size // 8, n, first, own, 8, STEP)
+            whole = whole & (size % 8 == 0)
+        good = whole & (highest < limit) & ((index < following) | (block + 1 == blocks))
+    if not good:
+        tl.atomic_min(refused, block, sem="relaxed")
+
+
+@checked
+def decode_indices(code: Tensor, count: int, limit: int, dtype: torch.dtype, granule: int) -> Tensor:
+    blocks = triton.cdiv(count, BLOCK.value)
+    fewest = count + (ANCHOR.value - 1) * blocks  # asked before anything is allocated
+    if count == 0 or code.numel() < fewest:
+        return reference.decode_indices(code, count, limit, dtype, granule)
+    out = torch.empty(count, dtype=dtype, device=code.device)
+    refused = torch.full((), blocks, dtype=torch.int64, device=code.device)
+    bound = min(limit // granule, torch.iinfo(dtype).max + 1)
+    launch(decode_kernel, blocks, code, out, refused, code.numel(), count, bound, blocks, STEP=STEP)
+    if int(refused) < blocks:
+        return reference.decode_indices(code, count, limit, dtype, granule)  # which says what is wrong
+    return out
