@@ -108,6 +108,8 @@ LINES = {
     "training memory over Super-Tuning": Line("peak memory of training, of PEFT Super-Tuning's", 1.0, at_least=False),
     "encode": Line("encode_indices, a core", 1.0, " G/s"),
     "decode": Line("decode_indices, a core", 1.0, " G/s"),
+    "encode over diff": Line("encode_indices, over numpy.diff to raw 16-bit gaps", None),
+    "decode over cumsum": Line("decode_indices, over numpy.cumsum of raw 16-bit gaps", None),
     "select_top magnitude bf16": Line("select_top magnitude 1 % bf16, over abs().topk", 8.0),
     "select_top magnitude fp32": Line("select_top magnitude 1 % fp32, over abs().topk", 8.0),
     "select_top snip bf16": Line("select_top snip 1 % bf16, over the same with topk", 8.0),

@@ -11,7 +11,7 @@ import hashlib
 import platform
 import sysconfig
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -86,18 +86,24 @@ def characters() -> list[tuple[int, str, str]]:
     return found
 
 
-def divided(documents: Mapping[str, list[Row]], kind: Callable[[Row], str] = lambda _: "") -> dict[str, list[Row]]:
+def divided(
+    documents: Mapping[str, list[Row]],
+    kind: Callable[[Row], str] = lambda _: "",
+    same: Callable[[Row], Hashable] = lambda row: row,
+) -> dict[str, list[Row]]:
     """Rows by split, whole documents at a time, in an order that only depends on the documents' names.
 
     Documents are divided kind by kind (that of most of their rows), so that every split has some of each. Of rows that
-    are equal the first is kept: none is in two splits.
+    are the ``same`` the first is kept: none is in two splits.
     """
-    seen: set[Row] = set()
-    order = sorted(documents, key=digest)
-    unique = {}
-    for name in order:
-        unique[name] = [row for row in dict.fromkeys(documents[name]) if row not in seen]
-        seen.update(unique[name])
+    seen: set[Hashable] = set()
+    unique: dict[str, list[Row]] = {}
+    for name in sorted(documents, key=digest):
+        first: dict[Hashable, Row] = {}
+        for row in documents[name]:
+            first.setdefault(same(row), row)
+        unique[name] = [row for known, row in first.items() if known not in seen]
+        seen.update(first)
     groups: dict[str, list[str]] = {}
     for name, rows in unique.items():
         if rows:

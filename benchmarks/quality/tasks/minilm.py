@@ -85,6 +85,8 @@ def keywords() -> dict[str, list[Row]]:
         rows = modules.setdefault(path, [])
         for node in ast.walk(ast.parse(source)):
             if keyword := KEYWORDS.get(type(node)):
+                if isinstance(node, (ast.If, ast.For)):
+                    node.body = node.orelse = []  # what walk() is to see of it, it has queued
                 line = ast.unparse(node).partition("\n")[0].removeprefix(keyword).removesuffix(":").strip()
                 if 3 < len(line) <= 60:
                     rows.append((line, keyword))
@@ -104,7 +106,9 @@ def labels(kind: str) -> list[str]:
 def rows(kind: str) -> dict[str, list[Row]]:
     """The same number of texts of each class in each split, mixed."""
     found = {}
-    for split, members in corpus.divided(DOCUMENTS[kind](), kind=lambda row: row[1]).items():
+    # By the text: one that is there with two labels is in one split too.
+    divided = corpus.divided(DOCUMENTS[kind](), kind=lambda row: row[1], same=lambda row: row[0])
+    for split, members in divided.items():
         members, chosen = sorted(members, key=lambda row: corpus.digest(row[0])), []
         count = COUNTS[split] // len(labels(kind))
         for label in labels(kind):
