@@ -144,7 +144,7 @@ CASES = [
         ("SDXL", 2, False),
         ("SDXL", 5, True),
         ("LLaMA2-7B", 1, False),
-        ("LLaMA2-7B", 2, False),
+        ("LLaMA2-7B", 2, True),
         ("LLaMA2-7B", 4, True),
     )
 ]

@@ -334,7 +334,9 @@ def measured_beside(f: Figures) -> str:
 def everything(f: Figures) -> str:
     threads = sorted({n for *_, n in f.all})
     order = list(summary.LINES)
-    known = {(line, variant) for line, variant, _ in f.all if line in summary.LINES}  # old results have old lines
+    known = dict.fromkeys(
+        (line, variant) for line, variant, _ in f.all if line in summary.LINES
+    )  # old ones have others
     keys = sorted(known, key=lambda key: order.index(key[0]))
     body = []
     for line, variant in keys:
