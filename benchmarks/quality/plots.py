@@ -115,7 +115,7 @@ def front(results: Results, family: str, pyplot: Any) -> Any:
 def strengths(results: Results, family: str, pyplot: Any) -> Any:
     """Experiment 3: the share of the gain kept, by strength, one panel for each group of tasks."""
     fused = Fused(results, family)
-    groups = fused.groups()
+    groups = [group for group in fused.groups() if sum(key[0] == group for key in fused.runs) > 1]
     if not groups:
         return None
     columns = min(3, len(groups))
@@ -130,14 +130,17 @@ def strengths(results: Results, family: str, pyplot: Any) -> Any:
             if (group, variant) in fused.runs:
                 alphas = [f"{alpha:g}" for alpha in fusion.ALPHAS]
                 y = [100 * mean(fused.kept((group, variant), "sum", alpha)) for alpha in alphas]
-                style = {"color": "black", "lw": 1.8} if variant == "lora" else {"color": f"C{place % 10}", "lw": 1}
+                lora = variant.startswith("lora")
+                style = {"color": "black" if lora else f"C{place % 10}", "lw": 1.8 if lora else 1}
+                if variant in fusion.GENTLE:
+                    style |= {"ls": "--", "lw": 1.4}
                 axes.plot(fusion.ALPHAS, y, label=fusion_name(variant), **style)
         axes.set_title(" + ".join(map(what, group)), fontsize=8)
     grid[-1][0].set_xlabel("strength of each")
     grid[0][0].set_ylabel("gain kept, %")
     grid[0][0].set_ylim(-20, 105)
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, ncols=4, loc="outside lower center", frameon=False)
+    figure.legend(handles, labels, ncols=3, loc="outside lower center", frameon=False)
     return figure
 
 
@@ -150,10 +153,12 @@ def predictors(results: Results, family: str, pyplot: Any) -> Any:
     figure, grid = pyplot.subplots(1, len(names), figsize=(9, 2.4), sharey=True, layout="constrained")
     for axes, name in zip(grid, names, strict=True):
         for kind, color in (("shira", "#4477aa"), ("lora", "black")):
-            some = [point for point in every if (point["variant"] == "lora") == (kind == "lora")]
+            some = [point for point in every if point["variant"].startswith("lora") == (kind == "lora")]
             axes.scatter([p[name] for p in some], [100 * p["lost"] for p in some], s=5, color=color, label=kind)
         axes.set_xlabel(name.replace("_", ", "))
     grid[-1].set_xscale("log")
+    grid[-1].set_xticks((0.5, 1, 2, 5, 10), ("0.5", "1", "2", "5", "10"))
+    grid[-1].minorticks_off()
     grid[0].set_ylabel("gain lost, %")
     grid[0].set_ylim(-5, 130)
     return figure

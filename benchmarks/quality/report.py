@@ -520,7 +520,7 @@ def metrics_table(results: Results, family: str) -> str:
     every = points(results, family)
     if not every:
         return ""
-    sparse = [point for point in every if point["variant"] != "lora"]
+    sparse = [point for point in every if not point["variant"].startswith("lora")]
 
     def within(key: str, metric: str, some: list[dict[str, Any]]) -> str:
         groups: dict[Any, list[dict[str, Any]]] = {}

@@ -34,15 +34,15 @@ def groups(family: str) -> list[tuple[str, ...]]:
     return pairs
 
 
-GENTLE = ("rand, one mask, a tenth of the rate", "wm, one mask, a tenth of the rate")
+GENTLE = ("rand, one mask, a tenth of the rate", "wm, one mask, a tenth of the rate", "lora, a tenth of the rate")
 
 
 def variants(family: str, count: int) -> dict[str, list[Method]]:
     """Methods for ``count`` adapters that are to be fused, by name; those of `GENTLE` move less far from the base."""
     r = rank(family)
     found: dict[str, list[Method]] = {"lora": [Lora(r)] * count}
-    for name, mask in zip(GENTLE, ("rand", "wm"), strict=True):
-        found[name] = [Shira(mask, r=r)] * count
+    for name, method in zip(GENTLE, (Shira("rand", r=r), Shira("wm", r=r), Lora(r)), strict=True):
+        found[name] = [method] * count
     for mask in ("rand", "wm", "struct", "snip", "grad"):
         found[f"{mask}, own masks" if mask in ("snip", "grad") else f"{mask}, one mask"] = [Shira(mask, r=r)] * count
     for mask in ("rand", "wm"):
