@@ -25,8 +25,8 @@ BUILD = HERE / "build"
 # -O1: most of the time goes into compiling. Contractions would give other bits, as everywhere.
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DSHIRA_EMULATE=1"]
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020B000000000000", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-# SHIRA_SANITIZE=1: under the address sanitizer, which must be preloaded. Its own view of the stack does not hold for the
-# emulator's threads, which have stacks of the emulator's.
+# SHIRA_SANITIZE=1: under the address sanitizer, which must be preloaded. It does not look at stacks: the emulator gives
+# its threads their own.
 SANITIZE = os.environ.get("SHIRA_SANITIZE") == "1"
 if SANITIZE:
     FLAGS += ["-fsanitize=address", "-fno-omit-frame-pointer", "--param=asan-stack=0"]
