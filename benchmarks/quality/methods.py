@@ -156,7 +156,7 @@ class Shira(Method):
             loss=task.loss if calibrated else None,
         )
         with tuner:
-            optimizer = shira.AdamW(tuner, lr=lr, weight_decay=0.0)
+            optimizer = shira.AdamW(groups(tuner.named_parameters(), task, lr), weight_decay=0.0)
             yield Attached(list(tuner.parameters()), optimizer, tuner.adapter)
 
 
@@ -170,6 +170,14 @@ def target_names(model: nn.Module, task: Task) -> tuple[list[str], list[str]]:
     names = Names(model)
     whole = list(names.whole(task.whole))
     return [name for name in names.targets(task.targets) if name not in whole], whole
+
+
+def groups(parameters: Iterable[tuple[str, nn.Parameter]], task: Task, lr: float) -> list[dict[str, Any]]:
+    """For an optimizer: what adapts the model at this rate, what trains whole at the task's own."""
+    rates: dict[bool, list[nn.Parameter]] = {}
+    for name, parameter in parameters:
+        rates.setdefault(is_whole(task, name), []).append(parameter)
+    return [{"params": found, "lr": task.whole_lr if whole else lr} for whole, found in rates.items()]
 
 
 def dense_adapter(model: nn.Module, base: dict[str, Tensor], names: Iterable[str]) -> Adapter:
@@ -215,7 +223,8 @@ class Lora(Method):
         inject_adapter_in_model(config, model)
         for name in whole:
             model.get_parameter(name).requires_grad_(True)
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        parameters = [parameter for _, parameter in trained]
 
         def adapter() -> Adapter:
             for name, layer in list(model.named_modules()):
@@ -225,7 +234,7 @@ class Lora(Method):
                     setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
             return dense_adapter(model, base, base)
 
-        yield Attached(parameters, torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0), adapter)
+        yield Attached(parameters, torch.optim.AdamW(groups(trained, task, lr), weight_decay=0.0), adapter)
 
 
 @dataclass(frozen=True)
@@ -248,7 +257,7 @@ class Full(Method):
         names = [name for name, _ in model.named_parameters()]
         base = copies(model, names)
         parameters = [parameter.requires_grad_(True) for parameter in model.parameters()]
-        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(groups(model.named_parameters(), task, lr), weight_decay=0.0)
         yield Attached(parameters, optimizer, lambda: dense_adapter(model, base, names))
 
 
@@ -273,14 +282,15 @@ class Trained:
 
 
 def train(task: Task, method: Method, lr: float, seed: int, steps: int, fraction: float = 1.0) -> Trained:
-    """Adapt a fresh base: AdamW without decay. The rate rises over a tenth of the steps, then falls along a cosine."""
+    """Adapt a fresh base: AdamW without decay. Rates rise over a tenth of the steps, then fall along a cosine."""
     model = task.base()
     torch.manual_seed(seed)  # for LoRA's start; the base may have drawn numbers when it was made
     with method.attached(model, task, lr, seed) as attached:
         optimizer, last = attached.optimizer, math.nan
+        peaks = [group["lr"] for group in optimizer.param_groups]
         for step, batch in enumerate(task.batches(seed, steps, fraction)):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * factor(step, steps)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor(step, steps)
             loss = task.loss(model, batch)
             optimizer.zero_grad()
             loss.backward()
