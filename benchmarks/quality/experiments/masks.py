@@ -17,10 +17,13 @@ GRANULES = (1, 4, 8, 16, 32)
 
 
 def rank(far: int, method: Shira) -> float:
-    """What is done first: few densities and granules of every mask, then all of the two that need no data."""
+    """What is done first: few densities and granules, on every task with the two masks that need no data, then of all
+    five, then the rest of the two's."""
     core = method.density in (0.01, 0.04) and method.granule in (1, 16, 32)
     cheap = method.mask in ("rand", "wm") and method.granule in (1, 16, 32)
-    step = (1.7 if core else 4.5) if method.balanced else (1.1 - 0.1 * cheap) if core else 1.5 if cheap else 4.0
+    if core and cheap and not method.balanced:
+        return 1.0 + far * 0.01
+    step = (1.7 if core else 4.5) if method.balanced else 1.1 if core else 1.5 if cheap else 4.0
     return step + (far // 2 if core or cheap else far) * 0.7
 
 
