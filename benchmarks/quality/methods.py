@@ -119,7 +119,8 @@ class Shira(Method):
     """SHiRA by `shira.SparseTuner` and `shira.AdamW`.
 
     The budget is ``density``, or ``r``: as many entries as a LoRA of that rank has. ``part`` tells masks of one kind
-    apart that share no entry: 0 is the mask itself, 1 the next best entries beside it, and so on.
+    apart that share no entry: 0 is the mask itself, 1 the next best entries beside it, and so on. ``mixed`` gives the
+    weights different densities, and the model the same number of entries (`densities`).
     """
 
     kind: ClassVar[str] = "shira"
@@ -131,10 +132,11 @@ class Shira(Method):
     granule: int = 1
     balanced: bool = False
     part: int = 0
+    mixed: str = ""  # or "first", "last", "magnitude"
     calibration: int = 8  # batches
     lines: str = "rows"  # Struct's
 
-    def make(self, seed: int) -> Mask:
+    def make(self, seed: int, density: float | dict[str, float] | None = None) -> Mask:
         options: dict[str, Any] = {"granule": self.granule}
         if self.mask == "rand":
             options["seed"] = seed
@@ -142,14 +144,34 @@ class Shira(Method):
             options["lines"] = self.lines
         if self.part:
             options["skip"] = [replace(self, part=part).make(seed) for part in range(self.part)]
-        return _CLASSES[self.mask, self.balanced](self.density, r=self.r, **options)
+        return _CLASSES[self.mask, self.balanced](density or self.density, r=self.r, **options)
+
+    def densities(self, model: nn.Module, task: Task) -> dict[str, float] | None:
+        """Each weight's own density: falling to a seventh from the first weight to the last, or rising as much, or by
+        where the granules with the largest magnitudes of all weights are."""
+        if not self.mixed:
+            return None
+        assert self.density is not None
+        weights = {name: model.get_parameter(name).detach() for name in target_names(model, task)[0]}
+        sizes = torch.tensor([weight.numel() for weight in weights.values()])
+        if self.mixed == "magnitude":
+            scores = [weight.abs().view(-1, self.granule).sum(1) for weight in weights.values()]
+            best = torch.cat(scores).sort(descending=True).values
+            last = best[max(1, round(self.density * len(best))) - 1]
+            shares = [float((score >= last).double().mean()) for score in scores]
+        else:
+            ramp = torch.linspace(1.75, 0.25, len(weights), dtype=torch.float64)
+            ramp = ramp if self.mixed == "first" else ramp.flip(0)
+            shares = (self.density * ramp * sizes.sum() / (ramp * sizes).sum()).clamp(max=1).tolist()
+        # A mask takes no density of 0; a single granule is then taken, as it is by every mask.
+        return {f"^{re.escape(name)}$": max(share, 1e-9) for name, share in zip(weights, shares, strict=True)}
 
     @contextmanager
     def attached(self, model: nn.Module, task: Task, lr: float, seed: int) -> Iterator[Attached]:
         calibrated = self.mask in ("grad", "snip")
         tuner = shira.SparseTuner(
             model,
-            self.make(seed),
+            self.make(seed, self.densities(model, task)),
             targets=task.targets,
             whole=task.whole,
             calibration=list(task.batches(CALIBRATION_SEED + seed, self.calibration)) if calibrated else None,

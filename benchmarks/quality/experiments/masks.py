@@ -1,4 +1,5 @@
-"""Experiment 2: masks. Five, by density, granule, and with the same number of granules in every row or not.
+"""Experiment 2: masks. Five, by density, granule, and with the same number of granules in every row or not; and
+granules of which some weights get more than others.
 
 What a run costs (lines touched, bytes) is kept beside its scores, so the front accuracy / switch time / file size can
 be drawn from the results alone.
@@ -14,6 +15,7 @@ from benchmarks.quality.tasks import tasks
 
 DENSITIES = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
 GRANULES = (1, 4, 8, 16, 32)
+MIXED = ("first", "last", "magnitude")
 
 
 def rank(far: int, method: Shira) -> float:
@@ -34,4 +36,7 @@ def jobs(family: str, seeds: int) -> list[Job]:
             if (mask, balanced) != ("struct", True):  # which is what it is
                 method = Shira(mask, density=density, granule=granule, balanced=balanced)
                 found.append(study(rank(far, method), Setting(name, method, budget=5), seeds))
+        for mask, mixed, granule in itertools.product(("rand", "wm"), MIXED, (16, 32)):
+            method = Shira(mask, density=0.01, granule=granule, mixed=mixed)
+            found.append(study(1.6 + far * 0.01, Setting(name, method, budget=5), seeds))
     return found
