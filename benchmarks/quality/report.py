@@ -612,12 +612,10 @@ def growth_table(results: Results, *families: str) -> str:
     for family in filter(results.has, families):
         names = list(tasks.tasks(family))
         for name in dict.fromkeys((names[len(names) // 2], names[-1])):
-            methods: list[Method] = [Shira("rand", density=0.01), Shira("wm", density=0.01)]
-            every = [*methods, Lora(single.rank(family)), Full()]
-            cells = [results.scores(Setting(name, method)) for method in every]
+            cells = [results.scores(Setting(name, method)) for method in size.growing(family)]
             if any(cells):
                 rows.append([family, what(name), *(spread(family, one) if one else "" for one in cells)])
-    heading = ["model", "task", "SHiRA-Rand 1 %", "SHiRA-WM 1 %", "LoRA", "full"]
+    heading = ["model", "task", "Rand 1 %", "Rand 1 %, granule 16", "WM 1 %", "LoRA", "full"]
     return table(heading, rows) if rows else ""
 
 
