@@ -41,7 +41,7 @@ def jobs(family: str, seeds: int) -> list[Job]:
 
 
 def growing(family: str) -> list[Method]:
-    """Growth: the same density in every size, of single entries and of granules (a small weight has few), beside all."""
+    """Growth: the same density in every size, of entries and of granules (a small weight has few), beside all."""
     granules = Shira("rand", density=0.01, granule=16)
     return [Shira("rand", density=0.01), granules, Shira("wm", density=0.01), Lora(rank(family)), Full()]
 
