@@ -128,13 +128,13 @@ def strengths(results: Results, family: str, pyplot: Any) -> Any:
     for axes, group in zip(grid.flat, groups, strict=False):
         for place, variant in enumerate(fused.variants()):
             if (group, variant) in fused.runs:
-                alphas = [f"{alpha:g}" for alpha in fusion.ALPHAS]
+                alphas = list(fused.runs[group, variant][0]["together"]["sum"])
                 y = [100 * mean(fused.kept((group, variant), "sum", alpha)) for alpha in alphas]
                 lora = variant.startswith("lora")
                 style = {"color": "black" if lora else f"C{place % 10}", "lw": 1.8 if lora else 1}
                 if variant in fusion.GENTLE:
                     style |= {"ls": "--", "lw": 1.4}
-                axes.plot(fusion.ALPHAS, y, label=fusion_name(variant), **style)
+                axes.plot([float(alpha) for alpha in alphas], y, label=fusion_name(variant), **style)
         axes.set_title(" + ".join(map(what, group)), fontsize=8)
     grid[-1][0].set_xlabel("strength of each")
     grid[0][0].set_ylabel("gain kept, %")

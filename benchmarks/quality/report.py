@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import tasks
-from benchmarks.quality.experiments import fusion, masks, single, size
+from benchmarks.quality.experiments import masks, single, size
 from benchmarks.quality.lab import Lab, Setting, Stop
 from benchmarks.quality.methods import MASKS, Full, Lora, Method, Shira, from_description
 from benchmarks.quality.store import RESULTS
@@ -473,6 +473,7 @@ def merges_table(results: Results, family: str) -> str:
         return ""
     count = {group: sum(key[0] == group for key in fused.runs) for group in fused.groups()}
     groups = [group for group in fused.groups() if count[group] == max(count.values())]
+    merges = list(next(iter(fused.runs.values()))[0]["together"])
 
     def score(variant: str, of: Callable[[tuple[tuple[str, ...], str], dict[str, Any]], list[float]]) -> str:
         keys = [(group, variant) for group in groups]
@@ -485,11 +486,12 @@ def merges_table(results: Results, family: str) -> str:
                 score(variant, lambda _, result: result["single"]["test"]),
                 score(variant, lambda _, result: result["together"]["sum"]["1"]["test"]),
             ]
-            for merge in fusion.MERGES:
+            for merge in merges:
                 best = functools.partial(at_best, fused, merge)
                 cells.append(score(variant, best))
             rows.append([fusion_name(variant), *cells])
-    heading = ["adapters", "alone", "sum at 1", "sum, best strength", "TIES", "DARE"]
+    names = {"sum": "sum, best strength", "ties": "TIES", "dare": "DARE"}
+    heading = ["adapters", "alone", "sum at 1", *(names[merge] for merge in merges)]
     over = "; ".join(" + ".join(map(what, group)) for group in groups)
     return f"Over {over}.\n\n" + table(heading, rows)
 
@@ -508,7 +510,7 @@ def points(results: Results, family: str) -> list[dict[str, Any]]:
     fused = Fused(results, family)
     found = []
     for (group, variant), runs in fused.runs.items():
-        if len(group) != 2:
+        if len(group) != 2 or not runs[0]["awom"]:
             continue
         for number_, result in enumerate(runs):
             kept = fused.kept((group, variant), "sum", "1")[number_]
