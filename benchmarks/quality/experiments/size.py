@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.quality import tasks
 from benchmarks.quality.experiments.single import rank
-from benchmarks.quality.lab import Job, Lab, Setting, study
+from benchmarks.quality.lab import Job, Lab, Setting, bases, study
 from benchmarks.quality.methods import Full, Lora, Method, Shira
 from shira import Switcher
 
@@ -35,6 +35,7 @@ def jobs(family: str, seeds: int) -> list[Job]:
                     transfer(lab, Setting(name, method), names, seed)
 
         found.append(Job(2.2, seeds * len(names), do))
+    found += bases(2.0, names)
     for name in dict.fromkeys((middle, names[-1])):
         found += [study(2.1, Setting(name, method), seeds) for method in growing(family)]
     return found
