@@ -564,6 +564,7 @@ FOREACH_OPS = (
     *("foreach_adamw_", "foreach_adamw_.tensor", "foreach_sgd_", "foreach_sgd_.tensor"),
 )
 OPS = (*BUILDERS, *FOREACH_OPS)
+NOT_CAPTURED = ("check_indices", "fuse_plan", "encode_indices", "decode_indices")  # they look at the content
 MUTATING_OPS = tuple(op for op in OPS if op.partition(".")[0].endswith("_"))
 
 _PLURAL = {

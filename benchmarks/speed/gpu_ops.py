@@ -50,6 +50,9 @@ def calls(dtype: torch.dtype, granule: int, rows: int, columns: int) -> dict[str
     def of(indices: torch.Tensor, dtype: torch.dtype = dtype) -> torch.Tensor:
         return numbers(entries[id(indices)], dtype=dtype)
 
+    # A block of the code in each of its modes.
+    scales = torch.tensor([40, 5000, 2**40]).repeat_interleave(4096)[: 2 * 4096 + 500]
+    coded = (torch.rand(len(scales), generator=random, dtype=torch.float64) * scales).long().add(1).cumsum(0)
     fp32 = torch.float32
     here: Arguments = {"weight": weight, "indices": a}
     state: Arguments = {"master": of(a, fp32), "exp_avg": of(a, fp32), "exp_avg_sq": of(a, fp32).abs()}
@@ -85,12 +88,12 @@ def calls(dtype: torch.dtype, granule: int, rows: int, columns: int) -> dict[str
         "sampled_grad": {"grad_output": small(33, rows), "input": small(33, columns), "indices": a},
         "select_top": {"weight": weight, "grad": numbers(rows, columns), "k": limit // 10, "score": "snip"},
         "select_random": {"numel": rows * columns, "k": limit // 10, "seed": 7, "device": None},
-        "encode_indices": {"indices": a},
+        "encode_indices": {"indices": coded},
         "decode_indices": {
-            "code": reference.encode_indices(a, granule),
-            "count": len(a),
-            "limit": rows * columns,
-            "dtype": torch.int32,
+            "code": reference.encode_indices(coded, granule),
+            "count": len(coded),
+            "limit": (int(coded[-1]) + 1) * granule,
+            "dtype": torch.int64,
         },
         "fingerprint": {"weight": weight},
         "fingerprint_at": here,

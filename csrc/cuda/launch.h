@@ -55,10 +55,15 @@ inline cudaStream_t current_stream(int32_t device) {
 }  // namespace shira::cuda
 #endif
 
-#define SHIRA_CUDA_CHECK(call)                                                                                \
-  do {                                                                                                        \
-    const cudaError_t status = (call);                                                                        \
-    SHIRA_CHECK(status == cudaSuccess, "shira: CUDA reports ", cudaGetErrorString(status), " (", #call, ")"); \
+// The runtime remembers an error until it is asked for it: what is refused here must not be found after the next
+// launch, whose kernel runs all the same.
+#define SHIRA_CUDA_CHECK(call)                                                               \
+  do {                                                                                       \
+    const cudaError_t status = (call);                                                       \
+    if (status != cudaSuccess) {                                                             \
+      (void)cudaGetLastError();                                                              \
+      ::shira::refuse("shira: CUDA reports ", cudaGetErrorString(status), " (", #call, ")"); \
+    }                                                                                        \
   } while (0)
 
 namespace shira::cuda {
