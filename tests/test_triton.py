@@ -112,6 +112,10 @@ def test_backends_on_cuda() -> None:
     missing = said(python(_BACKENDS, "hidden", SHIRA_BACKEND="triton"))
     why = "SHIRA_BACKEND=triton, and triton is not installed"
     assert missing == f"Backend(name='reference', why='{why}') {{'reference'}}"
+    compiled = "compiled" if torch.ops.shira._build_info() & 1 else "reference"  # never Triton's
+    assert said(python(_BACKENDS, SHIRA_BACKEND="cuda")).endswith(f"{{'{compiled}'}}")
+    references = said(python(_BACKENDS, SHIRA_BACKEND="reference"))
+    assert references == "Backend(name='reference', why='SHIRA_BACKEND=reference') {'reference'}"
 
 
 def test_import_leaves_triton_alone() -> None:

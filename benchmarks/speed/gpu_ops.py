@@ -25,12 +25,12 @@ Arguments = dict[str, Any]
 
 
 def op(name: str) -> Callable[..., Any]:
-    packet, _, overload = name.partition(".")
+    packet, _, overload = name.partition(",")[0].partition(".")
     return getattr(getattr(torch.ops.shira, packet), overload or "default")
 
 
 def calls(dtype: torch.dtype, granule: int, rows: int, columns: int) -> dict[str, Arguments]:
-    """A valid call of every op, on the CPU."""
+    """A valid call of every op, on the CPU; behind a comma stands what is special about one more."""
     random = torch.Generator().manual_seed(granule)
 
     def numbers(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -112,6 +112,11 @@ def calls(dtype: torch.dtype, granule: int, rows: int, columns: int) -> dict[str
             else value
             for a, value in zip(given, one.values(), strict=True)
         }
+    # So sparse that the entries are sampled, of tokens that suit wide accesses and of some that do not.
+    sparse = torch.arange(0, 300 * 1040 // granule, 600)
+    for tokens in (40, 33):
+        given = {"grad_output": small(tokens, 300), "input": small(tokens, 1040), "indices": sparse}
+        found[f"sampled_grad, {tokens} tokens"] = given
     return {name: {**given, "granule": granule} for name, given in found.items()}
 
 
@@ -144,7 +149,7 @@ def same(given: torch.Tensor, wanted: torch.Tensor) -> bool:
 def against_reference(name: str, given: Arguments, device: str) -> None:
     """Raises unless the op gives the reference's bits."""
     with torch.no_grad():
-        ours, wanted = run(op(name), given, device), run(reference.OPS[name], given, "cpu")
+        ours, wanted = run(op(name), given, device), run(reference.OPS[name.partition(",")[0]], given, "cpu")
     bad = [i for i, pair in enumerate(zip(ours, wanted, strict=True)) if not same(*pair)]
     if bad:
         first = ours[bad[0]].reshape(-1), wanted[bad[0]].reshape(-1)
