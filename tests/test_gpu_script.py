@@ -8,15 +8,20 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "speed" / "gpu.py"
-NEEDS_A_GPU = ("sanitizer", "captured graphs", "parity, triton", "measurements, triton")
+NEEDS_A_GPU = (
+    *("sanitizer", "captured graphs"),
+    *("parity, triton", "captured graphs, triton", "measurements, triton"),
+)
 
 
 @pytest.fixture
@@ -90,6 +95,25 @@ def test_what_was_measured_survives_a_process_that_was_ended(gpu: ModuleType, tm
     assert gpu.written(lines) == {}
     lines.write_text('{"name": "copy", "seconds": {}}\n{"name": "sw')
     assert gpu.written(lines) == {"copy": {"name": "copy", "seconds": {}}}
+
+
+def test_captured_graphs_without_a_gpu(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script's own logic: where a graph would be made and replayed, the call is made."""
+    graph = importlib.import_module("gpu_graph")
+
+    def captured(call: Callable[[], object]) -> Callable[[], object]:
+        call(), call()
+        return call
+
+    monkeypatch.setattr(graph, "DEVICE", "cpu")
+    monkeypatch.setattr(graph, "captured", captured)
+    with torch.no_grad():
+        assert graph.captured_calls().startswith("54 calls")
+        assert graph.captured_inference()
+        assert graph.captured_ops()
+        monkeypatch.setattr(graph, "captured", lambda call: call() or (lambda: None))  # a graph that holds nothing
+        with pytest.raises(AssertionError, match="a replay differs from an eager call"):
+            graph.captured_calls()
 
 
 UNINITIALIZED = """\

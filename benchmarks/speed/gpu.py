@@ -4,9 +4,9 @@ python benchmarks/speed/gpu.py        (or: make gpu)
 
 Sections, each in processes of its own, so that nothing that fails there ends the run, the most wanted first: build
 (where the package is not built for this torch yet), parity of every op with the references, captured graphs,
-measurements (gpu_bench.py) of the compiled kernels, contract tests, compute-sanitizer, parity and measurements of
-Triton's kernels. A section that does not fit the time left is told as skipped. What is found is written as it is found.
-The exit status is 1 where something failed.
+measurements (gpu_bench.py) of the compiled kernels, contract tests, compute-sanitizer, parity, captured graphs and
+measurements of Triton's kernels. A section that does not fit the time left is told as skipped. What is found is
+written as it is found. The exit status is 1 where something failed.
 
 `--device cpu --quick` runs all that a CPU can, at tiny sizes: does it work at all? The figures mean nothing then.
 """
@@ -310,11 +310,11 @@ def sanitizer(run: Run) -> Told:
     return {**told, "output": "\n".join(found[name].tail for name in dict.fromkeys(bad))}
 
 
-def graph(run: Run) -> Told:
+def graph(run: Run, **environment: str) -> Told:
     if not run.cuda:
         return skipped("CUDA graphs need a GPU")
-    done = run.one(python(str(HERE / "gpu_graph.py")), min(60, run.left()))
-    return judged(done, "; ".join(done.output.strip().splitlines()[-2:]))
+    done = run.one(python(str(HERE / "gpu_graph.py")), min(60, run.left()), **environment)
+    return judged(done, "; ".join(done.output.strip().splitlines()[-3:]))
 
 
 def written(lines: Path) -> dict[str, Told]:
@@ -425,10 +425,11 @@ def main() -> None:
     if run.cuda and run.told["about"]["triton"] is not None:
         chosen = {"SHIRA_BACKEND": "triton"}
         run.section("parity, triton", 15, lambda: parity(run, **chosen))
+        run.section("captured graphs, triton", 15, lambda: graph(run, **chosen))
         run.section("measurements, triton", 20, lambda: measure(run, "triton", given.only, run.left() - 5, **chosen))
     else:
         why = "there is no triton" if run.cuda else "Triton's kernels need a GPU"
-        for name in ("parity, triton", "measurements, triton"):
+        for name in ("parity, triton", "captured graphs, triton", "measurements, triton"):
             run.section(name, 0, lambda: skipped(why))
     show(run.told)
     print(f"\n{run.told['seconds']:g} s; written to {run.out}")

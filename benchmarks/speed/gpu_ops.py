@@ -126,16 +126,23 @@ def copied(value: Any, device: str) -> Any:
     return [copied(one, device) for one in value] if isinstance(value, (list, tuple)) else value
 
 
-def run(function: Callable[..., Any], given: Arguments, device: str) -> list[torch.Tensor]:
-    """The results and then every tensor argument as the call left it."""
+def placed(given: Arguments, device: str) -> Arguments:
+    """Copies of the arguments, on a device."""
     own = {name: copied(value, device) for name, value in given.items()}
-    if "device" in own:
-        own["device"] = torch.device(device)
-    result = function(**own)
+    return {**own, "device": torch.device(device)} if "device" in own else own
+
+
+def left(result: Any, own: Arguments) -> list[torch.Tensor]:
+    """The results and then every tensor argument as the call left it."""
     tensors: list[torch.Tensor] = []
     for value in (result, *own.values()):
         tensors += [one for one in (value if isinstance(value, (list, tuple)) else [value]) if torch.is_tensor(one)]
     return [one.detach().cpu() for one in tensors]
+
+
+def run(function: Callable[..., Any], given: Arguments, device: str) -> list[torch.Tensor]:
+    own = placed(given, device)
+    return left(function(**own), own)
 
 
 def same(given: torch.Tensor, wanted: torch.Tensor) -> bool:
