@@ -1,7 +1,7 @@
 """Which backend serves each op, decided in this one place.
 
 The compiled kernels register themselves when `shira_ops._C` is loaded. Where they leave a gap on a GPU, the Triton
-kernel is registered, if there is one and triton is installed; where a gap is left still, the plain-torch reference.
+kernel is registered, if triton is installed; where a gap is left still, the plain-torch reference.
 `SHIRA_BACKEND` overrides: `cuda` (compiled kernels, without Triton), `triton` (without compiled CUDA kernels) or
 `reference`.
 """
@@ -81,15 +81,13 @@ def _why_not_compiled(key: str, choice: str | None) -> str:
     return "this build has no CUDA kernel for it"
 
 
-def _without_compiled(op: str, key: str, choice: str | None) -> Backend:
+def _without_compiled(key: str, choice: str | None) -> Backend:
     """Who serves an op that has no compiled kernel."""
     if choice == "reference":
         return Backend("reference", "SHIRA_BACKEND=reference")
     why = _why_not_compiled(key, choice)
     if key == "CPU" or choice == "cuda":
         return Backend("reference", why)
-    if op not in triton.OPS:
-        return Backend("reference", f"{why}, and there is no Triton kernel for it")
     if not triton.installed():
         return Backend("reference", f"{why}, and triton is not installed")
     return Backend("triton", why)
@@ -104,7 +102,7 @@ def register() -> None:
         asked = "_select_random" if op == "select_random" else op
         keys = {"CPU": "CPU", "CUDA": "CUDA"}
         found = {key: _compiled(asked, key) for key in keys.values()}
-        gaps = {key: _without_compiled(op, key, choice) for key in sorted(found) if not found[key]}
+        gaps = {key: _without_compiled(key, choice) for key in sorted(found) if not found[key]}
         for key, backend in gaps.items():
             kernel = _triton(op) if backend.name == "triton" else function
             _library.impl(asked, _below_autograd(_on_device(kernel) if asked != op else kernel), key)

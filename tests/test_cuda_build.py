@@ -1,5 +1,8 @@
 """The CUDA sources under nvcc, where there is one: they compile for every GPU they are shipped for, and no kernel
-spills registers or keeps arrays in local memory.
+spills registers or keeps arrays in local memory. Without a toolkit there is one in NVIDIA's wheels, for example
+
+    pip install --no-deps --target toolkit nvidia-{cuda-nvcc,cuda-crt,cuda-runtime,cuda-cccl,nvvm}'==13.0.*'
+    CUDA_HOME=$PWD/toolkit/nvidia/cu13 .venv/bin/python -m pytest -rP tests/test_cuda_build.py
 
 All of the targets of a wheel take minutes. By default this compiles for Hopper alone;
 SHIRA_TEST_CUDA_ARCHS="80;90;100;120" names others. After a build with SHIRA_CUDA=1, which compiles for all of them, the
@@ -37,7 +40,7 @@ def nvcc() -> str:
     for home in filter(None, candidates):
         if (Path(home) / "bin/nvcc").exists() and (Path(home) / "include/cuda_runtime.h").exists():
             return str(Path(home) / "bin/nvcc")
-    pytest.skip("no CUDA toolkit: set CUDA_HOME")
+    pytest.skip("no CUDA toolkit: set CUDA_HOME (the head of this file says where to get one)")
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,20 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "speed" / "gpu.py"
-NEEDS_A_GPU = ("sanitizer", "captured graphs", "parity, triton", "measurements, triton")
+NEEDS_A_GPU = (
+    *("sanitizer", "captured graphs"),
+    *("parity, triton", "captured graphs, triton", "measurements, triton"),
+)
 
 
 @pytest.fixture
@@ -90,6 +95,57 @@ def test_what_was_measured_survives_a_process_that_was_ended(gpu: ModuleType, tm
     assert gpu.written(lines) == {}
     lines.write_text('{"name": "copy", "seconds": {}}\n{"name": "sw')
     assert gpu.written(lines) == {"copy": {"name": "copy", "seconds": {}}}
+
+
+def test_captured_graphs_without_a_gpu(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script's own logic: where a graph would be made and replayed, the call is made."""
+    graph = importlib.import_module("gpu_graph")
+
+    def captured(call: Callable[[], object]) -> Callable[[], object]:
+        call(), call()
+        return call
+
+    monkeypatch.setattr(graph, "DEVICE", "cpu")
+    monkeypatch.setattr(graph, "captured", captured)
+    with torch.no_grad():
+        assert graph.captured_calls().startswith("54 calls")
+        assert graph.captured_inference()
+        assert graph.captured_ops()
+        monkeypatch.setattr(graph, "captured", lambda call: call() or (lambda: None))  # a graph that holds nothing
+        with pytest.raises(AssertionError, match="a replay differs from an eager call"):
+            graph.captured_calls()
+
+
+UNINITIALIZED = """\
+========= COMPUTE-SANITIZER
+========= Uninitialized __global__ memory read of size 4 bytes
+=========     at void at::native::reduce_kernel<(int)512, float>(T3)+0x70
+=========     by thread (31,0,0) in block (1,0,0)
+=========     Saved host backtrace up to driver entry point at kernel launch time
+=========         Host Frame: shira::sorted(at::Tensor const&) [0x9544e] in _C.abi3.so
+=========
+========= Uninitialized __global__ memory read of size 8 bytes
+=========     at void shira::cuda::list_kernel<shira::cuda::Scan, (int)1>(T1)+0x150 in launch.h:120
+=========     by thread (0,0,0) in block (0,0,0)
+=========     Saved host backtrace up to driver entry point at kernel launch time
+=========
+========= Uninitialized __global__ memory read of size 2 bytes
+=========     at __ldcs(const unsigned short *)+0x150 in sm_32_intrinsics.hpp:93
+=========     by thread (0,0,0) in block (0,0,0)
+=========     Device Frame:void shira::cuda::list_kernel<shira::cuda::Check, (int)1>(T1)+0x20 in indices.h:24
+=========
+========= Uninitialized access at 0x7f1 on access by cudaMemcpy source
+=========     Saved host backtrace up to driver entry point at error
+=========         Host Frame: shira::cuda::fetch(void*, void const*, long) [0x9] in _C.abi3.so
+=========
+========= ERROR SUMMARY: 4 errors
+"""
+
+
+def test_reads_of_what_nobody_wrote(gpu: ModuleType) -> None:
+    """Those of our kernels are told from torch's, which our host code may have started, also where they are inlined."""
+    assert gpu.ours(UNINITIALIZED) == 2
+    assert gpu.ours("========= ERROR SUMMARY: 0 errors\n") == 0
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

@@ -4,9 +4,9 @@ python benchmarks/speed/gpu.py        (or: make gpu)
 
 Sections, each in processes of its own, so that nothing that fails there ends the run, the most wanted first: build
 (where the package is not built for this torch yet), parity of every op with the references, captured graphs,
-measurements (gpu_bench.py) of the compiled kernels, contract tests, compute-sanitizer, parity and measurements of
-Triton's kernels. A section that does not fit the time left is told as skipped. What is found is written as it is found.
-The exit status is 1 where something failed.
+measurements (gpu_bench.py) of the compiled kernels, contract tests, compute-sanitizer, parity, captured graphs and
+measurements of Triton's kernels. A section that does not fit the time left is told as skipped. What is found is
+written as it is found. The exit status is 1 where something failed.
 
 `--device cpu --quick` runs all that a CPU can, at tiny sizes: does it work at all? The figures mean nothing then.
 """
@@ -214,6 +214,7 @@ def build(run: Run) -> Told:
     environment = {
         "TORCH_CUDA_ARCH_LIST": run.told["about"]["capability"],
         "MAX_JOBS": str(max(1, os.cpu_count() or 1)),
+        "NVCC_APPEND_FLAGS": "-lineinfo",  # the sanitizer then names lines; the code is the same
     }
     pip = ["-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-index", "--no-build-isolation"]
     attempts = {
@@ -263,6 +264,16 @@ def parity(run: Run, **environment: str) -> Told:
     return judged(run.one([*command, *["--once"] * run.quick], min(90, run.left()), **environment))
 
 
+def ours(reports: str) -> int:
+    """How many reports of initcheck are of our kernels: the line after `Uninitialized` names what reads, and where that
+    was inlined, `Device Frame` lines name what it was inlined into. Frames of the host follow."""
+    found = 0
+    for report in re.split(r"^=+ +(?=Uninitialized )", reports, flags=re.MULTILINE)[1:]:
+        device = re.split(r"^=+ +Saved host backtrace|^=+\s*$", report, maxsplit=1, flags=re.MULTILINE)[0]
+        found += bool(re.search(r"^=+ +(?:at|Device Frame:).*shira", device, flags=re.MULTILINE))
+    return found
+
+
 def sanitizer(run: Run) -> Told:
     if not run.cuda:
         return skipped("compute-sanitizer needs a GPU")
@@ -276,8 +287,9 @@ def sanitizer(run: Run) -> Told:
         "memcheck": ["--report-api-errors", "no", "--error-exitcode", "9"],
         # Of our kernels, whose names say shira.
         "racecheck": ["--kernel-name", "kernel_substring=shira", "--error-exitcode", "9"],
-        # It must see all that writes; torch's kernels may read what nobody wrote, so only what ours do is told.
-        "initcheck": ["--report-api-errors", "no", "--error-exitcode", "0"],
+        # It must see all that writes; torch's kernels may read what nobody wrote, so only what ours do is told, and
+        # however often theirs do.
+        "initcheck": ["--print-limit", "0"],
     }
     commands = {name: [tool, "--tool", name, *own, *program] for name, own in options.items()}
     found = run.all(commands, min(90, 0.5 * run.left()), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
@@ -286,8 +298,8 @@ def sanitizer(run: Run) -> Told:
         summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", done.output)
         said[name] = summary[-1] if summary else f"exit {done.code}"
         if name == "initcheck":
-            own = re.findall(r"Uninitialized .*\n=+ +at (.*shira.*)", done.output)
-            said[name] += f", {len(own)} of them in our kernels"
+            own = ours(done.output)
+            said[name] += f", {own} of them in our kernels"
             bad += [name] * bool(own)
         if done.code is None:
             said[name] = "did not end in time"
@@ -298,11 +310,11 @@ def sanitizer(run: Run) -> Told:
     return {**told, "output": "\n".join(found[name].tail for name in dict.fromkeys(bad))}
 
 
-def graph(run: Run) -> Told:
+def graph(run: Run, **environment: str) -> Told:
     if not run.cuda:
         return skipped("CUDA graphs need a GPU")
-    done = run.one(python(str(HERE / "gpu_graph.py")), min(60, run.left()))
-    return judged(done, "; ".join(done.output.strip().splitlines()[-2:]))
+    done = run.one(python(str(HERE / "gpu_graph.py")), min(60, run.left()), **environment)
+    return judged(done, "; ".join(done.output.strip().splitlines()[-3:]))
 
 
 def written(lines: Path) -> dict[str, Told]:
@@ -413,10 +425,11 @@ def main() -> None:
     if run.cuda and run.told["about"]["triton"] is not None:
         chosen = {"SHIRA_BACKEND": "triton"}
         run.section("parity, triton", 15, lambda: parity(run, **chosen))
+        run.section("captured graphs, triton", 15, lambda: graph(run, **chosen))
         run.section("measurements, triton", 20, lambda: measure(run, "triton", given.only, run.left() - 5, **chosen))
     else:
         why = "there is no triton" if run.cuda else "Triton's kernels need a GPU"
-        for name in ("parity, triton", "measurements, triton"):
+        for name in ("parity, triton", "captured graphs, triton", "measurements, triton"):
             run.section(name, 0, lambda: skipped(why))
     show(run.told)
     print(f"\n{run.told['seconds']:g} s; written to {run.out}")

@@ -2,12 +2,16 @@
 
 - a model's inference is captured once; a Switcher changes its weights between replays, and every replay gives the bits
   of an eager forward with the same adapter
-- the ops themselves are captured: swap_ twice is the identity, and fuse_ follows strengths changed between replays
+- every op that a graph can hold is captured and replayed: the bits of an eager call
+- across replays: swap_ twice is the identity, and fuse_ follows strengths changed between replays
 
 python benchmarks/speed/gpu_graph.py
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,9 +19,10 @@ from torch import nn
 import shira
 import shira_ops
 from gpu_bench import captured
-from gpu_ops import same
+from gpu_ops import Arguments, calls, left, op, placed, run, same
 
-SIDE = 512
+SIDE, DEVICE = 512, "cuda"
+LOOKS = ("check_indices", "fuse_plan", "encode_indices", "decode_indices")  # at the content: not for a graph
 
 
 def mask(numel: int, seed: int) -> torch.Tensor:
@@ -37,9 +42,9 @@ def adapter(model: nn.Module, seed: int) -> shira.Adapter:
 def captured_inference() -> str:
     torch.manual_seed(0)
     layers = [nn.Linear(SIDE, SIDE, bias=False) for _ in range(4)]
-    model = nn.Sequential(*(part for layer in layers for part in (layer, nn.GELU()))).to("cuda", torch.bfloat16)
+    model = nn.Sequential(*(part for layer in layers for part in (layer, nn.GELU()))).to(DEVICE, torch.bfloat16)
     model.requires_grad_(False)
-    x = torch.randn(16, SIDE, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(16, SIDE, device=DEVICE, dtype=torch.bfloat16)
     switcher = shira.Switcher(model)
     for name, seed in (("one", 1), ("two", 2)):
         switcher.add(name, adapter(model, seed))
@@ -63,10 +68,38 @@ def captured_inference() -> str:
     return f"one capture, {len(seen)} replays with switches between them: the bits of eager forwards"
 
 
+def tensors(own: Arguments) -> Iterator[torch.Tensor]:
+    for value in own.values():
+        yield from (one for one in (value if isinstance(value, (list, tuple)) else [value]) if torch.is_tensor(one))
+
+
+def captured_calls() -> str:
+    """A graph is replayed on the arguments as they were before its first call."""
+    count = 0
+    for granule in (1, 16):
+        for name, given in calls(torch.bfloat16, granule, 24, 80).items():
+            if name in LOOKS:
+                continue
+            own, results = placed(given, DEVICE), list[Any]()
+
+            def call(name: str = name, own: Arguments = own, results: list[Any] = results) -> None:
+                results.append(op(name)(**own))
+
+            replay = captured(call)
+            for kept, fresh in zip(tensors(own), tensors(placed(given, DEVICE)), strict=True):
+                kept.copy_(fresh)
+            replay()
+            pairs = zip(left(results[-1], own), run(op(name), given, DEVICE), strict=True)
+            if not all(same(*pair) for pair in pairs):
+                raise AssertionError(f"{name}, granule {granule}: a replay differs from an eager call")
+            count += 1
+    return f"{count} calls of every op that a graph can hold, replayed: the bits of eager calls"
+
+
 def captured_ops() -> str:
-    weight = torch.randn(SIDE, SIDE, device="cuda", dtype=torch.bfloat16)
-    base, masks = weight.clone(), [mask(SIDE * SIDE, seed).cuda() for seed in (1, 2)]
-    values = [torch.randn(len(one), device="cuda", dtype=torch.bfloat16) for one in masks]
+    weight = torch.randn(SIDE, SIDE, device=DEVICE, dtype=torch.bfloat16)
+    base, masks = weight.clone(), [mask(SIDE * SIDE, seed).to(DEVICE) for seed in (1, 2)]
+    values = [torch.randn(len(one), device=DEVICE, dtype=torch.bfloat16) for one in masks]
     swapped = values[0].clone()
     replay = captured(lambda: shira_ops.swap_(weight, masks[0], swapped))
     before = weight.clone()
@@ -79,7 +112,7 @@ def captured_ops() -> str:
 
     weight.copy_(base)
     indices, offsets, sources = shira_ops.fuse_plan(masks)
-    saved, alphas = shira_ops.gather(weight, indices), torch.tensor([0.5, 0.5], device="cuda")
+    saved, alphas = shira_ops.gather(weight, indices), torch.tensor([0.5, 0.5], device=DEVICE)
 
     def fuse(into: torch.Tensor) -> None:
         shira_ops.fuse_(into, saved, indices, offsets, sources, values, alphas, delta=[False, True], refuse=True)
@@ -97,5 +130,6 @@ def captured_ops() -> str:
 
 if __name__ == "__main__":
     with torch.no_grad():
+        print(captured_calls())
         print(captured_inference())
         print(captured_ops())

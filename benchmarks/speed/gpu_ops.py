@@ -25,12 +25,12 @@ Arguments = dict[str, Any]
 
 
 def op(name: str) -> Callable[..., Any]:
-    packet, _, overload = name.partition(".")
+    packet, _, overload = name.partition(",")[0].partition(".")
     return getattr(getattr(torch.ops.shira, packet), overload or "default")
 
 
 def calls(dtype: torch.dtype, granule: int, rows: int, columns: int) -> dict[str, Arguments]:
-    """A valid call of every op, on the CPU."""
+    """A valid call of every op, on the CPU; behind a comma stands what is special about one more."""
     random = torch.Generator().manual_seed(granule)
 
     def numbers(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -50,6 +50,9 @@ def calls(dtype: torch.dtype, granule: int, rows: int, columns: int) -> dict[str
     def of(indices: torch.Tensor, dtype: torch.dtype = dtype) -> torch.Tensor:
         return numbers(entries[id(indices)], dtype=dtype)
 
+    # A block of the code in each of its modes.
+    scales = torch.tensor([40, 5000, 2**40]).repeat_interleave(4096)[: 2 * 4096 + 500]
+    coded = (torch.rand(len(scales), generator=random, dtype=torch.float64) * scales).long().add(1).cumsum(0)
     fp32 = torch.float32
     here: Arguments = {"weight": weight, "indices": a}
     state: Arguments = {"master": of(a, fp32), "exp_avg": of(a, fp32), "exp_avg_sq": of(a, fp32).abs()}
@@ -85,12 +88,12 @@ def calls(dtype: torch.dtype, granule: int, rows: int, columns: int) -> dict[str
         "sampled_grad": {"grad_output": small(33, rows), "input": small(33, columns), "indices": a},
         "select_top": {"weight": weight, "grad": numbers(rows, columns), "k": limit // 10, "score": "snip"},
         "select_random": {"numel": rows * columns, "k": limit // 10, "seed": 7, "device": None},
-        "encode_indices": {"indices": a},
+        "encode_indices": {"indices": coded},
         "decode_indices": {
-            "code": reference.encode_indices(a, granule),
-            "count": len(a),
-            "limit": rows * columns,
-            "dtype": torch.int32,
+            "code": reference.encode_indices(coded, granule),
+            "count": len(coded),
+            "limit": (int(coded[-1]) + 1) * granule,
+            "dtype": torch.int64,
         },
         "fingerprint": {"weight": weight},
         "fingerprint_at": here,
@@ -109,6 +112,11 @@ def calls(dtype: torch.dtype, granule: int, rows: int, columns: int) -> dict[str
             else value
             for a, value in zip(given, one.values(), strict=True)
         }
+    # So sparse that the entries are sampled, of tokens that suit wide accesses and of some that do not.
+    sparse = torch.arange(0, 300 * 1040 // granule, 600)
+    for tokens in (40, 33):
+        given = {"grad_output": small(tokens, 300), "input": small(tokens, 1040), "indices": sparse}
+        found[f"sampled_grad, {tokens} tokens"] = given
     return {name: {**given, "granule": granule} for name, given in found.items()}
 
 
@@ -118,16 +126,23 @@ def copied(value: Any, device: str) -> Any:
     return [copied(one, device) for one in value] if isinstance(value, (list, tuple)) else value
 
 
-def run(function: Callable[..., Any], given: Arguments, device: str) -> list[torch.Tensor]:
-    """The results and then every tensor argument as the call left it."""
+def placed(given: Arguments, device: str) -> Arguments:
+    """Copies of the arguments, on a device."""
     own = {name: copied(value, device) for name, value in given.items()}
-    if "device" in own:
-        own["device"] = torch.device(device)
-    result = function(**own)
+    return {**own, "device": torch.device(device)} if "device" in own else own
+
+
+def left(result: Any, own: Arguments) -> list[torch.Tensor]:
+    """The results and then every tensor argument as the call left it."""
     tensors: list[torch.Tensor] = []
     for value in (result, *own.values()):
         tensors += [one for one in (value if isinstance(value, (list, tuple)) else [value]) if torch.is_tensor(one)]
     return [one.detach().cpu() for one in tensors]
+
+
+def run(function: Callable[..., Any], given: Arguments, device: str) -> list[torch.Tensor]:
+    own = placed(given, device)
+    return left(function(**own), own)
 
 
 def same(given: torch.Tensor, wanted: torch.Tensor) -> bool:
@@ -141,7 +156,7 @@ def same(given: torch.Tensor, wanted: torch.Tensor) -> bool:
 def against_reference(name: str, given: Arguments, device: str) -> None:
     """Raises unless the op gives the reference's bits."""
     with torch.no_grad():
-        ours, wanted = run(op(name), given, device), run(reference.OPS[name], given, "cpu")
+        ours, wanted = run(op(name), given, device), run(reference.OPS[name.partition(",")[0]], given, "cpu")
     bad = [i for i, pair in enumerate(zip(ours, wanted, strict=True)) if not same(*pair)]
     if bad:
         first = ours[bad[0]].reshape(-1), wanted[bad[0]].reshape(-1)

@@ -25,7 +25,7 @@ FAMILIES = {
         *("foreach_adamw_", "foreach_adamw_.tensor", "foreach_sgd_", "foreach_sgd_.tensor"),
     ),
     "select": ("select_top", "select_random"),
-    "codec": ("decode_indices",),
+    "codec": ("encode_indices", "decode_indices"),
     "fingerprint": ("fingerprint", "fingerprint_at"),
 }
 OPS = {op: family for family, ops in FAMILIES.items() for op in ops}

@@ -1,8 +1,8 @@
-"""The codec family: bytes to indices. csrc/core/codec.h is the format.
+"""The codec family: indices to bytes and back. csrc/core/codec.h is the format.
 
-A program has a block of the code, and adds up its units a step at a time: how far each reaches, and how many gaps have
-ended before it. Content is refused, so it synchronises; what is wrong with a code the reference says. It encodes, too:
-an adapter that is saved goes through the host in any case.
+Both directions refuse content, and the size of a code is not known before it is made, so both synchronise. A program
+has a block of the code, a step at a time: to decode, it adds up how far each unit reaches and how many gaps have ended
+before it; to encode, how many units the gaps before one take. What is wrong with a code the reference says.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from .launch import checked, launch
+from .launch import checked, content, launch
 
 BLOCK = tl.constexpr(reference.BLOCK)
 ANCHOR = tl.constexpr(16)  # bytes
 START = tl.constexpr((1 << 56) - 1)  # the bits of an anchor's second word that say where its payload starts
-STEP = 1024  # units
+STEP = 1024  # units, or indices
 
 
 @triton.jit
@@ -108,3 +108,100 @@ def decode_indices(code: Tensor, count: int, limit: int, dtype: torch.dtype, gra
     if int(refused) < blocks:
         return reference.decode_indices(code, count, limit, dtype, granule)  # which says what is wrong
     return out
+
+
+@triton.jit
+def write(at, value, mask, SIZE: tl.constexpr):
+    """What `read` reads."""
+    for byte in tl.static_range(SIZE):
+        tl.store(at + byte, (value >> (8 * byte)).to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def gaps_of(indices, at, n):
+    """The gaps before indices[at], and which of those there are."""
+    here = at < n
+    index = tl.load(indices + at, mask=here, other=0).to(tl.int64)
+    before = tl.load(indices + at - 1, mask=here, other=0).to(tl.int64)
+    return (index - before - 1).to(tl.uint64), here
+
+
+@triton.jit
+def units_of(gap, here, SIZE: tl.constexpr):
+    """How many units of SIZE bytes each gap takes; 0 where there is none."""
+    if SIZE < 8:
+        units = tl.where(here, (gap // ((1 << (8 * SIZE)) - 1) + 1).to(tl.int64), 0)
+    else:
+        units = here.to(tl.int64)
+    return units
+
+
+@triton.jit(do_not_specialize=["count"])
+def measure_kernel(indices, places, count, STEP: tl.constexpr):
+    """Which mode each block takes, and how many bytes its payload has: `mode << 56 | bytes`."""
+    block = tl.program_id(0).to(tl.int64)
+    n = tl.minimum(count - block * BLOCK, BLOCK)
+    own = indices + block * BLOCK
+    bytes = tl.zeros((), tl.int64)
+    shorts = tl.zeros((), tl.int64)
+    begin = tl.full((), 1, tl.int64)
+    while begin < n:
+        gap, here = gaps_of(own, begin + tl.arange(0, STEP), n)
+        bytes += tl.sum(units_of(gap, here, 1), 0)
+        shorts += tl.sum(units_of(gap, here, 2), 0)
+        begin += STEP
+    place = tl.where(shorts <= 4 * n, (1 << 56) + 2 * shorts, (2 << 56) + 8 * (n - 1))
+    tl.store(places + block, tl.where(bytes <= 2 * n, bytes, place))
+
+
+@triton.jit
+def encode_payload(indices, n, payload, SIZE: tl.constexpr, STEP: tl.constexpr):
+    """The gaps before indices[1 .. n), each by the unit that ends it."""
+    written = tl.zeros((), tl.int64)
+    begin = tl.full((), 1, tl.int64)
+    while begin < n:
+        gap, here = gaps_of(indices, begin + tl.arange(0, STEP), n)
+        units = units_of(gap, here, SIZE)
+        end = written + tl.cumsum(units, 0)
+        if SIZE < 8:  # what its escapes leave
+            gap -= (units - 1).to(tl.uint64) * ((1 << (8 * SIZE)) - 1)
+        write(payload + (end - 1) * SIZE, gap, here, SIZE)
+        written += tl.sum(units, 0)
+        begin += STEP
+
+
+@triton.jit(do_not_specialize=["count", "blocks"])
+def encode_kernel(indices, places, code, count, blocks, STEP: tl.constexpr):
+    """All but the escapes: `code` is full of them."""
+    block = tl.program_id(0).to(tl.int64)
+    n = tl.minimum(count - block * BLOCK, BLOCK)
+    own = indices + block * BLOCK
+    place = tl.load(places + block)
+    anchor = code + block * ANCHOR
+    write(anchor, tl.load(own).to(tl.int64), block >= 0, 8)
+    write(anchor + 8, place, block >= 0, 8)
+    payload, mode = code + blocks.to(tl.int64) * ANCHOR + (place & START), place >> 56
+    if mode == 0:
+        encode_payload(own, n, payload, 1, STEP)
+    elif mode == 1:
+        encode_payload(own, n, payload, 2, STEP)
+    else:
+        encode_payload(own, n, payload, 8, STEP)
+
+
+@checked
+def encode_indices(indices: Tensor, granule: int) -> Tensor:
+    content("encode_indices", "indices", indices, None)
+    count = indices.numel()
+    blocks = triton.cdiv(count, BLOCK.value)
+    if blocks == 0:
+        return torch.empty(0, dtype=torch.uint8, device=indices.device)
+    places = torch.empty(blocks, dtype=torch.int64, device=indices.device)
+    launch(measure_kernel, blocks, indices, places, count, STEP=STEP)
+    sizes = places & START.value
+    ends = sizes.cumsum(0)
+    places += ends - 2 * sizes  # of `mode << 56 | size` makes `mode << 56 | start`
+    escape = 255
+    code = torch.full((blocks * ANCHOR.value + int(ends[-1]),), escape, dtype=torch.uint8, device=indices.device)
+    launch(encode_kernel, blocks, indices, places, code, count, blocks, STEP=STEP)
+    return code

@@ -23,7 +23,7 @@ from .launch import checked, compute, launch, tile, walk
 # the columns of some 0.3 % of the entries (float32) to 0.6 % (bfloat16).
 DENSE_FROM = 0.003
 SCRATCH = 2**22  # entries of the dense gradient that are there at a time: 16 MB, which stay in the L2 cache
-ENTRIES, TOKENS = 16, 128
+ENTRIES, TOKENS = 8, 128
 
 
 @triton.jit

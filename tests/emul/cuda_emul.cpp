@@ -18,6 +18,7 @@ namespace shira::emul {
 
 Grid grid;
 bool capturing = false;
+thread_local cudaError_t last_error = cudaSuccess;
 
 namespace {
 

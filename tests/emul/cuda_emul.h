@@ -17,6 +17,7 @@
 #include <cstring>
 #include <functional>
 #include <type_traits>
+#include <utility>
 
 // ---- the language ------------------------------------------------------------------------------------------
 #define __global__ static
@@ -33,8 +34,11 @@ struct Dim3 {
 #define SHIRA_SHARED(name, count, ...) \
   static char name##_site;             \
   __VA_ARGS__* const name = ::shira::emul::shared<__VA_ARGS__>(&name##_site, count)
-#define SHIRA_LAUNCH(kernel, grid, block, stream, ...) \
-  ::shira::emul::launch((grid), (block), [&] { kernel(__VA_ARGS__); })
+#define SHIRA_LAUNCH(kernel, grid, block, stream, ...)                    \
+  do {                                                                    \
+    ::shira::emul::launch((grid), (block), [&] { kernel(__VA_ARGS__); }); \
+    SHIRA_CUDA_CHECK(cudaGetLastError());                                 \
+  } while (0)
 
 // ---- the runtime's few functions ---------------------------------------------------------------------------
 using cudaStream_t = void*;
@@ -44,13 +48,19 @@ inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "operation not permitted when stream is capturing";
 }
 namespace shira::emul {
-extern bool capturing;  // a graph; what a graph cannot hold is an error
-inline cudaError_t unless_capturing() { return capturing ? cudaErrorStreamCaptureUnsupported : cudaSuccess; }
+extern bool capturing;                       // a graph; what a graph cannot hold is an error
+extern thread_local cudaError_t last_error;  // of all calls, until it is asked for
+inline cudaError_t unless_capturing() {
+  if (capturing) last_error = cudaErrorStreamCaptureUnsupported;
+  return capturing ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
+}
 }  // namespace shira::emul
+inline cudaError_t cudaGetLastError() { return std::exchange(shira::emul::last_error, cudaSuccess); }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return shira::emul::unless_capturing(); }
 // The host's memory is pageable.
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
-  if (kind != cudaMemcpyDeviceToDevice && shira::emul::capturing) return cudaErrorStreamCaptureUnsupported;
+  if (kind != cudaMemcpyDeviceToDevice && shira::emul::unless_capturing() != cudaSuccess)
+    return cudaErrorStreamCaptureUnsupported;
   std::memcpy(to, from, bytes);
   return cudaSuccess;
 }
