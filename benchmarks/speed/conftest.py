@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import common
+import heap
 import summary
 
 FOUND = pytest.StashKey[list[dict]]()
@@ -29,6 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: a case that is measured with --full alone")
     config.addinivalue_line("markers", "every_thread_count: without --full too; the others then run on one thread")
     config.stash[FOUND] = []
+    heap.keep()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
