@@ -35,7 +35,7 @@ def bench_select_top(benchmark: BenchmarkFixture, threads: int, dtype: torch.dty
     for one in (chosen, stock):  # which of equal scores stock takes is its own affair
         assert torch.equal(scores[one.long()].sort().values, scores.topk(k).values.flip(0))
     baselines = {"topk": topk, "topk, sorted": lambda: topk(True)}
-    timing = compare(benchmark, ("select_top", ours), baselines, rounds=max(3, settings.rounds // 5))
+    timing = compare(benchmark, ("select_top", ours), baselines, rounds=settings.few(7))
     timing.best("stock", list(baselines))
     report = Report(benchmark, threads, dtype=common.dtype_name(dtype), score=score)
     report.seconds(timing)
@@ -51,7 +51,7 @@ def bench_select_random(benchmark: BenchmarkFixture, threads: int) -> None:
     assert bool((drawn[1:] > drawn[:-1]).all())
     run = sweep(shira.select_random, [(n, k, seed) for seed in range(4)])
     baselines = {"randperm": sweep(lambda: torch.randperm(n)[:k].sort(), [()])}
-    timing = compare(benchmark, ("select_random", run), baselines, rounds=max(3, settings.rounds // 3))
+    timing = compare(benchmark, ("select_random", run), baselines, rounds=settings.few(7))
     timing.samples["select_random"] = [sample / 4 for sample in timing.samples["select_random"]]
     report = Report(benchmark, threads)
     report.seconds(timing)
@@ -119,7 +119,7 @@ def bench_snip_calibration(
         total += k
     # Sums in another order move a few at the edge; in bfloat16 autograd rounds every gradient to 8 bits.
     assert shared >= (0.999 if dtype == FP32 else 0.97) * total
-    timing = compare(benchmark, ("snip", snip), {"plain": plain}, cold=False, rounds=3)
+    timing = compare(benchmark, ("snip", snip), {"plain": plain}, cold=False, rounds=settings.few(5))
     report = Report(benchmark, threads, dtype=common.dtype_name(dtype), layers=layers, tokens=tokens)
     report.seconds(timing)
     samples = [1 / ratio for ratio in timing.ratios("plain")]

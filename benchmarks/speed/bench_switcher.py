@@ -130,7 +130,7 @@ def bench_switcher_over_peft(benchmark: BenchmarkFixture, threads: int, kind: st
         theirs.merge_adapter(["default" if name == "a" else "two"])
 
     ours = to_and_fro(lambda _, name: switcher.activate(name))
-    timing = compare(benchmark, ("activate", ours), {kind: to_and_fro(merge)}, rounds=2 if settings.quick else 11)
+    timing = compare(benchmark, ("activate", ours), {kind: to_and_fro(merge)}, rounds=settings.few(11))
     switcher.deactivate()
     switcher.verify(full=True)
     report = Report(benchmark, threads, **about(some))

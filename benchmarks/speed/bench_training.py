@@ -182,8 +182,7 @@ def bench_training(benchmark: BenchmarkFixture, threads: int, model: str, dtype:
     trained = {way: Trained(way, model, dtype) for way in (OURS, *WORDS, FROZEN)}
     prove(trained[OURS], {way: trained[way] for way in WORDS}, base(model, dtype))
     others: dict[str, Callable[[], object]] = {way: trained[way].step for way in (*WORDS, FROZEN)}
-    rounds = settings.rounds // 3 if settings.full and not settings.quick else 3
-    timing = compare(benchmark, (OURS, trained[OURS].step), others, cold=False, rounds=rounds)
+    timing = compare(benchmark, (OURS, trained[OURS].step), others, cold=False, rounds=settings.few(5))
     name = common.dtype_name(dtype)
     report = Report(benchmark, threads, dtype=name, model=model, rank=rank(model), tokens=TOKENS, peak_bytes=memory)
     report.seconds(timing)

@@ -43,7 +43,16 @@ class Settings:
 
     quick: bool = False
     full: bool = False
-    rounds: int = 25
+    samples: int | None = None  # what the command line says
+
+    @property
+    def rounds(self) -> int:
+        """Samples of a comparison."""
+        return self.few(19)
+
+    def few(self, count: int) -> int:
+        """Samples of a comparison that takes long: `count`, unless the command line says how many."""
+        return self.samples or (min(3, count) if self.quick else count)
 
     @property
     def side(self) -> int:
