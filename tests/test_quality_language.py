@@ -48,11 +48,10 @@ def test_a_text_with_two_labels_is_kept_once():
 
 
 def test_characters_are_the_same_text_on_every_python():
-    assert minilm.Classification("characters").provenance()["sha256"] == "ce51db9bfe3f625c"
     assert corpus.provenance(gpt.texts("characters").values())["sha256"] == "11924edbe24ed449"
 
 
-@pytest.mark.parametrize("kind", ["characters", "order", "keywords"])
+@pytest.mark.parametrize("kind", ["keywords", "spelling", "order"])
 def test_classification_is_balanced_and_its_splits_share_nothing(kind):
     documents, rows = minilm.DOCUMENTS[kind](), minilm.rows(kind)
     assert_no_leak(documents, rows)
@@ -157,39 +156,55 @@ def bag(monkeypatch):
             return [min(ord(letter), 299) for letter in text][:max_length]
 
     monkeypatch.setattr(minilm, "_tokenizer", Letters)
-    monkeypatch.setattr(minilm, "DOCUMENTS", {"characters": minilm.characters})
+    monkeypatch.setattr(minilm, "DOCUMENTS", {"keywords": minilm.keywords})
     minilm.examples.cache_clear()
     minilm.ordered.cache_clear()
     torch.manual_seed(0)
-    yield minilm.Classifier(Bag(), {"characters": 6})
+    yield minilm.Classifier(Bag(), {"keywords": 4})
     minilm.examples.cache_clear()
     minilm.ordered.cache_clear()
 
 
+def test_half_of_the_sentences_have_two_letters_swapped_within_a_word(monkeypatch):
+    said = [f"write number {n} into every buffer" for n in range(200)]
+    monkeypatch.setattr(corpus, "library", lambda: {"module.py": '"""' + ". ".join(said) + '."""'})
+    (rows,) = minilm.spelling.__wrapped__().values()
+    assert len(rows) == len(said)
+    assert 80 < sum(label == "right" for _, label in rows) < 120
+    for straight, (text, label) in zip(said, rows, strict=True):
+        changed = [(a, b) for a, b in zip(straight.split(), text.split(), strict=True) if a != b]
+        assert len(changed) == (label == "wrong")
+        for before, after in changed:
+            at = [one for one in range(len(before)) if before[one] != after[one]]
+            assert at == [at[0], at[0] + 1]
+            assert 0 < at[0] < len(before) - 2
+            assert sorted(before) == sorted(after)
+
+
 def test_heads_are_fitted_alone_and_tell_more_than_chance(bag):
-    task, body = minilm.Classification("characters"), bag.body.table.weight.detach().clone()
+    task, body = minilm.Classification("keywords"), bag.body.table.weight.detach().clone()
     minilm.fit_heads(bag)
     assert torch.equal(bag.body.table.weight, body)
-    assert task.score(bag, "validation") > 0.4  # chance is a sixth
+    assert task.score(bag, "validation") > 0.4  # chance is a quarter
     # The score is that of single texts, whatever they are padded with.
-    tokens, classes = minilm.examples("characters", "test")
+    tokens, classes = minilm.examples("keywords", "test")
     right = 0
     for one, label in zip(tokens, classes, strict=True):
         x = bag.body.table(torch.tensor(one)).mean(0)
-        right += int(bag.heads["characters"](x).argmax() == label)
+        right += int(bag.heads["keywords"](x).argmax() == label)
     assert task.score(bag) == pytest.approx(right / len(tokens), abs=1.5 / len(tokens))
 
 
 def test_classification_batches_are_of_the_seed_and_of_the_first_fraction(bag):
-    task = minilm.Classification("characters")
+    task = minilm.Classification("keywords")
     first, again, other = ([labels for *_, labels in task.batches(seed, 80)] for seed in (0, 0, 1))
     assert len(first) == 80
     assert all(map(torch.equal, first, again))
     assert not all(map(torch.equal, first, other))
-    tokens, _ = minilm.examples("characters", "train")
+    tokens, _ = minilm.examples("keywords", "train")
     few = {tuple(one) for one in tokens[:120]}
     for ids, there, _ in task.batches(0, 20, fraction=0.1):
         assert {tuple(row[: there[at].sum()].tolist()) for at, row in enumerate(ids)} <= few
     loss = task.loss(bag, next(task.batches(0, 1)))
     loss.backward()
-    assert bag.heads["characters"].weight.grad.abs().sum() > 0
+    assert bag.heads["keywords"].weight.grad.abs().sum() > 0

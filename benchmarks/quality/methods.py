@@ -119,7 +119,8 @@ class Shira(Method):
     """SHiRA by `shira.SparseTuner` and `shira.AdamW`.
 
     The budget is ``density``, or ``r``: as many entries as a LoRA of that rank has. ``part`` tells masks of one kind
-    apart that share no entry: 0 is the mask itself, 1 the next best entries beside it, and so on.
+    apart that share no entry: 0 is the mask itself, 1 the next best entries beside it, and so on. ``mixed`` gives the
+    weights different densities, and the model the same number of entries (`densities`).
     """
 
     kind: ClassVar[str] = "shira"
@@ -131,10 +132,11 @@ class Shira(Method):
     granule: int = 1
     balanced: bool = False
     part: int = 0
+    mixed: str = ""  # or "first", "last", "magnitude"
     calibration: int = 8  # batches
     lines: str = "rows"  # Struct's
 
-    def make(self, seed: int) -> Mask:
+    def make(self, seed: int, density: float | dict[str, float] | None = None) -> Mask:
         options: dict[str, Any] = {"granule": self.granule}
         if self.mask == "rand":
             options["seed"] = seed
@@ -142,21 +144,41 @@ class Shira(Method):
             options["lines"] = self.lines
         if self.part:
             options["skip"] = [replace(self, part=part).make(seed) for part in range(self.part)]
-        return _CLASSES[self.mask, self.balanced](self.density, r=self.r, **options)
+        return _CLASSES[self.mask, self.balanced](density or self.density, r=self.r, **options)
+
+    def densities(self, model: nn.Module, task: Task) -> dict[str, float] | None:
+        """Each weight's own density: falling to a seventh from the first weight to the last, or rising as much, or by
+        where the granules with the largest magnitudes of all weights are."""
+        if not self.mixed:
+            return None
+        assert self.density is not None
+        weights = {name: model.get_parameter(name).detach() for name in target_names(model, task)[0]}
+        sizes = torch.tensor([weight.numel() for weight in weights.values()])
+        if self.mixed == "magnitude":
+            scores = [weight.abs().view(-1, self.granule).sum(1) for weight in weights.values()]
+            best = torch.cat(scores).sort(descending=True).values
+            last = best[max(1, round(self.density * len(best))) - 1]
+            shares = [float((score >= last).double().mean()) for score in scores]
+        else:
+            ramp = torch.linspace(1.75, 0.25, len(weights), dtype=torch.float64)
+            ramp = ramp if self.mixed == "first" else ramp.flip(0)
+            shares = (self.density * ramp * sizes.sum() / (ramp * sizes).sum()).clamp(max=1).tolist()
+        # A mask takes no density of 0; a single granule is then taken, as it is by every mask.
+        return {f"^{re.escape(name)}$": max(share, 1e-9) for name, share in zip(weights, shares, strict=True)}
 
     @contextmanager
     def attached(self, model: nn.Module, task: Task, lr: float, seed: int) -> Iterator[Attached]:
         calibrated = self.mask in ("grad", "snip")
         tuner = shira.SparseTuner(
             model,
-            self.make(seed),
+            self.make(seed, self.densities(model, task)),
             targets=task.targets,
             whole=task.whole,
             calibration=list(task.batches(CALIBRATION_SEED + seed, self.calibration)) if calibrated else None,
             loss=task.loss if calibrated else None,
         )
         with tuner:
-            optimizer = shira.AdamW(tuner, lr=lr, weight_decay=0.0)
+            optimizer = shira.AdamW(groups(tuner.named_parameters(), task, lr), weight_decay=0.0)
             yield Attached(list(tuner.parameters()), optimizer, tuner.adapter)
 
 
@@ -170,6 +192,14 @@ def target_names(model: nn.Module, task: Task) -> tuple[list[str], list[str]]:
     names = Names(model)
     whole = list(names.whole(task.whole))
     return [name for name in names.targets(task.targets) if name not in whole], whole
+
+
+def groups(parameters: Iterable[tuple[str, nn.Parameter]], task: Task, lr: float) -> list[dict[str, Any]]:
+    """For an optimizer: what adapts the model at this rate, what trains whole at the task's own."""
+    rates: dict[bool, list[nn.Parameter]] = {}
+    for name, parameter in parameters:
+        rates.setdefault(is_whole(task, name), []).append(parameter)
+    return [{"params": found, "lr": task.whole_lr if whole else lr} for whole, found in rates.items()]
 
 
 def dense_adapter(model: nn.Module, base: dict[str, Tensor], names: Iterable[str]) -> Adapter:
@@ -215,7 +245,8 @@ class Lora(Method):
         inject_adapter_in_model(config, model)
         for name in whole:
             model.get_parameter(name).requires_grad_(True)
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        parameters = [parameter for _, parameter in trained]
 
         def adapter() -> Adapter:
             for name, layer in list(model.named_modules()):
@@ -225,7 +256,7 @@ class Lora(Method):
                     setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
             return dense_adapter(model, base, base)
 
-        yield Attached(parameters, torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0), adapter)
+        yield Attached(parameters, torch.optim.AdamW(groups(trained, task, lr), weight_decay=0.0), adapter)
 
 
 @dataclass(frozen=True)
@@ -248,7 +279,7 @@ class Full(Method):
         names = [name for name, _ in model.named_parameters()]
         base = copies(model, names)
         parameters = [parameter.requires_grad_(True) for parameter in model.parameters()]
-        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(groups(model.named_parameters(), task, lr), weight_decay=0.0)
         yield Attached(parameters, optimizer, lambda: dense_adapter(model, base, names))
 
 
@@ -273,14 +304,15 @@ class Trained:
 
 
 def train(task: Task, method: Method, lr: float, seed: int, steps: int, fraction: float = 1.0) -> Trained:
-    """Adapt a fresh base: AdamW without decay. The rate rises over a tenth of the steps, then falls along a cosine."""
+    """Adapt a fresh base: AdamW without decay. Rates rise over a tenth of the steps, then fall along a cosine."""
     model = task.base()
     torch.manual_seed(seed)  # for LoRA's start; the base may have drawn numbers when it was made
     with method.attached(model, task, lr, seed) as attached:
         optimizer, last = attached.optimizer, math.nan
+        peaks = [group["lr"] for group in optimizer.param_groups]
         for step, batch in enumerate(task.batches(seed, steps, fraction)):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * factor(step, steps)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor(step, steps)
             loss = task.loss(model, batch)
             optimizer.zero_grad()
             loss.backward()

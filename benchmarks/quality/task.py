@@ -32,6 +32,8 @@ class Task(Protocol):
     """Which weights adapters change: a regular expression as `shira.SparseTuner` takes it."""
     whole: str | None
     """Parameters that every method trains as a whole beside its adapter (a new head), or None."""
+    whole_lr: float
+    """The learning rate of those, the same beside every method."""
     steps: int
     """Training steps, unless an experiment says otherwise."""
 

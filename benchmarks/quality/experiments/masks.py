@@ -1,4 +1,5 @@
-"""Experiment 2: masks. Five, by density, granule, and with the same number of granules in every row or not.
+"""Experiment 2: masks. Five, by density, granule, and with the same number of granules in every row or not; and
+granules of which some weights get more than others.
 
 What a run costs (lines touched, bytes) is kept beside its scores, so the front accuracy / switch time / file size can
 be drawn from the results alone.
@@ -14,13 +15,17 @@ from benchmarks.quality.tasks import tasks
 
 DENSITIES = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
 GRANULES = (1, 4, 8, 16, 32)
+MIXED = ("first", "last", "magnitude")
 
 
 def rank(far: int, method: Shira) -> float:
-    """What is done first: few densities and granules of every mask, then all of the two that need no data."""
+    """What is done first: few densities and granules, on every task with the two masks that need no data, then of all
+    five, then the rest of the two's."""
     core = method.density in (0.01, 0.04) and method.granule in (1, 16, 32)
     cheap = method.mask in ("rand", "wm") and method.granule in (1, 16, 32)
-    step = (1.7 if core else 4.5) if method.balanced else (1.1 - 0.1 * cheap) if core else 1.5 if cheap else 4.0
+    if core and cheap and not method.balanced:
+        return 1.0 + far * 0.01
+    step = (1.7 if core else 4.5) if method.balanced else 1.1 if core else 1.5 if cheap else 4.0
     return step + (far // 2 if core or cheap else far) * 0.7
 
 
@@ -31,4 +36,7 @@ def jobs(family: str, seeds: int) -> list[Job]:
             if (mask, balanced) != ("struct", True):  # which is what it is
                 method = Shira(mask, density=density, granule=granule, balanced=balanced)
                 found.append(study(rank(far, method), Setting(name, method, budget=5), seeds))
+        for mask, mixed, granule in itertools.product(("rand", "wm"), MIXED, (16, 32)):
+            method = Shira(mask, density=0.01, granule=granule, mixed=mixed)
+            found.append(study(1.6 + far * 0.01, Setting(name, method, budget=5), seeds))
     return found

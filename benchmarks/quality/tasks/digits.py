@@ -151,6 +151,7 @@ class Digits:
     batch: int
     steps: int
     whole: str | None = None
+    whole_lr: float = 0.0
 
     @property
     def name(self) -> str:

@@ -137,6 +137,7 @@ class Text:
     kind: str
     targets: str = r"(q|k|v|o|gate|up|down)_proj$"
     whole: str | None = None
+    whole_lr: float = 0.0
     steps: int = 100
 
     @property
