@@ -128,7 +128,7 @@ def apart(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[float, Key]
 
 
 def reach(result: dict[str, Any]) -> tuple[float, float]:
-    """From where to where a figure lies: the quartiles of its rounds, and the median of a second run if there was one."""
+    """From where to where a figure lies: the quartiles of its rounds, and a second run's median if there was one."""
     again = result.get("again", result["median"])
     return min(result["low"], again), max(result["high"], again)
 

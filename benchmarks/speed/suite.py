@@ -1,4 +1,4 @@
-"""The benchmarks, each file in a process of its own: what ran before leaves no trace, and a run goes on where it stopped.
+"""The benchmarks, each file in a process of its own: none finds what another left, and a run goes on where it stopped.
 
 python benchmarks/speed/suite.py --out benchmarks/results/latest.json            # a selection; --full: all cases
 python benchmarks/speed/suite.py --out latest.json --only scaling paper          # of these files alone
