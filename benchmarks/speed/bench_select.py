@@ -1,7 +1,8 @@
-"""Masks: select_top beside stock topk, select_random beside randperm, and Snip's calibration beside plain training."""
+"""Masks: select_top beside stock topk, select_random beside randperm and numpy, and Snip's calibration beside plain training."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -27,7 +28,7 @@ def bench_select_top(benchmark: BenchmarkFixture, threads: int, dtype: torch.dty
         return shira.select_top(weight, grad, k, score=score)
 
     def topk(sort: bool = False) -> torch.Tensor:
-        scores = (weight if score == "magnitude" else weight.float() * grad.float()).abs()
+        scores = weight.abs() if score == "magnitude" else (weight.float() * grad).abs_()
         return scores.view(-1).topk(k, sorted=sort).indices
 
     chosen, stock = ours(), topk()
@@ -50,12 +51,19 @@ def bench_select_random(benchmark: BenchmarkFixture, threads: int) -> None:
     assert len(drawn) == k
     assert bool((drawn[1:] > drawn[:-1]).all())
     run = sweep(shira.select_random, [(n, k, seed) for seed in range(4)])
-    baselines = {"randperm": sweep(lambda: torch.randperm(n)[:k].sort(), [()])}
+    generator = np.random.default_rng(0)
+
+    def choice() -> torch.Tensor:
+        return torch.from_numpy(np.sort(generator.choice(n, k, replace=False, shuffle=False)))
+
+    assert len(choice().unique()) == k
+    baselines = {"randperm": sweep(lambda: torch.randperm(n)[:k].sort(), [()]), "choice": choice}
     timing = compare(benchmark, ("select_random", run), baselines, rounds=settings.few(7))
     timing.samples["select_random"] = [sample / 4 for sample in timing.samples["select_random"]]
     report = Report(benchmark, threads)
     report.seconds(timing)
     report.ratio("select_random", "", timing, "randperm")
+    report.ratio("select_random over numpy", "", timing, "choice")
 
 
 class Block(nn.Module):

@@ -115,6 +115,7 @@ LINES = {
     "select_top snip bf16": Line("select_top snip 1 % bf16, over the same with topk", 8.0),
     "select_top snip fp32": Line("select_top snip 1 % fp32, over the same with topk", 8.0),
     "select_random": Line("select_random 1 %, over randperm + sort", None),
+    "select_random over numpy": Line("select_random 1 %, over numpy's Generator.choice + sort", None),
     "snip calibration bf16": Line("Snip calibration bf16, over plain forward and backward", 1.3, at_least=False),
     "snip calibration fp32": Line("Snip calibration fp32, over plain forward and backward", 1.3, at_least=False),
     "load": Line("load from disk and switch on, over PEFT's load_adapter + merge", 200.0),
@@ -123,7 +124,7 @@ LINES = {
     "difference": Line("from_difference of mapped checkpoints, of read speed", 0.5, ""),
     "difference memory": Line("from_difference of 2 GB, memory of its own", 1000.0, " MB", at_least=False),
     "load over plain": Line("load from disk and switch on, over safetensors + index_copy_ unchecked", None),
-    "switcher over addmm_": Line("Switcher.activate A to B, 1 % bf16, over two addmm_ (LoRA)", 4.0),
+    "switcher over addmm_": Line("Switcher.activate A to B, 1 % bf16, over LoRA unfuse and fuse (addmm_)", 4.0),
     "switcher over PEFT LoRA": Line("Switcher.activate A to B, 1 % bf16, over PEFT LoRA unmerge + merge", 25.0),
     "switcher over PEFT SHiRA": Line("Switcher.activate A to B, 1 % bf16, over PEFT SHiRA unmerge + merge", 10.0),
     "switcher over PEFT Super-Tuning": Line(
