@@ -1,4 +1,4 @@
-"""Masks: select_top beside stock topk, select_random beside randperm and numpy, and Snip's calibration beside plain training."""
+"""Masks: select_top beside topk, select_random beside randperm and numpy, Snip's calibration beside plain training."""
 
 from __future__ import annotations
 

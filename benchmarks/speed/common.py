@@ -47,7 +47,7 @@ class Settings:
 
     @property
     def rounds(self) -> int:
-        """Samples of a comparison."""
+        """Samples of a comparison, at least."""
         return self.few(19)
 
     def few(self, count: int) -> int:
@@ -243,18 +243,26 @@ class Timing:
 
 WARM_UPS = 6  # rounds that do not count, at most
 FAULT = 2e-6  # seconds that a page costs which is not there yet
+CHEAP, MOST = (
+    1.5,
+    49,
+)  # what takes next to no time gets more samples: as many as these seconds hold, and no more
 
 
-def warm_up(one_round: Callable[[], object]) -> None:
+def warm_up(one_round: Callable[[], object]) -> float:
     """Rounds that do not count, until page faults are less than a hundredth of one: the heap has grown.
 
     What maps a file anew each time has faults in every round: there the last is as good as the ones before.
+    Returns the seconds of the last.
     """
+    seconds = 0.0
     for _ in range(1 if settings.quick else WARM_UPS):
         before, start = heap.faults(), time.perf_counter()
         one_round()
-        if FAULT * (heap.faults() - before) < 0.01 * (time.perf_counter() - start):
+        seconds = time.perf_counter() - start
+        if FAULT * (heap.faults() - before) < 0.01 * seconds:
             break
+    return seconds
 
 
 def compare(
@@ -298,17 +306,20 @@ def compare(
         baselines_first()
         counted(name)
 
-    warm_up(one_round)
+    seconds = warm_up(one_round)
+    count = rounds or settings.rounds
+    if settings.samples is None and not settings.quick:
+        count = max(count, min(MOST, int(CHEAP / seconds)))
     steps = {way: call for way, call in ways.items() if isinstance(call, Steps)}
     for lists in (samples, faults, *(call.seconds for call in steps.values())):
         for one in lists.values():
             one.clear()
-    benchmark.pedantic(counted, args=(name,), setup=baselines_first, rounds=rounds or settings.rounds)
+    benchmark.pedantic(counted, args=(name,), setup=baselines_first, rounds=count)
     if benchmark.stats is None:
         pytest.skip("--benchmark-disable: nothing was measured")
     timed = {name: list(benchmark.stats.stats.data), **samples}
     for way, call in steps.items():
-        timed |= {f"{way}: {step}": seconds for step, seconds in call.seconds.items()}
+        timed |= {f"{way}: {step}": taken for step, taken in call.seconds.items()}
     return Timing(timed, name, faults)
 
 
