@@ -150,6 +150,23 @@ def test_two_runs_agree_or_it_is_said_where_not(
     assert "again" not in kept["call", "", 1]
 
 
+def test_it_is_said_where_others_had_the_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = run(case(FASTER, 2.0), case(SMALLER, 1.0), case(FASTER, 2.0, threads=2))
+    for one, share in zip(found["benchmarks"], (0.99, 0.5, 0.5), strict=True):
+        one["extra_info"]["on_cpu"] = share
+    console = summary.Console(width=150, record=True)
+    summary.show(found["benchmarks"], console)
+    assert "others had the processor: 1 benchmarks" in console.export_text()
+    for name in ("latest", "again"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    command = ["results.py", "agree", *(f"--{name}={tmp_path / name}.json" for name in ("latest", "again"))]
+    monkeypatch.setattr(sys, "argv", command)
+    assert results.main() == 0
+    assert "again.json: others had the processor in 1 of 3 benchmarks" in capsys.readouterr().out
+
+
 def test_a_wide_figure_stands_with_where_it_lies() -> None:
     found = run(case(FASTER, 2.0), case("swap_ over stock fp32", 2.0), case("swap_ over fuse bf16", 2.0))
     wide, narrow, apart = (one["extra_info"]["results"][0] for one in found["benchmarks"])

@@ -226,6 +226,7 @@ class Timing:
     samples: dict[str, list[float]]
     subject: str
     faults: dict[str, list[int]] = field(default_factory=dict)
+    on_cpu: dict[str, list[float]] = field(default_factory=dict)  # share of its time that a sample was running
     aliases: dict[str, str] = field(default_factory=dict)
 
     def of(self, name: str) -> list[float]:
@@ -282,11 +283,13 @@ def compare(
     ways = {name: run, **baselines}
     samples: dict[str, list[float]] = {one: [] for one in baselines}
     faults: dict[str, list[int]] = {one: [] for one in ways}
+    on_cpu: dict[str, list[float]] = {one: [] for one in ways}
     order = list(baselines)
 
     def counted(way: str) -> None:
-        before = heap.faults()
+        before, ran, start = heap.faults(), time.thread_time(), time.perf_counter()
         ways[way]()
+        on_cpu[way].append((time.thread_time() - ran) / (time.perf_counter() - start))
         faults[way].append(heap.faults() - before)
 
     def baselines_first() -> None:
@@ -311,7 +314,7 @@ def compare(
     if settings.samples is None and not settings.quick:
         count = max(count, min(MOST, int(CHEAP / seconds)))
     steps = {way: call for way, call in ways.items() if isinstance(call, Steps)}
-    for lists in (samples, faults, *(call.seconds for call in steps.values())):
+    for lists in (samples, faults, on_cpu, *(call.seconds for call in steps.values())):
         for one in lists.values():
             one.clear()
     benchmark.pedantic(counted, args=(name,), setup=baselines_first, rounds=count)
@@ -320,7 +323,7 @@ def compare(
     timed = {name: list(benchmark.stats.stats.data), **samples}
     for way, call in steps.items():
         timed |= {f"{way}: {step}": taken for step, taken in call.seconds.items()}
-    return Timing(timed, name, faults)
+    return Timing(timed, name, faults, on_cpu)
 
 
 class Report:
@@ -337,6 +340,8 @@ class Report:
         for name, samples in timing.samples.items():
             self.info["seconds"][name] = spread([sample / calls for sample in samples])
         self.info["page_faults"] = {name: statistics.median(found) / calls for name, found in timing.faults.items()}
+        if timing.on_cpu:
+            self.info["on_cpu"] = min(map(statistics.fmean, timing.on_cpu.values()))
         self.info["fastest"] = dict(timing.aliases)
 
     def bandwidth(self, timing: Timing, name: str, moved: int) -> None:

@@ -190,6 +190,10 @@ def main() -> int:
         said, count = agree(*(trim(read(path)) for path in (arguments.latest, arguments.again or AGAIN)))
         for one in said:
             print(one)
+        for path in (arguments.latest, arguments.again or AGAIN):
+            infos = [one["extra_info"] for one in trim(read(path))["benchmarks"]]
+            if disturbed := sum(map(summary.is_disturbed, infos)):
+                print(f"{path.name}: others had the processor in {disturbed} of {len(infos)} benchmarks")
         print(f"{count - len(said)} of {count} ratios agree within {SAME - 1:.0%}")
         return 1 if said else 0
     before, now = read(FOLDER / f"{arguments.name}.json"), trim(read(arguments.latest))
