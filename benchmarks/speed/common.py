@@ -257,7 +257,7 @@ def warm_up(one_round: Callable[[], object]) -> float:
     Returns the seconds of the last.
     """
     seconds = 0.0
-    for _ in range(1 if settings.quick else WARM_UPS):
+    for _ in range(1 if settings.quick else min(WARM_UPS, settings.samples or WARM_UPS)):
         before, start = heap.faults(), time.perf_counter()
         one_round()
         seconds = time.perf_counter() - start
