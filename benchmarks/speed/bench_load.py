@@ -208,7 +208,7 @@ def bench_load(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, tm
     warm_up(one_round)
     for samples in seconds.values():
         samples.clear()
-    benchmark.pedantic(first, setup=before, rounds=settings.few(7))
+    benchmark.pedantic(first, setup=before, rounds=settings.few(5))
     back()
     assert is_now(base)
     assert is_now(base, served)

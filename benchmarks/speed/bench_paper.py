@@ -106,7 +106,7 @@ def bench_fig7(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, si
         ways[f"W += B @ A r={rank}"] = sweep(Square.sum, [(one, rank) for one in some])
     subject = f"swap_ {DENSITY:.0%}"
     run = switches.pop(subject)
-    timing = compare(benchmark, (subject, run), {**switches, **ways}, rounds=settings.few(9))
+    timing = compare(benchmark, (subject, run), {**switches, **ways}, rounds=settings.few(7))
     name = common.dtype_name(dtype)
     report = Report(benchmark, threads, dtype=name, side=side, weights=len(some))
     report.seconds(timing, len(some))

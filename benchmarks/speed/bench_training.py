@@ -187,7 +187,7 @@ def bench_training(benchmark: BenchmarkFixture, threads: int, model: str, dtype:
     trained = {way: Trained(way, model, dtype) for way in (OURS, *WORDS, FROZEN)}
     prove(trained[OURS], {way: trained[way] for way in WORDS}, base(model, dtype))
     others: dict[str, Callable[[], object]] = {way: trained[way].step for way in (*WORDS, FROZEN)}
-    timing = compare(benchmark, (OURS, trained[OURS].step), others, cold=False, rounds=settings.few(5))
+    timing = compare(benchmark, (OURS, trained[OURS].step), others, cold=False, rounds=settings.few(3))
     name = common.dtype_name(dtype)
     report = Report(benchmark, threads, dtype=name, model=model, rank=rank(model), tokens=TOKENS, peak_bytes=memory)
     report.seconds(timing)

@@ -244,10 +244,7 @@ class Timing:
 
 WARM_UPS = 6  # rounds that do not count, at most
 FAULT = 2e-6  # seconds that a page costs which is not there yet
-CHEAP, MOST = (
-    1.5,
-    49,
-)  # what takes next to no time gets more samples: as many as these seconds hold, and no more
+CHEAP, MOST = 1.0, 49  # what takes next to no time gets as many samples as a second holds, and no more than that
 
 
 def warm_up(one_round: Callable[[], object]) -> float:
