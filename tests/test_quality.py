@@ -97,6 +97,23 @@ def test_every_experiment_runs_and_the_report_tells_it(tiny, tmp_path):
         assert one["file_bytes"] > 0
 
 
+def test_large_models_fuse_at_few_strengths_and_the_report_tells_it(tiny, monkeypatch):
+    monkeypatch.setattr(fusion, "LARGE", (FAMILY,))
+    monkeypatch.setattr(fusion, "FEW_ALPHAS", (0.5, 1.0))
+    for job in plan([FAMILY], ["fusion"], 2):
+        job.do(tiny)
+    results = report.Results(tiny.folder, seeds=2)
+    fused = report.Fused(results, FAMILY)
+    assert fused.groups() == [tuple(list(tasks.tasks(FAMILY))[:2])]
+    assert fused.variants() == ["lora", fusion.GENTLE[0], fusion.GENTLE[2], "rand, one mask", "rand, disjoint"]
+    assert all(list(run["together"]) == ["sum"] for runs in fused.runs.values() for run in runs)
+    assert all(list(run["together"]["sum"]) == ["0.5", "1"] for runs in fused.runs.values() for run in runs)
+    assert "sum, best strength" in report.merges_table(results, FAMILY)
+    assert "DARE" not in report.merges_table(results, FAMILY)
+    assert "rand" not in report.metrics_table(results, FAMILY)
+    assert report.fusion_table(results, FAMILY).count("SHiRA-Rand") == 3
+
+
 def test_what_was_not_run_is_said(tmp_path):
     text = report.page("before\n{{single digits-mlp}}\nafter", report.Results(tmp_path))
     assert text == "before\n*Not yet run.*\nafter"

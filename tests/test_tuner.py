@@ -46,6 +46,17 @@ def test_gradient_is_the_dense_gradient_at_the_mask(granule, shape, inplace):
             )
 
 
+def test_without_a_mask_the_default_is_trained():
+    expected, trained = masks.default(), network()
+    with SparseTuner(trained) as tuner:
+        adapter = tuner.adapter()
+    assert adapter.mask == expected.describe()
+    for name, entry in adapter.weights.items():
+        weight = trained.get_parameter(name)
+        assert entry.granule == 16
+        assert torch.equal(entry.indices, expected.select(name, weight))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("mask", [masks.Rand(density=0.1), masks.WeightMagnitude(density=0.1, granule=4),
                                   masks.Struct(density=0.4)])  # fmt: skip

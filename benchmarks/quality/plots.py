@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from benchmarks.quality.report import (
     Fused,
     Grid,
     Results,
+    coarse,
     fusion_name,
     is_accuracy,
     label,
@@ -36,15 +38,19 @@ def draw(results: Results, folder: Path) -> list[Path]:
     pyplot.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
     folder.mkdir(parents=True, exist_ok=True)
     made = []
+
+    def keep(figure: Any, name: str) -> None:
+        if figure is not None:
+            path = folder / f"{name}.png"
+            # No date or version inside: the same results give the same file.
+            figure.savefig(path, dpi=90, metadata={"Software": None})
+            pyplot.close(figure)
+            made.append(path)
+
     for family in filter(results.has, FAMILIES_SHOWN):
         for name, plot in PLOTS.items():
-            figure = plot(results, family, pyplot)
-            if figure is not None:
-                path = folder / f"{name}-{family}.png"
-                # No date or version inside: the same results give the same file.
-                figure.savefig(path, dpi=90, metadata={"Software": None})
-                pyplot.close(figure)
-                made.append(path)
+            keep(plot(results, family, pyplot), f"{name}-{family}")
+    keep(granules(results, pyplot), "granules")
     return made
 
 
@@ -58,8 +64,6 @@ def shown(family: str, score: float) -> float:
 
 def singles(results: Results, family: str, pyplot: Any) -> Any:
     """Experiment 1: a group of bars for each task."""
-    import statistics
-
     names = list(tasks.tasks(family))
     methods = single.methods(family)
     scores = {m: {n: results.scores(Setting(n, m)) for n in names} for m in methods}
@@ -112,6 +116,28 @@ def front(results: Results, family: str, pyplot: Any) -> Any:
     return figure
 
 
+def granules(results: Results, pyplot: Any) -> Any:
+    """Experiment 2, all families: what granules lose, by how many of them a weight has."""
+    every = coarse(results)
+    if not every:
+        return None
+    figure, axes = pyplot.subplots(figsize=(8, 3.2), layout="constrained")
+    for place, family in enumerate(dict.fromkeys(one.family for one in every)):
+        some = [one for one in every if one.family == family]
+        errors = [100 * statistics.stdev(one.lost) / len(one.lost) ** 0.5 for one in some]
+        x, y = [one.granules for one in some], [100 * mean(one.lost) for one in some]
+        axes.errorbar(x, y, errors, fmt="o", ms=4, lw=0.8, color=f"C{place}", label=family)
+    axes.axhline(0, color="gray", lw=0.6)
+    axes.set_xscale("log")
+    ticks = (5, 10, 20, 50, 100, 200, 500, 1000, 2000)
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("granules in a weight, mean")
+    axes.set_ylabel("lost of what single entries gain, %")
+    axes.legend(frameon=False)
+    return figure
+
+
 def strengths(results: Results, family: str, pyplot: Any) -> Any:
     """Experiment 3: the share of the gain kept, by strength, one panel for each group of tasks."""
     fused = Fused(results, family)
@@ -128,13 +154,13 @@ def strengths(results: Results, family: str, pyplot: Any) -> Any:
     for axes, group in zip(grid.flat, groups, strict=False):
         for place, variant in enumerate(fused.variants()):
             if (group, variant) in fused.runs:
-                alphas = [f"{alpha:g}" for alpha in fusion.ALPHAS]
+                alphas = list(fused.runs[group, variant][0]["together"]["sum"])
                 y = [100 * mean(fused.kept((group, variant), "sum", alpha)) for alpha in alphas]
                 lora = variant.startswith("lora")
                 style = {"color": "black" if lora else f"C{place % 10}", "lw": 1.8 if lora else 1}
                 if variant in fusion.GENTLE:
                     style |= {"ls": "--", "lw": 1.4}
-                axes.plot(fusion.ALPHAS, y, label=fusion_name(variant), **style)
+                axes.plot([float(alpha) for alpha in alphas], y, label=fusion_name(variant), **style)
         axes.set_title(" + ".join(map(what, group)), fontsize=8)
     grid[-1][0].set_xlabel("strength of each")
     grid[0][0].set_ylabel("gain kept, %")

@@ -14,12 +14,12 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import tasks
-from benchmarks.quality.experiments import fusion, masks, single, size
+from benchmarks.quality.experiments import masks, single, size
 from benchmarks.quality.lab import Lab, Setting, Stop
 from benchmarks.quality.methods import MASKS, Full, Lora, Method, Shira, from_description
 from benchmarks.quality.store import RESULTS
@@ -360,6 +360,70 @@ def best_granules_table(results: Results, family: str) -> str:
     return table(["mask", "mean over all tasks", "to single entries"], rows) if rows else ""
 
 
+WEIGHTS = {
+    **dict.fromkeys(("digits-mlp", "digits-mlp-128", "digits-mlp-1024"), 3), "digits-vit": 12, "minilm": 36,
+    **dict.fromkeys(("gpt-s", "gpt-m", "gpt-l"), 14),
+}  # fmt: skip
+"""How many weights of each family are adapted."""
+
+
+@dataclass
+class Coarse:
+    """What the granules of one mask lose, over tasks and seeds, in shares of what its single entries gain."""
+
+    family: str
+    method: Shira
+    granules: float
+    """In a weight, the mean over the weights."""
+    lost: list[float]
+
+
+def coarse(results: Results) -> list[Coarse]:
+    """All masks of granules that were run beside single entries: of every family, Rand and WM (masks that crowd into
+    few rows have other troubles)."""
+    found = []
+    for family in filter(results.has, WEIGHTS):
+        names, every = list(tasks.tasks(family)), Grid(results, family).records
+        r = single.rank(family)
+        for name, mask in itertools.product(names, ("rand", "wm")):
+            for method in (Shira(mask, r=r), Shira(mask, r=r, granule=16)):
+                if records := results.study(Setting(name, method)):
+                    every[name, method] = records
+            for method in (Shira(mask, density=0.01), Shira(mask, density=0.01, granule=16)):
+                if (name, method) not in every and (records := results.study(Setting(name, method))):
+                    every[name, method] = records
+        lost: dict[Shira, list[float]] = {}
+        for name, method in every:
+            one, base = replace(method, granule=1), results.base(name)
+            plain = method.mask in ("rand", "wm") and not method.balanced and method.granule > 1
+            if plain and base is not None and (name, one) in every:
+                ours, theirs = ([record["test"] for record in every[name, m]] for m in (method, one))
+                pairs = zip(ours, theirs, strict=True)
+                lost.setdefault(method, []).extend((b - a) / (mean(theirs) - base) for a, b in pairs)
+        for method, shares in lost.items():
+            nnz = mean(record["nnz"] for (_, m), records in every.items() if m == method for record in records)
+            found.append(Coarse(family, method, nnz / method.granule / WEIGHTS[family], shares))
+    return found
+
+
+def coarse_table(results: Results) -> str:
+    """What granules lose by how many of them a weight has: means over all masks that have about as many."""
+    every = coarse(results)
+    families = list(dict.fromkeys(one.family for one in every))
+    places: dict[int, dict[str, list[Coarse]]] = {}
+    for one in every:
+        places.setdefault(math.floor(math.log2(one.granules)), {}).setdefault(one.family, []).append(one)
+    rows = []
+    for place, of_family in sorted(places.items()):
+        cells = []
+        for family in families:
+            shares = [share for one in of_family.get(family, ()) for share in one.lost]
+            error = statistics.stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else 0.0
+            cells.append(f"{100 * mean(shares):.1f} ± {100 * error:.1f}" if shares else "")
+        rows.append([f"{2**place} to {2 ** (place + 1) - 1}", *cells])
+    return table(["granules in a weight", *families], rows) if rows else ""
+
+
 BUDGETS = {
     "switch": ("ms", (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)),
     "bytes": ("% of the targets' bytes", (0.5, 1, 2, 4, 8, 16)),
@@ -473,6 +537,7 @@ def merges_table(results: Results, family: str) -> str:
         return ""
     count = {group: sum(key[0] == group for key in fused.runs) for group in fused.groups()}
     groups = [group for group in fused.groups() if count[group] == max(count.values())]
+    merges = list(next(iter(fused.runs.values()))[0]["together"])
 
     def score(variant: str, of: Callable[[tuple[tuple[str, ...], str], dict[str, Any]], list[float]]) -> str:
         keys = [(group, variant) for group in groups]
@@ -485,11 +550,12 @@ def merges_table(results: Results, family: str) -> str:
                 score(variant, lambda _, result: result["single"]["test"]),
                 score(variant, lambda _, result: result["together"]["sum"]["1"]["test"]),
             ]
-            for merge in fusion.MERGES:
+            for merge in merges:
                 best = functools.partial(at_best, fused, merge)
                 cells.append(score(variant, best))
             rows.append([fusion_name(variant), *cells])
-    heading = ["adapters", "alone", "sum at 1", "sum, best strength", "TIES", "DARE"]
+    names = {"sum": "sum, best strength", "ties": "TIES", "dare": "DARE"}
+    heading = ["adapters", "alone", "sum at 1", *(names[merge] for merge in merges)]
     over = "; ".join(" + ".join(map(what, group)) for group in groups)
     return f"Over {over}.\n\n" + table(heading, rows)
 
@@ -508,7 +574,7 @@ def points(results: Results, family: str) -> list[dict[str, Any]]:
     fused = Fused(results, family)
     found = []
     for (group, variant), runs in fused.runs.items():
-        if len(group) != 2:
+        if len(group) != 2 or not runs[0]["awom"]:
             continue
         for number_, result in enumerate(runs):
             kept = fused.kept((group, variant), "sum", "1")[number_]
@@ -612,12 +678,10 @@ def growth_table(results: Results, *families: str) -> str:
     for family in filter(results.has, families):
         names = list(tasks.tasks(family))
         for name in dict.fromkeys((names[len(names) // 2], names[-1])):
-            methods: list[Method] = [Shira("rand", density=0.01), Shira("wm", density=0.01)]
-            every = [*methods, Lora(single.rank(family)), Full()]
-            cells = [results.scores(Setting(name, method)) for method in every]
+            cells = [results.scores(Setting(name, method)) for method in size.growing(family)]
             if any(cells):
                 rows.append([family, what(name), *(spread(family, one) if one else "" for one in cells)])
-    heading = ["model", "task", "SHiRA-Rand 1 %", "SHiRA-WM 1 %", "LoRA", "full"]
+    heading = ["model", "task", "Rand 1 %", "Rand 1 %, granule 16", "WM 1 %", "LoRA", "full"]
     return table(heading, rows) if rows else ""
 
 
@@ -635,10 +699,10 @@ def switching_table(results: Results) -> str:
     return table(["", *map(percent, masks.DENSITIES)], rows)
 
 
-def plot(results: Results, family: str, name: str) -> str:
-    """A plot, where there was something to draw."""
-    file = f"{name}-{family}.png"
-    return f"![{name}, {family}](quality/{file})" if (PLOTS / file).exists() else ""
+def plot(results: Results, *about: str) -> str:
+    """A plot, of a family or of all, where there was something to draw."""
+    name = "-".join(reversed(about))
+    return f"![{', '.join(reversed(about))}](quality/{name}.png)" if (PLOTS / f"{name}.png").exists() else ""
 
 
 TABLES: dict[str, Callable[..., str]] = {
@@ -651,6 +715,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "density": density_table,
     "compared": compared,
     "best-granules": best_granules_table,
+    "coarse": coarse_table,
     "front": front_table,
     "fusion": fusion_table,
     "merges": merges_table,

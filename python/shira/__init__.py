@@ -2,7 +2,7 @@
 
 Everything here is imported on first use, so ``import shira`` is fast and needs no torch::
 
-    tuner = shira.SparseTuner(model, shira.masks.Rand(density=0.01), targets=r"(q|v)_proj$")
+    tuner = shira.SparseTuner(model, shira.masks.Rand(density=0.01, granule=16), targets=r"(q|v)_proj$")
     optimizer = shira.AdamW(tuner, lr=5e-4)
     ...                                             # an ordinary training loop
     tuner.adapter().save("style.safetensors")

@@ -43,6 +43,7 @@ __all__ = [
     "Snip",
     "Struct",
     "WeightMagnitude",
+    "default",
     "fnv1a64",
     "from_description",
     "splitmix64",
@@ -391,6 +392,17 @@ class Rand(Mask):
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "seed": self.seed}
+
+
+def default() -> Rand:
+    """The mask to start with: ``Rand(density=0.01, granule=16)``.
+
+    Measured (docs/quality.md): a random mask learns as well as any other near the base and better far from it, and
+    needs no calibration. Granules of 16 entries switch several times as fast as single entries. They cost nothing that
+    could be measured where a weight has 200 granules or more (at 1 %: from about 600 x 600 entries), a twentieth of
+    what is learned at 60, and more below: for small weights take a smaller granule or more density.
+    """
+    return Rand(density=0.01, granule=16)
 
 
 class WeightMagnitude(Mask):

@@ -38,7 +38,7 @@ from shira._file import hex_word
 from shira._layers import Attach
 from shira._targets import INDICES_SUFFIX, VALUES_SUFFIX
 from shira.adapter import Adapter, AdapterError, Entry, dtype_name
-from shira.mask import Mask
+from shira.mask import Mask, default
 from shira.switcher import fitted
 
 __all__ = ["Attach", "SparseTuner"]
@@ -336,7 +336,7 @@ class SparseTuner:
 
     Args:
         model: the model; its weights are changed in place, their storage stays.
-        mask: one of ``shira.masks``.
+        mask: one of ``shira.masks``. None: ``shira.masks.default()``, random granules, 1 % of every weight.
         targets: which weights. A regular expression searched in names: of modules with weights (linear, convolution,
             embedding and attention modules; for any other its own matrices), or of parameters. Or a list of such names,
             whole or their last parts (``"q_proj"``). None: every ``nn.Linear`` and transformers' ``Conv1D``.
@@ -355,7 +355,7 @@ class SparseTuner:
     def __init__(
         self,
         model: nn.Module,
-        mask: Mask,
+        mask: Mask | None = None,
         targets: str | Sequence[str] | None = None,
         *,
         whole: str | Sequence[str] | None = None,
@@ -364,6 +364,8 @@ class SparseTuner:
         loss: Callable[[nn.Module, Any], Tensor] | None = None,
         allow_unused: bool = False,
     ) -> None:
+        if mask is None:
+            mask = default()
         if not isinstance(mask, Mask):
             raise TypeError(f"SparseTuner: mask must be one of shira.masks, got {type(mask).__name__}")
         self._open(model, gradient, mask, mask.describe())

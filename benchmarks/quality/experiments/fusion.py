@@ -20,7 +20,11 @@ from benchmarks.quality.methods import Lora, Method, Shira, is_whole
 from benchmarks.quality.task import Task
 from shira import Adapter, Entry, Switcher, merging, metrics
 
+LARGE = ("minilm",)
+"""Families whose scores take longer than their training: fewer groups, variants and strengths, and no merges."""
+
 ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5)
+FEW_ALPHAS = (0.3, 0.5, 0.7, 1.0)
 MERGES = ("sum", "ties", "dare")
 
 
@@ -28,7 +32,7 @@ def groups(family: str) -> list[tuple[str, ...]]:
     """Neighbours in the gradation, its ends, and three in a row from the middle."""
     names = list(tasks.tasks(family))
     pairs: list[tuple[str, ...]] = [*itertools.pairwise(names)]
-    if len(names) > 2:
+    if len(names) > 2 and family not in LARGE:
         middle = (len(names) - 3) // 2
         pairs += [(names[0], names[-1]), tuple(names[middle : middle + 3])]
     return pairs
@@ -43,6 +47,11 @@ def variants(family: str, count: int) -> dict[str, list[Method]]:
     found: dict[str, list[Method]] = {"lora": [Lora(r)] * count}
     for name, method in zip(GENTLE, (Shira("rand", r=r), Shira("wm", r=r), Lora(r)), strict=True):
         found[name] = [method] * count
+    if family in LARGE:
+        del found[GENTLE[1]]
+        found["rand, one mask"] = [Shira("rand", r=r)] * count
+        found["rand, disjoint"] = [Shira("rand", r=r, part=part) for part in range(count)]
+        return found
     for mask in ("rand", "wm", "struct", "snip", "grad"):
         found[f"{mask}, own masks" if mask in ("snip", "grad") else f"{mask}, one mask"] = [Shira(mask, r=r)] * count
     for mask in ("rand", "wm"):
@@ -91,14 +100,16 @@ def measure(group: Sequence[str], adapters: Sequence[Adapter]) -> dict[str, Any]
     """Scores of each task with its own adapter alone and with all of them, and what the metrics say of every pair."""
     parts = [split(task, adapter) for task, adapter in zip(group, adapters, strict=True)]
     bodies = [body for body, _ in parts]
-    model = tasks.task(group[0]).base()
-    merged = {
-        "ties": merging.ties(bodies, model, density=0.5),
-        "dare": merging.dare(bodies, model, drop=0.5),
-    }
+    model, large = tasks.task(group[0]).base(), tasks.task(group[0]).family in LARGE
+    alphas, merged = FEW_ALPHAS if large else ALPHAS, {}
+    if not large:
+        merged = {
+            "ties": merging.ties(bodies, model, density=0.5),
+            "dare": merging.dare(bodies, model, drop=0.5),
+        }
     single: list[dict[str, float]] = []
     together: dict[str, dict[str, dict[str, list[float]]]] = {
-        merge: {f"{alpha:g}": {"validation": [], "test": []} for alpha in ALPHAS} for merge in MERGES
+        merge: {f"{alpha:g}": {"validation": [], "test": []} for alpha in alphas} for merge in ("sum", *merged)
     }
     for number, (name, (_, head)) in enumerate(zip(group, parts, strict=True)):
         task = tasks.task(name)
@@ -117,8 +128,8 @@ def measure(group: Sequence[str], adapters: Sequence[Adapter]) -> dict[str, Any]
 
         switcher.activate({str(number): 1.0, **always})
         single.append(scores())
-        for merge in MERGES:
-            for alpha in ALPHAS:
+        for merge in together:
+            for alpha in alphas:
                 on = {merge: alpha} if merge != "sum" else {str(other): alpha for other in range(len(bodies))}
                 switcher.activate({**on, **always})
                 for which, score in scores().items():
@@ -148,9 +159,10 @@ def pairs(group: Sequence[str], bodies: Sequence[Adapter]) -> dict[str, list[Any
     for one, two in itertools.combinations(range(len(group)), 2):
         a, b = bodies[one], bodies[two]
         found["overlap"].append(metrics.overlap(a, b))
-        numbers = products(a, b) if a.delta else sparse_products(a, b, base)
-        for name, number in numbers.items():
-            found[name].append(number)
+        if tasks.task(group[0]).family not in LARGE:
+            numbers = products(a, b) if a.delta else sparse_products(a, b, base)
+            for name, number in numbers.items():
+                found[name].append(number)
         for first, second in ((one, two), (two, one)):
             task = tasks.task(group[first])
             value = metrics.interference(task.base(), bodies[first], bodies[second], task.inputs())

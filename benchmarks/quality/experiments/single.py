@@ -37,7 +37,12 @@ def jobs(family: str, seeds: int) -> list[Job]:
     found: list[Job] = [*bases(0, names)]
     r = rank(family)
     first = (Shira("rand", r=r), Shira("wm", r=r), Lora(r))
-    found += [study(0 if setting.method in first else 0.2, setting, seeds) for setting in settings]
+    second = (Shira("rand", r=r, granule=16), Full())
+
+    def rank_of(method: Method) -> float:
+        return 0 if method in first else 0.1 if method in second else 0.2
+
+    found += [study(rank_of(setting.method), setting, seeds) for setting in settings]
     found += [study(0.8, setting, seeds) for setting in longer(family)]
     found += [study(0.9, setting, seeds) for setting in calibrated(family)]
     for setting in settings:

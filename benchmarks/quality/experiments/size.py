@@ -6,8 +6,8 @@ from typing import Any
 
 from benchmarks.quality import tasks
 from benchmarks.quality.experiments.single import rank
-from benchmarks.quality.lab import Job, Lab, Setting, study
-from benchmarks.quality.methods import Full, Lora, Shira
+from benchmarks.quality.lab import Job, Lab, Setting, bases, study
+from benchmarks.quality.methods import Full, Lora, Method, Shira
 from shira import Switcher
 
 FRACTIONS = (0.05, 0.15, 0.4, 1.0)
@@ -35,11 +35,16 @@ def jobs(family: str, seeds: int) -> list[Job]:
                     transfer(lab, Setting(name, method), names, seed)
 
         found.append(Job(2.2, seeds * len(names), do))
-    # Growth: the same density in every size, beside all of it.
+    found += bases(2.0, names)
     for name in dict.fromkeys((middle, names[-1])):
-        for growing in (Shira("rand", density=0.01), Shira("wm", density=0.01), Lora(rank(family)), Full()):
-            found.append(study(2.1, Setting(name, growing), seeds))
+        found += [study(2.1, Setting(name, method), seeds) for method in growing(family)]
     return found
+
+
+def growing(family: str) -> list[Method]:
+    """Growth: the same density in every size, of entries and of granules (a small weight has few), beside all."""
+    granules = Shira("rand", density=0.01, granule=16)
+    return [Shira("rand", density=0.01), granules, Shira("wm", density=0.01), Lora(rank(family)), Full()]
 
 
 def transfer(lab: Lab, setting: Setting, names: list[str], seed: int) -> dict[str, Any]:
