@@ -24,6 +24,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -260,7 +261,7 @@ def front(points: list[dict[str, Any]]) -> Figure | None:
     if not points:
         return None
     tasks = list(dict.fromkeys(point["task"] for point in points))
-    figure, panels = plt.subplots(1, len(tasks), figsize=(max(6.4, 5.2 * len(tasks)), 4.8), squeeze=False)
+    figure, panels = plt.subplots(1, len(tasks), figsize=(max(6.4, 5.2 * len(tasks)), 5.4), squeeze=False)
     for axes, task in zip(panels[0], tasks, strict=True):
         here = [{**point, "x": 1e3 * point["switch_seconds"], "y": 100 * point["accuracy"]}
                 for point in points if point["task"] == task]  # fmt: skip
@@ -275,10 +276,13 @@ def front(points: list[dict[str, Any]]) -> Figure | None:
         for number, one in enumerate(shown, 1):
             axes.annotate(str(number), (one["x"], one["y"]), fontsize=7, ha="center", va="center")
             axes.scatter([], [], color="none", label=f"{number}  {one['name']}: {one['y']:.1f} %")
-        axes.legend(fontsize=6.5, loc="lower right", handletextpad=0.2)
+        axes.legend(
+            fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, handletextpad=0.2, frameon=False
+        )
         axes.set_xscale("log")
-        axes.set_xlim(right=3 * max(one["x"] for one in here))
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
         axes.set_title(task)
         axes.set_xlabel("ms to switch a 4096 x 4096 layer (area: bytes of the file)")
         axes.set_ylabel("test accuracy, %")
