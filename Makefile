@@ -2,7 +2,8 @@
 # make demo    set-up and the main job: adapters on real digits, trained, saved, switched, reverted, fused
 # make test    set-up and the tests
 # make soak    set-up and a million random operations on the switcher, every state compared bit for bit (minutes)
-# make bench   set-up and the speed benchmarks: a selection (9 minutes); make bench-full takes all cases
+# make bench   set-up and the speed benchmarks: a selection (10 minutes); make bench-full takes all cases (35)
+# make bench-twice     two runs of the selection, and which of their ratios agree within 10 %
 # make bench-compare   says which ratios of the last `make bench` are 20 % worse than the committed ones
 # make bench-record    makes the last run the committed one, and the README's figures, docs/speed.md and the plot of it
 # make quality set-up and the experiments that prove the adapters learn: hours, but every finished run is kept
@@ -15,10 +16,11 @@ PY := $(VENV)/bin/python
 # CUDA torch wheels are several GB: on a machine without a GPU the CPU build serves.
 TORCH ?= torch==2.13.0
 LATEST := benchmarks/results/latest.json
+AGAIN := benchmarks/results/again.json
 RESULTS ?= cpu-zen4
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: setup build demo test soak bench bench-full bench-compare bench-record quality gpu lint format clean
+.PHONY: setup build demo test soak bench bench-full bench-twice bench-agree bench-compare bench-record quality gpu lint format clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -45,15 +47,24 @@ test: setup
 soak: setup
 	$(PY) tests/soak.py
 
-bench: setup
-	$(PY) -m pytest benchmarks/speed --benchmark-json=$(LATEST)
+# Each file in a process of its own; what was interrupted goes on where it stopped.
+bench bench-full: setup
+	@rm -f $(AGAIN)
+	$(PY) benchmarks/speed/suite.py --out $(LATEST) $(if $(filter %-full,$@),--full)
 
-bench-full: setup
-	$(PY) -m pytest benchmarks/speed --full --benchmark-json=$(LATEST)
+bench-twice: bench
+	$(PY) benchmarks/speed/suite.py --out $(AGAIN)
+	$(MAKE) bench-agree
+
+bench-agree:
+	$(PY) benchmarks/speed/results.py agree --latest $(LATEST) --again $(AGAIN)
 
 # One committed file for each machine: RESULTS names it. The README's figures are those of cpu-zen4.
-bench-compare bench-record: bench-%: setup
-	$(PY) benchmarks/speed/results.py $* --latest $(LATEST) --name $(RESULTS)
+bench-compare: setup
+	$(PY) benchmarks/speed/results.py compare --latest $(LATEST) --name $(RESULTS)
+
+bench-record: setup
+	$(PY) benchmarks/speed/results.py record --latest $(LATEST) --name $(RESULTS) $(addprefix --again ,$(wildcard $(AGAIN)))
 
 # For example QUALITY_OPTIONS='--family digits-mlp --minutes 30'. The page and its plots are made of what there is.
 quality: setup

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks" / "speed"))
 pytest.importorskip("rich", reason="pip install -e '.[bench]'")
 import results
 import scaling
+import suite
 import summary
 import texts
 
@@ -117,6 +119,107 @@ def test_the_command_fails_where_something_got_worse(
     said = capsys.readouterr().out
     assert "worse: swap_ 1 % bf16, over the best of plain torch (1 thread): 1, was 2: 2.00 times as bad" in said
     assert "2 ratios compared: 1 worse by more than 20%, 1 within 10 % of what they were" in said
+
+
+def test_two_runs_agree_or_it_is_said_where_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = run(case(FASTER, 2.0), case(SMALLER, 1.0), case("call", 2.0), case("refuse over fuse_ bf16", 1.0))
+    two = run(case(FASTER, 1.5), case(SMALLER, 1.09), case("call", 9.0), case("refuse over fuse_ bf16", 1.0))
+    two["benchmarks"][0]["extra_info"]["results"][0]["low"] = 1.2
+    said, count = results.agree(one, two)
+    assert count == 3  # microseconds are no ratio
+    assert said == [
+        " 33% apart: swap_ 1 % bf16, over the best of plain torch (1 thread): 2 (2 to 2) and 1.5 (1.2 to 1.5); "
+        "the rounds themselves lie wide"
+    ]
+    latest, again = tmp_path / "latest.json", tmp_path / "again.json"
+    latest.write_text(json.dumps(one))
+    command = ["results.py", "agree", "--latest", str(latest), "--again", str(again)]
+    for other, status, last in ((two, 1, "2 of 3 ratios agree within 10%"), (one, 0, "3 of 3 ratios agree")):
+        again.write_text(json.dumps(other))
+        monkeypatch.setattr(sys, "argv", command)
+        assert results.main() == status
+        assert last in capsys.readouterr().out.splitlines()[-1]
+
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    again.write_text(json.dumps(two))
+    results.record(latest, "mine", again)
+    kept = results.figures(results.read(tmp_path / "mine.json"))
+    assert kept[FASTER, "", 1]["again"] == 1.5
+    assert "again" not in kept["call", "", 1]
+
+
+def test_it_is_said_where_others_had_the_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = run(case(FASTER, 2.0), case(SMALLER, 1.0), case(FASTER, 2.0, threads=2))
+    for one, share in zip(found["benchmarks"], (0.99, 0.5, 0.5), strict=True):
+        one["extra_info"]["on_cpu"] = share
+    console = summary.Console(width=150, record=True)
+    summary.show(found["benchmarks"], console)
+    assert "others had the processor: 1 benchmarks" in console.export_text()
+    for name in ("latest", "again"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    command = ["results.py", "agree", *(f"--{name}={tmp_path / name}.json" for name in ("latest", "again"))]
+    monkeypatch.setattr(sys, "argv", command)
+    assert results.main() == 0
+    assert "again.json: others had the processor in 1 of 3 benchmarks" in capsys.readouterr().out
+
+
+def test_a_wide_figure_stands_with_where_it_lies() -> None:
+    found = run(case(FASTER, 2.0), case("swap_ over stock fp32", 2.0), case("swap_ over fuse bf16", 2.0))
+    wide, narrow, apart = (one["extra_info"]["results"][0] for one in found["benchmarks"])
+    wide |= {"low": 1.7, "high": 2.1}
+    narrow |= {"low": 1.9, "high": 2.1}
+    apart["again"] = 2.3
+    f = texts.Figures(results.trim(found))
+    assert f(FASTER) == "2.0x (1.70 to 2.1)"
+    assert f("swap_ over stock fp32") == "2.0x"
+    assert f("swap_ over fuse bf16") == "2.0x (2.0 to 2.3)"
+    rows = [row.split(" | ") for row in texts.everything(f).splitlines()[2:]]
+    assert [row[-1].startswith("~") for row in rows] == [True, False, True]
+    assert results.distance(0.0, 1.0) == results.distance(-1.0, 1.0) == float("inf")
+
+
+BENCH = """
+import pathlib
+def test_it(benchmark):
+    ran = pathlib.Path(__file__).with_suffix(".ran")
+    ran.write_text(ran.read_text() + "x" if ran.exists() else "x")
+    assert {condition}
+    benchmark.extra_info["it"] = "{name}"
+    benchmark.pedantic(int)
+"""
+
+
+def test_a_run_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("pytest_benchmark")
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        monkeypatch.delenv(name)  # pytest-benchmark turns itself off under xdist
+    files = [tmp_path / f"test_{name}.py" for name in ("one", "two")]
+    fixed = tmp_path / "fixed"
+    for file, condition in zip(files, ("True", f"pathlib.Path({str(fixed)!r}).exists()"), strict=True):
+        file.write_text(BENCH.format(condition=condition, name=file.stem))
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # their imports are most of the time
+    out, arguments = tmp_path / "latest.json", ["-p", "no:cacheprovider", "-p", "pytest_benchmark.plugin"]
+
+    def times() -> list[int]:
+        return [len(file.with_suffix(".ran").read_text()) for file in files]
+
+    assert not suite.run(files, out, arguments)
+    assert not out.exists()
+    assert "[2/2] test_two: FAILED" in capsys.readouterr().out
+    fixed.touch()
+    assert suite.run(files, out, arguments)
+    assert "[1/2] test_one: is there" in capsys.readouterr().out
+    assert times() == [1, 2]
+    found = json.loads(out.read_text())
+    assert [one["extra_info"]["it"] for one in found["benchmarks"]] == ["test_one", "test_two"]
+    assert not list(tmp_path.glob("*.parts"))
+    assert suite.stamp(["a"]) != suite.stamp(["b"])
 
 
 def test_the_texts_are_those_of_the_committed_results() -> None:

@@ -20,7 +20,7 @@ pytest.importorskip("rich", reason="pip install -e '.[test]'")
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.quality import methods, report, store, tasks  # noqa: E402
+from benchmarks.quality import front, methods, report, store, tasks  # noqa: E402
 from benchmarks.quality import task as task_module  # noqa: E402
 from benchmarks.quality.experiments import EXPERIMENTS, fusion, masks, size  # noqa: E402
 from benchmarks.quality.lab import RATES, Lab, Setting, Stop  # noqa: E402
@@ -86,6 +86,15 @@ def test_every_experiment_runs_and_the_report_tells_it(tiny, tmp_path):
         text = report.page(f"{{{{{' '.join([name, *families, *arguments])}}}}}", results)
         assert text.startswith(("|", "Mean over", "Over")), (name, text)
         assert "nan" not in text
+
+    drawn = front.points(results, [FAMILY])
+    names = {one["name"] for one in drawn}
+    assert {"Rand 1 %", "Rand 1 %, granule 16", "LoRA"} <= names
+    assert len(names) == len(drawn)
+    for one in drawn:
+        assert 0 <= one["accuracy"] <= 1
+        assert one["switch_seconds"] > 0
+        assert one["file_bytes"] > 0
 
 
 def test_large_models_fuse_at_few_strengths_and_the_report_tells_it(tiny, monkeypatch):
@@ -245,5 +254,11 @@ def test_a_result_belongs_to_all_that_was_run():
 def test_the_page_is_what_the_results_say():
     template = (report.HERE / "page.md").read_text(encoding="utf-8")
     assert report.PAGE.read_text(encoding="utf-8") == report.page(template, report.Results()), (
+        "python -m benchmarks.quality.report writes it"
+    )
+
+
+def test_the_front_is_what_the_results_say():
+    assert front.PATH.read_text(encoding="utf-8") == front.text(report.Results()), (
         "python -m benchmarks.quality.report writes it"
     )

@@ -742,7 +742,7 @@ def page(template: str, results: Results) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    from benchmarks.quality import plots
+    from benchmarks.quality import front, plots
 
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality.report", description=(__doc__ or "").split(":")[0]
@@ -754,6 +754,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     plots.draw(results, given.out.parent / "quality")  # the page shows those there are
     given.out.write_text(page((HERE / "page.md").read_text(encoding="utf-8"), results), encoding="utf-8")
+    if given.out == PAGE:
+        front.write(results)
 
 
 if __name__ == "__main__":

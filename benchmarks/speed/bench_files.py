@@ -100,7 +100,7 @@ def bench_difference(benchmark: BenchmarkFixture, threads: int, checkpoints: tup
         assert entry.indices.numel() == one.numel() // 100
 
     reads = {name: partial(read, ahead) for name, ahead in READ.items()}
-    timing = compare(benchmark, ("difference", extract), reads, cold=False, rounds=3 if settings.quick else 9)
+    timing = compare(benchmark, ("difference", extract), reads, cold=False, rounds=settings.few(9))
     timing.best("read", list(READ))
     moved = sum(path.stat().st_size for path in checkpoints)
     report = Report(benchmark, threads, bytes_of_files=moved)

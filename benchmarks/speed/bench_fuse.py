@@ -151,7 +151,10 @@ def bench_plan(benchmark: BenchmarkFixture, threads: int) -> None:
 
     torch_way = sweep(union_and_counts, [(one,) for one in some])
     timing = compare(
-        benchmark, ("fuse_plan", sweep(shira.fuse_plan, [(one,) for one in some])), {"torch": torch_way}, rounds=5
+        benchmark,
+        ("fuse_plan", sweep(shira.fuse_plan, [(one,) for one in some])),
+        {"torch": torch_way},
+        rounds=settings.few(9),
     )
     report = Report(benchmark, threads, adapters=ADAPTERS, layers=len(some))
     report.seconds(timing, len(some))

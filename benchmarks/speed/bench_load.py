@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import common
-from common import BF16, FP32, Report, chill, settings
+from common import BF16, FP32, Report, chill, settings, warm_up
 
 peft = pytest.importorskip("peft")
 shira = pytest.importorskip("shira")
@@ -201,14 +201,20 @@ def bench_load(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, tm
         back()
         chill()
 
-    benchmark.pedantic(first, setup=before, rounds=2 if settings.quick else 4, warmup_rounds=1)
+    def one_round() -> None:
+        before()
+        first()
+
+    warm_up(one_round)
+    for samples in seconds.values():
+        samples.clear()
+    benchmark.pedantic(first, setup=before, rounds=settings.few(5))
     back()
     assert is_now(base)
     assert is_now(base, served)
     if benchmark.stats is None:
         pytest.skip("--benchmark-disable: nothing was measured")
-    samples = {name: values[1:] for name, values in seconds.items()}
-    timing = common.Timing({FIRST: list(benchmark.stats.stats.data), **samples}, FIRST)
+    timing = common.Timing({FIRST: list(benchmark.stats.stats.data), **seconds}, FIRST)
     timing.best("bound", list(BOUNDS))
     report = Report(
         benchmark,

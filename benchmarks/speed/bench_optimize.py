@@ -153,7 +153,7 @@ def bench_dense(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) -
     some = clones(some)
     ways = {"dense": dense(some, masks=True), "masked": dense(some, masks=False)}
     run = sweep(adamw, arguments(some))
-    timing = compare(benchmark, ("adamw_", run), ways, rounds=max(3, settings.rounds // 3))
+    timing = compare(benchmark, ("adamw_", run), ways, rounds=settings.few(9))
     report = Report(benchmark, threads, **about(some))
     report.seconds(timing, len(some))
     name = common.dtype_name(dtype)

@@ -106,7 +106,7 @@ def bench_fig7(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, si
         ways[f"W += B @ A r={rank}"] = sweep(Square.sum, [(one, rank) for one in some])
     subject = f"swap_ {DENSITY:.0%}"
     run = switches.pop(subject)
-    timing = compare(benchmark, (subject, run), {**switches, **ways}, rounds=9 if settings.full else 5)
+    timing = compare(benchmark, (subject, run), {**switches, **ways}, rounds=settings.few(7))
     name = common.dtype_name(dtype)
     report = Report(benchmark, threads, dtype=name, side=side, weights=len(some))
     report.seconds(timing, len(some))
@@ -180,7 +180,7 @@ def bench_end_to_end(benchmark: BenchmarkFixture, threads: int, model: str, part
     peers.prove_cycle(others["addmm_"], others_own, None)
     peers.prove_cycle(others[peers.LORA], others_own, None)
     ways: dict[str, Callable[[], None]] = {name: Steps(cycle.steps()) for name, cycle in others.items()}
-    timing = compare(benchmark, ("shira", Steps(ours.steps())), ways, rounds=5 if settings.full else 3)
+    timing = compare(benchmark, ("shira", Steps(ours.steps())), ways, rounds=settings.few(7))
     share = Fraction(parts, of)
     report = Report(
         benchmark,

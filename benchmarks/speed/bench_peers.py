@@ -111,7 +111,7 @@ def bench_ways(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) ->
         ways[kind] = Steps({"merge": made.base_model.merge_adapter, "unmerge": made.base_model.unmerge_adapter})
     swaps = sweep(shira.swap_, [(one.weight, one.indices, one.values) for one in some])
     bounds = touch(some)
-    timing = compare(benchmark, ("swap_", swaps), {**ways, **bounds}, rounds=3 if settings.quick else 7)
+    timing = compare(benchmark, ("swap_", swaps), {**ways, **bounds}, rounds=settings.few(9))
     timing.best("touch", list(bounds))
     name = common.dtype_name(dtype)
     report = Report(benchmark, threads, dtype=name, layers=len(some), nnz=some[0].values.numel(),
@@ -197,7 +197,7 @@ def bench_loads(benchmark: BenchmarkFixture, threads: int, tmp_path: Path) -> No
     assert not any(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     ways: dict[str, Callable[[], None]] = {name: Steps(cycle.steps()) for name, cycle in others.items()}
     ways["PEFT LoRA hotswap, not merged"] = hotswap
-    timing = compare(benchmark, ("shira", Steps(ours.steps())), ways, rounds=3 if settings.quick else 7)
+    timing = compare(benchmark, ("shira", Steps(ours.steps())), ways, rounds=settings.few(9))
     sizes = {name: cycle.file_bytes for name, cycle in {"shira": ours, **others}.items()}
     report = Report(benchmark, threads, layers=len(some), rank=rank, file_bytes=sizes)
     for name in ("shira", *others):

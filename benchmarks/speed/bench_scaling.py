@@ -151,7 +151,7 @@ def bench_scaling(benchmark: BenchmarkFixture, threads: int, axis: str) -> None:
     names = [f"{axis} {point.x:g}" for point in points]
     runs = {name: point.run for name, point in zip(names, points, strict=True)}
     subject = names[-1]
-    timing = compare(benchmark, (subject, runs.pop(subject)), runs, rounds=3 if settings.quick else 11)
+    timing = compare(benchmark, (subject, runs.pop(subject)), runs, rounds=settings.few(11))
     report = Report(benchmark, threads, axis=axis, op="fuse_" if axis == "adapters" else "swap_")
     for name, point in zip(names, points, strict=True):
         timing.samples[name] = [sample / point.calls for sample in timing.samples[name]]

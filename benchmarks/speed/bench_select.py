@@ -1,7 +1,8 @@
-"""Masks: select_top beside stock topk, select_random beside randperm, and Snip's calibration beside plain training."""
+"""Masks: select_top beside topk, select_random beside randperm and numpy, Snip's calibration beside plain training."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -27,7 +28,7 @@ def bench_select_top(benchmark: BenchmarkFixture, threads: int, dtype: torch.dty
         return shira.select_top(weight, grad, k, score=score)
 
     def topk(sort: bool = False) -> torch.Tensor:
-        scores = (weight if score == "magnitude" else weight.float() * grad.float()).abs()
+        scores = weight.abs() if score == "magnitude" else (weight.float() * grad).abs_()
         return scores.view(-1).topk(k, sorted=sort).indices
 
     chosen, stock = ours(), topk()
@@ -35,7 +36,7 @@ def bench_select_top(benchmark: BenchmarkFixture, threads: int, dtype: torch.dty
     for one in (chosen, stock):  # which of equal scores stock takes is its own affair
         assert torch.equal(scores[one.long()].sort().values, scores.topk(k).values.flip(0))
     baselines = {"topk": topk, "topk, sorted": lambda: topk(True)}
-    timing = compare(benchmark, ("select_top", ours), baselines, rounds=max(3, settings.rounds // 5))
+    timing = compare(benchmark, ("select_top", ours), baselines, rounds=settings.few(7))
     timing.best("stock", list(baselines))
     report = Report(benchmark, threads, dtype=common.dtype_name(dtype), score=score)
     report.seconds(timing)
@@ -50,12 +51,19 @@ def bench_select_random(benchmark: BenchmarkFixture, threads: int) -> None:
     assert len(drawn) == k
     assert bool((drawn[1:] > drawn[:-1]).all())
     run = sweep(shira.select_random, [(n, k, seed) for seed in range(4)])
-    baselines = {"randperm": sweep(lambda: torch.randperm(n)[:k].sort(), [()])}
-    timing = compare(benchmark, ("select_random", run), baselines, rounds=max(3, settings.rounds // 3))
+    generator = np.random.default_rng(0)
+
+    def choice() -> torch.Tensor:
+        return torch.from_numpy(np.sort(generator.choice(n, k, replace=False, shuffle=False)))
+
+    assert len(choice().unique()) == k
+    baselines = {"randperm": sweep(lambda: torch.randperm(n)[:k].sort(), [()]), "choice": choice}
+    timing = compare(benchmark, ("select_random", run), baselines, rounds=settings.few(7))
     timing.samples["select_random"] = [sample / 4 for sample in timing.samples["select_random"]]
     report = Report(benchmark, threads)
     report.seconds(timing)
     report.ratio("select_random", "", timing, "randperm")
+    report.ratio("select_random over numpy", "", timing, "choice")
 
 
 class Block(nn.Module):
@@ -119,7 +127,7 @@ def bench_snip_calibration(
         total += k
     # Sums in another order move a few at the edge; in bfloat16 autograd rounds every gradient to 8 bits.
     assert shared >= (0.999 if dtype == FP32 else 0.97) * total
-    timing = compare(benchmark, ("snip", snip), {"plain": plain}, cold=False, rounds=3)
+    timing = compare(benchmark, ("snip", snip), {"plain": plain}, cold=False, rounds=settings.few(5))
     report = Report(benchmark, threads, dtype=common.dtype_name(dtype), layers=layers, tokens=tokens)
     report.seconds(timing)
     samples = [1 / ratio for ratio in timing.ratios("plain")]

@@ -13,6 +13,7 @@ trained, with no parameters there.
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import re
 from collections.abc import Callable
@@ -145,13 +146,17 @@ def peak(way: str, model: str, dtype: torch.dtype) -> int:
     return resident("VmHWM") - before
 
 
-def peak_alone(way: str, model: str, dtype: torch.dtype, threads: int) -> int:
-    """In a process of its own: what another model has freed stays with the allocator and would not count again."""
+@functools.cache
+def peak_alone(way: str, model: str, dtype: torch.dtype) -> int:
+    """In a process of its own: what another model has freed stays with the allocator and would not count again.
+
+    Threads are all there are: they hold next to nothing, and memory is measured once for every number of them.
+    """
     if settings.quick:
         return peak(way, model, dtype)
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])  # each process begins where the imports are done
-    with ProcessPoolExecutor(1, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(peak, way, model, dtype).result()
 
 
@@ -178,12 +183,11 @@ def prove(ours: Trained, others: dict[str, Trained], plain: nn.Module) -> None:
 @pytest.mark.parametrize("dtype", [pytest.param(FP32, marks=pytest.mark.full), BF16], ids=common.dtype_name)
 @pytest.mark.parametrize("model", [pytest.param("linear", marks=pytest.mark.full), "llama"])
 def bench_training(benchmark: BenchmarkFixture, threads: int, model: str, dtype: torch.dtype) -> None:
-    memory = {way: peak_alone(way, model, dtype, threads) for way in (OURS, *WORDS)}
+    memory = {way: peak_alone(way, model, dtype) for way in (OURS, *WORDS)}
     trained = {way: Trained(way, model, dtype) for way in (OURS, *WORDS, FROZEN)}
     prove(trained[OURS], {way: trained[way] for way in WORDS}, base(model, dtype))
     others: dict[str, Callable[[], object]] = {way: trained[way].step for way in (*WORDS, FROZEN)}
-    rounds = settings.rounds // 3 if settings.full and not settings.quick else 3
-    timing = compare(benchmark, (OURS, trained[OURS].step), others, cold=False, rounds=rounds)
+    timing = compare(benchmark, (OURS, trained[OURS].step), others, cold=False, rounds=settings.few(3))
     name = common.dtype_name(dtype)
     report = Report(benchmark, threads, dtype=name, model=model, rank=rank(model), tokens=TOKENS, peak_bytes=memory)
     report.seconds(timing)

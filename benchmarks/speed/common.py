@@ -6,7 +6,8 @@ How a comparison is measured
 - One sample is a sweep over several layers, all with their own mask, together over 300 MB of weights. Before every
   sweep the caches are filled with dirty lines of a buffer twice their size, so that each call finds its weight,
   indices and values in memory, and the caches as the layer before leaves them.
-- Before anything is timed, the answer of the op is compared with plain torch's, bit for bit.
+- Before anything is timed, the answer of the op is compared with plain torch's, bit for bit, and rounds are run that
+  do not count until the heap has grown to what all of them need: see heap.py.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+import heap
 import native
 import shira_ops  # noqa: F401  (registers torch.ops.shira)
 from samples import spread
@@ -41,7 +43,16 @@ class Settings:
 
     quick: bool = False
     full: bool = False
-    rounds: int = 25
+    samples: int | None = None  # what the command line says
+
+    @property
+    def rounds(self) -> int:
+        """Samples of a comparison, at least."""
+        return self.few(19)
+
+    def few(self, count: int) -> int:
+        """Samples of a comparison that takes long: `count`, unless the command line says how many."""
+        return self.samples or (min(3, count) if self.quick else count)
 
     @property
     def side(self) -> int:
@@ -214,6 +225,8 @@ class Timing:
 
     samples: dict[str, list[float]]
     subject: str
+    faults: dict[str, list[int]] = field(default_factory=dict)
+    on_cpu: dict[str, list[float]] = field(default_factory=dict)  # share of its time that a sample was running
     aliases: dict[str, str] = field(default_factory=dict)
 
     def of(self, name: str) -> list[float]:
@@ -227,6 +240,27 @@ class Timing:
     def ratios(self, name: str, of: str | None = None) -> list[float]:
         """How many times as long as the subject (or `of`) `name` took, round by round."""
         return [a / b for a, b in zip(self.of(name), self.of(of or self.subject), strict=True)]
+
+
+WARM_UPS = 6  # rounds that do not count, at most
+FAULT = 2e-6  # seconds that a page costs which is not there yet
+CHEAP, MOST = 1.0, 49  # what takes next to no time gets as many samples as a second holds, and no more than that
+
+
+def warm_up(one_round: Callable[[], object]) -> float:
+    """Rounds that do not count, until page faults are less than a hundredth of one: the heap has grown.
+
+    What maps a file anew each time has faults in every round: there the last is as good as the ones before.
+    Returns the seconds of the last.
+    """
+    seconds = 0.0
+    for _ in range(1 if settings.quick else min(WARM_UPS, settings.samples or WARM_UPS)):
+        before, start = heap.faults(), time.perf_counter()
+        one_round()
+        seconds = time.perf_counter() - start
+        if FAULT * (heap.faults() - before) < 0.01 * seconds:
+            break
+    return seconds
 
 
 def compare(
@@ -243,8 +277,17 @@ def compare(
     `reset`, untimed, takes back what the subject did. Of a way that is `Steps`, each step is timed too, as "way: step".
     """
     name, run = subject
+    ways = {name: run, **baselines}
     samples: dict[str, list[float]] = {one: [] for one in baselines}
+    faults: dict[str, list[int]] = {one: [] for one in ways}
+    on_cpu: dict[str, list[float]] = {one: [] for one in ways}
     order = list(baselines)
+
+    def counted(way: str) -> None:
+        before, ran, start = heap.faults(), time.thread_time(), time.perf_counter()
+        ways[way]()
+        on_cpu[way].append((time.thread_time() - ran) / (time.perf_counter() - start))
+        faults[way].append(heap.faults() - before)
 
     def baselines_first() -> None:
         if reset is not None:
@@ -254,20 +297,30 @@ def compare(
             if cold:
                 chill()
             start = time.perf_counter()
-            baselines[one]()
+            counted(one)
             samples[one].append(time.perf_counter() - start)
         if cold:
             chill()
 
-    warmups = 1
-    benchmark.pedantic(run, setup=baselines_first, rounds=rounds or settings.rounds, warmup_rounds=warmups)
+    def one_round() -> None:
+        baselines_first()
+        counted(name)
+
+    seconds = warm_up(one_round)
+    count = rounds or settings.rounds
+    if settings.samples is None and not settings.quick:
+        count = max(count, min(MOST, int(CHEAP / seconds)))
+    steps = {way: call for way, call in ways.items() if isinstance(call, Steps)}
+    for lists in (samples, faults, on_cpu, *(call.seconds for call in steps.values())):
+        for one in lists.values():
+            one.clear()
+    benchmark.pedantic(counted, args=(name,), setup=baselines_first, rounds=count)
     if benchmark.stats is None:
         pytest.skip("--benchmark-disable: nothing was measured")
-    timed = {name: list(benchmark.stats.stats.data), **{k: v[warmups:] for k, v in samples.items()}}
-    for way, call in {name: run, **baselines}.items():
-        if isinstance(call, Steps):
-            timed |= {f"{way}: {step}": seconds[warmups:] for step, seconds in call.seconds.items()}
-    return Timing(timed, name)
+    timed = {name: list(benchmark.stats.stats.data), **samples}
+    for way, call in steps.items():
+        timed |= {f"{way}: {step}": taken for step, taken in call.seconds.items()}
+    return Timing(timed, name, faults, on_cpu)
 
 
 class Report:
@@ -283,6 +336,9 @@ class Report:
         """Seconds a call, of everything that was timed."""
         for name, samples in timing.samples.items():
             self.info["seconds"][name] = spread([sample / calls for sample in samples])
+        self.info["page_faults"] = {name: statistics.median(found) / calls for name, found in timing.faults.items()}
+        if timing.on_cpu:
+            self.info["on_cpu"] = min(map(statistics.fmean, timing.on_cpu.values()))
         self.info["fastest"] = dict(timing.aliases)
 
     def bandwidth(self, timing: Timing, name: str, moved: int) -> None:

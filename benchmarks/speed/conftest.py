@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import common
+import heap
 import summary
 
 FOUND = pytest.StashKey[list[dict]]()
@@ -17,18 +18,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("speed")
     group.addoption("--quick", action="store_true", help="tiny layers and few rounds: does it run at all?")
     group.addoption("--details", action="store_true", help="print what every benchmark timed, in microseconds")
-    group.addoption("--full", action="store_true", help="all cases and thread counts, not the selection: an hour")
+    group.addoption("--full", action="store_true", help="all cases and thread counts, not the selection")
     group.addoption("--rounds", type=int, default=None, help="samples of each comparison")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     common.settings.quick = config.getoption("--quick")
     common.settings.full = config.getoption("--full")
-    rounds = 3 if common.settings.quick else 25 if common.settings.full else 19
-    common.settings.rounds = config.getoption("--rounds") or rounds
+    common.settings.samples = config.getoption("--rounds")
     config.addinivalue_line("markers", "full: a case that is measured with --full alone")
     config.addinivalue_line("markers", "every_thread_count: without --full too; the others then run on one thread")
     config.stash[FOUND] = []
+    heap.keep()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -24,6 +24,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -113,7 +114,7 @@ def ratios(f: texts.Figures) -> Figure | None:
     bars(axes, names, found, [OURS if kind.met(one["median"]) else LORA for kind, _, one in rows])
     targets = [float(kind.target or 0) for kind, *_ in rows]
     axes.scatter(targets, range(len(rows)), color=BOUND, marker="|", s=90, zorder=3, label="wanted")
-    axes.set_xlabel("times as fast, one thread; whiskers: quartiles of the rounds")
+    axes.set_xlabel("times as fast; whiskers: quartiles")
     axes.legend(loc="lower right")
     return figure
 
@@ -122,7 +123,7 @@ def shares(f: texts.Figures) -> Figure | None:
     """Bytes a second of every op that knows what it has to move, beside the machine's limits."""
     limits = {line.removeprefix("limit, "): one["median"] for (line, _, n), one in f.all.items()
               if line in ("limit, touch", "limit, copy", "limit, read") and n == 1}  # fmt: skip
-    rates: dict[str, float] = {}
+    rates: dict[str, dict[str, float]] = {}
     for one in f.benchmarks:
         info = one["extra_info"]
         if info["threads"] != 1:
@@ -130,15 +131,16 @@ def shares(f: texts.Figures) -> Figure | None:
         for name, rate in info.get("gigabytes_per_second", {}).items():
             if name not in ("copy", "read"):
                 family, _, case = one["name"].removeprefix("bench_").partition("[1thread")
-                rates[f"{family}: {name} {case.strip('-]')}".strip()] = rate
+                found = info["seconds"][name]
+                ends = {"low": rate * found["median"] / found["high"], "high": rate * found["median"] / found["low"]}
+                rates[f"{family}: {name} {case.strip('-]')}".strip()] = {"median": rate, **ends}
     if not limits or not rates:
         return None
     figure, axes = plt.subplots(figsize=(8, 0.22 * len(rates) + 1))
-    names = sorted(rates, key=lambda name: -rates[name])
-    axes.barh(names, [rates[name] for name in names], color=OURS, height=0.7)
-    axes.margins(y=0.01)
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
+    names = sorted(rates, key=lambda name: -rates[name]["median"])
+    bars(axes, names, [rates[name] for name in names], [OURS] * len(names))
+    axes.set_xscale("linear")
+    axes.set_xlim(left=0)
     for name, limit in limits.items():
         axes.axvline(limit, color=BOUND, linestyle="--", linewidth=1)
         axes.text(limit, 0.02, f" {name}", color=BOUND, fontsize=8, rotation=90, transform=axes.get_xaxis_transform())
@@ -149,11 +151,11 @@ def shares(f: texts.Figures) -> Figure | None:
 def roofline(f: texts.Figures) -> Figure | None:
     """What does arithmetic, beside what memory and arithmetic allow: a move of bits does none, see the limits."""
     limits = {line: one["median"] for (line, _, n), one in f.all.items() if line.startswith("limit, ") and n == 1}
-    points = []  # name, dtype, floating-point operations, bytes that have to move, seconds
+    points = []  # name, dtype, floating-point operations, bytes that have to move, seconds with their quartiles
     for info in f.info("bench_swap[1thread"):
         (m, n), rank, size = info["shape"], info["lora_rank"], ITEM[info["dtype"]]
         moved = size * (2 * m * n + rank * (m + n))
-        points.append(("LoRA fuse, addmm_", info["dtype"], 2 * m * n * rank, moved, info["seconds"]["fuse"]["median"]))
+        points.append(("LoRA fuse, addmm_", info["dtype"], 2 * m * n * rank, moved, info["seconds"]["fuse"]))
     for info in f.info("bench_sampled_grad[1thread"):
         tokens, side, size, seconds = info["tokens"], info["side"], ITEM[info["dtype"]], info["seconds"]
         inputs = 2 * tokens * side * size
@@ -162,18 +164,21 @@ def roofline(f: texts.Figures) -> Figure | None:
             ("dense gradient", "dense", side**2, side**2 * size),
         ):
             work = 2 * tokens * entries
-            points.append((f"{name}, {tokens} tokens", info["dtype"], work, inputs + written, seconds[key]["median"]))
+            points.append((f"{name}, {tokens} tokens", info["dtype"], work, inputs + written, seconds[key]))
     if not points or "limit, copy" not in limits:
         return None
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for axes, dtype in zip(panels, ITEM, strict=True):
-        xs = [2**at for at in range(-2, 12)]
-        roof = [min(limits[f"limit, GEMM {dtype}"], x * limits["limit, copy"]) for x in xs]
+        flat, slope = limits[f"limit, GEMM {dtype}"], limits["limit, copy"]
+        xs = [2**-2, flat / slope, 2**11]
+        roof = [min(flat, x * slope) for x in xs]
         axes.plot(xs, roof, color=BOUND, linewidth=1, label="copy bandwidth, GEMM")
         for at, (name, kind, work, moved, seconds) in enumerate(points):
             if kind == dtype:
                 marker = "o" if name.startswith("sampled") else "^" if name.startswith("dense") else "s"
-                axes.plot(work / moved, work / seconds / 1e9, marker, label=name, color=f"C{at % 10}")
+                rate, least, most = (work / seconds[end] / 1e9 for end in ("median", "high", "low"))
+                axes.errorbar(work / moved, rate, yerr=[[rate - least], [most - rate]], fmt=marker, label=name,
+                              color=f"C{at % 10}", ecolor="#444", capsize=3)  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_title(f"{dtype}, one thread")
@@ -242,22 +247,45 @@ def paper(f: texts.Figures) -> Figure | None:
     return figure
 
 
+def best(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that no other beats in accuracy without switching slower: the front, from the fastest on."""
+    found: list[dict[str, Any]] = []
+    for point in sorted(points, key=lambda one: (one["switch_seconds"], -one["accuracy"])):
+        if not found or point["accuracy"] > found[-1]["accuracy"]:
+            found.append(point)
+    return found
+
+
 def front(points: list[dict[str, Any]]) -> Figure | None:
-    """Accuracy beside switch time; the area of a point is its file's size."""
+    """Accuracy beside switch time, a panel for each task; a point's area is its file's size, the best have numbers."""
     if not points:
         return None
-    tasks = list(dict.fromkeys(point.get("task", "") for point in points))
-    figure, panels = plt.subplots(1, len(tasks), figsize=(4.6 * len(tasks), 3.6), squeeze=False)
-    largest = max(point["file_bytes"] for point in points)
+    tasks = list(dict.fromkeys(point["task"] for point in points))
+    figure, panels = plt.subplots(1, len(tasks), figsize=(max(6.4, 5.2 * len(tasks)), 5.4), squeeze=False)
     for axes, task in zip(panels[0], tasks, strict=True):
-        for point in (one for one in points if one.get("task", "") == task):
-            axes.scatter(1e3 * point["switch_seconds"], point["accuracy"], s=20 + 400 * point["file_bytes"] / largest,
-                         alpha=0.6)  # fmt: skip
-            axes.annotate(point["name"], (1e3 * point["switch_seconds"], point["accuracy"]), fontsize=7)
+        here = [{**point, "x": 1e3 * point["switch_seconds"], "y": 100 * point["accuracy"]}
+                for point in points if point["task"] == task]  # fmt: skip
+        largest = max(point["file_bytes"] for point in here)
+        for point in here:
+            shade = LORA if "LoRA" in point["name"] else OURS if "granule" in point["name"] else PLAIN
+            axes.scatter(point["x"], point["y"], s=8 + 150 * point["file_bytes"] / largest, color=shade, alpha=0.6)
+        for text, shade in (("granules", OURS), ("single entries", PLAIN), ("LoRA, folded in by addmm_", LORA)):
+            axes.scatter([], [], color=shade, label=text, s=20)
+        shown = best(here)
+        axes.plot([one["x"] for one in shown], [one["y"] for one in shown], color=OURS, lw=1, ds="steps-post", zorder=1)
+        for number, one in enumerate(shown, 1):
+            axes.annotate(str(number), (one["x"], one["y"]), fontsize=7, ha="center", va="center")
+            axes.scatter([], [], color="none", label=f"{number}  {one['name']}: {one['y']:.1f} %")
+        axes.legend(
+            fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, handletextpad=0.2, frameon=False
+        )
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
         axes.set_title(task)
-        axes.set_xlabel("ms to switch (area: bytes of the file)")
-        axes.set_ylabel("accuracy")
+        axes.set_xlabel("ms to switch a 4096 x 4096 layer (area: bytes of the file)")
+        axes.set_ylabel("test accuracy, %")
     return figure
 
 

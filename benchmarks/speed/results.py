@@ -2,6 +2,7 @@
 
 python benchmarks/speed/results.py record            # latest.json -> cpu-zen4.json, the texts, the plot
 python benchmarks/speed/results.py compare           # latest.json beside cpu-zen4.json: what got worse?
+python benchmarks/speed/results.py agree             # latest.json beside again.json: which ratios came out the same?
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from typing import Any
 import summary
 
 FOLDER = Path(__file__).parent.parent / "results"
-LATEST = FOLDER / "latest.json"
+LATEST, AGAIN = FOLDER / "latest.json", FOLDER / "again.json"
 COMMITTED = "cpu-zen4"
 WORSE = 1.2  # a ratio this many times as bad as it was is a regression
+SAME = 1.1  # two medians that are no further apart agree, and quartiles that are no further from theirs are narrow
 CPU = ("brand_raw", "family", "model", "stepping", "count", "hz_actual_friendly", "l2_cache_size", "l3_cache_size")
 
 
@@ -107,17 +109,64 @@ def compare(before: dict[str, Any], now: dict[str, Any]) -> Comparison:
     return Comparison(sorted(worse, key=lambda one: -one.factor), compared, missing)
 
 
+def is_ratio(key: Key) -> bool:
+    return key[0] in summary.LINES and summary.LINES[key[0]].is_ratio
+
+
+def distance(a: float, b: float) -> float:
+    """How many times as large the larger is."""
+    if a == b:
+        return 1.0
+    return max(a / b, b / a) if a > 0 and b > 0 else float("inf")
+
+
 def apart(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[float, Key]]:
     """How far two runs disagree about each ratio, the largest first: 1.1 is 10 %."""
     then, fresh = figures(before), figures(now)
-    ratios = {key: then[key]["median"] / fresh[key]["median"] for key in then.keys() & fresh.keys()
-              if key[0] in summary.LINES and summary.LINES[key[0]].is_ratio}  # fmt: skip
-    return sorted(((max(one, 1 / one), key) for key, one in ratios.items()), reverse=True)
+    keys = filter(is_ratio, then.keys() & fresh.keys())
+    return sorted(((distance(then[key]["median"], fresh[key]["median"]), key) for key in keys), reverse=True)
 
 
-def record(latest: Path, name: str) -> None:
-    """Makes the committed file; where it is the README's, also the texts and the plot, which need all of a run."""
+def reach(result: dict[str, Any]) -> tuple[float, float]:
+    """From where to where a figure lies: the quartiles of its rounds, and a second run's median if there was one."""
+    again = result.get("again", result["median"])
+    return min(result["low"], again), max(result["high"], again)
+
+
+def is_wide(result: dict[str, Any]) -> bool:
+    """Whether that is further than SAME from the median: then its second digit is not known."""
+    return any(distance(result["median"], end) > SAME for end in reach(result))
+
+
+def told(result: dict[str, Any]) -> str:
+    return f"{result['median']:.3g} ({result['low']:.3g} to {result['high']:.3g})"
+
+
+def agree(one: dict[str, Any], two: dict[str, Any]) -> tuple[list[str], int]:
+    """The ratios on which two runs disagree, a sentence each; and how many they have in common."""
+    first, second = figures(one), figures(two)
+    found, said = apart(one, two), []
+    for factor, key in found:
+        if factor > SAME:
+            a, b = first[key], second[key]
+            why = "; the rounds themselves lie wide" if is_wide(a) or is_wide(b) else ""
+            case = ", ".join(filter(None, (key[1], f"{key[2]} thread{'s' * (key[2] > 1)}")))
+            line = summary.LINES[key[0]].text
+            said.append(f"{factor - 1:4.0%} apart: {line} ({case}): {told(a)} and {told(b)}{why}")
+    return said, len(found)
+
+
+def record(latest: Path, name: str, again: Path | None = None) -> None:
+    """Makes the committed file; where it is the README's, also the texts and the plot, which need all of a run.
+
+    Of a second run the medians of the ratios are kept, each beside the first run's.
+    """
     found = trim(read(latest))
+    if again is not None:
+        second = figures(trim(read(again)))
+        for key, result in figures(found).items():
+            if is_ratio(key) and key in second:
+                result["again"] = second[key]["median"]
     if name == COMMITTED:
         import texts
 
@@ -129,13 +178,24 @@ def record(latest: Path, name: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["record", "compare"])
+    parser.add_argument("what", choices=["record", "compare", "agree"])
     parser.add_argument("--latest", type=Path, default=LATEST, help="JSON written by --benchmark-json")
+    parser.add_argument("--again", type=Path, help="JSON of a second run, for record and agree")
     parser.add_argument("--name", default=COMMITTED, help="of the committed file, without .json: one for each machine")
     arguments = parser.parse_args()
     if arguments.what == "record":
-        record(arguments.latest, arguments.name)
+        record(arguments.latest, arguments.name, arguments.again)
         return 0
+    if arguments.what == "agree":
+        said, count = agree(*(trim(read(path)) for path in (arguments.latest, arguments.again or AGAIN)))
+        for one in said:
+            print(one)
+        for path in (arguments.latest, arguments.again or AGAIN):
+            infos = [one["extra_info"] for one in trim(read(path))["benchmarks"]]
+            if disturbed := sum(map(summary.is_disturbed, infos)):
+                print(f"{path.name}: others had the processor in {disturbed} of {len(infos)} benchmarks")
+        print(f"{count - len(said)} of {count} ratios agree within {SAME - 1:.0%}")
+        return 1 if said else 0
     before, now = read(FOLDER / f"{arguments.name}.json"), trim(read(arguments.latest))
     if before["machine_info"]["cpu"].get("model") != now["machine_info"]["cpu"].get("model"):
         print(f"another processor than that of {arguments.name}.json: ratios depend on it too")
@@ -145,7 +205,7 @@ def main() -> int:
     if found.missing:
         print(f"not measured this time: {len(found.missing)} of {len(found.missing) + found.compared} ratios")
     far = apart(before, now)
-    within = sum(factor <= 1.1 for factor, _ in far)
+    within = sum(factor <= SAME for factor, _ in far)
     print(f"{found.compared} ratios compared: {len(found.worse)} worse by more than {WORSE - 1:.0%}, "
           f"{within} within 10 % of what they were")  # fmt: skip
     return 1 if found.worse else 0

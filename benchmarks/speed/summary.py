@@ -115,6 +115,7 @@ LINES = {
     "select_top snip bf16": Line("select_top snip 1 % bf16, over the same with topk", 8.0),
     "select_top snip fp32": Line("select_top snip 1 % fp32, over the same with topk", 8.0),
     "select_random": Line("select_random 1 %, over randperm + sort", None),
+    "select_random over numpy": Line("select_random 1 %, over numpy's Generator.choice + sort", None),
     "snip calibration bf16": Line("Snip calibration bf16, over plain forward and backward", 1.3, at_least=False),
     "snip calibration fp32": Line("Snip calibration fp32, over plain forward and backward", 1.3, at_least=False),
     "load": Line("load from disk and switch on, over PEFT's load_adapter + merge", 200.0),
@@ -123,7 +124,7 @@ LINES = {
     "difference": Line("from_difference of mapped checkpoints, of read speed", 0.5, ""),
     "difference memory": Line("from_difference of 2 GB, memory of its own", 1000.0, " MB", at_least=False),
     "load over plain": Line("load from disk and switch on, over safetensors + index_copy_ unchecked", None),
-    "switcher over addmm_": Line("Switcher.activate A to B, 1 % bf16, over two addmm_ (LoRA)", 4.0),
+    "switcher over addmm_": Line("Switcher.activate A to B, 1 % bf16, over LoRA unfuse and fuse (addmm_)", 4.0),
     "switcher over PEFT LoRA": Line("Switcher.activate A to B, 1 % bf16, over PEFT LoRA unmerge + merge", 25.0),
     "switcher over PEFT SHiRA": Line("Switcher.activate A to B, 1 % bf16, over PEFT SHiRA unmerge + merge", 10.0),
     "switcher over PEFT Super-Tuning": Line(
@@ -155,15 +156,23 @@ def figures(result: dict[str, float]) -> str:
     return f"{result['median']:.3g} [dim]{low}..{high} ({best})[/dim]"
 
 
+def is_disturbed(info: dict[str, Any]) -> bool:
+    """Whether something else ran where this one should have, to a measurable extent. Of several threads nobody knows:
+    one waits for the other, and sleeps."""
+    return info["threads"] == 1 and info.get("on_cpu", 1.0) < 0.97
+
+
 def show(found: Sequence[dict[str, Any]], console: Console | None = None) -> None:
     """Prints the table of the results kept in each benchmark's extra_info."""
     console = console or Console(width=150)
     rows: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
-    quick, load = False, 0.0
+    quick, load, disturbed = False, 0.0, []
     for one in found:
         info = one["extra_info"]
         quick |= bool(info.get("quick"))
         load = max(load, info.get("load", 0.0))
+        if is_disturbed(info):
+            disturbed.append(info["on_cpu"])
         for result in info.get("results", []):
             rows.setdefault((result["line"], result["variant"]), {})[info["threads"]] = result
     title = "Speed" + (" (--quick: tiny layers, the figures mean nothing)" if quick else "")
@@ -171,6 +180,11 @@ def show(found: Sequence[dict[str, Any]], console: Console | None = None) -> Non
     if load > 3:
         caption += (
             f"\n[red]the machine was busy (load {load:.1f}): figures of 2 threads above all are not to be trusted"
+        )
+    if disturbed:
+        caption += (
+            f"\n[red]others had the processor: {len(disturbed)} benchmarks were not running all of the time that was "
+            f"taken, one only {min(disturbed):.0%} of it"
         )
     table = Table(title=title, caption=caption)
     threads = sorted({n for row in rows.values() for n in row})

@@ -66,7 +66,13 @@ class Figures:
             ) from None
 
     def __call__(self, line: str, variant: str = "", threads: int = 1) -> str:
-        return short(self.median(line, variant, threads)) + summary.LINES[line].unit
+        """With where it lies, if that is wide."""
+        text = short(self.median(line, variant, threads)) + summary.LINES[line].unit
+        result = self.all[line, variant, threads]
+        if not results.is_wide(result):
+            return text
+        low, high = map(short, results.reach(result))
+        return f"{text} ({low} to {high})"
 
     def both(self, line: str) -> list[str]:
         """Of bf16 and of fp32."""
@@ -151,7 +157,7 @@ def readme(f: Figures) -> str:
         switching=switching,
         training=training,
         bound=f"{bound:.0f}",
-        fuse_touches=f("fuse_ in touches bf16").rstrip("x"),
+        fuse_touches=f("fuse_ in touches bf16").replace("x", ""),
         fuse_over_add=f("fuse_ over scatter_add_ bf16"),
         call=f("call", "torch.ops.shira.swap_"),
         inference_call=f("call, inference tensors", "torch.ops.shira.swap_"),
@@ -343,7 +349,8 @@ def everything(f: Figures) -> str:
         cells = []
         for n in threads:
             one = f.all.get((line, variant, n))
-            cells.append(f"{one['median']:.3g} ({one['low']:.3g} to {one['high']:.3g})" if one else "")
+            wide = one is not None and results.is_ratio((line, variant, n)) and results.is_wide(one)
+            cells.append(f"{'~ ' * wide}{results.told(one)}" if one else "")
         kind = summary.LINES[line]
         body.append([kind.text, variant, kind.unit.strip(), kind.goal(), *cells])
     return table(["what", "case", "unit", "wanted", *(f"{n} thread{'s' * (n > 1)}" for n in threads)], body)
