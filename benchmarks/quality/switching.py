@@ -44,8 +44,16 @@ def measure(side: int = SIDE, layers: int = LAYERS, rounds: int = ROUNDS) -> lis
 
             jobs[granule] = swap
         r = max(1, round(density * side / 2))
-        b, a = (torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((side, r), (r, side)))
-        jobs[0] = lambda layer: weights[layer].addmm_(b, a, alpha=0.5)  # noqa: B023  (used in this turn of the loop)
+        shapes = ((side, r), (r, side))
+        b, a = (torch.randn(*shape, generator=generator).mul_(0.1).bfloat16() for shape in shapes)
+        signs = [1.0] * layers
+
+        def fuse(layer: int, b: Tensor = b, a: Tensor = a, signs: list[float] = signs) -> None:
+            # In, and out again the next time: what a server does, and the weights stay the numbers that they are.
+            weights[layer].addmm_(b, a, alpha=signs[layer])
+            signs[layer] = -signs[layer]
+
+        jobs[0] = fuse
         times: dict[int, list[float]] = {granule: [] for granule in jobs}
         for _ in range(rounds):
             for granule, job in jobs.items():
