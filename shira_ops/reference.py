@@ -716,10 +716,8 @@ foreach_sgd_tensor_ = foreach_sgd_
 # ---- select ------------------------------------------------------------------------------------------------
 
 
-def select_top(weight: Tensor, grad: Tensor | None, k: int, *, score: str, granule: int = 1) -> Tensor:
-    checks.select_top(weight, grad, k, score, granule)
-    read = [("weight", weight)] if grad is None or score == "magnitude" else [("weight", weight), ("grad", grad)]
-    checks.memory("select_top", read)
+def granule_scores(weight: Tensor, grad: Tensor | None, score: str, granule: int) -> Tensor:
+    """What `select_top` orders granules by: fp32 (fp64 for fp64 weights), -1 for NaN."""
     entries = _compute(_granules(weight, granule), weight)
     if score != "magnitude" and grad is not None:
         gradient = _compute(_granules(grad, granule), weight)
@@ -728,7 +726,14 @@ def select_top(weight: Tensor, grad: Tensor | None, k: int, *, score: str, granu
     total = entries[:, 0]
     for column in range(1, granule):  # in entry order: a sum in any other order has other bits
         total = total + entries[:, column]
-    total = total.where(~total.isnan(), -1)  # scores are never negative, so NaN comes last
+    return total.where(~total.isnan(), -1)  # scores are never negative, so NaN comes last
+
+
+def select_top(weight: Tensor, grad: Tensor | None, k: int, *, score: str, granule: int = 1) -> Tensor:
+    checks.select_top(weight, grad, k, score, granule)
+    read = [("weight", weight)] if grad is None or score == "magnitude" else [("weight", weight), ("grad", grad)]
+    checks.memory("select_top", read)
+    total = granule_scores(weight, grad, score, granule)
     dtype = checks.index_dtype(total.numel())
     if k == 0:
         return torch.empty(0, dtype=dtype, device=weight.device)

@@ -1,6 +1,7 @@
 """Masks: the paper's definitions, written again and slowly, and what is refused."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -57,6 +58,57 @@ def test_weight_magnitude_is_the_top(granule):
     score = weight.abs().view(-1, granule).double().sum(1).numpy()
     k = len(chosen)
     assert set(chosen.tolist()) == set(np.argsort(-score, kind="stable")[:k].tolist())
+
+
+def row_by_row(score, k, taken):
+    """The granules that ``balanced`` takes, by its definition: round after round the best that each row has left."""
+    rows, width = score.shape
+    left = [
+        sorted((-score[r, c], c) for c in range(width) if r * width + c not in taken) for r in range(rows)
+    ]  # fmt: skip
+    chosen = []
+    while len(chosen) < k:
+        heads = sorted((row[0][0], r) for r, row in enumerate(left) if row)
+        chosen += [r * width + left[r].pop(0)[1] for _, r in heads[: k - len(chosen)]]
+    return sorted(chosen)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("granule", [1, 4])
+@pytest.mark.parametrize("shape", [*SHAPES, (6, 3, 8), (48,)])
+def test_balanced_takes_as_many_of_every_row(shape, granule, ties):
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(shape, generator=generator)
+    weight = weight.mul(2).round() if ties else weight
+    weight.view(-1)[5] = math.nan
+    rows = shape[0] if len(shape) > 1 else 1
+    score = weight.abs().view(-1, granule).sum(1).nan_to_num(-1).view(rows, -1).numpy()
+    some = torch.randperm(score.size, generator=generator)[: score.size // 3].sort().values
+    # A row of which nothing is left, and one that has a single granule.
+    most = torch.cat([some, torch.arange(score.shape[1] * 2 - 1)]).unique() if rows > 3 else some
+    for density in (0.001, 0.05, 0.3, 0.5):
+        for taken in (some[:0], some, most):
+            skip = [adapter_of(taken, weight, granule)] if len(taken) else []
+            mask = masks.WeightMagnitude(density=density, granule=granule, balanced=True, skip=skip)
+            k = max(1, round(density * score.size))
+            if k <= score.size - len(taken):
+                assert granules(mask, weight).tolist() == row_by_row(score, k, set(taken.tolist()))
+
+
+@pytest.mark.parametrize("kind", [masks.Grad, masks.Snip])
+def test_balanced_masks_by_gradients(kind):
+    torch.manual_seed(3)
+    model, batches = torch.nn.Sequential(torch.nn.Linear(16, 8)), [torch.randn(4, 16) for _ in range(3)]
+
+    def loss(model, batch):
+        return model(batch).square().sum() * torch.arange(1.0, 4)[len(batch) % 3]
+
+    gradient = sum(torch.autograd.grad(loss(model, batch), model[0].weight)[0] for batch in batches)
+    score = (gradient if kind is masks.Grad else gradient * model[0].weight).abs().view(8, 4, 4).sum(2)
+    with shira.SparseTuner(model, kind(density=0.5, granule=4, balanced=True), calibration=batches, loss=loss) as tuner:
+        chosen = tuner.adapter().weights["0.weight"].indices
+    assert chosen.tolist() == row_by_row(score.detach().numpy(), 16, set())
+    assert torch.bincount(chosen // 4).tolist() == [2] * 8
 
 
 @pytest.mark.parametrize("lines", ["rows", "columns"])
@@ -249,6 +301,7 @@ def test_skip_of_another_shape_is_refused():
         masks.Struct(density=0.1, lines="columns", offset=2),
         masks.WeightMagnitude(density={"q": 0.02, ".*": 0.01}),
         masks.Grad(density=0.3),
+        masks.WeightMagnitude(density=0.3, balanced=True),
         masks.Snip(r=2, skip=[masks.Rand(density=0.1, skip=masks.Struct(density=0.2)), masks.Grad(r=1)]),
     ],
     ids=lambda mask: type(mask).__name__,
@@ -282,6 +335,7 @@ def test_a_skipped_adapter_is_told_by_a_digest():
         (lambda: masks.Rand(density=0.1, r=2), "one of the two"),
         (lambda: masks.Rand(r=0), "r must be a whole number"),
         (lambda: masks.WeightMagnitude(density=0.1, granule=0), "granule must be a whole number"),
+        (lambda: masks.Grad(density=0.1, balanced=1), "Grad: balanced must be True or False, got 1"),
         (lambda: masks.Struct(density=0.1, lines="diagonals"), "rows"),
         (lambda: masks.Struct(density=0.1, offset=-1), "offset must be a whole number of at least 0, got -1"),
         (lambda: masks.Rand(density={}), "density must name a pattern"),

@@ -20,7 +20,7 @@ import shira
 import shira_ops
 from benchmarks.quality.task import Task
 from shira import Adapter, Entry, masks
-from shira.mask import Mask, index_dtype, rows_and_columns
+from shira.mask import Mask
 
 LINE_ENTRIES = 32  # bfloat16 entries of a 64-byte cache line
 CALIBRATION_SEED = 1_000_003  # batches that masks look at, other than those of any training seed's first steps
@@ -59,59 +59,23 @@ class Method:
 # ---- SHiRA ---------------------------------------------------------------------------------------------------
 
 
-class _Balanced(Mask):
-    """The same number of granules in every row, as far as it divides: first every row's best, then its second, ..."""
+class BalancedRand(masks.Rand):
+    """As many granules of every row."""
 
-    def _top(self, name: str, weight: Tensor, gradient: Tensor | None, score: str) -> Tensor:
-        w = weight.detach().float().abs()
-        scores = w if score == "magnitude" else gradient.float().abs()  # type: ignore[union-attr]
-        return self._by_rows(name, weight, w * scores if score == "snip" else scores)
-
-    def _by_rows(self, name: str, weight: Tensor, scores: Tensor) -> Tensor:
-        rows, columns = rows_and_columns(weight)
-        k, by_row = self.count(name, weight), scores.view(rows, columns // self.granule, self.granule).sum(2)
-        if (taken := self.taken(name, weight)) is not None:
-            by_row.view(-1)[taken] = -math.inf
-        # What a row's granule is placed at within its row; of equal places the better come first.
-        place = torch.argsort(torch.argsort(by_row, dim=1, descending=True, stable=True), dim=1, stable=True).view(-1)
-        best = torch.argsort(by_row.view(-1), descending=True, stable=True)
-        chosen = best[torch.argsort(place[best], stable=True)][:k]
-        return chosen.sort().values.to(index_dtype(by_row.numel()))
-
-
-class BalancedWeightMagnitude(_Balanced, masks.WeightMagnitude):
-    pass
-
-
-class BalancedGrad(_Balanced, masks.Grad):
-    pass
-
-
-class BalancedSnip(_Balanced, masks.Snip):
-    pass
-
-
-class BalancedRand(_Balanced, masks.Rand):
     def seed_for(self, name: str) -> int | None:
         return None
 
     def select(self, name: str, weight: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(self._seed(name) >> 1)
-        return self._by_rows(name, weight, torch.rand(weight.shape, generator=generator))
+        drawn = torch.rand(weight.shape, generator=generator)
+        best = masks.WeightMagnitude(self.density, r=self.r, granule=self.granule, balanced=True, skip=self.skip)
+        return best.select(name, drawn)
 
 
 MASKS = ("rand", "struct", "wm", "grad", "snip")
-_CLASSES: dict[tuple[str, bool], type[Mask]] = {
-    ("rand", False): masks.Rand,
-    ("struct", False): masks.Struct,
-    ("wm", False): masks.WeightMagnitude,
-    ("grad", False): masks.Grad,
-    ("snip", False): masks.Snip,
-    ("rand", True): BalancedRand,
-    ("wm", True): BalancedWeightMagnitude,
-    ("grad", True): BalancedGrad,
-    ("snip", True): BalancedSnip,
-}
+_CLASSES: dict[str, type[Mask]] = {
+    "rand": masks.Rand, "struct": masks.Struct, "wm": masks.WeightMagnitude, "grad": masks.Grad, "snip": masks.Snip,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -142,9 +106,14 @@ class Shira(Method):
             options["seed"] = seed
         if self.mask == "struct":
             options["lines"] = self.lines
+        kind = _CLASSES[self.mask]
+        if self.balanced and self.mask == "rand":
+            kind = BalancedRand
+        elif self.balanced:
+            options["balanced"] = True
         if self.part:
             options["skip"] = [replace(self, part=part).make(seed) for part in range(self.part)]
-        return _CLASSES[self.mask, self.balanced](density or self.density, r=self.r, **options)
+        return kind(density or self.density, r=self.r, **options)
 
     def densities(self, model: nn.Module, task: Task) -> dict[str, float] | None:
         """Each weight's own density: falling to a seventh from the first weight to the last, or rising as much, or by

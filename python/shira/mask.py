@@ -9,10 +9,11 @@ entries of an ``m x n`` weight). A weight of ``numel`` entries gives
 or ``k = max(1, round(r * (m + n) / granule))``, and never more granules than it has. A weight of more than two
 dimensions counts as ``m = shape[0]`` rows of ``n = numel / m`` entries.
 
-Every mask takes
+Masks take
 
 - ``density`` as a number, or as densities by name, ``{"q_proj": 0.02, ".*": 0.01}``: regular expressions searched in
   the weight's name, of which the first that is found counts; a weight that none is found in is refused;
+- ``balanced`` (those that score entries): of every row as many, instead of the best of the whole weight;
 - ``skip``: an adapter or a mask, or several, whose entries are left out, so that the new mask does not overlap them
   (the paper's non-overlap variants: the next 1 % beside the first). A granule that holds any such entry is left out as
   a whole, and the mask takes its ``k`` of the others.
@@ -20,7 +21,9 @@ Every mask takes
 
 from __future__ import annotations
 
+import bisect
 import json
+import math
 import numbers
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,6 +34,7 @@ from torch import Tensor, nn
 
 import shira_ops
 from shira import calibration as _calibration
+from shira_ops.reference import granule_scores
 
 if TYPE_CHECKING:
     from shira.adapter import Adapter, Entry
@@ -284,22 +288,6 @@ class Mask:
                 f"lower the density, or skip less"
             )
 
-    def _top(self, name: str, weight: Tensor, gradient: Tensor | None, score: str) -> Tensor:
-        """The top ``k`` granules of those that are not taken."""
-        k, taken, granule = self.count(name, weight), self.taken(name, weight), self.granule
-        if taken is None:
-            return shira_ops.select_top(weight, gradient, k, score=score, granule=granule)
-        granules = weight.numel() // granule
-        self._enough(name, k, granules - taken.numel())
-        # As many more as are taken: at least k of these are free, and so are the k best of all that are free.
-        best = shira_ops.select_top(weight, gradient, k + taken.numel(), score=score, granule=granule)
-        free = best[~torch.isin(best, taken, assume_unique=True)]
-        if free.numel() == k:
-            return free
-        few = shira_ops.gather(weight, free, granule=granule)
-        few_gradient = None if gradient is None else shira_ops.gather(gradient, free, granule=granule)
-        return free[shira_ops.select_top(few, few_gradient, k, score=score, granule=granule)]
-
     def seed_for(self, name: str) -> int | None:
         """The seed that stands for this weight's indices (``shira_ops.select_random``), if one does."""
         return None
@@ -405,26 +393,103 @@ def default() -> Rand:
     return Rand(density=0.01, granule=16)
 
 
-class WeightMagnitude(Mask):
-    """The granules of largest magnitude (the paper's WM): top ``k`` by the sum of ``|w|``, ties to the lower index."""
-
-    def select(self, name: str, weight: Tensor) -> Tensor:
-        return self._top(name, weight.detach(), None, "magnitude")
-
-
-class _Calibrated(Mask):
-    """A mask by gradients over calibration batches, which `prepare` runs."""
+class _Scored(Mask):
+    """A mask of the granules that score most: of the whole weight, or ``balanced``, of every row as many."""
 
     score: str
 
     def __init__(
-        self, density: Density | None = None, *, r: int | None = None, granule: int = 1, skip: Skip = ()
+        self,
+        density: Density | None = None,
+        *,
+        r: int | None = None,
+        granule: int = 1,
+        balanced: bool = False,
+        skip: Skip = (),
     ) -> None:
         super().__init__(density, r=r, granule=granule, skip=skip)
-        self._selected: dict[str, Tensor] = {}
+        if type(balanced) is not bool:
+            raise ValueError(f"{type(self).__name__}: balanced must be True or False, got {balanced!r}")
+        self.balanced = balanced
 
-    def _choose(self, name: str, weight: Tensor, gradient: Tensor) -> Tensor:
-        return self._top(name, weight, gradient, self.score)
+    def _choose(self, name: str, weight: Tensor, gradient: Tensor | None) -> Tensor:
+        return self._by_rows(name, weight, gradient) if self.balanced else self._top(name, weight, gradient)
+
+    def _top(self, name: str, weight: Tensor, gradient: Tensor | None) -> Tensor:
+        """The top ``k`` granules of those that are not taken."""
+        k, taken, granule, score = self.count(name, weight), self.taken(name, weight), self.granule, self.score
+        if taken is None:
+            return shira_ops.select_top(weight, gradient, k, score=score, granule=granule)
+        granules = weight.numel() // granule
+        self._enough(name, k, granules - taken.numel())
+        # As many more as are taken: at least k of these are free, and so are the k best of all that are free.
+        best = shira_ops.select_top(weight, gradient, k + taken.numel(), score=score, granule=granule)
+        free = best[~torch.isin(best, taken, assume_unique=True)]
+        if free.numel() == k:
+            return free
+        few = shira_ops.gather(weight, free, granule=granule)
+        few_gradient = None if gradient is None else shira_ops.gather(gradient, free, granule=granule)
+        return free[shira_ops.select_top(few, few_gradient, k, score=score, granule=granule)]
+
+    def _by_rows(self, name: str, weight: Tensor, gradient: Tensor | None) -> Tensor:
+        """The best granule of every row, the second best of every row, and so on up to ``k``.
+
+        The last round goes to the rows whose next granule scores most; a row that ``skip`` has left too few drops out
+        of a round. Takes a score tensor of this one weight, which `select_top` does without.
+        """
+        k, taken = self.count(name, weight), self.taken(name, weight)
+        rows = weight.shape[0] if weight.dim() > 1 else 1
+        scores = granule_scores(weight, gradient, self.score, self.granule).view(rows, -1)
+        if taken is not None:
+            self._enough(name, k, scores.numel() - taken.numel())
+            scores.view(-1)[taken] = -math.inf
+        free = (scores > -math.inf).sum(1)
+        width = scores.shape[1]
+        full = bisect.bisect_right(range(width + 1), k, key=lambda rounds: int(free.clamp(max=rounds).sum())) - 1
+        counts, best = free.clamp(max=full), scores.topk(min(full + 1, width), dim=1).values
+        if full < width:
+            following = best[:, full].sort(descending=True, stable=True).indices
+            counts[following[: k - int(counts.sum())]] += 1
+        least = best.gather(1, (counts - 1).clamp(min=0)[:, None])
+        chosen, ties = scores > least, scores == least
+        chosen[counts == 0] = False
+        wanted = counts - chosen.sum(1)
+        # Ties go to the lower index.
+        several = (ties.sum(1) > wanted).nonzero().view(-1)
+        ties[several] &= ties[several].cumsum(1) <= wanted[several, None]
+        return (chosen | ties).view(-1).nonzero().view(-1).to(index_dtype(scores.numel()))
+
+    def describe(self) -> dict[str, Any]:
+        about = super().describe()
+        return {**about, "balanced": True} if self.balanced else about
+
+
+class WeightMagnitude(_Scored):
+    """The granules of largest magnitude (the paper's WM): top ``k`` by the sum of ``|w|``, ties to the lower index.
+
+    ``balanced=True``: of every row as many.
+    """
+
+    score = "magnitude"
+
+    def select(self, name: str, weight: Tensor) -> Tensor:
+        return self._choose(name, weight.detach(), None)
+
+
+class _Calibrated(_Scored):
+    """A mask by gradients over calibration batches, which `prepare` runs."""
+
+    def __init__(
+        self,
+        density: Density | None = None,
+        *,
+        r: int | None = None,
+        granule: int = 1,
+        balanced: bool = False,
+        skip: Skip = (),
+    ) -> None:
+        super().__init__(density, r=r, granule=granule, balanced=balanced, skip=skip)
+        self._selected: dict[str, Tensor] = {}
 
     def select(self, name: str, weight: Tensor) -> Tensor:
         if name not in self._selected:
@@ -440,6 +505,9 @@ class Grad(_Calibrated):
 
     ``g`` is the gradient of the loss summed over all calibration batches, signed, in fp32 (fp64 for fp64 weights):
     ``SparseTuner(model, masks.Grad(density=0.01), calibration=batches)``; `shira.calibration` says how.
+
+    ``balanced=True`` takes as many granules of every row. Of the whole weight the largest gradients are those of the
+    few outputs that are most wrong, which far from the base leaves most of the layer untrained (docs/quality.md).
     """
 
     score = "grad"
@@ -451,6 +519,7 @@ class Snip(_Calibrated):
     The paper's SNIP, and its overall pick. Ties go to the lower index. ``g`` is the gradient of the loss summed over
     all calibration batches, signed, in fp32 (fp64 for fp64 weights):
     ``SparseTuner(model, masks.Snip(density=0.01), calibration=batches)``; `shira.calibration` says how.
+    ``balanced=True``: of every row as many, for the reason that `Grad` has.
     """
 
     score = "snip"
