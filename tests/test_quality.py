@@ -256,6 +256,9 @@ def test_the_page_is_what_the_results_say():
     assert report.PAGE.read_text(encoding="utf-8") == report.page(template, report.Results()), (
         "python -m benchmarks.quality.report writes it"
     )
+    text = report.README.read_text(encoding="utf-8")
+    assert report.readme(text, report.Results()) == text
+    assert all(text.count(mark) == 1 for mark in report.MARKS)
 
 
 def test_the_front_is_what_the_results_say():

@@ -1,4 +1,5 @@
-"""The page of the results: ``python -m benchmarks.quality.report`` writes ``docs/quality.md`` and its plots.
+"""The page of the results: ``python -m benchmarks.quality.report`` writes ``docs/quality.md``, its plots, and the table
+in the README.
 
 The prose is in ``page.md``; a line ``{{single digits-mlp}}`` there becomes that table. Numbers come from the kept
 results alone: a setting is in a table once its learning rate is tuned and all its seeds are done, and not before.
@@ -21,7 +22,7 @@ from typing import Any
 from benchmarks.quality import tasks
 from benchmarks.quality.experiments import masks, single, size
 from benchmarks.quality.lab import Lab, Setting, Stop
-from benchmarks.quality.methods import MASKS, Full, Lora, Method, Shira, from_description
+from benchmarks.quality.methods import MASKS, Dora, Full, Lora, Method, Shira, from_description
 from benchmarks.quality.store import RESULTS
 from benchmarks.quality.task import ROOT
 
@@ -341,23 +342,28 @@ def compared(results: Results, family: str, kind: str) -> str:
 
 
 def best_granules_table(results: Results, family: str) -> str:
-    """Granules at 1 %, chosen in every way that there is, against single entries: the mean over the tasks."""
-    found, names = Grid(results, family), list(tasks.tasks(family))
+    """Granules at 1 %, chosen in every way that there is, against single entries: on the tasks that all were run on."""
+    ways: dict[str, dict[str, Any]] = {"as they are": {}, "balanced": {"balanced": True}}
+    ways |= {MIXED[mixed]: {"mixed": mixed} for mixed in masks.MIXED}
+    every = list(itertools.product(("rand", "wm"), (16, 32), ways))
+
+    def scores(name: str, method: Shira) -> list[float] | None:
+        return results.scores(Setting(name, method, budget=5))
+
+    def method(mask: str, granule: int, way: str) -> Shira:
+        return Shira(mask, density=0.01, granule=granule, **ways[way])
+
+    names = [name for name in tasks.tasks(family) if all(scores(name, method(*one)) for one in every)]
     rows = []
-    for mask, granule in itertools.product(MASKS, (16, 32)):
-        plain = Shira(mask, density=0.01, granule=granule)
-        for method in (plain, replace(plain, balanced=True), *(replace(plain, mixed=mixed) for mixed in masks.MIXED)):
-            done = [results.scores(Setting(name, method, budget=5)) for name in names]
-            single = [found.records.get((name, replace(plain, granule=1))) for name in names]
-            if all(done) and all(single):
-                gains = [
-                    ours - theirs["test"]
-                    for scores, records in zip(done, single, strict=True)
-                    for ours, theirs in zip(scores or [], records or [], strict=True)
-                ]
-                score = number(family, mean(mean(scores or []) for scores in done))
-                rows.append([label(method), score, difference(family, gains)])
-    return table(["mask", "mean over all tasks", "to single entries"], rows) if rows else ""
+    for mask, granule in itertools.product(("rand", "wm"), (16, 32)):
+        cells = []
+        for way in ways:
+            single = [score for name in names for score in scores(name, Shira(mask, density=0.01)) or []]
+            ours = [score for name in names for score in scores(name, method(mask, granule, way)) or []]
+            gains = [a - b for a, b in zip(ours, single, strict=True)]
+            cells.append(difference(family, gains) if gains else "")
+        rows.append([f"{NAMES[mask]}, granule {granule}", *cells])
+    return f"Over {', '.join(map(what, names))}.\n\n" + table(["mask", *ways], rows) if names else ""
 
 
 WEIGHTS = {
@@ -728,6 +734,29 @@ TABLES: dict[str, Callable[..., str]] = {
 }
 
 
+SHORT = {
+    "minilm": "MiniLM, three tasks of text", "digits-vit": "digits, a small transformer, five shifts",
+    "digits-mlp": "digits, an MLP, five shifts",
+}  # fmt: skip
+README = ROOT / "README.md"
+MARKS = "<!-- quality: benchmarks/quality/report.py writes from here -->\n", "<!-- quality: to here -->"
+
+
+def readme(text: str, results: Results) -> str:
+    """The README with experiment 1 in short: means over the tasks, of the families where all of it is done."""
+    rows = []
+    for family, said in SHORT.items():
+        r, names = single.rank(family), list(tasks.tasks(family))
+        methods = (Shira("rand", r=r), Lora(r), Dora(r), Full())
+        cells = [[results.scores(Setting(name, method)) for name in names] for method in methods]
+        if all(all(cell) for cell in cells):
+            rows.append([said, *(f"{number(family, mean(mean(one or ()) for one in cell))} %" for cell in cells)])
+    heading = ["test accuracy, mean over the tasks", "SHiRA (`Rand`)", "LoRA", "DoRA", "full fine-tuning"]
+    before, _, rest = text.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    return before + MARKS[0] + table(heading, rows) + "\n" + MARKS[1] + after
+
+
 def page(template: str, results: Results) -> str:
     """The template with its tables filled in; one of which nothing is known yet says so."""
 
@@ -755,6 +784,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plots.draw(results, given.out.parent / "quality")  # the page shows those there are
     given.out.write_text(page((HERE / "page.md").read_text(encoding="utf-8"), results), encoding="utf-8")
     if given.out == PAGE:
+        README.write_text(readme(README.read_text(encoding="utf-8"), results), encoding="utf-8")
         front.write(results)
 
 
