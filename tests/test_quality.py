@@ -82,7 +82,7 @@ def test_every_experiment_runs_and_the_report_tells_it(tiny, tmp_path):
         if name == "plot":
             continue
         arguments = {"compared": ["granules"], "front": ["switch"], "switching": []}.get(name, [])
-        families = [] if name == "switching" else [FAMILY]
+        families = [] if name in ("switching", "coarse") else [FAMILY]
         text = report.page(f"{{{{{' '.join([name, *families, *arguments])}}}}}", results)
         assert text.startswith(("|", "Mean over", "Over")), (name, text)
         assert "nan" not in text

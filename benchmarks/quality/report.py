@@ -345,7 +345,7 @@ def best_granules_table(results: Results, family: str) -> str:
     """Granules at 1 %, chosen in every way that there is, against single entries: on the tasks that all were run on."""
     ways: dict[str, dict[str, Any]] = {"as they are": {}, "balanced": {"balanced": True}}
     ways |= {MIXED[mixed]: {"mixed": mixed} for mixed in masks.MIXED}
-    every = list(itertools.product(("rand", "wm"), (16, 32), ways))
+    every = list(itertools.product(("rand", "wm"), masks.coarse(), ways))
 
     def scores(name: str, method: Shira) -> list[float] | None:
         return results.scores(Setting(name, method, budget=5))
@@ -355,7 +355,7 @@ def best_granules_table(results: Results, family: str) -> str:
 
     names = [name for name in tasks.tasks(family) if all(scores(name, method(*one)) for one in every)]
     rows = []
-    for mask, granule in itertools.product(("rand", "wm"), (16, 32)):
+    for mask, granule in itertools.product(("rand", "wm"), masks.coarse()):
         cells = []
         for way in ways:
             single = [score for name in names for score in scores(name, Shira(mask, density=0.01)) or []]

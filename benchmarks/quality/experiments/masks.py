@@ -15,6 +15,7 @@ from benchmarks.quality.tasks import tasks
 
 DENSITIES = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
 GRANULES = (1, 4, 8, 16, 32)
+COARSE = 16  # granules of as many entries and more are chosen in every way that there is
 MIXED = ("first", "last", "magnitude")
 
 
@@ -29,6 +30,10 @@ def rank(far: int, method: Shira) -> float:
     return step + (far // 2 if core or cheap else far) * 0.7
 
 
+def coarse() -> list[int]:
+    return [granule for granule in GRANULES if granule >= COARSE]
+
+
 def jobs(family: str, seeds: int) -> list[Job]:
     found = []
     for far, name in enumerate(reversed(list(tasks(family)))):
@@ -36,7 +41,7 @@ def jobs(family: str, seeds: int) -> list[Job]:
             if (mask, balanced) != ("struct", True):  # which is what it is
                 method = Shira(mask, density=density, granule=granule, balanced=balanced)
                 found.append(study(rank(far, method), Setting(name, method, budget=5), seeds))
-        for mask, mixed, granule in itertools.product(("rand", "wm"), MIXED, (16, 32)):
+        for mask, mixed, granule in itertools.product(("rand", "wm"), MIXED, coarse()):
             method = Shira(mask, density=0.01, granule=granule, mixed=mixed)
             found.append(study(1.6 + far * 0.01, Setting(name, method, budget=5), seeds))
     return found
