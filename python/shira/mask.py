@@ -411,6 +411,7 @@ class _Scored(Mask):
         if type(balanced) is not bool:
             raise ValueError(f"{type(self).__name__}: balanced must be True or False, got {balanced!r}")
         self.balanced = balanced
+        self._selected: dict[str, Tensor] = {}  # of a calibrated mask, what `prepare` chose
 
     def _choose(self, name: str, weight: Tensor, gradient: Tensor | None) -> Tensor:
         return self._by_rows(name, weight, gradient) if self.balanced else self._top(name, weight, gradient)
@@ -478,18 +479,6 @@ class WeightMagnitude(_Scored):
 
 class _Calibrated(_Scored):
     """A mask by gradients over calibration batches, which `prepare` runs."""
-
-    def __init__(
-        self,
-        density: Density | None = None,
-        *,
-        r: int | None = None,
-        granule: int = 1,
-        balanced: bool = False,
-        skip: Skip = (),
-    ) -> None:
-        super().__init__(density, r=r, granule=granule, balanced=balanced, skip=skip)
-        self._selected: dict[str, Tensor] = {}
 
     def select(self, name: str, weight: Tensor) -> Tensor:
         if name not in self._selected:

@@ -25,7 +25,6 @@ LARGE = ("minilm",)
 
 ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5)
 FEW_ALPHAS = (0.3, 0.5, 0.7, 1.0)
-MERGES = ("sum", "ties", "dare")
 
 
 def groups(family: str) -> list[tuple[str, ...]]:
@@ -100,9 +99,11 @@ def measure(group: Sequence[str], adapters: Sequence[Adapter]) -> dict[str, Any]
     """Scores of each task with its own adapter alone and with all of them, and what the metrics say of every pair."""
     parts = [split(task, adapter) for task, adapter in zip(group, adapters, strict=True)]
     bodies = [body for body, _ in parts]
-    model, large = tasks.task(group[0]).base(), tasks.task(group[0]).family in LARGE
+    first = tasks.task(group[0])
+    large = first.family in LARGE
     alphas, merged = FEW_ALPHAS if large else ALPHAS, {}
     if not large:
+        model = first.base()
         merged = {
             "ties": merging.ties(bodies, model, density=0.5),
             "dare": merging.dare(bodies, model, drop=0.5),

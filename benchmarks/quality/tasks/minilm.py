@@ -17,7 +17,7 @@ import ast
 import functools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,60 +55,59 @@ def sentences(source: str, fewest: int, most: int) -> Iterator[list[str]]:
                 yield said
 
 
-@functools.cache
-def spelling() -> dict[str, list[Row]]:
+def by_module(rows: Callable[[str], Iterator[Row]]) -> Callable[[], dict[str, list[Row]]]:
+    """Of what tells the rows of a source, what tells those of every module, found once."""
+
+    @functools.cache
+    @functools.wraps(rows)
+    def every() -> dict[str, list[Row]]:
+        return {path: list(rows(source)) for path, source in corpus.library().items()}
+
+    return every
+
+
+@by_module
+def spelling(source: str) -> Iterator[Row]:
     """Sentences of 4 to 8 words; in half of them two neighbours within a word of at least 5 letters are swapped."""
-    modules: dict[str, list[Row]] = {}
-    for path, source in corpus.library().items():
-        rows = modules.setdefault(path, [])
-        for said in sentences(source, 4, 8):
-            spots = [
-                (word, at)
-                for word, letters in enumerate(said)
-                if len(letters) >= 5 and letters.isalpha()
-                for at in range(1, len(letters) - 2)
-                if letters[at] != letters[at + 1]
-            ]
-            number = int(corpus.digest(" ".join(said)), 16)
-            if spots and number % 2:
-                rows.append((" ".join(said), "right"))
-            elif spots:
-                word, at = spots[number // 2 % len(spots)]
-                letters = said[word]
-                said[word] = letters[:at] + letters[at + 1] + letters[at] + letters[at + 2 :]
-                rows.append((" ".join(said), "wrong"))
-    return modules
+    for said in sentences(source, 4, 8):
+        spots = [
+            (word, at)
+            for word, letters in enumerate(said)
+            if len(letters) >= 5 and letters.isalpha()
+            for at in range(1, len(letters) - 2)
+            if letters[at] != letters[at + 1]
+        ]
+        number = int(corpus.digest(" ".join(said)), 16)
+        if spots and number % 2:
+            yield " ".join(said), "right"
+        elif spots:
+            word, at = spots[number // 2 % len(spots)]
+            letters = said[word]
+            said[word] = letters[:at] + letters[at + 1] + letters[at] + letters[at + 2 :]
+            yield " ".join(said), "wrong"
 
 
-@functools.cache
-def order() -> dict[str, list[Row]]:
+@by_module
+def order(source: str) -> Iterator[Row]:
     """Sentences of 6 to 11 words; half of them mixed."""
-    modules: dict[str, list[Row]] = {}
-    for path, source in corpus.library().items():
-        rows = modules.setdefault(path, [])
-        for said in sentences(source, 6, 11):
-            straight = " ".join(said)
-            if int(corpus.digest(straight), 16) % 2:
-                rows.append((straight, "straight"))
-            else:
-                rows.append((" ".join(sorted(said, key=lambda w: corpus.digest(straight + w))), "mixed"))
-    return modules
+    for said in sentences(source, 6, 11):
+        straight = " ".join(said)
+        if int(corpus.digest(straight), 16) % 2:
+            yield straight, "straight"
+        else:
+            yield " ".join(sorted(said, key=lambda word, key=straight: corpus.digest(key + word))), "mixed"
 
 
-@functools.cache
-def keywords() -> dict[str, list[Row]]:
+@by_module
+def keywords(source: str) -> Iterator[Row]:
     """First lines of statements, of up to 60 letters."""
-    modules: dict[str, list[Row]] = {}
-    for path, source in corpus.library().items():
-        rows = modules.setdefault(path, [])
-        for node in ast.walk(ast.parse(source)):
-            if keyword := KEYWORDS.get(type(node)):
-                if isinstance(node, (ast.If, ast.For)):
-                    node.body = node.orelse = []  # what walk() is to see of it, it has queued
-                line = ast.unparse(node).partition("\n")[0].removeprefix(keyword).removesuffix(":").strip()
-                if 3 < len(line) <= 60:
-                    rows.append((line, keyword))
-    return modules
+    for node in ast.walk(ast.parse(source)):
+        if keyword := KEYWORDS.get(type(node)):
+            if isinstance(node, (ast.If, ast.For)):
+                node.body = node.orelse = []  # what walk() is to see of it, it has queued
+            line = ast.unparse(node).partition("\n")[0].removeprefix(keyword).removesuffix(":").strip()
+            if 3 < len(line) <= 60:
+                yield line, keyword
 
 
 DOCUMENTS = {"keywords": keywords, "spelling": spelling, "order": order}  # from near to far, by what the base scores
