@@ -2,7 +2,7 @@
 # make demo    set-up and the main job: adapters on real digits, trained, saved, switched, reverted, fused
 # make test    set-up and the tests
 # make soak    set-up and a million random operations on the switcher, every state compared bit for bit (minutes)
-# make bench   set-up and the speed benchmarks: a selection (10 minutes); make bench-full takes all cases (35)
+# make bench   set-up and the speed benchmarks: a selection (10 minutes); make bench-full takes all cases (30)
 # make bench-twice     two runs of the selection, and which of their ratios agree within 10 %
 # make bench-compare   says which ratios of the last `make bench` are 20 % worse than the committed ones
 # make bench-record    makes the last run the committed one, and the README's figures, docs/speed.md and the plot of it

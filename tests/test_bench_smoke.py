@@ -28,7 +28,7 @@ def test_every_line_is_measured(tmp_path: Path) -> None:
         "--quick",
         "--full",
         "-k",
-        "1thread",
+        "1thread or peers",  # peers share layers with the case of one thread before
         f"--benchmark-json={results}",
     ]
     # Under xdist pytest-benchmark turns itself off, and a worker's environment says xdist to its children too.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +20,15 @@ from shira import Adapter
 RATES = tuple(float(f"{digit}e{power}") for power in range(-5, 1) for digit in (1, 3))
 """Learning rates that are tried: 1e-5, 3e-5, ... 3."""
 
+FAILED = -1e9  # the score of a run that diverged: worse than every other, and it can be averaged
+
 SLOWER = {"minilm": 1, "gpt-s": 1, "gpt-m": 1, "gpt-l": 1}
 """How many rates below a method's own start the search begins for a family, the same for all methods."""
+
+
+UNSTEADY = 0.03
+"""A standard deviation of the validation score over seeds (points / 100, or nats) above which a rate may have had luck
+at the first of them."""
 
 
 class Stop(Exception):
@@ -108,24 +116,43 @@ class Lab:
         return adapter
 
     def tuned(self, setting: Setting) -> float:
+        """The learning rate of a setting: what the search found, or the next lower one where that is steadier.
+
+        The search looks at the first seed. Where the seeds disagree about the rate that it found, the next lower one is
+        trained with all of them too, and the better mean validation score decides.
+        """
+        lr = self.searched(setting)
+        scores = self._validations(setting, lr)
+        if len(scores) > 1 and not (statistics.pstdev(scores) <= UNSTEADY) and lr != RATES[0]:
+            lower = RATES[RATES.index(lr) - 1]
+            if statistics.fmean(self._validations(setting, lower)) > statistics.fmean(scores):
+                return lower
+        return lr
+
+    def _validations(self, setting: Setting, lr: float) -> list[float]:
+        found = [self.train(setting, lr, seed)["validation"] for seed in self.seeds]
+        return [FAILED if score is None else score for score in found]
+
+    def searched(self, setting: Setting) -> float:
         """The learning rate with the best validation score at the first seed; of equals, that of the lower last loss.
 
         From where the method starts in both directions, until a lower and a higher rate are worse than the best, or
-        the budget, the same for every method, is spent.
+        the budget, the same for every method, is spent. Rates that are all worse than the untouched base have only
+        lower ones beside them that are worth a run.
         """
         scores: dict[int, tuple[float, float]] = {}
 
         def score(at: int) -> None:
             found = self.train(setting, RATES[at], self.seeds[0])
             validation, loss = found["validation"], found["loss"]
-            scores[at] = -math.inf if validation is None else validation, -math.inf if loss is None else -loss
+            scores[at] = FAILED if validation is None else validation, FAILED if loss is None else -loss
 
         family = setting.task.partition("/")[0]
         low = high = RATES.index(setting.method.start) - SLOWER.get(family, 0)
         score(low)
         while len(scores) < setting.budget:
             best = max(sorted(scores), key=scores.__getitem__)
-            if best == low and low > 0:
+            if low > 0 and (best == low or scores[best][0] < self.base(setting.task)["validation"]):
                 low -= 1
                 score(low)
             elif best == high and high < len(RATES) - 1:
@@ -136,7 +163,7 @@ class Lab:
         return RATES[max(sorted(scores), key=scores.__getitem__)]
 
     def study(self, setting: Setting) -> list[dict[str, Any]]:
-        """Tune, then train with every seed."""
+        """Tuned, and trained with every seed."""
         lr = self.tuned(setting)
         return [self.train(setting, lr, seed) for seed in self.seeds]
 

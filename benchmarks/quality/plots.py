@@ -152,14 +152,15 @@ def strengths(results: Results, family: str, pyplot: Any) -> Any:
     for axes in grid.flat[len(groups) :]:
         axes.axis("off")
     for axes, group in zip(grid.flat, groups, strict=False):
-        for place, variant in enumerate(fused.variants()):
+        plain = [variant for variant in fused.variants() if slowness(variant) == 0]
+        for variant in fused.variants():
             if (group, variant) in fused.runs:
                 alphas = list(fused.runs[group, variant][0]["together"]["sum"])
                 y = [100 * mean(fused.kept((group, variant), "sum", alpha)) for alpha in alphas]
                 lora = variant.startswith("lora")
-                style = {"color": "black" if lora else f"C{place % 10}", "lw": 1.8 if lora else 1}
-                if variant in fusion.GENTLE:
-                    style |= {"ls": "--", "lw": 1.4}
+                place = next((n for n, name in enumerate(plain) if variant.startswith(name)), len(plain))
+                style: dict[str, Any] = {"color": "black" if lora else f"C{place % 10}", "lw": 1.8 if lora else 1}
+                style["ls"] = ("-", "--", ":")[slowness(variant)]
                 axes.plot([float(alpha) for alpha in alphas], y, label=fusion_name(variant), **style)
         axes.set_title(" + ".join(map(what, group)), fontsize=8)
     grid[-1][0].set_xlabel("strength of each")
@@ -168,6 +169,11 @@ def strengths(results: Results, family: str, pyplot: Any) -> Any:
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, ncols=3, loc="outside lower center", frameon=False)
     return figure
+
+
+def slowness(variant: str) -> int:
+    """How far below its best learning rate a variant was trained (`fusion.Variant`)."""
+    return max((slower for text, slower in fusion.SLOWER.items() if variant.endswith(text)), default=0)
 
 
 def predictors(results: Results, family: str, pyplot: Any) -> Any:

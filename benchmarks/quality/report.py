@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import tasks
-from benchmarks.quality.experiments import masks, single, size
+from benchmarks.quality.experiments import fusion, masks, single, size
 from benchmarks.quality.lab import Lab, Setting, Stop
 from benchmarks.quality.methods import MASKS, Dora, Full, Lora, Method, Shira, from_description
 from benchmarks.quality.store import RESULTS
@@ -73,11 +73,19 @@ class Results:
     def has(self, family: str) -> bool:
         return (self.folder / f"{family}.jsonl").exists()
 
-    def fusions(self, family: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        return [(run, result) for run, result in self.lab.store(family) if run["do"] == "fusion"]
+    def fused(self, group: Sequence[str], variant: fusion.Variant) -> list[dict[str, Any]] | None:
+        """A result for each seed."""
+        try:
+            return [fusion.fused(self.lab, group, variant, seed) for seed in self.lab.seeds]
+        except Stop:
+            return None
 
-    def transfers(self, family: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        return [(run, result) for run, result in self.lab.store(family) if run["do"] == "transfer"]
+    def transferred(self, setting: Setting, names: list[str]) -> list[dict[str, float]] | None:
+        """Test scores on the tasks of the family, for each seed."""
+        try:
+            return [size.transfer(self.lab, setting, names, seed)["test"] for seed in self.lab.seeds]
+        except Stop:
+            return None
 
     @functools.cached_property
     def switching(self) -> dict[tuple[float, int], float]:
@@ -475,9 +483,10 @@ class Fused:
     def __init__(self, results: Results, family: str) -> None:
         self.family, self.results = family, results
         self.runs: dict[tuple[tuple[str, ...], str], list[dict[str, Any]]] = {}
-        for run, result in results.fusions(family):
-            self.runs.setdefault(((run["task"], *run["with"]), result["variant"]), []).append(result)
-        self.runs = {key: found for key, found in self.runs.items() if len(found) >= results.seeds}
+        for group in fusion.groups(family):
+            for variant in fusion.variants(family, len(group)):
+                if found := results.fused(group, variant):
+                    self.runs[group, variant.name] = found
 
     def alpha(self, key: tuple[tuple[str, ...], str], merge: str = "sum") -> str:
         """The strength with the best validation, over all seeds and tasks."""
@@ -664,31 +673,37 @@ def data_table(results: Results, family: str) -> str:
 
 def transfer_table(results: Results, family: str) -> str:
     """An adapter's score on every task of its family: the mean over seeds; rows are what it was trained for."""
-    found: dict[tuple[str, str], list[dict[str, float]]] = {}
-    for run, result in results.transfers(family):
-        found.setdefault((label(from_description(run["method"])), run["task"]), []).append(result["test"])
     names = list(tasks.tasks(family))
-    rows = []
     bases = [results.base(name) for name in names]
-    rows.append(["base", "", *("" if score is None else number(family, score) for score in bases)])
-    for (method, task), scores in found.items():
-        if len(scores) >= results.seeds:
-            cells = [spread(family, [one[name] for one in scores]) if name in scores[0] else "" for name in names]
-            rows.append([method, what(task), *cells])
+    rows = [["base", "", *("" if score is None else number(family, score) for score in bases)]]
+    for method, name in itertools.product(size.transferring(family), names):
+        if scores := results.transferred(Setting(name, method), names):
+            cells = [spread(family, [one[other] for one in scores]) if other in scores[0] else "" for other in names]
+            rows.append([label(method), what(name), *cells])
     return table(["method", "trained for", *map(what, names)], rows) if len(rows) > 1 else ""
 
 
 def growth_table(results: Results, *families: str) -> str:
-    """The same density in models of several sizes."""
+    """The same density, and the same rank, in models of several sizes."""
     rows = []
     for family in filter(results.has, families):
         names = list(tasks.tasks(family))
         for name in dict.fromkeys((names[len(names) // 2], names[-1])):
-            cells = [results.scores(Setting(name, method)) for method in size.growing(family)]
-            if any(cells):
-                rows.append([family, what(name), *(spread(family, one) if one else "" for one in cells)])
-    heading = ["model", "task", "Rand 1 %", "Rand 1 %, granule 16", "WM 1 %", "LoRA", "full"]
-    return table(heading, rows) if rows else ""
+            found = [results.scores(Setting(name, method)) for method in size.growing(family)]
+            if any(found):
+                r = single.rank(family)
+                lora = results.study(Setting(name, Lora(r)))
+                trained = f"r = {r}, {percent(round(share_of(lora), 3))}" if lora else ""
+                cells = [spread(family, scores) if scores else "" for scores in found]
+                rows.append([family, what(name), *cells[:3], trained, *cells[3:]])
+    several = ["Rand 1 %", "Rand 1 %, granule 16", "WM 1 %", "at equal parameters", "Rand", "LoRA", "full"]
+    return table(["model", "task", *several], rows) if rows else ""
+
+
+def share_of(runs: list[dict[str, Any]]) -> float:
+    """What a LoRA trains, in shares of the weights that it adapts."""
+    share: float = runs[0]["trainable"] / runs[0]["targets"]
+    return share
 
 
 def switching_table(results: Results) -> str:

@@ -88,10 +88,11 @@ def prove(layer: Layer, differences: dict[str, torch.Tensor]) -> None:
 @pytest.mark.filterwarnings("ignore:Sparse")
 @DTYPES
 def bench_ways(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
+    # Other values for each number of threads: the layers' own, and those of the case before, may be in the weights.
+    generator = torch.Generator().manual_seed(threads)
     some = [
         Layer(**{**vars(one), "values": torch.empty_like(one.values).normal_(0, 0.02, generator=generator)})
-        for one in common.layers(dtype)[:LAYERS]  # whose own values may be in the weights already
+        for one in common.layers(dtype)[:LAYERS]
     ]
     coo = [sparse(one) for one in some]
     csr = [one.to_sparse_csr() for one in coo]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,56 +38,66 @@ def groups(family: str) -> list[tuple[str, ...]]:
     return pairs
 
 
-GENTLE = ("rand, one mask, a tenth of the rate", "wm, one mask, a tenth of the rate", "lora, a tenth of the rate")
+SLOWER = {"a third of the rate": 1, "a tenth of the rate": 2}
+"""Adapters that move less far from the base, and how many of the rates that are tried below the best one."""
 
 
-def variants(family: str, count: int) -> dict[str, list[Method]]:
-    """Methods for ``count`` adapters that are to be fused, by name; those of `GENTLE` move less far from the base."""
+@dataclass(frozen=True)
+class Variant:
+    """Adapters that are to be fused: a method for each, and how far below its best learning rate it is trained."""
+
+    name: str
+    methods: tuple[Method, ...]
+    slower: int = 0
+
+
+def variants(family: str, count: int) -> list[Variant]:
+    """Every way to train ``count`` adapters that is compared."""
     r = rank(family)
-    found: dict[str, list[Method]] = {"lora": [Lora(r)] * count}
-    for name, method in zip(GENTLE, (Shira("rand", r=r), Shira("wm", r=r), Lora(r)), strict=True):
-        found[name] = [method] * count
+    several = {"lora": Lora(r), "rand, one mask": Shira("rand", r=r)}
+    if family not in LARGE:
+        several["wm, one mask"] = Shira("wm", r=r)
+    found = [Variant(name, (method,) * count) for name, method in several.items()]
+    for text, slower in SLOWER.items():
+        found += [Variant(f"{name}, {text}", (method,) * count, slower) for name, method in several.items()]
+
+    def disjoint(name: str, **options: Any) -> Variant:
+        return Variant(f"{name}, disjoint", tuple(Shira(r=r, part=part, **options) for part in range(count)))
+
     if family in LARGE:
-        del found[GENTLE[1]]
-        found["rand, one mask"] = [Shira("rand", r=r)] * count
-        found["rand, disjoint"] = [Shira("rand", r=r, part=part) for part in range(count)]
-        return found
-    for mask in ("rand", "wm", "struct", "snip", "grad"):
-        found[f"{mask}, own masks" if mask in ("snip", "grad") else f"{mask}, one mask"] = [Shira(mask, r=r)] * count
-    for mask in ("rand", "wm"):
-        found[f"{mask}, disjoint"] = [Shira(mask, r=r, part=part) for part in range(count)]
-    for granule in (16,):
-        found[f"rand {granule}, one mask"] = [Shira("rand", r=r, granule=granule)] * count
-        found[f"rand {granule}, disjoint"] = [Shira("rand", r=r, granule=granule, part=part) for part in range(count)]
-    return found
+        return [*found, disjoint("rand", mask="rand")]
+    for name, kind in (("struct, one mask", "struct"), ("snip, own masks", "snip"), ("grad, own masks", "grad")):
+        found.append(Variant(name, (Shira(kind, r=r),) * count))
+    found += [disjoint("rand", mask="rand"), disjoint("wm", mask="wm")]
+    granules = Shira("rand", r=r, granule=16)
+    return [*found, Variant("rand 16, one mask", (granules,) * count), disjoint("rand 16", mask="rand", granule=16)]
 
 
 def jobs(family: str, seeds: int) -> list[Job]:
     found = []
     for number, group in enumerate(groups(family)):
-        for name, methods in variants(family, len(group)).items():
+        for variant in variants(family, len(group)):
 
-            def do(lab: Lab, group: tuple[str, ...] = group, methods: list[Method] = methods, name: str = name) -> None:
+            def do(lab: Lab, group: tuple[str, ...] = group, variant: Variant = variant) -> None:
                 for seed in lab.seeds:
-                    fused(lab, group, methods, name, seed)
+                    fused(lab, group, variant, seed)
 
             found.append(Job(1.2 + number * 0.1, seeds, do))
     return found
 
 
-def fused(lab: Lab, group: Sequence[str], methods: Sequence[Method], name: str, seed: int) -> dict[str, Any]:
+def fused(lab: Lab, group: Sequence[str], variant: Variant, seed: int) -> dict[str, Any]:
     """Train (or load) the adapters of these tasks, and score them together."""
-    settings = [Setting(task, method) for task, method in zip(group, methods, strict=True)]
+    settings = [Setting(task, method) for task, method in zip(group, variant.methods, strict=True)]
     # The rate of the plain method: a disjoint part is the same kind of mask.
-    rates = [lab.tuned(Setting(task, _plain(method))) for task, method in zip(group, methods, strict=True)]
-    if name in GENTLE:
-        rates = [RATES[max(0, RATES.index(rate) - 2)] for rate in rates]
-    described = [method.describe() for method in methods]
+    best = [lab.tuned(replace(setting, method=_plain(setting.method))) for setting in settings]
+    rates = [RATES[max(0, RATES.index(rate) - variant.slower)] for rate in best]
+    described = [method.describe() for method in variant.methods]
     run = {"do": "fusion", "task": group[0], "with": list(group[1:]), "methods": described, "lrs": rates, "seed": seed}
 
     def do() -> dict[str, Any]:
         adapters = [lab.adapter(setting, lr, seed) for setting, lr in zip(settings, rates, strict=True)]
-        return {"variant": name, **measure(group, adapters)}
+        return measure(group, adapters)
 
     return lab.done(run, do)
 

@@ -27,7 +27,7 @@ def jobs(family: str, seeds: int) -> list[Job]:
         found.append(study(2.6, Setting(middle, Lora(rank(family)), fraction=fraction), seeds))
         found.append(study(2.6, Setting(middle, Full(), fraction=fraction), seeds))
     # Transfer: every adapter on every task of the family.
-    for method in (Shira("wm", r=rank(family)), Shira("rand", r=rank(family)), Lora(rank(family))):
+    for method in transferring(family):
 
         def do(lab: Lab, method: Any = method) -> None:
             for name in names:
@@ -41,10 +41,17 @@ def jobs(family: str, seeds: int) -> list[Job]:
     return found
 
 
+def transferring(family: str) -> list[Method]:
+    r = rank(family)
+    return [Shira("wm", r=r), Shira("rand", r=r), Lora(r)]
+
+
 def growing(family: str) -> list[Method]:
-    """Growth: the same density in every size, of entries and of granules (a small weight has few), beside all."""
+    """Growth: the same density in every size, of entries and of granules (a small weight has few); and as many entries
+    as a LoRA of the same rank has parameters, beside it."""
+    r = rank(family)
     granules = Shira("rand", density=0.01, granule=16)
-    return [Shira("rand", density=0.01), granules, Shira("wm", density=0.01), Lora(rank(family)), Full()]
+    return [Shira("rand", density=0.01), granules, Shira("wm", density=0.01), Shira("rand", r=r), Lora(r), Full()]
 
 
 def transfer(lab: Lab, setting: Setting, names: list[str], seed: int) -> dict[str, Any]:
