@@ -105,8 +105,9 @@ def test_large_models_fuse_at_few_strengths_and_the_report_tells_it(tiny, monkey
     results = report.Results(tiny.folder, seeds=2)
     fused = report.Fused(results, FAMILY)
     assert fused.groups() == [tuple(list(tasks.tasks(FAMILY))[:2])]
-    slower = [f"{name}, {text}" for text in fusion.SLOWER for name in ("lora", "rand, one mask")]
-    assert fused.variants() == ["lora", "rand, one mask", *slower, "rand, disjoint"]
+    several = ["lora", "rand, one mask", "snip, own masks"]
+    slower = [f"{name}, {text}" for text in fusion.SLOWER for name in several]
+    assert fused.variants() == [*several, *slower, "rand, disjoint"]
     assert all(list(run["together"]) == ["sum"] for runs in fused.runs.values() for run in runs)
     assert all(list(run["together"]["sum"]) == ["0.5", "1"] for runs in fused.runs.values() for run in runs)
     assert "sum, best strength" in report.merges_table(results, FAMILY)

@@ -55,7 +55,9 @@ def variants(family: str, count: int) -> list[Variant]:
     """Every way to train ``count`` adapters that is compared."""
     r = rank(family)
     several = {"lora": Lora(r), "rand, one mask": Shira("rand", r=r)}
-    if family not in LARGE:
+    if family in LARGE:
+        several["snip, own masks"] = Shira("snip", r=r)
+    else:
         several["wm, one mask"] = Shira("wm", r=r)
     found = [Variant(name, (method,) * count) for name, method in several.items()]
     for text, slower in SLOWER.items():
