@@ -193,6 +193,33 @@ def test_what_cannot_be_trained_is_named():
         tuner.adapter()
 
 
+@pytest.mark.parametrize("granule", [1, 8])
+def test_verify_tells_what_else_wrote_to_the_base(granule):
+    model = network(torch.bfloat16)
+    before = bits(model)
+    tuner = SparseTuner(model, masks.Rand(density=0.2, granule=granule), whole=r"2\.bias")
+    optimizer = AdamW(tuner, lr=0.1)
+    for _ in range(3):
+        model(torch.randn(4, 16, dtype=torch.bfloat16)).square().sum().backward()
+        optimizer.step()
+    trained = bits(model)
+    tuner.verify()
+    assert same_bits(model, trained)
+    # One bit of one entry that does not train.
+    mine = model.get_buffer("0.weight_shira_indices").tolist()
+    free = next(entry for entry in range(16 * 32) if entry // granule not in mine)
+    entry = model[0].weight.detach().view(torch.int16).view(-1)[free]
+    entry.bitwise_xor_(torch.tensor(1, dtype=torch.int16))
+    with pytest.raises(RuntimeError, match=r"1 weight\(s\) have changed where nothing trains: '?0\.weight"):
+        tuner.verify()
+    entry.bitwise_xor_(torch.tensor(1, dtype=torch.int16))
+    tuner.verify()
+    tuner.detach()
+    assert same_bits(model, before)
+    with pytest.raises(RuntimeError, match="detached"):
+        tuner.verify()
+
+
 def test_a_cast_of_the_master_is_refused():
     model = network()
     SparseTuner(model, masks.Rand(density=0.1))

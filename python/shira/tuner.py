@@ -33,7 +33,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import shira_ops
-from shira import _layers, _model, _targets
+from shira import _layers, _live, _model, _targets
 from shira._file import hex_word
 from shira._layers import Attach
 from shira._targets import INDICES_SUFFIX, VALUES_SUFFIX
@@ -460,8 +460,7 @@ class SparseTuner:
     def _plan(self, name: str, group: list[_model.Slot], indices: Tensor, granule: int, seed: int | None) -> _Plan:
         weight = group[0].weight.detach()
         saved = shira_ops.gather(weight, indices, granule=granule)
-        fingerprint = int(shira_ops.fingerprint(weight)) & _WORD
-        return _Plan(name, group, indices, granule, saved, fingerprint, seed)
+        return _Plan(name, group, indices, granule, saved, _live.fingerprint(weight), seed)
 
     def _install(self, plans: Sequence[_Plan], allow_unused: bool) -> None:
         """Everything is checked: from here on the model changes."""
@@ -599,8 +598,36 @@ class SparseTuner:
 
     # ---- taking off ------------------------------------------------------------------------------------------
 
+    def verify(self) -> None:
+        """Raise `RuntimeError`, naming the weights, where an entry that does not train has changed since the start.
+
+        Then something else has written to the model: `detach` would not give the base back, and `adapter` would not
+        hold all of the change. Puts the base's entries in for as long as it reads a weight, so no forward may run
+        meanwhile, nor wait for its backward.
+        """
+        wrong = []
+        for tuned in self._attached():
+            weight, indices, _ = tuned.target.tensors()
+            plan, other = tuned.plan, tuned.plan.saved.to(weight.device, copy=True)
+            with torch.no_grad():
+                shira_ops.swap_(weight, indices, other, granule=plan.granule)
+                try:
+                    now = _live.fingerprint(weight)
+                finally:
+                    shira_ops.swap_(weight, indices, other, granule=plan.granule)
+            if now != plan.fingerprint:
+                wrong.append(tuned.name)
+        if wrong:
+            raise RuntimeError(
+                f"SparseTuner: {len(wrong)} weight(s) have changed where nothing trains: {_model.some(wrong)}; "
+                "something else wrote to them"
+            )
+
     def detach(self) -> None:
-        """Give the base back, bit for bit, and remove everything the tuner put on the model. Twice is once."""
+        """Give the base back, bit for bit, and remove everything the tuner put on the model. Twice is once.
+
+        Only the entries that train are written: what anything else changed meanwhile stays (`verify` tells).
+        """
         groups: dict[tuple[torch.device, int], list[tuple[Tensor, Tensor, Tensor]]] = {}
         for tuned in self._tuned:
             site = tuned.target.site
