@@ -139,7 +139,7 @@ def granules(results: Results, pyplot: Any) -> Any:
 
 
 def strengths(results: Results, family: str, pyplot: Any) -> Any:
-    """Experiment 3: the share of the gain kept, by strength, one panel for each group of tasks."""
+    """Experiment 3: the mean score of the tasks by strength, one panel for each group of tasks."""
     fused = Fused(results, family)
     groups = [group for group in fused.groups() if sum(key[0] == group for key in fused.runs) > 1]
     if not groups:
@@ -156,7 +156,9 @@ def strengths(results: Results, family: str, pyplot: Any) -> Any:
         for variant in fused.variants():
             if (group, variant) in fused.runs:
                 alphas = list(fused.runs[group, variant][0]["together"]["sum"])
-                y = [100 * mean(fused.kept((group, variant), "sum", alpha)) for alpha in alphas]
+                runs = fused.runs[group, variant]
+                scores = [mean(mean(run["together"]["sum"][alpha]["test"]) for run in runs) for alpha in alphas]
+                y = [shown(family, score) for score in scores]
                 lora = variant.startswith("lora")
                 place = next((n for n, name in enumerate(plain) if variant.startswith(name)), len(plain))
                 style: dict[str, Any] = {"color": "black" if lora else f"C{place % 10}", "lw": 1.8 if lora else 1}
@@ -164,8 +166,7 @@ def strengths(results: Results, family: str, pyplot: Any) -> Any:
                 axes.plot([float(alpha) for alpha in alphas], y, label=fusion_name(variant), **style)
         axes.set_title(" + ".join(map(what, group)), fontsize=8)
     grid[-1][0].set_xlabel("strength of each")
-    grid[0][0].set_ylabel("gain kept, %")
-    grid[0][0].set_ylim(-20, 105)
+    grid[0][0].set_ylabel(axis_name(family))
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, ncols=3, loc="outside lower center", frameon=False)
     return figure

@@ -524,7 +524,7 @@ def share(values: Sequence[float]) -> str:
 
 
 def fusion_table(results: Results, family: str) -> str:
-    """Variants by groups of tasks: share of the gain kept, at strength 1 and at the best one."""
+    """Variants by groups of tasks: share of the gain kept, at strength 1 and at the best one, and the score there."""
     fused = Fused(results, family)
     if not fused.runs:
         return ""
@@ -539,7 +539,8 @@ def fusion_table(results: Results, family: str) -> str:
                 continue
             alpha = fused.alpha(key)
             full, best = share(fused.kept(key, "sum", "1")), share(fused.kept(key, "sum", alpha))
-            cells.append(f"{full}; {best} at {alpha}")
+            scores = [mean(result["together"]["sum"][alpha]["test"]) for result in fused.runs[key]]
+            cells.append(f"{full}; {best} at {alpha}: {spread(family, scores)}")
         rows.append([fusion_name(variant), *cells])
     return table(["adapters", *(" + ".join(map(what, group)) for group in groups)], rows)
 
@@ -695,8 +696,10 @@ def growth_table(results: Results, *families: str) -> str:
                 lora = results.study(Setting(name, Lora(r)))
                 trained = f"r = {r}, {percent(round(share_of(lora), 3))}" if lora else ""
                 cells = [spread(family, scores) if scores else "" for scores in found]
-                rows.append([family, what(name), *cells[:3], trained, *cells[3:]])
-    several = ["Rand 1 %", "Rand 1 %, granule 16", "WM 1 %", "at equal parameters", "Rand", "LoRA", "full"]
+                base = results.base(name)
+                untouched = "" if base is None else number(family, base)
+                rows.append([family, what(name), untouched, *cells[:3], trained, *cells[3:]])
+    several = ["base", "Rand 1 %", "Rand 1 %, granule 16", "WM 1 %", "at equal parameters", "Rand", "LoRA", "full"]
     return table(["model", "task", *several], rows) if rows else ""
 
 
