@@ -122,11 +122,21 @@ def granules(results: Results, pyplot: Any) -> Any:
     if not every:
         return None
     figure, axes = pyplot.subplots(figsize=(8, 3.2), layout="constrained")
-    for place, family in enumerate(dict.fromkeys(one.family for one in every)):
-        some = [one for one in every if one.family == family]
+    several = dict.fromkeys(one.where for one in every)
+    families = list(dict.fromkeys(where.partition(",")[0] for where in several))
+    for where in several:
+        some = [one for one in every if one.where == where]
+        family, _, hardest = where.partition(",")
         errors = [100 * statistics.stdev(one.lost) / len(one.lost) ** 0.5 for one in some]
         x, y = [one.granules for one in some], [100 * mean(one.lost) for one in some]
-        axes.errorbar(x, y, errors, fmt="o", ms=4, lw=0.8, color=f"C{place}", label=family)
+        style = {
+            "color": f"C{families.index(family)}",
+            "fmt": "o",
+            "ms": 4,
+            "lw": 0.8,
+            "mfc": "none" if hardest else None,
+        }
+        axes.errorbar(x, y, errors, label=where, **style)
     axes.axhline(0, color="gray", lw=0.6)
     axes.set_xscale("log")
     ticks = (5, 10, 20, 50, 100, 200, 500, 1000, 2000)
