@@ -210,9 +210,12 @@ def test_the_rate_is_searched_up_and_down_within_the_budget():
     assert (rate, len(tried)) == (1e-2, 3)
     # Nothing to choose by, but that the loss falls with the rate.
     assert search(lambda lr: 0.5) == (RATES[-1], [1e-1, 3e-2, 3e-1, 1.0, 3.0])
-    # Below the base's -5 there is nothing to climb: only lower rates can help.
+    # A peak below the base's -5 is none: lower rates may be better.
     collapsed = {1e-1: -8.0, 3e-2: -6.0, 1e-2: -7.0, 3e-3: 1.0, 1e-3: 0.0}
     assert search(collapsed.__getitem__) == (3e-3, list(collapsed))
+    # Nor do rates that are too low to do anything keep it from climbing.
+    idle = {1e-1: -6.0, 3e-2: -6.5, 3e-1: -5.5, 1.0: 0.5, 3.0: 0.0}
+    assert search(idle.__getitem__) == (1.0, list(idle))
 
 
 def test_a_rate_that_some_seeds_fail_at_yields_to_a_lower_one_that_is_better_in_the_mean():

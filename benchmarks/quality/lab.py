@@ -137,8 +137,8 @@ class Lab:
         """The learning rate with the best validation score at the first seed; of equals, that of the lower last loss.
 
         From where the method starts in both directions, until a lower and a higher rate are worse than the best, or
-        the budget, the same for every method, is spent. Rates that are all worse than the untouched base have only
-        lower ones beside them that are worth a run.
+        the budget, the same for every method, is spent. A best rate that is worse than the untouched base is none: the
+        search goes on below it.
         """
         scores: dict[int, tuple[float, float]] = {}
 
@@ -152,12 +152,15 @@ class Lab:
         score(low)
         while len(scores) < setting.budget:
             best = max(sorted(scores), key=scores.__getitem__)
-            if low > 0 and (best == low or scores[best][0] < self.base(setting.task)["validation"]):
+            if best == low and low > 0:
                 low -= 1
                 score(low)
             elif best == high and high < len(RATES) - 1:
                 high += 1
                 score(high)
+            elif low > 0 and scores[best][0] < self.base(setting.task)["validation"]:
+                low -= 1
+                score(low)
             else:
                 break
         return RATES[max(sorted(scores), key=scores.__getitem__)]
