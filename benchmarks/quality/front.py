@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.quality.experiments import single
 from benchmarks.quality.lab import Setting
 from benchmarks.quality.methods import Lora, Shira
-from benchmarks.quality.report import FAMILIES_SHOWN, Grid, Results, is_accuracy, label, mean, percent
+from benchmarks.quality.report import FAMILIES_SHOWN, Grid, Results, is_accuracy, label, mean, percent, share_of
 from benchmarks.quality.task import ROOT
 
 PATH = ROOT / "benchmarks" / "results" / "quality.json"
@@ -54,7 +54,7 @@ def lora(results: Results, family: str, task: str, names: list[str]) -> list[dic
     records = [one for study in studies if study for one in study]
     if not all(studies) or any(one["test"] is None for one in records):
         return []
-    share, trained = records[0]["trainable"] / records[0]["targets"], records[0]["trainable"]
+    share, trained = share_of(records), records[0]["trainable"]
     fused = [density for density, granule in results.switching if granule == 0]
     density = min(fused, key=lambda one: abs(one - share))
     if abs(density / share - 1) > 0.25:

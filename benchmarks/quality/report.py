@@ -32,7 +32,8 @@ NAMES = {"rand": "Rand", "struct": "Struct", "wm": "WM", "grad": "Grad", "snip":
 
 
 MIXED = {"first": "more in the first weights", "last": "more in the last", "magnitude": "by magnitude over all weights"}
-FAMILIES_SHOWN = ("digits-mlp", "digits-vit", "minilm", "gpt-s", "gpt-m", "gpt-l")
+FAMILIES_SHOWN = ("digits-mlp", "digits-vit", "minilm", "gpt-m")
+"""Those with plots of their own: the other sizes are in the tables of growth alone."""
 
 
 # ---- numbers -------------------------------------------------------------------------------------------------

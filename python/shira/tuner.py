@@ -43,7 +43,6 @@ from shira.switcher import fitted
 
 __all__ = ["Attach", "SparseTuner"]
 
-_WORD = 2**64 - 1
 # What DistributedDataParallel leaves to others, by its own convention.
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 
@@ -748,6 +747,6 @@ def _identity(tuned: _Tuned) -> dict[str, Any]:
     return {
         "shape": list(tuned.plan.slots[0].weight.shape),
         "granule": tuned.plan.granule,
-        "indices": hex_word(int(shira_ops.fingerprint(tuned.plan.indices.to(torch.int64))) & _WORD),
+        "indices": hex_word(_live.fingerprint(tuned.plan.indices.to(torch.int64))),
         "fingerprint": hex_word(tuned.plan.fingerprint),
     }
