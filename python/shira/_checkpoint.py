@@ -183,7 +183,7 @@ def _in_memory(where: str, tensors: Mapping[str, Any], model: object) -> Checkpo
             raise AdapterError(f"{where}: {key!r} is on the meta device, so it has no content")
         if tensor.layout != torch.strided:
             raise AdapterError(f"{where}: {key!r} must be dense, got {tensor.layout}")
-        name = key.replace(_model.COMPILED, "")
+        name = _model.clean(key)
         memory = (_model.memory(tensor), tuple(tensor.shape), tensor.stride())
         dtype = str(tensor.dtype).removeprefix("torch.")
         stored[name] = Stored(name, dtype, tuple(tensor.shape), tensor.nbytes, tensor, memory)

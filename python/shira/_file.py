@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 import os
+import re
 import secrets
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -56,6 +58,50 @@ MAX_HEADER = 100_000_000  # bytes, the stock library's limit
 
 class AdapterError(ValueError):
     """An adapter, or its file, that is refused. The message says which file, which weight and what."""
+
+
+# Strengths are rounded to float32 first: one that it has no room for would act as infinite.
+_LARGEST_STRENGTH = 3.4028234663852886e38
+
+
+def strength(what: str, value: object) -> float:
+    """A strength (``alpha``) as a float; ``what`` names it in the refusal. One rule for files, calls and commands."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not abs(value) <= _LARGEST_STRENGTH:  # type: ignore[operator]
+        # An int of thousands of digits has no repr.
+        got = f"an int of {value.bit_length()} bits" if type(value) is int else f"{value!r:.80}"
+        raise AdapterError(f"{what} must be a finite number (of float32), got {got}")
+    return float(value)  # type: ignore[arg-type]
+
+
+Rename = Mapping[str, str] | Callable[[str], str] | None
+
+
+def renamer(rename: Rename) -> Callable[[str], str]:
+    """What an argument ``rename=`` does to a name: a function, or regular expressions and what takes their places.
+
+    Patterns are searched in the mapping's order, each in what the one before it left (`re.sub`): ``{r"^model\\.": ""}``
+    takes a prefix off, ``{"^": "model."}`` puts one on.
+    """
+    if rename is None:
+        return lambda name: name
+    if callable(rename):
+        return rename
+    if not isinstance(rename, Mapping):
+        raise ValueError(f"rename must map patterns to replacements, or be a function, got {type(rename).__name__}")
+    rules = []
+    for pattern, replacement in rename.items():
+        try:
+            rules.append((re.compile(pattern), replacement))
+        except re.error as error:
+            raise ValueError(f"rename {pattern!r} is not a regular expression: {error}") from error
+
+    def renamed(name: str) -> str:
+        for rule, replacement in rules:
+            name = rule.sub(replacement, name)
+        return name
+
+    return renamed
 
 
 @dataclass(frozen=True)
@@ -169,9 +215,9 @@ def _place(name: str, entry: Any, at: int) -> Place:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name!r} must have dtype, shape and data_offsets alone")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    for what, numbers in (("shape", shape), ("data_offsets", offsets)):
-        if not isinstance(numbers, list) or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
-            raise ValueError(f"{name!r}: {what} must be a list of sizes, got {numbers!r:.80}")
+    for what, sizes in (("shape", shape), ("data_offsets", offsets)):
+        if not isinstance(sizes, list) or any(type(n) is not int or not 0 <= n < 2**63 for n in sizes):
+            raise ValueError(f"{name!r}: {what} must be a list of sizes, got {sizes!r:.80}")
     if not isinstance(dtype, str) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"{name!r}: dtype must be a name and data_offsets a range, got {dtype!r:.40}, {offsets!r:.80}")
     bits = BITS.get(dtype)

@@ -2,21 +2,51 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-COMPILED = "_orig_mod."
+# What wrappers inside a model put into the names of its parameters: torch.compile, activation checkpointing.
+_INFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+def clean(name: str) -> str:
+    """A parameter's name as files have it: without what wrappers put into it."""
+    for infix in _INFIXES:
+        name = name.replace(infix, "")
+    return name
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module under ``torch.compile``'s wrapper, whose parameters have the names that files use."""
-    inner = getattr(model, "_orig_mod", model)
-    if not isinstance(inner, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return inner
+    """The module under the wrappers of ``torch.compile``, DataParallel and DistributedDataParallel, in any order.
+
+    Its parameters have the names that files use. Refuses FullyShardedDataParallel, which replaces parameters.
+    """
+    inner: object = model
+    while isinstance(inner, nn.Module):
+        if _is_fsdp1(inner):
+            raise TypeError(
+                "model is wrapped in FullyShardedDataParallel, which replaces the parameters by flat ones; wrap it with "
+                "torch.distributed.fsdp.fully_shard instead, or use the model before it is wrapped"
+            )
+        if "_orig_mod" in inner._modules:
+            inner = inner._modules["_orig_mod"]
+        elif isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = inner.module
+        else:
+            return inner
+    raise TypeError(f"model must be a torch.nn.Module, got {type(inner).__name__}")
+
+
+def _is_fsdp1(module: nn.Module) -> bool:
+    # Imported by whoever made one; the import costs a second.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
 
 
 @dataclass(frozen=True)
@@ -39,7 +69,7 @@ def slots(model: nn.Module) -> dict[str, Slot]:
     for prefix, module in model.named_modules(remove_duplicate=False):
         for attribute, weight in module._parameters.items():
             if weight is not None:
-                name = (f"{prefix}.{attribute}" if prefix else attribute).replace(COMPILED, "")
+                name = clean(f"{prefix}.{attribute}" if prefix else attribute)
                 found[name] = Slot(name, module, attribute, weight)
     return found
 
@@ -62,3 +92,50 @@ def stride_advice(name: str) -> str:
     """What to do with a weight whose memory is not in row-major order."""
     get = f"model.get_parameter({name!r})"
     return f"make it so with {get}.data = {get}.data.contiguous()"
+
+
+def foreign(weight: Tensor) -> str | None:
+    """Why the ops cannot read and write this tensor's own memory, as the rest of a sentence after its name; or None.
+
+    One text for the tuner, the switcher, masks and differences. A tensor subclass that wraps other tensors (torchao,
+    optimum-quanto, DTensor) has no memory of its own; one that merely adds attributes has.
+    """
+    dtensor = sys.modules.get("torch.distributed.tensor")
+    if dtensor is not None and isinstance(weight, dtensor.DTensor):
+        return f"is sharded (a DTensor with placements {tuple(weight.placements)}), which is not supported yet"
+    if is_traceable_wrapper_subclass(weight):
+        return (
+            f"is a {type(weight).__name__}, a tensor that wraps others (quantized?), so its entries cannot be changed "
+            f"in place; leave it out, or use the model before it was converted"
+        )
+    if weight.layout != torch.strided:
+        return f"must be dense, got {weight.layout}"
+    return None
+
+
+def overlaps(weights: Iterable[Slot]) -> list[tuple[Slot, Slot]]:
+    """Pairs of different weights whose memory overlaps, such as a fused projection and a view of its first rows.
+
+    One weight under several names is no overlap: see `memory`.
+    """
+    spans = []
+    for slot in weights:
+        weight = slot.weight
+        if isinstance(weight, UninitializedParameter) or foreign(weight) is not None or not weight.numel():
+            continue
+        if weight.is_meta or not weight.data_ptr():
+            continue
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
+        start = weight.data_ptr()
+        spans.append((str(weight.device), start, start + extent * weight.element_size(), slot))
+    spans.sort(key=lambda span: span[:3])
+    found: list[tuple[Slot, Slot]] = []
+    reaching: tuple[str, int, int, Slot] | None = None  # of those so far, the one that reaches farthest
+    for span in spans:
+        if reaching is not None and reaching[0] == span[0] and span[1] < reaching[2]:
+            if memory(reaching[3].weight) != memory(span[3].weight):
+                found.append((reaching[3], span[3]))
+            if span[2] <= reaching[2]:
+                continue
+        reaching = span
+    return found

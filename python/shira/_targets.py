@@ -25,7 +25,7 @@ class Names:
         # A second tuner may be added to a model: what the first one put there is nobody's target.
         self.slots = {name: slot for name, slot in _model.slots(model).items() if not name.endswith(VALUES_SUFFIX)}
         named = model.named_modules(remove_duplicate=False)
-        self.modules = {name.replace(_model.COMPILED, ""): module for name, module in named}
+        self.modules = {_model.clean(name): module for name, module in named}
         self.holders: dict[object, list[_model.Slot]] = {}
         for slot in self.slots.values():
             group = self.holders.setdefault(_model.memory(slot.weight), [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 import os
 import secrets
 import weakref
@@ -15,10 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import shira_ops
-from shira import _layout, _live, _model
+from shira import _file, _layout, _live, _model
 from shira._layout import EMPTY, Alphas, Layout, Part, Way
 from shira._live import LOCK, SwitchError, Weight
 from shira.adapter import Adapter, AdapterError, Entry, dtype_name
@@ -27,7 +25,6 @@ __all__ = ["Memory", "SwitchError", "Switcher"]
 
 # Of the last so many: unions of adapters, lists of calls, and differences of fingerprints for strengths.
 _MIXES, _WAYS, _DIFFERENCES = 16, 64, 64
-_LARGEST = torch.finfo(torch.float32).max
 
 
 class Memory(NamedTuple):
@@ -527,12 +524,7 @@ class Switcher:
                 self._known(name)
             # In the order they were added, whatever the mapping's: the sum is then always the same bits.
             strengths = {name: which[name] for name in self._added if name in which}
-        for name, strength in strengths.items():
-            # Numbers of numpy are numbers too; one that float32 has no room for would act as infinite.
-            number: object = strength
-            if not isinstance(number, numbers.Real) or not abs(strength) <= _LARGEST:
-                raise ValueError(f"the strength of {name!r} must be a finite number (of float32), got {strength!r}")
-        return {name: float(strength) for name, strength in strengths.items()}
+        return {name: _file.strength(f"the strength of {name!r}", value) for name, value in strengths.items()}
 
     def _way(self, before: Layout, after: Layout) -> Way:
         key = (before, after)
@@ -657,9 +649,9 @@ def _misfit(slot: _model.Slot, entry: Entry) -> str | None:
         return f"must have dtype {dtype_name(entry.dtype)}, got {dtype_name(weight.dtype)}"
     if weight.is_meta:
         return "is on the meta device"
-    wrapped: bool = is_traceable_wrapper_subclass(weight)
-    if wrapped:
-        return f"must be a plain tensor, got {type(weight).__name__}"
+    foreign = _model.foreign(weight)
+    if foreign is not None:
+        return foreign
     if not weight.is_contiguous():
         return f"must be contiguous; {_model.stride_advice(slot.name)}"
     return None
