@@ -60,5 +60,9 @@
   m.def("decode_indices(Tensor code, int count, int limit, ScalarType dtype, int granule=1) -> Tensor");              \
   /* fingerprint */                                                                                                   \
   m.def("fingerprint(Tensor weight, int granule=1) -> Tensor");                                                       \
-  m.def("fingerprint_at(Tensor weight, Tensor indices, int granule=1) -> Tensor")
+  m.def("fingerprint_at(Tensor weight, Tensor indices, int granule=1) -> Tensor");                                    \
+  /* diff: what changed since a snapshot */                                                                           \
+  m.def("diff_(Tensor(a!) snapshot, Tensor weight, int granule=1) -> (Tensor indices, Tensor values)");               \
+  m.def("foreach_diff_(Tensor(a!)[] snapshots, Tensor[] weights, int granule=1) -> "                                  \
+        "(Tensor[] indices, Tensor[] values)")
 // clang-format on

@@ -63,7 +63,7 @@ def _refuse(op: str, arguments: Sequence[tuple[str, Any]]) -> NoReturn:
     raise AssertionError(f"{op}: nothing to refuse")
 
 
-def _mutating_kernel(op: OpOverload) -> Callable[..., None]:
+def _mutating_kernel(op: OpOverload) -> Callable[..., Any]:
     """Runs on every call that is not in inference mode, so what can be known of the schema is worked out here."""
     name = op._schema.name.removeprefix("shira::")
     arguments = [argument for argument in op._schema.arguments if "Tensor" in str(argument.type)]
@@ -96,7 +96,7 @@ def _mutating_kernel(op: OpOverload) -> Callable[..., None]:
         named = [(positional[i].name, args[i]) for i in sorted(single + several)]
         _refuse(name, named + [(keyword, kwargs[keyword]) for keyword in keywords])
 
-    def kernel(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> None:
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         if _is_grad_enabled():
             for position in single:
                 if args[position].requires_grad:
@@ -109,7 +109,7 @@ def _mutating_kernel(op: OpOverload) -> Callable[..., None]:
                     refuse(args, kwargs)
         if forward_ad._current_level >= 0 and any(map(_has_tangent, all_tensors(args, kwargs))):
             refuse(args, kwargs)
-        redispatch(keyset & _AFTER_INPLACE, *args, **kwargs)
+        result = redispatch(keyset & _AFTER_INPLACE, *args, **kwargs)
         changed = [args[position] for position in mutated_single]
         for value in listed(args, mutated_several):
             changed += value
@@ -118,6 +118,7 @@ def _mutating_kernel(op: OpOverload) -> Callable[..., None]:
         except RuntimeError:
             # Inference tensors have no version counter. Rare, and asking each tensor first costs more than the rest.
             _increment_version([tensor for tensor in changed if not tensor.is_inference()])
+        return result
 
     return kernel
 

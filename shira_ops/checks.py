@@ -26,6 +26,7 @@ _PLURALS = {
     "exp_avg_sq": "exp_avg_sqs",
     "grad": "grads",
     "momentum_buffer": "momentum_buffers",
+    "snapshot": "snapshots",
 }
 
 
@@ -743,3 +744,31 @@ def fingerprint_at(weight: Tensor, indices: Tensor, granule: int) -> None:
     _granule(call.op, granule)
     _weight(call, weight, granule)
     _indices(call, "indices", indices, weight)
+
+
+# ---- diff --------------------------------------------------------------------------------------------------
+
+
+def _snapshot(call: Call, snapshot: Tensor, weight: Tensor) -> None:
+    op, name, owner = call.op, call.name("snapshot"), call.name("weight")
+    _device(op, name, snapshot, owner, weight)
+    _own_dtype(op, name, snapshot, owner, weight.dtype, fp32_too=False)
+    text = f"must have {owner}'s shape {list(weight.shape)}"
+    _require(snapshot.shape == weight.shape, op, name, text, _shape(snapshot))
+    _contiguous(op, name, snapshot)
+
+
+def diff_(snapshot: Tensor, weight: Tensor, granule: int) -> None:
+    call = Call("diff_")
+    _granule(call.op, granule)
+    _weight(call, weight, granule)
+    _snapshot(call, snapshot, weight)
+
+
+def foreach_diff_(snapshots: Sequence[Tensor], weights: Sequence[Tensor], granule: int) -> None:
+    op = "foreach_diff_"
+    _granule(op, granule)
+    _lengths(op, len(weights), snapshots=snapshots)
+    _weights(op, weights, granule)
+    for t, weight in enumerate(weights):
+        _snapshot(Call(op, t), snapshots[t], weight)

@@ -271,6 +271,31 @@ def fingerprint_at(weight: Tensor, indices: Tensor, granule: int = 1) -> Tensor:
     return weight.new_empty((), dtype=torch.int64)
 
 
+# ---- diff --------------------------------------------------------------------------------------------------
+
+
+def _differing(weight: Tensor, granule: int) -> tuple[Tensor, Tensor]:
+    count = torch.library.get_ctx().new_dynamic_size()
+    narrow = not guard_or_false(weight.numel() // granule >= 2**31)
+    return (
+        weight.new_empty(count, dtype=torch.int32 if narrow else torch.int64),
+        weight.new_empty(count * granule),
+    )
+
+
+def diff_(snapshot: Tensor, weight: Tensor, granule: int = 1) -> tuple[Tensor, Tensor]:
+    checks.diff_(snapshot, weight, granule)
+    return _differing(weight, granule)
+
+
+def foreach_diff_(
+    snapshots: Sequence[Tensor], weights: Sequence[Tensor], granule: int = 1
+) -> tuple[list[Tensor], list[Tensor]]:
+    checks.foreach_diff_(snapshots, weights, granule)
+    found = [_differing(weight, granule) for weight in weights]
+    return [indices for indices, _ in found], [values for _, values in found]
+
+
 OPS: dict[str, Callable[..., Any]] = {
     "gather": gather,
     "scatter_": scatter_,
@@ -301,6 +326,8 @@ OPS: dict[str, Callable[..., Any]] = {
     "decode_indices": decode_indices,
     "fingerprint": fingerprint,
     "fingerprint_at": fingerprint_at,
+    "diff_": diff_,
+    "foreach_diff_": foreach_diff_,
 }
 
 

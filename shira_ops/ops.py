@@ -35,11 +35,13 @@ __all__ = [
     "apply_",
     "check_indices",
     "decode_indices",
+    "diff_",
     "encode_indices",
     "fingerprint",
     "fingerprint_at",
     "foreach_adamw_",
     "foreach_apply_",
+    "foreach_diff_",
     "foreach_gather",
     "foreach_scatter_",
     "foreach_sgd_",
@@ -89,6 +91,8 @@ _encode_indices = _shira.encode_indices.default
 _decode_indices = _shira.decode_indices.default
 _fingerprint = _shira.fingerprint.default
 _fingerprint_at = _shira.fingerprint_at.default
+_diff_ = _shira.diff_.default
+_foreach_diff_ = _shira.foreach_diff_.default
 
 
 # ---- switch ------------------------------------------------------------------------------------------------
@@ -671,3 +675,39 @@ def fingerprint_at(weight: Tensor, indices: Tensor, granule: int = 1) -> Tensor:
         new = old - before + fingerprint_at(weight, indices)
     """
     return _fingerprint_at(weight, indices, granule)  # type: ignore[no-any-return]
+
+
+# ---- diff --------------------------------------------------------------------------------------------------
+
+
+def diff_(snapshot: Tensor, weight: Tensor, granule: int = 1) -> tuple[Tensor, Tensor]:
+    """What has changed in `weight` since `snapshot`, which becomes `weight` in the same pass.
+
+    `snapshot` has the weight's shape, dtype (any of 1, 2, 4 or 8 bytes) and device. Returns `indices`, the granules
+    whose bits differ (int32, int64 from 2^31 granules on), and `values`, the weight's entries there: what `scatter_`
+    takes to bring a copy of the old snapshot up to date. Bits are compared, not numbers: NaNs with other payloads
+    differ, and so do 0.0 and -0.0. Synchronises on a GPU, since the sizes of the results depend on the content.
+
+    The same in plain PyTorch, for a two-byte dtype::
+
+        new, old = weight.view(torch.int16).view(-1, granule), snapshot.view(torch.int16).view(-1, granule)
+        indices = (new != old).any(1).nonzero().view(-1).int()
+        values = weight.view(-1, granule)[indices].view(-1)
+        snapshot.copy_(weight)
+    """
+    return _diff_(snapshot, weight, granule)  # type: ignore[no-any-return]
+
+
+def foreach_diff_(
+    snapshots: Sequence[Tensor], weights: Sequence[Tensor], granule: int = 1
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`diff_` over lists, in one call: two lists of tensors, `indices` and `values`.
+
+    All tensors on one device; everything is checked before the first write. A snapshot must not overlap any other tensor
+    of the call. Not for a compiled graph: torch cannot trace an op that writes its arguments and returns lists; there,
+    call `diff_`.
+    """
+    if not weights:
+        checks.foreach_diff_(snapshots, weights, granule)
+        return [], []
+    return _foreach_diff_(snapshots, weights, granule)  # type: ignore[no-any-return]

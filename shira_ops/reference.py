@@ -973,6 +973,33 @@ def fingerprint_at(weight: Tensor, indices: Tensor, granule: int = 1) -> Tensor:
     return _hash(_words(weight, 0, count)[positions], positions)
 
 
+# ---- diff --------------------------------------------------------------------------------------------------
+
+
+def _diff(snapshot: Tensor, weight: Tensor, granule: int) -> tuple[Tensor, Tensor]:
+    changed = (_bits(snapshot, granule) != _bits(weight, granule)).any(1)
+    indices = changed.nonzero().view(-1).to(checks.index_dtype(weight.numel() // granule))
+    _bits(snapshot).copy_(_bits(weight))
+    return indices, _take(weight, indices, granule)
+
+
+def diff_(snapshot: Tensor, weight: Tensor, granule: int = 1) -> tuple[Tensor, Tensor]:
+    checks.diff_(snapshot, weight, granule)
+    checks.overlap("diff_", [("snapshot", snapshot, True), ("weight", weight, False)])
+    return _diff(snapshot, weight, granule)
+
+
+def foreach_diff_(
+    snapshots: Sequence[Tensor], weights: Sequence[Tensor], granule: int = 1
+) -> tuple[list[Tensor], list[Tensor]]:
+    checks.foreach_diff_(snapshots, weights, granule)
+    named = [(f"snapshots[{t}]", snapshot, True) for t, snapshot in enumerate(snapshots)]
+    named += [(f"weights[{t}]", weight, False) for t, weight in enumerate(weights)]
+    checks.overlap("foreach_diff_", named)
+    found = [_diff(snapshot, weight, granule) for snapshot, weight in zip(snapshots, weights, strict=True)]
+    return [indices for indices, _ in found], [values for _, values in found]
+
+
 # The op each function serves, overloads as `name.overload`.
 OPS: dict[str, Callable[..., Any]] = {
     "gather": gather,
@@ -1004,4 +1031,6 @@ OPS: dict[str, Callable[..., Any]] = {
     "decode_indices": decode_indices,
     "fingerprint": fingerprint,
     "fingerprint_at": fingerprint_at,
+    "diff_": diff_,
+    "foreach_diff_": foreach_diff_,
 }

@@ -537,6 +537,13 @@ def _fingerprint(m: _Maker) -> dict[str, Any]:
     return {"weight": m.weight()}
 
 
+def _diff(m: _Maker) -> dict[str, Any]:
+    weight = m.weight()
+    snapshot = weight.clone()
+    torch.ops.shira.scatter_(snapshot, m.indices(), m.own(), m.setup.granule)
+    return {"snapshot": snapshot, "weight": weight}
+
+
 BUILDERS: dict[str, Callable[[_Maker], dict[str, Any]]] = {
     "gather": _gather,
     "scatter_": _scatter,
@@ -558,13 +565,16 @@ BUILDERS: dict[str, Callable[[_Maker], dict[str, Any]]] = {
     "decode_indices": _decode_indices,
     "fingerprint": _fingerprint,
     "fingerprint_at": _gather,
+    "diff_": _diff,
 }
 FOREACH_OPS = (
     *("foreach_gather", "foreach_scatter_", "foreach_swap_", "foreach_apply_", "foreach_switch_"),
     *("foreach_adamw_", "foreach_adamw_.tensor", "foreach_sgd_", "foreach_sgd_.tensor"),
+    "foreach_diff_",
 )
 OPS = (*BUILDERS, *FOREACH_OPS)
-NOT_CAPTURED = ("check_indices", "fuse_plan", "encode_indices", "decode_indices")  # they look at the content
+# They look at the content.
+NOT_CAPTURED = ("check_indices", "fuse_plan", "encode_indices", "decode_indices", "diff_", "foreach_diff_")
 MUTATING_OPS = tuple(op for op in OPS if op.partition(".")[0].endswith("_"))
 
 _PLURAL = {
@@ -574,6 +584,7 @@ _PLURAL = {
     "exp_avg_sq": "exp_avg_sqs",
     "grad": "grads",
     "momentum_buffer": "momentum_buffers",
+    "snapshot": "snapshots",
 }
 
 

@@ -461,3 +461,19 @@ def fingerprint_at(weight: torch.Tensor, indices: torch.Tensor, granule: int = 1
     size = granule * weight.element_size()
     touched = {byte // 8 for i in indices.tolist() for byte in range(i * size, (i + 1) * size)}
     return _word_sum(_cells(weight).tobytes(), touched)
+
+
+def diff_(snapshot: torch.Tensor, weight: torch.Tensor, granule: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    size = granule * weight.element_size()
+    raw = [t.view(-1).view(torch.uint8).numpy().reshape(-1, size) for t in (snapshot, weight)]
+    changed = [g for g in range(len(raw[0])) if raw[0][g].tobytes() != raw[1][g].tobytes()]
+    values = torch.from_numpy(raw[1][changed].copy()).view(-1).view(weight.dtype)
+    raw[0][:] = raw[1]
+    return torch.tensor(changed, dtype=torch.int32), values
+
+
+def foreach_diff_(
+    snapshots: list[torch.Tensor], weights: list[torch.Tensor], granule: int = 1
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    found = [diff_(snapshot, weight, granule) for snapshot, weight in zip(snapshots, weights, strict=True)]
+    return [indices for indices, _ in found], [values for _, values in found]

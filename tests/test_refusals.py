@@ -53,7 +53,7 @@ def member(word: str) -> str:
     return f"{word}s[1]" if word in _PLURAL else f"{word}[1]"
 
 
-for _op in FOREACH_OPS:
+for _op in (op for op in FOREACH_OPS if op.removeprefix("foreach_") in ROLES):
     ROLES[_op] = tuple(Role(member(r.name), r.kind, member(r.indices)) for r in ROLES[_op.removeprefix("foreach_")])
 
 WEIGHT_OPS = (*ROLES, "select_top", "fingerprint")

@@ -22,7 +22,8 @@ from gpu_bench import captured
 from gpu_ops import Arguments, calls, left, op, placed, run, same
 
 SIDE, DEVICE = 512, "cuda"
-LOOKS = ("check_indices", "fuse_plan", "encode_indices", "decode_indices")  # at the content: not for a graph
+# At the content: not for a graph.
+LOOKS = ("check_indices", "fuse_plan", "encode_indices", "decode_indices", "diff_", "foreach_diff_")
 
 
 def mask(numel: int, seed: int) -> torch.Tensor:

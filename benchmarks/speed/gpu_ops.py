@@ -97,6 +97,7 @@ def calls(dtype: torch.dtype, granule: int, rows: int, columns: int) -> dict[str
         },
         "fingerprint": {"weight": weight},
         "fingerprint_at": here,
+        "diff_": {"snapshot": torch.where(numbers(rows, columns) > 1, 0, weight), "weight": weight},
     }
     found = {}
     for name, schema in ((name, op(name)._schema) for name in reference.OPS):

@@ -27,6 +27,7 @@ FAMILIES = {
     "select": ("select_top", "select_random"),
     "codec": ("encode_indices", "decode_indices"),
     "fingerprint": ("fingerprint", "fingerprint_at"),
+    "diff": ("diff_", "foreach_diff_"),
 }
 OPS = {op: family for family, ops in FAMILIES.items() for op in ops}
 

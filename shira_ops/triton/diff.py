@@ -1,0 +1,96 @@
+"""The diff family: programs count the granules that differ, and then each knows where to write its own.
+
+Granules are compared in the widest units that every address and their size allow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import checks
+from .launch import TILE, checked, launch
+
+_UNITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@triton.jit
+def differing(snapshot, weight, row, granules, units):
+    """Which of the granules `row` differ, of `units` units each."""
+    given = row < granules
+    found = tl.zeros(row.shape, tl.int1)
+    unit = tl.zeros((), tl.int64)
+    while unit < units:
+        at = row * units + unit
+        found |= tl.load(snapshot + at, mask=given, other=0) != tl.load(weight + at, mask=given, other=0)
+        unit += 1
+    return found
+
+
+@triton.jit
+def tally_kernel(snapshot, weight, tallies, granules, units, ROWS: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    row = program * ROWS + tl.arange(0, ROWS)
+    tl.store(tallies + program, tl.sum(differing(snapshot, weight, row, granules, units).to(tl.int64)))
+
+
+@triton.jit
+def write_kernel(snapshot, weight, ends, indices, values, granules, units, ROWS: tl.constexpr):
+    """Each program writes behind what those before it write, and refreshes its share of the snapshot."""
+    program = tl.program_id(0).to(tl.int64)
+    row = program * ROWS + tl.arange(0, ROWS)
+    found = differing(snapshot, weight, row, granules, units)
+    count = found.to(tl.int64)
+    at = tl.load(ends + program) - tl.sum(count) + tl.cumsum(count) - count
+    tl.store(indices + at, row.to(indices.dtype.element_ty), mask=found)
+    unit = tl.zeros((), tl.int64)
+    while unit < units:
+        entry = tl.load(weight + row * units + unit, mask=found, other=0)
+        tl.store(values + at * units + unit, entry, mask=found)
+        tl.store(snapshot + row * units + unit, entry, mask=found)
+        unit += 1
+
+
+def _diffs(snapshots: Sequence[Tensor], weights: Sequence[Tensor], granule: int) -> tuple[list[Tensor], list[Tensor]]:
+    device = weights[0].device if weights else None
+    shares = [triton.cdiv(weight.numel() // granule, TILE) for weight in weights]
+    tallies = torch.empty(sum(shares), dtype=torch.int64, device=device)
+    jobs = []
+    for snapshot, weight, own in zip(snapshots, weights, tallies.split(shares), strict=True):
+        size = granule * weight.element_size()
+        unit = _UNITS[math.gcd(size, snapshot.data_ptr(), weight.data_ptr(), 8)]
+        one, two = (tensor.view(-1).view(torch.uint8).view(unit) for tensor in (snapshot, weight))
+        jobs.append((one, two, own, weight.numel() // granule, size // unit.itemsize))
+        launch(tally_kernel, len(own), *jobs[-1], ROWS=TILE)
+    ends = tallies.cumsum(0)
+    last = torch.tensor(shares, dtype=torch.int64).cumsum(0).tolist()
+    # One look at the device for all of them.
+    sums = [0, *ends.tolist()]
+    totals = [0, *(sums[end] for end in last)]
+    indices, values = [], []
+    for job, weight, before, after, end in zip(jobs, weights, totals, totals[1:], last, strict=False):
+        one, two, own, granules, units = job
+        indices.append(torch.empty(after - before, dtype=checks.index_dtype(granules), device=device))
+        values.append(weight.new_empty((after - before) * granule))
+        places = ends[end - len(own) : end] - before
+        flat = values[-1].view(torch.uint8).view(two.dtype)
+        launch(write_kernel, len(own), one, two, places, indices[-1], flat, granules, units, ROWS=TILE)
+    return indices, values
+
+
+@checked
+def diff_(snapshot: Tensor, weight: Tensor, granule: int) -> tuple[Tensor, Tensor]:
+    indices, values = _diffs([snapshot], [weight], granule)
+    return indices[0], values[0]
+
+
+@checked
+def foreach_diff_(
+    snapshots: Sequence[Tensor], weights: Sequence[Tensor], granule: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    return _diffs(snapshots, weights, granule)
