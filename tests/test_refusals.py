@@ -595,7 +595,7 @@ def test_overlap(backend: Backend, op: str) -> None:
             share(backend, case, first, second, shift)
             refused(backend, case, f"{title(op)}: {second} must not overlap {first} in memory")
             found += 1
-    assert found >= 6
+    assert found >= 3
 
 
 @pytest.mark.parametrize("op", MUTATING_OPS)

@@ -66,12 +66,12 @@ _LARGEST_STRENGTH = 3.4028234663852886e38
 
 def strength(what: str, value: object) -> float:
     """A strength (``alpha``) as a float; ``what`` names it in the refusal. One rule for files, calls and commands."""
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not real or not abs(value) <= _LARGEST_STRENGTH:  # type: ignore[operator]
+    number: Any = value
+    if not isinstance(number, numbers.Real) or isinstance(number, bool) or not abs(number) <= _LARGEST_STRENGTH:
         # An int of thousands of digits has no repr.
         got = f"an int of {value.bit_length()} bits" if type(value) is int else f"{value!r:.80}"
         raise AdapterError(f"{what} must be a finite number (of float32), got {got}")
-    return float(value)  # type: ignore[arg-type]
+    return float(number)
 
 
 Rename = Mapping[str, str] | Callable[[str], str] | None

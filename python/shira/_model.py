@@ -31,8 +31,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     while isinstance(inner, nn.Module):
         if _is_fsdp1(inner):
             raise TypeError(
-                "model is wrapped in FullyShardedDataParallel, which replaces the parameters by flat ones; wrap it with "
-                "torch.distributed.fsdp.fully_shard instead, or use the model before it is wrapped"
+                "model is wrapped in FullyShardedDataParallel, which replaces the parameters by flat ones; wrap it "
+                "with torch.distributed.fsdp.fully_shard instead, or use the model before it is wrapped"
             )
         if "_orig_mod" in inner._modules:
             inner = inner._modules["_orig_mod"]
@@ -103,7 +103,8 @@ def foreign(weight: Tensor) -> str | None:
     dtensor = sys.modules.get("torch.distributed.tensor")
     if dtensor is not None and isinstance(weight, dtensor.DTensor):
         return f"is sharded (a DTensor with placements {tuple(weight.placements)}), which is not supported yet"
-    if is_traceable_wrapper_subclass(weight):
+    wrapped: bool = is_traceable_wrapper_subclass(weight)
+    if wrapped:
         return (
             f"is a {type(weight).__name__}, a tensor that wraps others (quantized?), so its entries cannot be changed "
             f"in place; leave it out, or use the model before it was converted"
