@@ -264,7 +264,8 @@ def test_a_call_is_one_launch() -> None:
         )
         before = launches()
         EMULATOR(op, **case.args)
-        assert launches() - before == 1, op
+        # A rule whose numbers lie on the device is worked out there first.
+        assert launches() - before == (2 if op.endswith(".tensor") else 1), op
 
 
 def test_what_a_graph_can_hold() -> None:

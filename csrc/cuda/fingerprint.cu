@@ -105,20 +105,31 @@ struct Touched {
   }
   static __device__ void tile(const Scalars& scalars, const Row& row, int64_t tile) {
     uint64_t sum = 0;
+    const int64_t total = row.indices.count * row.words.units, begin = tile * kTile, end = begin + kTile;
+    const Items<kItems> items(row.indices, row.words, begin, end < total ? end : total);
+    int64_t earlier[kItems], previous[kItems];
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) earlier[k] = items.number[k] > 0 ? items.number[k] - 1 : 0;
+    row.indices.all(earlier, previous);
+    // The word of each item, or below 0; then all words are on their way before the first is mixed.
+    int64_t at[kItems];
+    uint64_t word[kItems];
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
-      const int64_t item = tile * kTile + k * kThreads + threadIdx.x;
-      if (item >= row.indices.count * row.words.units) continue;
-      int64_t number, offset;
-      row.words.split(item, number, offset);
-      const int64_t index = row.indices[number];
-      if (!within(index, row.limit)) continue;
-      const int64_t word = index * row.granule_bytes / core::kWordBytes + offset;
-      if (word > last_word(row, index)) continue;
-      const int64_t before = number > 0 ? row.indices[number - 1] : -1;
-      if (within(before, row.limit) && word <= last_word(row, before)) continue;
-      sum += core::mix_word(word_at<kUnit>(row.data, row.bytes, word), static_cast<uint64_t>(word));
+      const bool inside = items.is(k) && within(items.index[k], row.limit);
+      const int64_t index = inside ? items.index[k] : 0;
+      const int64_t position = index * row.granule_bytes / core::kWordBytes + items.offset[k];
+      const bool own = inside && position <= last_word(row, index);
+      const bool twice =
+          items.number[k] > 0 && within(previous[k], row.limit) && position <= last_word(row, previous[k]);
+      at[k] = own && !twice ? position : -1;
     }
+#pragma unroll
+    for (int k = 0; k < kItems; ++k)
+      if (at[k] >= 0) word[k] = word_at<kUnit>(row.data, row.bytes, at[k]);
+#pragma unroll
+    for (int k = 0; k < kItems; ++k)
+      if (at[k] >= 0) sum += core::mix_word(word[k], static_cast<uint64_t>(at[k]));
     add_tile(scalars, sum);
   }
 };

@@ -183,6 +183,9 @@ struct FuseRow {
   int64_t limit;
   Granule granule;
   bool refuse;
+  int32_t tile;  // entries of a block
+
+  SHIRA_HD int64_t entries() const { return indices.count * granule.units; }
 };
 
 template <typename W, typename V>
@@ -191,7 +194,7 @@ struct Fuse {
   struct Scalars {};
   using C = typename W::Compute;
 
-  static int64_t tiles(const Row& row) { return (row.indices.count * row.granule.units + kTile - 1) / kTile; }
+  static int64_t tiles(const Row& row) { return (row.entries() + row.tile - 1) / row.tile; }
 
   // What a thread needs of an adapter, in shared memory for a few: neighbours ask for different ones.
   struct Strength {
@@ -218,29 +221,28 @@ struct Fuse {
       if (threadIdx.x < row.adapters) few[threadIdx.x] = strength(row, threadIdx.x);
       __syncthreads();
     }
-    const int64_t entries = row.indices.count * row.granule.units, first = tile * kTile + threadIdx.x;
+    const int64_t total = row.entries(), begin = tile * row.tile, stop = begin + row.tile;
     // Of all entries of a thread: where they are, then their bases and first sources, are on their way together. The
     // sums then wait for one source after the other, most often for one or none.
-    int64_t to[kItems], offset[kItems], at[kItems], end[kItems], source[kItems];  // `to` below 0: nothing to do
+    const Items<kItems> items(row.indices, row.granule, begin, stop < total ? stop : total);
+    int64_t next[kItems], to[kItems], at[kItems], end[kItems], source[kItems];  // `to` below 0: nothing to do
     typename W::Bits base[kItems];
 #pragma unroll
+    for (int k = 0; k < kItems; ++k) next[k] = items.number[k] + 1;
+    row.offsets.all(items.number, at);
+    row.offsets.all(next, end);
+#pragma unroll
     for (int k = 0; k < kItems; ++k) {
-      to[k] = -1;
-      if (first + k * kThreads >= entries) continue;
-      int64_t number;
-      row.granule.split(first + k * kThreads, number, offset[k]);
-      const int64_t index = row.indices[number];
       // A plan that no check has seen: what does not fit is skipped.
-      at[k] = row.offsets[number];
-      end[k] = row.offsets[number + 1];
       if (at[k] < 0) at[k] = 0;
       if (end[k] > row.total) end[k] = row.total;
-      if (within(index, row.limit)) to[k] = index * row.granule.units + offset[k];
+      const bool inside = items.is(k) && within(items.index[k], row.limit);
+      to[k] = inside ? items.index[k] * row.granule.units + items.offset[k] : -1;
     }
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       if (to[k] < 0) continue;
-      base[k] = row.refuse ? load_stream(static_cast<const typename W::Bits*>(row.saved) + first + k * kThreads)
+      base[k] = row.refuse ? load_stream(static_cast<const typename W::Bits*>(row.saved) + items.at(k))
                            : load_weight(static_cast<const typename W::Bits*>(row.weight) + to[k]);
       if (at[k] < end[k]) source[k] = load_cached(row.sources + at[k]);
     }
@@ -254,9 +256,9 @@ struct Fuse {
         if (!within(adapter, row.adapters)) continue;
         const Strength own = row.many == nullptr ? few[adapter] : strength(row, adapter);
         if (position >= own.granules) continue;
-        fused.add(own.rule, load_stream(own.values + position * row.granule.units + offset[k]), own.alpha);
+        fused.add(own.rule, load_stream(own.values + position * row.granule.units + items.offset[k]), own.alpha);
       }
-      if (!row.refuse) store_stream(static_cast<typename W::Bits*>(row.saved) + first + k * kThreads, base[k]);
+      if (!row.refuse) store_stream(static_cast<typename W::Bits*>(row.saved) + items.at(k), base[k]);
       store_weight(static_cast<typename W::Bits*>(row.weight) + to[k], fused.result());
     }
   }
@@ -359,7 +361,8 @@ struct Cuda {
                 static_cast<int64_t>(adapters.size()),
                 weight.numel() / granule,
                 Granule::of(granule),
-                refuse};
+                refuse,
+                tile_of<kItems>(indices.numel() * granule)};
     Tensor room = weight;
     if (adapters.size() <= kFew)
       std::copy(adapters.begin(), adapters.end(), row.few);

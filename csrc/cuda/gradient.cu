@@ -25,6 +25,7 @@ namespace {
 // rate and twice the bytes, float64 likewise.
 constexpr double kDenseNarrow = 0.005, kDenseWide = 0.02;
 constexpr int64_t kScratch = int64_t{1} << 24;  // entries of the dense gradient that are there at a time
+constexpr int64_t kRowBlock = 256;              // rows of them, or a multiple
 
 constexpr int64_t kTokens = 4096;  // turned at a time
 constexpr int kEntries = 4;        // of a warp
@@ -34,7 +35,8 @@ struct DotRow {
   const void* input;        // [columns, tokens]
   Indices indices;
   void* result;
-  int64_t tokens, columns, limit;
+  int64_t tokens, limit;
+  Granule width;  // a row of the weight, as its columns
   Granule granule;
   bool adds;  // to what an earlier block of tokens gave
 };
@@ -58,18 +60,23 @@ struct Dot {
     const int64_t runs = row.tokens / kWide;
     int64_t left[kEntries], right[kEntries];  // the first run of each column, or below 0: nothing to do
     C sum[kEntries];
+    if (first >= total) return;  // a whole warp
+    int64_t item[kEntries], number[kEntries], offset[kEntries], index[kEntries], entry[kEntries], line[kEntries],
+        column[kEntries];
+#pragma unroll
+    for (int e = 0; e < kEntries; ++e) item[e] = first + e < total ? first + e : total - 1;
+    row.granule.split(item, total, number, offset);
+    row.indices.all(number, index);
+#pragma unroll
+    for (int e = 0; e < kEntries; ++e)
+      entry[e] = within(index[e], row.limit) ? index[e] * row.granule.units + offset[e] : 0;
+    row.width.split(entry, row.limit * row.granule.units, line, column);
 #pragma unroll
     for (int e = 0; e < kEntries; ++e) {
-      left[e] = right[e] = -1;
+      const bool is = first + e < total && within(index[e], row.limit);
+      left[e] = is ? line[e] * runs : -1;
+      right[e] = is ? column[e] * runs : -1;
       sum[e] = 0;
-      if (first + e >= total) continue;
-      int64_t number, offset;
-      row.granule.split(first + e, number, offset);
-      const int64_t index = row.indices[number];
-      if (!within(index, row.limit)) continue;
-      const int64_t entry = index * row.granule.units + offset;
-      left[e] = entry / row.columns * runs;
-      right[e] = entry % row.columns * runs;
     }
     for (int64_t at = lane; at < runs; at += 32) {
       Run a[kEntries], b[kEntries];
@@ -115,29 +122,22 @@ struct Take {
 
   static int64_t tiles(const Row& row) { return (row.indices.count * row.granule.units + kTile - 1) / kTile; }
   static __device__ void tile(const Scalars&, const Row& row, int64_t tile) {
-    const int64_t total = row.indices.count * row.granule.units, begin = tile * kTile + threadIdx.x;
+    const int64_t total = row.indices.count * row.granule.units, begin = tile * kTile, end = begin + kTile;
+    const Items<kItems> items(row.indices, row.granule, begin, end < total ? end : total);
     T taken[kItems];
     bool here[kItems];
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
-      const int64_t item = begin + k * kThreads;
+      const bool inside = within(items.index[k], row.limit);
+      const int64_t entry = inside ? items.index[k] * row.granule.units + items.offset[k] : -1;
+      const bool read = items.is(k) && entry >= row.begin && entry < row.end;
+      here[k] = read || (items.is(k) && !inside && row.first);
       taken[k] = 0;
-      here[k] = false;
-      if (item >= total) continue;
-      int64_t number, offset;
-      row.granule.split(item, number, offset);
-      const int64_t index = row.indices[number];
-      if (!within(index, row.limit)) {
-        here[k] = row.first;
-        continue;
-      }
-      const int64_t entry = index * row.granule.units + offset;
-      here[k] = entry >= row.begin && entry < row.end;
-      if (here[k]) taken[k] = load_weight(static_cast<const T*>(row.dense) + (entry - row.begin));
+      if (read) taken[k] = load_weight(static_cast<const T*>(row.dense) + (entry - row.begin));
     }
 #pragma unroll
     for (int k = 0; k < kItems; ++k)
-      if (here[k]) store_stream(static_cast<T*>(row.result) + begin + k * kThreads, taken[k]);
+      if (here[k]) store_stream(static_cast<T*>(row.result) + items.at(k), taken[k]);
   }
 };
 
@@ -187,7 +187,10 @@ struct Cuda {
     const Tensor left =
         torch::stable::transpose(torch::stable::view(grad_output, {problem.tokens, problem.rows}), 0, 1);
     const Tensor right = torch::stable::view(input, {problem.tokens, problem.columns});
-    const int64_t most = std::max<int64_t>(1, kScratch / std::max<int64_t>(1, problem.columns));
+    // Whole blocks of rows: a part's first column of grad_output is then as aligned as all of it is, and cuBLAS takes
+    // its fast kernels at addresses of 16 bytes alone.
+    const int64_t fit = kScratch / std::max<int64_t>(1, problem.columns);
+    const int64_t most = std::max(kRowBlock, fit / kRowBlock * kRowBlock);
     for (int64_t row = 0; row == 0 || row < problem.rows; row += most) {
       Tensor own = left;
       const int64_t n = std::min(most, problem.rows - row);
@@ -220,8 +223,8 @@ struct Cuda {
                        indices_of(indices),
                        address<void>(result),
                        n,
-                       problem.columns,
                        problem.rows * problem.columns / problem.granule,
+                       Granule::of(problem.columns),
                        Granule::of(problem.granule),
                        begin > 0};
       switch (grad_output.scalar_type()) {

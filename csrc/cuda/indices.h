@@ -16,13 +16,21 @@ struct Check {
   static constexpr int kItems = 4, kTile = kThreads * kItems;
   static int64_t tiles(const Row& row) { return (row.indices.count + kTile - 1) / kTile; }
   static __device__ void tile(const Scalars&, const Row& row, int64_t tile) {
+    // An index and the one before it; both of all items are on their way at once.
+    int64_t at[kItems], before[kItems], index[kItems], previous[kItems];
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
-      const int64_t i = tile * kTile + k * kThreads + threadIdx.x;
-      if (i >= row.indices.count) return;
-      const int64_t index = row.indices[i];
-      const bool inside = row.limit == kNoLimit ? index >= 0 : within(index, row.limit);
-      if (!inside || (i > 0 && index <= row.indices[i - 1])) atomicMin(row.first, static_cast<unsigned long long>(i));
+      const int64_t i = tile * kTile + k * kThreads + threadIdx.x, last = row.indices.count - 1;
+      at[k] = i < last ? i : last;
+      before[k] = at[k] > 0 ? at[k] - 1 : 0;
+    }
+    row.indices.all(at, index);
+    row.indices.all(before, previous);
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      const bool inside = row.limit == kNoLimit ? index[k] >= 0 : within(index[k], row.limit);
+      if (!inside || (at[k] > 0 && index[k] <= previous[k]))
+        atomicMin(row.first, static_cast<unsigned long long>(at[k]));
     }
   }
 };

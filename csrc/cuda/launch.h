@@ -183,8 +183,11 @@ void launch_list(const typename Work::Scalars& scalars, const std::vector<typena
   constexpr int kHeader = sizeof(typename Work::Scalars) + 16;
   constexpr int kMost = (kParameterBytes - kHeader) / static_cast<int>(sizeof(typename Work::Row) + sizeof(int32_t));
   static_assert(sizeof(Table<Work, kMost>) <= kParameterBytes);
+  constexpr int kFewRows = 16;  // a layer's weights: to send 32 KB with them takes longer than to launch them
   if (rows.size() == 1)
     launch_table<Work, 1>(scalars, rows, stream);
+  else if (kFewRows < kMost && rows.size() <= kFewRows)
+    launch_table<Work, std::min(kFewRows, kMost)>(scalars, rows, stream);
   else
     launch_table<Work, kMost>(scalars, rows, stream);
 }
@@ -200,8 +203,8 @@ class Groups {
     groups_.push_back({launch, {row}});
   }
   template <typename... Args>
-  void launch(const Args&... args) const {
-    for (const auto& [with, rows] : groups_) with(rows, args...);
+  void launch(const Args&... args) {
+    for (auto& [with, rows] : groups_) with(rows, args...);
   }
 
  private:

@@ -142,6 +142,21 @@ struct Indices {
     return wide ? load_cached(static_cast<const int64_t*>(data) + i)
                 : int64_t{load_cached(static_cast<const int32_t*>(data) + i)};
   }
+  // Several at once. Loads keep their order among one another and stay behind any branch, so with a test of the first
+  // before the second is asked for, a thread waits for each of them in turn: here all are on their way at once.
+  template <int kItems>
+  __device__ __forceinline__ void all(const int64_t (&at)[kItems], int64_t (&index)[kItems]) const {
+    if (wide) {
+#pragma unroll
+      for (int k = 0; k < kItems; ++k) index[k] = load_stream(static_cast<const int64_t*>(data) + at[k]);
+    } else {
+      int32_t narrow[kItems];
+#pragma unroll
+      for (int k = 0; k < kItems; ++k) narrow[k] = load_stream(static_cast<const int32_t*>(data) + at[k]);
+#pragma unroll
+      for (int k = 0; k < kItems; ++k) index[k] = narrow[k];
+    }
+  }
 };
 // Also the offsets of a plan.
 inline Indices indices_of(const Tensor& indices) {
@@ -159,22 +174,70 @@ struct Granule {
     return {units, int64_t{1} << shift == units ? shift : -1};
   }
   __device__ __forceinline__ void split(int64_t unit, int64_t& number, int64_t& offset) const {
+    const int64_t units_at[1] = {unit};
+    int64_t numbers[1], offsets[1];
+    split(units_at, unit, numbers, offsets);
+    number = numbers[0];
+    offset = offsets[0];
+  }
+  // Several units, of which `last` is the largest: how to divide is decided once.
+  template <int kItems>
+  __device__ __forceinline__ void split(const int64_t (&unit)[kItems], int64_t last, int64_t (&number)[kItems],
+                                        int64_t (&offset)[kItems]) const {
     if (shift >= 0) {
-      number = unit >> shift;
-      offset = unit & (units - 1);
-    } else if ((static_cast<uint64_t>(unit) | static_cast<uint64_t>(units)) >> 32 == 0) {
-      const uint32_t u = static_cast<uint32_t>(unit), n = static_cast<uint32_t>(units);  // a fifth of the time
-      number = u / n;
-      offset = u % n;
+#pragma unroll
+      for (int k = 0; k < kItems; ++k) {
+        number[k] = unit[k] >> shift;
+        offset[k] = unit[k] & (units - 1);
+      }
+    } else if ((static_cast<uint64_t>(last) | static_cast<uint64_t>(units)) >> 32 == 0) {
+      const uint32_t n = static_cast<uint32_t>(units);  // a fifth of the time
+#pragma unroll
+      for (int k = 0; k < kItems; ++k) {
+        const uint32_t u = static_cast<uint32_t>(unit[k]);
+        number[k] = u / n;
+        offset[k] = u % n;
+      }
     } else {
-      number = unit / units;
-      offset = unit % units;
+#pragma unroll
+      for (int k = 0; k < kItems; ++k) {
+        number[k] = unit[k] / units;
+        offset[k] = unit[k] % units;
+      }
     }
   }
 };
 
 __device__ __forceinline__ bool within(int64_t index, int64_t limit) {
   return static_cast<uint64_t>(index) < static_cast<uint64_t>(limit);
+}
+
+// A thread's items of a tile, a block apart: which granule of the list each is in, which of its units it is, and what
+// index the granule has. Items past the last one have what the last one has, so that nothing is decided before all
+// loads are on their way; `is` tells.
+template <int kItems>
+struct Items {
+  int64_t first, end, number[kItems], offset[kItems], index[kItems];
+
+  // Of items [begin, end) of the list; there is at least one.
+  __device__ __forceinline__ Items(const Indices& indices, const Granule& granule, int64_t begin, int64_t end)
+      : first(begin + threadIdx.x), end(end) {
+    int64_t item[kItems];
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) item[k] = at(k) < end ? at(k) : end - 1;
+    granule.split(item, end, number, offset);
+    indices.all(number, index);
+  }
+  __device__ __forceinline__ int64_t at(int k) const { return first + k * kThreads; }
+  __device__ __forceinline__ bool is(int k) const { return at(k) < end; }
+};
+
+// How many items a tile has: kItems a thread, or one where that is enough to keep every thread of the largest GPUs
+// busy (132 multiprocessors of 2048 threads), and a second item would only be waited for.
+constexpr int64_t kBusy = 132 * 2048;
+template <int kItems>
+inline int32_t tile_of(int64_t items) {
+  return items <= kBusy ? kThreads : kThreads * kItems;
 }
 
 }  // namespace shira::cuda

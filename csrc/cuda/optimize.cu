@@ -4,10 +4,8 @@
 // of the weight's scattered sectors, which are written in part, each is fetched and written back (64 bytes an entry,
 // where one has a sector to itself). A thread loads all of its entries' state before it steps the first. A rule's
 // numbers (bias corrections, rates) are worked out in double once: on the host, or, where `step` and `lr` are tensors
-// that a captured graph must follow, by one thread of each block.
+// that a captured graph must follow, by a launch of one thread before.
 #include "../core/optimize.h"
-
-#include <new>
 
 #include "../dispatch.h"
 #include "../optimize_ops.h"
@@ -42,7 +40,7 @@ struct Adamw : core::Adamw<C> {
 bool in_tensors(const core::SgdOptions& options) { return options.lr.at != nullptr; }
 bool in_tensors(const core::AdamwOptions& options) { return options.step.at != nullptr; }
 
-// Where step and lr lie on the device, the kernel makes the rule; the one made here is not read, and must not follow
+// Where step and lr lie on the device, the device makes the rule; the one made here is not read, and must not follow
 // the device's pointers.
 core::SgdOptions placeholder(core::SgdOptions options) {
   options.lr = {0};
@@ -61,7 +59,41 @@ struct StepRow {
   const void* grad;
   int64_t limit;
   Granule granule;
-  bool dense;  // the gradient has the weight's shape
+  bool dense;            // the gradient has the weight's shape
+  int32_t tile = kTile;  // entries of a block
+
+  int64_t entries() const { return indices.count * granule.units; }
+};
+
+// A rule whose step and lr lie on the device: made once, by a launch of its own. Powers in double take longer than a
+// block's share of a step does.
+template <typename R>
+struct MakeRow {
+  typename R::Options options;
+  uint32_t* made;
+};
+template <typename R>
+struct Make {
+  using Row = MakeRow<R>;
+  struct Scalars {};
+  static constexpr int kWords = sizeof(R) / sizeof(uint32_t);
+  static_assert(sizeof(R) % sizeof(uint32_t) == 0 && std::is_trivially_copyable_v<R>);
+
+  static int64_t tiles(const Row&) { return 1; }
+  static __device__ void tile(const Scalars&, const Row& row, int64_t) {
+    if (threadIdx.x > 0) return;
+    const R rule(row.options);
+    uint32_t word[kWords];
+    memcpy(word, &rule, sizeof(R));
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) store_stream(row.made + k, word[k]);
+  }
+  static __device__ __forceinline__ void read(const uint32_t* made, R& rule) {
+    uint32_t word[kWords];
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) word[k] = load_cached(made + k);
+    memcpy(&rule, word, sizeof(R));
+  }
 };
 
 template <typename R, typename W, typename G>
@@ -69,44 +101,31 @@ struct Step {
   using Row = StepRow;
   using Rule = R;
   struct Scalars {
-    Rule rule;  // where the numbers are given with the call
-    typename Rule::Options options;
-    bool in_tensors;
+    Rule rule;             // where the numbers are given with the call
+    const uint32_t* made;  // else the one on the device
   };
   using S = core::StateOf<W>;
   using C = typename W::Compute;
   using State = typename S::Bits;
 
-  static int64_t tiles(const Row& row) { return (row.indices.count * row.granule.units + kTile - 1) / kTile; }
+  static int64_t tiles(const Row& row) { return (row.entries() + row.tile - 1) / row.tile; }
 
   static __device__ void tile(const Scalars& scalars, const Row& row, int64_t tile) {
-    if (!scalars.in_tensors) return step(scalars.rule, row, tile);
-    SHIRA_SHARED(room, (sizeof(Rule) + 7) / 8, uint64_t);
-    if (threadIdx.x == 0) new (static_cast<void*>(&room[0])) Rule(scalars.options);
-    __syncthreads();
-    step(*reinterpret_cast<const Rule*>(&room[0]), row, tile);
-  }
-
-  static __device__ __forceinline__ void step(const Rule& rule, const Row& row, int64_t tile) {
-    const int64_t total = row.indices.count * row.granule.units, begin = tile * kTile + threadIdx.x;
+    Rule rule = scalars.rule;
+    if (scalars.made != nullptr) Make<Rule>::read(scalars.made, rule);
+    const int64_t total = row.indices.count * row.granule.units, begin = tile * row.tile, end = begin + row.tile;
+    const Items<kItems> items(row.indices, row.granule, begin, end < total ? end : total);
     int64_t at[kItems];  // the entry of the weight, or below 0: nothing to do
 #pragma unroll
-    for (int k = 0; k < kItems; ++k) {
-      const int64_t entry = begin + k * kThreads;
-      at[k] = -1;
-      if (entry < total) {
-        int64_t number, offset;
-        row.granule.split(entry, number, offset);
-        const int64_t index = row.indices[number];
-        if (within(index, row.limit)) at[k] = index * row.granule.units + offset;
-      }
-    }
+    for (int k = 0; k < kItems; ++k)
+      at[k] =
+          items.is(k) && within(items.index[k], row.limit) ? items.index[k] * row.granule.units + items.offset[k] : -1;
     State state[kItems][Rule::kStates];
     typename G::Bits grad[kItems];
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       if (at[k] < 0) continue;
-      const int64_t entry = begin + k * kThreads;
+      const int64_t entry = items.at(k);
 #pragma unroll
       for (int s = 0; s < Rule::kStates; ++s)
         state[k][s] = load_stream(static_cast<const State*>(row.state[s]) + entry);
@@ -115,7 +134,7 @@ struct Step {
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       if (at[k] < 0) continue;
-      const int64_t entry = begin + k * kThreads;
+      const int64_t entry = items.at(k);
       const C g = static_cast<C>(G::load(grad[k]));
       C value[Rule::kStates];
 #pragma unroll
@@ -132,9 +151,17 @@ struct Step {
 };
 
 template <typename Work>
-void start(const std::vector<StepRow>& rows, const typename Work::Rule::Options& options, cudaStream_t stream) {
-  const bool tensors = in_tensors(options);
-  launch_list<Work>({typename Work::Rule(tensors ? placeholder(options) : options), options, tensors}, rows, stream);
+void start(std::vector<StepRow>& rows, const Tensor& like, const typename Work::Rule::Options& options,
+           cudaStream_t stream) {
+  using Rule = typename Work::Rule;
+  int64_t entries = 0;
+  for (const StepRow& row : rows) entries += row.entries();
+  for (StepRow& row : rows) row.tile = tile_of<kItems>(entries);
+  if (!in_tensors(options)) return launch_list<Work>({Rule(options), nullptr}, rows, stream);
+  const Tensor room = torch::stable::new_empty(like, {Make<Rule>::kWords}, ScalarType::Int);
+  auto* const made = address<uint32_t>(room);
+  launch_one<Make<Rule>>({}, {options, made}, stream);
+  launch_list<Work>({Rule(placeholder(options)), made}, rows, stream);
 }
 
 // `states`: the masters, and the lists of the rule's own buffers.
@@ -143,7 +170,7 @@ void step(const Tensors& weights, const Tensors& indices, const std::vector<cons
           const Tensors& grads, const Options& options, int64_t granule) {
   if (weights.empty()) return;
   const Device device(weights[0]);
-  Groups<StepRow, void (*)(const std::vector<StepRow>&, const Options&, cudaStream_t)> launches;
+  Groups<StepRow, void (*)(std::vector<StepRow>&, const Tensor&, const Options&, cudaStream_t)> launches;
   for (size_t t = 0; t < weights.size(); ++t) {
     const Tensor &weight = weights[t], &grad = grads[t];
     StepRow row{address<void>(weight),
@@ -160,7 +187,7 @@ void step(const Tensors& weights, const Tensors& indices, const std::vector<cons
       launches.add(start<Step<Rule<typename W::Compute>, W, G>>, row);
     });
   }
-  launches.launch(options, device.stream);
+  launches.launch(weights[0], options, device.stream);
 }
 
 struct Cuda {

@@ -71,6 +71,7 @@ struct WalkRow {
   void* saved;
   int64_t limit;  // granules in the weight
   Granule granule;
+  int32_t tile = kTile;  // units of a block
 
   int64_t units() const { return indices.count * granule.units; }
 };
@@ -87,36 +88,30 @@ struct Walk {
   using Base = typename Cell::Base;
   using Value = typename Cell::Value;
 
-  static int64_t tiles(const Row& row) { return (row.units() + kTile - 1) / kTile; }
+  static int64_t tiles(const Row& row) { return (row.units() + row.tile - 1) / row.tile; }
 
   static __device__ void tile(const Scalars& strength, const Row& row, int64_t tile) {
-    const int64_t total = row.indices.count * row.granule.units, begin = tile * kTile + threadIdx.x;
+    const int64_t total = row.indices.count * row.granule.units, begin = tile * row.tile, end = begin + row.tile;
+    const Items<kItems> items(row.indices, row.granule, begin, end < total ? end : total);
     int64_t at[kItems];  // the unit of the weight, or below 0: nothing to do
 #pragma unroll
-    for (int k = 0; k < kItems; ++k) {
-      const int64_t unit = begin + k * kThreads;
-      at[k] = -1;
-      if (unit < total) {
-        int64_t number, offset;
-        row.granule.split(unit, number, offset);
-        const int64_t index = row.indices[number];
-        if (within(index, row.limit)) at[k] = index * row.granule.units + offset;
-      }
-    }
+    for (int k = 0; k < kItems; ++k)
+      at[k] =
+          items.is(k) && within(items.index[k], row.limit) ? items.index[k] * row.granule.units + items.offset[k] : -1;
     Base base[kItems];
     Value value[kItems];
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       if (at[k] < 0) continue;
       if constexpr (move != Move::Scatter) base[k] = Base::weight(row.weight, at[k]);
-      if constexpr (move != Move::Gather) value[k] = Value::stream(row.values, begin + k * kThreads);
+      if constexpr (move != Move::Gather) value[k] = Value::stream(row.values, items.at(k));
     }
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
-      const int64_t unit = begin + k * kThreads;
+      const int64_t unit = items.at(k);
       if (at[k] < 0) {
         if constexpr (move == Move::Gather)
-          if (unit < total && row.values != nullptr) Base{}.to_stream(row.values, unit);
+          if (items.is(k) && row.values != nullptr) Base{}.to_stream(row.values, unit);
         continue;
       }
       if constexpr (move == Move::Gather) base[k].to_stream(row.values != nullptr ? row.values : row.saved, unit);
@@ -275,11 +270,16 @@ struct Exchange {
 // ---- the walks, as csrc/switch_ops.h calls them -----------------------------------------------------------
 
 template <typename Work>
-void start(const std::vector<typename Work::Row>& rows, double alpha, bool delta, cudaStream_t stream) {
+void start(std::vector<typename Work::Row>& rows, double alpha, bool delta, cudaStream_t stream) {
+  if constexpr (std::is_same_v<typename Work::Row, WalkRow>) {
+    int64_t units = 0;
+    for (const WalkRow& row : rows) units += row.units();
+    for (WalkRow& row : rows) row.tile = tile_of<kItems>(units);
+  }
   launch_list<Work>(typename Work::Scalars(alpha, delta), rows, stream);
 }
 template <typename Row>
-using Start = Groups<Row, void (*)(const std::vector<Row>&, double alpha, bool delta, cudaStream_t)>;
+using Start = Groups<Row, void (*)(std::vector<Row>&, double alpha, bool delta, cudaStream_t)>;
 
 // f(Type<Cell>{}, units of the cell in a granule) for the widest cell of arithmetic.
 template <typename F>
