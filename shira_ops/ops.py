@@ -704,8 +704,8 @@ def foreach_diff_(
     """`diff_` over lists, in one call: two lists of tensors, `indices` and `values`.
 
     All tensors on one device; everything is checked before the first write. A snapshot must not overlap any other
-    tensor of the call. Not for a compiled graph: torch cannot trace an op that writes its arguments and returns lists; there,
-    call `diff_`.
+    tensor of the call. Not for a compiled graph: torch cannot trace an op that writes its arguments and returns lists;
+    there, call `diff_`.
     """
     if not weights:
         checks.foreach_diff_(snapshots, weights, granule)
