@@ -67,8 +67,8 @@ _LARGEST_STRENGTH = 3.4028234663852886e38
 def strength(what: str, value: object) -> float:
     """A strength (``alpha``) as a float; ``what`` names it in the refusal. One rule for files, calls and commands."""
     number: Any = value
-    real: bool = isinstance(number, numbers.Real) and type(number) is not bool
-    if not real or not abs(number) <= _LARGEST_STRENGTH:
+    real: bool = isinstance(number, numbers.Real)
+    if not real or value is True or value is False or not abs(number) <= _LARGEST_STRENGTH:
         # An int of thousands of digits has no repr.
         got = f"an int of {value.bit_length()} bits" if type(value) is int else f"{value!r:.80}"
         raise AdapterError(f"{what} must be a finite number (of float32), got {got}")
