@@ -31,7 +31,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-FAMILIES = ("switch", "fuse", "gradient", "optimize", "select", "fingerprint", "codec", "refusals")
+FAMILIES = ("switch", "fuse", "gradient", "optimize", "select", "fingerprint", "codec", "diff", "refusals")
 DEVICE_LOST = 3  # the exit status of gpu_bench.py
 # The measurements, functions of gpu_bench.py, the most wanted first.
 NAMES = (

@@ -91,6 +91,8 @@ LINES = {
     "call, inference tensors": Line("a call on 64 entries, inference tensors", 2.0, " us", at_least=False),
     "foreach_": Line("foreach_, a tensor above its work", 1.0, " us", at_least=False),
     "fingerprint": Line("fingerprint, of read bandwidth", 0.8, ""),
+    "diff_ of read": Line("diff_, of reading the weight and the snapshot", None, ""),
+    "diff_ over torch": Line("diff_, over the same in plain torch", None),
     "sampled_grad fp32": Line("sampled_grad 1 % fp32, over dense gradient + gather", 8.0),
     "sampled_grad bf16": Line("sampled_grad 1 % bf16, over dense gradient + gather", 3.0),
     "sampled_grad masks fp32": Line("sampled_grad 1 % fp32, over a Rand mask's", 1.0),
