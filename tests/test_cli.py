@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import shira_ops
-from shira import Adapter, AdapterError, Entry, Switcher, _file
-from shira import merge as merge_module
+from shira import Adapter, AdapterError, Entry, Switcher, _file, _output
 from shira.merge import merge
 
 typer = pytest.importorskip("typer")
@@ -126,7 +125,13 @@ def test_extract_and_apply_give_the_tuned_checkpoint(files: Path) -> None:
     run("apply", out, files / "base", files / "merged")
     merged = files / "merged"
     assert same(content(merged), content(files / "tuned.safetensors"))
-    names = ["config.json", "model-1.safetensors", "model-2.safetensors", "model.safetensors.index.json"]
+    names = [
+        ".shira-merged.json",
+        "config.json",
+        "model-1.safetensors",
+        "model-2.safetensors",
+        "model.safetensors.index.json",
+    ]
     assert sorted(path.name for path in merged.iterdir()) == names
     with safe_open(merged / "model-2.safetensors", "pt") as shard:
         assert shard.metadata() == {"format": "pt", "of": "model-2.safetensors"}
@@ -199,8 +204,8 @@ def test_nothing_is_overwritten_unasked(files: Path) -> None:
     assert "is there already" in refused("apply", a, base, files / "merged")
     run("apply", a, base, files / "merged", "--alpha", 0, "--overwrite")
     assert same(content(files / "merged"), content(base))
-    assert "is the base itself" in refused("apply", a, base, base, "--overwrite")
-    assert "a file, and the merged checkpoint is a folder" in refused("apply", a, base, tuned, "--overwrite")
+    assert f"is {base} itself, which is read" in refused("apply", a, base, base, "--overwrite")
+    assert "is a file, and the merged checkpoint is a folder" in refused("apply", a, base, tuned, "--overwrite")
     assert tuned.read_bytes() == before
     assert not [path for path in files.iterdir() if path.name.startswith(".")]
 
@@ -227,22 +232,23 @@ def test_an_interrupted_write_leaves_nothing(files: Path, target: str, monkeypat
     with pytest.raises(KeyboardInterrupt):
         merge(adapter, base, files / target, alpha=0.5, overwrite=True, progress=stop)
     assert same(content(files / target), before)
-    # Also where the last step, the renaming of a folder, is what fails.
-    replace, calls = os.replace, []
 
-    def fail(source: object, goal: object) -> None:
-        calls.append(goal)
+    # Also where the last step is what fails: with the exchange of two folders, and without.
+    def fail(source: object, goal: object, *rest: object) -> None:
         if goal == files / target and not str(source).endswith(".old"):
             raise OSError("no more")
-        replace(source, goal)
+        move(source, goal)
 
-    monkeypatch.setattr(merge_module.os, "replace", fail)
-    with pytest.raises(OSError, match="no more"):
-        merge(adapter, base, files / target, alpha=0.5, overwrite=True)
-    monkeypatch.undo()
-    assert calls
-    assert same(content(files / target), before)
-    assert not list(files.rglob(".*"))
+    move = os.replace
+    for exchange in (True, False):
+        for name in ("rename", "replace"):
+            monkeypatch.setattr(os, name, fail)
+        monkeypatch.setattr(_output, "_exchange", fail if exchange else lambda one, two: False)
+        with pytest.raises(OSError, match="no more"):
+            merge(adapter, base, files / target, alpha=0.5, overwrite=True)
+        monkeypatch.undo()
+        assert same(content(files / target), before)
+        assert not [path for path in files.rglob(".*") if path.name != _output.MARK]
 
 
 def test_a_merge_streams(files: Path) -> None:
@@ -282,7 +288,7 @@ def test_tied_names_are_all_changed(files: Path) -> None:
     ("arguments", "says"),
     [
         (("inspect", "none.safetensors"), "no such file or directory"),
-        (("inspect", "base"), "this is a folder, not a file"),
+        (("inspect", "base"), "base: the folder has no shira_adapter.safetensors, and 2 other .safetensors files"),
         (("inspect", "base/config.json"), "this is no whole safetensors file"),
         (("inspect", "tuned.safetensors"), "this is no SHiRA adapter"),
         (("verify", "a.safetensors", "none"), "no such file or directory"),

@@ -50,7 +50,7 @@ def _files(source: str) -> Iterator[str]:
     """An input and, of a folder, what is in it."""
     yield source
     if os.path.isdir(source):
-        yield from (entry.path for entry in os.scandir(source))
+        yield from (os.path.join(source, name) for name in os.listdir(source))
 
 
 def destination(
@@ -75,17 +75,16 @@ def destination(
     for source in (os.fspath(one) for one in inputs):
         if not os.path.exists(source):
             continue  # whoever reads it says so
+        if os.path.exists(path) and any(os.path.exists(one) and os.path.samefile(one, path) for one in _files(source)):
+            what = f"{source} itself" if os.path.samefile(source, path) else f"a part of {source}"
+            raise AdapterError(f"{given} is {what}, which is read; write the result elsewhere")
         if any(_inside(os.path.realpath(one), path) for one in _files(source)):
             raise AdapterError(
                 f"{given} is the folder that contains {source}, which is read; write the result elsewhere"
             )
-        if os.path.exists(path) and any(os.path.exists(one) and os.path.samefile(one, path) for one in _files(source)):
-            what = f"{source} itself" if os.path.samefile(source, path) else f"a part of {source}"
-            raise AdapterError(f"{given} is {what}, which is read; write the result elsewhere")
     if not os.path.isdir(os.path.dirname(path)):
         raise FileNotFoundError(
-            f"the folder {os.path.dirname(given) or os.path.dirname(path)!r} to write {os.path.basename(path)!r} into "
-            f"does not exist"
+            f"the folder {os.path.dirname(path)!r} to write {os.path.basename(path)!r} into does not exist"
         )
     if not os.path.lexists(path):
         return Path(path)
@@ -129,7 +128,8 @@ def no_merged_folder(path: str) -> str | None:
     """Why what is there is no merged checkpoint's folder with nothing else in it, or None."""
     if not os.path.isdir(path):
         return "is a file, and the merged checkpoint is a folder"
-    present = {entry.name: entry.is_file(follow_symlinks=False) for entry in os.scandir(path)}
+    with os.scandir(path) as entries:
+        present = {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
     if not present:
         return None
     try:
@@ -145,7 +145,7 @@ def no_peft_folder(path: str) -> str | None:
     """Why what is there is no folder of PEFT's SHiRA with nothing else in it, or None."""
     if not os.path.isdir(path):
         return "is a file, and PEFT's adapter is a folder"
-    names = {entry.name for entry in os.scandir(path)}
+    names = set(os.listdir(path))
     if not names:
         return None
     others = sorted(names - {"adapter_config.json", "adapter_model.safetensors"})
@@ -181,12 +181,15 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def named(path: Path) -> Iterator[None]:
-    """Errors of writing, a full disk above all, with the name of the file."""
+def named(path: Path, inside: Path | None = None) -> Iterator[None]:
+    """Errors of writing, a full disk above all, with the name of the result, not of what is ``inside`` a fresh one."""
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno is not None:
+        names = [os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None]
+        if error.errno is not None and (
+            not names or (inside is not None and any(str(inside) in name for name in names))
+        ):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
@@ -197,22 +200,21 @@ def replacing_folder(target: Path) -> Iterator[Path]:
 
     What was there is deleted last. Killed at any moment, there is the old folder or the new one.
     """
-    # Short, since a name has at most 255 bytes.
-    temporary = target.with_name(f".{target.name[:40]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    with named(target):
-        temporary.mkdir()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     old = temporary.with_suffix(".old")
     try:
-        yield temporary
-        for path in temporary.iterdir():
-            _file._fsync(path, os.O_RDONLY)
-        _sync_folder(temporary)
-        if not os.path.lexists(target):
-            os.rename(temporary, target)
-        elif not _exchange(temporary, target):
-            os.rename(target, old)
-            os.rename(temporary, target)
-        _sync_folder(target.parent)
+        with named(target, temporary):
+            temporary.mkdir()
+            yield temporary
+            for path in temporary.iterdir():
+                _file._fsync(path, os.O_RDONLY)
+            _sync_folder(temporary)
+            if not os.path.lexists(target):
+                os.rename(temporary, target)
+            elif not _exchange(temporary, target):
+                os.rename(target, old)
+                os.rename(temporary, target)
+            _sync_folder(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if old.exists():

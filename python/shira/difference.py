@@ -328,8 +328,8 @@ def _matched(aligned: Aligned) -> list[tuple[str, Stored, Stored, tuple[str, ...
     changed = {name: one.dtype for name, one, two, _ in pairs if not one.supported and not equal(one, two)}
     if changed:
         dtypes = ", ".join(sorted(set(changed.values())))
-        names = _model.some(map(repr, changed))
-        raise AdapterError(f"{names} changed, and an adapter cannot hold entries of {dtypes}")
+        listed = _model.some(map(repr, changed))
+        raise AdapterError(f"{listed} changed, and an adapter cannot hold entries of {dtypes}")
     return [pair for pair in pairs if pair[1].supported]
 
 
