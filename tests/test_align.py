@@ -228,6 +228,7 @@ class Wrapped(torch.Tensor):
         raise NotImplementedError(str(function))
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_tensors_that_wrap_others_are_refused() -> None:
     base = {"a": torch.zeros(2), "b": torch.zeros(2)}
     for one, two in ((base, {**base, "b": Wrapped(torch.zeros(2))}), ({**base, "b": Wrapped(torch.zeros(2))}, base)):
