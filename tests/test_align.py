@@ -251,3 +251,18 @@ def test_running_statistics_are_carried_exactly(tmp_path: Path) -> None:
     assert set(adapter.weights) == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
     merge(adapter, tmp_path / "base.safetensors", tmp_path / "out.safetensors")
     assert not Adapter.from_difference(tmp_path / "out.safetensors", model).weights
+
+
+def test_new_tensors_are_taken_along_when_asked(tmp_path: Path) -> None:
+    base = body()
+    path = folder(tmp_path / "base", base)
+    tuned = prefixed("transformer.", tuned_of(base)) | {"score.weight": torch.randn(2, 4), "score.bias": torch.randn(2)}
+    with pytest.raises(AdapterError, match=r"'score.weight' is only in the tuned checkpoint; .*added=True \(--added\)"):
+        Adapter.from_difference(path, tuned)
+    adapter = Adapter.from_difference(path, tuned, added=True)
+    assert entries(adapter) == CHANGED | {"score.weight": [0], "score.bias": [0]}
+    assert adapter.weights["score.weight"].whole
+    merge(adapter, path, tmp_path / "out")
+    assert not Adapter.from_difference(tmp_path / "out", tuned).weights
+    with pytest.raises(AdapterError, match="is bool, which an adapter cannot hold"):
+        Adapter.from_difference(path, tuned | {"flag": torch.tensor(True)}, added=True)

@@ -197,6 +197,21 @@ def test_convert_there_and_back(files: Path) -> None:
     assert "are for a LoRA" in refused("convert", files / "b.safetensors", files / "x", "--density", 0.1)
 
 
+def test_convert_to_another_dtype(files: Path) -> None:
+    base = {name: tensor.float() for name, tensor in content(files / "base").items()}
+    tuned = {name: tensor.float() for name, tensor in content(files / "tuned.safetensors").items()}
+    save_file(base, files / "base32.safetensors")
+    Adapter.from_difference(base, tuned).save(files / "a32.safetensors")
+    out = files / "a16.safetensors"
+    run("convert", files / "a32.safetensors", out, "--dtype", "bfloat16", "--base", files / "base")
+    assert same_adapters(out, files / "a.safetensors")
+    assert json.loads(run("verify", out, files / "base", "--json"))["without_fingerprint"] == []
+    assert "is there already" in refused("convert", files / "a32.safetensors", out, "--dtype", "bfloat16")
+    assert "must be one of float16, bfloat16" in refused("convert", out, files / "n", "--dtype", "int8")
+    to_peft = ("--dtype", "bfloat16", "--density", 0.5)
+    assert "--density and --granule are for a LoRA" in refused("convert", out, files / "n", *to_peft)
+
+
 def test_nothing_is_overwritten_unasked(files: Path) -> None:
     a, base, tuned = files / "a.safetensors", files / "base", files / "tuned.safetensors"
     before = tuned.read_bytes()

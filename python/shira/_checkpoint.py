@@ -38,11 +38,11 @@ _TORCH_NAMES = {name: torch_name for torch_name, (name, _) in _file.DTYPES.items
 _FILE_NAMES = {torch_name: name for name, torch_name in _TORCH_NAMES.items()}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Stored:
     """One tensor of a checkpoint."""
 
-    name: str
+    name: str  # as the model has it; a shard knows it by its name in the file
     dtype: str  # torch's name where an adapter can hold it, else safetensors' in lower case
     shape: tuple[int, ...]
     nbytes: int
@@ -108,7 +108,7 @@ class Shard:
 
     path: str
     metadata: dict[str, str]
-    tensors: dict[str, Stored]
+    tensors: dict[str, Stored]  # by the names in the file
 
 
 @dataclass(eq=False)
@@ -116,7 +116,7 @@ class Checkpoint:
     """The tensors of a checkpoint by name, and where it came from."""
 
     where: str
-    tensors: dict[str, Stored]  # by the names that a model uses; a file's own are theirs
+    tensors: dict[str, Stored]
     shards: list[Shard] = field(default_factory=list)  # of a checkpoint on disk
     folder: str | None = None
     index: dict[str, Any] | None = None
@@ -175,11 +175,12 @@ def _named(where: str, tensors: Mapping[str, Stored], **rest: Any) -> Checkpoint
     # What DistributedDataParallel puts before all of them.
     prefix = "module." if tensors and all(name.startswith("module.") for name in tensors) else ""
     found: dict[str, Stored] = {}
+    before: dict[str, str] = {}
     for name, stored in tensors.items():
-        plain = _file.clean(name).removeprefix(prefix)
-        if plain in found:
-            raise AdapterError(f"{where}: {found[plain].name!r} and {name!r} are two names for {plain!r}")
-        found[plain] = stored
+        stored.name = _file.clean(name).removeprefix(prefix)
+        if before.setdefault(stored.name, name) != name:
+            raise AdapterError(f"{where}: {before[stored.name]!r} and {name!r} are two names for {stored.name!r}")
+        found[stored.name] = stored
     return Checkpoint(where, found, prefix=prefix, **rest)
 
 
@@ -230,7 +231,9 @@ def _in_memory(where: str, tensors: Mapping[str, Any], model: object) -> Checkpo
             shape = (*shape[:-1], 2 * shape[-1])  # as files count: entries, two to a byte
         stored[key] = Stored(key, dtype, shape, tensor.nbytes, tensor, memory)
     if model is not None:
-        return Checkpoint(where, {_file.clean(name): one for name, one in stored.items()}, model=model)
+        for name, one in stored.items():
+            one.name = _file.clean(name)
+        return Checkpoint(where, {one.name: one for one in stored.values()}, model=model)
     return _named(where, stored)
 
 

@@ -47,10 +47,11 @@ def _mounted(path: str) -> bool:
 
 
 def _files(source: str) -> Iterator[str]:
-    """An input and, of a folder, what is in it."""
+    """An input and, of a folder, the files in it."""
     yield source
     if os.path.isdir(source):
-        yield from (os.path.join(source, name) for name in os.listdir(source))
+        paths = (os.path.join(source, name) for name in os.listdir(source))
+        yield from (path for path in paths if not os.path.isdir(path))
 
 
 def destination(
@@ -93,9 +94,7 @@ def destination(
     if not stat.S_ISDIR(os.stat(path).st_mode) and not stat.S_ISREG(os.stat(path).st_mode):
         raise FileExistsError(f"{given} is a pipe or a device, not a file; give another name")
     if _mounted(path):
-        raise FileExistsError(
-            f"{given} is a mount point, which nothing can take the place of; write beside it or into it"
-        )
+        raise FileExistsError(f"{given} is a mount point, which nothing can take the place of; give another name")
     reason = foreign(path)
     if reason is not None:
         raise FileExistsError(f"{given} {reason}, so it is not overwritten; remove it yourself, or give another name")
@@ -181,15 +180,13 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def named(path: Path, inside: Path | None = None) -> Iterator[None]:
-    """Errors of writing, a full disk above all, with the name of the result, not of what is ``inside`` a fresh one."""
+def named(path: Path) -> Iterator[None]:
+    """Errors of writing, a full disk above all, with the name of the result, not of what it is written as at first."""
     try:
         yield
     except OSError as error:
         names = [os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None]
-        if error.errno is not None and (
-            not names or (inside is not None and any(str(inside) in name for name in names))
-        ):
+        if error.errno is not None and (not names or any(f".{path.name}." in name for name in names)):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
@@ -203,7 +200,7 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     old = temporary.with_suffix(".old")
     try:
-        with named(target, temporary):
+        with named(target):
             temporary.mkdir()
             yield temporary
             for path in temporary.iterdir():
@@ -217,8 +214,8 @@ def replacing_folder(target: Path) -> Iterator[Path]:
             _sync_folder(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists():
-            if target.exists():
+        if os.path.lexists(old):
+            if os.path.lexists(target):
                 shutil.rmtree(old, ignore_errors=True)
             else:  # the last step failed: what was there comes back
                 os.rename(old, target)

@@ -308,6 +308,7 @@ class Adapter:
         alpha: float = 1.0,
         provenance: Mapping[str, Any] | None = None,
         rename: _file.Rename = None,
+        added: bool = False,
         progress: Progress | None = None,
     ) -> Adapter:
         """What fine-tuning changed, as an adapter of new entries.
@@ -330,6 +331,8 @@ class Adapter:
             alpha, provenance: as in `Adapter`.
             rename: from the tuned names to the base's, in place of the guess about prefixes: patterns (`re.sub`) to
                 replacements, or a function.
+            added: take tensors that only ``tuned`` has, such as a new classifier head, as whole parameters; else they
+                are refused.
             progress: called with a weight's name, the bytes of the base done so far, and the bytes in all.
 
         The adapter's ``report`` says, for each weight and in all, how many entries changed and were kept, and what
@@ -345,6 +348,7 @@ class Adapter:
             alpha=alpha,
             provenance=provenance,
             rename=rename,
+            added=added,
             progress=progress,
         )
 

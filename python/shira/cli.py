@@ -158,6 +158,8 @@ def _find(adapter: str) -> Path:
     from shira import hub
     from shira._file import AdapterError
 
+    if not adapter:
+        raise ValueError("an adapter needs a name, got an empty one")
     path = Path(adapter)
     if path.is_dir():
         if (path / hub.FILE).exists() or (path / "adapter_config.json").exists():
@@ -365,6 +367,7 @@ def extract(
     ] = None,
     granule: Annotated[int, typer.Option(help="Entries that an index stands for.", min=1)] = 1,
     rename: Rename = [],  # noqa: B006
+    added: Annotated[bool, typer.Option("--added", help="Take along what only the tuned one has: a new head.")] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -375,7 +378,7 @@ def extract(
 
     with _progress("comparing", as_json) as progress:
         adapter = Adapter.from_difference(
-            base, tuned, density=density, granule=granule, rename=rules, progress=progress
+            base, tuned, density=density, granule=granule, rename=rules, added=added, progress=progress
         )
     if not adapter.weights:
         raise ValueError(f"{base} and {tuned} are the same: there is nothing to extract")
@@ -482,6 +485,10 @@ def convert(
     from shira import _output, hub
 
     if dtype is not None:
+        if density is not None or granule != 1 or base_model is not None:
+            raise ValueError(
+                "--density and --granule are for a LoRA and --base-model is for PEFT: leave them or --dtype out"
+            )
         _recast(source, out, base, dtype, overwrite, as_json)
         return
     ours = os.path.exists(os.path.join(source, hub.FILE)) or len(list(Path(source).glob("*.safetensors"))) == 1

@@ -295,12 +295,13 @@ def _entry(pair: _Pair, density: float | None, pool: Executor, ahead: int) -> tu
     return entry, Lost(pair.numel, sparse.changed, kept.numel(), lost, total)
 
 
-def _matched(aligned: Aligned) -> list[tuple[str, Stored, Stored, tuple[str, ...]]]:
+def _matched(aligned: Aligned, added: bool) -> list[tuple[str, Stored, Stored, tuple[str, ...]]]:
     """The weights of both checkpoints by name, and their aliases; all that does not fit is said in one error."""
     groups: dict[str, list[str]] = {}
     for name, first in aligned.first.items():
         groups.setdefault(first, []).append(name)
-    problems = [f"{name!r} is only in the tuned checkpoint" for name in aligned.tuned.keys() - aligned.first.keys()]
+    only_tuned = [] if added else aligned.tuned.keys() - aligned.first.keys()
+    problems = [f"{name!r} is only in the tuned checkpoint" for name in only_tuned]
     pairs = []
     for name, names in groups.items():
         one = aligned.base[name]
@@ -323,7 +324,9 @@ def _matched(aligned: Aligned) -> list[tuple[str, Stored, Stored, tuple[str, ...
                     problems.append(f"{first!r} and {other!r} are one (tied) weight in the base, and two in the other")
     if problems:
         more = f" ({len(problems)} problems in all)" if len(problems) > 5 else ""
-        advice = "; rename= (--rename) brings names together" if any("is only in" in one for one in problems) else ""
+        advice = ""
+        if any("is only in" in one for one in problems):
+            advice = "; rename= (--rename) brings names together, added=True (--added) carries new tensors along"
         raise AdapterError(f"the checkpoints do not match: {'; '.join(sorted(problems)[:5])}{more}{advice}")
     changed = {name: one.dtype for name, one, two, _ in pairs if not one.supported and not equal(one, two)}
     if changed:
@@ -331,6 +334,25 @@ def _matched(aligned: Aligned) -> list[tuple[str, Stored, Stored, tuple[str, ...
         listed = _model.some(map(repr, changed))
         raise AdapterError(f"{listed} changed, and an adapter cannot hold entries of {dtypes}")
     return [pair for pair in pairs if pair[1].supported]
+
+
+def _new(aligned: Aligned) -> dict[str, Entry]:
+    """What only the tuned checkpoint has, as whole parameters."""
+    entries: dict[str, Entry] = {}
+    first = {stored.one: name for name, stored in reversed(aligned.tuned.items())}
+    for name in [name for name in aligned.tuned if name not in aligned.first]:
+        stored = aligned.tuned[name]
+        if stored.foreign is not None or not stored.supported:
+            raise AdapterError(f"{name!r} {stored.foreign or f'is {stored.dtype}, which an adapter cannot hold'}")
+        if not stored.nbytes:
+            raise AdapterError(f"{name!r} is only in the tuned checkpoint, and empty: an adapter cannot hold it")
+        if first[stored.one] != name:
+            continue  # a further name of one that is new as well
+        aliases = tuple(other for other, one in aligned.tuned.items() if other != name and one.one == stored.one)
+        values = stored.tensor() if stored.mapped else stored.tensor().clone()
+        indices, dtype = torch.zeros(1, dtype=torch.int32), getattr(torch, stored.dtype)
+        entries[name] = Entry(indices, values, stored.shape, dtype, stored.numel, None, None, aliases, checked=True)
+    return entries
 
 
 def difference(
@@ -342,6 +364,7 @@ def difference(
     alpha: float = 1.0,
     provenance: Mapping[str, Any] | None = None,
     rename: _file.Rename = None,
+    added: bool = False,
     progress: Progress | None = None,
 ) -> Adapter:
     """See `Adapter.from_difference`."""
@@ -350,7 +373,7 @@ def difference(
     if type(granule) is not int or granule < 1:
         raise ValueError(f"from_difference: granule must be a whole number of at least 1, got {granule!r}")
     aligned = align(open_checkpoint(base, "base"), open_checkpoint(tuned, "tuned"), rename)
-    matched = _matched(aligned)
+    matched = _matched(aligned, added)
     total, done = sum(one.nbytes for _, one, _, _ in matched), 0
     entries: dict[str, Entry] = {}
     report: dict[str, Lost] = {}
@@ -373,5 +396,9 @@ def difference(
             f"granule {granule} must divide the last dimension of every weight that changed; "
             f"not so for {len(uneven)}: {_model.some(uneven)}"
         )
+    if added:
+        for name, entry in _new(aligned).items():
+            entries[name] = entry
+            report[name] = Lost(entry.numel, entry.numel, entry.numel, 0.0)
     mask = {"name": "Difference", "density": density, "granule": granule}
     return Adapter(entries, alpha=alpha, mask=mask, provenance=provenance, report=Report(report, tuple(aligned.notes)))

@@ -34,7 +34,7 @@ class Merged:
 
     nbytes: int  # of tensors
     entries: int  # that the adapter changes
-    tensors: tuple[str, ...]  # that were changed, by the names in the files
+    tensors: tuple[str, ...]  # the names of those that were changed
     added: tuple[str, ...]  # whole parameters that the base did not have
 
 
@@ -149,7 +149,8 @@ def merge(
         for name, copies in places.items()
         for stored in copies
     }
-    added = {source.prefix + name: weights[name] for name, copies in places.items() if not copies}
+    new = [name for name, copies in places.items() if not copies]
+    added = {source.prefix + name: weights[name] for name in new}
     done = 0
 
     def tell(name: str, nbytes: int) -> None:
@@ -174,7 +175,7 @@ def merge(
                     path = folder / os.path.basename(shard.path)
                     _file.write_safetensors(path, shards[shard.path], shard.metadata)
                 _write_rest(source, folder, added)
-    return Merged(done, adapter.nnz, tuple(stored.name for stored in changes), tuple(added))
+    return Merged(done, adapter.nnz, tuple(stored.name for stored in changes), tuple(new))
 
 
 def _write_rest(source: Checkpoint, folder: Path, added: Mapping[str, Entry]) -> None:
