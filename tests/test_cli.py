@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import shira_ops
-from shira import Adapter, AdapterError, Entry, Switcher, _file
-from shira import merge as merge_module
+from shira import Adapter, AdapterError, Entry, Switcher, _file, _output, hub
 from shira.merge import merge
 
 typer = pytest.importorskip("typer")
@@ -126,7 +127,13 @@ def test_extract_and_apply_give_the_tuned_checkpoint(files: Path) -> None:
     run("apply", out, files / "base", files / "merged")
     merged = files / "merged"
     assert same(content(merged), content(files / "tuned.safetensors"))
-    names = ["config.json", "model-1.safetensors", "model-2.safetensors", "model.safetensors.index.json"]
+    names = [
+        ".shira-merged.json",
+        "config.json",
+        "model-1.safetensors",
+        "model-2.safetensors",
+        "model.safetensors.index.json",
+    ]
     assert sorted(path.name for path in merged.iterdir()) == names
     with safe_open(merged / "model-2.safetensors", "pt") as shard:
         assert shard.metadata() == {"format": "pt", "of": "model-2.safetensors"}
@@ -190,6 +197,21 @@ def test_convert_there_and_back(files: Path) -> None:
     assert "are for a LoRA" in refused("convert", files / "b.safetensors", files / "x", "--density", 0.1)
 
 
+def test_convert_to_another_dtype(files: Path) -> None:
+    base = {name: tensor.float() for name, tensor in content(files / "base").items()}
+    tuned = {name: tensor.float() for name, tensor in content(files / "tuned.safetensors").items()}
+    save_file(base, files / "base32.safetensors")
+    Adapter.from_difference(base, tuned).save(files / "a32.safetensors")
+    out = files / "a16.safetensors"
+    run("convert", files / "a32.safetensors", out, "--dtype", "bfloat16", "--base", files / "base")
+    assert same_adapters(out, files / "a.safetensors")
+    assert json.loads(run("verify", out, files / "base", "--json"))["without_fingerprint"] == []
+    assert "is there already" in refused("convert", files / "a32.safetensors", out, "--dtype", "bfloat16")
+    assert "must be one of float16, bfloat16" in refused("convert", out, files / "n", "--dtype", "int8")
+    to_peft = ("--dtype", "bfloat16", "--density", 0.5)
+    assert "--density and --granule are for a LoRA" in refused("convert", out, files / "n", *to_peft)
+
+
 def test_nothing_is_overwritten_unasked(files: Path) -> None:
     a, base, tuned = files / "a.safetensors", files / "base", files / "tuned.safetensors"
     before = tuned.read_bytes()
@@ -199,8 +221,8 @@ def test_nothing_is_overwritten_unasked(files: Path) -> None:
     assert "is there already" in refused("apply", a, base, files / "merged")
     run("apply", a, base, files / "merged", "--alpha", 0, "--overwrite")
     assert same(content(files / "merged"), content(base))
-    assert "is the base itself" in refused("apply", a, base, base, "--overwrite")
-    assert "a file, and the merged checkpoint is a folder" in refused("apply", a, base, tuned, "--overwrite")
+    assert f"is {base} itself, which is read" in refused("apply", a, base, base, "--overwrite")
+    assert "is a file, and the merged checkpoint is a folder" in refused("apply", a, base, tuned, "--overwrite")
     assert tuned.read_bytes() == before
     assert not [path for path in files.iterdir() if path.name.startswith(".")]
 
@@ -227,22 +249,23 @@ def test_an_interrupted_write_leaves_nothing(files: Path, target: str, monkeypat
     with pytest.raises(KeyboardInterrupt):
         merge(adapter, base, files / target, alpha=0.5, overwrite=True, progress=stop)
     assert same(content(files / target), before)
-    # Also where the last step, the renaming of a folder, is what fails.
-    replace, calls = os.replace, []
 
-    def fail(source: object, goal: object) -> None:
-        calls.append(goal)
+    # Also where the last step is what fails: with the exchange of two folders, and without.
+    def fail(source: object, goal: object, *rest: object) -> None:
         if goal == files / target and not str(source).endswith(".old"):
             raise OSError("no more")
-        replace(source, goal)
+        move(source, goal)
 
-    monkeypatch.setattr(merge_module.os, "replace", fail)
-    with pytest.raises(OSError, match="no more"):
-        merge(adapter, base, files / target, alpha=0.5, overwrite=True)
-    monkeypatch.undo()
-    assert calls
-    assert same(content(files / target), before)
-    assert not list(files.rglob(".*"))
+    move = os.replace
+    for exchange in (True, False):
+        for name in ("rename", "replace"):
+            monkeypatch.setattr(os, name, fail)
+        monkeypatch.setattr(_output, "_exchange", fail if exchange else lambda one, two: False)
+        with pytest.raises(OSError, match="no more"):
+            merge(adapter, base, files / target, alpha=0.5, overwrite=True)
+        monkeypatch.undo()
+        assert same(content(files / target), before)
+        assert not [path for path in files.rglob(".*") if path.name != _output.MARK]
 
 
 def test_a_merge_streams(files: Path) -> None:
@@ -282,7 +305,7 @@ def test_tied_names_are_all_changed(files: Path) -> None:
     ("arguments", "says"),
     [
         (("inspect", "none.safetensors"), "no such file or directory"),
-        (("inspect", "base"), "this is a folder, not a file"),
+        (("inspect", "base"), "base: the folder has no shira_adapter.safetensors, and 2 other .safetensors files"),
         (("inspect", "base/config.json"), "this is no whole safetensors file"),
         (("inspect", "tuned.safetensors"), "this is no SHiRA adapter"),
         (("verify", "a.safetensors", "none"), "no such file or directory"),
@@ -301,10 +324,197 @@ def test_errors_are_one_sentence(
     assert says in refused(*arguments)
 
 
-def test_wrong_usage_has_its_own_code(files: Path) -> None:
-    run("apply", files / "a.safetensors", code=2)
-    run("extract", "a", "b", "c", "--density", "2", code=2)
-    run("what", code=2)
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("apply", "a.safetensors"), r"shira apply: Missing argument 'base' (see shira apply --help)"),
+        (("extract", "a", "b", "c", "--density", "2"), "shira extract: Invalid value for '--density'"),
+        (("what",), "shira: No such command 'what' (see shira --help)"),
+        (("inspcet",), "Did you mean 'inspect'?"),
+        (("--nonsense",), "shira: No such option"),
+        (("apply", "a", "b", "c", "--alpha", "big"), "shira apply: Invalid value for '--alpha'"),
+    ],
+)
+def test_wrong_usage_is_one_sentence_with_its_own_code(arguments: tuple[str, ...], says: str) -> None:
+    said = run(*arguments, code=2)
+    assert says in said
+    assert said.count("\n") == 1
+    if arguments[0] == "apply":
+        result = CliRunner().invoke(app, [*arguments, "--json"])
+        assert result.exit_code == 2
+        assert f"shira apply: {json.loads(result.stdout)['error']}\n" == said
+
+
+def test_without_arguments_there_is_help_and_a_version() -> None:
+    assert "verify" in run()
+    assert run("--version") == f"shira-ops {metadata.version('shira-ops')}\n"
+
+
+def test_failures_in_json(files: Path) -> None:
+    for arguments in (
+        ("inspect", files / "none"),
+        ("apply", files / "a.safetensors", files / "tuned.safetensors", "o"),
+    ):
+        result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+        assert result.exit_code == 1
+        assert not result.stderr
+        assert f"shira {arguments[0]}: {json.loads(result.stdout)['error']}\n" == refused(*arguments)
+
+
+def test_strange_names_stay_on_one_line(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(files)
+    assert refused("inspect", "a\nb\x1b[2J") == "shira inspect: a\\x0ab\\x1b[2J: no such file or directory\n"
+    assert refused("inspect", "-") == "shira inspect: -: no such file or directory\n"
+    for name in ("-x\ny.safetensors", "ünï🙂.safetensors", "a=0.5", "[red]"):
+        run("extract", "--", "base", "tuned.safetensors", name)
+        assert run("inspect", "--", name).isprintable() is False  # lines of a table
+        assert "\\x0a" in run("verify", "--", name) or "\n" not in name
+        run("apply", "--", name, "base", f"out {name}")
+        assert same(content(files / f"out {name}"), content(files / "tuned.safetensors"))
+
+
+def test_folders_and_names_on_the_hub_go_wherever_a_file_goes(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(files)
+    Adapter.load("a.safetensors").save_pretrained("saved")
+    (files / "other").mkdir()
+    Adapter.load("a.safetensors").save("other/mine.safetensors")
+    asked = []
+
+    def download(repo: str, filename: str, **rest: object) -> str:
+        asked.append(repo)
+        return "a.safetensors"
+
+    monkeypatch.setattr(hub, "download", download)
+    for number, given in enumerate(("saved", "other", "somebody/style")):
+        assert json.loads(run("inspect", given, "--json"))["nnz"] == 58
+        run("verify", given, "base")
+        run("apply", given, "base", f"out{number}")
+        assert same(content(files / f"out{number}"), content(files / "tuned.safetensors"))
+        run("fuse", f"{given}=0.5", "--base", "base", "--out", f"fused{number}.safetensors")
+    assert asked == ["somebody/style"] * 4
+    assert "no such file or directory" in refused("inspect", "other/gone")  # a folder here is no name there
+    monkeypatch.setattr(hub, "download", lambda *rest, **more: hub_missing())
+    assert "there is no such file or folder, and as a name on the Hub: not there" in refused("inspect", "no/such")
+    (files / "other" / "second.safetensors").write_bytes(b"")
+    assert "no shira_adapter.safetensors, and 2 other" in refused("inspect", "other")
+
+
+def hub_missing() -> None:
+    raise AdapterError("not there")
+
+
+def test_rename(files: Path) -> None:
+    tuned = {f"model.{name}": tensor for name, tensor in content(files / "tuned.safetensors").items()}
+    extra = {name.replace("0.", "first."): tensor for name, tensor in tuned.items()}
+    save_file(extra, files / "other.safetensors")
+    out = files / "out.safetensors"
+    assert "brings names together" in refused("extract", files / "base", files / "other.safetensors", out)
+    rules = ("--rename", r"^model\.=", "--rename", "(?=first)first=0")
+    run("extract", files / "base", files / "other.safetensors", out, *rules)
+    assert same_adapters(out, files / "a.safetensors")
+    back = ("--rename", "^=model.", "--rename", r"\.0\.=.first.")
+    run("verify", out, files / "other.safetensors", *back, code=1)
+    base = {f"model.{name}".replace("0.", "first."): tensor for name, tensor in content(files / "base").items()}
+    save_file(base, files / "other base.safetensors")
+    run("verify", out, files / "other base.safetensors", *back)
+    run("apply", out, files / "other base.safetensors", files / "merged.safetensors", *back)
+    assert same(content(files / "merged.safetensors"), extra)
+    assert "is not in the base, which has 'model.1.bias'" in refused("verify", out, files / "other base.safetensors")
+    assert "PATTERN=REPLACEMENT" in refused("verify", out, files / "base", "--rename", "x")
+    assert "is not a regular expression" in refused("verify", out, files / "base", "--rename", "(=x")
+
+
+def same_adapters(one: Path, two: Path) -> bool:
+    first, second = Adapter.load(one).weights, Adapter.load(two).weights
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name].indices, second[name].indices) and torch.equal(first[name].values, second[name].values)
+        for name in first
+    )
+
+
+def test_strengths_are_finite(files: Path) -> None:
+    a, base = files / "a.safetensors", files / "base"
+    for alpha in ("nan", "inf", "1e39"):
+        said = refused("apply", a, base, files / "m", "--alpha", alpha)
+        assert "--alpha must be a finite number (of float32)" in said
+        said = refused("fuse", f"{a}={alpha}", "--base", base, "--out", files / "f.safetensors")
+        assert f"the strength of {a} must be a finite number" in said
+    entry = Entry(torch.tensor([3]), torch.tensor([2.0]).bfloat16(), (48, 32), torch.bfloat16)
+    Adapter({"0.weight": entry}, delta=True).save(files / "d.safetensors")
+    much = ("apply", files / "d.safetensors", base, files / "m", "--alpha", "3e38")
+    assert "'0.weight': 1 entries would become inf or NaN in bfloat16 at strength 3e+38" in refused(*much)
+    assert not (files / "m").exists()
+    run(*much, "--allow-nonfinite")
+    assert content(files / "m")["0.weight"].view(-1)[3] == torch.inf
+
+
+def test_verify_and_apply_agree_on_aliases_and_heads(files: Path) -> None:
+    weight = model_of().state_dict()["0.weight"]
+    base = {"embed": weight, "head": weight + 1}
+    save_file(base, files / "base.safetensors")
+    entry = Entry(torch.tensor([0]), torch.ones(1).bfloat16(), (48, 32), torch.bfloat16, aliases=("head",))
+    score = Entry(torch.zeros(1, dtype=torch.int32), torch.ones(4), (4,), torch.float32, 4, fingerprint=7)
+    Adapter({"embed": entry, "score": score}).save(files / "t.safetensors")
+    says = "'head' and 'embed' are one (tied) weight in the adapter, and two that differ in the base"
+    assert says in refused("verify", files / "t.safetensors", files / "base.safetensors")
+    assert says in refused("apply", files / "t.safetensors", files / "base.safetensors", files / "m.safetensors")
+    save_file({**base, "head": weight.clone()}, files / "base.safetensors")
+    assert "added by apply: score" in run("verify", files / "t.safetensors", files / "base.safetensors")
+    done = json.loads(
+        run("apply", files / "t.safetensors", files / "base.safetensors", files / "m.safetensors", "--json")
+    )
+    assert (done["entries"], done["tensors"], done["added"]) == (5, ["embed", "head"], ["score"])
+    found = content(files / "m.safetensors")
+    assert found["score"].tolist() == [1] * 4
+    assert torch.equal(found["embed"], found["head"])
+
+
+def test_commands_overwrite_only_their_own(files: Path) -> None:
+    a, base, tuned = files / "a.safetensors", files / "base", files / "tuned.safetensors"
+    before = {path: path.read_bytes() for path in files.rglob("*") if path.is_file()}
+    shard, hard = base / "model-1.safetensors", files / "hard.safetensors"
+    os.link(a, hard)
+    fuse, peft = ("fuse", a, "--base", base, "--out"), ("--base", base, "--overwrite")
+    for arguments, says in (
+        (("extract", base, tuned, tuned), "tuned.safetensors itself, which is read"),
+        (("extract", base, tuned, shard), "a part of"),
+        (("extract", base, tuned, base), "base itself, which is read"),
+        (("extract", base, base, tuned), "is no adapter file"),
+        ((*fuse, a), "a.safetensors itself, which is read"),
+        ((*fuse, hard), "hard.safetensors is"),
+        ((*fuse, shard), "a part of"),
+        (("convert", a, a), "a.safetensors itself, which is read"),
+        (("convert", a, tuned), "is a file, and PEFT's adapter is a folder"),
+        (("convert", a, files), "is the folder that contains"),
+        (("apply", a, base, a), "a.safetensors itself, which is read"),
+        (("apply", a, base, files), "is the folder that contains"),
+    ):
+        more = peft if arguments[0] == "convert" else ("--overwrite",)
+        assert says in refused(*arguments, *more)
+    (files / "mine").mkdir()
+    (files / "mine" / "notes").write_text("mine")
+    assert "holds more than PEFT's adapter ('notes')" in refused("convert", a, files / "mine", *peft)
+    assert "is a folder, and the result is a file" in refused("extract", base, tuned, files / "mine", "--overwrite")
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+    link = files / "link.safetensors"
+    link.symlink_to("real.safetensors")
+    run("extract", base, tuned, link)
+    run("extract", base, tuned, link, "--overwrite")
+    assert link.is_symlink()
+    assert same_adapters(files / "real.safetensors", a)
+
+
+def test_a_full_disk_names_the_file(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*rest: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    listing = sorted(files.rglob("*"))
+    monkeypatch.setattr(_file, "write_safetensors", full)
+    a, base = files / "a.safetensors", files / "base"
+    for arguments in (("extract", base, files / "tuned.safetensors", files / "out"), ("apply", a, base, files / "out")):
+        assert f"{files / 'out'}: no space left on device" in refused(*arguments)
+    assert sorted(files.rglob("*")) == listing
 
 
 def test_bench_says_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,10 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,14 +29,20 @@ Bytes: TypeAlias = npt.NDArray[np.uint8]
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _MOST_INDEX_BYTES = 256 << 20
-_TORCH_NAMES = {name: torch_name for torch_name, (name, _) in _file.DTYPES.items()}
+# Dtypes that an adapter cannot hold: compared and copied alone.
+_OTHERS = {
+    "BOOL": "bool", "U16": "uint16", "U32": "uint32", "U64": "uint64", "C64": "complex64", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F4": "float4_e2m1fn_x2",
+}  # fmt: skip
+_TORCH_NAMES = {name: torch_name for torch_name, (name, _) in _file.DTYPES.items()} | _OTHERS
+_FILE_NAMES = {torch_name: name for name, torch_name in _TORCH_NAMES.items()}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Stored:
     """One tensor of a checkpoint."""
 
-    name: str
+    name: str  # as the model has it; a shard knows it by its name in the file
     dtype: str  # torch's name where an adapter can hold it, else safetensors' in lower case
     shape: tuple[int, ...]
     nbytes: int
@@ -44,6 +50,8 @@ class Stored:
     data: Any = field(repr=False)
     # Equal for two names of one tensor.
     memory: object = None
+    # Why its bytes cannot be read, if so: see `_model.foreign`.
+    foreign: str | None = None
 
     @property
     def numel(self) -> int:
@@ -59,13 +67,25 @@ class Stored:
         """Whether it lies in a mapped file."""
         return isinstance(self.data, np.ndarray)
 
+    @property
+    def file_dtype(self) -> str:
+        """safetensors' name of its dtype."""
+        return _FILE_NAMES.get(self.dtype, self.dtype.upper())
+
+    @property
+    def one(self) -> object:
+        """A key that is equal for two names of one tensor."""
+        return self if self.memory is None else self.memory
+
     def bytes(self) -> Bytes:
         """Its bytes in row-major order; a view of the file where it is mapped."""
         if isinstance(self.data, np.ndarray):
             return self.data
+        if self.foreign is not None:
+            raise AdapterError(f"{self.name!r} {self.foreign}")
         import torch
 
-        flat = self.data.detach().cpu().contiguous().view(-1)
+        flat = self.data.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
         found: Bytes = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
         return found
 
@@ -88,7 +108,7 @@ class Shard:
 
     path: str
     metadata: dict[str, str]
-    tensors: dict[str, Stored]
+    tensors: dict[str, Stored]  # by the names in the file
 
 
 @dataclass(eq=False)
@@ -102,6 +122,7 @@ class Checkpoint:
     index: dict[str, Any] | None = None
     index_name: str | None = None
     model: Any = None  # the module it is of, if it was given as one
+    prefix: str = ""  # what all names have in the files, and not here
 
     def find(self, names: tuple[str, ...]) -> Stored | None:
         """The tensor under the first of the names that is there."""
@@ -131,7 +152,9 @@ def _sharded(folder: str, index_path: str) -> Checkpoint:
         places = dict(index["weight_map"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise AdapterError(f"{index_path}: the index cannot be read: {type(error).__name__}: {error}") from error
-    names = sorted({str(name) for name in places.values()})
+    if any(not isinstance(name, str) for name in places.values()):
+        raise AdapterError(f"{index_path}: the index must give each tensor the name of its file")
+    names = sorted(set(places.values()))
     for name in names:
         if name != os.path.basename(name) or name in ("", ".", ".."):
             raise AdapterError(f"{index_path}: the index names the file {name!r}, which is not in its folder")
@@ -143,13 +166,28 @@ def _sharded(folder: str, index_path: str) -> Checkpoint:
         if name not in shards[place].tensors:
             raise AdapterError(f"{index_path}: the index says that {place!r} holds {name!r}, and it does not")
         tensors[name] = shards[place].tensors[name]
-    return Checkpoint(folder, tensors, list(shards.values()), folder, index, os.path.basename(index_path))
+    known = {"folder": folder, "index": index, "index_name": os.path.basename(index_path)}
+    return _named(folder, tensors, shards=list(shards.values()), **known)
+
+
+def _named(where: str, tensors: Mapping[str, Stored], **rest: Any) -> Checkpoint:
+    """A checkpoint of a file's or a state dict's tensors, by the names that the model itself uses."""
+    # What DistributedDataParallel puts before all of them.
+    prefix = "module." if tensors and all(name.startswith("module.") for name in tensors) else ""
+    found: dict[str, Stored] = {}
+    before: dict[str, str] = {}
+    for name, stored in tensors.items():
+        stored.name = _file.clean(name).removeprefix(prefix)
+        if before.setdefault(stored.name, name) != name:
+            raise AdapterError(f"{where}: {before[stored.name]!r} and {name!r} are two names for {stored.name!r}")
+        found[stored.name] = stored
+    return Checkpoint(where, found, prefix=prefix, **rest)
 
 
 def _on_disk(path: str) -> Checkpoint:
     if not os.path.isdir(path):
         shard = map_file(path)
-        return Checkpoint(path, shard.tensors, [shard])
+        return _named(path, shard.tensors, shards=[shard])
     files = sorted(os.listdir(path))
     indices = [name for name in files if name.endswith(INDEX_SUFFIX)]
     single = [name for name in files if name.endswith(".safetensors")]
@@ -165,7 +203,7 @@ def _on_disk(path: str) -> Checkpoint:
             f"{path}: a checkpoint's folder holds model.safetensors or model{INDEX_SUFFIX} with its shards, got {found}"
         )
     shard = map_file(os.path.join(path, single[0]))
-    return Checkpoint(path, shard.tensors, [shard], path)
+    return _named(path, shard.tensors, shards=[shard], folder=path)
 
 
 def _in_memory(where: str, tensors: Mapping[str, Any], model: object) -> Checkpoint:
@@ -173,7 +211,7 @@ def _in_memory(where: str, tensors: Mapping[str, Any], model: object) -> Checkpo
 
     from shira import _model
 
-    stored = {}
+    stored: dict[str, Stored] = {}
     for key, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             if key.endswith("_extra_state"):
@@ -181,13 +219,22 @@ def _in_memory(where: str, tensors: Mapping[str, Any], model: object) -> Checkpo
             raise TypeError(f"{where}: {key!r} must be a tensor, got {type(tensor).__name__}")
         if tensor.is_meta:
             raise AdapterError(f"{where}: {key!r} is on the meta device, so it has no content")
-        if tensor.layout != torch.strided:
-            raise AdapterError(f"{where}: {key!r} must be dense, got {tensor.layout}")
-        name = _model.clean(key)
-        memory = (_model.memory(tensor), tuple(tensor.shape), tensor.stride())
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        stored[name] = Stored(name, dtype, tuple(tensor.shape), tensor.nbytes, tensor, memory)
-    return Checkpoint(where, stored, model=model)
+        foreign = _model.foreign(tensor)
+        if foreign is None and tensor.is_quantized:
+            foreign = f"is {tensor.dtype}, whose entries share a scale; use the model before it was converted"
+        dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+        if foreign is not None:
+            stored[key] = Stored(key, dtype, shape, 0, tensor, (id(tensor),), foreign)
+            continue
+        memory = (_model.memory(tensor), shape, tensor.stride())
+        if dtype == "float4_e2m1fn_x2":
+            shape = (*shape[:-1], 2 * shape[-1])  # as files count: entries, two to a byte
+        stored[key] = Stored(key, dtype, shape, tensor.nbytes, tensor, memory)
+    if model is not None:
+        for name, one in stored.items():
+            one.name = _file.clean(name)
+        return Checkpoint(where, {one.name: one for one in stored.values()}, model=model)
+    return _named(where, stored)
 
 
 def open_checkpoint(source: object, role: str) -> Checkpoint:
@@ -215,31 +262,135 @@ def ties(checkpoint: Checkpoint) -> dict[str, str]:
     }
 
 
+_PIECE = 4 << 20
+
+
+def equal_bytes(one: Bytes, two: Bytes) -> bool:
+    """The same bytes, compared in pieces."""
+    from shira import _codec
+
+    starts = range(0, len(one), _PIECE)
+    return len(one) == len(two) and not any(
+        _codec.count_differing(one, two, 1, start, min(start + _PIECE, len(one))) for start in starts
+    )
+
+
+def equal(one: Stored, two: Stored) -> bool:
+    """The same dtype, shape and bits."""
+    return one.dtype == two.dtype and one.shape == two.shape and equal_bytes(one.bytes(), two.bytes())
+
+
 Wanted: TypeAlias = tuple[tuple[int, ...], str, "int | None", tuple[str, ...]]
 
 
-def misfits(weights: Mapping[str, Wanted], base: Checkpoint) -> list[str]:
-    """Why an adapter cannot go onto a base: weights by name, each its shape, dtype, fingerprint and aliases.
+class _Near:
+    """A base's tensor whose name is another one but for a prefix, for a message."""
 
-    Without torch where the base is on disk. A weight without a fingerprint is not read.
+    def __init__(self, base: Checkpoint) -> None:
+        self.base = base
+        self.ends: dict[str, str] | None = None  # the base's names by each of their ends
+
+    def find(self, name: str, shape: tuple[int, ...]) -> str | None:
+        if self.ends is None:
+            self.ends = {}
+            for known in self.base.tensors:
+                rest = known
+                while rest:
+                    _, _, rest = rest.partition(".")
+                    self.ends.setdefault(rest, known)
+        near, rest = self.ends.get(name), name
+        while near is None and rest:
+            _, _, rest = rest.partition(".")
+            near = rest if rest in self.base.tensors else None
+        return near if near is not None and self.base.tensors[near].shape == shape else None
+
+
+def fit(
+    weights: Mapping[str, Wanted], base: Checkpoint, fresh: Container[str] = ()
+) -> tuple[dict[str, tuple[Stored, ...]], list[str]]:
+    """The base's tensors that an adapter's weights are, and why it cannot go onto this base, if so.
+
+    ``weights`` by name, each its shape, dtype, fingerprint and aliases. A tied weight of which the base holds several
+    copies is all of them, where they are equal. Those in ``fresh`` are overwritten as a whole: they go onto any
+    content, and into a base that has none (they get no tensors then). Without torch where the base is on disk. A weight
+    that has neither fingerprint nor copies is not read.
     """
     from shira import _codec
 
+    places: dict[str, tuple[Stored, ...]] = {}
     problems = []
     owner: dict[object, str] = {}
+    near = _Near(base)
     for name, (shape, dtype, fingerprint, aliases) in weights.items():
-        stored = base.find((name, *aliases))
-        if stored is None:
-            problems.append(f"{name!r} is not in the base")
+        known = {one: base.tensors[one] for one in (name, *aliases) if one in base.tensors}
+        if not known:
+            other = near.find(name, shape)
+            if other is not None:
+                problems.append(f"{name!r} is not in the base, which has {other!r}; rename it if they are one")
+            elif name not in fresh:
+                problems.append(f"{name!r} is not in the base")
+            else:
+                places[name] = ()
+            continue
+        first, stored = next(iter(known.items()))
+        copies = list({one.one: one for one in known.values()}.values())
+        taken = next((one for one in copies if owner.setdefault(one.one, name) != name), None)
+        if stored.foreign is not None:
+            problems.append(f"{first!r} {stored.foreign}")
         elif stored.shape != shape:
             problems.append(f"{name!r} must have shape {list(shape)}, got {list(stored.shape)}")
         elif stored.dtype != dtype:
             problems.append(f"{name!r} must be {dtype}, got {stored.dtype}")
-        elif owner.setdefault(stored.memory or stored.name, name) != name:
-            problems.append(f"{name!r} is the same (tied) weight as {owner[stored.memory or stored.name]!r}")
-        elif fingerprint is not None and _codec.fingerprint(stored.bytes()) & (2**64 - 1) != fingerprint:
+        elif taken is not None:
+            problems.append(f"{name!r} is the same (tied) weight as {owner[taken.one]!r}")
+        elif (
+            fingerprint is not None
+            and name not in fresh
+            and _codec.fingerprint(stored.bytes()) & (2**64 - 1) != fingerprint
+        ):
             problems.append(f"{name!r} has other content (by fingerprint)")
-    return problems
+        else:
+            for alias, one in known.items():
+                if one.one != stored.one and not equal(stored, one):
+                    problems.append(
+                        f"{alias!r} and {first!r} are one (tied) weight in the adapter, and two that differ in the base"
+                    )
+            places[name] = tuple(copies)
+    return places, problems
+
+
+def misfits(weights: Mapping[str, Wanted], base: Checkpoint, fresh: Container[str] = ()) -> list[str]:
+    """Why an adapter cannot go onto a base: see `fit`."""
+    return fit(weights, base, fresh)[1]
+
+
+def whole_overwrites(weights: Mapping[str, Any], delta: bool, alpha: float) -> set[str]:
+    """The names of the weights that come out the same whatever the base is: see `fit`."""
+    return set() if delta or alpha != 1 else {name for name, weight in weights.items() if weight.whole}
+
+
+class _Aliased(Protocol):
+    @property
+    def aliases(self) -> tuple[str, ...]: ...
+
+
+_Weight = TypeVar("_Weight", bound=_Aliased)
+
+
+def renamed(weights: Mapping[str, _Weight], rename: _file.Rename) -> dict[str, _Weight]:
+    """An adapter's weights, and their aliases, under other names; refuses two under one name."""
+    if rename is None:
+        return dict(weights)
+    new = _file.renamer(rename)
+    found: dict[str, _Weight] = {}
+    before: dict[str, str] = {}
+    for name, weight in weights.items():
+        for old in (name, *weight.aliases):
+            if before.setdefault(new(old), old) != old:
+                raise AdapterError(f"rename: {before[new(old)]!r} and {old!r} both become {new(old)!r}")
+        aliases = tuple(new(alias) for alias in weight.aliases)
+        found[new(name)] = replace(weight, aliases=aliases)  # type: ignore[type-var]
+    return found
 
 
 def companions(folder: str) -> Iterator[Path]:

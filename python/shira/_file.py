@@ -75,6 +75,17 @@ def strength(what: str, value: object) -> float:
     return float(number)
 
 
+# What wrappers inside a model put into the names of its parameters: torch.compile, activation checkpointing.
+_INFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+def clean(name: str) -> str:
+    """A parameter's name as files have it: without what wrappers put into it."""
+    for infix in _INFIXES:
+        name = name.replace(infix, "")
+    return name
+
+
 Rename = Mapping[str, str] | Callable[[str], str] | None
 
 
@@ -127,6 +138,10 @@ class WeightHeader:
     @property
     def nnz(self) -> int:
         return self.count * self.granule
+
+    @property
+    def whole(self) -> bool:
+        return self.indices == "whole"
 
 
 @dataclass(frozen=True)

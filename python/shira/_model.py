@@ -11,15 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-# What wrappers inside a model put into the names of its parameters: torch.compile, activation checkpointing.
-_INFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")
-
-
-def clean(name: str) -> str:
-    """A parameter's name as files have it: without what wrappers put into it."""
-    for infix in _INFIXES:
-        name = name.replace(infix, "")
-    return name
+from shira._file import clean as clean
 
 
 def unwrap(model: nn.Module) -> nn.Module:

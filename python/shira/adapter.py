@@ -103,6 +103,16 @@ class Entry:
         except RuntimeError as error:
             raise AdapterError(f"{where}: {error}") from error
 
+    def check_finite(self, where: str) -> None:
+        """Refuse values that are NaN or infinite."""
+        if not self.values.is_floating_point():
+            return
+        values = self.values.detach()
+        values = values if dtype_name(values.dtype) in _file.ARITHMETIC else values.float()
+        nan, inf = int(values.isnan().sum()), int(values.isinf().sum())
+        if nan or inf:
+            raise AdapterError(f"{where}: its values hold {nan:,} NaN and {inf:,} inf; check_finite=False allows them")
+
 
 class Adapter:
     """The changed entries of a model's weights: sparse, exact, independent of the model they came from.
@@ -297,6 +307,8 @@ class Adapter:
         granule: int = 1,
         alpha: float = 1.0,
         provenance: Mapping[str, Any] | None = None,
+        rename: _file.Rename = None,
+        added: bool = False,
         progress: Progress | None = None,
     ) -> Adapter:
         """What fine-tuning changed, as an adapter of new entries.
@@ -308,11 +320,19 @@ class Adapter:
 
         Args:
             base, tuned: each a path (a ``.safetensors`` file, or a folder with one or with shards and their index), a
-                state dict, or a module. The same names, shapes and dtypes; tied tensors of ``base`` become aliases.
+                state dict, or a module. The same shapes and dtypes; tied tensors of ``base`` become aliases. Names may
+                differ by what is certain: wrappers' (``_orig_mod.``, ``module.``), a prefix that one of them has more
+                (``transformer.``, ``0.auto_model.``), a tied weight that only one of them holds twice, and the values
+                of a `SparseTuner`, which are left out. The report's ``notes`` say what was done. Buffers (running
+                statistics) are weights as any other; dtypes that no adapter can hold must be unchanged.
             density: keep at most ``max(1, round(density * numel / granule))`` granules of each weight, those with the
                 largest sum of ``|tuned - base|`` (ties to the lower index; what is no number first).
             granule: entries an index stands for; divides the last dimension of every weight that changed.
             alpha, provenance: as in `Adapter`.
+            rename: from the tuned names to the base's, in place of the guess about prefixes: patterns (`re.sub`) to
+                replacements, or a function.
+            added: take tensors that only ``tuned`` has, such as a new classifier head, as whole parameters; else they
+                are refused.
             progress: called with a weight's name, the bytes of the base done so far, and the bytes in all.
 
         The adapter's ``report`` says, for each weight and in all, how many entries changed and were kept, and what
@@ -321,7 +341,15 @@ class Adapter:
         from shira.difference import difference
 
         return difference(
-            base, tuned, density=density, granule=granule, alpha=alpha, provenance=provenance, progress=progress
+            base,
+            tuned,
+            density=density,
+            granule=granule,
+            alpha=alpha,
+            provenance=provenance,
+            rename=rename,
+            added=added,
+            progress=progress,
         )
 
     @classmethod

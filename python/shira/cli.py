@@ -5,51 +5,123 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
+import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 try:
     import typer
+    from typer.core import TyperGroup
 except ImportError as error:
     raise SystemExit("The command line needs typer and rich. Run: pip install 'shira-ops[cli]'") from error
 
 if TYPE_CHECKING:
-    from shira._file import Header
+    from shira._file import Header, WeightHeader
     from shira.adapter import Adapter
 
 _Arguments = ParamSpec("_Arguments")
 
+# The class of all usage errors, from whichever click typer stands on.
+_WrongUsage: type[Any] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+HOW = "add --overwrite"
+
+
+def _printable(text: str) -> str:
+    """A name from a file or a folder, without what would steer the terminal or break the line."""
+    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
+
+
+def _failed(command: str, sentence: str, as_json: bool) -> None:
+    """Say what went wrong, in one line."""
+    if as_json:
+        typer.echo(json.dumps({"error": sentence}))
+    else:
+        typer.echo(f"{command}: {_printable(sentence)}", err=True)
+
+
+class _Commands(TyperGroup):
+    """Wrong usage is one sentence as well, and the exit code is 2."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        given = args[0] if args else options.pop("args", None)
+        given = (sys.argv[1:] if given is None else list(given)) or ["--help"]
+        alone = options.pop("standalone_mode", True)
+        options["standalone_mode"] = False
+        try:
+            code = super().main(given, *args[1:], **options)
+        except _WrongUsage as error:
+            context = getattr(error, "ctx", None)
+            where = "shira" if context is None or context.parent is None else f"shira {context.info_name}"
+            said = " ".join(error.format_message().split()).removesuffix(".")
+            _failed(where, f"{said} (see {where} --help)", "--json" in given)
+            sys.exit(error.exit_code)
+        except typer.Abort:
+            sys.exit(1)
+        if not alone:
+            return code
+        sys.exit(code if isinstance(code, int) else 0)
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Sparse weight deltas: train a few entries of a model, switch them in place, take them back bit for bit.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there under that name.")]
-AdapterFile = Annotated[Path, typer.Argument(help="An adapter file.", show_default=False)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result under that name.")]
+AdapterFile = Annotated[
+    str, typer.Argument(help="An adapter: a file, a folder, or a name on the Hub.", show_default=False)
+]
+Rename = Annotated[
+    list[str],
+    typer.Option(
+        metavar="PATTERN=REPLACEMENT",
+        help="What to make of names: a regular expression and what takes its place; can be given again.",
+        show_default=False,
+    ),
+]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from shira import __version__
+
+        typer.echo(f"shira-ops {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None: ...
 
 
 def _sentence(error: Exception) -> str:
     """What went wrong, in one line."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
+        return f"{os.fsdecode(error.filename)}: {error.strerror[0].lower()}{error.strerror[1:]}"
     return " ".join(str(error).split())
 
 
 def command(run: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
-    """Register a command. What it refuses is one sentence on stderr, and the exit code is 1."""
+    """Register a command. What it refuses is one sentence on stderr, or JSON, and the exit code is 1."""
 
     @functools.wraps(run)
     def wrapped(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
         # AdapterError is a ValueError. Anything else is a defect of ours, and keeps its traceback.
         try:
             run(*args, **kwargs)
+        except BrokenPipeError:
+            raise
         except (OSError, ValueError) as error:
-            typer.echo(f"shira {run.__name__}: {_sentence(error)}", err=True)
+            _failed(f"shira {run.__name__}", _sentence(error), bool(kwargs.get("as_json")))
             raise typer.Exit(1) from error
 
     app.command()(wrapped)
@@ -72,18 +144,64 @@ def _progress(what: str, quiet: bool) -> Iterator[Callable[[str, int, int], None
 
 
 def _plain(name: str) -> str:
-    """A name from a file, without what would steer the terminal."""
+    """A name for a table."""
     from rich.markup import escape
 
-    return escape("".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in name))
+    return escape(_printable(name))
 
 
-def _free(out: Path, overwrite: bool) -> None:
-    """Refuse a target that is there, or whose folder is not, before any work is done."""
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} is there already; give another name, or add --overwrite")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"the folder {str(out.parent)!r} to write {out.name!r} into does not exist")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def _find(adapter: str) -> Path:
+    """The adapter's file: the path itself, the one in a folder, or the one in a repository on the Hub."""
+    from shira import hub
+    from shira._file import AdapterError
+
+    if not adapter:
+        raise ValueError("an adapter needs a name, got an empty one")
+    path = Path(adapter)
+    if path.is_dir():
+        if (path / hub.FILE).exists() or (path / "adapter_config.json").exists():
+            return Path(hub.locate(adapter, filename=hub.FILE, revision=None, token=None))
+        files = sorted(path.glob("*.safetensors"))
+        if len(files) != 1:
+            raise AdapterError(f"{adapter}: the folder has no {hub.FILE}, and {len(files)} other .safetensors files")
+        return files[0]
+    on_hub = _HUB_NAME.fullmatch(adapter) and not adapter.endswith(".safetensors") and not path.parent.is_dir()
+    if on_hub and not os.path.lexists(path):
+        try:
+            return Path(hub.locate(adapter, filename=hub.FILE, revision=None, token=None))
+        except AdapterError as error:
+            raise AdapterError(
+                f"{adapter}: there is no such file or folder, and as a name on the Hub: {error}"
+            ) from error
+    return path
+
+
+def _renames(rules: list[str]) -> dict[str, str] | None:
+    """``PATTERN=REPLACEMENT``, in order; a pattern may contain the sign."""
+    found = {}
+    for rule in rules:
+        pattern, sign, replacement = rule.rpartition("=")
+        if not sign or not pattern:
+            raise ValueError(f"--rename is PATTERN=REPLACEMENT, as in '^model\\.=', got {rule!r}")
+        found[pattern] = replacement
+    return found or None
+
+
+def _adapter_out(out: Path, overwrite: bool, *inputs: str | Path | None) -> Path:
+    """Where an adapter file goes; refuses before any work is done."""
+    from shira import _output
+
+    return _output.destination(out, overwrite, [one for one in inputs if one], _output.no_adapter, HOW)
+
+
+def _save(adapter: Adapter, out: Path) -> None:
+    from shira import _output
+
+    with _output.named(out):
+        adapter.save(out)
 
 
 def _facts(path: Path, header: Header) -> dict[str, Any]:
@@ -130,12 +248,16 @@ def _wrote(out: Path, adapter: Adapter, as_json: bool) -> None:
                 "kept": report.kept,
                 "lost": report.lost,
                 "lost_by_weight": {name: weight.lost for name, weight in report.weights.items()},
+                "notes": list(report.notes),
             }
         typer.echo(json.dumps(found, indent=2))
         return
-    typer.echo(f"{out}: {adapter.nnz:,} entries of {len(adapter)} weights ({adapter.density:.2%}), {size:,} bytes")
+    typer.echo(
+        f"{_printable(str(out))}: {adapter.nnz:,} entries of {len(adapter)} weights ({adapter.density:.2%}), "
+        f"{size:,} bytes"
+    )
     if report is not None:
-        typer.echo(str(report))
+        typer.echo(_printable(str(report)))
 
 
 @command
@@ -143,24 +265,24 @@ def inspect(file: AdapterFile, as_json: Json = False) -> None:
     """Say what an adapter file holds. Its header is checked; torch is not needed."""
     from shira._file import read_header
 
-    facts = _facts(file, read_header(file))
+    path = _find(file)
+    facts = _facts(path, read_header(path))
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 160)
     nnz, weights = facts["nnz"], facts["weights"]
-    table = Table(title=escape(str(file)), title_justify="left", show_header=False)
+    table = Table(title=_plain(str(path)), title_justify="left", show_header=False)
     table.add_row("entries", f"{nnz:,} ({facts['density']:.2%} of {len(weights)} weights)")
     table.add_row("bytes", f"{facts['bytes']:,}" + (f" ({facts['bytes'] / nnz:.2f} an entry)" if nnz else ""))
     kind = "delta: values are added to the base" if facts["delta"] else "overwrite: values replace the base"
     table.add_row("kind", kind)
     table.add_row("alpha", f"{facts['alpha']:g}")
-    table.add_row("mask", escape(json.dumps(facts["mask"])))
-    table.add_row("provenance", escape(json.dumps(facts["provenance"])))
+    table.add_row("mask", _plain(json.dumps(facts["mask"])))
+    table.add_row("provenance", _plain(json.dumps(facts["provenance"])))
     console.print(table)
     table = Table()
     for heading in ("weight", "shape", "dtype", "granule", "entries", "density", "indices"):
@@ -191,35 +313,47 @@ def verify(
         Path | None, typer.Argument(help="The base it should fit: a checkpoint's file or folder.", show_default=False)
     ] = None,
     header: Annotated[bool, typer.Option("--header", help="Only the header, not the indices.")] = False,
+    rename: Rename = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
     """Check an adapter file: all of it, or its header alone, or also against the content of a base."""
-    from shira._file import AdapterError, read_header, read_whole
+    from shira._file import read_header, read_whole
 
+    if base is None and rename:
+        raise ValueError("--rename is for names in a base, and none is given")
     if header and base is not None:
         raise ValueError("a base is compared by content: leave --header out")
-    found = read_header(file) if header else read_whole(file)
+    path = _find(file)
+    found = read_header(path) if header else read_whole(path)
     unknown = [name for name, weight in found.weights.items() if weight.fingerprint is None]
-    if base is not None:
-        from shira._checkpoint import misfits, open_checkpoint
-
-        problems = misfits(
-            {
-                name: (weight.shape, weight.dtype, weight.fingerprint, weight.aliases)
-                for name, weight in found.weights.items()
-            },
-            open_checkpoint(base, "base"),
-        )
-        if problems:
-            more = f" ({len(problems)} problems in all)" if len(problems) > 5 else ""
-            raise AdapterError(f"{file} was not made for {base}: {'; '.join(problems[:5])}{more}")
+    added = [] if base is None else _compare(path, found, base, _renames(rename))
     checked = "header" if header else "file" if base is None else "file and base"
     if as_json:
-        typer.echo(json.dumps({"file": str(file), "checked": checked, "good": True, "without_fingerprint": unknown}))
+        facts = {"file": str(path), "checked": checked, "good": True, "without_fingerprint": unknown, "added": added}
+        typer.echo(json.dumps(facts))
         return
-    typer.echo(f"{file}: good ({checked}; {len(found.weights)} weights, {found.nnz:,} entries)")
+    typer.echo(f"{_printable(str(path))}: good ({checked}; {len(found.weights)} weights, {found.nnz:,} entries)")
     if base is not None and unknown:
         typer.echo(f"{len(unknown)} weights have no fingerprint, so only their names, shapes and dtypes were compared")
+    if added:
+        typer.echo(f"not in the base, and added by apply: {_printable(', '.join(added))}")
+
+
+def _compare(path: Path, header: Header, base: Path, rename: dict[str, str] | None) -> list[str]:
+    """Refuse a base that the adapter was not made for; the whole parameters that it lacks."""
+    from shira._checkpoint import fit, open_checkpoint, renamed, whole_overwrites
+    from shira._file import AdapterError
+
+    weights: dict[str, WeightHeader] = renamed(header.weights, rename)
+    places, problems = fit(
+        {name: (weight.shape, weight.dtype, weight.fingerprint, weight.aliases) for name, weight in weights.items()},
+        open_checkpoint(base, "base"),
+        whole_overwrites(weights, header.delta, header.alpha),
+    )
+    if problems:
+        more = f" ({len(problems)} problems in all)" if len(problems) > 5 else ""
+        raise AdapterError(f"{path} was not made for {base}: {'; '.join(problems[:5])}{more}")
+    return [name for name, tensors in places.items() if not tensors]
 
 
 @command
@@ -232,18 +366,23 @@ def extract(
         typer.Option(help="Keep this share of each weight's entries, the largest differences; else all.", min=0, max=1),
     ] = None,
     granule: Annotated[int, typer.Option(help="Entries that an index stands for.", min=1)] = 1,
+    rename: Rename = [],  # noqa: B006
+    added: Annotated[bool, typer.Option("--added", help="Take along what only the tuned one has: a new head.")] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Make an adapter of what fine-tuning changed: exactly, or its largest part."""
-    _free(out, overwrite)
+    rules = _renames(rename)
+    target = _adapter_out(out, overwrite, base, tuned)
     from shira.adapter import Adapter
 
     with _progress("comparing", as_json) as progress:
-        adapter = Adapter.from_difference(base, tuned, density=density, granule=granule, progress=progress)
+        adapter = Adapter.from_difference(
+            base, tuned, density=density, granule=granule, rename=rules, added=added, progress=progress
+        )
     if not adapter.weights:
         raise ValueError(f"{base} and {tuned} are the same: there is nothing to extract")
-    adapter.save(out)
+    _save(adapter, target)
     _wrote(out, adapter, as_json)
 
 
@@ -253,32 +392,49 @@ def apply(
     base: Annotated[Path, typer.Argument(help="The base checkpoint: a file or a folder.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="The merged checkpoint to write.", show_default=False)],
     alpha: Annotated[float | None, typer.Option(help="The strength; else the file's own.", show_default=False)] = None,
+    rename: Rename = [],  # noqa: B006
+    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Write NaN and inf as well.")] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write the base with an adapter on, sharded as the base is; whole or not at all."""
+    rules, path = _renames(rename), _find(file)
+    from shira._file import strength as checked
     from shira.adapter import Adapter
     from shira.merge import merge
 
-    adapter = Adapter.load(file)
+    given = None if alpha is None else checked("--alpha", alpha)
+    adapter = Adapter.load(path)
     with _progress("writing", as_json) as progress:
-        written = merge(adapter, base, out, alpha=alpha, overwrite=overwrite, progress=progress)
-    strength = adapter.alpha if alpha is None else alpha
+        done = merge(
+            adapter, base, out, alpha=given, overwrite=overwrite, rename=rules, check_finite=not allow_nonfinite,
+            inputs=(path,), progress=progress,
+        )  # fmt: skip
+    strength = adapter.alpha if given is None else given
     if as_json:
-        typer.echo(json.dumps({"out": str(out), "bytes": written, "alpha": strength, "entries": adapter.nnz}))
-    else:
-        typer.echo(f"{out}: {written:,} bytes of tensors, {adapter.nnz:,} entries changed at strength {strength:g}")
+        facts = {"out": str(out), "bytes": done.nbytes, "alpha": strength, "entries": done.entries}
+        typer.echo(json.dumps({**facts, "tensors": list(done.tensors), "added": list(done.added)}))
+        return
+    typer.echo(
+        f"{_printable(str(out))}: {done.nbytes:,} bytes of tensors, {done.entries:,} entries changed in "
+        f"{len(done.tensors)} of them at strength {strength:g}"
+    )
+    if done.added:
+        typer.echo(f"added, since the base has none: {_printable(', '.join(done.added))}")
 
 
 def _with_strength(text: str) -> tuple[Path, float | None]:
     """``FILE`` or ``FILE=STRENGTH``."""
+    from shira._file import strength
+
     path, sign, number = text.rpartition("=")
     if not sign or Path(text).exists():
-        return Path(text), None
+        return _find(text), None
     try:
-        return Path(path), float(number)
+        value = float(number)
     except ValueError as error:
         raise ValueError(f"{text}: a strength is a number, as in {path}=0.7") from error
+    return _find(path), strength(f"the strength of {path}", value)
 
 
 @command
@@ -292,22 +448,23 @@ def fuse(
     as_json: Json = False,
 ) -> None:
     """Make one adapter of several: base + the sum of strength x change."""
-    _free(out, overwrite)
+    given = [_with_strength(text) for text in adapters]
+    target = _adapter_out(out, overwrite, base, *(path for path, _ in given))
     from shira.adapter import Adapter
 
     pairs, origin = [], []
-    for path, strength in map(_with_strength, adapters):
+    for path, strength in given:
         adapter = Adapter.load(path)
         pairs.append((adapter, adapter.alpha if strength is None else strength))
         origin.append({"file": path.name, "strength": pairs[-1][1]})
     fused = Adapter.fuse(pairs, base, provenance={"fused": origin})
-    fused.save(out)
+    _save(fused, target)
     _wrote(out, fused, as_json)
 
 
 @command
 def convert(
-    source: Annotated[Path, typer.Argument(help="A PEFT folder, or an adapter file.", show_default=False)],
+    source: Annotated[str, typer.Argument(help="A PEFT folder, or an adapter; or a Hub name.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="An adapter file, or a PEFT folder.", show_default=False)],
     base: Annotated[
         Path | None, typer.Option(help="The base checkpoint; not needed for a delta to PEFT.", show_default=False)
@@ -317,21 +474,59 @@ def convert(
     ] = None,
     granule: Annotated[int, typer.Option(help="For a LoRA: entries that an index stands for.", min=1)] = 1,
     base_model: Annotated[str | None, typer.Option(help="For PEFT: the base's name.", show_default=False)] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Write an adapter file for a base of this dtype (bfloat16, ...).", show_default=False),
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Turn a PEFT folder (SHiRA or LoRA) into an adapter file, or an adapter file into a PEFT folder."""
-    _free(out, overwrite)
-    from shira.adapter import Adapter
+    """Turn a PEFT folder (SHiRA or LoRA) into an adapter file, an adapter into a PEFT folder, or its dtype."""
+    from shira import _output, hub
 
-    if source.is_dir():
+    if dtype is not None:
+        if density is not None or granule != 1 or base_model is not None:
+            raise ValueError(
+                "--density and --granule are for a LoRA and --base-model is for PEFT: leave them or --dtype out"
+            )
+        _recast(source, out, base, dtype, overwrite, as_json)
+        return
+    ours = os.path.exists(os.path.join(source, hub.FILE)) or len(list(Path(source).glob("*.safetensors"))) == 1
+    folder = os.path.isdir(source) and (os.path.exists(os.path.join(source, "adapter_config.json")) or not ours)
+    # A name on the Hub says nothing of what it holds, and the result's name does.
+    if folder or (not os.path.lexists(source) and _HUB_NAME.fullmatch(source) and out.suffix == ".safetensors"):
+        target = _adapter_out(out, overwrite, source, base)
+        from shira.adapter import Adapter
+
         adapter = Adapter.from_peft(source, base, density=density, granule=granule)
-        adapter.save(out)
+        _save(adapter, target)
     else:
         if density is not None or granule != 1:
             raise ValueError("--density and --granule are for a LoRA, and this is an adapter file")
-        adapter = Adapter.load(source)
-        adapter.to_peft(out, base, base_model=base_model)
+        path = _find(source)
+        inputs: Iterable[str | Path] = [path] if base is None else [path, base]
+        target = _output.destination(out, overwrite, inputs, _output.no_peft_folder, HOW)
+        from shira.adapter import Adapter
+
+        adapter = Adapter.load(path)
+        with _output.named(target):
+            adapter.to_peft(target, base, base_model=base_model)
+    _wrote(out, adapter, as_json)
+
+
+def _recast(source: str, out: Path, base: Path | None, dtype: str, overwrite: bool, as_json: bool) -> None:
+    """The adapter for a base of another dtype."""
+    path = _find(source)
+    target = _adapter_out(out, overwrite, path, base)
+    import torch
+
+    from shira._file import ARITHMETIC
+    from shira.adapter import Adapter
+
+    if dtype not in ARITHMETIC:
+        raise ValueError(f"--dtype must be one of {', '.join(ARITHMETIC)}, got {dtype!r}")
+    adapter = Adapter.load(path).to(getattr(torch, dtype), base)
+    _save(adapter, target)
     _wrote(out, adapter, as_json)
 
 
@@ -387,6 +582,8 @@ def bench(
 
 def main() -> None:
     """The entry point ``shira``."""
+    # What a command was writing goes, as with Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     app()
 
 

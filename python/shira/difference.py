@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from shira import _codec, _file, _model
-from shira._checkpoint import Bytes, Checkpoint, Source, Stored, open_checkpoint, ties
+from shira._align import Aligned, align
+from shira._checkpoint import Bytes, Source, Stored, equal, equal_bytes, open_checkpoint
 from shira._file import AdapterError
 from shira.adapter import Adapter, Entry
 
@@ -52,9 +53,10 @@ class Lost:
 
 @dataclass(frozen=True)
 class Report:
-    """What making an adapter left out, weight by weight and in all."""
+    """What making an adapter left out, weight by weight and in all; ``notes``: how names were brought together."""
 
     weights: Mapping[str, Lost]
+    notes: tuple[str, ...] = ()
 
     @property
     def changed(self) -> int:
@@ -79,7 +81,8 @@ class Report:
 
     def __str__(self) -> str:
         text = f"{self.changed:,} entries changed in {len(self.weights)} weights, {self.kept:,} kept"
-        return f"{text}, {self.lost:.3%} of the squared difference lost" if not self.exact else f"{text}, nothing lost"
+        lost = "nothing lost" if self.exact else f"{self.lost:.3%} of the squared difference lost"
+        return "; ".join([f"{text}, {lost}", *self.notes])
 
 
 def _in_order(pool: Executor, ahead: int, function: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
@@ -244,10 +247,10 @@ def _top(pair: _Pair, count: int, pool: Executor, ahead: int) -> Tensor:
 
     dtype = np.int32 if pair.numel // pair.granule < 2**31 else np.int64
     parts = []
-    for chunk, (above, equal) in zip(chunks, _in_order(pool, ahead, taken, chunks), strict=True):
-        equal = equal[:missing]
-        missing -= len(equal)
-        found = np.sort(np.concatenate([above, equal])).astype(np.int64) + chunk[0] // pair.granule
+    for chunk, (above, level) in zip(chunks, _in_order(pool, ahead, taken, chunks), strict=True):
+        level = level[:missing]
+        missing -= len(level)
+        found = np.sort(np.concatenate([above, level])).astype(np.int64) + chunk[0] // pair.granule
         parts.append(found.astype(dtype))
     return torch.from_numpy(np.concatenate(parts))
 
@@ -292,49 +295,64 @@ def _entry(pair: _Pair, density: float | None, pool: Executor, ahead: int) -> tu
     return entry, Lost(pair.numel, sparse.changed, kept.numel(), lost, total)
 
 
-def _matched(base: Checkpoint, tuned: Checkpoint) -> list[tuple[Stored, Stored, tuple[str, ...]]]:
-    """The weights of both checkpoints, and their aliases; all that does not fit is said in one error."""
-    problems = []
-    for name in base.tensors.keys() | tuned.tensors.keys():
-        one, two = base.tensors.get(name), tuned.tensors.get(name)
-        if one is None or two is None:
-            problems.append(f"{name!r} is only in the {'base' if two is None else 'tuned'} checkpoint")
+def _matched(aligned: Aligned, added: bool) -> list[tuple[str, Stored, Stored, tuple[str, ...]]]:
+    """The weights of both checkpoints by name, and their aliases; all that does not fit is said in one error."""
+    groups: dict[str, list[str]] = {}
+    for name, first in aligned.first.items():
+        groups.setdefault(first, []).append(name)
+    only_tuned = [] if added else aligned.tuned.keys() - aligned.first.keys()
+    problems = [f"{name!r} is only in the tuned checkpoint" for name in only_tuned]
+    pairs = []
+    for name, names in groups.items():
+        one = aligned.base[name]
+        found = {known: aligned.tuned[known] for known in names if known in aligned.tuned}
+        if not found:
+            problems.append(f"{name!r} is only in the base checkpoint")
+            continue
+        first, two = next(iter(found.items()))
+        foreign = one.foreign or two.foreign
+        if foreign is not None:
+            problems.append(f"{name!r} {foreign}")
         elif one.shape != two.shape:
             problems.append(f"{name!r} has shape {list(one.shape)} in the base and {list(two.shape)} in the tuned one")
         elif one.dtype != two.dtype:
             problems.append(f"{name!r} is {one.dtype} in the base and {two.dtype} in the tuned one")
+        else:
+            pairs.append((name, one, two, tuple(known for known in names if known != name)))
+            for other, copy in found.items():
+                if copy.one != two.one and not equal(two, copy):
+                    problems.append(f"{first!r} and {other!r} are one (tied) weight in the base, and two in the other")
     if problems:
         more = f" ({len(problems)} problems in all)" if len(problems) > 5 else ""
-        raise AdapterError(f"the checkpoints do not match: {'; '.join(sorted(problems)[:5])}{more}")
-
-    groups: dict[str, list[str]] = {}
-    for name, first in ties(base).items():
-        groups.setdefault(first, []).append(name)
-    tuned_first = ties(tuned)
-    pairs = []
-    for first, names in groups.items():
-        one, two = base.tensors[first], tuned.tensors[first]
-        for other in names[1:]:
-            if tuned_first[other] != tuned_first[first] and not _same(two, tuned.tensors[other]):
-                raise AdapterError(f"{first!r} and {other!r} are one (tied) weight in the base, and two in the other")
-        if not one.supported:
-            if not _equal(one.bytes(), two.bytes()):
-                raise AdapterError(f"{first!r} changed, and an adapter cannot hold entries of {one.dtype}")
-            continue
-        pairs.append((one, two, tuple(names[1:])))
-    return pairs
+        advice = ""
+        if any("is only in" in one for one in problems):
+            advice = "; rename= (--rename) brings names together, added=True (--added) carries new tensors along"
+        raise AdapterError(f"the checkpoints do not match: {'; '.join(sorted(problems)[:5])}{more}{advice}")
+    changed = {name: one.dtype for name, one, two, _ in pairs if not one.supported and not equal(one, two)}
+    if changed:
+        dtypes = ", ".join(sorted(set(changed.values())))
+        listed = _model.some(map(repr, changed))
+        raise AdapterError(f"{listed} changed, and an adapter cannot hold entries of {dtypes}")
+    return [pair for pair in pairs if pair[1].supported]
 
 
-def _equal(one: Bytes, two: Bytes) -> bool:
-    """The same bytes, compared in pieces."""
-    starts = range(0, len(one), _CHUNK)
-    return len(one) == len(two) and not any(
-        _codec.count_differing(one, two, 1, start, min(start + _CHUNK, len(one))) for start in starts
-    )
-
-
-def _same(one: Stored, two: Stored) -> bool:
-    return one.dtype == two.dtype and one.shape == two.shape and _equal(one.bytes(), two.bytes())
+def _new(aligned: Aligned) -> dict[str, Entry]:
+    """What only the tuned checkpoint has, as whole parameters."""
+    entries: dict[str, Entry] = {}
+    first = {stored.one: name for name, stored in reversed(aligned.tuned.items())}
+    for name in [name for name in aligned.tuned if name not in aligned.first]:
+        stored = aligned.tuned[name]
+        if stored.foreign is not None or not stored.supported:
+            raise AdapterError(f"{name!r} {stored.foreign or f'is {stored.dtype}, which an adapter cannot hold'}")
+        if not stored.nbytes:
+            raise AdapterError(f"{name!r} is only in the tuned checkpoint, and empty: an adapter cannot hold it")
+        if first[stored.one] != name:
+            continue  # a further name of one that is new as well
+        aliases = tuple(other for other, one in aligned.tuned.items() if other != name and one.one == stored.one)
+        values = stored.tensor() if stored.mapped else stored.tensor().clone()
+        indices, dtype = torch.zeros(1, dtype=torch.int32), getattr(torch, stored.dtype)
+        entries[name] = Entry(indices, values, stored.shape, dtype, stored.numel, None, None, aliases, checked=True)
+    return entries
 
 
 def difference(
@@ -345,6 +363,8 @@ def difference(
     granule: int = 1,
     alpha: float = 1.0,
     provenance: Mapping[str, Any] | None = None,
+    rename: _file.Rename = None,
+    added: bool = False,
     progress: Progress | None = None,
 ) -> Adapter:
     """See `Adapter.from_difference`."""
@@ -352,18 +372,19 @@ def difference(
         raise ValueError(f"from_difference: density must be above 0 and at most 1, or None, got {density!r}")
     if type(granule) is not int or granule < 1:
         raise ValueError(f"from_difference: granule must be a whole number of at least 1, got {granule!r}")
-    matched = _matched(open_checkpoint(base, "base"), open_checkpoint(tuned, "tuned"))
-    total, done = sum(one.nbytes for one, _, _ in matched), 0
+    aligned = align(open_checkpoint(base, "base"), open_checkpoint(tuned, "tuned"), rename)
+    matched = _matched(aligned, added)
+    total, done = sum(one.nbytes for _, one, _, _ in matched), 0
     entries: dict[str, Entry] = {}
     report: dict[str, Lost] = {}
     uneven: list[str] = []
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
-        for one, two, aliases in matched:
-            pair = _Pair(one.name, one.dtype, one.shape, one.bytes(), two.bytes(), granule, aliases, two.mapped)
+        for name, one, two, aliases in matched:
+            pair = _Pair(name, one.dtype, one.shape, one.bytes(), two.bytes(), granule, aliases, two.mapped)
             if pair.numel and (pair.shape[-1] if pair.shape else 1) % granule:
                 # Only a weight that changed needs granules.
-                if not _equal(pair.base, pair.tuned):
+                if not equal_bytes(pair.base, pair.tuned):
                     uneven.append(f"{pair.name} {list(pair.shape)}")
             elif not uneven and (made := _entry(pair, density, pool, 2 * threads)) is not None:
                 entries[pair.name], report[pair.name] = made
@@ -375,5 +396,9 @@ def difference(
             f"granule {granule} must divide the last dimension of every weight that changed; "
             f"not so for {len(uneven)}: {_model.some(uneven)}"
         )
+    if added:
+        for name, entry in _new(aligned).items():
+            entries[name] = entry
+            report[name] = Lost(entry.numel, entry.numel, entry.numel, 0.0)
     mask = {"name": "Difference", "density": density, "granule": granule}
-    return Adapter(entries, alpha=alpha, mask=mask, provenance=provenance, report=Report(report))
+    return Adapter(entries, alpha=alpha, mask=mask, provenance=provenance, report=Report(report, tuple(aligned.notes)))

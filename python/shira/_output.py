@@ -1,0 +1,221 @@
+"""Where results go: what may be overwritten, decided before anything is written, and how a folder takes its place.
+
+Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shira import _file
+from shira._file import AdapterError
+
+MARK = ".shira-merged.json"
+"""In a merged folder: the names of the files that were written, so that it is known again as ours, and as untouched."""
+MARK_KEY = "shira.merged"
+"""In the metadata of a merged file."""
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def _inside(path: str, folder: str) -> bool:
+    return path != folder and os.path.commonpath([path, folder]) == folder
+
+
+def _mounted(path: str) -> bool:
+    """Whether something is mounted there, a single file's bind mount included."""
+    if os.path.ismount(path):
+        return True
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+            points = [line.split(" ")[4] for line in file]
+    except (OSError, IndexError):
+        return False
+    # Blanks in names stand there as \040.
+    return path in (re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), point) for point in points)
+
+
+def _files(source: str) -> Iterator[str]:
+    """An input and, of a folder, the files in it."""
+    yield source
+    if os.path.isdir(source):
+        paths = (os.path.join(source, name) for name in os.listdir(source))
+        yield from (path for path in paths if not os.path.isdir(path))
+
+
+def destination(
+    out: str | os.PathLike[str],
+    overwrite: bool,
+    inputs: Iterable[str | os.PathLike[str]],
+    foreign: Callable[[str], str | None],
+    how: str,
+) -> Path:
+    """Where ``out`` really is, through links; refuses before anything is written what must not be written over.
+
+    Args:
+        inputs: files and folders that are read: never overwritten, under no name, nor a folder that holds one.
+        foreign: of what is there, why it is no earlier result of the kind that is written, or None.
+        how: what to do where something is there already, for the message.
+    """
+    given, path = os.fspath(out), os.path.realpath(os.path.abspath(out))
+    if not given:
+        raise ValueError("the result needs a name, got an empty one")
+    if os.path.islink(path):
+        raise FileExistsError(f"{given} is a link that leads in a circle; remove it, or give another name")
+    for source in (os.fspath(one) for one in inputs):
+        if not os.path.exists(source):
+            continue  # whoever reads it says so
+        if os.path.exists(path) and any(os.path.exists(one) and os.path.samefile(one, path) for one in _files(source)):
+            what = f"{source} itself" if os.path.samefile(source, path) else f"a part of {source}"
+            raise AdapterError(f"{given} is {what}, which is read; write the result elsewhere")
+        if any(_inside(os.path.realpath(one), path) for one in _files(source)):
+            raise AdapterError(
+                f"{given} is the folder that contains {source}, which is read; write the result elsewhere"
+            )
+    if not os.path.isdir(os.path.dirname(path)):
+        raise FileNotFoundError(
+            f"the folder {os.path.dirname(path)!r} to write {os.path.basename(path)!r} into does not exist"
+        )
+    if not os.path.lexists(path):
+        return Path(path)
+    if not overwrite:
+        raise FileExistsError(f"{given} is there already; give another name, or {how}")
+    if not stat.S_ISDIR(os.stat(path).st_mode) and not stat.S_ISREG(os.stat(path).st_mode):
+        raise FileExistsError(f"{given} is a pipe or a device, not a file; give another name")
+    if _mounted(path):
+        raise FileExistsError(f"{given} is a mount point, which nothing can take the place of; give another name")
+    reason = foreign(path)
+    if reason is not None:
+        raise FileExistsError(f"{given} {reason}, so it is not overwritten; remove it yourself, or give another name")
+    return Path(path)
+
+
+def no_adapter(path: str) -> str | None:
+    """Why what is there is no adapter file, or None."""
+    if os.path.isdir(path):
+        return "is a folder, and the result is a file"
+    try:
+        metadata, _ = _file.read_layout(path)
+    except AdapterError:
+        metadata = {}
+    return None if _file.VERSION_KEY in metadata else "is no adapter file"
+
+
+def no_merged_file(path: str) -> str | None:
+    """Why what is there is no merged checkpoint of one file, or None."""
+    if os.path.isdir(path):
+        return "is a folder, and the merged checkpoint is a file"
+    try:
+        metadata, _ = _file.read_layout(path)
+    except AdapterError:
+        metadata = {}
+    return None if MARK_KEY in metadata else "is no merged checkpoint that was written here"
+
+
+def no_merged_folder(path: str) -> str | None:
+    """Why what is there is no merged checkpoint's folder with nothing else in it, or None."""
+    if not os.path.isdir(path):
+        return "is a file, and the merged checkpoint is a folder"
+    with os.scandir(path) as entries:
+        present = {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
+    if not present:
+        return None
+    try:
+        with open(os.path.join(path, MARK), encoding="utf-8") as file:
+            ours = {str(name) for name in json.load(file)["files"]} | {MARK}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "is no merged checkpoint that was written here"
+    others = sorted(name for name, plain in present.items() if name not in ours or not plain)
+    return f"holds what was not written with it ({', '.join(map(repr, others[:5]))})" if others else None
+
+
+def no_peft_folder(path: str) -> str | None:
+    """Why what is there is no folder of PEFT's SHiRA with nothing else in it, or None."""
+    if not os.path.isdir(path):
+        return "is a file, and PEFT's adapter is a folder"
+    names = set(os.listdir(path))
+    if not names:
+        return None
+    others = sorted(names - {"adapter_config.json", "adapter_model.safetensors"})
+    if others:
+        return f"holds more than PEFT's adapter ({', '.join(map(repr, others[:5]))})"
+    try:
+        with open(os.path.join(path, "adapter_config.json"), encoding="utf-8") as file:
+            kind = json.load(file)["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        kind = None
+    return None if kind == "SHIRA" else "is no adapter of PEFT's SHiRA"
+
+
+def _exchange(one: Path, two: Path) -> bool:
+    """Let two names in one file system change places in one step, where the system can."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    done: int = renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(two), _RENAME_EXCHANGE)
+    if done == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
+        return False  # this kernel or file system cannot
+    raise OSError(number, os.strerror(number), str(two))
+
+
+def _sync_folder(folder: Path) -> None:
+    # Some network shares refuse; the files themselves are safe then.
+    with contextlib.suppress(OSError):
+        _file._fsync(folder, os.O_RDONLY)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Errors of writing, a full disk above all, with the name of the result, not of what it is written as at first."""
+    try:
+        yield
+    except OSError as error:
+        names = [os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None]
+        if error.errno is not None and (not names or any(f".{path.name}." in name for name in names)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+@contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """Yield a fresh folder beside ``target``; on success it takes its place, whole and on disk, and on failure it goes.
+
+    What was there is deleted last. Killed at any moment, there is the old folder or the new one.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    old = temporary.with_suffix(".old")
+    try:
+        with named(target):
+            temporary.mkdir()
+            yield temporary
+            for path in temporary.iterdir():
+                _file._fsync(path, os.O_RDONLY)
+            _sync_folder(temporary)
+            if not os.path.lexists(target):
+                os.rename(temporary, target)
+            elif not _exchange(temporary, target):
+                os.rename(target, old)
+                os.rename(temporary, target)
+            _sync_folder(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if os.path.lexists(old):
+            if os.path.lexists(target):
+                shutil.rmtree(old, ignore_errors=True)
+            else:  # the last step failed: what was there comes back
+                os.rename(old, target)
