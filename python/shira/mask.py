@@ -713,6 +713,19 @@ class Given(Mask):
         self.given, self.density, self.r = given, None, None
         self._set(granule, skip)
 
+    @classmethod
+    def of(cls, mask: object) -> Mask:
+        """The mask itself, or what stands for one: 0/1 tensors by name, or a function of a name and a weight."""
+        if isinstance(mask, Mask):
+            return mask
+        if isinstance(mask, Mapping) or (callable(mask) and not isinstance(mask, type)):
+            return cls(mask)
+        got = f"the class {mask.__name__}: call it" if isinstance(mask, type) else type(mask).__name__
+        raise TypeError(
+            f"SparseTuner: mask must be one of shira.masks, 0/1 tensors by name, or a function of a weight's name and "
+            f"the weight, got {got}"
+        )
+
     @property
     def names(self) -> tuple[str, ...] | None:
         """The weights it has masks for; None for a function."""
