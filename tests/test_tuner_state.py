@@ -496,7 +496,9 @@ def _refused(rank: int, wrapped: DistributedDataParallel) -> None:
         (wrapped(IDS).square().sum()).backward()
         AdamW(tuner, lr=0.01).step()
 
-    with pytest.raises(ValueError, match="model is already in DistributedDataParallel, .* attach the tuner to the mod"):
+    with pytest.raises(
+        ValueError, match=r"model is already in DistributedDataParallel, .* attach the tuner to the mod"
+    ):
         SparseTuner(wrapped)
     with pytest.raises(ValueError, match=r"SparseTuner: 0 is already in DistributedDataParallel"):
         SparseTuner(nn.Sequential(wrapped))
