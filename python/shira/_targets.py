@@ -194,8 +194,6 @@ def check_trainable(name: str, group: Sequence[_model.Slot]) -> None:
     weight = group[0].weight
     if any(hasattr(slot.module, slot.attribute + VALUES_SUFFIX) for slot in group):
         raise ValueError(f"SparseTuner: {name} is already trained by a tuner; detach that one first")
-    if isinstance(weight, UninitializedParameter):
-        raise ValueError(f"SparseTuner: {name} has no shape yet; run the model once first")
     foreign = _model.foreign(weight)
     if foreign is not None:
         raise ValueError(f"SparseTuner: {name} {foreign}")
@@ -229,7 +227,7 @@ def check_trainable(name: str, group: Sequence[_model.Slot]) -> None:
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse a model with wrappers around or inside it whose parameters and names are not the model's own."""
+    """Refuse a model that cannot take a tuner anywhere: by its wrappers, outside and inside, and its parameters."""
     for name, module in model.named_modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             where = _model.clean(f"{name}.")[:-1] or "model"
@@ -238,6 +236,9 @@ def check_model(model: nn.Module) -> None:
                 f"between its processes; attach the tuner to the module first, and wrap it then"
             )
         _model.unwrap(module)
+    for name, weight in model.named_parameters():
+        if isinstance(weight, UninitializedParameter):  # which cannot even be frozen
+            raise ValueError(f"SparseTuner: {_model.clean(name)} has no shape yet; run the model once first")
 
 
 def rules(group: Sequence[_model.Slot], granule: int) -> list[str | None]:
@@ -260,9 +261,8 @@ def _told(module: nn.Module, method: str) -> list[object]:
 
 def _is_experts(slot: _model.Slot) -> bool:
     """Whether the weight is a stack of experts' matrices, as in transformers' mixtures of experts."""
-    if isinstance(slot.weight, UninitializedParameter) or slot.weight.dim() != 3:
-        return False
-    return _layers.owned(slot.module) is None and "expert" in f"{slot.name} {type(slot.module).__name__}".lower()
+    stack = slot.weight.dim() == 3 and _layers.owned(slot.module) is None
+    return stack and "expert" in f"{slot.name} {type(slot.module).__name__}".lower()
 
 
 def _is(name: str, wanted: str) -> bool:

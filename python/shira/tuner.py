@@ -409,9 +409,10 @@ class SparseTuner:
         if mask.granule == "auto":
             finer = [plan.name for plan in plans if plan.granule < AUTO_GRANULE]
             if finer:
+                what = "1 weight has" if len(finer) == 1 else f"{len(finer)} weights have"
                 self._notes.append(
-                    f"{len(finer)} weights have smaller granules than {AUTO_GRANULE}, which does not divide their last "
-                    f"dimension: {_model.some(finer)}"
+                    f"{what} granules of less than {AUTO_GRANULE} entries, since {AUTO_GRANULE} does not divide their "
+                    f"last dimension: {_model.some(finer)}"
                 )
         if targets in (None, _targets.ALL_LINEAR):
             heads = [name for name in names.heads() if not any(one.startswith(f"{name}.") for one in entire)]
