@@ -314,7 +314,7 @@ def images() -> nn.Sequential:
 
 def test_channels_last_is_refused_with_one_line_for_the_whole_model() -> None:
     model = images().to(memory_format=torch.channels_last)
-    advice = "make the whole model so with model.to(memory_format=torch.contiguous_format)"
+    advice = "make it so with model.to(memory_format=torch.contiguous_format), which does the whole model"
     with pytest.raises(ValueError, match=r"0\.weight must be contiguous; ") as caught:
         SparseTuner(model, RAND, "[02]")
     assert str(caught.value).endswith(advice)
@@ -338,7 +338,7 @@ def test_converted_to_channels_last_while_it_trains(gradient: str) -> None:
     optimizer.step()
     model(x).square().sum().backward()
     model.to(memory_format=torch.channels_last)
-    says = r"0\.weight is no longer contiguous, .*; make the whole model so with model\.to\(memory_format=torch\.contig"
+    says = r"0\.weight is no longer contiguous, .*; make it so with model\.to\(memory_format=torch\.contig"
     uses: list[Callable[[], Any]] = [lambda: model(x), optimizer.step, tuner.sync, tuner.adapter]
     for use in uses:
         with pytest.raises(RuntimeError, match=says):

@@ -92,7 +92,7 @@ def stride_advice(name: str, weight: Tensor) -> str:
     """What to do with a weight whose memory is not in row-major order."""
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim())
     if channels_last is not None and weight.is_contiguous(memory_format=channels_last):
-        return "make the whole model so with model.to(memory_format=torch.contiguous_format)"
+        return "make it so with model.to(memory_format=torch.contiguous_format), which does the whole model"
     get = f"model.get_parameter({name!r})"
     return f"make it so with {get}.data = {get}.data.contiguous()"
 
