@@ -362,3 +362,110 @@ def test_one_error_lists_every_offending_weight():
 def test_equality_is_by_description():
     assert masks.Rand(density=0.1) == masks.Rand(density=0.1) != masks.Rand(density=0.1, seed=1)
     assert masks.Rand(density=0.1) != masks.WeightMagnitude(density=0.1)
+
+
+# Budgets by name, seeds that are drawn
+
+
+def test_r_by_name():
+    mask = masks.Rand(r={r"q_proj": 2, ".*": 1}, granule=2)
+    weight = torch.zeros(8, 24)
+    assert len(mask("a.q_proj.weight", weight)) == 32
+    assert len(mask("a.v_proj.weight", weight)) == 16
+    assert mask.r_of("a.q_proj.weight") == 2
+    assert from_description(json.loads(json.dumps(mask.describe()))) == mask
+    with pytest.raises(
+        ValueError, match=r"r has no pattern that is found in v\.weight; it has 'q_proj': add a last one"
+    ):
+        masks.Rand(r={"q_proj": 2}).check({"q_proj.weight": weight, "v.weight": weight})
+    for bad, says in (({}, "r must name a pattern"), ({".*": 0}, "r must be a whole number"), ({"(": 1}, "no regular")):
+        with pytest.raises(ValueError, match=says):
+            masks.WeightMagnitude(r=bad)
+
+
+def test_a_seed_that_is_drawn_is_kept():
+    """By torch's own random numbers, whatever the default device is."""
+    weight = torch.zeros(64, 64)
+    torch.manual_seed(7)
+    with torch.device("meta"):
+        first, second = masks.Rand(density=0.1, seed=None), masks.Rand(density=0.1, seed=None)
+    assert first.seed != second.seed
+    assert not torch.equal(first("w", weight), second("w", weight))
+    again = from_description(json.loads(json.dumps(first.describe())))
+    assert torch.equal(again("w", weight), first("w", weight))
+    torch.manual_seed(7)
+    assert masks.Rand(density=0.1, seed=None) == first
+    assert masks.default() == masks.default() == masks.Rand(density=0.01, granule="auto", seed=0)
+    with pytest.raises(ValueError, match="seed must be a whole number or None"):
+        masks.Rand(density=0.1, seed=0.5)
+
+
+def test_struct_whatever_the_default_device_is():
+    weight, mask = torch.zeros(8, 8), masks.Struct(density=0.4)
+    expected = mask("w", weight)
+    with torch.device("meta"):
+        assert torch.equal(mask("w", weight), expected)
+
+
+# Masks that are given
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("granule", [1, 4, "auto"])
+def test_given_is_what_is_marked(dtype, granule):
+    weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    marked = weight > 1
+    size = 8 if granule == "auto" else granule
+    expected = [g for g, few in enumerate(marked.view(-1, size)) if few.any()]
+    for given in ({"w": marked.to(dtype)}, {"_orig_mod.w": marked.to(dtype).t().contiguous().t()},
+                  lambda name, weight: (weight > 1).to(dtype)):  # fmt: skip
+        indices = masks.Given(given, granule=granule)("w", weight)
+        assert indices.tolist() == expected
+        assert indices.dtype == torch.int32
+    left = masks.Given({"w": marked}, granule=granule, skip=adapter_of(torch.tensor(expected[:2]), weight, size))
+    assert left("w", weight).tolist() == expected[2:]
+    assert masks.Rand(density=0.1, granule=size, skip=left).taken("w", weight).tolist() == expected[2:]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"w": torch.ones(4, 8)}, r"the mask of w must be a tensor of shape \[8, 8\], got shape \[4, 8\]"),
+        ({"w": torch.full((8, 8), 0.5)}, "the mask of w must hold nothing but 0 and 1"),
+        ({"w": torch.full((8, 8), math.nan)}, "the mask of w must hold nothing but 0 and 1"),
+        ({"w": torch.zeros(8, 8)}, "no entry of w is left to train; leave it out with exclude="),
+        ({"v": torch.ones(8, 8)}, "there is no mask for w; there are masks for v; name just these with targets="),
+        (lambda name, weight: None, r"the mask of w must be a tensor of shape \[8, 8\], got NoneType"),
+    ],
+)
+def test_given_that_does_not_fit(given, says):
+    with pytest.raises(ValueError, match=f"Given: {says}"):
+        masks.Given(given)("w", torch.zeros(8, 8))
+
+
+def test_a_tuner_takes_masks_by_name_and_functions():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    marked = {"1.weight": model[1].weight.detach() > 0}
+    with shira.SparseTuner(model, marked) as tuner:
+        adapter = tuner.adapter()
+    assert list(adapter.weights) == ["1.weight"]
+    assert adapter.weights["1.weight"].indices.tolist() == marked["1.weight"].view(-1).nonzero().view(-1).tolist()
+    assert adapter.mask == masks.Given(marked).describe()
+    assert masks.Given(marked) == masks.Given({name: mask.int() for name, mask in marked.items()})
+    assert masks.Given(marked) != masks.Given({"1.weight": ~marked["1.weight"]})
+    with pytest.raises(ValueError, match="a description of a Given mask does not hold its entries"):
+        from_description(adapter.mask)
+    with shira.SparseTuner(model, lambda name, weight: weight.abs() > 0.1) as tuner:
+        for name, entry in tuner.adapter().weights.items():
+            expected = (model.get_parameter(name).detach().abs() > 0.1).view(-1).nonzero().view(-1)
+            assert entry.indices.tolist() == expected.tolist()
+    one, two = masks.Given(lambda name, weight: weight > 0), masks.Given(lambda name, weight: weight < 0)
+    assert one == one
+    assert one != two
+    with pytest.raises(ValueError, match=r"Given: has masks for 1\.weight, which are no targets"):
+        shira.SparseTuner(model, {**marked, "0.weight": marked["1.weight"]}, targets="0")
+    with pytest.raises(ValueError, match=r"Given: there is no mask for 0\.weight"):
+        shira.SparseTuner(model, marked, targets="all-linear")
+    for mask, says in ((masks.Rand, "got the class Rand: call it"), (0.01, "got float"), ({"w": 1}, "to int")):
+        with pytest.raises(TypeError, match=says):
+            shira.SparseTuner(model, mask)

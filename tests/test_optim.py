@@ -151,6 +151,88 @@ def test_a_rate_in_a_tensor(kind: Any, options: dict[str, Any]) -> None:
     assert rate == 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(AdamW, {"foreach": True}), (AdamW, {"fused": True}), (AdamW, {"capturable": True}), (SGD, {"fused": True}),
+     (SGD, {"foreach": True})],
+)  # fmt: skip
+def test_how_torch_steps_is_accepted(kind: Any, options: dict[str, Any]) -> None:
+    """For the values it is the same one call, bit for bit; the parameter beside them gets torch's step of that kind."""
+    results = []
+    for given in ({}, options):
+        model, tuner = setup()
+        model[0].bias.requires_grad_(True)
+        optimizer = kind([*tuner.parameters(), model[0].bias], lr=1e-2, **given)
+        before = model[0].bias.detach().clone()
+        steps(model, optimizer, 5)
+        assert not torch.equal(before, model[0].bias)
+        results.append([*values_of(tuner), model[0].bias.detach()])
+    if options == {"capturable": True}:
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    close(*results)
+
+
+def test_steps_are_counted_in_float32() -> None:
+    """Whatever torch's default dtype and device are: in bfloat16 the 257th step would be the 256th again."""
+    model, tuner = setup()
+    model[0].bias.requires_grad_(True)
+    parameters = [*tuner.parameters(), model[0].bias]
+    optimizer = AdamW(parameters)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"):
+            for _ in range(258):
+                for p in parameters:
+                    p.grad = torch.ones_like(p)
+                optimizer.step()
+        assert {state["step"].item() for state in optimizer.state.values()} == {258.0}
+        assert {state["step"].dtype for state in optimizer.state.values()} == {torch.float32}
+        # A state that torch's own optimizer counted in bfloat16.
+        state = optimizer.state_dict()
+        for one in state["state"].values():
+            one["step"] = torch.tensor(256.0)
+        optimizer.load_state_dict(state)
+        optimizer.step()
+        assert {state["step"].item() for state in optimizer.state.values()} == {257.0}
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("kind", [AdamW, SGD])
+def test_a_step_inside_autocast_is_seen_by_the_next_forward(kind: Any) -> None:
+    """Autocast keeps the cast of a weight that requires grad, as the weight of a dense target does."""
+    model, tuner = setup(gradient="dense")
+    optimizer, x = kind(tuner, lr=0.1), torch.ones(2, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(x).float().square().sum().backward()
+        optimizer.step()
+        inside = model(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(inside, model(x))
+
+
+def test_one_optimizer_for_several_tuners() -> None:
+    """Groups of their own, a schedule over both, and one of them detached on the way."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    first, second = (SparseTuner(model, masks.Rand(density=0.2), name) for name in (r"^0$", r"^1$"))
+    twins = [nn.Parameter(values.detach().clone()) for values in (*first.parameters(), *second.parameters())]
+    groups = [{"params": list(first.parameters())}, {"params": list(second.parameters()), "lr": 1e-3}]
+    one = AdamW(groups, lr=1e-2)
+    two = torch.optim.AdamW([{"params": twins[:1]}, {"params": twins[1:], "lr": 1e-3}], lr=1e-2)
+    schedules = [torch.optim.lr_scheduler.OneCycleLR(o, max_lr=[0.1, 0.01], total_steps=8) for o in (one, two)]
+    for _ in range(8):
+        model(torch.ones(2, 16)).square().sum().backward()
+        for twin, values in zip(twins, (*first.parameters(), *second.parameters()), strict=True):
+            twin.grad = values.grad.clone()
+        for optimizer, schedule in zip((one, two), schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    close([*values_of(first), *values_of(second)], [twin.detach() for twin in twins])
+
+
 def test_decay_towards_the_base() -> None:
     """Against the formulas, in double."""
     rate, decay = 1e-2, 0.3
@@ -293,6 +375,30 @@ def test_values_that_joined_later_have_their_own_count() -> None:
         (lambda t: SGD(t, momentum=-0.1), r"shira\.SGD: momentum must be at least 0"),
         (lambda t: SGD(t, nesterov=True), "nesterov needs momentum above 0 and dampening 0, got 0.0 and 0.0"),
         (lambda t: SGD(t, momentum=0.9, dampening=0.1, nesterov=True), "nesterov needs"),
+        (lambda t: AdamW(t, lr=torch.tensor(-1.0)), r"shira\.AdamW: lr must be at least 0 and finite, got -1\.0"),
+        (lambda t: SGD(t, lr=torch.tensor(float("nan"))), r"shira\.SGD: lr must be at least 0 and finite, got nan"),
+        (lambda t: SGD(t, lr=None), "lr must be a number, got None"),
+        (lambda t: SGD(t, momentum=torch.tensor(0.9)), r"momentum must be a number, got tensor\(0\.9"),
+        (
+            lambda t: AdamW(t, betas=(torch.tensor(0.9), 0.999)),
+            r"betas must be two numbers \(no tensors\), got \(tensor",
+        ),
+        (lambda t: AdamW(t, betas=(torch.tensor(0.9), torch.tensor(0.999))), "betas must be two numbers"),
+        (lambda t: AdamW(t, betas=(0.9,)), r"betas must be two numbers \(no tensors\), got \(0\.9,\)"),
+        (
+            lambda t: AdamW(t, 1e-3, (0.9, 0.999), 1e-8, 0.0, True),
+            r"amsgrad is not supported; torch\.optim\.AdamW\(tun",
+        ),
+        (
+            lambda t: AdamW(t, differentiable=True),
+            "differentiable is not supported: a step is written into the weights",
+        ),
+        (lambda t: SGD(t, differentiable=True), r"shira\.SGD: differentiable is not supported"),
+        (lambda t: AdamW(t, foreach=True, fused=True), "foreach and fused cannot be True together"),
+        (
+            lambda t: AdamW(t, lr=torch.tensor(0.1), foreach=True),
+            "lr as a tensor with foreach=True needs capturable=True",
+        ),
     ],
 )
 def test_refused_settings(make: Callable[[SparseTuner], Any], says: str) -> None:
@@ -331,6 +437,10 @@ def test_states_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="amsgrad is not supported"):
         optimizer.load_state_dict(state)
     assert not optimizer.param_groups[0].get("amsgrad")
+    state = torch.optim.Adam(tuner.parameters(), weight_decay=0.1).state_dict()
+    with pytest.raises(ValueError, match=r"state is of torch\.optim\.Adam, whose weight decay is another"):
+        optimizer.load_state_dict(state)
+    optimizer.load_state_dict(torch.optim.Adam(tuner.parameters()).state_dict())
 
 
 def test_refused_steps() -> None:

@@ -114,8 +114,11 @@ def test_tied_embedding_and_head_are_one_target_under_both_names() -> None:
     model = build("gpt2")
     with tune(model, "gpt2, default") as tuner:
         names = [name for name, _ in tuner.named_parameters()]
-        assert names[0] == "transformer.wte.weight" + VALUES
-        assert all("c_attn" in n or "c_proj" in n or "c_fc" in n for n in names[1:])
+        assert len(names) == 8
+        assert all("c_attn" in n or "c_proj" in n or "c_fc" in n for n in names)
+        assert tuner.summary().splitlines()[-1] == "left out: lm_head, the output head"
+    with SparseTuner(model, masks.Rand(density=0.1), targets="lm_head") as tuner:
+        assert [name for name, _ in tuner.named_parameters()] == ["transformer.wte.weight" + VALUES]
         assert "lm_head.weight" in tuner.summary().splitlines()[1]
         assert tuner.adapter().weights["transformer.wte.weight"].aliases == ("lm_head.weight",)
 

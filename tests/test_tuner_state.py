@@ -85,7 +85,8 @@ def test_names_and_patterns() -> None:
     out = [f"layers.{n}.attention.out_proj.weight" for n in (0, 1)]
     within = [f"layers.{n}.attention.in_proj_weight" for n in (0, 1)]
     up = [f"layers.{n}.experts.up" for n in (0, 1)]
-    assert names(None) == ["embed.weight", q[0], out[0], q[1], out[1], "classifier.weight"]
+    usual = ["embed.weight", q[0], out[0], up[0], q[1], out[1], up[1], "classifier.weight"]
+    assert names(None) == names("all-linear") == usual
     # A module's name means its weights, and not the biases and norms that come along.
     assert names("q_proj") == names(["q_proj"]) == q
     assert sorted(names("attention")) == sorted(names(["attention"])) == sorted(within + out)
@@ -161,7 +162,7 @@ CANNOT = {
     ),
     "max_norm": (lambda: layer(kind=nn.Embedding, max_norm=1.0), r"0\.weight is changed by .* \(max_norm=1\)"),
     "one memory": (views, r"0\.weight and 1\.weight are two parameters in one memory"),
-    "empty": (lambda: nn.Sequential(nn.Linear(8, 0)), r"none may be empty; not so for 1 of 1: 0\.weight \[0, 8\]"),
+    "empty": (lambda: nn.Sequential(nn.Linear(8, 0)), r"no weight may be empty, got 0\.weight \[0, 8\]"),
 }  # fmt: skip
 
 
@@ -465,7 +466,57 @@ def _process(rank: int, port: int, folder: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
     torch.save(bits(model), f"{folder}/{rank}.pt")
+    tuner.detach()
+    _refused(rank, wrapped)
     torch.distributed.destroy_process_group()
+
+
+def test_what_distributed_data_parallel_leaves_alone() -> None:
+    """Under every name it may look for: of a tied weight both, of a compiled module, of the root's own."""
+    model = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    model._ddp_params_and_buffers_to_ignore = ["1.bias"]
+    dense, root = SparseTuner(model, RAND, "0", gradient="dense"), nn.Linear(8, 8)
+    weights = {
+        f"{outer}{name}" for outer in ("", "_orig_mod.") for name in ("0.weight", "1.weight", "0.weight_shira_indices")
+    }
+    assert set(model._ddp_params_and_buffers_to_ignore) == {"1.bias", *weights}
+    dense.detach()
+    assert model._ddp_params_and_buffers_to_ignore == ["1.bias"]
+    with SparseTuner(root, RAND):
+        names = {"weight_shira_indices", ".weight_shira_indices", "_orig_mod.weight_shira_indices"}
+        assert set(root._ddp_params_and_buffers_to_ignore) == names
+    assert not hasattr(root, "_ddp_params_and_buffers_to_ignore")
+
+
+def _refused(rank: int, wrapped: DistributedDataParallel) -> None:
+    """Ranks that would drift apart are stopped at their first step, all of them, and have their base back."""
+
+    def step(tuner: SparseTuner, wrapped: nn.Module) -> None:
+        (wrapped(IDS).square().sum()).backward()
+        AdamW(tuner, lr=0.01).step()
+
+    with pytest.raises(
+        ValueError, match=r"model is already in DistributedDataParallel, .* attach the tuner to the mod"
+    ):
+        SparseTuner(wrapped)
+    with pytest.raises(ValueError, match=r"SparseTuner: 0 is already in DistributedDataParallel"):
+        SparseTuner(nn.Sequential(wrapped))
+    late = SparseTuner(wrapped.module, RAND, "q_proj")
+    with pytest.raises(
+        RuntimeError, match=r"was wrapped in DistributedDataParallel before .* values of layers\.0\.q_pr"
+    ):
+        step(late, wrapped)
+    step(late, DistributedDataParallel(wrapped.module))
+    for seed, says in ((rank, "masks"), (0, "base weights")):
+        model = model_of(seed=rank if says == "base weights" else 0)
+        before = bits(model)
+        tuner = SparseTuner(model, masks.Rand(density=0.2, seed=seed), "q_proj|up$")
+        with pytest.raises(RuntimeError, match=rf"ranks have different {says} for layers\.0\.q_proj\.weight, layers"):
+            step(tuner, DistributedDataParallel(model))
+        tuner.detach()
+        assert same_bits(model, before) or says == "base weights"  # those are DDP's: the first rank's
+        assert not hasattr(model, "_ddp_params_and_buffers_to_ignore")
 
 
 def test_distributed_data_parallel(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def slots(model: nn.Module) -> dict[str, Slot]:
 
 def memory(weight: Tensor) -> object:
     """A key that is equal for two weights when they are one: by identity, or by the memory they share."""
-    if isinstance(weight, UninitializedParameter) or not weight.data_ptr():
+    if isinstance(weight, UninitializedParameter) or foreign(weight) is not None or not weight.data_ptr():
         return id(weight)
     return weight.device, weight.data_ptr(), weight.numel()
 
@@ -80,8 +80,11 @@ def some(names: Iterable[str], most: int = 6) -> str:
     return (", ".join(listed[:most]) + more) if listed else "none"
 
 
-def stride_advice(name: str) -> str:
+def stride_advice(name: str, weight: Tensor) -> str:
     """What to do with a weight whose memory is not in row-major order."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim())
+    if channels_last is not None and weight.is_contiguous(memory_format=channels_last):
+        return "make it so with model.to(memory_format=torch.contiguous_format), which does the whole model"
     get = f"model.get_parameter({name!r})"
     return f"make it so with {get}.data = {get}.data.contiguous()"
 

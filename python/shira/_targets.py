@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from shira import _layers, _model
 from shira.adapter import dtype_name
 
 VALUES_SUFFIX, INDICES_SUFFIX = "_shira_values", "_shira_indices"
+ALL_LINEAR = "all-linear"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Wanted = str | Sequence[str] | None
@@ -25,9 +27,11 @@ class Names:
         # A second tuner may be added to a model: what the first one put there is nobody's target.
         self.slots = {name: slot for name, slot in _model.slots(model).items() if not name.endswith(VALUES_SUFFIX)}
         named = model.named_modules(remove_duplicate=False)
-        self.modules = {_model.clean(name): module for name, module in named}
+        self.modules = {_model.clean(f"{name}.")[:-1]: module for name, module in named}
         self.holders: dict[object, list[_model.Slot]] = {}
-        for slot in self.slots.values():
+        self._aliases: dict[object, list[str]] = {}
+        for name, slot in self.slots.items():
+            self._aliases.setdefault(_model.memory(slot.weight), []).append(name)
             group = self.holders.setdefault(_model.memory(slot.weight), [])
             if not any(slot.module is other.module and slot.attribute == other.attribute for other in group):
                 group.append(slot)
@@ -36,18 +40,72 @@ class Names:
         """Every place that holds this slot's weight (tied weights have several), the first one first."""
         return self.holders[_model.memory(slot.weight)]
 
-    def targets(self, wanted: Wanted) -> dict[str, list[_model.Slot]]:
+    def targets(self, wanted: Wanted, exclude: Wanted = None) -> dict[str, list[_model.Slot]]:
         """The weights to train sparsely, by first name, each with every place that holds it."""
         _check_wanted("targets", wanted)
-        if wanted is None:
-            names = [_join(name, "weight") for name, module in self.modules.items() if _layers.is_linear(module)]
-            if not names:
-                raise ValueError("SparseTuner: the model has no nn.Linear; name other weights with targets=")
+        if wanted is None or wanted == ALL_LINEAR:
+            names = self._all_linear()
         elif isinstance(wanted, str):
             names = self._matched("targets", wanted)
         else:
             names = [name for one in wanted for name in self._named(one)]
-        return self._chosen(names, "targets")
+        if exclude is not None:
+            names, before = self._without(names, exclude), names
+            if before and not names:
+                raise ValueError(f"SparseTuner: exclude leaves none of the targets {_model.some(before)}")
+        return self._chosen(names, "exclude")
+
+    def heads(self) -> dict[str, nn.Module]:
+        """The model's output head, by the ways in which models tell which module that is."""
+        told: list[object] = []
+        for module in self.modules.values():
+            for method in ("get_output_embeddings", "get_classifier"):  # transformers, timm
+                told += _told(module, method)
+        root = self.modules[""]
+        if hasattr(root, "get_output_embeddings"):
+            # Those that transformers' classification models and PEFT go by.
+            told += [root._modules.get(name) for name in ("score", "classifier")]
+        heads = {id(head) for head in told if isinstance(head, nn.Module)}
+        return {name: module for name, module in self.modules.items() if id(module) in heads}
+
+    def _all_linear(self) -> list[str]:
+        """Linear layers but the output head's, and 3-D weights of experts."""
+        heads = self.heads()
+        inside = {id(module) for head in heads.values() for module in head.modules()}
+        linear = [(name, module) for name, module in self.modules.items() if _layers.is_linear(module)]
+        names = [_join(name, "weight") for name, module in linear if id(module) not in inside]
+        names += [slot.name for slot in self.slots.values() if _is_experts(slot)]
+        if not names and linear:
+            raise ValueError(
+                f"SparseTuner: the model's only linear layer is its output head ({_model.some(heads)}), which is left "
+                f"out unless it is named: train it sparsely with targets=, or as a whole with targets=[] and whole="
+            )
+        if not names:
+            raise ValueError("SparseTuner: the model has no nn.Linear; name other weights with targets=")
+        return names
+
+    def _without(self, names: Sequence[str], wanted: str | Sequence[str]) -> list[str]:
+        """The names that are not excluded: neither they, nor a module they are in, nor what they are tied to."""
+        _check_wanted("exclude", wanted)
+        found: dict[str, Callable[[str], object]] = (
+            {wanted: _compiled("exclude", wanted).search}
+            if isinstance(wanted, str)
+            else {one: partial(_is, wanted=one) for one in wanted}
+        )
+        for one, is_meant in found.items():
+            if not any(is_meant(name) for name in (*self.modules, *self.slots, *names) if name):
+                raise ValueError(f"SparseTuner: exclude {one!r} names nothing; the model has {self._some()}")
+
+        def excluded(name: str) -> bool:
+            parts = name.split(".")
+            above = [".".join(parts[: n + 1]) for n in range(len(parts))]
+            return any(is_meant(prefix) for is_meant in found.values() for prefix in above)
+
+        def ties(name: str) -> list[str]:
+            weight = self.slots[name].weight if name in self.slots else None
+            return [name] if weight is None else self._aliases[_model.memory(weight)]
+
+        return [name for name in names if not any(map(excluded, ties(name)))]
 
     def whole(self, wanted: Wanted) -> dict[str, list[_model.Slot]]:
         """The parameters to train as a whole."""
@@ -122,6 +180,12 @@ class Names:
             group = self.of(self.slots[name])
             check_trainable(name, group)
             chosen.setdefault(group[0].name, group)
+        for one, other in _model.overlaps(self.slots.values()):
+            if any(self.of(slot)[0].name in chosen for slot in (one, other)):
+                raise ValueError(
+                    f"SparseTuner: {one.name} and {other.name} overlap in memory, so that to train one changes the "
+                    f"other; leave both out with {argument}=, or give one its own memory"
+                )
         return {name: chosen[name] for name in self.slots if name in chosen}
 
 
@@ -130,8 +194,9 @@ def check_trainable(name: str, group: Sequence[_model.Slot]) -> None:
     weight = group[0].weight
     if any(hasattr(slot.module, slot.attribute + VALUES_SUFFIX) for slot in group):
         raise ValueError(f"SparseTuner: {name} is already trained by a tuner; detach that one first")
-    if isinstance(weight, UninitializedParameter):
-        raise ValueError(f"SparseTuner: {name} has no shape yet; run the model once first")
+    foreign = _model.foreign(weight)
+    if foreign is not None:
+        raise ValueError(f"SparseTuner: {name} {foreign}")
     if weight.is_meta:
         raise ValueError(f"SparseTuner: {name} is on the meta device; give it its weights first")
     if weight.dtype not in _FLOATS:
@@ -146,7 +211,7 @@ def check_trainable(name: str, group: Sequence[_model.Slot]) -> None:
             f"SparseTuner: {name} was made under torch.inference_mode and cannot train; load or clone it outside"
         )
     if not weight.is_contiguous():
-        raise ValueError(f"SparseTuner: {name} must be contiguous; {_model.stride_advice(name)}")
+        raise ValueError(f"SparseTuner: {name} must be contiguous; {_model.stride_advice(name, weight)}")
     if weight.grad is not None:
         raise ValueError(f"SparseTuner: {name} still has a gradient of earlier training; call model.zero_grad() first")
     for slot in group:
@@ -161,10 +226,43 @@ def check_trainable(name: str, group: Sequence[_model.Slot]) -> None:
             )
 
 
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that cannot take a tuner anywhere: by its wrappers, outside and inside, and its parameters."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            where = _model.clean(f"{name}.")[:-1] or "model"
+            raise ValueError(
+                f"SparseTuner: {where} is already in DistributedDataParallel, which would not synchronise the values "
+                f"between its processes; attach the tuner to the module first, and wrap it then"
+            )
+        _model.unwrap(module)
+    for name, weight in model.named_parameters():
+        if isinstance(weight, UninitializedParameter):  # which cannot even be frozen
+            raise ValueError(f"SparseTuner: {_model.clean(name)} has no shape yet; run the model once first")
+
+
 def rules(group: Sequence[_model.Slot], granule: int) -> list[str | None]:
     """For each place that holds the weight, how its gradient is taken: at the mask in all of them, or in none."""
     found = [_layers.rule_of(slot.module, slot.attribute, granule) for slot in group]
     return found if all(found) else [None] * len(found)
+
+
+def _told(module: nn.Module, method: str) -> list[object]:
+    """What a method of a model tells of its head: a module, several of them, None."""
+    tell = getattr(module, method, None)
+    if not callable(tell):
+        return []
+    try:
+        told = tell()
+    except (NotImplementedError, AttributeError, TypeError):
+        return []  # of a base class, or of another meaning
+    return list(told) if isinstance(told, (tuple, list)) else [told]
+
+
+def _is_experts(slot: _model.Slot) -> bool:
+    """Whether the weight is a stack of experts' matrices, as in transformers' mixtures of experts."""
+    stack = slot.weight.dim() == 3 and _layers.owned(slot.module) is None
+    return stack and "expert" in f"{slot.name} {type(slot.module).__name__}".lower()
 
 
 def _is(name: str, wanted: str) -> bool:

@@ -62,7 +62,8 @@ def stream(
         visit: gets the gradient, of the weight's shape, fp32 (fp64 for fp64 weights); it is freed afterwards.
 
     Raises:
-        ValueError: there are no batches, or a batch gives no scalar loss that depends on the weights.
+        ValueError: a weight is sharded, sparse or wraps other tensors; there are no batches, or a batch
+            gives no scalar loss that depends on the weights.
         RuntimeError: a weight got no gradient, or one that is not finite; the error names it.
     """
     if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
@@ -70,6 +71,10 @@ def stream(
             f"calibration must be batches, as a list or a DataLoader, got one {type(batches).__name__}; "
             f"put it in a list"
         )
+    for name, places in weights.items():
+        foreign = _model.foreign(getattr(*places[0]))
+        if foreign is not None:
+            raise ValueError(f"calibration: {name} {foreign}")
     run = _Run({name: _Gradient(name, getattr(*places[0])) for name, places in weights.items()}, visit)
     with _untouched(model), torch.enable_grad():
         for parameter in model.parameters():

@@ -8,6 +8,7 @@ torch's own step serves those.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -39,19 +40,20 @@ class _Masked(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            # A state of torch's optimizer has not what only this one knows.
-            group.setdefault("maximize", False)
-            group.setdefault("decay_towards", "zero")
+            # A state of torch's optimizer has not what only this one knows, nor an old one of ours what came later.
+            for key in ("maximize", "decay_towards", "foreach", "fused", "capturable", "differentiable"):
+                if key in self.defaults:
+                    group.setdefault(key, _UNSAID[key])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for group in state_dict["param_groups"]:
-            self._check({**self.defaults, **group, "params": []})
+            self._check({**self.defaults, **group, "params": []}, new=True)
         super().load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         try:
-            self._check(self.param_groups[-1])
+            self._check(self.param_groups[-1], new=True)
             if any(is_detached(parameter) for parameter in self.param_groups[-1]["params"]):
                 raise ValueError(f"shira.{type(self).__name__}: the tuner of these parameters is detached")
         except ValueError:
@@ -59,18 +61,27 @@ class _Masked(Optimizer):
             self.param_groups.pop()
             raise
 
-    def _check(self, group: dict[str, Any]) -> None:
+    def _check(self, group: dict[str, Any], new: bool = False) -> None:
+        """Refuse a group's settings; those of a ``new`` one to the bottom, later without waiting for a device."""
         what = f"shira.{type(self).__name__}"
         lr = group["lr"]
         if isinstance(lr, Tensor):
             if lr.numel() != 1 or lr.dtype not in (torch.float32, torch.float64):
                 raise ValueError(f"{what}: lr must be a number or one float32 or float64 entry, got {lr!r}")
-        elif not 0 <= lr < math.inf:
-            raise ValueError(f"{what}: lr must be at least 0 and finite, got {lr}")
-        if not 0 <= group["weight_decay"] < math.inf:
-            raise ValueError(f"{what}: weight_decay must be at least 0 and finite, got {group['weight_decay']}")
+            if (new or lr.device.type == "cpu") and not torch.compiler.is_compiling():
+                _check_number(what, "lr", float(lr))
+        else:
+            _check_number(what, "lr", lr)
+        _check_number(what, "weight_decay", group["weight_decay"])
         if group["decay_towards"] not in ("zero", "base"):
             raise ValueError(f'{what}: decay_towards must be "zero" or "base", got {group["decay_towards"]!r}')
+        if group.get("differentiable"):
+            raise ValueError(
+                f"{what}: differentiable is not supported: a step is written into the weights, which autograd cannot "
+                f"follow"
+            )
+        if group.get("foreach") and group.get("fused"):
+            raise ValueError(f"{what}: foreach and fused cannot be True together")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -86,6 +97,8 @@ class _Masked(Optimizer):
         for group, items, others in [(group, *self._divide(group)) for group in self.param_groups]:
             if items:
                 self._step_values(group, items)
+                # Inside autocast a cast of the weight as it was may still be kept.
+                torch.clear_autocast_cache()
             if others:
                 self._step_others(group, others)
         return loss
@@ -121,6 +134,20 @@ class _Masked(Optimizer):
         raise NotImplementedError
 
 
+# What a group has that does not say otherwise.
+_UNSAID = {
+    "maximize": False, "decay_towards": "zero", "foreach": None, "fused": None, "capturable": False,
+    "differentiable": False,
+}  # fmt: skip
+
+
+def _check_number(what: str, name: str, value: object) -> None:
+    if not isinstance(value, numbers.Real):
+        raise ValueError(f"{what}: {name} must be a number, got {value!r}")
+    if not 0 <= float(value) < math.inf:
+        raise ValueError(f"{what}: {name} must be at least 0 and finite, got {value}")
+
+
 def _base(values: Tensor, target: Target) -> Tensor:
     return target.saved.to(device=values.device, dtype=values.dtype)
 
@@ -145,7 +172,12 @@ class AdamW(_Masked):
         betas: decay of the running averages of the gradient and of its square.
         eps: added to the denominator.
         weight_decay: decoupled weight decay.
+        amsgrad: refused.
         maximize: climb instead of descend.
+        foreach, fused: for the parameters that no tuner trains, as in torch; the step of values is one call anyway.
+        capturable: keep the step counts on the device, so that a captured graph can count; with an ``lr`` that is a
+            tensor they always are.
+        differentiable: refused.
         decay_towards: ``"zero"`` or ``"base"``.
     """
 
@@ -156,53 +188,73 @@ class AdamW(_Masked):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
         decay_towards: str = "zero",
     ) -> None:
         defaults = {
-            "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
-            "decay_towards": decay_towards,
+            "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
+            "maximize": maximize, "foreach": foreach, "capturable": capturable, "differentiable": differentiable,
+            "fused": fused, "decay_towards": decay_towards,
         }  # fmt: skip
         super().__init__(params, defaults)
 
-    def _check(self, group: dict[str, Any]) -> None:
-        super()._check(group)
-        beta1, beta2 = group["betas"]
-        if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-            raise ValueError(f"shira.AdamW: betas must be in [0, 1), got {group['betas']}")
-        if not group["eps"] >= 0:
-            raise ValueError(f"shira.AdamW: eps must be at least 0, got {group['eps']}")
+    def _check(self, group: dict[str, Any], new: bool = False) -> None:
+        super()._check(group, new)
+        betas = group["betas"]
+        if len(betas) != 2 or not all(isinstance(beta, numbers.Real) for beta in betas):
+            raise ValueError(f"shira.AdamW: betas must be two numbers (no tensors), got {betas}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"shira.AdamW: betas must be in [0, 1), got {betas}")
+        _check_number("shira.AdamW", "eps", group["eps"])
         if group.get("amsgrad"):
-            raise ValueError("shira.AdamW: amsgrad is not supported")
+            raise ValueError(
+                "shira.AdamW: amsgrad is not supported; torch.optim.AdamW(tuner.parameters(), amsgrad=True) trains the "
+                "same values with it"
+            )
+        if group.get("decoupled_weight_decay") is False and group["weight_decay"]:
+            raise ValueError("shira.AdamW: the state is of torch.optim.Adam, whose weight decay is another")
+        if isinstance(group["lr"], Tensor) and group.get("foreach") and not group.get("capturable"):
+            raise ValueError("shira.AdamW: lr as a tensor with foreach=True needs capturable=True, as in torch")
 
     @staticmethod
-    def _begin(parameter: Tensor, state: dict[str, Any]) -> None:
+    def _begin(parameter: Tensor, state: dict[str, Any], on_device: bool) -> None:
+        """A first state; and the step count in a dtype that can count, where it is wanted."""
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        step, device = state["step"], parameter.device if on_device else torch.device("cpu")
+        wide = isinstance(step, Tensor) and step.dtype in (torch.float32, torch.float64)
+        state["step"] = torch.as_tensor(step, dtype=None if wide else torch.float32, device=device)
 
     def _step_values(self, group: dict[str, Any], items: list[_Item]) -> None:
         lr, decay, (beta1, beta2) = group["lr"], group["weight_decay"], group["betas"]
         common = {"beta1": beta1, "beta2": beta2, "eps": group["eps"]}
         towards_base = group["decay_towards"] == "base" and decay != 0
+        on_device = group["capturable"] or isinstance(lr, Tensor)
         # One call takes one device, granule and step count; most models give a single call.
         calls: dict[tuple[torch.device, int, int], list[_Item]] = {}
         for item in items:
             values, target, grad, state = item
-            self._begin(values, state)
+            self._begin(values, state, on_device)
             if towards_base:
                 values.sub_((values - _base(values, target)) * (lr * decay))
-            if not isinstance(lr, Tensor):
+            if not on_device:
                 calls.setdefault((values.device, target.site.granule, int(state["step"]) + 1), []).append(item)
                 continue
             # Both numbers stay on the device, where a captured graph finds them.
-            state["step"] = state["step"].to(values.device)
+            fixed = not isinstance(lr, Tensor)
+            rate = torch.full((), lr, dtype=torch.float64, device=values.device) if fixed else lr.to(values.device)
             weight, indices, _ = target.tensors()
             shira_ops.adamw_(
                 weight, indices, values, state["exp_avg"], state["exp_avg_sq"], grad,
-                step=state["step"] + 1, lr=lr.to(values.device), weight_decay=0.0 if towards_base else decay,
+                step=state["step"] + 1, lr=rate, weight_decay=0.0 if towards_base else decay,
                 granule=target.site.granule, **common,
             )  # fmt: skip
             _stepped(item)
@@ -226,8 +278,10 @@ class AdamW(_Masked):
 
     def _step_others(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         states = [self.state[parameter] for parameter in parameters]
+        # On a CPU there is nothing to capture, and torch refuses to.
+        capturable = group["capturable"] and all(parameter.device.type != "cpu" for parameter in parameters)
         for parameter, state in zip(parameters, states, strict=True):
-            self._begin(parameter, state)
+            self._begin(parameter, state, on_device=capturable or bool(group["fused"]))
         adamw(
             parameters,
             [parameter.grad for parameter in parameters if parameter.grad is not None],
@@ -235,6 +289,9 @@ class AdamW(_Masked):
             [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
+            foreach=group["foreach"],
+            fused=group["fused"],
+            capturable=capturable,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -269,6 +326,8 @@ class SGD(_Masked):
         weight_decay: weight decay.
         nesterov: look ahead; needs momentum and no dampening.
         maximize: climb instead of descend.
+        foreach, fused: for the parameters that no tuner trains, as in torch; the step of values is one call anyway.
+        differentiable: refused.
         decay_towards: ``"zero"`` or ``"base"``.
     """
 
@@ -282,18 +341,21 @@ class SGD(_Masked):
         nesterov: bool = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
         decay_towards: str = "zero",
     ) -> None:
         defaults = {
             "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov,
-            "maximize": maximize, "decay_towards": decay_towards,
+            "maximize": maximize, "foreach": foreach, "differentiable": differentiable, "fused": fused,
+            "decay_towards": decay_towards,
         }  # fmt: skip
         super().__init__(params, defaults)
 
-    def _check(self, group: dict[str, Any]) -> None:
-        super()._check(group)
-        if not group["momentum"] >= 0:
-            raise ValueError(f"shira.SGD: momentum must be at least 0, got {group['momentum']}")
+    def _check(self, group: dict[str, Any], new: bool = False) -> None:
+        super()._check(group, new)
+        _check_number("shira.SGD", "momentum", group["momentum"])
         if group["nesterov"] and not (group["momentum"] > 0 and group["dampening"] == 0):
             raise ValueError(
                 f"shira.SGD: nesterov needs momentum above 0 and dampening 0, got {group['momentum']} and "
@@ -337,6 +399,8 @@ class SGD(_Masked):
             parameters,
             [parameter.grad for parameter in parameters if parameter.grad is not None],
             buffers,
+            foreach=group["foreach"],
+            fused=group["fused"],
             weight_decay=group["weight_decay"],
             momentum=group["momentum"],
             lr=group["lr"],

@@ -653,5 +653,5 @@ def _misfit(slot: _model.Slot, entry: Entry) -> str | None:
     if foreign is not None:
         return foreign
     if not weight.is_contiguous():
-        return f"must be contiguous; {_model.stride_advice(slot.name)}"
+        return f"must be contiguous; {_model.stride_advice(slot.name, weight)}"
     return None

@@ -33,18 +33,15 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import shira_ops
-from shira import _layers, _live, _model, _targets
+from shira import _layers, _live, _model, _ranks, _targets
 from shira._file import hex_word
 from shira._layers import Attach
 from shira._targets import INDICES_SUFFIX, VALUES_SUFFIX
 from shira.adapter import Adapter, AdapterError, Entry, dtype_name
-from shira.mask import Mask, default
+from shira.mask import AUTO_GRANULE, Given, Mask, default
 from shira.switcher import fitted
 
 __all__ = ["Attach", "SparseTuner"]
-
-# What DistributedDataParallel leaves to others, by its own convention.
-_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 
 
 @dataclass(eq=False)
@@ -92,9 +89,10 @@ class Target:
     site: Site
     owner: weakref.ref[nn.Module]
     saved: Tensor
+    compared: bool = False  # with the other ranks
 
     def tensors(self) -> tuple[nn.Parameter, Tensor, nn.Parameter]:
-        """weight, indices and values; refuses values that have lost their precision."""
+        """weight, indices and values; refuses values that have lost their precision, a weight in another order."""
         module = self.owner()
         if module is None:
             raise RuntimeError(f"the module that held {self.site.name} no longer exists")
@@ -127,7 +125,13 @@ def _tensors(site: Site, owner: nn.Module) -> tuple[nn.Parameter, Tensor, nn.Par
             f"{site.name}{VALUES_SUFFIX} must stay {dtype_name(site.dtype)}, got {dtype_name(values.dtype)}: the model "
             f"was cast after the tuner was attached; cast it first, or detach the tuner, cast, and attach again"
         )
-    return getattr(owner, site.attribute), getattr(owner, site.indices_name), values
+    weight: nn.Parameter = getattr(owner, site.attribute)
+    if not weight.is_contiguous():
+        raise RuntimeError(
+            f"SparseTuner: {site.name} is no longer contiguous, as the tuner found it and as its values are written; "
+            f"{_model.stride_advice(site.name, weight)}"
+        )
+    return weight, getattr(owner, site.indices_name), values
 
 
 # ---- hooks of modules and weights ----------------------------------------------------------------------------
@@ -246,11 +250,26 @@ def _check_reached(targets: Sequence[tuple[Tensor, Target]]) -> None:
         )
 
 
+def _compare_ranks(targets: Sequence[Target]) -> None:
+    """At their first step. A collective call, at a place that all ranks of a model come to together."""
+    trained = []
+    for target in targets:
+        _, indices, values = target.tensors()
+        owner = target.owner()
+        assert owner is not None
+        trained.append((target.site.name, owner, target.site.granule, values, indices, target.saved))
+    _ranks.compare(trained)
+    for target in targets:
+        target.compared = True
+
+
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     # args holds the optimizer itself first; with a closure the gradients are yet to come.
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    targets = _targets_in(optimizer)
+    _compare_ranks([target for _, target in targets if not target.compared])
     if closure is None:
-        _check_reached(_targets_in(optimizer))
+        _check_reached(targets)
 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -334,11 +353,19 @@ class SparseTuner:
     detached in any order.
 
     Args:
-        model: the model; its weights are changed in place, their storage stays.
-        mask: one of ``shira.masks``. None: ``shira.masks.default()``, random granules, 1 % of every weight.
+        model: the model; its weights are changed in place, their storage stays. Wrap it in DistributedDataParallel
+            afterwards, with the same mask on every rank (the first step compares them).
+        mask: one of ``shira.masks``; or 0/1 tensors by the weights' names, or a function of a weight's name and the
+            weight that gives one (`shira.masks.Given`). None: ``shira.masks.default()``, random granules, 1 % of every
+            weight, the same ones every time (`shira.masks.Rand` says when to give another seed).
         targets: which weights. A regular expression searched in names: of modules with weights (linear, convolution,
             embedding and attention modules; for any other its own matrices), or of parameters. Or a list of such names,
-            whole or their last parts (``"q_proj"``). None: every ``nn.Linear`` and transformers' ``Conv1D``.
+            whole or their last parts (``"q_proj"``). None or ``"all-linear"``: every ``nn.Linear`` and transformers'
+            ``Conv1D``, and 3-D weights of experts, but nothing of the model's output head (what
+            ``get_output_embeddings()`` or timm's ``get_classifier()`` gives, and ``score`` and ``classifier`` of
+            transformers' models); with masks by name just the weights these name.
+        exclude: what to leave out of the targets: a regular expression searched in names of modules and parameters, or
+            a list of such names. A module's name means all that is in it; of a tied weight any name will do.
         whole: parameters to train as a whole, such as a new head: a regular expression searched in parameter names, or
             a list of names of parameters or modules. They become part of the adapter, and `detach` puts them back.
         gradient: ``"sampled"`` takes the gradient at the mask alone wherever the layer allows it; ``"dense"`` makes the
@@ -354,23 +381,23 @@ class SparseTuner:
     def __init__(
         self,
         model: nn.Module,
-        mask: Mask | None = None,
+        mask: Mask | Mapping[str, Tensor] | Callable[[str, Tensor], Tensor] | None = None,
         targets: str | Sequence[str] | None = None,
         *,
+        exclude: str | Sequence[str] | None = None,
         whole: str | Sequence[str] | None = None,
         gradient: str = "sampled",
         calibration: Iterable[Any] | None = None,
         loss: Callable[[nn.Module, Any], Tensor] | None = None,
         allow_unused: bool = False,
     ) -> None:
-        if mask is None:
-            mask = default()
-        if not isinstance(mask, Mask):
-            raise TypeError(f"SparseTuner: mask must be one of shira.masks, got {type(mask).__name__}")
+        mask = default() if mask is None else Given.of(mask)
         self._open(model, gradient, mask, mask.describe())
         names = _targets.Names(self.model)
         entire = names.whole(whole)
-        chosen = {name: group for name, group in names.targets(targets).items() if name not in entire}
+        if targets is None and isinstance(mask, Given) and mask.names is not None:
+            targets = "|".join(f"^{re.escape(name)}$" for name in mask.names)
+        chosen = {name: group for name, group in names.targets(targets, exclude).items() if name not in entire}
         if not chosen and not entire:
             raise ValueError("SparseTuner: targets is empty, so nothing would train")
         mask.check({name: group[0].weight for name, group in chosen.items()})
@@ -379,6 +406,18 @@ class SparseTuner:
         plans = [self._masked(mask, name, group) for name, group in chosen.items()]
         plans += [self._entire(name, group) for name, group in entire.items()]
         self._install(plans, allow_unused)
+        if mask.granule == "auto":
+            finer = [plan.name for plan in plans if plan.granule < AUTO_GRANULE]
+            if finer:
+                what = "1 weight has" if len(finer) == 1 else f"{len(finer)} weights have"
+                self._notes.append(
+                    f"{what} granules of less than {AUTO_GRANULE} entries, since {AUTO_GRANULE} does not divide their "
+                    f"last dimension: {_model.some(finer)}"
+                )
+        if targets in (None, _targets.ALL_LINEAR):
+            heads = [name for name in names.heads() if not any(one.startswith(f"{name}.") for one in entire)]
+            if heads:
+                self._notes.append(f"left out: {_model.some(heads)}, the output head")
 
     @classmethod
     def from_adapter(
@@ -431,6 +470,8 @@ class SparseTuner:
             raise RuntimeError(
                 "SparseTuner: what is made under torch.inference_mode cannot train; leave that mode first"
             )
+        if isinstance(model, nn.Module):
+            _targets.check_model(model)
         self.model = _model.unwrap(model)
         self.mask, self._about = mask, about
         self._gradient = gradient
@@ -438,15 +479,17 @@ class SparseTuner:
         self._tuned: list[_Tuned] = []
         self._froze: list[nn.Parameter] = []
         self._root: list[RemovableHandle] = []
+        self._ignored: list[str] = []  # what DistributedDataParallel leaves alone
+        self._notes: list[str] = []  # what `summary` says besides
 
     def _masked(self, mask: Mask, name: str, group: list[_model.Slot]) -> _Plan:
         weight = group[0].weight.detach()
-        indices = mask(name, weight)
+        indices, granule = mask(name, weight), mask.granule_of(weight)
         try:
-            shira_ops.check_indices(indices, weight.numel(), granule=mask.granule)
+            shira_ops.check_indices(indices, weight.numel(), granule=granule)
         except RuntimeError as error:
             raise ValueError(f"SparseTuner: {mask!r} gave {name} bad indices: {error}") from error
-        return self._plan(name, group, indices, mask.granule, mask.seed_for(name))
+        return self._plan(name, group, indices, granule, mask.seed_for(name))
 
     def _entire(self, name: str, group: list[_model.Slot]) -> _Plan:
         weight = group[0].weight
@@ -481,8 +524,8 @@ class SparseTuner:
             # Their modules' forward may not run, so the model's own looks after them.
             sites = [(tuned.target.site, tuned.owner) for tuned in dense]
             self._root.append(self.model.register_forward_pre_hook(partial(_follow, sites)))
-            ignored = [*getattr(self.model, _DDP_IGNORES, []), *(tuned.name for tuned in dense)]
-            setattr(self.model, _DDP_IGNORES, ignored)
+        weights = [tuned.plan.slots[0].weight for tuned in dense]
+        self._ignored = _ranks.ignore(self.model, [*weights, *(tuned.plan.indices for tuned in self._tuned)])
         if any(plan.start is not None for plan in plans):
             self.sync()
         _watch_optimizers()
@@ -633,6 +676,11 @@ class SparseTuner:
             weight, indices = getattr(tuned.owner, site.attribute), getattr(tuned.owner, site.indices_name)
             # The model may have moved, or been cast, since: a cast base has the cast of these entries.
             saved = tuned.plan.saved.to(device=weight.device, dtype=weight.dtype)
+            if not weight.is_contiguous():  # put into another order since, as by model.to(memory_format=...)
+                whole = weight.detach().contiguous()
+                shira_ops.scatter_(whole, indices, saved, granule=site.granule)
+                weight.detach().copy_(whole)
+                continue
             groups.setdefault((weight.device, site.granule), []).append((weight, indices, saved))
         with torch.no_grad():
             for (_, granule), items in groups.items():
@@ -647,10 +695,7 @@ class SparseTuner:
             delattr(tuned.owner, site.indices_name)
         for handle in self._root:
             handle.remove()
-        dense = {tuned.name for tuned in self._tuned if tuned.target.site.dense}
-        if dense:
-            ignored = [name for name in getattr(self.model, _DDP_IGNORES) if name not in dense]
-            setattr(self.model, _DDP_IGNORES, ignored) if ignored else delattr(self.model, _DDP_IGNORES)
+        _ranks.unignore(self.model, self._ignored)
         for tuned in self._tuned:
             getattr(tuned.owner, tuned.target.site.attribute).requires_grad_(False)
         for weight in self._froze:
@@ -661,6 +706,7 @@ class SparseTuner:
                 weight.requires_grad_(required)
         self._tuned.clear()
         self._froze.clear()
+        self._ignored.clear()
         self._root.clear()
         _stop_watching()
 
@@ -722,7 +768,7 @@ class SparseTuner:
             f"{self.nnz:,} trainable entries: {self.density:.2%} of {len(self._tuned)} weights, "
             f"{share:.2%} of the model"
         )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._notes])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A copy would write into the weights of the first one's model.
