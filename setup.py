@@ -1,18 +1,23 @@
 """Builds shira_ops._C (the ops) against the torch that is installed, and shira._codec (no torch at all).
 
-SHIRA_CUDA=auto|0|1    the CUDA kernels: if there is a toolkit and torch has CUDA (auto, the default), never, or
-                       always, which a wheel for every torch needs; it takes minutes
-TORCH_CUDA_ARCH_LIST   GPU targets, default "8.0;9.0;10.0;12.0+PTX"
+SHIRA_CUDA=auto|0|1    the CUDA kernels: for the GPUs that are here, if there is a toolkit and torch has CUDA (auto,
+                       the default), never, or for all GPUs, which a wheel for others needs; it takes minutes
+TORCH_CUDA_ARCH_LIST   GPU targets instead of those, as "9.0" or "8.0;9.0+PTX"
 SHIRA_SANITIZE=1       address and undefined-behaviour sanitizers, CPU code only
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
 import sys
+import sysconfig
 import zlib
+from importlib import metadata
 from pathlib import Path
+from typing import NoReturn
 
 from setuptools import Extension, setup
 
@@ -20,21 +25,39 @@ HERE = Path(__file__).resolve().parent
 TORCH_TARGET = "0x020B000000000000"  # the stable ABI of torch 2.11: the library loads under every torch from it on
 TORCH_MINIMUM = (2, 11)
 CUDA_TARGETS = "8.0;9.0;10.0;12.0+PTX"
+CUDA_OLDEST = (8, 0)
 
 
-def stop(reason: str, *what_to_do: str) -> None:
+def stop(reason: str, *what_to_do: str) -> NoReturn:
     raise SystemExit("\n".join(["", f"shira-ops: {reason}", *(f"    {line}" for line in what_to_do), ""]))
 
 
 INSTALL = (
-    "pip install 'torch>=2.11' setuptools wheel ninja pybind11",
+    "pip install 'torch>=2.11' 'setuptools>=77' wheel ninja pybind11",
     "pip install --no-build-isolation .",
 )
+
+
+def no_torch(error: ImportError) -> NoReturn:
+    """Says what to do. pip, build and uv all build in an environment of their own, unless told otherwise, and a torch
+    beside it is not seen from there."""
+    needed = "the kernels are compiled against the torch you use"
+    if not any(re.search(r"build-env-|[/\\]builds-v\d", place) for place in (sys.prefix, *sys.path)):
+        stop(f"{needed}, and there is none here ({error}). Run", *INSTALL)
+    here = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]  # of the Python that pip runs under
+    hidden = next((f"torch {found.version}" for found in metadata.distributions(name="torch", path=here)), "one")
+    stop(
+        f"{needed}, and this build cannot see {hidden}: it runs in an environment of its own (build isolation). Run",
+        *INSTALL,
+        "(for the command build: --no-isolation)",
+    )
+
+
 try:
     import torch
     from torch.utils import cpp_extension
 except ImportError as error:
-    stop(f"the kernels are compiled against the torch you use, and there is none here ({error}). Run", *INSTALL)
+    no_torch(error)
 if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < TORCH_MINIMUM:
     stop(f"torch 2.11 or newer is needed, this is {torch.__version__}. Run", *INSTALL)
 
@@ -70,6 +93,22 @@ def cuda_toolkit() -> Path | None:
     return None
 
 
+def targets_here(home: Path) -> str:
+    """The GPUs of this machine as TORCH_CUDA_ARCH_LIST has them; empty without one that the kernels run on."""
+    said = subprocess.run([home / "bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout
+    known = sorted((int(n[:-1]), int(n[-1])) for n in re.findall(r"^compute_(\d+)$", said, re.MULTILINE))
+    found = {torch.cuda.get_device_capability(number) for number in range(torch.cuda.device_count())}
+    targets = []
+    for capability in sorted(found):
+        if capability < CUDA_OLDEST:
+            continue
+        # The driver compiles the newest instructions that an older toolkit knows.
+        older = [one for one in known if one <= capability]
+        nearest = older[-1] if older else capability
+        targets.append("{}.{}".format(*nearest) + ("" if nearest == capability else "+PTX"))
+    return ";".join(targets)
+
+
 mode = os.environ.get("SHIRA_CUDA", "auto")
 if mode not in ("auto", "0", "1"):
     stop(f"SHIRA_CUDA must be auto, 0 or 1, got {mode!r}")
@@ -86,9 +125,20 @@ if mode == "auto" and toolkit is not None and torch.version.cuda is None:
     # They would load, and nothing could call them: minutes of compiling for nothing.
     no_cuda = "left out, since this torch was built without CUDA (SHIRA_CUDA=1 compiles them all the same)"
     toolkit = None
-if {"build_ext", "bdist_wheel", "develop", "install", "editable_wheel"} & set(sys.argv):
+building = bool({"build_ext", "bdist_wheel", "develop", "install", "editable_wheel"} & set(sys.argv))
+targets = os.environ.get("TORCH_CUDA_ARCH_LIST") or (CUDA_TARGETS if mode == "1" else "")
+if building and toolkit is not None and not targets:
+    targets = targets_here(toolkit)
+    if not targets:
+        no_cuda = (
+            f"left out, since no GPU of compute capability {'.'.join(map(str, CUDA_OLDEST))} or newer is here "
+            f"(for another machine, set TORCH_CUDA_ARCH_LIST, as 9.0 for an H100, or SHIRA_CUDA=1 for {CUDA_TARGETS})"
+        )
+        toolkit = None
+if building:
     compiler()
-    print(f"shira-ops: torch {torch.__version__}, CUDA kernels: {toolkit or no_cuda}", file=sys.stderr)
+    cuda = f"of {toolkit} for {targets}, in minutes (SHIRA_CUDA=0 leaves them out)" if toolkit else no_cuda
+    print(f"shira-ops: compiling for torch {torch.__version__}; CUDA kernels: {cuda}", file=sys.stderr, flush=True)
 
 # Contractions (fused multiply-add) would give other bits on other machines.
 cxx = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
@@ -114,7 +164,7 @@ nvcc = ["-O3", "-std=c++20", "--threads=2", "-fmad=false", "-Xcompiler=-fvisibil
 nvcc += ["-diag-suppress=20012", "-Xfatbin=-compress-all"]
 if toolkit is not None:
     cpp_extension.CUDA_HOME = str(toolkit)  # None under a CPU torch
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_TARGETS)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = targets
     macros.append(("SHIRA_WITH_CUDA", "1"))
     sources += [str(path.relative_to(HERE)) for path in cuda_sources]
     # Under a CPU torch nvcc writes no dependency file: a checksum of the headers in its command makes

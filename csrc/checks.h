@@ -3,6 +3,7 @@
 // fakes and references, and tests/test_refusals.py holds the two to one text.
 #pragma once
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <initializer_list>
 #include <sstream>
@@ -118,6 +119,20 @@ inline void check_granule(const char* op, int64_t granule) {
   SHIRA_CHECK(granule >= 1, op, ": granule must be at least 1, got ", granule);
 }
 
+// A granule is no longer than what it is a part of: of `numel` entries, where `whole` names them ("weight's 6
+// entries").
+template <typename... Whole>
+inline void check_granule_fits(const char* op, int64_t granule, int64_t numel, const Whole&... whole) {
+  const int64_t most = std::max<int64_t>(numel, 1);
+  SHIRA_CHECK(granule <= most, op, ": granule must be at most ", most, " for ", whole..., ", got ", granule);
+}
+
+inline void check_limit(const char* op, int64_t limit, int64_t granule) {
+  SHIRA_CHECK(limit >= 0 && limit % granule == 0, op, ": limit must be a multiple of granule ", granule,
+              " and not negative, got ", limit);
+  check_granule_fits(op, granule, limit, "limit ", limit);
+}
+
 inline void check_list_length(const char* op, const char* name, const std::vector<Tensor>& list, size_t weights) {
   SHIRA_CHECK(list.size() == weights, op, ": ", name, " must have one tensor for each of the ", weights,
               " weights, got ", list.size());
@@ -135,6 +150,7 @@ inline void check_weight(const char* op, const Tensor& weight, int64_t granule, 
     SHIRA_CHECK(bytes == 1 || bytes == 2 || bytes == 4 || bytes == 8, op, ": ", name,
                 " must have entries of 1, 2, 4 or 8 bytes, got ", dtype_name(weight.scalar_type()));
   }
+  check_granule_fits(op, granule, weight.numel(), name, "'s ", weight.numel(), " entries");
   SHIRA_CHECK(weight.numel() % granule == 0, op, ": granule must divide ", name, "'s ", weight.numel(),
               " entries, got ", granule);
 }
@@ -188,14 +204,21 @@ inline void check_values(const char* op, Name name, const Tensor& values, Values
 }
 
 // A tensor whose storage was freed or shrunk under it (sharding that frees weights between uses does so) still has
-// its shape. Asked after the shapes and before the first access.
-inline void check_memory(const char* op, Name name, const Tensor& t) {
-  if (t.numel() == 0) return;
+// its shape; one made for tracing has nothing else. And memory that others lay out (numpy, a mapped file) may start
+// between two entries. Asked after the shapes and before the first access. Returns where the entries start.
+inline const char* check_memory(const char* op, Name name, const Tensor& t) {
+  if (t.numel() == 0) return nullptr;
   const int64_t end = (t.storage_offset() + t.numel()) * static_cast<int64_t>(t.element_size());
   int64_t held = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &held));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &held));
   SHIRA_CHECK(end <= held, op, ": ", name, " must lie within its storage, up to byte ", end, ", got a storage of ",
               held, " bytes");
+  const auto* begin = static_cast<const char*>(t.const_data_ptr());
+  SHIRA_CHECK(begin != nullptr, op, ": ", name, " must have memory, got a tensor without any (a FakeTensor?)");
+  const size_t past = reinterpret_cast<uintptr_t>(begin) % t.element_size();
+  SHIRA_CHECK(past == 0, op, ": ", name, " must start at a multiple of its entries' ", t.element_size(), " bytes, got ",
+              past, " more (its clone() is aligned)");
+  return begin;
 }
 
 // Memory of the arguments of one call: all there, and mutated ones must not overlap any other.
@@ -205,10 +228,9 @@ class Overlap {
 
   // Arguments are added in the order of the schema.
   void add(Name name, const Tensor& t, bool mutated) {
+    const char* begin = check_memory(op_, name, t);
+    if (begin == nullptr) return;
     const int64_t bytes = t.numel() * static_cast<int64_t>(t.element_size());
-    if (bytes == 0) return;
-    check_memory(op_, name, t);
-    const char* begin = static_cast<const char*>(t.const_data_ptr());
     ranges_.push_back({begin, begin + bytes, name, mutated, ranges_.size()});
   }
 

@@ -26,8 +26,7 @@ struct CodecOps {
     SHIRA_CHECK(code.dim() == 1, op, ": code must be 1-D, got shape ", list_text(code.sizes()));
     check_contiguous(op, {"code"}, code);
     SHIRA_CHECK(count >= 0, op, ": count must be at least 0, got ", count);
-    SHIRA_CHECK(limit >= 0 && limit % granule == 0, op, ": limit must be a multiple of granule ", granule,
-                " and not negative, got ", limit);
+    check_limit(op, limit, granule);
     SHIRA_CHECK(dtype == ScalarType::Int || dtype == ScalarType::Long, op, ": dtype must be int32 or int64, got ",
                 dtype_name(dtype));
     check_memory(op, {"code"}, code);

@@ -42,7 +42,11 @@ struct GradientOps {
     check_indices(op, {"indices"}, indices);
     SampledGrad problem{1, sizes[lead.size()], input.sizes()[lead.size()], granule};
     for (const int64_t size : lead) problem.tokens *= size;
-    const int64_t entries = problem.rows * problem.columns;
+    int64_t entries;  // without tokens the arguments are empty, however many there are
+    SHIRA_CHECK(!__builtin_mul_overflow(problem.rows, problem.columns, &entries), op,
+                ": weight must have fewer than 2^63 entries, got shape ",
+                list_text(std::vector{problem.rows, problem.columns}));
+    check_granule_fits(op, granule, entries, "weight's ", entries, " entries");
     SHIRA_CHECK(entries % granule == 0, op, ": granule must divide weight's ", entries, " entries, got ", granule);
     check_memory(op, owner, grad_output);
     check_memory(op, {"input"}, input);

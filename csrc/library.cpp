@@ -30,7 +30,7 @@ static int64_t build_info() {
 STABLE_TORCH_LIBRARY_IMPL(shira, CompositeExplicitAutograd, m) { m.impl("_build_info", TORCH_BOX(&build_info)); }
 
 // `import shira_ops._C` loads the library; nothing is called through Python's own interface.
-extern "C" PyMODINIT_FUNC PyInit__C(void) {
+PyMODINIT_FUNC PyInit__C(void) {
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);

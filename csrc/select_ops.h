@@ -24,6 +24,7 @@ inline void check_select_random(int64_t numel, int64_t k, int64_t granule) {
   const char* op = "select_random";
   check_granule(op, granule);
   SHIRA_CHECK(numel >= 0, op, ": numel must be at least 0, got ", numel);
+  check_granule_fits(op, granule, numel, "numel ", numel);
   SHIRA_CHECK(numel % granule == 0, op, ": granule must divide numel ", numel, ", got ", granule);
   check_count(op, k, numel / granule);
 }
@@ -35,7 +36,7 @@ inline Tensor select_random_on(const char* op, const torch::stable::Device& devi
   using torch::stable::detail::from;
   const Tensor like = torch::stable::empty({0}, ScalarType::Byte, std::nullopt, device);
   std::array<StableIValue, 5> stack{from(like), from(numel), from(k), from(seed), from(granule)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

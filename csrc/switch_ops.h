@@ -166,8 +166,7 @@ struct SwitchOps {
     const char* op = "check_indices";
     check_granule(op, granule);
     shira::check_indices(op, {"indices"}, indices);
-    SHIRA_CHECK(limit >= 0 && limit % granule == 0, op, ": limit must be a multiple of granule ", granule,
-                " and not negative, got ", limit);
+    check_limit(op, limit, granule);
     check_memory(op, {"indices"}, indices);
     Backend::check(op, indices, limit / granule);
   }

@@ -6,7 +6,10 @@ what serves each. The library that trains, saves and switches adapters with them
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from pathlib import Path
+from typing import NoReturn
 
 try:
     import torch
@@ -28,11 +31,32 @@ if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) <
         "    pip install --no-build-isolation .\n"
     )
 
+_here = Path(__file__).parent
+
+
+def _hidden_by_this() -> Path | None:
+    """Another shira_ops on the path, one that was built, where this one is the bare sources and comes first."""
+    others = (Path(entry).absolute() / "shira_ops" for entry in sys.path)
+    return next((other for other in others if other != _here and any(other.glob("_C.*"))), None)
+
+
+def _refuse_sources(installed: Path) -> NoReturn:
+    raise ImportError(
+        f"This shira_ops is the source folder {_here}, which has no compiled module, and it hides the installed one "
+        f"in {installed}, since Python looks here first. Start Python in another folder; or, to work on the sources, "
+        "run\n\n    pip install --no-build-isolation -e .\n"
+    )
+
+
 try:
-    import_module("shira_ops._C")
+    _compiled = Path(import_module("shira_ops._C").__file__ or "").parent
+    if _compiled != _here:  # of an editable install elsewhere: two versions would be mixed
+        _refuse_sources(_compiled)
 except ModuleNotFoundError as error:
     if error.name != "shira_ops._C":
         raise
+    if _installed := _hidden_by_this():
+        _refuse_sources(_installed)
     raise ImportError(
         "shira_ops is here, but its compiled module shira_ops._C has not been built yet. In the repository, run\n\n"
         "    make setup\n\n"

@@ -18,10 +18,12 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
-from . import reference
+from . import checks, reference
 
 _AFTER_AUTOGRAD = torch._C._after_autograd_keyset
 _AFTER_INPLACE = torch._C._after_ADInplaceOrView_keyset
+_dispatch_keys = torch._C._dispatch_keys
+_dispatch_tls_local_exclude_set = torch._C._dispatch_tls_local_exclude_set
 _increment_version = torch._C._increment_version
 _is_grad_enabled = torch.is_grad_enabled
 _requires_grad = attrgetter("requires_grad")  # faster over a list than a loop
@@ -39,28 +41,34 @@ def _has_tangent(tensor: Tensor) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """The named tensors of one argument: a tensor, a list of them, or None."""
-    if isinstance(value, Tensor):
-        yield name, value
-    elif value is not None:
-        for member, tensor in enumerate(value):
-            yield f"{name}[{member}]", tensor
-
-
-def _refuse(op: str, arguments: Sequence[tuple[str, Any]]) -> NoReturn:
-    for argument, value in arguments:
-        for name, tensor in _tensors(value, argument):
-            if _is_grad_enabled() and tensor.requires_grad:
-                raise RuntimeError(
-                    f"{op}: {name} must not require grad while grad mode is on (run it under torch.no_grad())"
-                )
-            if _has_tangent(tensor):
-                raise RuntimeError(
-                    f"{op}: {name} must not carry a forward-mode tangent (it would be lost; pass the primal of "
-                    "torch.autograd.forward_ad.unpack_dual)"
-                )
+def _refuse(op: str, arguments: Sequence[tuple[str, Tensor]]) -> NoReturn:
+    for name, tensor in arguments:
+        if _is_grad_enabled() and tensor.requires_grad:
+            raise RuntimeError(
+                f"{op}: {name} must not require grad while grad mode is on (run it under torch.no_grad())"
+            )
+        if _has_tangent(tensor):
+            raise RuntimeError(
+                f"{op}: {name} must not carry a forward-mode tangent (it would be lost; pass the primal of "
+                "torch.autograd.forward_ad.unpack_dual)"
+            )
     raise AssertionError(f"{op}: nothing to refuse")
+
+
+def _named(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    """Every tensor of a call with its name, in the order of the schema."""
+    values = {argument.name: value for argument, value in zip(op._schema.arguments, args, strict=False)} | kwargs
+    return [found for name, value in values.items() for found in checks.tensors(name, value)]
+
+
+def _lazy_kernel(op: OpOverload) -> Callable[..., NoReturn]:
+    """What stands where torch would resolve lazy views into copies, write those, and fail to hand them back."""
+
+    def kernel(*args: Any, **kwargs: Any) -> NoReturn:
+        checks.lazy(op._schema.name.removeprefix("shira::"), _named(op, args, kwargs))
+        raise AssertionError(f"{op}: nothing is lazy")
+
+    return kernel
 
 
 def _mutating_kernel(op: OpOverload) -> Callable[..., Any]:
@@ -79,6 +87,7 @@ def _mutating_kernel(op: OpOverload) -> Callable[..., Any]:
             mutated.append(position)
     mutated_single = [position for position in mutated if position in single]
     mutated_several = [position for position in mutated if position in several]
+    unseen = [i for i, argument in enumerate(positional) if str(argument.type) == "Optional[List[Tensor]]"]
     redispatch = op.redispatch
 
     def listed(args: Sequence[Any], positions: Sequence[int]) -> Iterator[Sequence[Tensor]]:
@@ -93,8 +102,7 @@ def _mutating_kernel(op: OpOverload) -> Callable[..., Any]:
         yield from (kwargs[keyword] for keyword in keywords)
 
     def refuse(args: Sequence[Any], kwargs: dict[str, Any]) -> NoReturn:
-        named = [(positional[i].name, args[i]) for i in sorted(single + several)]
-        _refuse(name, named + [(keyword, kwargs[keyword]) for keyword in keywords])
+        _refuse(name, _named(op, args, kwargs))
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         if _is_grad_enabled():
@@ -109,6 +117,11 @@ def _mutating_kernel(op: OpOverload) -> Callable[..., Any]:
                     refuse(args, kwargs)
         if forward_ad._current_level >= 0 and any(map(_has_tangent, all_tensors(args, kwargs))):
             refuse(args, kwargs)
+        for value in listed(args, unseen):
+            # torch chooses a kernel by every tensor but those of an optional list: fake, lazy and sparse ones too.
+            skipped = _dispatch_tls_local_exclude_set()
+            for tensor in value:
+                keyset = keyset | (_dispatch_keys(tensor) - skipped)
         result = redispatch(keyset & _AFTER_INPLACE, *args, **kwargs)
         changed = [args[position] for position in mutated_single]
         for value in listed(args, mutated_several):
@@ -168,7 +181,7 @@ class _Spread(torch.autograd.Function):
         dense = values.new_zeros(shape)
         # A gradient may be a view of anything, as an expanded number after sum().
         with torch._C._AutoDispatchBelowAutograd():
-            _shira.scatter_.default(dense, indices, values.contiguous(), granule)
+            _shira.scatter_.default(dense, indices, values.contiguous().resolve_conj().resolve_neg(), granule)
         return dense
 
     @staticmethod
@@ -301,6 +314,8 @@ def register() -> None:
         op = getattr(getattr(_shira, packet), overload or "default")
         if op._schema.is_mutable:
             _library.impl(name, _mutating_kernel(op), "ADInplaceOrView", with_keyset=True)
+            for key in ("Conjugate", "Negative"):
+                _library.impl(name, _lazy_kernel(op), key)
     _library.impl("gather", _gather, "Autograd", with_keyset=True)
     _library.impl("foreach_gather", _foreach_gather, "Autograd", with_keyset=True)
     _library.impl("sampled_grad", _sampled_grad, "Autograd", with_keyset=True)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference, triton
+from . import checks, reference, triton
 
 CHOICES = ("cuda", "triton", "reference")
 
@@ -58,6 +58,21 @@ def _triton(op: str) -> Callable[..., Any]:
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         return triton.find(op)(*args, **kwargs)
+
+    return kernel
+
+
+def _without_kernel(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """What serves whatever has no kernel: a refusal of its tensors. Of lists without a tensor, which name no device
+    either, `function` knows what to make: nothing, or a refusal."""
+    overload = getattr(getattr(torch.ops.shira, op.partition(".")[0]), op.partition(".")[2] or "default")
+    names = [argument.name for argument in overload._schema.arguments]
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        found = [tensor for name, value in given.items() for tensor in checks.tensors(name, value)]
+        checks.no_kernel(op.partition(".")[0], found)
+        return function(*args, **kwargs)
 
     return kernel
 
@@ -106,9 +121,10 @@ def register() -> None:
         for key, backend in gaps.items():
             kernel = _triton(op) if backend.name == "triton" else function
             _library.impl(asked, _below_autograd(_on_device(kernel) if asked != op else kernel), key)
-        if op.startswith("foreach_") or op == "fuse_plan":
-            # A list may be empty, and without a tensor there is no device either: nothing to do, or a refusal.
-            _library.impl(op, _below_autograd(function), "CompositeExplicitAutograd")
+        if op == asked:
+            refusing = _below_autograd(_without_kernel(op, function))
+            for key in ("CompositeExplicitAutograd", "NestedTensorCPU", "NestedTensorCUDA", "AutogradNestedTensor"):
+                _library.impl(op, refusing, key)
         for device, key in keys.items():
             if device == "CUDA" and not torch.backends.cuda.is_built():
                 backend = Backend("none", "this torch was built without CUDA")

@@ -8,11 +8,12 @@ One function per op looks at what a fake tensor has too (shapes, dtypes, devices
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -38,6 +39,16 @@ class Call(NamedTuple):
 
     def name(self, word: str) -> str:
         return word if self.member is None else f"{_PLURALS.get(word, word)}[{self.member}]"
+
+
+def tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors of one argument: a tensor, a list of them, or neither."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, (list, tuple)):
+        for member, tensor in enumerate(value):
+            if isinstance(tensor, Tensor):
+                yield f"{name}[{member}]", tensor
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -73,6 +84,19 @@ def _shape(tensor: Tensor) -> str:
 
 def _granule(op: str, granule: int) -> None:
     _require(granule >= 1, op, "granule", "must be at least 1", granule)
+
+
+def _granule_fits(op: str, granule: int, numel: int, whole: str) -> None:
+    """A granule is no longer than what it is a part of: `numel` entries, as `whole` says it."""
+    if granule > 1:  # at most max(numel, 1); this way, nothing is asked of a size that only the run knows
+        torch._check(
+            granule <= numel, lambda: f"{op}: granule must be at most {max(numel, 1)} for {whole}, got {granule}"
+        )
+
+
+def _granule_divides(op: str, granule: int, numel: int, whole: str) -> None:
+    _granule_fits(op, granule, numel, whole)
+    _require(numel % granule == 0, op, "granule", f"must divide {whole}", granule)
 
 
 def _contiguous(op: str, name: str, tensor: Tensor) -> None:
@@ -117,8 +141,7 @@ def _weight(call: Call, weight: Tensor, granule: int, arithmetic: bool = False) 
     else:
         allowed = weight.element_size() in (1, 2, 4, 8)
         _require(allowed, op, name, "must have entries of 1, 2, 4 or 8 bytes", dtype_name(weight.dtype))
-    text = f"must divide {name}'s {weight.numel()} entries"
-    _require(weight.numel() % granule == 0, op, "granule", text, granule)
+    _granule_divides(op, granule, weight.numel(), f"{name}'s {weight.numel()} entries")
 
 
 def _weights(op: str, weights: Sequence[Tensor], granule: int, arithmetic: bool = False) -> None:
@@ -163,19 +186,59 @@ def _alpha(op: str, weight: Tensor, alpha: float, delta: bool) -> None:
     _require(weight.dtype in FLOATS or (alpha == 1 and not delta), op, "alpha", text, got)
 
 
+# ---- kinds of tensors --------------------------------------------------------------------------------------
+
+
+def no_kernel(op: str, arguments: Sequence[tuple[str, Tensor]]) -> None:
+    """Refuses tensors for which no backend has a kernel. Without any tensor there is nothing to refuse."""
+    kind = ""
+    for name, tensor in arguments:
+        if tensor.is_quantized:
+            kind = "a quantized one"
+        elif tensor.is_nested:
+            kind = "a nested one"
+        elif tensor.layout != torch.strided:
+            kind = f"one of layout {str(tensor.layout).removeprefix('torch.')}"
+        elif tensor.device.type not in ("cpu", "cuda"):
+            kind = f"one on {tensor.device}"
+        if kind:
+            raise RuntimeError(f"{op}: {name} must be a dense tensor on a CPU or a CUDA device, got {kind}")
+
+
+def lazy(op: str, arguments: Sequence[tuple[str, Tensor]]) -> None:
+    """Refuses tensors that are conjugated or negated only when they are read: a write would miss that."""
+    for name, tensor in arguments:
+        for is_lazy, how, resolve in (
+            (tensor.is_conj(), "conjugated", "resolve_conj"),
+            (tensor.is_neg(), "negated", "resolve_neg"),
+        ):
+            if is_lazy:
+                text = f"must hold its own numbers, got a lazily {how} view (pass {resolve}() of it)"
+                raise RuntimeError(f"{op}: {name} {text}")
+
+
 # ---- memory and content: real tensors only -----------------------------------------------------------------
 
 
 def memory(op: str, arguments: Sequence[tuple[str, Tensor]]) -> None:
-    """Refuses tensors whose storage was freed or shrunk under them: they still have their shapes.
+    """Refuses tensors whose storage was freed or shrunk under them, which still have their shapes; tensors made for
+    tracing, which have nothing else; and memory of others that starts between two entries.
 
     `arguments` are (name, tensor) in the order of the schema.
     """
     for name, tensor in arguments:
+        if tensor.numel() == 0:
+            continue
+        if isinstance(tensor, FakeTensor):
+            raise RuntimeError(f"{op}: {name} must have memory, got a tensor without any (a FakeTensor?)")
         end = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
         held = tensor.untyped_storage().nbytes()
         text = f"must lie within its storage, up to byte {end}"
-        _require(tensor.numel() == 0 or end <= held, op, name, text, f"a storage of {held} bytes")
+        _require(end <= held, op, name, text, f"a storage of {held} bytes")
+        size = tensor.element_size()
+        past = tensor.data_ptr() % size
+        text = f"must start at a multiple of its entries' {size} bytes"
+        _require(past == 0, op, name, text, f"{past} more (its clone() is aligned)")
 
 
 def overlap(op: str, arguments: Sequence[tuple[str, Tensor, bool]]) -> None:
@@ -401,6 +464,7 @@ def check_indices(indices: Tensor, limit: int, granule: int) -> None:
 def _limit(op: str, limit: int, granule: int) -> None:
     text = f"must be a multiple of granule {granule} and not negative"
     _require(limit >= 0 and limit % granule == 0, op, "limit", text, limit)
+    _granule_fits(op, granule, limit, f"limit {limit}")
 
 
 # ---- fuse --------------------------------------------------------------------------------------------------
@@ -494,7 +558,10 @@ def sampled_grad(grad_output: Tensor, input: Tensor, indices: Tensor, granule: i
     _device(op, "indices", indices, "grad_output", grad_output)
     _index_list(op, "indices", indices)
     entries = grad_output.shape[-1] * input.shape[-1]
-    _require(entries % granule == 0, op, "granule", f"must divide weight's {entries} entries", granule)
+    if isinstance(entries, int):
+        shape = [grad_output.shape[-1], input.shape[-1]]
+        _require(entries < 2**63, op, "weight", "must have fewer than 2^63 entries", f"shape {shape}")
+    _granule_divides(op, granule, entries, f"weight's {entries} entries")
 
 
 # ---- optimize ----------------------------------------------------------------------------------------------
@@ -703,7 +770,7 @@ def select_random(numel: int, k: int, granule: int) -> None:
     op = "select_random"
     _granule(op, granule)
     _require(numel >= 0, op, "numel", "must be at least 0", numel)
-    _require(numel % granule == 0, op, "granule", f"must divide numel {numel}", granule)
+    _granule_divides(op, granule, numel, f"numel {numel}")
     granules = numel // granule
     _require(0 <= k <= granules, op, "k", f"must be in [0, {granules}]", k)
 
@@ -737,6 +804,7 @@ def fingerprint(weight: Tensor, granule: int) -> None:
     _contiguous(op, "weight", weight)
     allowed = weight.element_size() in (1, 2, 4, 8)
     _require(allowed, op, "weight", "must have entries of 1, 2, 4 or 8 bytes", dtype_name(weight.dtype))
+    _granule_fits(op, granule, weight.numel(), f"weight's {weight.numel()} entries")
 
 
 def fingerprint_at(weight: Tensor, indices: Tensor, granule: int) -> None:

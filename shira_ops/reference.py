@@ -963,6 +963,8 @@ def fingerprint_at(weight: Tensor, indices: Tensor, granule: int = 1) -> Tensor:
     checks.fingerprint_at(weight, indices, granule)
     checks.memory("fingerprint_at", [("weight", weight), ("indices", indices)])
     checks.content("fingerprint_at", "indices", indices, weight.numel() // granule)
+    if indices.numel() == 0:
+        return torch.zeros((), dtype=torch.int64, device=weight.device)
     size = granule * weight.element_size()
     count = -(-weight.numel() * weight.element_size() // 8)
     begins = indices.to(torch.int64) * size

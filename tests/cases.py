@@ -355,7 +355,8 @@ def setups(counts: tuple[int, ...], granule: int | str, **common: Any) -> Iterat
             yield Setup(granule=max(count, 1), limit=1, count=min(count, 1), seed=seed, **common)
         else:
             yield Setup(granule=granule, limit=3 * count + 2, count=count, seed=seed, **common)
-            yield Setup(granule=granule, limit=count, count=count, seed=seed, **common)
+            if count or granule == 1:  # no granule is longer than a weight without entries
+                yield Setup(granule=granule, limit=count, count=count, seed=seed, **common)
 
 
 class _Maker:

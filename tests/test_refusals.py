@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cases
 from cases import FLOAT_DTYPES, FOREACH_OPS, MUTATING_OPS, OPS, Backend, Case, Setup, bits, build
@@ -107,6 +109,47 @@ def test_granule(backend: Backend, op: str, granule: int) -> None:
     case = valid(backend, op)
     case.args["granule"] = granule
     refused(backend, case, f"{title(op)}: granule must be at least 1, got {granule}")
+
+
+# What a granule is a part of; the two that are left take indices of any weight.
+WHOLES = {
+    **{op: weight_of(op).replace("[1]", "[0]") + "'s {} entries" for op in WEIGHT_OPS},
+    "sampled_grad": "weight's {} entries",
+    "select_random": "numel {}",
+    "check_indices": "limit {}",
+    "decode_indices": "limit {}",
+}
+assert {*OPS} - {*WHOLES} == {"fuse_plan", "encode_indices"}
+
+
+@pytest.mark.subset
+@pytest.mark.parametrize("op", WHOLES)
+def test_granule_is_no_longer_than_the_whole(backend: Backend, op: str) -> None:
+    """Its product with an index or with a size of entries would not fit an int64, and 2^63 - 1 wraps around to 0."""
+    limited = op in ("check_indices", "decode_indices")
+    for granule in (62, 2**63 - 1):
+        case = valid(backend, op)
+        case.args["granule"] = granule
+        says = f"granule must be at most 61 for {WHOLES[op].format(61)}, got {granule}"
+        if limited:
+            says = f"limit must be a multiple of granule {granule} and not negative, got 61"
+        refused(backend, case, f"{title(op)}: {says}")
+    for granule in (2, 2**63 - 1):
+        case = valid(backend, op, limit=0, count=0)
+        case.args["granule"] = granule
+        says = f"granule must be at most 1 for {WHOLES[op].format(0)}, got {granule}"
+        refused(backend, case, f"{title(op)}: {says}")
+    case = valid(backend, op, limit=0, count=0)  # of nothing there is nothing to take
+    backend(op, **case.args)
+
+
+def test_a_weight_of_more_entries_than_a_number_holds(backend: Backend) -> None:
+    """Without tokens the arguments of `sampled_grad` are empty, whatever the shape of the weight."""
+    wide = torch.zeros(0, 2**40, device=backend.device)
+    at = torch.tensor([0], device=backend.device)
+    case = Case("sampled_grad", {"grad_output": wide, "input": wide, "indices": at, "granule": 1})
+    says = f"weight must have fewer than 2^63 entries, got shape [{2**40}, {2**40}]"
+    refused(backend, case, f"sampled_grad: {says}")
 
 
 @pytest.mark.parametrize("op", [*ROLES, "select_top"])
@@ -666,6 +709,108 @@ def test_storage_that_was_freed(backend: Backend, op: str, left: int) -> None:
         assert all(torch.equal(bits(t), before[other]) for other, t in case.tensors() if t is not lost)
 
 
+@pytest.mark.subset
+@pytest.mark.parametrize("op", [op for op in OPS if op != "select_random"])
+def test_memory_that_starts_between_two_entries(backend: Backend, op: str) -> None:
+    """As numpy's and mapped files' may: torch itself makes no such tensor."""
+    if backend.device != "cpu":
+        pytest.skip("torch makes no such tensor on a GPU")
+    names = [name for name, t in valid(backend, op).tensors() if t.numel() and t.element_size() > 1]
+    for name, past in itertools.product(names, (1, -1)):
+        case = valid(backend, op)
+        t = case.get(name)
+        size = t.element_size()
+        raw = np.zeros(t.numel() * size + 32, dtype=np.uint8)
+        start = -raw.ctypes.data % 16 + 8 + past
+        data = torch.from_numpy(raw[start : start + t.numel() * size]).view(t.dtype).view(t.shape)
+        assert data.data_ptr() % size == past % size
+        data.copy_(t)
+        case.set(name, data)
+        says = f"must start at a multiple of its entries' {size} bytes, got {past % size} more (its clone() is aligned)"
+        refused(backend, case, f"{title(op)}: {name} {says}")
+
+
+# Kinds of tensors
+
+
+def other_kinds(t: torch.Tensor) -> Iterator[tuple[torch.Tensor, str]]:
+    yield torch.sparse_coo_tensor(size=t.shape, dtype=t.dtype, check_invariants=True), "one of layout sparse_coo"
+    if t.dtype in (torch.bfloat16, torch.float32):
+        yield t.to_mkldnn(), "one of layout _mkldnn"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a prototype, and what torch means to drop
+        yield torch.nested.nested_tensor([t.view(-1)]), "a nested one"
+        yield torch.quantize_per_tensor(t.float(), 0.1, 0, torch.quint8), "a quantized one"
+
+
+@pytest.mark.subset
+@pytest.mark.parametrize("op", [op for op in OPS if op != "select_random"])
+def test_tensors_without_a_kernel(backend: Backend, op: str) -> None:
+    """Sparse, nested, mkldnn and quantized ones, in any place: nothing runs, and nothing is written."""
+    if not backend.dispatches:
+        pytest.skip("the dispatcher chooses")
+    for name, right in list(valid(backend, op).tensors()):
+        for other, kind in other_kinds(right):
+            case = valid(backend, op)
+            case.set(name, other)
+            before = {at: bits(t).clone() for at, t in case.tensors() if t is not other}
+            with pytest.raises(RuntimeError) as raised:
+                backend(case.op, **case.args)
+            says = f"must be a dense tensor on a CPU or a CUDA device, got {kind}"
+            assert str(raised.value) == f"{title(op)}: {name} {says}"
+            assert all(torch.equal(bits(t), before[at]) for at, t in case.tensors() if t is not other)
+
+
+@pytest.mark.subset
+@pytest.mark.parametrize("op", MUTATING_OPS)
+def test_lazy_views(backend: Backend, op: str) -> None:
+    """Conjugated or negated only when they are read: torch would write a copy, and then not find a result."""
+    if not backend.dispatches:
+        pytest.skip("torch resolves them before a kernel is called")
+    for how in ("conjugated", "negated"):
+        case = valid(backend, op, dtype=torch.float32 if op in ARITHMETIC else torch.complex64)
+        for name, t in list(case.tensors()):
+            if how == "conjugated" and not t.is_complex():
+                continue
+            view = t.conj() if how == "conjugated" else torch._neg_view(t)
+            lazy = Case(op, dict(case.args))
+            lazy.set(name, view)
+            resolve = "resolve_conj" if how == "conjugated" else "resolve_neg"
+            says = f"must hold its own numbers, got a lazily {how} view (pass {resolve}() of it)"
+            before = {at: bits(t).clone() for at, t in case.tensors()}
+            with pytest.raises(RuntimeError) as raised:
+                backend(op, **lazy.args)
+            assert str(raised.value) == f"{title(op)}: {name} {says}"
+            assert all(torch.equal(bits(t), before[at]) for at, t in case.tensors())
+
+
+def test_lazy_views_are_read_resolved(backend: Backend) -> None:
+    """Where nothing is written torch passes copies, as to ops of its own."""
+    if not backend.dispatches:
+        pytest.skip("torch resolves them before a kernel is called")
+    case = valid(backend, "gather", dtype=torch.complex64)
+    weight, at = case.args["weight"], case.args["indices"]
+    assert torch.equal(backend("gather", weight=weight.conj(), indices=at), weight.view(-1)[at].conj())
+    pair = backend("foreach_gather", weights=[weight, torch._neg_view(weight)], indices=[at, at])
+    assert torch.equal(pair[1], -weight.view(-1)[at])
+    assert backend("fingerprint", weight=weight.conj()) == backend("fingerprint", weight=weight.conj().resolve_conj())
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("op", ["foreach_sgd_", "foreach_sgd_.tensor"])
+def test_a_fake_tensor_in_an_optional_list(backend: Backend, op: str, inference: bool) -> None:
+    """torch does not look there when it chooses a kernel, and a fake tensor has no memory."""
+    with torch.inference_mode(inference):
+        case = valid(backend, op)
+        case.set("momentum_buffers[1]", FakeTensorMode().from_tensor(case.get("momentum_buffers[1]")))
+        before = [bits(t).clone() for name, t in case.tensors() if name != "momentum_buffers[1]"]
+        says = "must have memory, got a tensor without any"
+        with pytest.raises((RuntimeError, AssertionError), match=rf"{says}|convert all Tensors to FakeTensors"):
+            backend(op, **case.args)
+        after = [bits(t) for name, t in case.tensors() if name != "momentum_buffers[1]"]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
 # Content
 
 
@@ -759,7 +904,7 @@ def test_check_indices_counts_granules(backend: Backend) -> None:
     backend("check_indices", indices=indices, limit=48, granule=8)
     case = Case("check_indices", {"indices": indices, "limit": 40, "granule": 8})
     refused(backend, case, "check_indices: indices must be strictly increasing in [0, 5), got 5 at position 1")
-    empty = Case("check_indices", {"indices": indices[:1], "limit": 0, "granule": 8})
+    empty = Case("check_indices", {"indices": indices[:1], "limit": 0, "granule": 1})
     refused(backend, empty, "check_indices: indices must be strictly increasing in [0, 0), got 0 at position 0")
 
 
@@ -814,7 +959,7 @@ def test_empty_weight(backend: Backend) -> None:
         pytest.skip("GPU ops guard each access")
     empty = torch.zeros(0, 4, device=backend.device)
     at = torch.tensor([0], device=backend.device)
-    case = Case("gather", {"weight": empty, "indices": at, "granule": 4})
+    case = Case("gather", {"weight": empty, "indices": at, "granule": 1})
     refused(backend, case, "gather: indices must be strictly increasing in [0, 0), got 0 at position 0")
 
 

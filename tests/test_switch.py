@@ -277,14 +277,15 @@ def test_strengths_of_lists(backend: Backend, dtype: torch.dtype, op: str) -> No
 def test_lists_of_several_dtypes_and_sizes(backend: Backend, op: str) -> None:
     """One call over a model: tiny and large weights, empty ones, several dtypes, int32 and int64 indices."""
     single = op.removeprefix("foreach_")
-    members = []
-    for i, dtype in enumerate(
-        (torch.bfloat16, torch.float32, torch.int8, torch.float64, torch.bfloat16, torch.float16)
-    ):
-        limit, count = ((4096, 1000), (1, 1), (64, 64), (0, 0), (70_001, 9_001), (9, 0))[i]
-        setup = Setup(dtype=dtype, granule=2, limit=limit, count=count, seed=i, index=cases.INDEX_DTYPES[i % 2])
-        members.append(build(single, setup))
-    against_oracle(backend, cases.foreach(op, members))
+    dtypes = (torch.bfloat16, torch.float32, torch.int8, torch.float64, torch.bfloat16, torch.float16)
+    for granule, least in ((1, 0), (2, 1)):  # of an empty weight a granule is one entry
+        members = []
+        for i, dtype in enumerate(dtypes):
+            limit, count = ((4096, 1000), (1, 1), (64, 64), (least, 0), (70_001, 9_001), (9, 0))[i]
+            index = cases.INDEX_DTYPES[i % 2]
+            setup = Setup(dtype=dtype, granule=granule, limit=limit, count=count, seed=i, index=index)
+            members.append(build(single, setup))
+        against_oracle(backend, cases.foreach(op, members))
 
 
 @pytest.mark.parametrize("op", FOREACH)

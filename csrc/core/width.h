@@ -11,6 +11,7 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
+#include <cpuid.h>
 #include <immintrin.h>
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
@@ -22,6 +23,14 @@ namespace shira::core {
 enum class Width { Portable, Avx2, Avx512 };
 
 #if !defined(__CUDACC__)
+#if SHIRA_X86
+// clang's __builtin_cpu_supports learnt this name late. That the system keeps the registers is asked with "avx2".
+inline bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
+}
+#endif
+
 inline Width widest() {
 #if SHIRA_X86
   static const Width best = [] {
@@ -29,8 +38,7 @@ inline Width widest() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2"))
       return Width::Avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-      return Width::Avx2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) return Width::Avx2;
     return Width::Portable;
   }();
   return best;

@@ -11,7 +11,11 @@ namespace shira::cpu {
 #define SHIRA_INLINE_LAMBDA __attribute__((always_inline))
 
 #define SHIRA_LOOP_AVX2 __attribute__((target("avx2")))
+#if defined(__clang__)  // would ignore the whole target for the name of gcc's option
+#define SHIRA_LOOP_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"), min_vector_width(512)))
+#else
 #define SHIRA_LOOP_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")))
+#endif
 
 // f(i) for i in [0, n), as wide as this processor goes. f must be inlinable: a lambda over core/ functions.
 // `any` is true where f is true for some i; L is as wide as what f compares, so that lanes line up.

@@ -149,10 +149,10 @@ Tensor product(const Tensor& left, const Tensor& right, ScalarType sums) {
   if (left.scalar_type() == sums) {
     const Tensor out = torch::stable::new_empty(left, {left.size(0), right.size(1)});
     stack = {from(left), from(right), from(out)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   } else if (left.is_cuda()) {
     stack = {from(left), from(right), from(sums)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "dtype", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "dtype", stack.data(), TORCH_ABI_VERSION));
   } else {  // emulated: torch has it on CUDA alone
     return product(torch::stable::to(left, sums), torch::stable::to(right, sums), sums);
   }

@@ -283,7 +283,7 @@ struct Draw {
 Tensor sorted(const Tensor& tensor) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(tensor), torch::stable::detail::from(int64_t{-1}),
                                     torch::stable::detail::from(false)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "", stack.data(), TORCH_ABI_VERSION));
   const auto order = torch::stable::detail::to<Tensor>(stack[1]);  // owned from here on
   return torch::stable::detail::to<Tensor>(stack[0]);
 }

@@ -71,14 +71,9 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     looked_at = list(inspect.signature(check).parameters)
 
     def tensors(given: dict[str, Any]) -> Iterator[tuple[str, Tensor, bool]]:
-        for name in names:
-            value = given[name]
-            if isinstance(value, Tensor):
-                yield name, value, name in mutated
-            elif isinstance(value, (list, tuple)):
-                for member, tensor in enumerate(value):
-                    if isinstance(tensor, Tensor):
-                        yield f"{name}[{member}]", tensor, name in mutated
+        for argument in names:
+            for name, tensor in checks.tensors(argument, given[argument]):
+                yield name, tensor, argument in mutated
 
     @functools.wraps(function)
     def kernel(*args: Any, **kwargs: Any) -> Any:
