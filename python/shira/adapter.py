@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +16,7 @@ from torch import Tensor
 import shira_ops
 from shira import _file, _model
 from shira._checkpoint import Checkpoint, Source, misfits, open_checkpoint
-from shira._file import AdapterError
+from shira._file import AdapterError, named
 from shira.mask import index_dtype, refine, signed
 
 if TYPE_CHECKING:
@@ -29,6 +28,28 @@ __all__ = ["Adapter", "AdapterError", "Entry"]
 def dtype_name(dtype: torch.dtype) -> str:
     """torch's name of a dtype without ``torch.``."""
     return str(dtype).removeprefix("torch.")
+
+
+def check_finite(where: str, values: Tensor) -> None:
+    """Refuse values with NaN or infinity among them; `where` begins the sentence. Whole numbers are always finite."""
+    if not values.is_floating_point() or not values.numel():
+        return
+    values = values.detach()
+    if values.itemsize == 1:  # 8-bit floats have few operations of their own, and fit
+        values = values.to(torch.float32)
+    # Both ends are NaN if anything is: one pass, where isfinite takes three and memory of its own.
+    if all(map(math.isfinite, torch.stack(values.aminmax()).tolist())):
+        return
+    nan, infinite = int(values.isnan().sum()), int(values.isinf().sum())
+    found = " and ".join(f"{count:,} {what}" for count, what in ((nan, "NaN"), (infinite, "infinite")) if count)
+    raise AdapterError(f"{where}: {nan + infinite:,} of its {values.numel():,} values are not finite ({found})")
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor without what else lies in its memory, such as the mapped file that it is a part of."""
+    if tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.detach().clone()
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +124,14 @@ class Entry:
         except RuntimeError as error:
             raise AdapterError(f"{where}: {error}") from error
 
+    def check_finite(self, where: str) -> None:
+        """Refuse NaN and infinity among the values, with their numbers; `where` begins the sentence."""
+        check_finite(where, self.values)
+
+    # The values of a loaded adapter are views of its file, and a view is pickled with all that it is a view of.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "indices": _own(self.indices), "values": _own(self.values)}
+
 
 class Adapter:
     """The changed entries of a model's weights: sparse, exact, independent of the model they came from.
@@ -115,7 +144,8 @@ class Adapter:
         alpha: the strength to use unless ``activate(alpha=)`` gives another.
         delta: whether values are added to the base; otherwise they replace it, which is exact.
         mask: what made the mask, in JSON's types (`Mask.describe`), or None.
-        provenance: anything worth keeping, in JSON's types: data, hyper-parameters, versions.
+        provenance: anything worth keeping, in JSON's types: data, hyper-parameters, versions. Both are kept as they
+            come back from a file: tuples as lists, keys as strings; NaN and infinity are refused.
         report: what making it left out, where it was made from something larger; not saved.
     """
 
@@ -129,18 +159,14 @@ class Adapter:
         provenance: Mapping[str, Any] | None = None,
         report: Report | None = None,
     ) -> None:
-        if not math.isfinite(alpha):
-            raise AdapterError(f"alpha must be finite, got {alpha}")
         for name, entry in weights.items():
-            if not name:
-                raise AdapterError("a weight's name must not be empty")
-            entry.check(f"weight {name!r}")
-        _file.check_aliases("", {name: entry.aliases for name, entry in weights.items()})
+            entry.check(f"weight {named(name)}")
+        _file.check_names("", {name: entry.aliases for name, entry in weights.items()})
         self.weights: Mapping[str, Entry] = MappingProxyType(dict(weights))
-        self.alpha = float(alpha)
+        self.alpha = _file.strength("alpha", alpha)
         self.delta = bool(delta)
-        self.mask = None if mask is None else dict(mask)
-        self.provenance = dict(provenance or {})
+        self.mask = None if mask is None else _file.json_object("mask", mask)
+        self.provenance = _file.json_object("provenance", provenance)
         self.report = report
 
     @property
@@ -161,6 +187,11 @@ class Adapter:
 
     def __len__(self) -> int:
         return len(self.weights)
+
+    def check_finite(self) -> None:
+        """Refuse NaN and infinity among the values: `AdapterError` names the weight and says how many."""
+        for name, entry in self.weights.items():
+            entry.check_finite(f"weight {named(name)}")
 
     # A mapping that cannot be written to cannot be pickled either.
     def __getstate__(self) -> dict[str, Any]:
@@ -192,10 +223,13 @@ class Adapter:
             raise FileNotFoundError(f"the folder {str(path.parent)!r} to write {path.name!r} into does not exist")
         parts: list[tuple[str, _file.Part]] = []
         weights: dict[str, Any] = {}
+        prints: list[tuple[int, int]] = []
         for name, entry in self.weights.items():
-            where = f"weight {name!r}"
+            where = f"weight {named(name)}"
             entry.check_indices(where)
-            parts.append((f"{name}.values", _file.tensor_part(entry.values)))
+            values = entry.values.detach().contiguous()
+            parts.append((f"{name}.values", _file.tensor_part(values)))
+            code: Tensor | None = None
             if entry.whole:
                 kind = "whole"
             elif seeds and entry.seed is not None:
@@ -215,8 +249,9 @@ class Adapter:
                 "indices": kind,
                 "seed": _file.hex_word(entry.seed),
                 "fingerprint": _file.hex_word(entry.fingerprint),
-                "aliases": list(entry.aliases),
+                **({"aliases": list(entry.aliases)} if entry.aliases else {}),
             }
+            prints.append((_fingerprint(values), 0 if code is None else _fingerprint(code)))
         about = {
             "alpha": self.alpha,
             "delta": self.delta,
@@ -224,35 +259,38 @@ class Adapter:
             "density": self.density,
             "provenance": self.provenance,
         }
-        try:
-            metadata = {
-                "format": "pt",
-                _file.VERSION_KEY: str(_file.VERSION),
-                _file.ADAPTER_KEY: _json(about),
-                _file.WEIGHTS_KEY: _json(weights),
-            }
-        except (TypeError, ValueError) as error:
-            raise AdapterError(f"mask and provenance must be made of JSON's types: {error}") from error
+        metadata = {
+            "format": "pt",
+            _file.VERSION_KEY: str(_file.VERSION),
+            _file.ADAPTER_KEY: _file.jsoned(about),
+            _file.WEIGHTS_KEY: _file.jsoned(weights),
+        }
+        metadata[_file.CHECKSUMS_KEY] = _file.checksums(metadata, prints)
         # Large entries first, so that every tensor lies at a multiple of its own; else in the adapter's order.
         parts.sort(key=lambda one: -_file.ITEM_BYTES[one[1].dtype])
         with _file.replacing(path) as temporary:
-            _file.write_safetensors(temporary, dict(parts), metadata)
+            _file.write_safetensors(temporary, dict(parts), metadata, _file.MAX_ADAPTER_HEADER)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Adapter:
+    def load(cls, path: str | os.PathLike[str], *, checksums: bool = True) -> Adapter:
         """Read a file: map it, check all of it, execute nothing.
 
-        The values stay in the mapped file, so loading costs the decoding of the indices. Raises `AdapterError` with the
-        file, the weight and what is wrong.
+        The values stay in the mapped file. Nothing that is done to them reaches it, and it may be replaced at any time
+        (as `save` does); it must not be shortened in place, for the system ends a process that reads what is gone.
+
+        Args:
+            path: the file; it is opened once.
+            checksums: compare the values and indices with the checksums that were written beside them, so that a
+                damaged file is refused. False leaves the values unread until they are used.
+
+        Raises `AdapterError` with the file, the weight and what is wrong.
         """
-        header, places = _file.read_adapter(path)
-        size = max((place.end for place in places.values()), default=0)
-        # Private: nothing that is done to it reaches the file.
-        mapped = torch.from_file(os.fspath(path), shared=False, size=size, dtype=torch.uint8)
+        with _file.opened_adapter(path) as (header, file):
+            mapped = file.map()
 
         def read(name: str, dtype: torch.dtype) -> Tensor:
-            place = places[name]
-            raw = mapped[place.begin : place.end]
+            place = file.places[name]
+            raw = torch.from_numpy(mapped[place.begin : place.end])
             # Other writers may not align tensors in the file; ops need whole entries at whole addresses.
             return (raw.clone() if place.begin % dtype.itemsize else raw).view(dtype)
 
@@ -285,6 +323,8 @@ class Adapter:
                 weight.aliases,
                 checked=True,
             )
+        if checksums:
+            _file.check_checksums(file, header, mapped)
         return cls(entries, alpha=header.alpha, delta=header.delta, mask=header.mask, provenance=header.provenance)
 
     @classmethod
@@ -545,7 +585,7 @@ def _fused(weight: Tensor, parts: list[tuple[Adapter, float, Entry]]) -> Entry:
     )
     aliases = dict.fromkeys(name for _, _, entry in parts for name in entry.aliases)
     known = [entry.fingerprint for _, _, entry in parts if entry.fingerprint is not None]
-    fingerprint = known[0] if known else int(shira_ops.fingerprint(weight)) & (2**64 - 1)
+    fingerprint = known[0] if known else _fingerprint(weight)
     whole = indices.numel() * granule == weight.numel()
     return Entry(
         torch.zeros(1, dtype=torch.int32) if whole else indices,
@@ -560,8 +600,8 @@ def _fused(weight: Tensor, parts: list[tuple[Adapter, float, Entry]]) -> Entry:
     )
 
 
-def _json(value: object) -> str:
-    return json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
+def _fingerprint(tensor: Tensor) -> int:
+    return int(shira_ops.fingerprint(tensor)) & (2**64 - 1)
 
 
 def _drawn(numel: int, count: int, seed: int, granule: int) -> Tensor:

@@ -165,7 +165,7 @@ CHANGES: dict[str, tuple[Callable[[File], None], str]] = {
     "tensor_renamed": (_rename, "'a.weight.values' is missing"),
     "tensor_extra": (_extra, "belong to no weight"),
     "alpha_text": (_about(alpha="1"), "alpha must be a finite number"),
-    "alpha_infinite": (_about(alpha=float("inf")), "alpha must be a finite number"),
+    "alpha_infinite": (_about(alpha=float("inf")), "Infinity is no JSON"),
     "alpha_beyond_floats": (_about(alpha=10**400), "alpha must be a finite number"),
     "delta_number": (_about(delta=1), "delta must be true or false"),
     "mask_list": (_about(mask=[1]), "mask must be a JSON object"),
