@@ -42,7 +42,10 @@ def check_finite(where: str, values: Tensor) -> None:
         return
     nan, infinite = int(values.isnan().sum()), int(values.isinf().sum())
     found = " and ".join(f"{count:,} {what}" for count, what in ((nan, "NaN"), (infinite, "infinite")) if count)
-    raise AdapterError(f"{where}: {nan + infinite:,} of its {values.numel():,} values are not finite ({found})")
+    raise AdapterError(
+        f"{where}: {nan + infinite:,} of its {values.numel():,} values are not finite ({found}); "
+        f"check_finite=False lets them through"
+    )
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -499,11 +502,56 @@ class Adapter:
         entries = {}
         for name, entry, weight in _on_base(self, base):
             if dtype_name(entry.dtype) not in _file.ARITHMETIC:
-                raise AdapterError(f"weight {name!r}: {dtype_name(entry.dtype)} entries have no deltas in float32")
+                raise AdapterError(f"weight {named(name)}: {dtype_name(entry.dtype)} entries have no deltas in float32")
             compute = torch.float64 if entry.dtype == torch.float64 else torch.float32
             old = shira_ops.gather(weight, entry.indices.cpu(), granule=entry.granule).to(compute)
             entries[name] = replace(entry, values=entry.values.detach().cpu().to(compute) - old, checked=True)
         return Adapter(entries, alpha=self.alpha, delta=True, mask=self.mask, provenance=self.provenance)
+
+    def to(self, dtype: torch.dtype | None, base: Source | None = None) -> Adapter:
+        """The same adapter for the model in another dtype: trained in float32, say, and used on it in bfloat16.
+
+        New entries are rounded as ``model.to(dtype)`` rounds weights: at alpha 1 the adapter on the model that was cast
+        is the tuned model, cast, bit for bit. Values to be added (a delta) stay in float32, or float64 for float64
+        weights, and are rounded once, when they are put on. Whole numbers stay as they are.
+
+        A cast weight has other bits, so its fingerprint goes, and with it the refusal of a wrong base, unless ``base``
+        is given. Whether that is the right one cannot be told from content: only names, shapes and dtypes can. What
+        was cast is told in the provenance, under ``"casts"``.
+
+        Args:
+            dtype: the floating-point dtype of the model's weights; None: what each weight of ``base`` has.
+            base: the model to use it on, as in `from_difference`; the result is for this one alone.
+
+        Raises `AdapterError` for a dtype or a base that does not fit, for 8-bit floats (their numbers depend on scales
+        that lie elsewhere) and for values beyond what the dtype can hold.
+        """
+        if dtype is None and base is None:
+            raise AdapterError("to: give a dtype, or a base whose dtypes to take")
+        if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype_name(dtype) not in _file.ARITHMETIC):
+            raise AdapterError(f"to: dtype must be one of {', '.join(_file.ARITHMETIC)}, got {_file.shown(dtype)}")
+        source = None if base is None else open_checkpoint(base, "base")
+        entries = {}
+        for name, entry in self.weights.items():
+            wanted = dtype
+            if wanted is None and source is not None:
+                stored = source.find((name, *entry.aliases))
+                wanted = getattr(torch, stored.dtype) if stored and stored.dtype in _file.ARITHMETIC else entry.dtype
+            entries[name] = _cast(f"to: weight {named(name)}", entry, wanted or entry.dtype, self.delta)
+        if source is not None:
+            _refuse_misfits("to: the adapter does not fit this base", entries, source)
+            for name, entry in entries.items():
+                stored = source.find((name, *entry.aliases))
+                assert stored is not None
+                entries[name] = replace(entry, fingerprint=_file.fingerprint(stored.bytes()))
+        was = {dtype_name(old.dtype) for name, old in self.weights.items() if entries[name].dtype != old.dtype}
+        now = {dtype_name(new.dtype) for name, new in entries.items() if self.weights[name].dtype != new.dtype}
+        provenance = self.provenance
+        if was:
+            casts = provenance.get("casts")
+            cast = {"from": sorted(was), "to": sorted(now), "fingerprints": "dropped" if source is None else "new"}
+            provenance = {**provenance, "casts": [*(casts if isinstance(casts, list) else []), cast]}
+        return Adapter(entries, alpha=self.alpha, delta=self.delta, mask=self.mask, provenance=provenance)
 
     @classmethod
     def fuse(
@@ -513,6 +561,7 @@ class Adapter:
         *,
         alpha: float = 1.0,
         provenance: Mapping[str, Any] | None = None,
+        check_finite: bool = True,
     ) -> Adapter:
         """Several adapters with their strengths as one adapter of new entries, for one base.
 
@@ -524,38 +573,71 @@ class Adapter:
             adapters: pairs of an adapter and its strength, summed in this order.
             base: the checkpoint they were made for, as in `from_difference`. Another base is refused with
                 `AdapterError`.
+            alpha, provenance: as in `Adapter`.
+            check_finite: refuse NaN and infinity in the adapters and in what comes out.
         """
-        given = list(adapters)
+        given = [
+            (adapter, _file.strength(f"fuse: the strength of adapter {number}", strength))
+            for number, (adapter, strength) in enumerate(adapters, 1)
+        ]
         source = open_checkpoint(base, "base")
         found: dict[str, list[tuple[Adapter, float, Entry]]] = {}
         weights: dict[str, Tensor] = {}
-        for adapter, strength in given:
+        for number, (adapter, strength) in enumerate(given, 1):
             for name, entry, weight in _on_base(adapter, source):
+                if check_finite:
+                    entry.check_finite(f"fuse: weight {named(name)} of adapter {number}")
                 stored = source.find((name, *entry.aliases))
                 assert stored is not None
                 found.setdefault(stored.name, []).append((adapter, strength, entry))
                 weights[stored.name] = weight
         entries = {name: _fused(weights[name], parts) for name, parts in found.items()}
+        if check_finite:
+            for name, entry in entries.items():
+                entry.check_finite(f"fuse: weight {named(name)}, fused")
         return cls(entries, alpha=alpha, provenance=provenance)
 
 
 def _on_base(adapter: Adapter, base: Source | Checkpoint) -> Iterator[tuple[str, Entry, Tensor]]:
     """Each weight with the base's, flat and on the CPU; refuses a base it was not made for."""
     source = base if isinstance(base, Checkpoint) else open_checkpoint(base, "base")
+    _refuse_misfits("the adapter was not made for this base", adapter.weights, source)
+    for name, entry in adapter.weights.items():
+        entry.check_indices(f"weight {named(name)}")
+        stored = source.find((name, *entry.aliases))
+        assert stored is not None
+        yield name, entry, stored.tensor()
+
+
+def _refuse_misfits(sentence: str, weights: Mapping[str, Entry], source: Checkpoint) -> None:
     problems = misfits(
         {
             name: (entry.shape, dtype_name(entry.dtype), entry.fingerprint, entry.aliases)
-            for name, entry in adapter.weights.items()
+            for name, entry in weights.items()
         },
         source,
     )
     if problems:
-        raise AdapterError(f"the adapter was not made for this base: {_model.some(problems)}")
-    for name, entry in adapter.weights.items():
-        entry.check_indices(f"weight {name!r}")
-        stored = source.find((name, *entry.aliases))
-        assert stored is not None
-        yield name, entry, stored.tensor()
+        raise AdapterError(f"{sentence}: {_model.some(problems)}")
+
+
+def _cast(where: str, entry: Entry, dtype: torch.dtype, delta: bool) -> Entry:
+    """An entry for its weight in another dtype; the fingerprint is of the weight before, so it goes."""
+    if dtype == entry.dtype or not entry.dtype.is_floating_point:
+        return entry
+    if dtype_name(entry.dtype) not in _file.ARITHMETIC:
+        raise AdapterError(f"{where}: {dtype_name(entry.dtype)} entries depend on scales, so they cannot be cast")
+    values = entry.values.detach()
+    if not delta:
+        cast = values.to(dtype)
+    elif values.dtype in (dtype, torch.float32):
+        cast = values
+    else:
+        cast = values.to(torch.float32)
+    beyond = int((cast.isinf() & ~values.isinf()).sum())
+    if beyond:
+        raise AdapterError(f"{where}: {beyond:,} of its values are beyond {dtype_name(cast.dtype)}")
+    return replace(entry, values=cast, dtype=dtype, fingerprint=None)
 
 
 def _fused(weight: Tensor, parts: list[tuple[Adapter, float, Entry]]) -> Entry:
@@ -569,9 +651,9 @@ def _fused(weight: Tensor, parts: list[tuple[Adapter, float, Entry]]) -> Entry:
     # The base's entries of the union side by side, as a weight of their own: nothing else of it is needed.
     entries = shira_ops.gather(weight, indices, granule=granule)
     values = [entry.values.detach().cpu() for _, _, entry in parts]
-    if len({value.dtype for value in values}) > 1:
-        values = [value.to(torch.float32) for value in values]  # exact: narrow ones fit
     compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    if len({value.dtype for value in values}) > 1:
+        values = [value.to(compute) for value in values]  # exact: narrow ones fit
     shira_ops.fuse_(
         entries,
         torch.empty_like(entries),
