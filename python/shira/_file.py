@@ -243,7 +243,9 @@ def json_object(what: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
     infinity, lone surrogates, two keys of one text) and what is nested deeper than a reader need go.
     """
     try:
-        found = parsed(jsoned(value or {}))
+        text = jsoned(value or {})
+        text.encode()
+        found = parsed(text)
     except (TypeError, ValueError, RecursionError) as error:
         raise AdapterError(f"{what} must be made of JSON's types: {error}") from error
     if not isinstance(found, dict):
@@ -582,7 +584,7 @@ def _header(path: str, metadata: Mapping[str, str], places: Mapping[str, Place])
     weights: dict[str, WeightHeader] = {}
     for name, entry in _object(path, metadata, WEIGHTS_KEY).items():
         if not name:
-            raise AdapterError(f"{path}: weight {name!r}: the name is empty")
+            raise AdapterError(f"{path}: weight '': the name is empty")
         weights[name] = _weight(f"{path}: weight {named(name)}", name, entry, places)
         expected.add(f"{name}.values")
         if weights[name].indices == "code":
