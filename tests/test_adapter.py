@@ -313,6 +313,21 @@ def test_names_that_no_file_can_hold():
             Adapter({"w": replace(entry, aliases=(name,))})
 
 
+def test_long_names_make_no_long_messages():
+    entry = Entry(torch.tensor([3, 1]), torch.zeros(2), (4,), torch.float32)
+    names = [str(number) + "x" * 10**6 for number in range(9)]
+    adapter = Adapter(dict.fromkeys(names, entry))
+    for call, says in (
+        (lambda: adapter.to_delta({}), r"'0xx.*\.\.\., '5x.* \(9 in all\)"),
+        (lambda: Adapter.fuse([(adapter, 1.0)], {name: torch.zeros(4) for name in names}), "strictly increasing"),
+        (lambda: Adapter({names[0]: replace(entry, granule=3)}), "granule must divide"),
+        (lambda: Adapter({names[0]: entry, "b": replace(entry, aliases=(names[0],))}), "is also a name of"),
+    ):
+        with pytest.raises(AdapterError, match=says) as error:
+            call()
+        assert len(str(error.value)) < 2500
+
+
 def test_values_that_are_not_finite_are_named():
     nan, inf = float("nan"), float("inf")
     good = Entry(torch.arange(4), torch.tensor([1, -0.0, 3e38, 1e-45]), (9,), torch.float32)

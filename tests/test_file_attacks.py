@@ -277,7 +277,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, bit: int) -> None:
     for reader in READERS.values():
         with pytest.raises(AdapterError, match=says):
             reader(path)
-    assert _file.read_header(path).nnz == 9
+    assert _file.read_header(path).checksums
     assert Adapter.load(path, checksums=False).weights["s"].values[:3].tolist() == [0.0, 1.0, 2.0]
 
 
@@ -300,6 +300,7 @@ def test_metadata_that_was_changed(tmp_path: Path) -> None:
     del metadata["shira.checksums"]
     save_file(tensors, path, metadata)
     assert Adapter.load(path).alpha == 0.25
+    assert not _file.read_header(path).checksums
 
 
 def test_headers_of_many_values(tmp_path: Path) -> None:

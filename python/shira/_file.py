@@ -29,7 +29,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeGuard
 
 if TYPE_CHECKING:
     import numpy as np
@@ -179,6 +179,7 @@ class Header:
     mask: dict[str, Any] | None
     provenance: dict[str, Any]
     weights: dict[str, WeightHeader]
+    checksums: bool  # whether the file has them
 
     @property
     def nnz(self) -> int:
@@ -315,7 +316,7 @@ def entries_of(shape: Sequence[int]) -> int:
     return numel
 
 
-def _sizes(value: object) -> bool:
+def _sizes(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
 
 
@@ -495,7 +496,7 @@ def _weight(where: str, name: str, entry: Any, places: Mapping[str, Place]) -> W
     if not isinstance(entry, dict):
         raise AdapterError(f"{where}: its metadata must be a JSON object, got {type(entry).__name__}")
     shape = entry.get("shape")
-    if not isinstance(shape, list) or len(shape) > MAX_DIMS or any(type(n) is not int or n < 0 for n in shape):
+    if not _sizes(shape) or len(shape) > MAX_DIMS:
         raise AdapterError(f"{where}: shape must be a list of sizes, got {shown(shape)}")
     numel = entries_of(shape)
     if numel > MAX_NUMEL:
@@ -595,7 +596,7 @@ def _header(path: str, metadata: Mapping[str, str], places: Mapping[str, Place])
         raise AdapterError(
             f"{path}: {len(extra)} tensor(s) belong to no weight of the metadata: {', '.join(map(shown, extra[:5]))}"
         )
-    return Header(alpha, delta, mask, provenance, weights)
+    return Header(alpha, delta, mask, provenance, weights, CHECKSUMS_KEY in metadata)
 
 
 def check_names(where: str, aliases: Mapping[str, tuple[str, ...]]) -> None:

@@ -230,8 +230,7 @@ class Adapter:
         for name, entry in self.weights.items():
             where = f"weight {named(name)}"
             entry.check_indices(where)
-            values = entry.values.detach().contiguous()
-            parts.append((f"{name}.values", _file.tensor_part(values)))
+            parts.append((f"{name}.values", _file.tensor_part(entry.values)))
             code: Tensor | None = None
             if entry.whole:
                 kind = "whole"
@@ -254,6 +253,7 @@ class Adapter:
                 "fingerprint": _file.hex_word(entry.fingerprint),
                 **({"aliases": list(entry.aliases)} if entry.aliases else {}),
             }
+            values = entry.values.detach().cpu().contiguous()
             prints.append((_fingerprint(values), 0 if code is None else _fingerprint(code)))
         about = {
             "alpha": self.alpha,
