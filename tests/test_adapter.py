@@ -768,3 +768,14 @@ def test_devices_and_folders_are_not_replaced(tmp_path):
         with pytest.raises(AdapterError, match=says):
             adapter_of().save(tmp_path / name)
     assert sorted(one.name for one in tmp_path.iterdir()) == ["folder", "pipe"]
+
+
+def test_a_link_stays_one(tmp_path):
+    (tmp_path / "there").mkdir()
+    link, file = tmp_path / "latest.safetensors", tmp_path / "there" / "a.safetensors"
+    link.symlink_to(file)
+    for alpha in (0.5, 0.25):  # first to nothing, then to a file
+        Adapter({}, alpha=alpha).save(link)
+        assert link.is_symlink()
+        assert Adapter.load(file).alpha == alpha
+    assert [one.name for one in (tmp_path / "there").iterdir()] == ["a.safetensors"]

@@ -758,9 +758,10 @@ def write_safetensors(
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a fresh name in the folder of ``path``; on success the file written there takes its place, whole.
 
-    Whatever killed runs left there is cleaned first (`sweep`). An error of the disk names ``path``.
+    A symbolic link stays one: what it points to is replaced. Whatever killed runs left there is cleaned first
+    (`sweep`). An error of the disk names the file.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     if target.exists():
         check_regular(os.fspath(target))  # a device would be replaced too
     sweep(target)
