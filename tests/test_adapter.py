@@ -13,6 +13,7 @@ from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -690,6 +691,16 @@ def test_a_system_that_sets_memory_aside(tmp_path):
     done = subprocess.run([sys.executable, "-c", LIMITED, str(path)], capture_output=True, text=True, env=environment)
     size = f"{path.stat().st_size:,}"
     assert done.stdout == f"[Errno 12] mapping its {size} bytes failed: Cannot allocate memory: {str(path)!r}\n", done
+
+
+def test_arrays_mapped_for_reading_alone(tmp_path):
+    """torch takes them without a warning (warnings are errors here)."""
+    path = tmp_path / "bytes"
+    path.write_bytes(bytes(range(256)) * 100)
+    with open(path, "rb") as file:
+        array = np.asarray(_file._Mapping(file.fileno(), 25600, writable=False))
+    tensor = torch.from_numpy(array[256:])
+    assert torch.equal(tensor, torch.arange(256, dtype=torch.uint8).repeat(99))
 
 
 # Files as they are written
