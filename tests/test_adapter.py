@@ -540,7 +540,7 @@ def test_cast_adapters_give_the_cast_model(tmp_path, dtype, given):
 def test_casting_deltas_wholes_and_what_cannot_be_cast():
     entries = {
         "w": Entry(torch.tensor([1, 4]), torch.tensor([1 + 2**-20, 3.0]), (6,), torch.float32, fingerprint=7),
-        "steps": Entry(torch.zeros(1, dtype=torch.int32), torch.tensor([5]), (1,), torch.int64, fingerprint=8),
+        "steps": Entry(torch.tensor([1]), torch.tensor([5]), (2,), torch.int64, fingerprint=8),
     }
     delta = Adapter(entries, delta=True).to(torch.bfloat16)
     assert delta.delta
@@ -549,7 +549,7 @@ def test_casting_deltas_wholes_and_what_cannot_be_cast():
     assert delta.weights["steps"] is entries["steps"]
     fine = Entry(torch.tensor([1]), torch.tensor([1 / 3], dtype=torch.float64), (6,), torch.float64)
     assert Adapter({"w": fine}, delta=True).to(torch.float16).weights["w"].values.dtype == torch.float32
-    base = {"w": torch.zeros(6), "steps": torch.tensor([1])}
+    base = {"w": torch.zeros(6), "steps": torch.tensor([1, 2])}
     half = Entry(torch.tensor([1]), torch.tensor([1e6]), (6,), torch.float32)
     float8 = Entry(torch.tensor([1]), torch.tensor([1.0]).to(torch.float8_e5m2), (6,), torch.float8_e5m2)
     for call, says in (
@@ -579,6 +579,26 @@ def test_each_weight_in_the_dtype_of_the_base():
     cast = Adapter({"norm": replace(entry, fingerprint=printed["norm"]), "w": entry}).to(None, base)
     assert {name: (one.dtype, one.fingerprint) for name, one in cast.weights.items()} == {
         "norm": (torch.float32, printed["norm"]), "w": (torch.bfloat16, printed["w"])}  # fmt: skip
+
+
+def test_a_new_head_needs_nothing_of_the_base():
+    entry = Entry(torch.tensor([1]), torch.tensor([1 / 3]), (6,), torch.float32, fingerprint=7)
+    head = Entry(torch.zeros(1, dtype=torch.int32), torch.full((6,), 1 / 3), (6,), torch.float32, 6, fingerprint=8)
+    adapter = Adapter({"w": entry, "head": head})
+    base = {"w": torch.ones(6).half()}
+    cast = adapter.to(torch.float16, base)
+    assert cast.weights["head"].fingerprint is None
+    assert torch.equal(cast.weights["head"].values, torch.full((6,), 1 / 3).half())
+    other = torch.randn(6).half()
+    assert cast.to(torch.float16, {**base, "head": other}).weights["head"].fingerprint == (
+        int(shira_ops.fingerprint(other)) & (2**64 - 1)
+    )
+    with pytest.raises(AdapterError, match="'w' is not in the base"):
+        adapter.to(torch.float16, {"head": other})
+    with pytest.raises(AdapterError, match="'head' must be float16, got float32"):
+        adapter.to(torch.float16, {**base, "head": other.float()})
+    with pytest.raises(AdapterError, match="'head' is not in the base"):
+        Adapter(adapter.weights, delta=True).to(torch.float16, base)
 
 
 # Files as they are opened and mapped

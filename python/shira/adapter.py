@@ -531,26 +531,25 @@ class Adapter:
         if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype_name(dtype) not in _file.ARITHMETIC):
             raise AdapterError(f"to: dtype must be one of {', '.join(_file.ARITHMETIC)}, got {_file.shown(dtype)}")
         source = None if base is None else open_checkpoint(base, "base")
-        entries = {}
+        entries, wanted = {}, {}
         for name, entry in self.weights.items():
-            wanted = dtype
-            if wanted is None and source is not None:
-                stored = source.find((name, *entry.aliases))
-                wanted = getattr(torch, stored.dtype) if stored and stored.dtype in _file.ARITHMETIC else entry.dtype
-            entries[name] = _cast(f"to: weight {named(name)}", entry, wanted or entry.dtype, self.delta)
+            stored = None if source is None else source.find((name, *entry.aliases))
+            own = getattr(torch, stored.dtype) if stored and stored.dtype in _file.ARITHMETIC else entry.dtype
+            cast = _cast(f"to: weight {named(name)}", entry, dtype or own, self.delta)
+            # A parameter that is replaced as a whole, such as a new head, needs nothing of the base.
+            new = entry.whole and not self.delta
+            if stored is not None or not new:
+                wanted[name] = replace(cast, fingerprint=None) if new else cast
+            entries[name] = cast if stored is None else replace(cast, fingerprint=_file.fingerprint(stored.bytes()))
         if source is not None:
-            _refuse_misfits("to: the adapter does not fit this base", entries, source)
-            for name, entry in entries.items():
-                stored = source.find((name, *entry.aliases))
-                assert stored is not None
-                entries[name] = replace(entry, fingerprint=_file.fingerprint(stored.bytes()))
+            _refuse_misfits("to: the adapter does not fit this base", wanted, source)
         was = {dtype_name(old.dtype) for name, old in self.weights.items() if entries[name].dtype != old.dtype}
         now = {dtype_name(new.dtype) for name, new in entries.items() if self.weights[name].dtype != new.dtype}
         provenance = self.provenance
         if was:
             casts = provenance.get("casts")
-            cast = {"from": sorted(was), "to": sorted(now), "fingerprints": "dropped" if source is None else "new"}
-            provenance = {**provenance, "casts": [*(casts if isinstance(casts, list) else []), cast]}
+            told = {"from": sorted(was), "to": sorted(now), "fingerprints": "dropped" if source is None else "new"}
+            provenance = {**provenance, "casts": [*(casts if isinstance(casts, list) else []), told]}
         return Adapter(entries, alpha=self.alpha, delta=self.delta, mask=self.mask, provenance=provenance)
 
     @classmethod
