@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attacks import generate
-from shira import Adapter, AdapterError, Switcher, _file
+from shira import Adapter, AdapterError, Entry, Switcher, _file
 
 GOOD = generate.good().bytes()
 HEADER = 8 + int.from_bytes(GOOD[:8], "little")
@@ -217,3 +219,148 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="must have dtype bfloat16, got float32"):
         Switcher(model.float()).add("evil", path)
     assert all(torch.equal(value, before[name].float()) for name, value in model.state_dict().items())
+
+
+def saved(path: Path) -> bytes:
+    """A file with everything in it that is written, checksums too: a code, a seed, a whole parameter."""
+    numel = 64
+    entries = {
+        "a": Entry(torch.tensor([1, 5, 40]), torch.tensor([1.0, -2.0, 3.0]).bfloat16(), (8, 8), torch.bfloat16, 1, 77),
+        "s": Entry(torch.ops.shira.select_random(numel, 4, 9), torch.arange(4.0), (numel,), torch.float32, seed=9),
+        "w": Entry(torch.zeros(1, dtype=torch.int32), torch.tensor([7, 8]), (2,), torch.int64, 2, aliases=("v",)),
+    }
+    Adapter(entries, alpha=0.5, provenance={"n": 1}).save(path, seeds=True)
+    return path.read_bytes()
+
+
+def content(adapter: Adapter) -> list[object]:
+    weights = [
+        (name, entry.indices.tolist(), entry.values.tolist(), entry.values.dtype, entry.shape, entry.dtype,
+         entry.granule, entry.fingerprint, entry.seed, entry.aliases)
+        for name, entry in adapter.weights.items()
+    ]  # fmt: skip
+    return [weights, adapter.alpha, adapter.delta, adapter.mask, adapter.provenance]
+
+
+def test_no_bit_is_lost_in_silence(tmp_path: Path) -> None:
+    """One bit of each byte of a file, the other way round: refused, or it changed nothing that the file says."""
+    path = tmp_path / "a.safetensors"
+    data = saved(path)
+    good = content(Adapter.load(path))
+    body = 8 + int.from_bytes(data[:8], "little")
+    accepted = 0
+    for at in range(len(data)):
+        changed = bytearray(data)
+        changed[at] ^= 1 << (at % 8)
+        path.write_bytes(changed)
+        for reader in READERS.values():
+            try:
+                found = reader(path)
+            except AdapterError:
+                continue
+            assert at < body
+            accepted += 1
+            if isinstance(found, Adapter):
+                assert content(found) == good
+    # The spaces at the header's end, the key "format" and its value, the name of the key that holds the checksums.
+    assert accepted < 2 * 60
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_a_damaged_file_is_named(tmp_path: Path, bit: int) -> None:
+    path = tmp_path / "a.safetensors"
+    data = bytearray(saved(path))
+    place = _file.read_layout(path)[1]["s.values"]
+    data[place.end - 1] ^= 1 << bit
+    path.write_bytes(data)
+    says = r"a\.safetensors: weight 's': its values or indices are not as they were .* \(1 of 3 weights differ\)"
+    for reader in READERS.values():
+        with pytest.raises(AdapterError, match=says):
+            reader(path)
+    assert _file.read_header(path).checksums
+    assert Adapter.load(path, checksums=False).weights["s"].values[:3].tolist() == [0.0, 1.0, 2.0]
+
+
+def test_metadata_that_was_changed(tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "a.safetensors"
+    saved(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    save_file(tensors, path, metadata)
+    assert Adapter.load(path).alpha == 0.5  # other bytes, the same content
+    metadata["shira.adapter"] = metadata["shira.adapter"].replace('"alpha":0.5', '"alpha":0.25')
+    save_file(tensors, path, metadata)
+    for reader in READERS.values():
+        with pytest.raises(AdapterError, match=r"changed on purpose, take shira\.checksums out of it"):
+            reader(path)
+    del metadata["shira.checksums"]
+    save_file(tensors, path, metadata)
+    assert Adapter.load(path).alpha == 0.25
+    assert not _file.read_header(path).checksums
+
+
+def test_headers_of_many_values(tmp_path: Path) -> None:
+    """Refused before anything is made of them, inside the header's texts too."""
+    path = tmp_path / "large.safetensors"
+    many = _file.MAX_JSON_VALUES
+    inner = generate.good()
+    text = json.dumps({"__metadata__": {**inner.metadata, "shira.adapter": "@", "shira.weights": "{}"}}).encode()
+    for data in (b"{" + b"[" * many, text.replace(b"@", b"[" + b"1," * (many // 2) + b"1,1]" + b" ," * (many // 2))):
+        path.write_bytes(generate.framed(data, b""))
+        for reader in (Adapter.load, _file.read_whole, _file.read_layout):
+            tracemalloc.start()
+            with pytest.raises(AdapterError, match="values are more than the 4,000,000 that are read"):
+                reader(path)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert peak < 4 * len(data)
+
+
+def test_headers_of_many_bytes(tmp_path: Path) -> None:
+    """Refused by their length, unread; a checkpoint's may be as long as the stock library allows."""
+    path = tmp_path / "long.safetensors"
+    path.write_bytes(struct.pack("<Q", 50_000_001) + b"{}")
+    os.truncate(path, 8 + 100_000_002)
+    for reader in READERS.values():
+        with pytest.raises(AdapterError, match=r"a header of 50,000,001 bytes is longer than the 50,000,000 that are"):
+            reader(path)
+    path.write_bytes(struct.pack("<Q", 100_000_001) + b"{}")
+    os.truncate(path, 8 + 100_000_002)
+    with pytest.raises(AdapterError, match=r"a header of 100,000,001 bytes is longer than the 100,000,000 that are"):
+        _file.read_layout(path)
+
+
+def test_what_would_not_be_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = Adapter({}, provenance={"notes": ["a"] * 100})
+    for limit, says in (
+        ("MAX_JSON_VALUES", "values are more than the 50"),
+        ("MAX_ADAPTER_HEADER", "longer than the 50"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(_file, limit, 50)
+            with pytest.raises(AdapterError, match=says):
+                adapter.save(tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_messages_show_the_beginning() -> None:
+    assert _file.shown("x" * 80) == repr("x" * 80)
+    assert _file.shown("x" * 10**7) == f"'{'x' * 80}'... (10,000,000 characters)"
+    assert _file.shown(10**5000) == "an int of 16,610 bits"
+    assert _file.shown([10**5000]) == "a list"
+    assert len(_file.shown([["x" * 10**6] * 10**6] * 100)) < 100
+    assert len(_file.named("\0" * 10**7)) < 900
+    assert _file.shown([300]) == "[300]"
+
+
+def test_a_pipe_in_place_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put there after it was looked at: opening it must not wait for a writer."""
+    path = tmp_path / "a.safetensors"
+    os.mkfifo(path)
+    monkeypatch.setattr(_file, "check_regular", lambda path: None)
+    with pytest.raises(AdapterError, match="the file was replaced while it was opened"):
+        Adapter.load(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -76,6 +77,33 @@ def test_the_whole_file_reads(whole_file: bytes, tmp_path: Path) -> None:
     assert whole.values.tolist() == [0.5, 0.25]
     assert whole.aliases == ("c",)
     assert adapter.provenance == {"data": "made up"}
+
+
+def test_the_checksums(whole_file: bytes) -> None:
+    """In plain Python, by the words of the page."""
+
+    def splitmix64(x: int) -> int:
+        z = (x + 0x9E3779B97F4A7C15) & WORD
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & WORD
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & WORD
+        return z ^ (z >> 31)
+
+    def fingerprint(data: bytes) -> int:
+        data += b"\0" * (-len(data) % 8)
+        words = [int.from_bytes(data[at : at + 8], "little") for at in range(0, len(data), 8)]
+        return sum(splitmix64(word ^ (at * 0x9E3779B97F4A7C15 & WORD)) for at, word in enumerate(words)) & WORD
+
+    length = int.from_bytes(whole_file[:8], "little")
+    header, body = json.loads(whole_file[8 : 8 + length]), whole_file[8 + length :]
+    metadata = header["__metadata__"]
+    words = [fingerprint((metadata["shira.adapter"] + metadata["shira.weights"]).encode())]
+    for name in json.loads(metadata["shira.weights"]):
+        prints = []
+        for part in ("values", "indices"):
+            begin, end = header.get(f"{name}.{part}", {"data_offsets": (0, 0)})["data_offsets"]
+            prints.append(fingerprint(body[begin:end]).to_bytes(8, "little"))
+        words.append(fingerprint(b"".join(prints)))
+    assert metadata["shira.checksums"] == "".join(f"{word:016x}" for word in words)
 
 
 def test_the_whole_file_is_what_is_written(whole_file: bytes, tmp_path: Path) -> None:

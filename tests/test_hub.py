@@ -171,6 +171,15 @@ def test_the_card_says_what_it_is_and_how_to_load_it() -> None:
     assert 'Adapter.from_pretrained("me/style")' in code[1]
 
 
+def test_the_card_says_only_what_is_so() -> None:
+    text = hub_module.card(adapter_of(), "me/style", "a|b\n---\nlicense: mit")
+    assert hub.ModelCard(text).data.base_model == "a|b\n---\nlicense: mit"
+    assert r"| base model | a\|b --- license: mit |" in text
+    assert "# refused on another base" in text
+    entry = Entry(torch.tensor([0]), torch.zeros(1), (4,), torch.float32)  # of an unknown base
+    assert "# for its base alone: another one cannot be told" in hub_module.card(Adapter({"w": entry}), "me/x", None)
+
+
 def test_push_and_read(server: Hub) -> None:
     adapter = adapter_of()
     address = adapter.push_to_hub("me/style", private=True, token="hf_secret", message="first")

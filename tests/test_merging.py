@@ -1,6 +1,8 @@
 """TIES and DARE against their papers' formulas on dense task vectors, in plain torch."""
 
+import importlib.util
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,6 +138,137 @@ def test_dare_is_the_paper(elect):
     assert not torch.equal(alone[0] != 0, second[0] != 0)
 
 
+def overlapping(model, seeds, dtype=torch.float32):
+    """Deltas of the same entries, as PEFT's task tensors are of the same matrices; a third of them cancel in pairs."""
+    first = adapter_of(model, seeds[0]).to_delta(model)
+    generator = torch.Generator().manual_seed(99)
+    deltas = []
+    for number, _ in enumerate(seeds):
+        entries = {}
+        for name, entry in first.weights.items():
+            values = torch.randn(entry.nnz, generator=generator, dtype=entry.values.dtype)
+            # Two of them sum to exactly zero; no two in one are as large.
+            values[::3] = (-1.0) ** number * torch.linspace(1, 2, len(values[::3]))
+            entries[name] = replace(entry, values=values)
+        deltas.append(Adapter(entries, delta=True))
+    return deltas
+
+
+def peft_formulas():
+    """PEFT's module of merges, which needs torch alone; importing PEFT takes seconds."""
+    found = importlib.util.find_spec("peft")
+    if found is None:
+        pytest.skip("needs peft")
+    path = Path(found.submodule_search_locations[0], "utils", "merge_utils.py")
+    spec = importlib.util.spec_from_file_location("peft_merge_utils", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def by_peft(deltas, function, weights, **options):
+    """PEFT's merge of each weight's values."""
+    dtype = next(iter(deltas[0].weights.values())).values.dtype
+    return {
+        name: function([delta.weights[name].values for delta in deltas], torch.tensor(weights, dtype=dtype), **options)
+        for name in deltas[0].weights
+    }
+
+
+def values_like(merged, reference):
+    """A merged adapter's values where another has entries, with zeros for what it left out."""
+    found = {}
+    for name, entry in reference.weights.items():
+        full = torch.zeros(entry.numel // entry.granule, entry.granule, dtype=entry.values.dtype)
+        if name in merged.weights:
+            mine = merged.weights[name]
+            full[mine.indices.long()] = mine.values.view(-1, mine.granule)
+        found[name] = full[entry.indices.long()].view(-1)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.7, -0.4)])
+def test_as_peft_merges(dtype, weights):
+    peft = peft_formulas()
+    model = model_of(dtype)
+    deltas = overlapping(model, (1, 2))
+    for ours, theirs in (
+        (merging.ties(deltas, model, weights, density=0.55, style="peft"), peft.ties),
+        (merging.magnitude_prune(deltas, model, weights, density=0.55), peft.magnitude_prune),
+    ):
+        found = values_like(ours, deltas[0])
+        for name, expected in by_peft(deltas, theirs, weights, density=0.55).items():
+            assert (found[name] != 0).any()
+            torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=0)
+
+
+def test_a_draw_is_the_bases_in_the_paper_and_positive_in_peft():
+    model = model_of()
+    deltas = overlapping(model, (1, 2))
+    paper = values_like(merging.ties(deltas, model, density=1.0), deltas[0])
+    peft = values_like(merging.ties(deltas, model, density=1.0, style="peft"), deltas[0])
+    for name, values in paper.items():
+        assert (values[::3] == 0).all()
+        assert torch.equal(peft[name][::3], deltas[0].weights[name].values[::3])
+    # A negative weight: the paper's election hears it, PEFT's does not.
+    one, two = deltas
+    strong = Adapter({n: replace(e, values=e.values * 10) for n, e in two.weights.items()}, delta=True)
+    heard = values_like(merging.ties([one, strong], model, (1.0, -1.0), density=1.0), one)["1.bias"]
+    unheard = values_like(merging.ties([one, strong], model, (1.0, -1.0), density=1.0, style="peft"), one)["1.bias"]
+    large = strong.weights["1.bias"].values
+    assert torch.equal(heard.sign(), -large.sign())
+    assert torch.equal(unheard.sign(), -large.sign())
+    a, b = one.weights["1.bias"].values[0], large[0]  # +1 and -10: of 1 + 10 both agree; of 1 - 10 the second alone
+    assert (float(a), float(b)) == (1.0, -10.0)
+    assert float(heard[0]) == 5.5
+    assert float(unheard[0]) == 10.0
+
+
+@pytest.mark.parametrize("elect", [False, True])
+def test_dare_as_peft_merges_what_is_left(elect):
+    """PEFT draws from torch's generator, so that what is compared is what comes after the draw."""
+    peft = peft_formulas()
+    model = model_of()
+    deltas, weights = overlapping(model, (1, 2)), (0.8, 0.5)
+    silent = [Adapter({n: replace(e, values=e.values * 0) for n, e in d.weights.items()}, delta=True) for d in deltas]
+    pruned = [
+        values_like(merging.dare([deltas[0], silent[1]], model, (1.0, 1.0), drop=0.3, seed=4), deltas[0]),
+        values_like(merging.dare([silent[0], deltas[1]], model, (1.0, 1.0), drop=0.3, seed=4), deltas[0]),
+    ]
+    found = values_like(merging.dare(deltas, model, weights, drop=0.3, seed=4, elect=elect, style="peft"), deltas[0])
+    for name, values in found.items():
+        rows = torch.stack([one[name] for one in pruned])
+        weighted = rows * torch.tensor(weights)[:, None]
+        mask = peft.calculate_majority_sign_mask(rows)
+        expected = peft.disjoint_merge(weighted, mask) if elect else weighted.sum(0)
+        torch.testing.assert_close(values, expected, rtol=1e-6, atol=0)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("merge", [merging.ties, merging.dare, merging.magnitude_prune])
+def test_values_that_are_not_finite(merge):
+    model = model_of()
+    good, bad = overlapping(model, (1, 2))
+    values = bad.weights["1.bias"].values.clone()
+    values[1], values[2], values[4] = NAN, float("inf"), -float("inf")
+    bad = Adapter({**bad.weights, "1.bias": replace(bad.weights["1.bias"], values=values)}, delta=True)
+    options = {"drop": 0.0} if merge is merging.dare else {"density": 1.0}
+    says = (
+        rf"{merge.__name__}: weight '1\.bias' of adapter 2: 3 of its 8 values are not finite "
+        r"\(1 NaN and 2 infinite\); check_finite=False lets them through"
+    )
+    with pytest.raises(AdapterError, match=says):
+        merge([good, bad], model, **options)
+    assert merge([good, bad], model, check_finite=False, **options).weights["1.bias"].values.isinf().any()
+    # Finite ones whose sum is not.
+    huge = Adapter({n: replace(e, values=torch.full_like(e.values, 3e38)) for n, e in good.weights.items()}, delta=True)
+    with pytest.raises(AdapterError, match=rf"{merge.__name__}: weight '0\.weight', merged: .* infinite\)"):
+        merge([huge, huge], model, (1.0, 1.0), **options)
+
+
 def test_dare_keeps_the_expected_share_and_mean():
     model = nn.Linear(256, 256, bias=False)
     values = torch.ones(65536)
@@ -184,8 +317,13 @@ def test_refusals():
         (lambda: merging.ties([], model), "ties: give at least one adapter"),
         (lambda: merging.ties([adapter], model, density=0), "density must be above 0 and at most 1, got 0"),
         (lambda: merging.dare([adapter], model, drop=1.0), r"drop must be at least 0 and below 1, got 1\.0"),
-        (lambda: merging.dare([adapter], model, (1.0, 2.0)), "weights must be 1 finite numbers"),
-        (lambda: merging.dare([adapter], model, (float("nan"),)), "weights must be 1 finite numbers"),
+        (lambda: merging.dare([adapter], model, (1.0, 2.0)), r"weights must be 1 numbers, .* got \[1\.0, 2\.0\]"),
+        (lambda: merging.dare([adapter], model, (float("nan"),)), "the weight of adapter 1 must be a finite number"),
+        (lambda: merging.ties([adapter], model, (1e39,)), r"ties: the weight of adapter 1 must .* got 1e\+39"),
+        (lambda: merging.ties([adapter], model, alpha=float("inf")), "alpha must be a finite number"),
+        (lambda: merging.magnitude_prune([adapter], model, density=1.5), "magnitude_prune: density must be above 0"),
+        (lambda: merging.ties([adapter], model, style="Peft"), "ties: style must be 'paper' or 'peft', got 'Peft'"),
+        (lambda: merging.dare([adapter], model, style=""), "dare: style must be 'paper' or 'peft', got ''"),
     ):
         with pytest.raises(ValueError, match=says):
             call()

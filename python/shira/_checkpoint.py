@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import os
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -130,17 +129,15 @@ class Checkpoint:
 
 
 def map_file(path: str) -> Shard:
-    """Map a safetensors file, its header checked."""
-    metadata, places = _file.read_layout(path)
-    with open(path, "rb") as file:
-        # Private, so that numpy and torch find it writable; nothing writes to it.
-        whole = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+    """Map a safetensors file, its header checked; it may be larger than memory."""
+    with _file.opened(path) as file:
+        whole = file.map(unchanged=True)
     tensors = {}
-    for name, place in places.items():
+    for name, place in file.places.items():
         dtype = _TORCH_NAMES.get(place.dtype, place.dtype.lower())
         nbytes = place.end - place.begin
         tensors[name] = Stored(name, dtype, place.shape, nbytes, whole[place.begin : place.end])
-    return Shard(path, metadata, tensors)
+    return Shard(path, file.metadata, tensors)
 
 
 def _sharded(folder: str, index_path: str) -> Checkpoint:

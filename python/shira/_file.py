@@ -7,29 +7,40 @@ safetensors wants them, says the rest:
 - ``shira.version``: ``"1"``.
 - ``shira.adapter``: JSON with ``alpha``, ``delta``, ``mask``, ``density`` and ``provenance``.
 - ``shira.weights``: JSON, name to ``shape``, ``dtype``, ``granule``, ``count``, ``indices`` (``"code"``, ``"seed"`` or
-  ``"whole"``), ``seed``, ``fingerprint`` (16 hex digits, or null) and ``aliases``.
+  ``"whole"``), ``seed``, ``fingerprint`` (16 hex digits, or null) and, where there are any, ``aliases``.
+- ``shira.checksums``: 16 hex digits for the two texts above, then 16 for each weight's tensors, in their order.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import numbers
 import os
 import re
-import secrets
+import reprlib
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeGuard
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from torch import Tensor
+
+    Bytes: TypeAlias = npt.NDArray[np.uint8]
 
 VERSION = 1
 VERSION_KEY, ADAPTER_KEY, WEIGHTS_KEY = "shira.version", "shira.adapter", "shira.weights"
+CHECKSUMS_KEY = "shira.checksums"
 
 # torch's name of a dtype -> (safetensors' name, bytes)
 DTYPES: dict[str, tuple[str, int]] = {
@@ -53,11 +64,44 @@ BITS = {name: 8 * size for name, size in DTYPES.values()} | {
 ITEM_BYTES = dict(DTYPES.values())
 ARITHMETIC = ("float16", "bfloat16", "float32", "float64")
 MAX_NUMEL = 2**62
+MAX_DIMS = 64  # what torch takes
 MAX_HEADER = 100_000_000  # bytes, the stock library's limit
+MAX_ADAPTER_HEADER = 50_000_000  # the header of an adapter for 70,000 weights has 35 MB
+# Numbers, strings, lists and objects in a JSON text, roughly: Python takes some hundred bytes for each.
+MAX_JSON_VALUES = 4_000_000
+MAX_JSON_DEPTH = 64
 
 
 class AdapterError(ValueError):
     """An adapter, or its file, that is refused. The message says which file, which weight and what."""
+
+
+_short = reprlib.Repr()
+_short.maxlist = _short.maxtuple = _short.maxdict = 8
+_short.maxlevel, _short.maxstring, _short.maxother = 3, 60, 80
+
+
+def shown(value: object, most: int = 80) -> str:
+    """A value as a message shows it: its repr, or the beginning of that, in no time however large the value is."""
+    if isinstance(value, str):
+        return repr(value) if len(value) <= most else f"{value[:most]!r}... ({len(value):,} characters)"
+    if isinstance(value, int) and value.bit_length() > 256:  # an int of thousands of digits has no repr
+        return f"an int of {value.bit_length():,} bits"
+    try:
+        text = _short.repr(value)
+    except ValueError:  # one inside
+        return f"a {type(value).__name__}"
+    return text if len(text) <= most else text[:most] + "..."
+
+
+def named(name: object) -> str:
+    """The name of a weight or a tensor as a message shows it."""
+    return shown(name, 200)
+
+
+def hex_word(value: int | None) -> str | None:
+    """A 64-bit word as the file writes it."""
+    return None if value is None else f"{value & (2**64 - 1):016x}"
 
 
 # Strengths are rounded to float32 first: one that it has no room for would act as infinite.
@@ -69,9 +113,7 @@ def strength(what: str, value: object) -> float:
     number: Any = value
     real: bool = isinstance(number, numbers.Real)
     if not real or value is True or value is False or not abs(number) <= _LARGEST_STRENGTH:
-        # An int of thousands of digits has no repr.
-        got = f"an int of {value.bit_length()} bits" if type(value) is int else f"{value!r:.80}"
-        raise AdapterError(f"{what} must be a finite number (of float32), got {got}")
+        raise AdapterError(f"{what} must be a finite number (of float32), got {shown(value)}")
     return float(number)
 
 
@@ -153,6 +195,7 @@ class Header:
     mask: dict[str, Any] | None
     provenance: dict[str, Any]
     weights: dict[str, WeightHeader]
+    checksums: bool  # whether the file has them
 
     @property
     def nnz(self) -> int:
@@ -165,19 +208,75 @@ class Header:
         return self.nnz / numel if numel else 0.0
 
 
-def _finite(number: float) -> bool:
-    try:
-        return math.isfinite(number)
-    except OverflowError:  # a whole number beyond every float
-        return False
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"{key!r} stands there twice")
+            raise ValueError(f"{shown(key)} stands there twice")
         found[key] = value
+    return found
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _float(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{shown(text)} is no finite number")
+    return number
+
+
+def _check_values(text: str | bytes) -> None:
+    """Refuse a JSON text that would become many times as large; its separators tell before anything is made of it."""
+    marks = (b",", b":", b"[", b"{") if isinstance(text, bytes) else (",", ":", "[", "{")
+    values = sum(map(text.count, marks))  # type: ignore[arg-type]
+    if values > MAX_JSON_VALUES:
+        raise ValueError(f"{values:,} values are more than the {MAX_JSON_VALUES:,} that are read")
+
+
+def parsed(text: str) -> Any:
+    """The value of a JSON text; ValueError or RecursionError for what the stock library's reader or JSON refuses.
+
+    Python's reader alone would take keys twice, NaN, infinity, ``1e999`` and lone surrogates.
+    """
+    _check_values(text)
+    value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_float)
+    if "\\u" in text:  # the one way to a lone surrogate, which no UTF-8 file can hold
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def jsoned(value: object) -> str:
+    """A value as JSON text: the same for the same value."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
+
+
+def json_object(what: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A mapping as it comes back from a file: one rule for what is given, written and read.
+
+    Tuples become lists and keys strings. Refused with `AdapterError`: what JSON has no form for (tensors, NaN and
+    infinity, lone surrogates, two keys of one text) and what is nested deeper than a reader need go.
+    """
+    try:
+        text = jsoned(value or {})
+        text.encode()
+        found = parsed(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{what} must be made of JSON's types: {error}") from error
+    if not isinstance(found, dict):
+        raise AdapterError(f"{what} must be a JSON object, got {shown(value)}")
+    level: list[Any] = [found]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            inner
+            for one in level
+            if isinstance(one, (dict, list))
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+    if level:
+        raise AdapterError(f"{what} must be nested at most {MAX_JSON_DEPTH} deep")
     return found
 
 
@@ -185,7 +284,7 @@ def _object(path: str, metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     if key not in metadata:
         raise AdapterError(f"{path}: the metadata has no {key}")
     try:
-        value = json.loads(metadata[key], object_pairs_hook=unique)
+        value = parsed(metadata[key])
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: the metadata's {key} cannot be read: {error}") from error
     if not isinstance(value, dict):
@@ -197,7 +296,7 @@ def _integer(where: str, entry: Mapping[str, Any], key: str, least: int) -> int:
     value = entry.get(key)
     # type() and not isinstance(): True is no count.
     if type(value) is not int or value < least:
-        raise AdapterError(f"{where}: {key} must be a whole number of at least {least}, got {value!r:.80}")
+        raise AdapterError(f"{where}: {key} must be a whole number of at least {least}, got {shown(value)}")
     return value
 
 
@@ -207,13 +306,8 @@ def _word(where: str, entry: Mapping[str, Any], key: str) -> int | None:
         return None
     digits = set("0123456789abcdef")
     if not isinstance(value, str) or len(value) != 16 or not digits.issuperset(value):
-        raise AdapterError(f"{where}: {key} must be 16 hex digits or null, got {value!r:.80}")
+        raise AdapterError(f"{where}: {key} must be 16 hex digits or null, got {shown(value)}")
     return int(value, 16)
-
-
-def hex_word(value: int | None) -> str | None:
-    """A 64-bit word as the file writes it."""
-    return None if value is None else f"{value:016x}"
 
 
 @dataclass(frozen=True)
@@ -226,62 +320,177 @@ class Place:
     end: int
 
 
+def entries_of(shape: Sequence[int]) -> int:
+    """The product of the sizes; where it is beyond 2^63, some number beyond it. Thousands of digits take minutes."""
+    if 0 in shape:
+        return 0
+    numel = 1
+    for size in shape:
+        numel *= size
+        if numel > 2**63:
+            break
+    return numel
+
+
+def _sizes(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
+
+
 def _place(name: str, entry: Any, at: int) -> Place:
     """One tensor of a header; ValueError with what is wrong."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{name!r} must have dtype, shape and data_offsets alone")
+        raise ValueError(f"{named(name)} must have dtype, shape and data_offsets alone")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     for what, sizes in (("shape", shape), ("data_offsets", offsets)):
-        if not isinstance(sizes, list) or any(type(n) is not int or not 0 <= n < 2**63 for n in sizes):
-            raise ValueError(f"{name!r}: {what} must be a list of sizes, got {sizes!r:.80}")
+        if not _sizes(sizes):
+            raise ValueError(f"{named(name)}: {what} must be a list of sizes, got {shown(sizes)}")
+    if len(shape) > MAX_DIMS:
+        raise ValueError(f"{named(name)}: shape must have at most {MAX_DIMS} sizes, got {len(shape):,}")
     if not isinstance(dtype, str) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"{name!r}: dtype must be a name and data_offsets a range, got {dtype!r:.40}, {offsets!r:.80}")
+        raise ValueError(
+            f"{named(name)}: dtype must be a name and data_offsets a range, got {shown(dtype)}, {shown(offsets)}"
+        )
     bits = BITS.get(dtype)
     if bits is None:
-        raise ValueError(f"{name!r}: the dtype {dtype!r:.40} is not known")
-    numel = math.prod(shape)
+        raise ValueError(f"{named(name)}: the dtype {shown(dtype, 40)} is not known")
+    numel = entries_of(shape)
+    if numel > 2**63:
+        raise ValueError(f"{named(name)}: shape {shown(shape)} has more than 2^63 entries")
     if numel * bits != 8 * (offsets[1] - offsets[0]):
-        raise ValueError(f"{name!r}: {numel} entries of {dtype} do not take {offsets[1] - offsets[0]} bytes")
+        raise ValueError(f"{named(name)}: {numel} entries of {dtype} do not take {offsets[1] - offsets[0]} bytes")
     return Place(dtype, tuple(shape), at + offsets[0], at + offsets[1])
 
 
-def read_layout(path: str) -> tuple[dict[str, str], dict[str, Place]]:
-    """A safetensors file's metadata and where its tensors lie, in their order, all of it checked.
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A safetensors file that is open: what its header says, checked, and the same file's bytes."""
+
+    path: str
+    file: BinaryIO
+    metadata: dict[str, str]
+    places: dict[str, Place]  # in the order in which the tensors lie
+
+    def map(self, *, unchanged: bool = False) -> Bytes:
+        """The whole file as an array, mapped: nothing is read before it is used, and the path is not looked up again.
+
+        Pages that someone writes to become copies of their own, so nothing ever reaches the file. They are not set
+        aside beforehand, so that a file may be larger than memory. Where the system insists on that
+        (``vm.overcommit_memory=2``, ``ulimit -d``), an array that is to stay `unchanged` is mapped for reading alone;
+        writing to it then ends the process.
+
+        The file must not be shortened while the array is in use: the system ends a process that reads past the end of
+        a mapped file. Putting another file in its place, as this library does, is no harm. Raises OSError with the
+        file's name.
+        """
+        import numpy as np
+
+        size = os.fstat(self.file.fileno()).st_size
+        end = max((place.end for place in self.places.values()), default=0)
+        if size < end:
+            raise AdapterError(f"{self.path}: the file was shortened while it was read")
+        if os.name != "posix":
+            import mmap
+
+            return np.frombuffer(mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+        try:
+            return np.asarray(_Mapping(self.file.fileno(), size, writable=True))
+        except OSError as error:
+            if unchanged and error.errno == errno.ENOMEM:
+                with suppress(OSError):
+                    return np.asarray(_Mapping(self.file.fileno(), size, writable=False))
+            reason = f"mapping its {size:,} bytes failed: {error.strerror}"
+            raise OSError(error.errno, reason, self.path) from error
+
+
+@cache
+def _libc() -> Any:
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    return libc
+
+
+class _Mapping:
+    """A file's bytes in memory, given to numpy by the array interface, until the last array over them is gone.
+
+    Python's own mmap keeps a descriptor open for each, and a server may hold thousands of adapters. Arrays count as
+    writable even where memory is not: torch warns of others with each tensor that is made.
+    """
+
+    def __init__(self, descriptor: int, size: int, *, writable: bool) -> None:
+        import ctypes
+        import mmap
+
+        # Python has the constant from 3.13 on.
+        no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+        rights = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        address = _libc().mmap(None, size, rights, mmap.MAP_PRIVATE | no_reserve, descriptor, 0)
+        if address == ctypes.c_void_p(-1).value:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        self.__array_interface__ = {"data": (address, False), "shape": (size,), "typestr": "|u1", "version": 3}
+        # Not at exit, where others may still read it; the system takes it back then.
+        weakref.finalize(self, _libc().munmap, address, size).atexit = False
+
+
+def _for_reading(path: str, flags: int) -> int:
+    # Whatever has taken the file's place since it was looked at: opening a pipe waits for its writer.
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str], most: int = MAX_HEADER) -> Iterator[Opened]:
+    """Open a safetensors file and check its header, of at most so many bytes.
 
     The checks are the stock library's: tensors fill the file from the header to the end, without gaps and overlaps.
     Nothing is imported for them, so that a header can be read in no time.
     """
+    path = os.fspath(path)
     check_regular(path)
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or length > min(size - 8, MAX_HEADER):
-                raise ValueError(f"a header of {length:,} bytes does not fit {size:,} bytes")
-            text = file.read(length)
-        if not text.startswith(b"{"):
-            raise ValueError("the header must be a JSON object")
-        header = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=_no_constant)
-        metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or any(not isinstance(value, str) for value in metadata.values()):
-            raise ValueError("__metadata__ must be an object of strings")
-        places = {name: _place(name, entry, 8 + length) for name, entry in header.items()}
-        places = dict(sorted(places.items(), key=lambda item: (item[1].begin, item[1].end)))
-        at = 8 + length
-        for name, place in places.items():
-            if place.begin != at:
-                raise ValueError(f"{name!r} must start at byte {at}, where the last tensor ends, got {place.begin}")
-            at = place.end
-        if at != size:
-            raise ValueError(f"the tensors end at byte {at:,}, and the file at {size:,}")
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path}: this is no whole safetensors file: {error}") from error
+    with open(path, "rb", opener=_for_reading) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise AdapterError(f"{path}: the file was replaced while it was opened")
+        try:
+            metadata, places = _layout(file, most)
+        except (ValueError, RecursionError) as error:
+            raise AdapterError(f"{path}: this is no whole safetensors file: {error}") from error
+        yield Opened(path, file, metadata, places)
+
+
+def _layout(file: BinaryIO, most: int) -> tuple[dict[str, str], dict[str, Place]]:
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > size - 8:
+        raise ValueError(f"a header of {length:,} bytes does not fit {size:,} bytes")
+    if length > most:
+        raise ValueError(f"a header of {length:,} bytes is longer than the {most:,} that are read")
+    raw = file.read(length)
+    if not raw.startswith(b"{"):
+        raise ValueError("the header must be a JSON object")
+    header = parsed(raw.decode())
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or any(not isinstance(value, str) for value in metadata.values()):
+        raise ValueError("__metadata__ must be an object of strings")
+    places = {name: _place(name, entry, 8 + length) for name, entry in header.items()}
+    places = dict(sorted(places.items(), key=lambda item: (item[1].begin, item[1].end)))
+    at = 8 + length
+    for name, place in places.items():
+        if place.begin != at:
+            raise ValueError(f"{named(name)} must start at byte {at}, where the last tensor ends, got {place.begin}")
+        at = place.end
+    if at != size:
+        raise ValueError(f"the tensors end at byte {at:,}, and the file at {size:,}")
     return metadata, places
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+def read_layout(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Place]]:
+    """A safetensors file's metadata and where its tensors lie, in their order, all of it checked as `opened` does."""
+    with opened(path) as file:
+        return file.metadata, file.places
 
 
 def _tensor(
@@ -289,13 +498,13 @@ def _tensor(
 ) -> tuple[str, int]:
     """Check one tensor's dtype and length by the header alone; return torch's name of its dtype, and the length."""
     if key not in places:
-        raise AdapterError(f"{where}: the tensor {key!r} is missing")
+        raise AdapterError(f"{where}: the tensor {named(key)} is missing")
     dtype, shape = places[key].dtype, list(places[key].shape)
     if dtype not in dtypes:
-        raise AdapterError(f"{where}: {key!r} must be {' or '.join(dtypes)}, got {dtype}")
+        raise AdapterError(f"{where}: {named(key)} must be {' or '.join(dtypes)}, got {dtype}")
     if len(shape) != 1 or (length is not None and shape[0] != length):
         wanted = "1-D" if length is None else f"of shape [{length}]"
-        raise AdapterError(f"{where}: {key!r} must be {wanted}, got shape {shape!r:.80}")
+        raise AdapterError(f"{where}: {named(key)} must be {wanted}, got shape {shown(shape)}")
     return dtypes[dtype], shape[0]
 
 
@@ -303,24 +512,25 @@ def _weight(where: str, name: str, entry: Any, places: Mapping[str, Place]) -> W
     if not isinstance(entry, dict):
         raise AdapterError(f"{where}: its metadata must be a JSON object, got {type(entry).__name__}")
     shape = entry.get("shape")
-    if not isinstance(shape, list) or len(shape) > 64 or any(type(size) is not int or size < 0 for size in shape):
-        raise AdapterError(f"{where}: shape must be a list of sizes, got {shape!r:.80}")
-    numel = math.prod(shape)
+    if not _sizes(shape) or len(shape) > MAX_DIMS:
+        raise AdapterError(f"{where}: shape must be a list of sizes, got {shown(shape)}")
+    numel = entries_of(shape)
     if numel > MAX_NUMEL:
-        raise AdapterError(f"{where}: shape {shape!r:.80} has more than 2^62 entries")
+        raise AdapterError(f"{where}: shape {shown(shape)} has more than 2^62 entries")
     dtype = entry.get("dtype")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise AdapterError(f"{where}: dtype must be one of {', '.join(DTYPES)}, got {dtype!r:.80}")
+        raise AdapterError(f"{where}: dtype must be one of {', '.join(DTYPES)}, got {shown(dtype)}")
     granule = _integer(where, entry, "granule", 1)
     if numel % granule or granule > max(numel, 1):
-        raise AdapterError(f"{where}: granule must divide its {numel} entries, got {granule!r:.80}")
+        raise AdapterError(f"{where}: granule must divide its {numel} entries, got {shown(granule)}")
     count = _integer(where, entry, "count", 0)
     if count > numel // granule:
-        raise AdapterError(f"{where}: count must be at most its {numel // granule} granules of {granule}, got {count}")
+        most = f"its {numel // granule} granules of {granule}"
+        raise AdapterError(f"{where}: count must be at most {most}, got {shown(count)}")
     seed, fingerprint = _word(where, entry, "seed"), _word(where, entry, "fingerprint")
     aliases = entry.get("aliases", [])
     if not isinstance(aliases, list) or not all(isinstance(alias, str) and alias for alias in aliases):
-        raise AdapterError(f"{where}: aliases must be a list of names, got {aliases!r:.80}")
+        raise AdapterError(f"{where}: aliases must be a list of names, got {shown(aliases)}")
 
     allowed = {DTYPES[dtype][0]: dtype}
     if dtype in ARITHMETIC:
@@ -339,23 +549,33 @@ def _weight(where: str, name: str, entry: Any, places: Mapping[str, Place]) -> W
                 f"{where}: a whole parameter is one granule of all its {numel} entries, got {count} of {granule}"
             )
     else:
-        raise AdapterError(f"{where}: indices must be code, seed or whole, got {kind!r:.80}")
+        raise AdapterError(f"{where}: indices must be code, seed or whole, got {shown(kind)}")
     return WeightHeader(
-        tuple(shape), dtype, granule, count, kind, seed, fingerprint, tuple(aliases), values_dtype, code_bytes
+        tuple(shape),
+        dtype,
+        granule,
+        count,
+        kind,
+        seed,
+        fingerprint,
+        tuple(aliases),
+        values_dtype,
+        code_bytes,
     )
 
 
-def read_adapter(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Place]]:
-    """What the file says of its adapter, and where its tensors lie, all of it checked, without torch and without
-    reading the tensors."""
-    where = os.fspath(path)
-    metadata, places = read_layout(where)
-    return _header(where, metadata, places), places
+@contextmanager
+def opened_adapter(path: str | os.PathLike[str]) -> Iterator[tuple[Header, Opened]]:
+    """Open an adapter's file: what it says of its adapter, all of it checked, without torch and without reading the
+    tensors."""
+    with opened(path, MAX_ADAPTER_HEADER) as file:
+        yield _header(file.path, file.metadata, file.places), file
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
     """What the file says of its adapter, all of it checked, without torch and without reading the tensors."""
-    return read_adapter(path)[0]
+    with opened_adapter(path) as (header, _):
+        return header
 
 
 def _header(path: str, metadata: Mapping[str, str], places: Mapping[str, Place]) -> Header:
@@ -363,46 +583,56 @@ def _header(path: str, metadata: Mapping[str, str], places: Mapping[str, Place])
         raise AdapterError(f"{path}: the metadata has no {VERSION_KEY}, so this is no SHiRA adapter")
     if metadata[VERSION_KEY] != str(VERSION):
         raise AdapterError(
-            f"{path}: version {metadata[VERSION_KEY]!r:.40} is not known; this library reads version {VERSION}"
+            f"{path}: version {shown(metadata[VERSION_KEY], 40)} is not known; this library reads version {VERSION}"
         )
     adapter = _object(path, metadata, ADAPTER_KEY)
-    alpha, delta = adapter.get("alpha"), adapter.get("delta")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not _finite(alpha):
-        raise AdapterError(f"{path}: alpha must be a finite number, got {alpha!r:.80}")
+    alpha, delta = strength(f"{path}: alpha", adapter.get("alpha")), adapter.get("delta")
     if type(delta) is not bool:
-        raise AdapterError(f"{path}: delta must be true or false, got {delta!r:.80}")
+        raise AdapterError(f"{path}: delta must be true or false, got {shown(delta)}")
     mask, provenance = adapter.get("mask"), adapter.get("provenance", {})
     if mask is not None and not isinstance(mask, dict):
-        raise AdapterError(f"{path}: mask must be a JSON object or null, got {mask!r:.80}")
+        raise AdapterError(f"{path}: mask must be a JSON object or null, got {shown(mask)}")
     if not isinstance(provenance, dict):
-        raise AdapterError(f"{path}: provenance must be a JSON object, got {provenance!r:.80}")
+        raise AdapterError(f"{path}: provenance must be a JSON object, got {shown(provenance)}")
+    mask = None if mask is None else json_object(f"{path}: mask", mask)
+    provenance = json_object(f"{path}: provenance", provenance)
 
     expected: set[str] = set()
     weights: dict[str, WeightHeader] = {}
     for name, entry in _object(path, metadata, WEIGHTS_KEY).items():
-        where = f"{path}: weight {name!r}"
         if not name:
-            raise AdapterError(f"{where}: the name is empty")
-        weights[name] = _weight(where, name, entry, places)
+            raise AdapterError(f"{path}: weight '': the name is empty")
+        weights[name] = _weight(f"{path}: weight {named(name)}", name, entry, places)
         expected.add(f"{name}.values")
         if weights[name].indices == "code":
             expected.add(f"{name}.indices")
-    check_aliases(f"{path}: ", {name: weight.aliases for name, weight in weights.items()})
+    check_names(f"{path}: ", {name: weight.aliases for name, weight in weights.items()})
     extra = sorted(places.keys() - expected)
     if extra:
         raise AdapterError(
-            f"{path}: {len(extra)} tensor(s) belong to no weight of the metadata: {', '.join(map(repr, extra[:5]))}"
+            f"{path}: {len(extra)} tensor(s) belong to no weight of the metadata: {', '.join(map(shown, extra[:5]))}"
         )
-    return Header(float(alpha), delta, mask, provenance, weights)
+    return Header(alpha, delta, mask, provenance, weights, CHECKSUMS_KEY in metadata)
 
 
-def check_aliases(where: str, aliases: Mapping[str, tuple[str, ...]]) -> None:
-    """Refuse one name for two weights."""
+def check_names(where: str, aliases: Mapping[str, tuple[str, ...]]) -> None:
+    """Refuse names that no file can hold, and one name for two weights."""
     owner = {name: name for name in aliases}
     for name, others in aliases.items():
+        for one in (name, *others):
+            if not isinstance(one, str):
+                raise AdapterError(f"{where}the name of a weight must be text, got {named(one)}")
+            if not one:
+                raise AdapterError(f"{where}weight {named(name)}: the name is empty")
+            try:
+                one.encode()
+            except UnicodeEncodeError:
+                raise AdapterError(f"{where}weight {named(one)}: UTF-8 cannot write this name") from None
         for other in others:
             if other in owner:
-                raise AdapterError(f"{where}weight {name!r}: its alias {other!r} is also a name of {owner[other]!r}")
+                raise AdapterError(
+                    f"{where}weight {named(name)}: its alias {named(other)} is also a name of {named(owner[other])}"
+                )
             owner[other] = name
 
 
@@ -415,31 +645,75 @@ def check_regular(path: str) -> None:
         raise AdapterError(f"{path}: this is a pipe or a device, not a file")
 
 
+def fingerprint(data: Any) -> int:
+    """The fingerprint of some bytes (`shira_ops.fingerprint`) as an unsigned number, without torch."""
+    from shira import _codec
+
+    return _codec.fingerprint(data) & (2**64 - 1)
+
+
+def checksums(metadata: Mapping[str, str], weights: Iterable[tuple[int, int]]) -> str:
+    """What tells whether an adapter file is as it was written: 16 hex digits for what it says of itself, then 16 for
+    each weight, given as the fingerprints of its values and of its code (0: none), in the order of the metadata."""
+    import numpy as np
+
+    said = np.frombuffer((metadata[ADAPTER_KEY] + metadata[WEIGHTS_KEY]).encode(), np.uint8)
+    words = [fingerprint(said), *(fingerprint(np.array(pair, np.uint64)) for pair in weights)]
+    return "".join(f"{word:016x}" for word in words)
+
+
+def check_checksums(file: Opened, header: Header, data: Bytes) -> None:
+    """Refuse a file with a bit that is not as it was written, `data` being all of it. Older files have no checksums."""
+    said = file.metadata.get(CHECKSUMS_KEY)
+    if said is None:
+        return
+
+    def printed(name: str) -> int:
+        place = file.places.get(name)
+        return 0 if place is None else fingerprint(data[place.begin : place.end])
+
+    found = checksums(
+        file.metadata, ((printed(f"{name}.values"), printed(f"{name}.indices")) for name in header.weights)
+    )
+    if found == said:
+        return
+    if len(found) != len(said) or found[:16] != said[:16]:
+        raise AdapterError(
+            f"{file.path}: its metadata is not as it was written, by the checksum; if it was changed on purpose, take "
+            f"{CHECKSUMS_KEY} out of it"
+        )
+    damaged = [name for at, name in enumerate(header.weights, 1) if found[16 * at :][:16] != said[16 * at :][:16]]
+    raise AdapterError(
+        f"{file.path}: weight {named(damaged[0])}: its values or indices are not as they were written, by the checksum "
+        f"({len(damaged)} of {len(header.weights)} weights differ); the file is damaged, get it again"
+    )
+
+
 def read_whole(path: str | os.PathLike[str]) -> Header:
-    """Check everything a reader checks, the index codes included, without torch; what the file says of its adapter."""
+    """Check everything a reader checks, the index codes and checksums included, without torch; what the file says of
+    its adapter."""
     import numpy as np
 
     from shira import _codec
 
-    header, places = read_adapter(path)
-    with open(path, "rb") as file:
+    with opened_adapter(path) as (header, file):
+        data = file.map(unchanged=True)
         for name, weight in header.weights.items():
             if weight.indices != "code":
                 continue
             dtype = np.int32 if weight.numel // weight.granule < 2**31 else np.int64
-            place = places[f"{name}.indices"]
-            file.seek(place.begin)
-            code = np.frombuffer(file.read(place.end - place.begin), np.uint8)
+            place = file.places[f"{name}.indices"]
             try:
-                _codec.decode(code, weight.count, weight.numel, dtype, weight.granule)
+                _codec.decode(data[place.begin : place.end], weight.count, weight.numel, dtype, weight.granule)
             except ValueError as error:
                 raise AdapterError(bad_code(path, name, error)) from error
+        check_checksums(file, header, data)
     return header
 
 
 def bad_code(path: str | os.PathLike[str], name: str, error: Exception) -> str:
     """The sentence for indices that do not decode."""
-    return f"{os.fspath(path)}: weight {name!r}: its indices do not decode: {error}"
+    return f"{os.fspath(path)}: weight {named(name)}: its indices do not decode: {error}"
 
 
 @dataclass(frozen=True)
@@ -465,8 +739,12 @@ def tensor_part(tensor: Tensor) -> Part:
     return Part(dtype, tuple(tensor.shape), tensor.nbytes, pieces)
 
 
-def write_safetensors(path: Path, parts: Mapping[str, Part], metadata: Mapping[str, str]) -> None:
+def write_safetensors(
+    path: Path, parts: Mapping[str, Part], metadata: Mapping[str, str], most: int = MAX_HEADER
+) -> None:
     """Write a safetensors file, tensor after tensor in the order given, each in memory only while it is written.
+
+    Refuses a header of more bytes than `most`, or that `opened` would not read for another reason.
 
     The bytes follow from the arguments alone. For aligned tensors give them by falling size of their entries.
     """
@@ -475,33 +753,46 @@ def write_safetensors(path: Path, parts: Mapping[str, Part], metadata: Mapping[s
     for name, part in parts.items():
         header[name] = {"dtype": part.dtype, "shape": list(part.shape), "data_offsets": [at, at + part.nbytes]}
         at += part.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = jsoned(header).encode()
     text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER:
-        raise AdapterError(f"{path.name}: a header of {len(text):,} bytes is more than safetensors reads")
+    if len(text) > most:
+        raise AdapterError(f"{path.name}: a header of {len(text):,} bytes is longer than the {most:,} that are read")
+    try:
+        _check_values(text)
+    except ValueError as error:
+        raise AdapterError(f"{path.name}: the header is too large: {error}") from error
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name, part in parts.items():
             written = sum(file.write(piece) for piece in part.pieces())
             if written != part.nbytes:
-                raise AdapterError(f"{path.name}: {name!r} must have {part.nbytes} bytes, got {written}")
+                raise AdapterError(f"{path.name}: {named(name)} must have {part.nbytes} bytes, got {written}")
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a fresh name in the folder of ``path``; on success the file written there takes its place, whole."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    """Yield a fresh name in the folder of ``path``; on success the file written there takes its place, whole.
+
+    A symbolic link stays one: what it points to is replaced. Whatever killed runs left there is cleaned first
+    (`sweep`). An error of the disk names the file.
+    """
+    target = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+    if target.exists():
+        check_regular(os.fspath(target))  # a device would be replaced too
+    sweep(target)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
     try:
         yield temporary
         _fsync(temporary, os.O_RDWR)
         os.replace(temporary, target)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # a full disk has no name
+            error.filename = os.fspath(target)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
-    if os.name == "posix":
-        # The new name is only safe once the folder is on disk too.
-        _fsync(target.parent, os.O_RDONLY)
+    sync_folder(target.parent)
 
 
 def _fsync(path: Path, flags: int) -> None:
@@ -510,3 +801,61 @@ def _fsync(path: Path, flags: int) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# What file systems answer that cannot do it, network shares above all; the rename has been done by then.
+_NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM, errno.EBADF}
+
+
+def sync_folder(folder: Path) -> None:
+    """Put a folder's new names on disk too, where the file system can."""
+    if os.name != "posix":
+        return
+    try:
+        _fsync(folder, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+
+
+_OLD = 24 * 3600  # seconds; a process on another machine that shares the folder may still write
+
+
+def sweep(target: Path) -> None:
+    """Delete what killed runs left beside ``target``: ``.NAME.PID.HEX.tmp`` and ``.old``, files and folders.
+
+    Only where the name is this target's, the process is gone and nothing was written for a day. An ``.old`` stays where
+    the target is missing: it may be all there is of it.
+    """
+    if os.name != "posix":
+        return
+    ours = re.compile(re.escape(f".{target.name}.") + r"(\d{1,9})\.[0-9a-f]{8}\.(tmp|old)")
+    try:
+        names = os.listdir(target.parent)
+    except OSError:
+        return
+    for name in names:
+        match = ours.fullmatch(name)
+        if match is None or _runs(int(match[1])) or (match[2] == "old" and not os.path.lexists(target)):
+            continue
+        path = target.with_name(name)
+        with suppress(OSError):
+            status = path.lstat()
+            if time.time() - status.st_mtime < _OLD:
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                import shutil
+
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True

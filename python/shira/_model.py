@@ -75,7 +75,7 @@ def memory(weight: Tensor) -> object:
 
 def some(names: Iterable[str], most: int = 6) -> str:
     """A few of the names, for a message."""
-    listed = list(names)
+    listed = [name if len(name) <= 300 else f"{name[:300]}..." for name in names]
     more = f", ... ({len(listed)} in all)" if len(listed) > most else ""
     return (", ".join(listed[:most]) + more) if listed else "none"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +16,7 @@ from torch import Tensor
 import shira_ops
 from shira import _file, _model
 from shira._checkpoint import Checkpoint, Source, misfits, open_checkpoint
-from shira._file import AdapterError
+from shira._file import AdapterError, named
 from shira.mask import index_dtype, refine, signed
 
 if TYPE_CHECKING:
@@ -29,6 +28,31 @@ __all__ = ["Adapter", "AdapterError", "Entry"]
 def dtype_name(dtype: torch.dtype) -> str:
     """torch's name of a dtype without ``torch.``."""
     return str(dtype).removeprefix("torch.")
+
+
+def check_finite(where: str, values: Tensor) -> None:
+    """Refuse values with NaN or infinity among them; `where` begins the sentence. Whole numbers are always finite."""
+    if not values.is_floating_point() or not values.numel():
+        return
+    values = values.detach()
+    if values.itemsize == 1:  # 8-bit floats have few operations of their own, and fit
+        values = values.to(torch.float32)
+    # Both ends are NaN if anything is: one pass, where isfinite takes three and memory of its own.
+    if all(map(math.isfinite, torch.stack(values.aminmax()).tolist())):
+        return
+    nan, infinite = int(values.isnan().sum()), int(values.isinf().sum())
+    found = " and ".join(f"{count:,} {what}" for count, what in ((nan, "NaN"), (infinite, "infinite")) if count)
+    raise AdapterError(
+        f"{where}: {nan + infinite:,} of its {values.numel():,} values are not finite ({found}); "
+        f"check_finite=False lets them through"
+    )
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor without what else lies in its memory, such as the mapped file that it is a part of."""
+    if tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.detach().clone()
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,14 +128,12 @@ class Entry:
             raise AdapterError(f"{where}: {error}") from error
 
     def check_finite(self, where: str) -> None:
-        """Refuse values that are NaN or infinite."""
-        if not self.values.is_floating_point():
-            return
-        values = self.values.detach()
-        values = values if dtype_name(values.dtype) in _file.ARITHMETIC else values.float()
-        nan, inf = int(values.isnan().sum()), int(values.isinf().sum())
-        if nan or inf:
-            raise AdapterError(f"{where}: its values hold {nan:,} NaN and {inf:,} inf; check_finite=False allows them")
+        """Refuse NaN and infinity among the values, with their numbers; `where` begins the sentence."""
+        check_finite(where, self.values)
+
+    # The values of a loaded adapter are views of its file, and a view is pickled with all that it is a view of.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "indices": _own(self.indices), "values": _own(self.values)}
 
 
 class Adapter:
@@ -125,7 +147,8 @@ class Adapter:
         alpha: the strength to use unless ``activate(alpha=)`` gives another.
         delta: whether values are added to the base; otherwise they replace it, which is exact.
         mask: what made the mask, in JSON's types (`Mask.describe`), or None.
-        provenance: anything worth keeping, in JSON's types: data, hyper-parameters, versions.
+        provenance: anything worth keeping, in JSON's types: data, hyper-parameters, versions. Both are kept as they
+            come back from a file: tuples as lists, keys as strings; NaN and infinity are refused.
         report: what making it left out, where it was made from something larger; not saved.
     """
 
@@ -139,18 +162,14 @@ class Adapter:
         provenance: Mapping[str, Any] | None = None,
         report: Report | None = None,
     ) -> None:
-        if not math.isfinite(alpha):
-            raise AdapterError(f"alpha must be finite, got {alpha}")
         for name, entry in weights.items():
-            if not name:
-                raise AdapterError("a weight's name must not be empty")
-            entry.check(f"weight {name!r}")
-        _file.check_aliases("", {name: entry.aliases for name, entry in weights.items()})
+            entry.check(f"weight {named(name)}")
+        _file.check_names("", {name: entry.aliases for name, entry in weights.items()})
         self.weights: Mapping[str, Entry] = MappingProxyType(dict(weights))
-        self.alpha = float(alpha)
+        self.alpha = _file.strength("alpha", alpha)
         self.delta = bool(delta)
-        self.mask = None if mask is None else dict(mask)
-        self.provenance = dict(provenance or {})
+        self.mask = None if mask is None else _file.json_object("mask", mask)
+        self.provenance = _file.json_object("provenance", provenance)
         self.report = report
 
     @property
@@ -171,6 +190,11 @@ class Adapter:
 
     def __len__(self) -> int:
         return len(self.weights)
+
+    def check_finite(self) -> None:
+        """Refuse NaN and infinity among the values: `AdapterError` names the weight and says how many."""
+        for name, entry in self.weights.items():
+            entry.check_finite(f"weight {named(name)}")
 
     # A mapping that cannot be written to cannot be pickled either.
     def __getstate__(self) -> dict[str, Any]:
@@ -202,10 +226,12 @@ class Adapter:
             raise FileNotFoundError(f"the folder {str(path.parent)!r} to write {path.name!r} into does not exist")
         parts: list[tuple[str, _file.Part]] = []
         weights: dict[str, Any] = {}
+        prints: list[tuple[int, int]] = []
         for name, entry in self.weights.items():
-            where = f"weight {name!r}"
+            where = f"weight {named(name)}"
             entry.check_indices(where)
             parts.append((f"{name}.values", _file.tensor_part(entry.values)))
+            code: Tensor | None = None
             if entry.whole:
                 kind = "whole"
             elif seeds and entry.seed is not None:
@@ -225,8 +251,10 @@ class Adapter:
                 "indices": kind,
                 "seed": _file.hex_word(entry.seed),
                 "fingerprint": _file.hex_word(entry.fingerprint),
-                "aliases": list(entry.aliases),
+                **({"aliases": list(entry.aliases)} if entry.aliases else {}),
             }
+            values = entry.values.detach().cpu().contiguous()
+            prints.append((_fingerprint(values), 0 if code is None else _fingerprint(code)))
         about = {
             "alpha": self.alpha,
             "delta": self.delta,
@@ -234,35 +262,38 @@ class Adapter:
             "density": self.density,
             "provenance": self.provenance,
         }
-        try:
-            metadata = {
-                "format": "pt",
-                _file.VERSION_KEY: str(_file.VERSION),
-                _file.ADAPTER_KEY: _json(about),
-                _file.WEIGHTS_KEY: _json(weights),
-            }
-        except (TypeError, ValueError) as error:
-            raise AdapterError(f"mask and provenance must be made of JSON's types: {error}") from error
+        metadata = {
+            "format": "pt",
+            _file.VERSION_KEY: str(_file.VERSION),
+            _file.ADAPTER_KEY: _file.jsoned(about),
+            _file.WEIGHTS_KEY: _file.jsoned(weights),
+        }
+        metadata[_file.CHECKSUMS_KEY] = _file.checksums(metadata, prints)
         # Large entries first, so that every tensor lies at a multiple of its own; else in the adapter's order.
         parts.sort(key=lambda one: -_file.ITEM_BYTES[one[1].dtype])
         with _file.replacing(path) as temporary:
-            _file.write_safetensors(temporary, dict(parts), metadata)
+            _file.write_safetensors(temporary, dict(parts), metadata, _file.MAX_ADAPTER_HEADER)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Adapter:
+    def load(cls, path: str | os.PathLike[str], *, checksums: bool = True) -> Adapter:
         """Read a file: map it, check all of it, execute nothing.
 
-        The values stay in the mapped file, so loading costs the decoding of the indices. Raises `AdapterError` with the
-        file, the weight and what is wrong.
+        The values stay in the mapped file. Nothing that is done to them reaches it, and it may be replaced at any time
+        (as `save` does); it must not be shortened in place, for the system ends a process that reads what is gone.
+
+        Args:
+            path: the file; it is opened once.
+            checksums: compare the values and indices with the checksums that were written beside them, so that a
+                damaged file is refused. False leaves the values unread until they are used.
+
+        Raises `AdapterError` with the file, the weight and what is wrong.
         """
-        header, places = _file.read_adapter(path)
-        size = max((place.end for place in places.values()), default=0)
-        # Private: nothing that is done to it reaches the file.
-        mapped = torch.from_file(os.fspath(path), shared=False, size=size, dtype=torch.uint8)
+        with _file.opened_adapter(path) as (header, file):
+            mapped = file.map()
 
         def read(name: str, dtype: torch.dtype) -> Tensor:
-            place = places[name]
-            raw = mapped[place.begin : place.end]
+            place = file.places[name]
+            raw = torch.from_numpy(mapped[place.begin : place.end])
             # Other writers may not align tensors in the file; ops need whole entries at whole addresses.
             return (raw.clone() if place.begin % dtype.itemsize else raw).view(dtype)
 
@@ -295,6 +326,8 @@ class Adapter:
                 weight.aliases,
                 checked=True,
             )
+        if checksums:
+            _file.check_checksums(file, header, mapped)
         return cls(entries, alpha=header.alpha, delta=header.delta, mask=header.mask, provenance=header.provenance)
 
     @classmethod
@@ -487,11 +520,55 @@ class Adapter:
         entries = {}
         for name, entry, weight in _on_base(self, base):
             if dtype_name(entry.dtype) not in _file.ARITHMETIC:
-                raise AdapterError(f"weight {name!r}: {dtype_name(entry.dtype)} entries have no deltas in float32")
+                raise AdapterError(f"weight {named(name)}: {dtype_name(entry.dtype)} entries have no deltas in float32")
             compute = torch.float64 if entry.dtype == torch.float64 else torch.float32
             old = shira_ops.gather(weight, entry.indices.cpu(), granule=entry.granule).to(compute)
             entries[name] = replace(entry, values=entry.values.detach().cpu().to(compute) - old, checked=True)
         return Adapter(entries, alpha=self.alpha, delta=True, mask=self.mask, provenance=self.provenance)
+
+    def to(self, dtype: torch.dtype | None, base: Source | None = None) -> Adapter:
+        """The same adapter for the model in another dtype: trained in float32, say, and used on it in bfloat16.
+
+        New entries are rounded as ``model.to(dtype)`` rounds weights: at alpha 1 the adapter on the model that was cast
+        is the tuned model, cast, bit for bit. Values to be added (a delta) stay in float32, or float64 for float64
+        weights, and are rounded once, when they are put on. Whole numbers stay as they are.
+
+        A cast weight has other bits, so its fingerprint goes, and with it the refusal of a wrong base, unless ``base``
+        is given. Whether that is the right one cannot be told from content: only names, shapes and dtypes can. What
+        was cast is told in the provenance, under ``"casts"``.
+
+        Args:
+            dtype: the floating-point dtype of the model's weights; None: what each weight of ``base`` has.
+            base: the model to use it on, as in `from_difference`; the result is for this one alone.
+
+        Raises `AdapterError` for a dtype or a base that does not fit, for 8-bit floats (their numbers depend on scales
+        that lie elsewhere) and for values beyond what the dtype can hold.
+        """
+        if dtype is None and base is None:
+            raise AdapterError("to: give a dtype, or a base whose dtypes to take")
+        if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype_name(dtype) not in _file.ARITHMETIC):
+            raise AdapterError(f"to: dtype must be one of {', '.join(_file.ARITHMETIC)}, got {_file.shown(dtype)}")
+        source = None if base is None else open_checkpoint(base, "base")
+        entries, wanted = {}, {}
+        for name, entry in self.weights.items():
+            stored = None if source is None else source.find((name, *entry.aliases))
+            own = getattr(torch, stored.dtype) if stored and stored.dtype in _file.ARITHMETIC else entry.dtype
+            cast = _cast(f"to: weight {named(name)}", entry, dtype or own, self.delta)
+            # A parameter that is replaced as a whole, such as a new head, needs nothing of the base.
+            new = entry.whole and not self.delta
+            if stored is not None or not new:
+                wanted[name] = replace(cast, fingerprint=None) if new else cast
+            entries[name] = cast if stored is None else replace(cast, fingerprint=_file.fingerprint(stored.bytes()))
+        if source is not None:
+            _refuse_misfits("to: the adapter does not fit this base", wanted, source)
+        was = {dtype_name(old.dtype) for name, old in self.weights.items() if entries[name].dtype != old.dtype}
+        now = {dtype_name(new.dtype) for name, new in entries.items() if self.weights[name].dtype != new.dtype}
+        provenance = self.provenance
+        if was:
+            casts = provenance.get("casts")
+            told = {"from": sorted(was), "to": sorted(now), "fingerprints": "dropped" if source is None else "new"}
+            provenance = {**provenance, "casts": [*(casts if isinstance(casts, list) else []), told]}
+        return Adapter(entries, alpha=self.alpha, delta=self.delta, mask=self.mask, provenance=provenance)
 
     @classmethod
     def fuse(
@@ -501,6 +578,7 @@ class Adapter:
         *,
         alpha: float = 1.0,
         provenance: Mapping[str, Any] | None = None,
+        check_finite: bool = True,
     ) -> Adapter:
         """Several adapters with their strengths as one adapter of new entries, for one base.
 
@@ -512,38 +590,71 @@ class Adapter:
             adapters: pairs of an adapter and its strength, summed in this order.
             base: the checkpoint they were made for, as in `from_difference`. Another base is refused with
                 `AdapterError`.
+            alpha, provenance: as in `Adapter`.
+            check_finite: refuse NaN and infinity in the adapters and in what comes out.
         """
-        given = list(adapters)
+        given = [
+            (adapter, _file.strength(f"fuse: the strength of adapter {number}", strength))
+            for number, (adapter, strength) in enumerate(adapters, 1)
+        ]
         source = open_checkpoint(base, "base")
         found: dict[str, list[tuple[Adapter, float, Entry]]] = {}
         weights: dict[str, Tensor] = {}
-        for adapter, strength in given:
+        for number, (adapter, strength) in enumerate(given, 1):
             for name, entry, weight in _on_base(adapter, source):
+                if check_finite:
+                    entry.check_finite(f"fuse: weight {named(name)} of adapter {number}")
                 stored = source.find((name, *entry.aliases))
                 assert stored is not None
                 found.setdefault(stored.name, []).append((adapter, strength, entry))
                 weights[stored.name] = weight
         entries = {name: _fused(weights[name], parts) for name, parts in found.items()}
+        if check_finite:
+            for name, entry in entries.items():
+                entry.check_finite(f"fuse: weight {named(name)}, fused")
         return cls(entries, alpha=alpha, provenance=provenance)
 
 
 def _on_base(adapter: Adapter, base: Source | Checkpoint) -> Iterator[tuple[str, Entry, Tensor]]:
     """Each weight with the base's, flat and on the CPU; refuses a base it was not made for."""
     source = base if isinstance(base, Checkpoint) else open_checkpoint(base, "base")
+    _refuse_misfits("the adapter was not made for this base", adapter.weights, source)
+    for name, entry in adapter.weights.items():
+        entry.check_indices(f"weight {named(name)}")
+        stored = source.find((name, *entry.aliases))
+        assert stored is not None
+        yield name, entry, stored.tensor()
+
+
+def _refuse_misfits(sentence: str, weights: Mapping[str, Entry], source: Checkpoint) -> None:
     problems = misfits(
         {
             name: (entry.shape, dtype_name(entry.dtype), entry.fingerprint, entry.aliases)
-            for name, entry in adapter.weights.items()
+            for name, entry in weights.items()
         },
         source,
     )
     if problems:
-        raise AdapterError(f"the adapter was not made for this base: {_model.some(problems)}")
-    for name, entry in adapter.weights.items():
-        entry.check_indices(f"weight {name!r}")
-        stored = source.find((name, *entry.aliases))
-        assert stored is not None
-        yield name, entry, stored.tensor()
+        raise AdapterError(f"{sentence}: {_model.some(problems)}")
+
+
+def _cast(where: str, entry: Entry, dtype: torch.dtype, delta: bool) -> Entry:
+    """An entry for its weight in another dtype; the fingerprint is of the weight before, so it goes."""
+    if dtype == entry.dtype or not entry.dtype.is_floating_point:
+        return entry
+    if dtype_name(entry.dtype) not in _file.ARITHMETIC:
+        raise AdapterError(f"{where}: {dtype_name(entry.dtype)} entries depend on scales, so they cannot be cast")
+    values = entry.values.detach()
+    if not delta:
+        cast = values.to(dtype)
+    elif values.dtype in (dtype, torch.float32):
+        cast = values
+    else:
+        cast = values.to(torch.float32)
+    beyond = int((cast.isinf() & ~values.isinf()).sum())
+    if beyond:
+        raise AdapterError(f"{where}: {beyond:,} of its values are beyond {dtype_name(cast.dtype)}")
+    return replace(entry, values=cast, dtype=dtype, fingerprint=None)
 
 
 def _fused(weight: Tensor, parts: list[tuple[Adapter, float, Entry]]) -> Entry:
@@ -557,9 +668,9 @@ def _fused(weight: Tensor, parts: list[tuple[Adapter, float, Entry]]) -> Entry:
     # The base's entries of the union side by side, as a weight of their own: nothing else of it is needed.
     entries = shira_ops.gather(weight, indices, granule=granule)
     values = [entry.values.detach().cpu() for _, _, entry in parts]
-    if len({value.dtype for value in values}) > 1:
-        values = [value.to(torch.float32) for value in values]  # exact: narrow ones fit
     compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    if len({value.dtype for value in values}) > 1:
+        values = [value.to(compute) for value in values]  # exact: narrow ones fit
     shira_ops.fuse_(
         entries,
         torch.empty_like(entries),
@@ -573,7 +684,7 @@ def _fused(weight: Tensor, parts: list[tuple[Adapter, float, Entry]]) -> Entry:
     )
     aliases = dict.fromkeys(name for _, _, entry in parts for name in entry.aliases)
     known = [entry.fingerprint for _, _, entry in parts if entry.fingerprint is not None]
-    fingerprint = known[0] if known else int(shira_ops.fingerprint(weight)) & (2**64 - 1)
+    fingerprint = known[0] if known else _fingerprint(weight)
     whole = indices.numel() * granule == weight.numel()
     return Entry(
         torch.zeros(1, dtype=torch.int32) if whole else indices,
@@ -588,8 +699,8 @@ def _fused(weight: Tensor, parts: list[tuple[Adapter, float, Entry]]) -> Entry:
     )
 
 
-def _json(value: object) -> str:
-    return json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
+def _fingerprint(tensor: Tensor) -> int:
+    return int(shira_ops.fingerprint(tensor)) & (2**64 - 1)
 
 
 def _drawn(numel: int, count: int, seed: int, granule: int) -> Tensor:

@@ -72,6 +72,11 @@ def locate(where: str, *, filename: str, revision: str | None, token: str | bool
     return download(where, filename, revision=revision, token=token)
 
 
+def _cell(text: str) -> str:
+    """A table's cell: one line, with no bar that ends it."""
+    return " ".join(text.split()).replace("|", r"\|")
+
+
 def card(adapter: Adapter, repo: str, base_model: str | None) -> str:
     """The model card: what it is for, what it changes, how to load it."""
     front = ["---", "library_name: shira-ops", "tags:", "- shira", "- sparse-adapter"]
@@ -88,17 +93,19 @@ def card(adapter: Adapter, repo: str, base_model: str | None) -> str:
         ("strength", f"{adapter.alpha:g}"),
         ("mask", f"`{json.dumps(adapter.mask)}`" if adapter.mask else "not stated"),
     ]
-    table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]
+    table = ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows)]
     if adapter.provenance:
         provenance = ["", "## Provenance", "", "```json", json.dumps(adapter.provenance, indent=2), "```"]
     else:
         provenance = []
+    known = all(entry.fingerprint is not None for entry in adapter.weights.values())
+    told = "refused on another base" if known else "for its base alone: another one cannot be told"
     usage = [
         "```python",
         "import shira",
         "",
         "switcher = shira.Switcher(model)  # the base model, loaded as usual",
-        f'switcher.add("this", shira.Adapter.from_pretrained({json.dumps(repo)}))  # refused on another base',
+        f'switcher.add("this", shira.Adapter.from_pretrained({json.dumps(repo)}))  # {told}',
         'switcher.activate("this")',
         "switcher.deactivate()  # the base is back, bit for bit",
         "```",

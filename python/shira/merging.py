@@ -1,6 +1,6 @@
-"""Merging adapters so that they disturb each other less: TIES and DARE.
+"""Merging adapters so that they disturb each other less: TIES, DARE and magnitude pruning.
 
-A plain sum of adapters is what ``Switcher.activate({"a": 0.7, "b": 0.5})`` gives. These two make a new adapter out of
+A plain sum of adapters is what ``Switcher.activate({"a": 0.7, "b": 0.5})`` gives. These make a new adapter out of
 several, once; it adds to the base (a delta) and then switches and mixes like any other::
 
     merged = shira.merging.ties([style, edges], model, density=0.5)
@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +26,17 @@ from torch import Tensor
 
 import shira_ops
 from shira._checkpoint import Source
+from shira._file import named, shown, strength
 from shira.adapter import Adapter, Entry
 from shira.mask import fnv1a64, refine, splitmix64
 
-__all__ = ["dare", "ties"]
+__all__ = ["dare", "magnitude_prune", "ties"]
 
 _WORD = 2**64 - 1
+
+Style: TypeAlias = Literal["paper", "peft"]
+# What the adapters' values (0 where one has none) and their weights merge to.
+Merge: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 def ties(
@@ -39,7 +45,9 @@ def ties(
     weights: Sequence[float] | None = None,
     *,
     density: float = 0.2,
+    style: Style = "paper",
     alpha: float = 1.0,
+    check_finite: bool = True,
 ) -> Adapter:
     """TIES-Merging (Yadav et al., arXiv 2306.01708, algorithm 1): trim, elect signs, merge what agrees.
 
@@ -50,6 +58,15 @@ def ties(
        (``gamma = 0``) stays the base's.
 
     The paper has ``w_t = 1``, and counts ``density`` in all entries of dense task vectors; an adapter's are its own.
+    ``style="peft"`` is the formula of PEFT's ``combination_type="ties"``, which differs where it matters:
+
+    ======== ================================================== =================================================
+    step     "paper"                                            "peft"
+    ======== ================================================== =================================================
+    trim     over all weights together                          each weight by itself, ``int(density * nnz)``
+    elect    weighted: a negative weight takes an adapter away  unweighted: weights have no say in the sign
+    cancel   stays the base's                                   counts as positive
+    ======== ================================================== =================================================
 
     Args:
         adapters: at least one; those of new values become deltas first (`Adapter.to_delta`).
@@ -57,16 +74,19 @@ def ties(
             refused.
         weights: ``w_t``, each adapter's own alpha unless given.
         density: share that trimming keeps, in (0, 1].
+        style: ``"paper"`` or ``"peft"``.
         alpha: the merged adapter's strength, the paper's lambda.
+        check_finite: refuse NaN and infinity in the adapters and in what comes out.
 
     Returns a delta adapter with fp32 values (fp64 for fp64 weights). Raises `AdapterError` if an adapter does not fit
-    the base, and `ValueError` for numbers out of range.
+    the base or is not finite, and `ValueError` for numbers out of range.
     """
-    if not 0 < density <= 1:
-        raise ValueError(f"ties: density must be above 0 and at most 1, got {density!r}")
-    deltas, factors = _deltas("ties", adapters, base, weights)
-    trimmed = [_trimmed(delta, density) for delta in deltas]
-    return _merged(trimmed, factors, _agreeing, alpha, {"method": "ties", "density": density, "weights": factors})
+    _check_density("ties", density)
+    _check_style("ties", style)
+    deltas, factors = _deltas("ties", adapters, base, weights, check_finite)
+    trimmed = [_trimmed(delta, density, alone=style == "peft") for delta in deltas]
+    about = {"method": "ties", "density": float(density), "style": style, "weights": factors}
+    return _merged("ties", trimmed, factors, _AGREEING[style], alpha, about, check_finite)
 
 
 def dare(
@@ -77,12 +97,15 @@ def dare(
     drop: float = 0.9,
     seed: int = 0,
     elect: bool = False,
+    style: Style = "paper",
     alpha: float = 1.0,
+    check_finite: bool = True,
 ) -> Adapter:
     """DARE (Yu et al., arXiv 2311.03099, equations 1 to 3): drop entries at random, rescale the rest, add.
 
     ``m_t ~ Bernoulli(drop)`` for each entry; ``tau_t = (1 - m_t) * tau_t / (1 - drop)``; ``tau = sum_t w_t tau_t``.
-    With ``elect`` the sum is TIES's: elected signs and the mean of what agrees.
+    With ``elect`` the sum is TIES's: elected signs and the mean of what agrees. PEFT calls these ``"dare_linear"`` and
+    ``"dare_ties"``, and its ``density`` is ``1 - drop``.
 
     Which entries drop follows from `seed`, the adapter's place in the list, the weight's name and the entry alone: the
     same on every machine.
@@ -90,37 +113,87 @@ def dare(
     Args:
         drop: the probability with which an entry is dropped, in [0, 1).
         seed: a number that stands for the draw.
-        adapters, base, weights, alpha: as in `ties`.
+        style: how ``elect`` elects, as in `ties`; without it both styles are the same.
+        adapters, base, weights, alpha, check_finite: as in `ties`.
     """
     if not 0 <= drop < 1:
-        raise ValueError(f"dare: drop must be at least 0 and below 1, got {drop!r}")
-    deltas, factors = _deltas("dare", adapters, base, weights)
+        raise ValueError(f"dare: drop must be at least 0 and below 1, got {shown(drop)}")
+    _check_style("dare", style)
+    deltas, factors = _deltas("dare", adapters, base, weights, check_finite)
     kept = [_dropped(delta, drop, seed, number) for number, delta in enumerate(deltas)]
-    about = {"method": "dare", "drop": drop, "seed": seed, "elect": elect, "weights": factors}
-    return _merged(kept, factors, _agreeing if elect else _sum, alpha, about)
+    about = {"method": "dare", "drop": float(drop), "seed": int(seed), "elect": bool(elect), "weights": factors}
+    if elect:
+        about["style"] = style
+    return _merged("dare", kept, factors, _AGREEING[style] if elect else _total, alpha, about, check_finite)
+
+
+def magnitude_prune(
+    adapters: Sequence[Adapter],
+    base: Source,
+    weights: Sequence[float] | None = None,
+    *,
+    density: float = 0.2,
+    alpha: float = 1.0,
+    check_finite: bool = True,
+) -> Adapter:
+    """Magnitude pruning, PEFT's ``"magnitude_prune"``: of each adapter's entries of each weight the largest, added.
+
+    ``int(density * nnz)`` of a weight's entries stay, those with the largest magnitude (ties to the first in order);
+    that may be none. ``tau = sum_t w_t tau_t``.
+
+    Args:
+        density: share that stays, in (0, 1].
+        adapters, base, weights, alpha, check_finite: as in `ties`.
+    """
+    _check_density("magnitude_prune", density)
+    deltas, factors = _deltas("magnitude_prune", adapters, base, weights, check_finite)
+    pruned = [_trimmed(delta, density, alone=True) for delta in deltas]
+    about = {"method": "magnitude_prune", "density": float(density), "weights": factors}
+    return _merged("magnitude_prune", pruned, factors, _total, alpha, about, check_finite)
+
+
+def _check_density(name: str, density: float) -> None:
+    if not 0 < density <= 1:
+        raise ValueError(f"{name}: density must be above 0 and at most 1, got {shown(density)}")
+
+
+def _check_style(name: str, style: str) -> None:
+    if style not in _AGREEING:
+        raise ValueError(f"{name}: style must be {' or '.join(map(repr, _AGREEING))}, got {shown(style)}")
 
 
 def _deltas(
-    name: str, adapters: Sequence[Adapter], base: Source, weights: Sequence[float] | None
+    name: str, adapters: Sequence[Adapter], base: Source, weights: Sequence[float] | None, check_finite: bool
 ) -> tuple[list[Adapter], list[float]]:
     if not adapters:
         raise ValueError(f"{name}: give at least one adapter")
-    factors = [adapter.alpha for adapter in adapters] if weights is None else [float(weight) for weight in weights]
-    if len(factors) != len(adapters) or not all(map(math.isfinite, factors)):
-        raise ValueError(f"{name}: weights must be {len(adapters)} finite numbers, one for each adapter, got {weights}")
-    return [adapter.to_delta(base) for adapter in adapters], factors
+    given = [adapter.alpha for adapter in adapters] if weights is None else list(weights)
+    if len(given) != len(adapters):
+        raise ValueError(f"{name}: weights must be {len(adapters)} numbers, one for each adapter, got {shown(given)}")
+    factors = [strength(f"{name}: the weight of adapter {number}", one) for number, one in enumerate(given, 1)]
+    deltas = [adapter.to_delta(base) for adapter in adapters]
+    if check_finite:
+        for number, delta in enumerate(deltas, 1):
+            for key, entry in delta.weights.items():
+                entry.check_finite(f"{name}: weight {named(key)} of adapter {number}")
+    return deltas, factors
 
 
-def _trimmed(delta: Adapter, density: float) -> Adapter:
-    """The entries of the largest magnitude; the others are zero."""
+def _trimmed(delta: Adapter, density: float, *, alone: bool) -> Adapter:
+    """The entries of the largest magnitude, of all weights together or of each `alone`; the others are zero."""
     values = [entry.values.detach().cpu() for entry in delta.weights.values()]
-    sizes = torch.cat([value.abs().to(torch.float64) for value in values])
-    # A stable sort: among equals, the first stay.
-    order = torch.argsort(sizes, descending=True, stable=True)[: max(1, round(density * len(sizes)))]
-    keep = torch.zeros(len(sizes), dtype=torch.bool)
-    keep[order] = True
-    kept = [value.where(mask, 0) for value, mask in zip(values, keep.split(list(map(len, values))), strict=True)]
-    return _with_values(delta, kept)
+    if alone:
+        return _with_values(delta, [value.where(_largest(value, int(density * len(value))), 0) for value in values])
+    sizes = torch.cat([value.to(torch.float64) for value in values])
+    keep = _largest(sizes, max(1, round(density * len(sizes)))).split(list(map(len, values)))
+    return _with_values(delta, [value.where(mask, 0) for value, mask in zip(values, keep, strict=True)])
+
+
+def _largest(values: Tensor, count: int) -> Tensor:
+    """Which are the largest by magnitude; among equals, the first."""
+    keep = torch.zeros(len(values), dtype=torch.bool)
+    keep[torch.argsort(values.abs(), descending=True, stable=True)[:count]] = True
+    return keep
 
 
 def _dropped(delta: Adapter, drop: float, seed: int, number: int) -> Adapter:
@@ -154,19 +227,21 @@ class _Meeting:
     name: str
     parts: list[tuple[float, Entry]]
 
-    def rows(self) -> tuple[int, Tensor, Tensor]:
-        """The common granule, the union of the indices, and a row of values for each adapter, 0 where it has none."""
+    def rows(self) -> tuple[int, Tensor, Tensor, Tensor]:
+        """The common granule, the union of the indices, a row of values for each adapter, 0 where it has none, and the
+        adapters' weights."""
         granule = math.gcd(*(entry.granule for _, entry in self.parts))
         lists = [refine(entry.indices.cpu(), entry.granule, granule, entry.numel) for _, entry in self.parts]
         indices, offsets, sources = shira_ops.fuse_plan(lists, granule=granule)
         union = torch.arange(indices.numel()).repeat_interleave(offsets.diff().to(torch.int64))
         dtype = torch.float64 if self.parts[0][1].dtype == torch.float64 else torch.float32
         rows = torch.zeros(len(self.parts), indices.numel(), granule, dtype=dtype)
-        for number, (factor, entry) in enumerate(self.parts):
+        for number, (_, entry) in enumerate(self.parts):
             mine = sources >> 48 == number
             values = entry.values.detach().cpu().to(dtype).view(-1, granule)
-            rows[number, union[mine]] = values[sources[mine] & (2**48 - 1)] * factor
-        return granule, indices, rows
+            rows[number, union[mine]] = values[sources[mine] & (2**48 - 1)]
+        factors = torch.tensor([factor for factor, _ in self.parts], dtype=dtype).view(-1, 1, 1)
+        return granule, indices, rows, factors
 
 
 def _sum(rows: Tensor) -> Tensor:
@@ -176,18 +251,36 @@ def _sum(rows: Tensor) -> Tensor:
     return total
 
 
-def _agreeing(rows: Tensor) -> Tensor:
+def _total(rows: Tensor, factors: Tensor) -> Tensor:
+    return _sum(rows * factors)
+
+
+def _agreeing(rows: Tensor, factors: Tensor) -> Tensor:
     """The mean of what has the elected sign."""
-    agrees = rows.sign() == _sum(rows).sign()
+    rows = rows * factors
+    return _mean(rows, rows.sign() == _sum(rows).sign())
+
+
+def _agreeing_unweighted(rows: Tensor, factors: Tensor) -> Tensor:
+    """PEFT's: weights have no say in the election, and a draw goes to the positive."""
+    return _mean(rows * factors, rows.sign() == torch.where(_sum(rows) >= 0, 1, -1))
+
+
+def _mean(rows: Tensor, agrees: Tensor) -> Tensor:
     return _sum(rows.where(agrees, 0)) / agrees.sum(0).clamp_(min=1)
 
 
+_AGREEING: dict[str, Merge] = {"paper": _agreeing, "peft": _agreeing_unweighted}
+
+
 def _merged(
+    method: str,
     deltas: Sequence[Adapter],
     factors: Sequence[float],
-    merge: Callable[[Tensor], Tensor],
+    merge: Merge,
     alpha: float,
     about: Mapping[str, object],
+    check_finite: bool,
 ) -> Adapter:
     meetings: list[_Meeting] = []
     under: dict[str, _Meeting] = {}  # by every name a tied weight has
@@ -202,8 +295,8 @@ def _merged(
             meeting.parts.append((factor, entry))
     entries: dict[str, Entry] = {}
     for meeting in meetings:
-        granule, indices, rows = meeting.rows()
-        values = merge(rows)
+        granule, indices, rows, weights = meeting.rows()
+        values = merge(rows, weights)
         changes = (values != 0).any(1)  # NaN counts
         first = meeting.parts[0][1]
         aliases = dict.fromkeys(name for name, one in under.items() if one is meeting and name != meeting.name)
@@ -219,4 +312,6 @@ def _merged(
                 tuple(aliases),
                 checked=True,
             )
+            if check_finite:
+                entries[meeting.name].check_finite(f"{method}: weight {named(meeting.name)}, merged")
     return Adapter(entries, alpha=alpha, delta=True, provenance={"merge": dict(about)})

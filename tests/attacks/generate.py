@@ -120,6 +120,10 @@ def _put(at: int, data: bytes) -> Callable[[bytearray], None]:
     return apply
 
 
+def _deep(levels: int) -> Any:
+    return {"a": _deep(levels - 1)} if levels else 1
+
+
 def _rename(file: File) -> None:
     file.header["b.weight.values"] = file.header.pop("a.weight.values")
 
@@ -165,11 +169,31 @@ CHANGES: dict[str, tuple[Callable[[File], None], str]] = {
     "tensor_renamed": (_rename, "'a.weight.values' is missing"),
     "tensor_extra": (_extra, "belong to no weight"),
     "alpha_text": (_about(alpha="1"), "alpha must be a finite number"),
-    "alpha_infinite": (_about(alpha=float("inf")), "alpha must be a finite number"),
+    "alpha_infinite": (_about(alpha=float("inf")), "Infinity is no JSON"),
+    "alpha_beyond_float32": (_about(alpha=1e308), "alpha must be a finite number (of float32), got 1e+308"),
+    "alpha_true": (_about(alpha=True), "alpha must be a finite number (of float32), got True"),
     "alpha_beyond_floats": (_about(alpha=10**400), "alpha must be a finite number"),
     "delta_number": (_about(delta=1), "delta must be true or false"),
     "mask_list": (_about(mask=[1]), "mask must be a JSON object"),
     "provenance_list": (_about(provenance=[1]), "provenance must be a JSON object"),
+    "provenance_nan": (_about(provenance={"loss": float("nan")}), "NaN is no JSON"),
+    "provenance_infinite": (_about(provenance={"a": [{"b": -float("inf")}]}), "-Infinity is no JSON"),
+    "provenance_surrogate": (_about(provenance={"data": "\ud800"}), "surrogates not allowed"),
+    "provenance_deep": (_about(provenance=_deep(65)), "provenance must be nested at most 64 deep"),
+    "mask_surrogate": (_about(mask={"\udfff": 1}), "surrogates not allowed"),
+    "mask_deep": (_about(mask=_deep(65)), "mask must be nested at most 64 deep"),
+    "alias_surrogate": (_weight(aliases=["\ud800"]), "surrogates not allowed"),
+    "alias_empty": (_weight(aliases=[""]), "aliases must be a list of names"),
+    "weight_of_a_long_name": (lambda f: f.weights.update({"x" * 200_000: 3}), "(200,000 characters): its metadata"),
+    "tensor_of_a_long_name": (lambda f: f.header.update({"x" * 200_000: 3}), "(200,000 characters) must have dtype"),
+    "granule_of_many_digits": (_weight(granule=10**4000), "got an int of 13,288 bits"),
+    "count_of_many_digits": (_weight(count=10**4000), "got an int of 13,288 bits"),
+    "shape_of_many_digits": (_weight(shape=[0, 10**4000]), "shape must be a list of sizes"),
+    "shape_of_large_sizes": (_weight(shape=[2**62] * 64), "has more than 2^62 entries"),
+    "tensor_of_many_sizes": (lambda f: f.header["a.weight.values"].update(shape=[3] * 50_000), "at most 64 sizes"),
+    "tensor_of_large_sizes": (lambda f: f.header["a.weight.values"].update(shape=[2**62] * 64), "more than 2^63"),
+    "checksums_of_another": (lambda f: f.metadata.update({"shira.checksums": "0" * 48}), "metadata is not as it was"),
+    "checksums_no_hex": (lambda f: f.metadata.update({"shira.checksums": "no"}), "metadata is not as it was"),
     "tensors_overlap": (_offsets("a.weight.values", 0, 600), "no whole safetensors file"),
     "tensors_apart": (_offsets("a.weight.values", 24, 624), "no whole safetensors file"),
     "tensor_past_the_end": (_offsets("a.weight.indices", 616, 2**40), "no whole safetensors file"),
@@ -218,6 +242,12 @@ def _raw() -> dict[str, tuple[bytes, str]]:
         "weights_nested": (headed(nested), "cannot be read"),
         "weights_list": (headed(no_object), "JSON object"),
         "metadata_of_numbers": (headed({"a": 1}), no_file),
+        "metadata_surrogate": (headed({"a": "\ud800"}), "surrogates not allowed"),
+        "number_beyond_floats": (
+            headed({**metadata, "shira.adapter": '{"alpha": 1e999}'}),
+            "'1e999' is no finite number",
+        ),
+        "number_of_many_digits": (headed({**metadata, "shira.adapter": "9" * 5000}), "cannot be read"),
         "pickle": (pickle.dumps({"weight": [1, 2, 3], "system": "echo"}), no_file),
         "zip_of_torch": (b"PK\x03\x04" + bytes(200), no_file),
         "zeros": (bytes(4096), no_file),
