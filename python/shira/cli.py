@@ -331,7 +331,7 @@ def convert(
         if density is not None or granule != 1:
             raise ValueError("--density and --granule are for a LoRA, and this is an adapter file")
         adapter = Adapter.load(source)
-        adapter.to_peft(out, base, base_model=base_model)
+        adapter.to_peft(out, base, base_model=base_model, overwrite=overwrite)
     _wrote(out, adapter, as_json)
 
 
