@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -531,7 +534,7 @@ def test_what_says_what_the_base_says_is_no_change(tmp_path: Path) -> None:
         ({"lora_bias": True, "target_modules": ["layers.0.q_proj"]}, "this one has lora_bias"),
     ],
 )  # fmt: skip
-@pytest.mark.filterwarnings("ignore:Adapter .default.: 1 LoRA tensor")
+@pytest.mark.filterwarnings("ignore:Adapter .default.. 1 LoRA tensor")
 def test_what_is_more_than_a_lora_on_linear_layers(tmp_path: Path, options: dict[str, Any], says: str) -> None:
     with pytest.raises(AdapterError, match=says):
         Adapter.from_peft(lora_folder(tmp_path, **options), made(Model), density=1.0)
@@ -544,3 +547,233 @@ def test_a_lora_on_a_convolution_is_refused(tmp_path: Path) -> None:
     trained(build, peft.LoraConfig(r=2, target_modules=["0"]), tmp_path)
     with pytest.raises(AdapterError, match=r"'0\.weight' must be a float matrix in the base, got shape \[8, 4, 3, 3\]"):
         Adapter.from_peft(tmp_path, made(build), density=1.0)
+
+
+# ---- folders from strangers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"alpha_pattern": ["v_proj"]}, r"alpha_pattern must map patterns to numbers, got \['v_proj'\]"),
+        ({"alpha_pattern": {"v_proj(": 3}}, r"alpha_pattern's 'v_proj\(' cannot be used: a \( has no \)"),
+        ({"alpha_pattern": {"v_proj": "much"}}, "lora_alpha must be a finite number .*, got 'much'"),
+        ({"lora_alpha": 10**400}, "lora_alpha must be a finite number .*, got an int of 1329 bits"),
+        ({"lora_alpha": 1e40}, "lora_alpha must be a finite number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number"),
+        ({"lora_alpha": 1e38}, r"its B @ A is not finite"),
+    ],
+)  # fmt: skip
+def test_settings_of_strangers(tmp_path: Path, settings: dict[str, Any], says: str) -> None:
+    folder = lora_folder(tmp_path)
+    rewritten(folder, lambda tensors, prefix: tensors[prefix + "lora_B.weight"].fill_(100.0))
+    with pytest.raises(AdapterError, match=says):
+        Adapter.from_peft(changed(folder, **settings), made(Model), density=1.0)
+
+
+def test_a_regex_that_explodes_is_no_trouble(tmp_path: Path) -> None:
+    folder = changed(lora_folder(tmp_path), alpha_pattern={r"(.*)*(.*)*x|(\w+)+\d": 9}, target_modules="(a|a)*" * 99)
+    assert len(Adapter.from_peft(folder, made(Model), density=1.0)) == 1
+
+
+FACTORS: dict[str, tuple[Callable[[Any, str], Any], str]] = {
+    "rank 0": (
+        lambda t, p: t.update({p + "lora_A.weight": torch.zeros(0, 16), p + "lora_B.weight": torch.zeros(32, 0)}),
+        r"must be float matrices that multiply, got \[0, 16\] of float32, \[32, 0\]",
+    ),
+    "a scalar": (lambda t, p: t.update({p + "lora_A.weight": torch.ones(())}), r"got \[\] of float32"),
+    "integers": (lambda t, p: t.update({p + "lora_A.weight": torch.ones(2, 16, dtype=torch.int8)}), "of int8"),
+    "a product of any size": (
+        lambda t, p: t.update({p + "lora_A.weight": torch.ones(1, 2**20), p + "lora_B.weight": torch.ones(2**20, 1)}),
+        r"B @ A has shape \[1048576, 1048576\], and the base's weight \[32, 16\]",
+    ),
+    "nan": (lambda t, p: t[p + "lora_A.weight"].fill_(float("nan")), "B @ A is not finite"),
+    "twice": (
+        lambda t, p: t.update({k.removeprefix("base_model.model."): t[k].clone() for k in list(t)}),
+        "module 'layers.0.v_proj' has lora_[AB] twice",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FACTORS)
+def test_factors_of_strangers(tmp_path: Path, what: str) -> None:
+    change, says = FACTORS[what]
+    with pytest.raises(AdapterError, match=says):
+        Adapter.from_peft(rewritten(lora_folder(tmp_path), change), made(Model), density=1.0)
+
+
+def test_shira_places_that_are_no_places(tmp_path: Path) -> None:
+    for number, says in ((0.5, r"its entry \(0\.5, \d"), (float("nan"), r"its entry \(nan, "), (1e30, "is outside")):
+        folder = shira_folder(tmp_path)
+        places = load_file(folder / "adapter_model.safetensors")["base_model.model.layers.0.v_proj.shira_indices"]
+        places = places.to(torch.float32)
+        places[0, 0] = number
+        rewritten(folder, lambda t, p, new=places: t.update({p + "shira_indices": new}))
+        with pytest.raises(AdapterError, match=says):
+            Adapter.from_peft(folder, made(Model))
+
+
+def test_bases_and_files_of_strangers(tmp_path: Path) -> None:
+    folder = lora_folder(tmp_path / "lora")
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(made(Model).state_dict(), base / "1")
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"layers.0.v_proj.weight": 1}}))
+    with pytest.raises(AdapterError, match="weight_map must map names to names of files"):
+        Adapter.from_peft(folder, base, density=1.0)
+    os.unlink(folder / "adapter_config.json")
+    os.mkfifo(folder / "adapter_config.json")
+    with pytest.raises(AdapterError, match="this is a pipe or a device"):
+        Adapter.from_peft(folder, made(Model), density=1.0)
+
+
+def test_what_cannot_be_written_again_is_left_out(tmp_path: Path) -> None:
+    odd = {"base_model_name_or_path": "\ud800", "task_type": {"a": 1}, "peft_version": 3, "r": float("nan")}
+    adapter = Adapter.from_peft(changed(lora_folder(tmp_path), **odd), made(Model), density=0.5)
+    assert (adapter.provenance, adapter.mask["r"]) == ({}, None)
+    adapter.save(tmp_path / "ours.safetensors")
+
+
+ODD: list[Any] = [
+    None, True, 0, -1, 1, 2**63, 10**400, -0.0, 1e-320, 1e308, float("nan"), float("inf"), "", "a", "(", "(a+)+$",
+    "\ud800", "x" * 5000, [], [[]], [1], ["v_proj"], {}, {"": 1}, {"(": 1}, {"v_proj": None}, {"v_proj": {}},
+    {"a": 10**400},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["SHIRA", "LORA"])
+def test_broken_folders_bring_up_nothing_but_refusals(tmp_path: Path, kind: str) -> None:
+    """Settings of any type and value, tensors of any name, dtype and shape: an adapter comes out, or one sentence."""
+    folder = (shira_folder if kind == "SHIRA" else lora_folder)(tmp_path)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    base, chance, read = made(Model), random.Random(kind), 0
+    longest = 0
+    options = {"density": 0.5} if kind == "LORA" else {}
+    names = [
+        *tensors,
+        "",
+        ".",
+        "a.lora_A.weight",
+        "base_model.model.embed.weight",
+        "lora_A.weight",
+        "x.lora_B.\nweight",
+    ]
+    dtypes = [torch.float32, torch.float16, torch.int64, torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64]
+    for _ in range(120):
+        settings = dict(config)
+        for key in chance.sample(sorted(config), chance.randrange(3)):
+            settings[key] = chance.choice(ODD)
+        settings["peft_type"] = kind
+        parts = dict(tensors)
+        for name in chance.sample(names, chance.randrange(3)):
+            shape = chance.choice([(), (0,), (1,), (64,), (2, 0), (2, 64), (96, 1), (1, 16), (32, 2), (1, 2, 3)])
+            made_of = torch.full(shape, chance.choice([0, 1, -1, 31]), dtype=torch.float32)
+            parts[name] = made_of.to(chance.choice(dtypes))
+        for name in chance.sample(sorted(tensors), chance.random() < 0.1):
+            parts.pop(name)
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+        save_file(parts, folder / "adapter_model.safetensors")
+        try:
+            adapter = Adapter.from_peft(folder, base, **options)
+        except AdapterError as error:
+            longest = max(longest, len(str(error)))
+        else:
+            read += 1
+            adapter.save(tmp_path / "ours.safetensors")
+    assert 10 < read < 110
+    assert longest < 2000
+    text = json.dumps(config)
+    for _ in range(60):
+        at = chance.randrange(len(text))
+        (folder / "adapter_config.json").write_text(
+            text[:at] + chance.choice(["", "{", "]", '"', "9", ","]) + text[at + 1 :]
+        )
+        save_file(tensors, folder / "adapter_model.safetensors")
+        with suppress(AdapterError):
+            Adapter.from_peft(folder, base, **options)
+
+
+# ---- writing -------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_an_adapter_is_written_over_on_request_alone(tmp_path: Path) -> None:
+    folder = shira_folder(tmp_path)
+    (folder / "notes.txt").write_text("keep")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    adapter = Adapter({"a.weight": entry()}, delta=True)
+    with pytest.raises(FileExistsError, match=r"holds an adapter already .* overwrite=True"):
+        adapter.to_peft(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    adapter.to_peft(folder, overwrite=True)
+    assert (folder / "notes.txt").read_text() == "keep"
+    assert Adapter.from_peft(folder, {"a.weight": torch.zeros(8, 8)}).weights["a.weight"].nnz == 16
+    assert {path.name for path in folder.iterdir()} == set(before)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_whoever_reads_while_it_is_written_finds_no_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh: bool
+) -> None:
+    """Everything that touches the folder fails once: what is there then is the old adapter, the new one or none."""
+    base = {"a.weight": torch.zeros(8, 8), "b.weight": torch.zeros(16, 4)}
+    old, new = (Adapter({name: entry(tuple(base[name].shape))}, delta=True) for name in base)
+    found = []
+    for fails in range(12):
+        folder = tmp_path / str(fails)
+        if not fresh:
+            old.to_peft(folder)
+        calls = iter(range(100))
+
+        def failing(real: Callable[..., Any], fails: int = fails, calls: Iterator[int] = calls) -> Callable[..., Any]:
+            def call(*args: Any, **options: Any) -> Any:
+                if next(calls) == fails:
+                    raise OSError("killed")
+                return real(*args, **options)
+
+            return call
+
+        with monkeypatch.context() as patch, suppress(OSError):
+            for name in ("fsync", "replace", "unlink"):
+                patch.setattr(os, name, failing(getattr(os, name)))
+            new.to_peft(folder, overwrite=True)
+        if not folder.exists():
+            assert fresh
+            found.append("none")
+        elif not (folder / "adapter_config.json").exists():
+            found.append("none")
+        else:
+            found.append(",".join(Adapter.from_peft(folder, base).weights))
+    assert set(found) == ({"none", "b.weight"} if fresh else {"a.weight", "none", "b.weight"})
+    assert found[-1] == "b.weight"
+
+
+def test_how_exact_pefts_folder_is(tmp_path: Path) -> None:
+    """As `Adapter.to_peft` says: the largest distances from the adapter's own entries, over base and new ones."""
+
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 64, bias=False)
+
+    for dtype, close in ((torch.bfloat16, 2**-7), (torch.float16, 2**-10), (torch.float32, 0.0)):
+        base = made(One, dtype)
+        before = base.layer.weight.clone()
+        new = torch.randn(1000).mul(0.1).to(dtype)  # of the base's size and far smaller
+        old = before.view(-1)[::4][:1000]
+        new = torch.where(new.abs() * 2**12 < old.abs(), old, new)
+        indices = torch.arange(0, 4000, 4, dtype=torch.int32)
+        Adapter({"layer.weight": Entry(indices, new, (64, 64), dtype)}).to_peft(
+            tmp_path / str(dtype), {"layer.weight": before}
+        )
+        larger = torch.maximum(old.abs(), new.abs()).double()
+        for options in ({}, {"autocast_adapter_dtype": False}):
+            opened = peft.PeftModel.from_pretrained(made(One, dtype), str(tmp_path / str(dtype)), **options)
+            got = opened.merge_and_unload().layer.weight.view(-1)[::4][:1000]
+            off = ((got.double() - new.double()).abs() / larger.clamp(min=1e-30)).max()
+            if dtype == torch.float32:
+                assert 0 < off <= 2**-23
+            elif options:
+                assert 0 < off <= close
+            else:
+                assert torch.equal(got, new)
