@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +19,9 @@ import shira_ops
 from shira import Adapter, AdapterError, Entry, SparseTuner, Switcher, masks
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks", "ignore:.*find a config file")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Sparse invariant checks", "ignore:.*find a config file", "ignore:.*is_gradient_checkpointing"
+)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
@@ -229,8 +236,10 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
         Adapter.from_peft(lora(), base)
     with pytest.raises(AdapterError, match="only plain LORA can be read, and this one has use_dora"):
         Adapter.from_peft(lora(use_dora=True), base, density=0.1)
+    other = model_of(torch.float32)
+    other.q_proj.weight[0, 0] += 1
     with pytest.raises(AdapterError, match="no sparse form"):
-        Adapter.from_peft(lora(modules_to_save=["q_proj"]), base, density=0.1)
+        Adapter.from_peft(lora(modules_to_save=["q_proj"]), other, density=0.1)
     with pytest.raises(AdapterError, match="granule 3 must divide"):
         Adapter.from_peft(lora(), base, density=0.1, granule=3)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
@@ -281,3 +290,490 @@ def test_modules_and_bases_that_do_not_fit(tmp_path: Path) -> None:
         Adapter({"embed.weight": entry((8, 24))}, delta=True).to_peft(tmp_path / "out", model)
     with pytest.raises(AdapterError, match="this adapter replaces entries: give base="):
         Adapter({"a.weight": entry()}).to_peft(tmp_path / "out")
+
+
+# ---- against PEFT's own merge, bit for bit -------------------------------------------------------------------
+
+
+def llama(tied: bool = False) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=40, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=8))
+
+
+def bert() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, vocab_size=40,
+        max_position_embeddings=8,
+    )  # fmt: skip
+    return BertForSequenceClassification(config)
+
+
+def t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    return T5ForConditionalGeneration(T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=40))
+
+
+class Mixed(nn.Module):
+    """Square matrices of both kinds, and others that tell theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers.pytorch_utils import Conv1D
+
+        self.one, self.two, self.wide = Conv1D(16, 16), nn.Linear(16, 16), Conv1D(24, 16)
+        self.head = nn.Linear(24, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.wide(self.two(self.one(x))))
+
+
+def made(build: Callable[[], nn.Module], dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return build().to(dtype).eval().requires_grad_(False)
+
+
+def trained(build: Callable[[], nn.Module], config: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """A PEFT model whose adapter is no longer what it started with, saved."""
+    model = peft.get_peft_model(made(build, dtype), config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "shira_weight" in name or "lora_" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    model.save_pretrained(folder)
+    return model
+
+
+def check_against_peft(
+    build: Callable[[], nn.Module], folder: Path, adapter: Adapter, dtype: torch.dtype = torch.float32, **options: Any
+) -> None:
+    """The adapter on the base holds the bits of PEFT's merge of the folder."""
+    merged = peft.PeftModel.from_pretrained(made(build, dtype), str(folder), **options).merge_and_unload()
+    wanted, model = merged.state_dict(), made(build, dtype)
+    switcher = Switcher(model)
+    switcher.add("it", adapter)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    switcher.activate("it")
+    found = model.state_dict()
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+    assert {name for name in wanted if not torch.equal(found[name], before[name])} == set(adapter.weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("kind", ["SHIRA", "LORA"])
+def test_the_bits_of_pefts_merge(tmp_path: Path, kind: str, dtype: torch.dtype, autocast: bool) -> None:
+    """In float32, or with what is added rounded to the base's dtype first: PEFT does either."""
+    make = peft.ShiraConfig if kind == "SHIRA" else peft.LoraConfig
+    trained(llama, make(r=2, target_modules=["q_proj", "up_proj"]), tmp_path, dtype)
+    options: dict[str, Any] = {"density": 1.0} if kind == "LORA" else {}
+    adapter = Adapter.from_peft(tmp_path, made(llama, dtype), autocast_adapter_dtype=autocast, **options)
+    check_against_peft(llama, tmp_path, adapter, dtype, autocast_adapter_dtype=autocast)
+
+
+LORAS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "gpt2": (gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"]}),
+    "bert": (bert, {"target_modules": ["query", "dense"], "bias": "none"}),
+    "t5": (t5, {"target_modules": ["q", "v", "wi"]}),
+    "a rank and a strength a module": (
+        llama,
+        {
+            "target_modules": ["q_proj", "v_proj", "down_proj"],
+            "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 3, "down_proj": 1},
+            "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 3, r".*\.(v_proj|o_proj)": 20},
+        },
+    ),
+    "rslora": (llama, {"target_modules": "all-linear", "use_rslora": True, "lora_alpha": 5}),
+    "some layers": (llama, {"target_modules": ["o_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}),
+    "orthogonal": (llama, {"target_modules": ["o_proj"], "init_lora_weights": "orthogonal"}),
+    "mica": (llama, {"target_modules": ["o_proj"], "init_lora_weights": "mica"}),
+    "squares of both kinds": (Mixed, {"target_modules": ["one", "two", "wide"]}),
+    "squares of both kinds, the other last": (Mixed, {"target_modules": ["wide", "one", "two", "head"]}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
+@pytest.mark.parametrize("what", LORAS)
+def test_loras_of_all_kinds_are_what_peft_merges(tmp_path: Path, what: str) -> None:
+    build, options = LORAS[what]
+    trained(build, peft.LoraConfig(**{"r": 2, **options}), tmp_path)
+    check_against_peft(build, tmp_path, Adapter.from_peft(tmp_path, made(build), density=1.0))
+
+
+@pytest.mark.parametrize("build", [llama, bert, t5])
+def test_shiras_of_transformers_models_both_ways(tmp_path: Path, build: Callable[[], nn.Module]) -> None:
+    targets = {llama: ["q_proj", "down_proj"], bert: ["query", "dense"], t5: ["q", "wo"]}[build]
+    trained(build, peft.ShiraConfig(r=1, target_modules=targets), tmp_path / "theirs")
+    adapter = Adapter.from_peft(tmp_path / "theirs", made(build))
+    check_against_peft(build, tmp_path / "theirs", adapter)
+    adapter.to_peft(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(made(build), str(tmp_path / "ours")).merge_and_unload().state_dict()
+    theirs = peft.PeftModel.from_pretrained(made(build), str(tmp_path / "theirs")).merge_and_unload().state_dict()
+    assert all(torch.equal(again[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
+def test_squares_that_cannot_be_told(tmp_path: Path) -> None:
+    """A file has no classes: what tells is which way round the matrices with a bias are, if all agree."""
+    trained(Mixed, peft.LoraConfig(r=2, target_modules=["one", "two"]), tmp_path / "mixed")
+    with pytest.raises(AdapterError, match=r"whether 'one\.weight' is a Linear's .* give the model itself as base="):
+        Adapter.from_peft(tmp_path / "mixed", made(Mixed).state_dict(), density=0.5)
+    trained(gpt2, peft.LoraConfig(r=2, target_modules=["attn.c_proj"]), tmp_path / "gpt2")
+    adapter = Adapter.from_peft(tmp_path / "gpt2", made(gpt2).state_dict(), density=1.0)
+    check_against_peft(gpt2, tmp_path / "gpt2", adapter)
+    changed(tmp_path / "gpt2", fan_in_fan_out=False)  # as where a Linear came last
+    with pytest.raises(AdapterError, match="cannot be told from its shape"):
+        Adapter.from_peft(tmp_path / "gpt2", made(gpt2).state_dict(), density=0.5)
+    for build in (llama, bert):  # no bias at all, and all one way round
+        targets = ["q_proj", "o_proj"] if build is llama else ["query", "key"]
+        trained(build, peft.LoraConfig(r=2, target_modules=targets), tmp_path / build.__name__)
+        adapter = Adapter.from_peft(tmp_path / build.__name__, made(build).state_dict(), density=1.0)
+        check_against_peft(build, tmp_path / build.__name__, adapter)
+
+
+def changed(folder: Path, **settings: Any) -> Path:
+    """The folder with other settings in its configuration."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    return folder
+
+
+def lora_folder(folder: Path, **options: Any) -> Path:
+    trained(Model, peft.LoraConfig(**{"r": 2, "target_modules": ["v_proj"], **options}), folder)
+    return folder
+
+
+STARTS = ["pissa", "PiSSA_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga", "something_new", 3, ["pissa"]]
+
+
+@pytest.mark.parametrize("start", STARTS, ids=str)
+def test_loras_that_start_by_changing_the_base_are_refused(tmp_path: Path, start: Any) -> None:
+    folder = changed(lora_folder(tmp_path), init_lora_weights=start)
+    with pytest.raises(AdapterError, match=r"PEFT changes the base before .* Adapter\.from_difference") as error:
+        Adapter.from_peft(folder, made(Model), density=1.0)
+    assert ("path_initial_model_for_weight_conversion" in str(error.value)) == (start in [*STARTS[:5], "lora_ga"])
+
+
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights")
+def test_pissa_converted_by_peft_is_a_plain_lora(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights="pissa")
+    model = peft.get_peft_model(made(llama), config)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model.save_pretrained(tmp_path / "raw")
+    with pytest.raises(AdapterError, match="init_lora_weights='pissa'"):
+        Adapter.from_peft(tmp_path / "raw", made(llama), density=1.0)
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    adapter = Adapter.from_peft(tmp_path / "plain", made(llama), density=1.0)
+    check_against_peft(llama, tmp_path / "plain", adapter)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings", "ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("kind", ["SHIRA", "LORA"])
+def test_a_tied_head_is_refused(tmp_path: Path, kind: str) -> None:
+    make = peft.ShiraConfig if kind == "SHIRA" else peft.LoraConfig
+    trained(lambda: llama(tied=True), make(r=1, target_modules=["lm_head"]), tmp_path)
+    options: dict[str, Any] = {"density": 1.0} if kind == "LORA" else {}
+    base = made(lambda: llama(tied=True))
+    with pytest.raises(AdapterError, match=r"'lm_head\.weight' is tied to 'model\.embed_tokens\.weight' in the base"):
+        Adapter.from_peft(tmp_path, base, **options)
+    saved = {name: tensor for name, tensor in base.state_dict().items() if name != "lm_head.weight"}
+    with pytest.raises(
+        AdapterError, match=r"no weight 'lm_head\.weight' \(a checkpoint leaves out a head that is tied"
+    ):
+        Adapter.from_peft(tmp_path, saved, **options)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_copies_of_the_base_in_pefts_folder(tmp_path: Path) -> None:
+    trained(llama, peft.LoraConfig(r=1, target_modules=["lm_head", "q_proj"]), tmp_path)
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / "adapter_model.safetensors")
+    check_against_peft(llama, tmp_path, Adapter.from_peft(tmp_path, made(llama), density=1.0))
+    Adapter.from_peft(tmp_path, made(llama, torch.float64), density=1.0)  # the same numbers
+    other = made(llama)
+    other.lm_head.weight[0, 0] += 1
+    with pytest.raises(AdapterError, match=r"copies of the base's weights differ .*lm_head\.base_layer\.weight; give"):
+        Adapter.from_peft(tmp_path, other, density=1.0)
+
+
+def test_what_says_what_the_base_says_is_no_change(tmp_path: Path) -> None:
+    folder = lora_folder(tmp_path, bias="all")
+    assert "base_model.model.q_proj.bias" in load_file(folder / "adapter_model.safetensors")
+    assert set(Adapter.from_peft(folder, made(Model), density=1.0).weights) == {"layers.0.v_proj.weight"}
+    other = made(Model)
+    other.layers[0].q_proj.bias[0] += 1
+    with pytest.raises(AdapterError, match=r"biases and DoRA have no sparse form\): .*q_proj\.bias"):
+        Adapter.from_peft(folder, other, density=1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"trainable_token_indices": {"embed": [1, 2]}}, "this one has trainable_token_indices"),
+        ({"target_modules": ["embed", "v_proj"]}, r"no sparse form\): .*lora_embedding_A"),
+        ({"lora_bias": True, "target_modules": ["layers.0.q_proj"]}, "this one has lora_bias"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Adapter .default.. 1 LoRA tensor")
+def test_what_is_more_than_a_lora_on_linear_layers(tmp_path: Path, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(AdapterError, match=says):
+        Adapter.from_peft(lora_folder(tmp_path, **options), made(Model), density=1.0)
+
+
+def test_a_lora_on_a_convolution_is_refused(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten())
+
+    trained(build, peft.LoraConfig(r=2, target_modules=["0"]), tmp_path)
+    with pytest.raises(AdapterError, match=r"'0\.weight' must be a float matrix in the base, got shape \[8, 4, 3, 3\]"):
+        Adapter.from_peft(tmp_path, made(build), density=1.0)
+
+
+# ---- folders from strangers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"alpha_pattern": ["v_proj"]}, r"alpha_pattern must map patterns to numbers, got \['v_proj'\]"),
+        ({"alpha_pattern": {"v_proj(": 3}}, r"alpha_pattern's 'v_proj\(' cannot be used: a \( has no \)"),
+        ({"alpha_pattern": {"v_proj": "much"}}, "lora_alpha must be a finite number .*, got 'much'"),
+        ({"lora_alpha": 10**400}, "lora_alpha must be a finite number .*, got an int of 1329 bits"),
+        ({"lora_alpha": 1e40}, "lora_alpha must be a finite number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number"),
+        ({"lora_alpha": 1e38}, r"its B @ A is not finite"),
+    ],
+)  # fmt: skip
+def test_settings_of_strangers(tmp_path: Path, settings: dict[str, Any], says: str) -> None:
+    folder = lora_folder(tmp_path)
+    rewritten(folder, lambda tensors, prefix: tensors[prefix + "lora_B.weight"].fill_(100.0))
+    with pytest.raises(AdapterError, match=says):
+        Adapter.from_peft(changed(folder, **settings), made(Model), density=1.0)
+
+
+def test_a_regex_that_explodes_is_no_trouble(tmp_path: Path) -> None:
+    folder = changed(lora_folder(tmp_path), alpha_pattern={r"(.*)*(.*)*x|(\w+)+\d": 9}, target_modules="(a|a)*" * 99)
+    assert len(Adapter.from_peft(folder, made(Model), density=1.0)) == 1
+
+
+FACTORS: dict[str, tuple[Callable[[Any, str], Any], str]] = {
+    "rank 0": (
+        lambda t, p: t.update({p + "lora_A.weight": torch.zeros(0, 16), p + "lora_B.weight": torch.zeros(32, 0)}),
+        r"must be float matrices that multiply, got \[0, 16\] of float32, \[32, 0\]",
+    ),
+    "a scalar": (lambda t, p: t.update({p + "lora_A.weight": torch.ones(())}), r"got \[\] of float32"),
+    "integers": (lambda t, p: t.update({p + "lora_A.weight": torch.ones(2, 16, dtype=torch.int8)}), "of int8"),
+    "a product of any size": (
+        lambda t, p: t.update({p + "lora_A.weight": torch.ones(1, 2**20), p + "lora_B.weight": torch.ones(2**20, 1)}),
+        r"B @ A has shape \[1048576, 1048576\], and the base's weight \[32, 16\]",
+    ),
+    "nan": (lambda t, p: t[p + "lora_A.weight"].fill_(float("nan")), "B @ A is not finite"),
+    "twice": (
+        lambda t, p: t.update({k.removeprefix("base_model.model."): t[k].clone() for k in list(t)}),
+        "module 'layers.0.v_proj' has lora_[AB] twice",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FACTORS)
+def test_factors_of_strangers(tmp_path: Path, what: str) -> None:
+    change, says = FACTORS[what]
+    with pytest.raises(AdapterError, match=says):
+        Adapter.from_peft(rewritten(lora_folder(tmp_path), change), made(Model), density=1.0)
+
+
+def test_shira_places_that_are_no_places(tmp_path: Path) -> None:
+    for number, says in ((0.5, r"its entry \(0\.5, \d"), (float("nan"), r"its entry \(nan, "), (1e30, "is outside")):
+        folder = shira_folder(tmp_path)
+        places = load_file(folder / "adapter_model.safetensors")["base_model.model.layers.0.v_proj.shira_indices"]
+        places = places.to(torch.float32)
+        places[0, 0] = number
+        rewritten(folder, lambda t, p, new=places: t.update({p + "shira_indices": new}))
+        with pytest.raises(AdapterError, match=says):
+            Adapter.from_peft(folder, made(Model))
+
+
+def test_bases_and_files_of_strangers(tmp_path: Path) -> None:
+    folder = lora_folder(tmp_path / "lora")
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(made(Model).state_dict(), base / "1")
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"layers.0.v_proj.weight": 1}}))
+    with pytest.raises(AdapterError, match="weight_map must map names to names of files"):
+        Adapter.from_peft(folder, base, density=1.0)
+    os.unlink(folder / "adapter_config.json")
+    os.mkfifo(folder / "adapter_config.json")
+    with pytest.raises(AdapterError, match="this is a pipe or a device"):
+        Adapter.from_peft(folder, made(Model), density=1.0)
+
+
+def test_what_cannot_be_written_again_is_left_out(tmp_path: Path) -> None:
+    odd = {"base_model_name_or_path": "\ud800", "task_type": {"a": 1}, "peft_version": 3, "r": float("nan")}
+    adapter = Adapter.from_peft(changed(lora_folder(tmp_path), **odd), made(Model), density=0.5)
+    assert (adapter.provenance, adapter.mask["r"]) == ({}, None)
+    adapter.save(tmp_path / "ours.safetensors")
+
+
+ODD: list[Any] = [
+    None, True, 0, -1, 1, 2**63, 10**400, -0.0, 1e-320, 1e308, float("nan"), float("inf"), "", "a", "(", "(a+)+$",
+    "\ud800", "x" * 5000, [], [[]], [1], ["v_proj"], {}, {"": 1}, {"(": 1}, {"v_proj": None}, {"v_proj": {}},
+    {"a": 10**400},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["SHIRA", "LORA"])
+def test_broken_folders_bring_up_nothing_but_refusals(tmp_path: Path, kind: str) -> None:
+    """Settings of any type and value, tensors of any name, dtype and shape: an adapter comes out, or one sentence."""
+    folder = (shira_folder if kind == "SHIRA" else lora_folder)(tmp_path)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    base, chance, read = made(Model), random.Random(kind), 0
+    longest = 0
+    options = {"density": 0.5} if kind == "LORA" else {}
+    names = [
+        *tensors,
+        "",
+        ".",
+        "a.lora_A.weight",
+        "base_model.model.embed.weight",
+        "lora_A.weight",
+        "x.lora_B.\nweight",
+    ]
+    dtypes = [torch.float32, torch.float16, torch.int64, torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64]
+    for _ in range(120):
+        settings = dict(config)
+        for key in chance.sample(sorted(config), chance.randrange(3)):
+            settings[key] = chance.choice(ODD)
+        settings["peft_type"] = kind
+        parts = dict(tensors)
+        for name in chance.sample(names, chance.randrange(3)):
+            shape = chance.choice([(), (0,), (1,), (64,), (2, 0), (2, 64), (96, 1), (1, 16), (32, 2), (1, 2, 3)])
+            made_of = torch.full(shape, chance.choice([0, 1, -1, 31]), dtype=torch.float32)
+            parts[name] = made_of.to(chance.choice(dtypes))
+        for name in chance.sample(sorted(tensors), chance.random() < 0.1):
+            parts.pop(name)
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+        save_file(parts, folder / "adapter_model.safetensors")
+        try:
+            adapter = Adapter.from_peft(folder, base, **options)
+        except AdapterError as error:
+            longest = max(longest, len(str(error)))
+        else:
+            read += 1
+            adapter.save(tmp_path / "ours.safetensors")
+    assert 10 < read < 110
+    assert longest < 2000
+    text = json.dumps(config)
+    for _ in range(60):
+        at = chance.randrange(len(text))
+        (folder / "adapter_config.json").write_text(
+            text[:at] + chance.choice(["", "{", "]", '"', "9", ","]) + text[at + 1 :]
+        )
+        save_file(tensors, folder / "adapter_model.safetensors")
+        with suppress(AdapterError):
+            Adapter.from_peft(folder, base, **options)
+
+
+# ---- writing -------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_an_adapter_is_written_over_on_request_alone(tmp_path: Path) -> None:
+    folder = shira_folder(tmp_path)
+    (folder / "notes.txt").write_text("keep")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    adapter = Adapter({"a.weight": entry()}, delta=True)
+    with pytest.raises(FileExistsError, match=r"holds an adapter already .* overwrite=True"):
+        adapter.to_peft(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    adapter.to_peft(folder, overwrite=True)
+    assert (folder / "notes.txt").read_text() == "keep"
+    assert Adapter.from_peft(folder, {"a.weight": torch.zeros(8, 8)}).weights["a.weight"].nnz == 16
+    assert {path.name for path in folder.iterdir()} == set(before)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_whoever_reads_while_it_is_written_finds_no_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh: bool
+) -> None:
+    """Everything that touches the folder fails once: what is there then is the old adapter, the new one or none."""
+    base = {"a.weight": torch.zeros(8, 8), "b.weight": torch.zeros(16, 4)}
+    old, new = (Adapter({name: entry(tuple(base[name].shape))}, delta=True) for name in base)
+    found = []
+    for fails in range(12):
+        folder = tmp_path / str(fails)
+        if not fresh:
+            old.to_peft(folder)
+        calls = iter(range(100))
+
+        def failing(real: Callable[..., Any], fails: int = fails, calls: Iterator[int] = calls) -> Callable[..., Any]:
+            def call(*args: Any, **options: Any) -> Any:
+                if next(calls) == fails:
+                    raise OSError("killed")
+                return real(*args, **options)
+
+            return call
+
+        with monkeypatch.context() as patch, suppress(OSError):
+            for name in ("fsync", "replace", "unlink"):
+                patch.setattr(os, name, failing(getattr(os, name)))
+            new.to_peft(folder, overwrite=True)
+        if not folder.exists():
+            assert fresh
+            found.append("none")
+        elif not (folder / "adapter_config.json").exists():
+            found.append("none")
+        else:
+            found.append(",".join(Adapter.from_peft(folder, base).weights))
+    assert set(found) == ({"none", "b.weight"} if fresh else {"a.weight", "none", "b.weight"})
+    assert found[-1] == "b.weight"
+
+
+def test_how_exact_pefts_folder_is(tmp_path: Path) -> None:
+    """As `Adapter.to_peft` says: the largest distances from the adapter's own entries, over base and new ones."""
+
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 64, bias=False)
+
+    for dtype, close in ((torch.bfloat16, 2**-7), (torch.float16, 2**-10), (torch.float32, 0.0)):
+        base = made(One, dtype)
+        before = base.layer.weight.clone()
+        new = torch.randn(1000).mul(0.1).to(dtype)  # of the base's size and far smaller
+        old = before.view(-1)[::4][:1000]
+        new = torch.where(new.abs() * 2**12 < old.abs(), old, new)
+        indices = torch.arange(0, 4000, 4, dtype=torch.int32)
+        Adapter({"layer.weight": Entry(indices, new, (64, 64), dtype)}).to_peft(
+            tmp_path / str(dtype), {"layer.weight": before}
+        )
+        larger = torch.maximum(old.abs(), new.abs()).double()
+        for options in ({}, {"autocast_adapter_dtype": False}):
+            opened = peft.PeftModel.from_pretrained(made(One, dtype), str(tmp_path / str(dtype)), **options)
+            got = opened.merge_and_unload().layer.weight.view(-1)[::4][:1000]
+            off = ((got.double() - new.double()).abs() / larger.clamp(min=1e-30)).max()
+            if dtype == torch.float32:
+                assert 0 < off <= 2**-23
+            elif options:
+                assert 0 < off <= close
+            else:
+                assert torch.equal(got, new)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import random
+import sys
+from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +70,8 @@ def make(scaled: bool = False, shuffled_by: int | None = None, kind: Any = AdamW
     return Trainer(tuner, options.pop("data"), **options)
 
 
-def everything(trainer: Trainer) -> list[Any]:
-    """All that a run has for a state, flat."""
+def flat(*states: Any) -> list[Any]:
+    """What dicts, lists and tuples hold, in one list."""
     found: list[Any] = []
 
     def walk(part: Any) -> None:
@@ -80,14 +84,21 @@ def everything(trainer: Trainer) -> list[Any]:
         else:
             found.append(part)
 
-    walk(trainer.optimizer.state_dict())
-    walk(trainer.scheduler.state_dict() if trainer.scheduler else None)
-    walk(trainer.scaler.state_dict() if trainer.scaler else None)
-    walk(bits(trainer.tuner.model))
-    walk(trainer.evaluations)
-    walk([trainer.step, trainer.epoch, trainer._position])
-    walk([torch.rand(3), np.random.rand(), random.random()])  # noqa: NPY002
+    walk(states)
     return found
+
+
+def everything(trainer: Trainer) -> list[Any]:
+    """All that a run has for a state, and what chance gives next, flat."""
+    return flat(
+        trainer.optimizer.state_dict(),
+        trainer.scheduler.state_dict() if trainer.scheduler else None,
+        trainer.scaler.state_dict() if trainer.scaler else None,
+        bits(trainer.tuner.model),
+        trainer.evaluations,
+        [trainer.step, trainer.epoch, trainer._position],
+        [torch.rand(3), np.random.rand(), random.random()],  # noqa: NPY002
+    )
 
 
 def same(one: list[Any], two: list[Any]) -> None:
@@ -360,3 +371,261 @@ def test_what_cannot_train_is_said() -> None:
     bad = [(torch.full((2, 8), float("nan")), torch.zeros(2, 2))]
     with pytest.raises(FloatingPointError, match="the loss of step 1 is nan"):
         Trainer(tuner, bad, loss=loss_of, progress=False, log_every=1).fit(steps=3)
+
+
+# Interrupts
+
+
+def test_an_interrupted_fit_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    """Ctrl-C at calls all over the run: the next `fit` gives the same bits, or asks for `resume`, which gives them."""
+
+    def run(shuffled_by: int | None) -> Trainer:
+        seed(1)
+        return make(True, shuffled_by, evaluation=None, evaluate_every=0)
+
+    calls = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    at = 0
+    trainer = run(5)
+    sys.setprofile(count)
+    trainer.fit(steps=3)
+    sys.setprofile(None)
+    several = random.Random(0).sample(range(50, calls - 50), 8)
+    wanted = {shuffled_by: everything(run(shuffled_by).fit(steps=3)) for shuffled_by in (5, None)}
+    halves = 0
+    for turn, at in enumerate(several):  # noqa: B007 - the hook reads it
+        shuffled_by = 5 if turn % 2 else None
+        trainer, path = run(shuffled_by), tmp_path / "run.pt"
+        trainer.save(path)
+        calls = 0
+        sys.setprofile(count)
+        try:
+            with suppress(KeyboardInterrupt):
+                trainer.fit(steps=3)
+        finally:
+            sys.setprofile(None)
+            torch.set_grad_enabled(True)  # torch's no_grad, interrupted as it ends, leaves it off
+        if trainer._stepping:
+            halves += 1
+            for refused in (
+                lambda trainer=trainer: trainer.fit(steps=3),
+                lambda trainer=trainer: trainer.save("no.pt"),
+            ):
+                with pytest.raises(RuntimeError, match=r"half a step: .* go back to a checkpoint with resume\(\)"):
+                    refused()
+            trainer.resume(path)
+        same(everything(trainer.fit(steps=3)), wanted[shuffled_by])
+    assert 0 < halves < len(several)
+
+
+def test_an_error_of_the_loss_or_the_data_is_no_lost_step() -> None:
+    fails = {"loss": 5, "data": 9}
+
+    class Failing(Noisy):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            fails["data"] -= 1
+            if fails["data"] == 0:
+                raise OSError("the share is away")
+            return super().__getitem__(index)
+
+    def failing(model: nn.Module, batch: Any) -> Tensor:
+        fails["loss"] -= 1
+        if fails["loss"] == 0:
+            raise MemoryError
+        return loss_of(model, batch)
+
+    seed(1)
+    wanted = everything(make(evaluation=None, evaluate_every=0).fit(steps=4))
+    seed(1)
+    trainer = make(data=DataLoader(Failing(), 2, shuffle=True), loss=failing, evaluation=None, evaluate_every=0)
+    for error in (OSError, MemoryError):
+        with pytest.raises(error):
+            trainer.fit(steps=4)
+        assert all(p.grad is None for p in trainer.tuner.parameters())
+    same(everything(trainer.fit(steps=4)), wanted)
+
+
+# Broken checkpoints
+
+
+def paths(state: Any, limit: int = 8) -> Iterator[tuple[Any, ...]]:
+    """The way to every part of a state; of long lists, to some."""
+    inner = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
+    for at, (key, part) in enumerate(inner):
+        if at < limit or isinstance(state, dict):
+            yield (key,)
+            yield from ((key, *rest) for rest in paths(part, limit))
+
+
+def faulty(state: Any, path: tuple[Any, ...], fault: Any) -> Any:
+    """The state with one part taken out, or something else in its place."""
+    key, *rest = path
+    items = dict(state) if isinstance(state, dict) else dict(enumerate(state))
+    if rest:
+        items[key] = faulty(items[key], tuple(rest), fault)
+    elif fault is KeyError:
+        del items[key]
+    else:
+        items[key] = fault
+    return items if isinstance(state, dict) else type(state)(items.values())
+
+
+FAULTS = [
+    KeyError, None, "x", -1, 3, 0.5, True, [], {}, [1, 2], {"a": 1}, torch.zeros(3), torch.zeros(()),
+    torch.ones(2, 2).int(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["cosine", "chained", "plateau"])
+def test_a_broken_checkpoint_is_refused_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """One part after the other is broken: what is refused has changed nothing, and what is taken can train."""
+
+    def build() -> Trainer:
+        trainer = make(True, 5)
+        lr = torch.optim.lr_scheduler
+        if kind == "chained":
+            parts = [lr.MultiStepLR(trainer.optimizer, [2, 4]), lr.LambdaLR(trainer.optimizer, lambda step: 0.9**step)]
+            trainer.scheduler = lr.SequentialLR(trainer.optimizer, parts, milestones=[2])
+        elif kind == "plateau":
+
+            class Plateau(lr.ReduceLROnPlateau):
+                def step(self) -> None:  # type: ignore[override]
+                    super().step(1.0)
+
+            trainer.scheduler = Plateau(trainer.optimizer, patience=0)
+        return trainer
+
+    good, mine = tmp_path / "good.pt", tmp_path / "mine.pt"
+    seed(1)
+    build().fit(steps=4).save(good)
+    seed(2)
+    trainer = build().fit(steps=2)
+    trainer.save(mine)
+    state, chance = torch.load(good, weights_only=True), random.Random(kind)
+    all_paths = list(paths(state))
+    before = flat(trainer._state(), bits(trainer.tuner.model))
+    taken = []
+    for path in chance.sample(all_paths, 50):
+        fault = chance.choice(FAULTS)
+        broken = (
+            faulty(state, path, fault) if fault is not KeyError or isinstance(part(state, path[:-1]), dict) else None
+        )
+        if broken is None:
+            continue
+        batches, copied = trainer._batches, copy.deepcopy(broken)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "load", lambda *args, new=copied, **options: new)
+            try:
+                trainer.resume(good)
+            except ValueError as error:
+                refused = str(error)
+            else:
+                refused = None
+        if refused is None:
+            taken.append((path, fault))
+            trainer.fit(steps=trainer.step + 1)
+            trainer.resume(mine)
+            same(flat(trainer._state(), bits(trainer.tuner.model)), before)
+            continue
+        same(flat(trainer._state(), bits(trainer.tuner.model)), before)
+        assert trainer._batches is batches
+    assert 0 < len(taken) < 25, taken
+    found = everything(trainer.fit(steps=6))
+    seed(2)
+    same(found, everything(build().fit(steps=6)))
+
+
+def part(state: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        state = state[key]
+    return state
+
+
+def test_a_part_that_raises_as_it_is_taken_is_put_back(tmp_path: Path) -> None:
+    """A scheduler of somebody's own, which refuses in its own way, last of all."""
+
+    class Own(torch.optim.lr_scheduler.LambdaLR):
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            if state["last_epoch"] == 3:
+                raise AttributeError("not from here")
+            super().load_state_dict(state)
+
+    path = tmp_path / "run.pt"
+    trainers = []
+    for steps in (3, 1):
+        seed(steps)
+        trainer = make()
+        trainer.scheduler = Own(trainer.optimizer, lambda step: 1.0)
+        trainers.append(trainer.fit(steps=steps))
+    trainers[0].save(path)
+    before = flat(trainers[1]._state(), bits(trainers[1].tuner.model))
+    with pytest.raises(ValueError, match=r"run\.pt: not from here"):
+        trainers[1].resume(path)
+    same(flat(trainers[1]._state(), bits(trainers[1].tuner.model)), before)
+
+
+# What a checkpoint can hold
+
+
+def test_numpys_numbers_are_saved_as_pythons(tmp_path: Path) -> None:
+    """In a learning rate, a schedule's limits and its milestones; and the run goes on with the same bits."""
+
+    def build() -> Trainer:
+        trainer = make(kind=lambda tuner, lr: AdamW(tuner, lr=np.float64(lr)))
+        trainer.scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            trainer.optimizer, max_lr=np.float64(0.02), total_steps=int(np.int64(9)), pct_start=np.float64(0.3)
+        )
+        trainer.scheduler.seen = {np.int64(3): [np.float64(0.5), np.bool_(True)], "counts": defaultdict(int, a=1)}
+        return trainer
+
+    path = tmp_path / "run.pt"
+    seed(1)
+    wanted = everything(build().fit(steps=5))
+    seed(1)
+    build().fit(steps=2).save(path)
+    loaded = torch.load(path, weights_only=True)
+    assert type(loaded["optimizer"]["state"]["param_groups"][0]["max_lr"]) is float
+    assert loaded["scheduler"]["seen"] == {3: [0.5, True], "counts": {"a": 1}}
+    same(everything(build().resume(path).fit(steps=5)), wanted)
+
+
+@pytest.mark.parametrize(
+    ("odd", "says"),
+    [
+        (np.float32(0.1), r"the scheduler's state\['odd'\] is a numpy\.float32, .* give it Python's numbers"),
+        (np.ones(2), r"the scheduler's state\['odd'\] is a numpy\.ndarray, which no checkpoint holds"),
+        ([1, print], r"the scheduler's state\['odd'\]\[1\] is a builtins\.builtin_function_or_method"),
+        (Path("a"), r"is a pathlib\."),
+    ],
+)  # fmt: skip
+def test_what_could_not_be_read_again_is_refused_before_a_step(tmp_path: Path, odd: Any, says: str) -> None:
+    trainer = make(checkpoint=tmp_path / "run.pt")
+    trainer.scheduler.odd = odd
+    for refused in (lambda: trainer.fit(steps=1), lambda: trainer.save(tmp_path / "run.pt")):
+        with pytest.raises(ValueError, match=says):
+            refused()
+    assert trainer.step == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "run.pt"
+    trainer = make().fit(steps=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"the checkpoint cannot be written: .*run\.pt"):
+            trainer.save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+    trainer.save(path)
+    make().resume(path)

@@ -147,6 +147,8 @@ def _sharded(folder: str, index_path: str) -> Checkpoint:
         with open(index_path, encoding="utf-8") as file:
             index = json.load(file)
         places = dict(index["weight_map"])
+        if not all(isinstance(place, str) for place in places.values()):
+            raise TypeError("weight_map must map names to names of files")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise AdapterError(f"{index_path}: the index cannot be read: {type(error).__name__}: {error}") from error
     if any(not isinstance(name, str) for name in places.values()):

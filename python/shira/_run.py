@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
 import random
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -74,22 +76,172 @@ def random_state(*datas: Any) -> dict[str, Any]:
     }
 
 
-def set_random_state(state: Mapping[str, Any], *datas: Any) -> None:
-    """Go back to a `random_state`."""
-    generators = _generators(datas)
-    if len(generators) != len(state["generators"]):
-        raise ValueError(
-            f"the checkpoint has {len(state['generators'])} generators of data, here are {len(generators)}"
-        )
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+def _numpy_state(state: Mapping[str, Any]) -> tuple[Any, ...]:
     kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    return kind, keys.numpy().astype(np.uint32), *rest
+
+
+def _python_state(state: Mapping[str, Any]) -> tuple[Any, ...]:
     version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    for generator, saved in zip(generators, state["generators"], strict=True):
+    return version, tuple(words), gauss
+
+
+def check_random_state(state: Any, *datas: Any) -> None:
+    """Refuse what is no `random_state`, or not of these data; nothing is set."""
+    generators = _generators(datas)
+    try:
+        if len(generators) != len(state["generators"]):
+            raise ValueError(
+                f"the checkpoint has {len(state['generators'])} generators of data, here are {len(generators)}"
+            )
+        torch.Generator().set_state(state["torch"])
+        for saved in state["cuda"]:
+            if not isinstance(saved, Tensor) or saved.dtype != torch.uint8:
+                raise TypeError("a state of CUDA's must be bytes")
+        np.random.RandomState().set_state(_numpy_state(state))
+        random.Random().setstate(_python_state(state))
+        for generator, saved in zip(generators, state["generators"], strict=True):
+            torch.Generator(generator.device).set_state(saved)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever the broken part of a state brings up
+        raise ValueError(f"the checkpoint's random states are broken: {error}") from error
+
+
+def set_random_state(state: Mapping[str, Any], *datas: Any) -> None:
+    """Go back to a `random_state` that was checked."""
+    torch.set_rng_state(state["torch"])
+    # Those of devices that are not here have nobody to draw from them.
+    for device, saved in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+        torch.cuda.set_rng_state(saved, device)
+    np.random.set_state(_numpy_state(state))  # noqa: NPY002
+    random.setstate(_python_state(state))
+    for generator, saved in zip(_generators(datas), state["generators"], strict=True):
         generator.set_state(saved)
+
+
+# ---- states of optimizers and schedulers ---------------------------------------------------------------------
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
+
+
+def plain(value: Any, where: str) -> Any:
+    """The state with Python's numbers for numpy's, as ``torch.load(weights_only=True)`` reads it back.
+
+    Refuses what that would refuse, before it is written. Python's numbers go on as numpy's did: float32 is the
+    exception, with which a schedule would give other learning rates.
+    """
+    if isinstance(value, Tensor) or type(value) in _PLAIN:
+        return value
+    if isinstance(value, (np.float64, np.integer, np.bool_)):
+        return value.item()
+    if type(value) in (dict, OrderedDict, Counter, defaultdict):
+        items = {plain(key, where): plain(inner, f"{where}[{key!r:.40}]") for key, inner in value.items()}
+        return items if type(value) in (dict, defaultdict) else type(value)(items)
+    if type(value) in (list, tuple, set):
+        return type(value)(plain(inner, f"{where}[{at}]") for at, inner in enumerate(value))
+    advice = (
+        "give it Python's numbers, as float(...)"
+        if isinstance(value, np.generic)
+        else ("its state_dict() must be made of numbers, strings, tensors, lists and dicts")
+    )
+    kind = type(value)
+    raise ValueError(
+        f"Trainer: {where} is a {kind.__module__}.{kind.__qualname__}, which no checkpoint holds; {advice}"
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Number) and not isinstance(value, bool)
+
+
+def check_form(mine: Any, theirs: Any, where: str) -> None:
+    """Refuse a loaded state that has another form than the one it takes the place of; numbers and texts may differ."""
+    wrong = None
+    if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
+        if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
+            wrong = f"must be {list(mine.shape)} of {mine.dtype}, got {list(theirs.shape)} of {theirs.dtype}"
+    elif isinstance(mine, Counter):
+        if not isinstance(theirs, Counter) or not all(map(_is_number, [*theirs, *theirs.values()])):
+            wrong = f"must count numbers, got {type(theirs).__name__}"
+    elif isinstance(mine, dict) and isinstance(theirs, dict):
+        if mine.keys() != theirs.keys():
+            wrong = f"must have {sorted(map(str, mine))}, got {sorted(map(str, theirs))}"
+        else:
+            for key, inner in mine.items():
+                check_form(inner, theirs[key], f"{where}[{key!r}]")
+    elif isinstance(mine, (list, tuple)) and isinstance(theirs, (list, tuple)):
+        if len(mine) != len(theirs):
+            wrong = f"must have {len(mine)} entries, got {len(theirs)}"
+        else:
+            for at, (one, two) in enumerate(zip(mine, theirs, strict=True)):
+                check_form(one, two, f"{where}[{at}]")
+    elif mine is None or isinstance(mine, bool):
+        # Options that are True, False or left to torch; and what is not known yet.
+        if not (theirs is None or isinstance(theirs, bool) or (mine is None and isinstance(theirs, (int, float, str)))):
+            wrong = f"must be {mine!r} or the like, got {type(theirs).__name__}"
+    elif _is_number(mine) or isinstance(mine, Tensor):
+        if not (_is_number(theirs) or (isinstance(theirs, Tensor) and theirs.dim() == 0)) or (
+            isinstance(mine, Tensor) and mine.dim()
+        ):
+            wrong = f"must be a number, got {type(theirs).__name__}"
+    elif type(mine) is not type(theirs):
+        wrong = f"must be a {type(mine).__name__}, got {type(theirs).__name__}"
+    if wrong is not None:
+        raise ValueError(f"the checkpoint's {where} {wrong:.400}")
+
+
+# Entries of an optimizer's state that are as large as the parameter, by the names that everybody gives them.
+_OF_PARAMETERS_SIZE = frozenset(
+    [
+        "exp_avg",
+        "exp_avg_sq",
+        "max_exp_avg_sq",
+        "exp_inf",
+        "square_avg",
+        "grad_avg",
+        "acc_delta",
+        "momentum_buffer",
+        "sum",
+    ]
+)
+_ADAM = frozenset(["step", "exp_avg", "exp_avg_sq"])
+
+
+def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Refuse a state that is no state of this optimizer, which ``load_state_dict`` takes as it comes."""
+    mine = optimizer.state_dict()
+    if not isinstance(state, dict) or state.keys() != mine.keys():
+        raise ValueError("the checkpoint's optimizer has no state and param_groups")
+    groups, states = state["param_groups"], state["state"]
+    if not isinstance(groups, list) or len(groups) != len(mine["param_groups"]):
+        raise ValueError("the checkpoint's optimizer has a different number of parameter groups")
+    for at, (group, other) in enumerate(zip(mine["param_groups"], groups, strict=True)):
+        check_form(group, other, f"optimizer's group {at}")
+        if group["params"] != other["params"]:
+            raise ValueError(f"the checkpoint's optimizer's group {at} is of other parameters")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not isinstance(states, dict) or not all(type(key) is int and 0 <= key < len(parameters) for key in states):
+        raise ValueError("the checkpoint's optimizer's state must map the parameters' numbers to their states")
+    names: set[frozenset[Any]] = set()
+    for key, entries in states.items():
+        where, shape = f"the checkpoint's optimizer's state of parameter {key}", parameters[key].shape
+        if not isinstance(entries, dict):
+            raise ValueError(f"{where} must be a dict, got {type(entries).__name__}")
+        if entries:
+            names.add(frozenset(entries))
+        for name, value in entries.items():
+            if name in _OF_PARAMETERS_SIZE and not (value is None and name == "momentum_buffer"):
+                if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
+                    raise ValueError(f"{where}: {name} must be floats of shape {list(shape)}")
+            elif name == "step" and not (_is_number(value) or (isinstance(value, Tensor) and value.numel() == 1)):
+                raise ValueError(f"{where}: step must be a number")
+    if len(names) > 1:
+        raise ValueError("the checkpoint's optimizer's states differ in what they hold")
+    if names and type(optimizer).__name__ in ("Adam", "AdamW"):
+        missing = sorted(_ADAM - next(iter(names)))
+        if missing or not all(isinstance(one["step"], Tensor) for one in states.values() if one):
+            raise ValueError(f"the checkpoint's optimizer's state lacks {', '.join(missing) or 'a tensor step'}")
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

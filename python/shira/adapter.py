@@ -393,13 +393,15 @@ class Adapter:
         *,
         density: float | None = None,
         granule: int = 1,
+        autocast_adapter_dtype: bool = True,
         revision: str | None = None,
         token: str | bool | None = None,
     ) -> Adapter:
         """A delta adapter from PEFT's SHiRA, or from PEFT's LoRA as the largest entries of ``scaling * B @ A``.
 
-        Put on at alpha 1, a SHiRA gives the weights that PEFT's merge gives. A LoRA is cut: the adapter's ``report``
-        says what share of the squared ``B @ A`` was lost, for each weight and in all.
+        Put on at alpha 1, a SHiRA gives the weights that PEFT's merge on a CPU gives, bit for bit, and so does a LoRA
+        with ``density=1``. A sparser LoRA is cut: the adapter's ``report`` says what share of the squared ``B @ A`` was
+        lost, for each weight and in all. Nothing of the folder is executed, its regular expressions included.
 
         Args:
             folder: PEFT's folder, or a repository's name on the Hub.
@@ -407,13 +409,27 @@ class Adapter:
                 dtypes, and its fingerprints are kept. None: the folder that the adapter names as its base.
             density: for LoRA, the share of each weight's entries to keep, by ``|B @ A|``.
             granule: for LoRA, entries an index stands for.
+            autocast_adapter_dtype: as PEFT has it. True: an adapter of a bfloat16 or float16 base is added in float32,
+                as by ``PeftModel.from_pretrained``. False: it is rounded to the base's dtype first, as PEFT does with
+                ``autocast_adapter_dtype=False`` or ``low_cpu_mem_usage=True``, and transformers' ``load_adapter``.
             revision, token: for the Hub.
 
-        Raises `AdapterError` for what has no sparse form: DoRA, embeddings, biases, whole modules, pickles.
+        Raises `AdapterError` for what has no sparse form (DoRA, embeddings, biases and whole modules that changed,
+        pickles), for what is no change of the base alone (LoRAs that start by changing it, such as PiSSA, OLoRA, CorDA,
+        LoftQ and LoRA-GA), for a weight that is tied to another, and for a square matrix that may be a ``Conv1D``'s or
+        a ``Linear``'s, which the model itself as ``base`` would tell.
         """
         from shira.peft import from_peft
 
-        return from_peft(folder, base, density=density, granule=granule, revision=revision, token=token)
+        return from_peft(
+            folder,
+            base,
+            density=density,
+            granule=granule,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            revision=revision,
+            token=token,
+        )
 
     def to_peft(
         self,
@@ -422,6 +438,7 @@ class Adapter:
         *,
         base_model: str | None = None,
         task_type: str | None = None,
+        overwrite: bool = False,
     ) -> None:
         """Write a folder that ``peft.PeftModel.from_pretrained`` opens and that gives the same outputs.
 
@@ -429,17 +446,25 @@ class Adapter:
         single entries, and each weight is filled up with zeros to the ``r * (rows + columns)`` entries that PEFT
         expects, with one ``r`` for all.
 
+        How exact: a delta adapter gives the bits that it gives here. One that replaces entries becomes
+        ``new - base`` in float32, and PEFT's ``base + (new - base)`` is ``new`` up to 2^-23 of the larger of the two:
+        in bfloat16 and float16 the same bits, unless an entry became more than 2^12 times smaller. Loaded with
+        ``low_cpu_mem_usage=True``, ``autocast_adapter_dtype=False`` or transformers' ``load_adapter``, PEFT rounds what
+        it adds to the base's dtype, and entries end a rounding (of bfloat16: 2^-7 of the larger) away.
+
         Args:
-            folder: where to write; made if it does not exist.
+            folder: where to write; made if it does not exist. Its other files stay.
             base: the base checkpoint, as in `from_difference`; needed unless the adapter is a delta.
             base_model, task_type: for PEFT's configuration.
+            overwrite: write over an adapter of PEFT's that is in the folder. Whoever reads meanwhile, or after a crash,
+                finds the one, the other or none, and never half of each.
 
         Raises `AdapterError` for what PEFT cannot hold: whole parameters, weights that are no linear layer's, tied
-        weights.
+        weights; and `FileExistsError` for a folder that holds an adapter already.
         """
         from shira.peft import to_peft
 
-        to_peft(self, folder, base, base_model=base_model, task_type=task_type)
+        to_peft(self, folder, base, base_model=base_model, task_type=task_type, overwrite=overwrite)
 
     @classmethod
     def from_pretrained(

@@ -510,7 +510,7 @@ def convert(
 
         adapter = Adapter.load(path)
         with _output.named(target):
-            adapter.to_peft(target, base, base_model=base_model)
+            adapter.to_peft(target, base, base_model=base_model, overwrite=overwrite)
     _wrote(out, adapter, as_json)
 
 

@@ -12,6 +12,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from torch import Tensor
 
 import shira_ops
 from shira import _codec, _file, _model
-from shira._checkpoint import Checkpoint, Source, Stored, map_file, open_checkpoint
+from shira._checkpoint import Checkpoint, Source, Stored, map_file, open_checkpoint, ties
 from shira._file import AdapterError
+from shira._patterns import Pattern
 from shira.adapter import Adapter, Entry, dtype_name
 from shira.difference import Lost, Report
 from shira.mask import index_dtype
@@ -32,6 +34,7 @@ __all__ = ["from_peft", "to_peft"]
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 _WORD = 2**64 - 1
+_MOST_CONFIG_BYTES = 16 << 20
 _KEY = re.compile(
     r"(?P<module>.+)\.(?:(?P<shira>shira_weight|shira_indices)(?:\.(?P<one>[^.]+))?"
     r"|(?P<lora>lora_[AB])(?:\.(?P<two>[^.]+))?\.weight)"
@@ -50,10 +53,17 @@ _NO_PLAIN_LORA = (
     "kasa_config",
     "monteclora_config",
 )
+# Ways to start a LoRA that leave the base as it is. All others take what A and B start with out of the base first, so
+# that B @ A is no change of the base that anybody has.
+_KEEPS_BASE = ("", "gaussian", "eva", "orthogonal", "mica")
+_CONVERTED = ("pissa", "olora", "corda", "lora_ga")
 
 
 def _config(folder: str) -> dict[str, Any]:
     path = os.path.join(folder, CONFIG)
+    _file.check_regular(path)
+    if os.path.getsize(path) > _MOST_CONFIG_BYTES:
+        raise AdapterError(f"{path}: a configuration of more than {_MOST_CONFIG_BYTES >> 20} MB is not read")
     try:
         with open(path, encoding="utf-8") as file:
             config = json.load(file)
@@ -61,8 +71,25 @@ def _config(folder: str) -> dict[str, Any]:
         raise AdapterError(f"{path}: this cannot be read: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") not in ("SHIRA", "LORA"):
         kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise AdapterError(f"{path}: only PEFT's SHIRA and LORA can be read, got {kind!r}")
+        raise AdapterError(f"{path}: only PEFT's SHIRA and LORA can be read, got {kind!r:.80}")
+    patterns = config.get("alpha_pattern")
+    if not (patterns is None or isinstance(patterns, dict)):
+        raise AdapterError(f"{path}: alpha_pattern must map patterns to numbers, got {patterns!r:.80}")
     return config
+
+
+def _check_plain_lora(where: str, config: Mapping[str, Any]) -> None:
+    special = [key for key in _NO_PLAIN_LORA if config.get(key)]
+    if special:
+        raise AdapterError(f"{where}: only plain LORA can be read, and this one has {', '.join(special)}")
+    start = config.get("init_lora_weights", True)
+    if not isinstance(start, (bool, str, type(None))) or (isinstance(start, str) and start.lower() not in _KEEPS_BASE):
+        converts = isinstance(start, str) and start.lower().startswith(_CONVERTED)
+        advice = "save it in PEFT with path_initial_model_for_weight_conversion=, which makes a plain LORA of it, or "
+        raise AdapterError(
+            f"{where}: with init_lora_weights={start!r:.80} PEFT changes the base before it trains, so that B @ A is "
+            f"not what changed; {advice if converts else ''}merge it and take Adapter.from_difference(base, merged)"
+        )
 
 
 def _tensors(folder: str) -> dict[str, Stored]:
@@ -75,35 +102,70 @@ def _tensors(folder: str) -> dict[str, Stored]:
     return map_file(path).tensors
 
 
-def _by_module(folder: str, kind: str, tensors: Mapping[str, Stored]) -> dict[str, dict[str, Tensor]]:
-    """Each module's tensors by what they are; refuses what is none of an adapter of this kind."""
+def _by_module(
+    folder: str, kind: str, tensors: Mapping[str, Stored]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Stored]]:
+    """Each module's tensors by what they are, and what is none of an adapter of this kind."""
     wanted = ("shira_weight", "shira_indices") if kind == "SHIRA" else ("lora_A", "lora_B")
     modules: dict[str, dict[str, Tensor]] = {}
     names: set[str] = set()
-    strange = []
+    others, twice = {}, ""
     for key, stored in tensors.items():
         match = _KEY.fullmatch(key.removeprefix(PREFIX))
         what = (match["shira"] or match["lora"]) if match else None
         if match is None or what not in wanted or not stored.supported:
-            strange.append(key)
+            others[key] = stored
             continue
         names.add(match["one"] or match["two"] or "")
-        shaped = stored.tensor().view(stored.shape)
-        modules.setdefault(match["module"], {})[what] = shaped
+        parts = modules.setdefault(match["module"], {})
+        twice = twice or (f"module {match['module']!r:.80} has {what} twice" if what in parts else "")
+        parts[what] = stored.tensor().view(stored.shape)
+    if len(names) > 1:
+        raise AdapterError(f"{folder}: it holds several adapters ({_model.some(sorted(names))}); save one alone")
+    if twice:
+        raise AdapterError(f"{folder}: {twice}, once without {PREFIX!r}")
+    for module, parts in modules.items():
+        missing = [what for what in wanted if what not in parts]
+        if missing:
+            raise AdapterError(f"{folder}: module {module!r:.80} has no {missing[0]}")
+    return modules, others
+
+
+def _check_others(folder: str, kind: str, others: Mapping[str, Stored], base: Checkpoint) -> None:
+    """Refuse what is not part of the adapter, unless it says what the base says.
+
+    PEFT saves whole embeddings and heads beside an adapter that targets one, or when the vocabulary has grown, and all
+    biases with ``bias="all"``.
+    """
+    strange: list[str] = []
+    changed: list[str] = []
+    for key, stored in others.items():
+        name = key.removeprefix(PREFIX)
+        copied = ".base_layer." in name
+        there = base.find((name.replace(".base_layer.", "."),))
+        if there is None or not _equal(stored, there):
+            (changed if copied else strange).append(key[:200])
+    if changed:
+        raise AdapterError(
+            f"{folder}: its copies of the base's weights differ from the base: {_model.some(changed)}; give the base "
+            f"that it was trained on (with a larger vocabulary?) as base="
+        )
     if strange:
         raise AdapterError(
             f"{folder}: {len(strange)} tensors are not part of {kind} on linear layers (whole modules, embeddings, "
             f"biases and DoRA have no sparse form): {_model.some(strange)}"
         )
-    if len(names) > 1:
-        raise AdapterError(f"{folder}: it holds several adapters ({', '.join(sorted(names))}); save one alone")
-    for module, parts in modules.items():
-        missing = [what for what in wanted if what not in parts]
-        if missing:
-            raise AdapterError(f"{folder}: module {module!r} has no {missing[0]}")
-    if not modules:
-        raise AdapterError(f"{folder}: it holds no weights")
-    return modules
+
+
+def _equal(one: Stored, two: Stored) -> bool:
+    """Whether two tensors hold the same numbers, maybe in other float dtypes."""
+    if one.shape != two.shape:
+        return False
+    if one.dtype == two.dtype:
+        return bool(np.array_equal(one.bytes(), two.bytes()))
+    if one.dtype not in _file.ARITHMETIC or two.dtype not in _file.ARITHMETIC:
+        return False
+    return torch.equal(one.tensor().double(), two.tensor().double())
 
 
 def _base(folder: str, config: Mapping[str, Any], base: Source | None) -> Checkpoint:
@@ -114,27 +176,87 @@ def _base(folder: str, config: Mapping[str, Any], base: Source | None) -> Checkp
         return open_checkpoint(known, "base")
     raise AdapterError(
         f"{folder}: PEFT's files say nothing of the weights' shapes and dtypes, so the base is needed: give base= "
-        f"(a path, a state dict or the model); the adapter names {known!r}, which is no folder here"
+        f"(a path, a state dict or the model); the adapter names {known!r:.200}, which is no folder here"
     )
 
 
-def _weight_of(where: str, base: Checkpoint, module: str) -> Stored:
-    stored = base.find((f"{module}.weight",))
-    if stored is None:
-        raise AdapterError(f"{where}: the base has no weight {f'{module}.weight'!r}")
-    if len(stored.shape) != 2 or stored.dtype not in _file.ARITHMETIC:
+class _Weights:
+    """The base's matrices by module, and which way round they are."""
+
+    def __init__(self, base: Checkpoint, turned: object) -> None:
+        self._base, self._turned = base, turned
+        self._ties: dict[str, list[str]] = {}
+        for name, first in ties(base).items():
+            self._ties.setdefault(first, []).append(name)
+        self._tied = {name: group for group in self._ties.values() if len(group) > 1 for name in group}
+        self._slots = {} if base.model is None else _model.slots(base.model)
+
+    def of(self, where: str, module: str) -> Stored:
+        """The weight of a linear layer that nothing else uses."""
+        name = f"{module}.weight"
+        stored = self._base.find((name,))
+        if stored is None:
+            tied = (
+                " (a checkpoint leaves out a head that is tied to the embedding)" if module.endswith("lm_head") else ""
+            )
+            raise AdapterError(f"{where}: the base has no weight {name!r:.200}{tied}")
+        if len(stored.shape) != 2 or stored.dtype not in _file.ARITHMETIC:
+            raise AdapterError(
+                f"{where}: {stored.name!r} must be a float matrix in the base, got shape {list(stored.shape)} of "
+                f"{stored.dtype}"
+            )
+        others = [other for other in self._tied.get(name, ()) if other != name]
+        if others:
+            raise AdapterError(
+                f"{where}: {name!r} is tied to {others[0]!r} in the base: PEFT changes what this module alone "
+                f"computes, and an adapter would change the other too; untie them first, each with a weight of its own"
+            )
+        return stored
+
+    def is_turned(self, where: str, stored: Stored, shape: tuple[int, int]) -> bool:
+        """Whether a layer's weight is the other way round than ``shape``, outputs x inputs: that of a ``Conv1D``.
+
+        PEFT's ``fan_in_fan_out`` is one for the whole folder, and the last module's where they differ.
+        """
+        if stored.shape not in (shape, shape[::-1]):
+            raise AdapterError(f"{where}: B @ A has shape {list(shape)}, and the base's weight {list(stored.shape)}")
+        if shape[0] != shape[1]:
+            return stored.shape != shape
+        slot = self._slots.get(stored.name)
+        if slot is not None and isinstance(slot.module, torch.nn.Linear):
+            return False
+        if slot is not None and any(kind.__name__ == "Conv1D" for kind in type(slot.module).__mro__):
+            return True
+        bias = self._bias(stored)
+        if bias is None:  # a Conv1D always has one
+            return False
+        flags = {layout for layout in map(self._layout, self._base.tensors.values()) if layout is not None}
+        if flags == {bool(self._turned)}:
+            return bool(self._turned)
         raise AdapterError(
-            f"{where}: {stored.name!r} must be a float matrix in the base, got shape {list(stored.shape)} of "
-            f"{stored.dtype}"
+            f"{where}: whether {stored.name!r} is a Linear's or transformers' Conv1D's cannot be told from its shape "
+            f"{list(stored.shape)}; give the model itself as base="
         )
-    return stored
+
+    def _bias(self, stored: Stored) -> Stored | None:
+        return (
+            self._base.find((stored.name.removesuffix("weight") + "bias",)) if stored.name.endswith("weight") else None
+        )
+
+    def _layout(self, stored: Stored) -> bool | None:
+        """Which way round a weight is by its bias's length, if that tells."""
+        if len(stored.shape) != 2 or stored.shape[0] == stored.shape[1]:
+            return None
+        bias = self._bias(stored)
+        length = bias.shape[0] if bias is not None and len(bias.shape) == 1 else -1
+        return length == stored.shape[1] if length in stored.shape else None
 
 
 def _entry(stored: Stored, indices: Tensor, values: Tensor, granule: int = 1) -> Entry:
     compute = torch.float64 if stored.dtype == "float64" else torch.float32
     return Entry(
         indices.to(index_dtype(stored.numel // granule)),
-        values.to(compute),
+        values if dtype_name(values.dtype) == stored.dtype else values.to(compute),
         stored.shape,
         getattr(torch, stored.dtype),
         granule,
@@ -142,57 +264,93 @@ def _entry(stored: Stored, indices: Tensor, values: Tensor, granule: int = 1) ->
     )
 
 
-def _shira(where: str, stored: Stored, parts: Mapping[str, Tensor]) -> Entry:
+def _shira(where: str, stored: Stored, parts: Mapping[str, Tensor], cast: bool) -> Entry:
     places, values = parts["shira_indices"], parts["shira_weight"]
-    if values.dim() != 1 or tuple(places.shape) != (2, len(values)) or not values.is_floating_point():
+    if values.dim() != 1 or tuple(places.shape) != (2, len(values)) or dtype_name(values.dtype) not in _file.ARITHMETIC:
         raise AdapterError(
             f"{where}: shira_weight must be 1-D floats and shira_indices 2 x as many, got shapes "
-            f"{list(values.shape)} and {list(places.shape)}"
+            f"{list(values.shape)} and {list(places.shape)} of {dtype_name(values.dtype)}"
         )
     rows, columns = places.to(torch.int64)  # floats on Windows
-    outside = (rows < 0) | (rows >= stored.shape[0]) | (columns < 0) | (columns >= stored.shape[1])
+    whole = torch.stack([rows, columns]).to(places.dtype) == places
+    outside = (rows < 0) | (rows >= stored.shape[0]) | (columns < 0) | (columns >= stored.shape[1]) | ~whole.all(0)
     if bool(outside.any()):
         at = int(outside.nonzero()[0])
         raise AdapterError(
-            f"{where}: its entry ({int(rows[at])}, {int(columns[at])}) is outside the base's {list(stored.shape)}"
+            f"{where}: its entry ({places[0, at].item()}, {places[1, at].item()}) is outside the base's "
+            f"{list(stored.shape)}"
         )
     indices, order = (rows * stored.shape[1] + columns).sort()
     if bool((indices[1:] == indices[:-1]).any()):
         raise AdapterError(f"{where}: an entry stands there twice")
-    return _entry(stored, indices, values[order])
+    values = values[order]
+    return _entry(stored, indices, values.to(getattr(torch, stored.dtype)) if cast else values)
 
 
-def _scaling(where: str, config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r), with the patterns for single modules."""
+def _alpha(where: str, config: Mapping[str, Any], patterns: Mapping[str, Pattern], module: str) -> float:
+    """``lora_alpha`` of a module: of the first pattern that matches, or the one for all."""
     alpha = config.get("lora_alpha", 8)
-    for pattern, other in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            alpha = other
+    for text, pattern in patterns.items():
+        try:
+            found = pattern.ends(module)
+        except ValueError as error:
+            raise AdapterError(f"{where}: alpha_pattern's {text!r:.80} cannot be used: {error}") from error
+        if found:
+            alpha = config["alpha_pattern"][text]
             break
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise AdapterError(f"{where}: lora_alpha must be a finite number, got {alpha!r:.80}")
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return _file.strength(f"{where}: lora_alpha", alpha)
+
+
+def _patterns(where: str, config: Mapping[str, Any]) -> dict[str, Pattern]:
+    patterns = {}
+    for text in config.get("alpha_pattern") or {}:
+        try:
+            patterns[text] = Pattern(text)
+        except ValueError as error:
+            raise AdapterError(f"{where}: alpha_pattern's {text!r:.80} cannot be used: {error}") from error
+    return patterns
+
+
+def _factors(where: str, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    a, b = parts["lora_A"], parts["lora_B"]
+    floats = all(dtype_name(part.dtype) in _file.ARITHMETIC for part in (a, b))
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or not a.shape[0] or not floats:
+        raise AdapterError(
+            f"{where}: lora_A and lora_B must be float matrices that multiply, got {list(a.shape)} of "
+            f"{dtype_name(a.dtype)}, {list(b.shape)} of {dtype_name(b.dtype)}"
+        )
+    return a, b
 
 
 def _lora(
-    where: str, stored: Stored, parts: Mapping[str, Tensor], scaling: float, turned: bool, density: float, granule: int
+    where: str,
+    stored: Stored,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    turned: bool,
+    density: float,
+    granule: int,
+    cast: bool,
 ) -> tuple[Entry, Lost]:
     """The largest entries of ``scaling * B @ A``; one dense weight in memory."""
-    a, b = parts["lora_A"], parts["lora_B"]
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
-        raise AdapterError(
-            f"{where}: lora_A and lora_B must be matrices that multiply, got {list(a.shape)}, {list(b.shape)}"
-        )
-    dense = (b.float() @ a.float()).mul_(scaling)
-    dense = dense.T.contiguous() if turned else dense
-    if tuple(dense.shape) != stored.shape:
-        raise AdapterError(f"{where}: B @ A has shape {list(dense.shape)}, and the base's weight {list(stored.shape)}")
     if stored.shape[1] % granule:
         raise AdapterError(f"{where}: granule {granule} must divide the last dimension of {list(stored.shape)}")
+    # The arithmetic of PEFT's merge on a CPU, so that its bits are these.
+    dtype = getattr(torch, stored.dtype)
+    compute = torch.float64 if stored.dtype == "float64" else torch.float32
+    if cast:
+        a, b = a.to(dtype), b.to(dtype)
+    dense = (b.to(compute) @ a.to(compute)).mul_(scaling)
+    dense = dense.to(dtype) if cast else dense
+    dense = dense.T.contiguous() if turned else dense
+    whole = float(dense.double().square().sum())
+    if not math.isfinite(whole):
+        raise AdapterError(f"{where}: its B @ A is not finite (NaN, or too large for {dtype_name(dense.dtype)})")
     count = min(max(1, round(density * stored.numel / granule)), stored.numel // granule)
     indices = shira_ops.select_top(dense, None, count, score="magnitude", granule=granule)
     values = shira_ops.gather(dense, indices, granule=granule)
-    whole, kept = float(dense.double().square().sum()), float(values.double().square().sum())
+    kept = float(values.double().square().sum())
     lost = max(0.0, 1.0 - kept / whole) if whole else 0.0
     changed = int(dense.count_nonzero())
     return _entry(stored, indices, values, granule), Lost(stored.numel, changed, values.numel(), lost, whole)
@@ -204,6 +362,7 @@ def from_peft(
     *,
     density: float | None = None,
     granule: int = 1,
+    autocast_adapter_dtype: bool = True,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> Adapter:
@@ -224,31 +383,48 @@ def from_peft(
             raise ValueError(f"from_peft: density must be above 0 and at most 1, got {density!r}")
         if type(granule) is not int or granule < 1:
             raise ValueError(f"from_peft: granule must be a whole number of at least 1, got {granule!r}")
-        special = [key for key in _NO_PLAIN_LORA if config.get(key)]
-        if special:
-            raise AdapterError(f"{where}: only plain LORA can be read, and this one has {', '.join(special)}")
-    modules = _by_module(where, kind, _tensors(where))
+        _check_plain_lora(where, config)
+    modules, others = _by_module(where, kind, _tensors(where))
+    if not modules and not others:
+        raise AdapterError(f"{where}: it holds no weights")
     source = _base(where, config, base)
+    weights = _Weights(source, config.get("fan_in_fan_out"))
+    places = {module: weights.of(f"{where}: module {module!r:.200}", module) for module in modules}
+    _check_others(where, kind, others, source)
+    patterns = _patterns(where, config)
     entries: dict[str, Entry] = {}
     report: dict[str, Lost] = {}
     for module, parts in modules.items():
-        here = f"{where}: module {module!r}"
-        stored = _weight_of(here, source, module)
+        here = f"{where}: module {module!r:.200}"
+        stored = places[module]
         if kind == "SHIRA":
-            entries[stored.name] = _shira(here, stored, parts)
+            entries[stored.name] = _shira(here, stored, parts, not autocast_adapter_dtype)
             continue
         assert density is not None
-        scaling = _scaling(here, config, module, parts["lora_A"].shape[0])
+        a, b = _factors(here, parts)
+        # Compared before they are multiplied: two long vectors would make a matrix of any size.
+        turned = weights.is_turned(here, stored, (b.shape[0], a.shape[1]))
+        rank = len(a)
+        scaling = _alpha(here, config, patterns, module) / (math.sqrt(rank) if config.get("use_rslora") else rank)
         entries[stored.name], report[stored.name] = _lora(
-            here, stored, parts, scaling, bool(config.get("fan_in_fan_out")), density, granule
+            here, stored, a, b, scaling, turned, density, granule, not autocast_adapter_dtype
         )
-    mask = {"name": "PEFT", "peft_type": kind, "r": config.get("r")}
+    r = config.get("r")
+    mask = {"name": "PEFT", "peft_type": kind, "r": r if type(r) is int and abs(r) < 2**31 else None}
     if kind == "LORA":
         mask |= {"density": density, "granule": granule}
-    provenance = {
-        key: config[key] for key in ("base_model_name_or_path", "peft_version", "task_type") if config.get(key)
-    }
+    known = {key: config.get(key) for key in ("base_model_name_or_path", "peft_version", "task_type")}
+    provenance = {key: text for key, text in known.items() if text and isinstance(text, str) and _writable(text)}
     return Adapter(entries, delta=True, mask=mask, provenance=provenance, report=Report(report) if report else None)
+
+
+def _writable(text: str) -> bool:
+    """Whether a file can hold the text: JSON may hold halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_for_peft(adapter: Adapter, model: object) -> None:
@@ -289,8 +465,13 @@ def to_peft(
     *,
     base_model: str | None = None,
     task_type: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """See `Adapter.to_peft`."""
+    target = Path(folder)
+    there = [name for name in (CONFIG, WEIGHTS, PICKLED) if (target / name).exists()]
+    if there and not overwrite:
+        raise FileExistsError(f"{target} holds an adapter already ({there[0]}); give another folder, or overwrite=True")
     source = None if base is None else open_checkpoint(base, "base")
     _check_for_peft(adapter, None if source is None else source.model)
     if not adapter.delta:
@@ -338,12 +519,29 @@ def to_peft(
         "target_modules": "|".join(re.escape(name.removesuffix(".weight")) for name in adapter.weights),
         "task_type": task_type or adapter.provenance.get("task_type"),
     }
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
     parts = {
         name: _file.tensor_part(tensor) for name, tensor in sorted(tensors.items(), key=lambda one: -one[1].itemsize)
     }
-    with _file.replacing(target / WEIGHTS) as temporary:
-        _file.write_safetensors(temporary, parts, {"format": "pt"})
-    with _file.replacing(target / CONFIG) as temporary:
-        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _write(target, parts, json.dumps(config, indent=2) + "\n")
+
+
+def _write(target: Path, parts: Mapping[str, _file.Part], config: str) -> None:
+    """Weights first, and the configuration last: without one PEFT finds no adapter, so that none is ever half another.
+
+    Both are on the disk before anything of an adapter that stood there goes. All other files of the folder stay.
+    """
+    fresh = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        with _file.replacing(target / CONFIG) as configuration:
+            configuration.write_text(config, encoding="utf-8")
+            with _file.replacing(target / WEIGHTS) as weights:
+                _file.write_safetensors(weights, parts, {"format": "pt"})
+                with open(weights, "rb+") as file:
+                    os.fsync(file.fileno())
+                (target / CONFIG).unlink(missing_ok=True)
+    except BaseException:
+        if fresh:
+            with suppress(OSError):  # whatever others put there meanwhile stays
+                target.rmdir()
+        raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -30,7 +31,10 @@ class Trainer:
     One step takes ``accumulate`` batches (fewer at the end of an epoch), whose losses are averaged, clips, steps the
     optimizer and then the scheduler. The model is put into ``train()`` except for its batch normalisation, whose
     statistics belong to the base. A run that was stopped and resumed gives the same bits as one that was not, as long
-    as the data gives the same batches for the same random state (a ``DataLoader`` with torch's samplers does).
+    as the data gives the same batches for the same random state (a ``DataLoader`` with torch's samplers does). So does
+    `fit` after it was interrupted, by Ctrl-C or by an error of the loss or the data: the step that was under way starts
+    anew (buffers that its forward pass changed stay changed). Only an interrupt while the optimizer itself steps leaves
+    half a step, and `fit` and `save` then ask for `resume`.
 
     Args:
         tuner: the tuner, attached.
@@ -102,6 +106,7 @@ class Trainer:
         self._position = 0  # batches taken of this epoch
         self._batches: Iterator[Any] | None = None
         self._epoch_random: dict[str, Any] | None = None
+        self._stepping = False  # whether the optimizer is in the middle of a step
 
     # ---- the loop --------------------------------------------------------------------------------------------
 
@@ -109,6 +114,9 @@ class Trainer:
         """Train until ``steps`` steps or ``epochs`` epochs are done in all, those before a resume included."""
         if (steps is None) == (epochs is None):
             raise ValueError(f"Trainer: give steps or epochs, one of the two, got {steps!r} and {epochs!r}")
+        self._check_whole("fit")
+        if self.checkpoint is not None:
+            self._plain_states()  # what cannot be saved is better known before the first step
         total = steps
         if epochs is not None and isinstance(self.data, Sized):
             total = epochs * math.ceil(len(self.data) / self.accumulate)
@@ -119,13 +127,20 @@ class Trainer:
         stopped = False
         with _run.progress(self._show, self.step, total, self._log_every) as show:
             while not stopped and (self.epoch < epochs if epochs is not None else self.step < (steps or 0)):
-                group = self._next()
-                if not group:
+                position, chance = self._position, _run.random_state(self.data, self.evaluation)
+                try:
+                    group = self._next()
+                    loss = self._gradients(group) if group else None
+                    self._stepping = loss is not None
+                except BaseException:
+                    self._start_over(position, chance)
+                    raise
+                if loss is None:
                     if self._position == 0:
                         raise ValueError("Trainer: data gave no batch")
                     self.epoch, self._position, self._batches, self._epoch_random = self.epoch + 1, 0, None, None
                     continue
-                loss = self._train(group)
+                self._update()
                 if self.step % self._log_every == 0 or self.step == total:
                     self.loss = float(loss)
                     if not math.isfinite(self.loss) and self.scaler is None:
@@ -147,21 +162,55 @@ class Trainer:
         return group
 
     def _open_epoch(self) -> Iterator[Any]:
-        if self._batches is None:
-            for sampler in (getattr(self.data, name, None) for name in ("sampler", "batch_sampler")):
-                if sampler is not None and hasattr(sampler, "set_epoch"):
-                    sampler.set_epoch(self.epoch)
+        if self._batches is not None:
+            return self._batches
+        self._tell_samplers()
+        if not self._position:
             self._epoch_random = _run.random_state(self.data, self.evaluation)
             self._batches = iter(self.data)
-        return self._batches
+            return self._batches
+        # The same epoch again, up to the batch that comes next.
+        assert self._epoch_random is not None
+        now = _run.random_state(self.data, self.evaluation)
+        _run.set_random_state(self._epoch_random, self.data, self.evaluation)
+        batches = iter(self.data)
+        found = sum(1 for _ in islice(batches, self._position))
+        if found < self._position:
+            raise ValueError(f"the checkpoint is {self._position} batches into an epoch, the data has only {found}")
+        _run.set_random_state(now, self.data, self.evaluation)
+        self._batches = batches
+        return batches
 
-    def _train(self, group: Sequence[Any]) -> Tensor:
+    def _tell_samplers(self) -> None:
+        for sampler in (getattr(self.data, name, None) for name in ("sampler", "batch_sampler")):
+            if sampler is not None and hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(self.epoch)
+
+    def _start_over(self, position: int, chance: Mapping[str, Any]) -> None:
+        """After an interrupt before the optimizer's step: as if the step had not begun."""
+        self._stepping, self._position, self._batches = False, position, None
+        self.optimizer.zero_grad(set_to_none=True)
+        _run.set_random_state(chance, self.data, self.evaluation)
+
+    def _check_whole(self, what: str) -> None:
+        if self._stepping:
+            raise RuntimeError(
+                f"Trainer: {what} would go on with half a step: the last one was interrupted while the optimizer "
+                f"stepped, and some values moved and some did not; go back to a checkpoint with resume(), or start anew"
+            )
+
+    def _gradients(self, group: Sequence[Any]) -> Tensor:
+        """Forward and backward over the batches of a step; the loss."""
         total = torch.zeros((), device=self.device)
         for batch in group:
             with self._casting():
                 loss = self._loss(batch) / len(group)
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             total += loss.detach()
+        return total
+
+    def _update(self) -> None:
+        """Clip, step, schedule."""
         if self.clip is not None:
             if self.scaler is not None:
                 self.scaler.unscale_(self.optimizer)
@@ -179,7 +228,7 @@ class Trainer:
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return total
+        self._stepping = False
 
     def _loss(self, batch: Any) -> Tensor:
         found = self._loss_of(self.model, _run.to_device(batch, self.device))
@@ -214,42 +263,73 @@ class Trainer:
     # ---- stopping and going on -------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a checkpoint: values, optimizer, scheduler, scaler, random states, place in the data; whole or not."""
-        with _file.replacing(path) as temporary:
-            torch.save(self._state(), temporary)
+        """Write a checkpoint: values, optimizer, scheduler, scaler, random states, place in the data; whole or not.
+
+        Raises `ValueError` for a state that could not be read again (a scheduler's, of other types than numbers, texts
+        and tensors), and `OSError` with the file where it cannot be written.
+        """
+        self._check_whole("save")
+        state = self._state()
+        try:
+            with _file.replacing(path) as temporary:
+                torch.save(state, temporary)
+        except (OSError, RuntimeError) as error:  # of a full disk torch says that its writer failed
+            number = error.errno if isinstance(error, OSError) else None
+            raise OSError(number, f"the checkpoint cannot be written: {error}", os.fspath(path)) from error
 
     def resume(self, path: str | os.PathLike[str]) -> Trainer:
-        """Go on from a checkpoint as if training had never stopped; refuses another adapter's, base's or set-up's."""
+        """Go on from a checkpoint as if training had never stopped; refuses another adapter's, base's or set-up's.
+
+        Raises `ValueError` with the file and what is wrong with it; then nothing of the trainer has changed.
+        """
         where = os.fspath(path)
         with open(where, "rb") as file:
             try:
                 state = torch.load(file, map_location="cpu", weights_only=True)
             except Exception as error:  # torch raises whatever the broken part of a file brings up
                 raise ValueError(f"{where}: this is no whole checkpoint of shira.Trainer: {error}") from error
-        if not isinstance(state, dict) or state.get("version") != 1:
+        if not isinstance(state, dict) or type(state.get("version")) is not int or state["version"] != 1:
             raise ValueError(f"{where}: this is no checkpoint of shira.Trainer, version 1")
-        kind = type(self.optimizer).__name__
-        if state["optimizer"]["kind"] != kind:
-            raise ValueError(f"{where}: the checkpoint's optimizer is {state['optimizer']['kind']}, this one is {kind}")
-        for name, part in (("scheduler", self.scheduler), ("scaler", self.scaler)):
-            if (state[name] is None) != (part is None):
-                wanted, got = ("none", "one") if state[name] is None else ("one", "none")
-                raise ValueError(f"{where}: the checkpoint has {wanted} for a {name}, this trainer has {got}")
-        before = self._state()
+        try:
+            before = copy.deepcopy(self._state())
+            self._check(state, before)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        progress = self.step, self.epoch, self._position, self._batches, self._epoch_random
         try:
             self._take(state)
-        except (KeyError, RuntimeError, ValueError) as error:
-            self._take(before)
+        except BaseException as error:
+            self._take(before, open_epoch=False)
+            self.step, self.epoch, self._position, self._batches, self._epoch_random = progress
+            self._tell_samplers()
+            if not isinstance(error, Exception):
+                raise
+            # Optimizers and schedulers of others raise what they please.
             raise ValueError(f"{where}: {error}") from error
+        self._stepping = False
+        # What a step that was interrupted half-way left.
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler is not None:
+            self.scaler._per_optimizer_states.clear()
         return self
+
+    def _plain_states(self) -> dict[str, Any]:
+        return {
+            "optimizer": {
+                "kind": type(self.optimizer).__name__,
+                "state": _run.plain(self.optimizer.state_dict(), "the optimizer's state"),
+            },
+            **{
+                name: None if part is None else _run.plain(part.state_dict(), f"the {name}'s state")
+                for name, part in (("scheduler", self.scheduler), ("scaler", self.scaler))
+            },
+        }
 
     def _state(self) -> dict[str, Any]:
         return {
             "version": 1,
             "tuner": self.tuner.state_dict(),
-            "optimizer": {"kind": type(self.optimizer).__name__, "state": self.optimizer.state_dict()},
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            **self._plain_states(),
             "others": {name: tensor.detach().clone() for name, tensor in self._others().items()},
             "progress": [self.step, self.epoch, self._position],
             "loss": self.loss,
@@ -258,28 +338,54 @@ class Trainer:
             "epoch_random": self._epoch_random,
         }
 
-    def _take(self, state: Mapping[str, Any]) -> None:
-        others = self._others()
-        shapes = [{name: tensor.shape for name, tensor in part.items()} for part in (others, state["others"])]
-        if shapes[0] != shapes[1]:
+    def _check(self, state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint of another set-up, or a broken one, before anything is taken from it."""
+        missing = mine.keys() - state.keys()
+        if missing or not isinstance(state["optimizer"], dict) or state["optimizer"].keys() != {"kind", "state"}:
+            raise ValueError(f"this is no whole checkpoint: it has no {', '.join(sorted(missing)) or 'optimizer'}")
+        kinds = state["optimizer"]["kind"], mine["optimizer"]["kind"]
+        if kinds[0] != kinds[1]:
+            raise ValueError(f"the checkpoint's optimizer is {kinds[0]!s:.80}, this one is {kinds[1]}")
+        for name in ("scheduler", "scaler"):
+            if (state[name] is None) != (mine[name] is None):
+                wanted, got = ("none", "one") if state[name] is None else ("one", "none")
+                raise ValueError(f"the checkpoint has {wanted} for a {name}, this trainer has {got}")
+            _run.check_form(mine[name], state[name], name)
+        others = state["others"]
+        if not isinstance(others, dict) or others.keys() != mine["others"].keys():
             raise ValueError("the checkpoint is of a model with other buffers or other unfrozen parameters")
+        for name, tensor in mine["others"].items():
+            if not isinstance(others[name], Tensor):
+                raise ValueError(f"the checkpoint's {name} must be a tensor, got {type(others[name]).__name__}")
+            _run.check_form(tensor, others[name], name)
+        self.tuner.check_state_dict(state["tuner"])
+        _run.check_optimizer_state(self.optimizer, state["optimizer"]["state"])
+        progress, evaluations = state["progress"], state["evaluations"]
+        if not isinstance(progress, list) or len(progress) != 3 or any(type(n) is not int or n < 0 for n in progress):
+            raise ValueError("the checkpoint's progress must be three counts")
+        if not isinstance(state["loss"], float) or not isinstance(evaluations, list):
+            raise ValueError("the checkpoint's losses must be numbers")
+        for pair in evaluations:
+            if not (isinstance(pair, tuple) and len(pair) == 2 and type(pair[0]) is int and isinstance(pair[1], float)):
+                raise ValueError("the checkpoint's evaluations must be pairs of a step and a loss")
+        _run.check_random_state(state["random"], self.data, self.evaluation)
+        if progress[2] or state["epoch_random"] is not None:
+            _run.check_random_state(state["epoch_random"], self.data, self.evaluation)
+
+    def _take(self, state: Mapping[str, Any], open_epoch: bool = True) -> None:
         self.tuner.load_state_dict(state["tuner"])
         self.optimizer.load_state_dict(state["optimizer"]["state"])
         for name, part in (("scheduler", self.scheduler), ("scaler", self.scaler)):
             if part is not None:
                 part.load_state_dict(state[name])
         with torch.no_grad():
-            for name, tensor in others.items():
+            for name, tensor in self._others().items():
                 tensor.copy_(state["others"][name])
         self.step, self.epoch, self._position = state["progress"]
         self.loss, self.evaluations = state["loss"], list(state["evaluations"])
-        self._batches = self._epoch_random = None
-        if self._position:
-            # The same epoch again, up to the batch that comes next.
-            _run.set_random_state(state["epoch_random"], self.data, self.evaluation)
-            found = sum(1 for _ in islice(self._open_epoch(), self._position))
-            if found < self._position:
-                raise ValueError(f"the checkpoint is {self._position} batches into an epoch, the data has only {found}")
+        self._batches, self._epoch_random = None, state["epoch_random"] if self._position else None
+        if open_epoch and self._position:
+            self._open_epoch()
         _run.set_random_state(state["random"], self.data, self.evaluation)
 
     def _others(self) -> dict[str, Tensor]:

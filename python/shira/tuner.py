@@ -613,30 +613,39 @@ class SparseTuner:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take values from a `state_dict`; refuses, with nothing changed, that of another base, mask or model."""
+        self.check_state_dict(state)
+        with torch.no_grad():
+            for tuned in self._attached():
+                tuned.values.copy_(state["weights"][tuned.name]["values"])
+        self.sync()
+
+    def check_state_dict(self, state: Any) -> None:
+        """Raise the `ValueError` that `load_state_dict` would raise, and take nothing."""
         known = state.get("version") if isinstance(state, Mapping) else None
-        if known != 1 or not isinstance(state.get("weights"), Mapping):
-            raise ValueError(f"SparseTuner: this is no state of a tuner (version {known!r})")
+        if type(known) is not int or known != 1 or not isinstance(state.get("weights"), Mapping):
+            raise ValueError(f"SparseTuner: this is no state of a tuner (version {known!r:.80})")
         weights, tuned_here = state["weights"], {tuned.name: tuned for tuned in self._attached()}
         missing, foreign = tuned_here.keys() - weights.keys(), weights.keys() - tuned_here.keys()
         if missing or foreign:
             raise ValueError(
                 f"SparseTuner: the state is of another adapter: it has not {_model.some(sorted(missing))}, "
-                f"and has {_model.some(sorted(foreign))} besides"
+                f"and has {_model.some(sorted(map(str, foreign)))} besides"
             )
         what = {
             "shape": "another shape", "granule": "another granule", "indices": "other entries (another mask)",
             "fingerprint": "another base",
         }  # fmt: skip
         for name, tuned in tuned_here.items():
+            entry = weights[name]
+            if not isinstance(entry, Mapping) or not isinstance(entry.get("values"), Tensor):
+                raise ValueError(f"SparseTuner: the state has no values of {name}")
             for key, wanted in _identity(tuned).items():
-                if weights[name].get(key) != wanted:
+                if repr(entry.get(key)) != repr(wanted):  # of whatever a broken file holds
                     raise ValueError(f"SparseTuner: the state is of another adapter: {name} has {what[key]}")
-            if weights[name]["values"].shape != tuned.values.shape:
+            if entry["values"].shape != tuned.values.shape:
                 raise ValueError(f"SparseTuner: the state's values of {name} have the wrong length")
-        with torch.no_grad():
-            for name, tuned in tuned_here.items():
-                tuned.values.copy_(weights[name]["values"])
-        self.sync()
+            if not entry["values"].is_floating_point():
+                raise ValueError(f"SparseTuner: the state's values of {name} must be floats")
 
     # ---- taking off ------------------------------------------------------------------------------------------
 
