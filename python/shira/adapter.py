@@ -31,6 +31,21 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def check_finite(where: str, values: Tensor) -> None:
+    """Refuse values with NaN or infinity among them; `where` begins the sentence. Whole numbers are always finite."""
+    if not values.is_floating_point() or not values.numel():
+        return
+    values = values.detach()
+    if values.itemsize == 1:  # 8-bit floats have few operations of their own, and fit
+        values = values.to(torch.float32)
+    # Both ends are NaN if anything is: one pass, where isfinite takes three and memory of its own.
+    if all(map(math.isfinite, torch.stack(values.aminmax()).tolist())):
+        return
+    nan, infinite = int(values.isnan().sum()), int(values.isinf().sum())
+    found = " and ".join(f"{count:,} {what}" for count, what in ((nan, "NaN"), (infinite, "infinite")) if count)
+    raise AdapterError(f"{where}: {nan + infinite:,} of its {values.numel():,} values are not finite ({found})")
+
+
 @dataclass(frozen=True, eq=False)
 class Entry:
     """What an adapter changes of one weight.
@@ -102,6 +117,10 @@ class Entry:
             shira_ops.check_indices(self.indices, self.numel, granule=self.granule)
         except RuntimeError as error:
             raise AdapterError(f"{where}: {error}") from error
+
+    def check_finite(self, where: str) -> None:
+        """Refuse NaN and infinity among the values, with their numbers; `where` begins the sentence."""
+        check_finite(where, self.values)
 
 
 class Adapter:
