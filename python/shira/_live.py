@@ -40,8 +40,8 @@ class Hold:
     storage: StorageWeakRef
     # The Switcher whose adapters are on it. A dead reference: they are still on it, and nobody can take them off.
     holder: weakref.ref[object] | None = None
-    # Of a dead one: the version and the base's fingerprint as it left them.
-    left: tuple[int | None, int | None] | None = None
+    # Of a dead one: what it knew of the parameter that it wrote through, and the version it left.
+    left: tuple[Ledger, int | None] | None = None
 
 
 @dataclass(eq=False)
@@ -78,7 +78,7 @@ def abandon(weights: Mapping[object, Weight], switcher: weakref.ref[object]) -> 
     """A Switcher is gone, with these weights. Where its adapters are on them, that stays known."""
     for key, weight in weights.items():
         if weight.hold.holder is switcher:
-            weight.hold.left = weight.ledger.version, weight.ledger.base
+            weight.hold.left = weight.ledger, weight.ledger.version
             _abandoned[key] = weight.hold
 
 
@@ -197,10 +197,11 @@ class Weight:
         """Whether what a Switcher that is gone had on the weight is gone too: written anew, or back at the base."""
         if self.hold.left is None:
             return False
-        version, base = self.hold.left
-        if self.versioned and version is not None and self.tensor._version != version:
+        ledger, version = self.hold.left
+        # Another parameter over the memory has versions of its own.
+        if self.versioned and self.ledger is ledger and self.tensor._version != version:
             return True
-        return base is not None and self.fingerprint() == base
+        return ledger.base is not None and self.fingerprint() == ledger.base
 
     def now(self) -> tuple[_model.Slot, ...]:
         """Its places with what they hold now."""

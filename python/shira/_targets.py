@@ -161,6 +161,15 @@ def check_trainable(name: str, group: Sequence[_model.Slot]) -> None:
             )
 
 
+def check_apart(groups: Iterable[Sequence[_model.Slot]]) -> None:
+    """Refuse different weights that share a part of their memory: training one would change the other."""
+    for one, other in _model.overlaps(group[0] for group in groups):
+        raise ValueError(
+            f"SparseTuner: {one.name} and {other.name} are different weights in overlapping memory (views of one "
+            f"tensor?), so training one would change the other; leave one of them out"
+        )
+
+
 def rules(group: Sequence[_model.Slot], granule: int) -> list[str | None]:
     """For each place that holds the weight, how its gradient is taken: at the mask in all of them, or in none."""
     found = [_layers.rule_of(slot.module, slot.attribute, granule) for slot in group]

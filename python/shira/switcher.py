@@ -543,7 +543,7 @@ class Switcher:
         for place in places:
             if _model.memory(place.weight) != _model.memory(places[0].weight):
                 raise SwitchError(
-                    f"Switcher: {places[0].name} and {place.name} were one (tied) weight and are two now; tie them again"
+                    f"Switcher: {places[0].name} and {place.name} were one (tied) weight and are two now; tie them"
                 )
         problem = _misfit(places[0], weight.slot.weight.shape, weight.dtype) or weight.tuned()
         if problem is not None:
@@ -697,14 +697,24 @@ class Switcher:
         self._layouts[names] = layout
         return layout
 
-    def _room(self, nbytes: int, keep: Iterable[tuple[str, ...]]) -> bool:
-        """Whether there is room for so many bytes more; makes it of what was not used for longest."""
-        if self.budget is None:
+    def _room(self, nbytes: int, keep: Iterable[tuple[str, ...]], *, trim: bool = True) -> bool:
+        """Whether there is room for so many bytes more; makes it of what was not used for longest, and then of what
+        only saves time."""
+        budget = self.budget
+        if budget is None:
             return True
         kept = {*keep, *((name,) for names in keep for name in names)}
-        sizes = {names: layout.nbytes for names, layout in self._layouts.items()}
-        excess = sum(sizes.values()) + nbytes - self.budget
-        if excess > sum(size for names, size in sizes.items() if names not in kept):
+
+        def sized() -> tuple[dict[tuple[str, ...], int], int, int]:
+            sizes = {names: layout.nbytes for names, layout in self._layouts.items()}
+            free = sum(size for names, size in sizes.items() if names not in kept)
+            return sizes, sum(sizes.values()) + nbytes - budget, free
+
+        sizes, excess, free = sized()
+        if excess > free and trim:
+            self._trim()
+            sizes, excess, free = sized()
+        if excess > free:
             return False
         for names in list(self._layouts):
             if excess <= 0:
@@ -718,6 +728,13 @@ class Switcher:
             else:
                 self._forget(names)
         return True
+
+    def _trim(self) -> None:
+        """Let go of what only saves time."""
+        self._ways.clear()
+        for layout in self._layouts.values():
+            for part in layout.parts.values():
+                part.trim()
 
     def _make_room(self, nbytes: int, keep: Iterable[tuple[str, ...]], names: tuple[str, ...]) -> None:
         if not self._room(nbytes, keep):
@@ -796,12 +813,9 @@ class Switcher:
         key = (before, after)
         if key not in self._ways:
             way = _layout.way(before, after)
-            # It may have made more of a layout: other indices, a second place for the base's entries.
-            if not self._room(0, keep=[before.names, after.names]):
-                for layout in key:
-                    for part in layout.parts.values():
-                        part.trim()
-                self._ways = OrderedDict((other, one) for other, one in self._ways.items() if not {*other} & {*key})
+            # It may have made more of a layout: indices in another granule, a second place for the base's entries.
+            if not self._room(0, [before.names, after.names], trim=False):
+                self._trim()
                 way = _layout.way(before, after, frugal=True)
             self._ways[key] = way
             if len(self._ways) > _WAYS:
