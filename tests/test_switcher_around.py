@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import shira_ops
-from shira import Adapter, AdapterError, Entry, SparseTuner, Switcher, SwitchError, _live, _model, masks, switcher
+from shira import Adapter, AdapterError, Entry, SparseTuner, Switcher, SwitchError, _live, _model, _shelf, masks
 from switcher_walk import adapter_of, bits, differing, model_of, restore
 
 
@@ -626,7 +626,7 @@ def test_spilled_files_do_not_stay(tmp_path: Path) -> None:
 
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    node, token = switcher._node(), "0" * 16
+    node, token = _shelf.node(), "0" * 16
     stays = [f"shira-spilled-{node}-{os.getpid()}-{token}.safetensors",
              f"shira-spilled-elsewhere-{ended.pid}-{token}.safetensors",
              f"shira-spilled-{node}-{ended.pid}-mine.safetensors", "adapter.safetensors"]  # fmt: skip

@@ -65,7 +65,7 @@ _weights: weakref.WeakSet[Weight] = weakref.WeakSet()
 
 
 def _hold(tensor: Tensor) -> Hold:
-    for key in [key for key, hold in _abandoned.items() if hold.storage.expired()]:
+    for key in [key for key, hold in list(_abandoned.items()) if hold.storage.expired()]:
         del _abandoned[key]
     key = _model.memory(tensor)
     hold = _holds.get(key)

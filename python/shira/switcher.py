@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import os
-import platform
-import re
-import secrets
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 
 import shira_ops
-from shira import _file, _layout, _live, _model
+from shira import _file, _fit, _layout, _live, _model, _shelf
 from shira._layout import EMPTY, Alphas, Layout, Part, Way
 from shira._live import LOCK, SwitchError, Weight
 from shira.adapter import Adapter, AdapterError, dtype_name
@@ -42,9 +38,6 @@ class Memory(NamedTuple):
     """In its file."""
 
 
-_Stamp = tuple[int, int, int, int]
-
-
 @dataclass(eq=False)
 class _Added:
     """An adapter by name, wherever it is now."""
@@ -56,7 +49,7 @@ class _Added:
     weights: dict[Weight, str]
     adapter: Adapter | None
     file: Path | None = None
-    stamp: _Stamp | None = None
+    stamp: _shelf.Stamp | None = None
     spilled: bool = False
     # Weights that it replaces as a whole, made where their content was another.
     elsewhere: tuple[str, ...] = ()
@@ -67,12 +60,12 @@ class _Added:
             return self.adapter
         assert self.file is not None
         try:
-            same = _stamp(self.file) == self.stamp
+            same = _shelf.stamp_of(self.file) == self.stamp
         except OSError as error:
             raise AdapterError(f"{self.file}, the file of {self.name!r}, is gone: {error}") from error
         if not same:
             raise AdapterError(f"{self.file} has changed since {self.name!r} was added; remove it and add it again")
-        return _load(self.file, self.stamp)
+        return _shelf.load(self.file, self.stamp)
 
     def allow(self, alpha: float) -> None:
         """Refuse a strength at which the result is not what the adapter was made for."""
@@ -140,7 +133,7 @@ class Switcher:
         self.budget = budget
         self._spill = None if spill is None else Path(spill)
         if self._spill is not None:
-            _sweep(self._spill)
+            _shelf.sweep(self._spill)
         self._slots = _model.slots(self.model, buffers=True)
         self._added: dict[str, _Added] = {}
         self._weights: dict[object, Weight] = {}
@@ -202,8 +195,8 @@ class Switcher:
             where = f"adapter {name!r}"
         else:
             file = Path(adapter).absolute()
-            where, stamp = os.fspath(adapter), _stamp(file)
-            adapter = _load(file, stamp)
+            where, stamp = os.fspath(adapter), _shelf.stamp_of(file)
+            adapter = _shelf.load(file, stamp)
         alpha = _file.strength(f"{where}: alpha", adapter.alpha)
         for weight_name, entry in adapter.weights.items():
             entry.check_indices(f"{where}: weight {weight_name!r}")
@@ -217,7 +210,10 @@ class Switcher:
                 raise AdapterError(f"an adapter {name!r} was already added; remove it first")
             self._heal()
             _live.wait(self._written)
-            places = self._places(where, adapter, rename)
+            # Parameters may have been replaced since.
+            self._slots = _model.slots(self.model, buffers=True)
+            places = _fit.places(where, adapter, self._slots, rename)
+            self._refuse_moved(group for groups in places.values() for group in groups)
             devices = [group[0].weight.device for groups in places.values() for group in groups]
             with self._streams.staging(devices) as ready:
                 taken: dict[Weight, str] = {}
@@ -339,7 +335,7 @@ class Switcher:
                 name = there.setdefault(_model.memory(found.get(weight, weight).tensor), weight.name)
                 if name != weight.name:
                     raise SwitchError(f"Switcher: {weight.name} and {name} were two weights, and are one now")
-            self._refuse_overlaps("the model", [fresh.slot for fresh in found.values()], besides=set(moved))
+            _fit.refuse_overlaps("the model", [fresh.slot for fresh in found.values()], besides=set(moved))
             wrong = [weight.name for weight, fresh in found.items() if not self._carried(weight, fresh)]
             if wrong:
                 raise SwitchError(
@@ -370,6 +366,9 @@ class Switcher:
             if name not in self._slots:
                 raise KeyError(f"the model has no weight {name!r}")
             slot = self._slots[name]
+            foreign = _model.foreign(slot.weight)
+            if foreign is not None:
+                raise SwitchError(f"Switcher: {name} {foreign}")
             weight = self._weights.get(_model.memory(slot.weight))
             if weight is None:
                 with _quiet():
@@ -437,65 +436,13 @@ class Switcher:
 
     # ---- adding ----------------------------------------------------------------------------------------------
 
-    def _places(self, where: str, adapter: Adapter, rename: _file.Rename) -> dict[str, list[tuple[_model.Slot, ...]]]:
-        """Find each of the adapter's weights in the model; all that does not fit is said in one error.
-
-        Gives the places of one weight for each; of several, where one that is tied in the adapter is not in the model.
-        """
-        # Parameters may have been replaced since.
-        self._slots = slots = _model.slots(self.model, buffers=True)
-        renamed = _file.renamer(rename)
-        problems: list[str] = []
-        absent = False
-        places: dict[str, list[tuple[_model.Slot, ...]]] = {}
-        owner: dict[object, str] = {}
-        for name, entry in adapter.weights.items():
-            known = [slots[other] for other in map(renamed, (name, *entry.aliases)) if other in slots]
-            problem = _misfit(known[0], entry.shape, entry.dtype) if known else "is not in the model"
-            absent |= not known
-            if problem is None:
-                groups: dict[object, tuple[_model.Slot, ...]] = {}
-                for slot in known:
-                    weight = slot.weight
-                    if weight is not known[0].weight and (weight.shape, weight.dtype) != (entry.shape, entry.dtype):
-                        problem = _two(slot.name, known[0].name)
-                        break
-                    problem = problem or _misfit(slot, entry.shape, entry.dtype)
-                    groups.setdefault(_model.memory(weight), (slot,))
-                for key in groups:
-                    if owner.setdefault(key, name) != name:
-                        problem = problem or f"is the same (tied) weight as {owner[key]!r}"
-                places[name] = list(groups.values())
-            if problem is not None:
-                problems.append(f"weight {name!r} {problem}")
-        if problems:
-            more = f" ({len(problems)} problems in all)" if len(problems) > 5 else ""
-            rule = _renaming(adapter, renamed, slots) if absent and rename is None else None
-            advice = "" if rule is None else f"; with rename={rule!r} all of its names fit"
-            raise AdapterError(f"{where} does not fit the model: {'; '.join(problems[:5])}{more}{advice}")
-        self._refuse_overlaps(where, [group[0] for groups in places.values() for group in groups])
-        # Of a tied weight every place is watched, whatever names the adapter has for it.
-        shared: dict[object, list[_model.Slot]] = {key: [] for key in owner}
-        for slot in slots.values():
-            if not isinstance(slot.weight, UninitializedParameter) and _model.foreign(slot.weight) is None:
-                shared.get(_model.memory(slot.weight), []).append(slot)
-
-        def watched(first: _model.Slot) -> tuple[_model.Slot, ...]:
-            places = shared[_model.memory(first.weight)]
-            return (first, *(place for place in places if place.name != first.name))
-
-        return {name: [watched(group[0]) for group in groups] for name, groups in places.items()}
-
-    def _refuse_overlaps(self, where: str, slots: list[_model.Slot], besides: Iterable[Weight] = ()) -> None:
-        """Refuse weights that share only a part of their memory, with each other or with those of other adapters."""
-        mine = set(map(id, slots))
-        others = [weight.slot for weight in _live.known() if weight not in besides]
-        for one, other in _model.overlaps([*slots, *others]):
-            if id(one) in mine or id(other) in mine:
-                raise AdapterError(
-                    f"{where}: {one.name} and {other.name} are different weights in overlapping memory (views of one "
-                    f"tensor?), so an adapter on one would change the other; use an adapter for only one of them"
-                )
+    def _refuse_moved(self, groups: Iterable[tuple[_model.Slot, ...]]) -> None:
+        """Refuse places whose weight is known as it was elsewhere."""
+        known = {
+            (place.module, place.attribute): weight for weight in self._weights.values() for place in weight.places
+        }
+        found = [known.get((place.module, place.attribute)) for group in groups for place in group]
+        _live.refuse_first([weight for weight in found if weight is not None], Weight.moved)
 
     def _same(self, where: str, weights: list[Weight]) -> None:
         """Refuse weights that are one in the adapter, unless they have the same content."""
@@ -505,7 +452,7 @@ class Switcher:
                     self._learn(weight)
             for weight in weights[1:]:
                 if weight.ledger.base != weights[0].ledger.base:
-                    raise AdapterError(f"{where} does not fit the model: {_two(weight.name, weights[0].name)}")
+                    raise AdapterError(f"{where} does not fit the model: {_fit.two(weight.name, weights[0].name)}")
 
     def _take(self, places: tuple[_model.Slot, ...], verify: bool) -> Weight:
         """The weight in these places, as we know it to be."""
@@ -545,7 +492,7 @@ class Switcher:
                 raise SwitchError(
                     f"Switcher: {places[0].name} and {place.name} were one (tied) weight and are two now; tie them"
                 )
-        problem = _misfit(places[0], weight.slot.weight.shape, weight.dtype) or weight.tuned()
+        problem = _fit.misfit(places[0], weight.slot.weight.shape, weight.dtype) or weight.tuned()
         if problem is not None:
             raise SwitchError(f"Switcher: {weight.name} {problem}")
         return Weight.of(places, self, False)
@@ -567,9 +514,9 @@ class Switcher:
         """Put the base's entries to where the weights are now."""
         targets: list[tuple[Tensor, Part]] = []
         for weight, part in layout.parts.items():
-            places = {id(place.weight): place for place in weight.now()}
+            places = {id(place.weight): place for place in weight.now() if part.known}
             for place in places.values():
-                problem = _misfit(place, weight.slot.weight.shape, weight.dtype) or weight.tuned()
+                problem = _fit.misfit(place, weight.slot.weight.shape, weight.dtype) or weight.tuned()
                 if problem is not None:
                     raise SwitchError(f"Switcher: {place.name} {problem}; {_told(self._active)}")
                 targets.append((place.weight, part))
@@ -746,11 +693,11 @@ class Switcher:
     def _leave(self, added: _Added) -> None:
         """Take an adapter off the device: to its file, or to a file in `spill`, or to host memory."""
         if added.file is None and self._spill is not None:
-            file = self._spill.absolute() / f"{_SPILLED}{_node()}-{os.getpid()}-{secrets.token_hex(8)}.safetensors"
+            file = _shelf.spilled(self._spill)
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 added.read().save(file)
-                stamp = _stamp(file)
+                stamp = _shelf.stamp_of(file)
             except OSError as error:
                 raise SwitchError(
                     f"Switcher: {added.name!r} has to leave the device, and cannot be written to {file}: {error}; "
@@ -903,9 +850,14 @@ class Switcher:
 
     def _heal(self) -> None:
         """After a way back that failed: put the base back."""
-        if self._torn is not None:
-            self._base_back(self._torn)
-            self._settle(self._torn, EMPTY)
+        torn = self._torn
+        if torn is not None:
+            if any(weight.moved() for weight in torn.watch.weights):
+                for layout in (torn.after, torn.before):
+                    self._write_back(layout)
+            else:
+                self._base_back(torn)
+                self._settle(torn, EMPTY)
             self._torn = None
 
     def _failed(self, wanted: Mapping[str, float], error: Exception) -> SwitchError:
@@ -921,7 +873,7 @@ def fitted(model: nn.Module, adapter: str | os.PathLike[str] | Adapter) -> tuple
     places: dict[str, _model.Slot] = {}
     for weight, name in added.weights.items():
         if name in places:
-            raise AdapterError(f"{_two(weight.name, places[name].name)}; tie them again")
+            raise AdapterError(f"{_fit.two(weight.name, places[name].name)}; tie them again")
         places[name] = weight.slot
     return added.read(), places
 
@@ -941,110 +893,9 @@ def _told(active: Mapping[str, float]) -> str:
     return f"active is {_listed(active)}" if active else "no adapter is active"
 
 
-def _stamp(file: Path) -> _Stamp:
-    """What tells that a file was written again, or that another has its name."""
-    found = file.stat()
-    return found.st_mtime_ns, found.st_size, found.st_dev, found.st_ino
-
-
-def _load(file: Path, stamp: _Stamp | None) -> Adapter:
-    """An adapter in memory of its own: a mapped file would show what is written to it later, or end under us."""
-    mapped = Adapter.load(file)
-    weights = {name: replace(entry, values=entry.values.clone()) for name, entry in mapped.weights.items()}
-    adapter = Adapter(weights, alpha=mapped.alpha, delta=mapped.delta, mask=mapped.mask, provenance=mapped.provenance)
-    if _stamp(file) != stamp:
-        raise AdapterError(f"{file} was written to while it was read; try again when that is done")
-    return adapter
-
-
 def _equal(one: Tensor, other: Tensor) -> bool:
     """Whether all bits are the same."""
     return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
-
-
-def _two(alias: str, name: str) -> str:
-    return f"{alias} and {name} are one (tied) weight in the adapter, and two that differ in the model"
-
-
-def _misfit(slot: _model.Slot, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
-    """Why entries of a weight of this shape and dtype cannot go onto the one in this place, or None."""
-    weight: Tensor = slot.weight
-    if isinstance(weight, UninitializedParameter):
-        return "has no shape yet; run the model once first"
-    if tuple(weight.shape) != tuple(shape):
-        return f"must have shape {list(shape)}, got {list(weight.shape)}"
-    if weight.dtype != dtype:
-        return f"must have dtype {dtype_name(dtype)}, got {dtype_name(weight.dtype)}"
-    if weight.is_meta:
-        return "is on the meta device"
-    foreign = _model.foreign(weight)
-    if foreign is not None:
-        return foreign
-    if not weight.is_contiguous():
-        return f"must be contiguous; {_model.stride_advice(slot.name)}"
-    if isinstance(slot.module, (nn.Embedding, nn.EmbeddingBag)) and slot.module.max_norm is not None:
-        return (
-            f"is changed by its own forward (max_norm={slot.module.max_norm:g}), so there would be no way back to the "
-            f"base; leave it out of the adapter, or set the module's max_norm to None"
-        )
-    return None
-
-
-def _renaming(
-    adapter: Adapter, renamed: Callable[[str], str], slots: Mapping[str, _model.Slot]
-) -> dict[str, str] | None:
-    """The one change of the beginnings of names with which all of them fit the model, if there is one."""
-    wanted = [(name, *entry.aliases) for name, entry in adapter.weights.items()]
-    first = next(names[0] for names in wanted if not any(name in slots for name in names)).split(".")
-    rules: dict[tuple[str, str], int] = {}
-    for known in slots:
-        parts = known.split(".")
-        common = 0
-        while common < min(len(first), len(parts)) and first[-1 - common] == parts[-1 - common]:
-            common += 1
-        if common:
-            old, new = (".".join((*names[: len(names) - common], "")) for names in (first, parts))
-            rules[old, new] = common
-    fitting = []
-    for (old, new), common in rules.items():
-        if common == max(rules.values()):
-            rule = {f"^{re.escape(old)}": new}
-            rename = _file.renamer(rule)
-            places = [next((slots[name] for name in map(rename, names) if name in slots), None) for names in wanted]
-            shapes = [entry.shape for entry in adapter.weights.values()]
-            if all(
-                slot is not None and tuple(slot.weight.shape) == shape
-                for slot, shape in zip(places, shapes, strict=True)
-            ):
-                fitting.append(rule)
-    return fitting[0] if len(fitting) == 1 else None
-
-
-# ---- files of adapters that left ---------------------------------------------------------------------------
-
-_SPILLED = "shira-spilled-"
-
-
-def _node() -> str:
-    """This machine's name, as a part of a file's."""
-    return re.sub(r"[^A-Za-z0-9]", "", platform.node())
-
-
-def _sweep(folder: Path) -> None:
-    """Delete what processes of this machine left in the folder when they were killed."""
-    if os.name != "posix":
-        return  # there, asking whether a process lives would end it
-    for file in folder.glob(f"{_SPILLED}{_node()}-*.safetensors"):
-        process = re.fullmatch(rf"{_SPILLED}{_node()}-(\d+)-[0-9a-f]{{16}}\.safetensors", file.name)
-        if process is None:
-            continue
-        try:
-            os.kill(int(process[1]), 0)
-        except ProcessLookupError:
-            with suppress(OSError):
-                file.unlink()
-        except (OSError, OverflowError):
-            pass  # another user's, and alive
 
 
 def _gone(
