@@ -254,6 +254,8 @@ def test_running_statistics_are_switched_and_come_back() -> None:
         one.deactivate()
     one.deactivate(verify=False)
     assert equal(model.state_dict(), base)
+    with pytest.raises(AdapterError, match=r"1\.\w+ is a buffer and no parameter, so it cannot be trained"):
+        SparseTuner.from_adapter(model, Adapter(entries))
     with pytest.raises(AdapterError, match=r"'passing' is not in the model"):
         one.add("passing", Adapter({"passing": entry_of(torch.zeros(2), [0], [1])}))
 
@@ -272,6 +274,13 @@ def test_a_file_is_read_once_and_never_half_old(tmp_path: Path, monkeypatch: pyt
     assert model.weight[0, 0] == 100
     file.write_bytes(content)
     assert one.adapters["a"].weights["weight"].values.tolist() == [100]
+    one.deactivate()
+    one.remove("a")
+    one.add("a", Adapter.load(file))
+    file.write_bytes(b"")
+    one.activate("a")
+    assert model.weight[0, 0] == 100
+    file.write_bytes(content)
     one.deactivate()
     one.remove("a")
 
@@ -483,8 +492,12 @@ def test_nothing_is_kept_of_weights_that_no_adapter_is_for() -> None:
 
 def test_an_embedding_that_changes_itself_is_refused_at_once() -> None:
     model = nn.Sequential(nn.Embedding(4, 3, max_norm=1.0), linear(4, 3))
-    with pytest.raises(AdapterError, match=r"'0\.weight' is changed by its own forward \(max_norm=1\)"):
+    says = r"'0\.weight' is changed by its own forward \(max_norm=1\)"
+    with pytest.raises(AdapterError, match=says):
         Switcher(model).add("a", one_of(model, "0.weight"))
+    model[1].weight = model[0].weight
+    with pytest.raises(AdapterError, match=says):
+        Switcher(model).add("a", one_of(model, "1.weight"))
 
 
 # ---- two of them ---------------------------------------------------------------------------------------------

@@ -51,12 +51,19 @@ def places(
         rule = _renaming(adapter, slots) if absent and rename is None else None
         advice = "" if rule is None else f"; with rename={rule!r} all of its names fit"
         raise AdapterError(f"{where} does not fit the model: {'; '.join(problems[:5])}{more}{advice}")
-    refuse_overlaps(where, [slot for found in firsts.values() for slot in found])
+    problem = overlap([slot for found in firsts.values() for slot in found])
+    if problem is not None:
+        raise AdapterError(f"{where} does not fit the model: {problem}")
     # Of a tied weight every place is watched, whatever names the adapter has for it.
     shared: dict[object, list[Slot]] = {key: [] for key in owner}
     for slot in slots.values():
         if not isinstance(slot.weight, UninitializedParameter) and _model.foreign(slot.weight) is None:
-            shared.get(_model.memory(slot.weight), []).append(slot)
+            found = shared.get(_model.memory(slot.weight))
+            if found is not None:
+                found.append(slot)
+                problem = _restless(slot)
+                if problem is not None:
+                    raise AdapterError(f"{where} does not fit the model: weight {slot.name!r} {problem}")
 
     def watched(first: Slot) -> tuple[Slot, ...]:
         return (first, *(slot for slot in shared[_model.memory(first.weight)] if slot.name != first.name))
@@ -64,16 +71,17 @@ def places(
     return {name: [watched(slot) for slot in found] for name, found in firsts.items()}
 
 
-def refuse_overlaps(where: str, slots: list[Slot], besides: Iterable[Weight] = ()) -> None:
-    """Refuse weights that share only a part of their memory, with each other or with those of any other adapters."""
+def overlap(slots: list[Slot], besides: Iterable[Weight] = ()) -> str | None:
+    """Which weights share only a part of their memory, with each other or with those of any other adapters."""
     mine = set(map(id, slots))
     others = [weight.slot for weight in _live.known() if weight not in besides]
     for one, other in _model.overlaps([*slots, *others]):
         if id(one) in mine or id(other) in mine:
-            raise AdapterError(
-                f"{where}: {one.name} and {other.name} are different weights in overlapping memory (views of one "
-                f"tensor?), so an adapter on one would change the other; use an adapter for only one of them"
+            return (
+                f"{one.name} and {other.name} are different weights in overlapping memory (views of one tensor?), so "
+                f"an adapter on one would change the other; use an adapter for only one of them"
             )
+    return None
 
 
 def two(alias: str, name: str) -> str:
@@ -96,6 +104,11 @@ def misfit(slot: Slot, shape: tuple[int, ...], dtype: torch.dtype) -> str | None
         return foreign
     if not weight.is_contiguous():
         return f"must be contiguous; {_model.stride_advice(slot.name)}"
+    return _restless(slot)
+
+
+def _restless(slot: Slot) -> str | None:
+    """That the module writes to its weight by itself, or None."""
     if isinstance(slot.module, (nn.Embedding, nn.EmbeddingBag)) and slot.module.max_norm is not None:
         return (
             f"is changed by its own forward (max_norm={slot.module.max_norm:g}), so there would be no way back to the "

@@ -23,14 +23,31 @@ def stamp_of(file: Path) -> Stamp:
     return found.st_mtime_ns, found.st_size, found.st_dev, found.st_ino
 
 
+def own(adapter: Adapter) -> Adapter:
+    """The adapter with values that are no views, as those of a loaded one are of its mapped file."""
+    if all(entry.values.untyped_storage().nbytes() == entry.values.nbytes for entry in adapter.weights.values()):
+        return adapter
+    return _copied(adapter)
+
+
 def load(file: Path, stamp: Stamp | None) -> Adapter:
     """An adapter in memory of its own: a mapped file would show what is written to it later, or end under us."""
-    mapped = Adapter.load(file)
-    weights = {name: replace(entry, values=entry.values.clone()) for name, entry in mapped.weights.items()}
-    adapter = Adapter(weights, alpha=mapped.alpha, delta=mapped.delta, mask=mapped.mask, provenance=mapped.provenance)
+    adapter = _copied(Adapter.load(file))
     if stamp_of(file) != stamp:
         raise AdapterError(f"{file} was written to while it was read; try again when that is done")
     return adapter
+
+
+def _copied(adapter: Adapter) -> Adapter:
+    weights = {name: replace(entry, values=entry.values.detach().clone()) for name, entry in adapter.weights.items()}
+    return Adapter(
+        weights,
+        alpha=adapter.alpha,
+        delta=adapter.delta,
+        mask=adapter.mask,
+        provenance=adapter.provenance,
+        report=adapter.report,
+    )
 
 
 def node() -> str:

@@ -84,13 +84,13 @@ class _Added:
 
 @dataclass(eq=False)
 class _Block:
-    """A ``with`` block of `Switcher.using`, and what was active before it."""
+    """A ``with`` block of `Switcher.using`, and what was active before it; None until it was entered."""
 
-    before: dict[str, float]
+    before: dict[str, float] | None = None
 
 
-# The blocks that the code which runs is in: threads and tasks each have their own.
-_INSIDE: ContextVar[tuple[_Block, ...]] = ContextVar("shira.using", default=())
+# The blocks that the code which runs is in: threads and tasks each have their own. A block lives as long as its frame.
+_INSIDE: ContextVar[tuple[weakref.ref[_Block], ...]] = ContextVar("shira.using", default=())
 
 
 class Switcher:
@@ -108,8 +108,8 @@ class Switcher:
       at a time has adapters on a weight.
     - **What is noticed.** Every call looks at the versions of the weights it is about, which any in-place operation of
       torch moves, and reads the content where one has moved. Writes that move no version are not seen by it: to
-      ``weight.data``, to a numpy view, through another parameter over the same memory, to inference tensors. `verify`
-      finds them at the entries of what is active, ``verify(full=True)`` everywhere.
+      ``weight.data``, to a numpy view, through another parameter over the same memory, by another process, to inference
+      tensors. `verify` finds them at the entries of what is active, ``verify(full=True)`` everywhere.
     - From one adapter to another is one walk over the entries of both (`shira_ops.foreach_switch_`); new strengths
       for what is active are one pass too.
     - Calls may come from several threads, but the weights change while a call runs: not while the model computes on
@@ -147,7 +147,7 @@ class Switcher:
         # GPUs: when the last change of the weights is done. Every call waits for it in its caller's streams.
         self._written: dict[torch.device, torch.cuda.Event] = {}
         # The open blocks of `using`, the innermost last.
-        self._blocks: list[_Block] = []
+        self._blocks: list[weakref.ref[_Block]] = []
         self._spilled: set[Path] = set()
         self._self: weakref.ref[object] = weakref.ref(self)
         weakref.finalize(self, _gone, os.getpid(), self._weights, self._self, self._spilled)
@@ -192,7 +192,7 @@ class Switcher:
         """
         file = stamp = None
         if isinstance(adapter, Adapter):
-            where = f"adapter {name!r}"
+            where, adapter = f"adapter {name!r}", _shelf.own(adapter)
         else:
             file = Path(adapter).absolute()
             where, stamp = os.fspath(adapter), _shelf.stamp_of(file)
@@ -292,18 +292,20 @@ class Switcher:
         An empty mapping is the base, as in `disabled`. Blocks nest. While one is open, other threads and tasks cannot
         change what is active (`SwitchError`).
         """
-        with LOCK:
-            self._refuse_outsiders()
-            base = isinstance(which, Mapping) and not which and alpha is None
-            strengths = {} if base else self._strengths(which, alpha)
-            block = _Block(dict(self._active))
-            self._move(strengths)
-            self._blocks.append(block)
-        _INSIDE.set((*_INSIDE.get(), block))
+        block = _Block()
+        entered = weakref.ref(block)
         try:
+            with LOCK:
+                self._refuse_outsiders()
+                base = isinstance(which, Mapping) and not which and alpha is None
+                strengths = {} if base else self._strengths(which, alpha)
+                block.before = dict(self._active)
+                self._move(strengths)
+                self._blocks.append(entered)
+            _INSIDE.set((*_INSIDE.get(), entered))
             yield self
         finally:
-            _INSIDE.set(tuple(other for other in _INSIDE.get() if other is not block))
+            _INSIDE.set(tuple(other for other in _INSIDE.get() if other is not entered))
             with LOCK:
                 self._end(block)
 
@@ -335,7 +337,9 @@ class Switcher:
                 name = there.setdefault(_model.memory(found.get(weight, weight).tensor), weight.name)
                 if name != weight.name:
                     raise SwitchError(f"Switcher: {weight.name} and {name} were two weights, and are one now")
-            _fit.refuse_overlaps("the model", [fresh.slot for fresh in found.values()], besides=set(moved))
+            overlap = _fit.overlap([fresh.slot for fresh in found.values()], besides=set(moved))
+            if overlap is not None:
+                raise SwitchError(f"Switcher: {overlap}")
             wrong = [weight.name for weight, fresh in found.items() if not self._carried(weight, fresh)]
             if wrong:
                 raise SwitchError(
@@ -599,9 +603,14 @@ class Switcher:
                 weight.note()
 
     def _foreign(self, weight: Weight) -> SwitchError:
+        advice = (
+            "deactivate(verify=False) puts the base's entries back all the same"
+            if self._active
+            else "load the base again, or remove the adapters and add those of the new base"
+        )
         return SwitchError(
             f"Switcher: {weight.name} was changed by someone else since the Switcher last wrote or read it; "
-            f"{_told(self._active)}. deactivate(verify=False) puts the base's entries back all the same"
+            f"{_told(self._active)}. {advice}"
         )
 
     # ---- keeping adapters ------------------------------------------------------------------------------------
@@ -723,6 +732,7 @@ class Switcher:
 
     def _refuse_outsiders(self) -> None:
         """While a block of `using` is open, only what runs inside it may change what is active."""
+        self._blocks = [block for block in self._blocks if block() is not None]
         if self._blocks and self._blocks[-1] not in _INSIDE.get():
             raise SwitchError(
                 f"Switcher: a using() or disabled() block of another thread or task is open, and would lose its "
@@ -731,10 +741,13 @@ class Switcher:
 
     def _end(self, block: _Block) -> None:
         """Put back what was active before a block; if one that began inside it is still open, that one will."""
-        at = self._blocks.index(block)
-        del self._blocks[at]
-        if at < len(self._blocks):
-            self._blocks[at].before = block.before
+        if block.before is None:
+            return
+        open_blocks = [other for other in (known() for known in self._blocks) if other is not None]
+        at = open_blocks.index(block) if block in open_blocks else len(open_blocks)
+        self._blocks = [known for known in self._blocks if known() is not block]
+        if at + 1 < len(open_blocks):
+            open_blocks[at + 1].before = block.before
         else:
             self._move({name: alpha for name, alpha in block.before.items() if name in self._added})
 
@@ -874,6 +887,8 @@ def fitted(model: nn.Module, adapter: str | os.PathLike[str] | Adapter) -> tuple
     for weight, name in added.weights.items():
         if name in places:
             raise AdapterError(f"{_fit.two(weight.name, places[name].name)}; tie them again")
+        if not isinstance(weight.slot.weight, nn.Parameter):
+            raise AdapterError(f"{weight.name} is a buffer and no parameter, so it cannot be trained")
         places[name] = weight.slot
     return added.read(), places
 
