@@ -429,7 +429,7 @@ def test_calls_are_grouped_by_device_and_granule() -> None:
         parameter = weights.setdefault(number, nn.Parameter(torch.zeros(8, 8, device=device)))
         holder = nn.ParameterDict({"w": parameter})
         slot = next(iter(_model.slots(holder).values()))
-        weight = found.setdefault(number, Weight.of(slot, object(), False))
+        weight = found.setdefault(number, Weight.of((slot,), object(), False))
         indices = torch.tensor([1, 3], dtype=torch.int32, device=device)
         entries = torch.zeros(2 * granule, device=device)
         return weight, _layout.Part(weight, (adapter,), indices, granule, [entries], [False], entries.clone())
@@ -567,7 +567,7 @@ def test_weights_that_moved_are_refused() -> None:
     model, switcher = switcher_of()
     switcher.activate("a")
     model.to(torch.float32)
-    says = r"0\.weight was moved or cast .* bfloat16 on cpu, it is float32 on cpu, in other memory; move it before"
+    says = r"0\.weight was moved or cast .* bfloat16 on cpu, it is float32 on cpu, in other memory; cast it back"
     for call in (switcher.deactivate, lambda: switcher.activate("b"), switcher.verify):
         with pytest.raises(SwitchError, match=says):
             call()

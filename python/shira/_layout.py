@@ -18,8 +18,9 @@ from torch import Tensor
 
 import shira_ops
 from shira import _live
+from shira._file import ARITHMETIC
 from shira._live import Watch, Weight
-from shira.adapter import Adapter
+from shira.adapter import Adapter, dtype_name
 from shira.mask import refine
 
 
@@ -82,6 +83,24 @@ class Part:
         if self._spare is None:
             self._spare = torch.empty_like(self.saved)
         return self._spare
+
+    def trim(self) -> None:
+        """Let go of what only saves time."""
+        self._finer, self._spare = {}, None
+
+    def to(self, device: torch.device, moved: dict[Tensor, Tensor]) -> None:
+        """Bring its tensors to where the weight is now, each once."""
+
+        def send(tensor: Tensor) -> Tensor:
+            if tensor not in moved:
+                moved[tensor] = tensor.to(device)
+            return moved[tensor]
+
+        self.trim()
+        self.indices, self.saved = send(self.indices), send(self.saved)
+        self.values = [send(value) for value in self.values]
+        self.blank = None if self.blank is None else send(self.blank)
+        self.plan = None if self.plan is None else (send(self.plan[0]), send(self.plan[1]))
 
     @property
     def nbytes(self) -> int:
@@ -146,6 +165,19 @@ class Layout:
     def devices(self) -> list[torch.device]:
         return list(dict.fromkeys(weight.device for weight in self.parts))
 
+    @cached_property
+    def watch(self) -> Watch:
+        return Watch(self.parts)
+
+    def rebind(self, moved: dict[Tensor, Tensor]) -> None:
+        """Follow its weights to where they are now."""
+        self.freeing()
+        self.ready.clear()
+        for weight, part in self.parts.items():
+            part.to(weight.device, moved)
+        for cached in ("devices", "watch"):
+            self.__dict__.pop(cached, None)
+
     @property
     def nbytes(self) -> int:
         """Bytes of memory that it keeps."""
@@ -168,7 +200,8 @@ def base_entries(weight: Weight, indices: Tensor, granule: int, active: Part | N
     if active is None or not active.indices.numel() or not indices.numel():
         return entries
     common = math.gcd(granule, active.granule)
-    mine, theirs = refine(indices, granule, common, weight.tensor.numel()), active.finer(common)
+    numel = weight.tensor.numel()
+    mine, theirs = refine(indices, granule, common, numel), refine(active.indices, active.granule, common, numel)
     if mine.dtype != theirs.dtype:
         mine, theirs = mine.to(torch.int64), theirs.to(torch.int64)
     at = torch.searchsorted(theirs, mine).clamp_(max=theirs.numel() - 1)
@@ -178,11 +211,12 @@ def base_entries(weight: Weight, indices: Tensor, granule: int, active: Part | N
     return entries
 
 
-def of_adapter(name: str, adapter: Adapter, weights: Mapping[str, Weight], active: Layout) -> Layout:
-    """One adapter on its weights' devices, and the base's entries it will hide, or room for them."""
+def of_adapter(name: str, adapter: Adapter, weights: Mapping[Weight, str], active: Layout) -> Layout:
+    """One adapter on the devices of its weights, each by the adapter's name for it, and the base's entries it will
+    hide, or room for them."""
     parts: dict[Weight, Part] = {}
-    for weight_name, entry in adapter.weights.items():
-        weight = weights[weight_name]
+    for weight, weight_name in weights.items():
+        entry = adapter.weights[weight_name]
         indices = _live.send(entry.indices, weight.device)
         values = _live.send(entry.values.detach(), weight.device)
         # GPUs gather beside the model's computation, on a side stream; then switching is as short as it can be.
@@ -211,8 +245,13 @@ def together(layouts: list[Layout], active: Layout) -> Layout:
 
 
 def _union(weight: Weight, parts: list[Part]) -> Part:
+    if len(parts) == 1 and dtype_name(weight.dtype) not in ARITHMETIC:
+        # Codes and counters cannot be summed, and need not be.
+        (part,) = parts
+        saved = part.saved.clone()
+        return Part(weight, part.adapters, part.indices, part.granule, part.values, part.delta, saved, borrowed=True)
     granule = math.gcd(*(part.granule for part in parts))
-    lists = [part.finer(granule) for part in parts]
+    lists = [refine(part.indices, part.granule, granule, weight.tensor.numel()) for part in parts]
     indices, offsets, sources = shira_ops.fuse_plan(lists, granule=granule)
     # Where each entry's first source lies in all that was saved, end to end.
     first = sources[offsets[:-1].to(torch.int64)]
@@ -222,8 +261,8 @@ def _union(weight: Weight, parts: list[Part]) -> Part:
     values = [part.values[0] for part in parts]
     borrowed = len({value.dtype for value in values}) == 1
     if not borrowed:
-        # fuse_ takes values of one dtype; float32 holds the narrow ones exactly.
-        values = [value.to(torch.float32) for value in values]
+        # fuse_ takes values of one dtype: one that holds all of them exactly.
+        values = [value.to(torch.float64 if weight.dtype == torch.float64 else torch.float32) for value in values]
     return Part(
         weight,
         tuple(part.adapters[0] for part in parts),
@@ -265,6 +304,13 @@ class Way:
 
     def go(self, strengths: Mapping[str, float]) -> None:
         """Change the weights."""
+        try:
+            self._go(strengths)
+        finally:
+            # autocast keeps casts of weights, and asks nobody whether they were written to.
+            torch.clear_autocast_cache()
+
+    def _go(self, strengths: Mapping[str, float]) -> None:
         delta = bool(self.after.parts) and next(iter(self.after.parts.values())).delta[0]
         for call in self.calls:
             if call.op == "scatter":
@@ -298,13 +344,15 @@ class Alphas:
         return self._made[key]
 
 
-def way(before: Layout, after: Layout) -> Way:
+def way(before: Layout, after: Layout, *, frugal: bool = False) -> Way:
     """The calls from one layout to another.
 
     One adapter for another is a single walk over each weight, also where only one of them touches it, and where their
     granules differ: they meet at the greatest common divisor. Only a weight that one of them replaces as a whole is
     left and then entered. From several adapters to one it is the same, with the union as what goes out. To several: a
     weight whose entries so far are all in the new union needs no revert, since `fuse_` writes each from the base.
+    A frugal way keeps nothing for the next time: where one walk needs indices in another granule, or a second place for
+    the base's entries, it leaves and enters instead.
     """
     groups: dict[tuple[str, torch.device, int], list[tuple[Tensor, ...]]] = {}
     fused: list[Part] = []
@@ -322,10 +370,14 @@ def way(before: Layout, after: Layout) -> Way:
     for weight, into in after.parts.items():
         out = before.parts.get(weight)
         if len(after.names) > 1:
-            if out is not None and not set(out.adapters) <= set(into.adapters):
+            if out is not None and (into.plan is None or not set(out.adapters) <= set(into.adapters)):
                 leave(out)
             fused.append(into)
-        elif out is None or (out.granule != into.granule and (out.whole or into.whole)):
+        elif (
+            out is None
+            or (out.granule != into.granule and (frugal or out.whole or into.whole))
+            or (into is out and frugal)
+        ):
             if out is not None:
                 leave(out)
             add("apply", into.granule, into, into.indices, into.values[0], into.saved)

@@ -1,20 +1,21 @@
 """The weights of a live model: what every `Switcher` on it must know of them before it writes.
 
-A weight has one ledger in the whole process, however many Switchers reach it: who has adapters on it, the version that
-was last written by a Switcher, and the fingerprint of its base.
+However many Switchers reach a weight, they share what is known of it: who has adapters on its memory (`Hold`), and the
+version and the base's fingerprint that a Switcher last left or found (`Ledger`).
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
-from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import shira_ops
 from shira import _model
@@ -32,27 +33,68 @@ class SwitchError(RuntimeError):
 
 
 @dataclass(eq=False)
+class Hold:
+    """Who has adapters on a piece of memory, through whichever parameters and models it is reached."""
+
+    # Tells whether the memory is gone: its address may then be another's.
+    storage: StorageWeakRef
+    # The Switcher whose adapters are on it. A dead reference: they are still on it, and nobody can take them off.
+    holder: weakref.ref[object] | None = None
+    # Of a dead one: what it knew of the parameter that it wrote through, and the version it left.
+    left: tuple[Ledger, int | None] | None = None
+
+
+@dataclass(eq=False)
 class Ledger:
-    """What is known of a weight. It holds no reference to the weight, so that this may be freed."""
+    """What is known of a parameter."""
 
     # The base's fingerprint, once it was read.
     base: int | None = None
-    # The Switcher whose adapters are on it. A dead reference: they are still on it, and nobody can take them off.
-    holder: weakref.ref[object] | None = None
-    # The weight's version and address when a Switcher last wrote or verified it.
+    # Its version and address when a Switcher last wrote or verified it.
     version: int | None = None
     pointer: int | None = None
 
 
-_ledgers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# Both go with the last Switcher that uses them, and refer to no tensor: `torch.utils.swap_tensors` takes none that has
+# weak references. By memory, and by the identity of the parameter, which lives as long as its ledger's users.
+_holds: weakref.WeakValueDictionary[object, Hold] = weakref.WeakValueDictionary()
+_ledgers: weakref.WeakValueDictionary[int, Ledger] = weakref.WeakValueDictionary()
+# Those with adapters of Switchers that are gone, as long as there is the memory.
+_abandoned: dict[object, Hold] = {}
+_weights: weakref.WeakSet[Weight] = weakref.WeakSet()
+
+
+def _hold(tensor: Tensor) -> Hold:
+    for key in [key for key, hold in list(_abandoned.items()) if hold.storage.expired()]:
+        del _abandoned[key]
+    key = _model.memory(tensor)
+    hold = _holds.get(key)
+    if hold is None or hold.storage.expired():
+        hold = _holds[key] = Hold(StorageWeakRef(tensor.untyped_storage()))
+    return hold
+
+
+def abandon(weights: Mapping[object, Weight], switcher: weakref.ref[object]) -> None:
+    """A Switcher is gone, with these weights. Where its adapters are on them, that stays known."""
+    for key, weight in weights.items():
+        if weight.hold.holder is switcher:
+            weight.hold.left = weight.ledger, weight.ledger.version
+            _abandoned[key] = weight.hold
+
+
+def known() -> list[Weight]:
+    """The weights that any Switcher has adapters for."""
+    return list(_weights)
 
 
 @dataclass(eq=False)
 class Weight:
-    """A weight of the model as it was when it was found: where it is, its memory, its ledger."""
+    """A weight of the model as it was when it was found: where it is, its memory, what is known of both."""
 
-    slot: _model.Slot
+    # Every place of the model that holds it (tied weights have several), the one it was found by first.
+    places: tuple[_model.Slot, ...]
     ledger: Ledger
+    hold: Hold
     pointer: int
     device: torch.device
     dtype: torch.dtype
@@ -60,21 +102,33 @@ class Weight:
     versioned: bool
 
     @classmethod
-    def of(cls, slot: _model.Slot, switcher: object, verify: bool) -> Weight:
+    def of(cls, places: tuple[_model.Slot, ...], switcher: object, verify: bool) -> Weight:
         """A weight of the model, free for this Switcher; reads it all for its fingerprint, unless that is known."""
-        tensor = slot.weight
-        found: Ledger | None = _ledgers.get(tensor)
-        weight = cls(slot, found or Ledger(), tensor.data_ptr(), tensor.device, tensor.dtype, not tensor.is_inference())
-        known = found is not None and found.pointer == weight.pointer and not weight.changed()
-        if known:
-            refuse_first([weight], lambda one: one.held(switcher))
-        if not known or not weight.versioned:
+        tensor = places[0].weight
+        found = _ledgers.get(id(tensor))
+        weight = cls(
+            places,
+            found or Ledger(),
+            _hold(tensor),
+            tensor.data_ptr(),
+            tensor.device,
+            tensor.dtype,
+            not tensor.is_inference(),
+        )
+        refuse_first([weight], lambda one: one.held(switcher))
+        seen = found is not None and found.pointer == weight.pointer and not weight.changed()
+        if not seen or not weight.versioned:
             base = weight.fingerprint() if verify else None
-            if found is None or found.holder is not None or base is None or base != found.base:
+            if found is None or base is None or base != found.base:
                 # Another base than the one that was known. Whoever knew that one finds it gone: its ledger is old.
-                weight.ledger = _ledgers[tensor] = Ledger(base)
+                weight.ledger = _ledgers[id(tensor)] = Ledger(base)
             weight.note()
+        _weights.add(weight)
         return weight
+
+    @property
+    def slot(self) -> _model.Slot:
+        return self.places[0]
 
     @property
     def name(self) -> str:
@@ -97,29 +151,83 @@ class Weight:
         self.ledger.version = self.tensor._version if self.versioned else None
         self.ledger.pointer = self.pointer
 
+    def distrust(self) -> None:
+        """Whatever stands there now is taken for right only when its content is."""
+        self.ledger.version = -1  # no version
+
     def place(self) -> str | None:
         """Why this is not the weight it was, or None."""
+        return self.moved() or self.tuned()
+
+    def moved(self) -> str | None:
+        """Why this is not the memory it was, or None."""
+        for place in self.places:
+            if not place.holds():
+                return f"{place.name} is no longer the parameter it was when an adapter for it was added; {_BACK}"
         weight = self.tensor
-        if not self.slot.holds():
-            return f"{self.name} is no longer the parameter it was when an adapter for it was added"
-        if weight.device != self.device or weight.dtype != self.dtype or weight.data_ptr() != self.pointer:
-            return (
-                f"{self.name} was moved or cast (by .to(), say) since an adapter for it was added: it was "
-                f"{dtype_name(self.dtype)} on {self.device}, it is {dtype_name(weight.dtype)} on {weight.device}, "
-                f"{'in the same' if weight.data_ptr() == self.pointer else 'in other'} memory; move it before adapters "
-                f"are added, and make a new Switcher"
-            )
-        if self.slot.attribute + VALUES_SUFFIX in self.slot.module._parameters:
-            return f"{self.name} is being tuned by a SparseTuner; detach it first"
+        if weight.device == self.device and weight.dtype == self.dtype and weight.data_ptr() == self.pointer:
+            return None
+        return (
+            f"{self.name} was moved or cast (by .to(), say) since an adapter for it was added: it was "
+            f"{dtype_name(self.dtype)} on {self.device}, it is {dtype_name(weight.dtype)} on {weight.device}, "
+            f"{'in the same' if weight.data_ptr() == self.pointer else 'in other'} memory; "
+            f"{_BACK if weight.dtype == self.dtype else _UNCAST}"
+        )
+
+    def tuned(self) -> str | None:
+        """That a tuner trains it, or None."""
+        for place in self.places:
+            if place.attribute + VALUES_SUFFIX in place.module._parameters:
+                return f"{place.name} is being tuned by a SparseTuner; detach it first"
         return None
 
     def held(self, switcher: object) -> str | None:
         """Why this Switcher may not have adapters on the weight, or None."""
-        holder = self.ledger.holder
+        holder = self.hold.holder
         if holder is None or holder() is switcher:
             return None
-        whose = "another Switcher: deactivate them there" if holder() else "a Switcher that no longer exists"
-        return f"{self.name} has adapters of {whose}"
+        if holder() is not None:
+            return f"{self.name} has adapters of another Switcher: deactivate them there"
+        if self._overwritten():
+            self.hold.holder = self.hold.left = None
+            return None
+        return f"{self.name} has adapters of a Switcher that no longer exists; load the base again"
+
+    def _overwritten(self) -> bool:
+        """Whether what a Switcher that is gone had on the weight is gone too: written anew, or back at the base."""
+        if self.hold.left is None:
+            return False
+        ledger, version = self.hold.left
+        # Another parameter over the memory has versions of its own.
+        if self.versioned and self.ledger is ledger and self.tensor._version != version:
+            return True
+        return ledger.base is not None and self.fingerprint() == ledger.base
+
+    def now(self) -> tuple[_model.Slot, ...]:
+        """Its places with what they hold now."""
+        found = []
+        for place in self.places:
+            tensor = place.now()
+            if tensor is None:
+                raise SwitchError(f"Switcher: {place.name} is no longer in the model")
+            found.append(replace(place, weight=cast("nn.Parameter", tensor)))
+        return tuple(found)
+
+    def rebind(self, fresh: Weight) -> None:
+        """Be the weight that was found in its places now. Its content is the same, and so is who has adapters on it."""
+        base, holder = self.ledger.base, self.hold.holder
+        self.hold.holder = None
+        self.places, self.hold, self.ledger = fresh.places, fresh.hold, fresh.ledger
+        self.pointer, self.device, self.versioned = fresh.pointer, fresh.device, fresh.versioned
+        self.ledger.base, self.hold.holder = base, holder
+        self.note()
+
+
+_BACK = (
+    "rebind() goes on with what is there now if its content is right, and deactivate(verify=False) writes the base's "
+    "entries there whatever it is"
+)
+_UNCAST = "cast it back and call rebind(), or load the base and make a new Switcher"
 
 
 def fingerprint(weight: Tensor) -> int:
@@ -148,28 +256,32 @@ class Watch:
 
     def __init__(self, weights: Iterable[Weight]) -> None:
         self.weights = list(weights)
+        places = [place for weight in self.weights for place in weight.places]
+        self._parameters = [place for place in places if isinstance(place.weight, nn.Parameter)]
+        self._buffers = [place for place in places if not isinstance(place.weight, nn.Parameter)]
+        self._tuned = [place.attribute + VALUES_SUFFIX for place in self._parameters]
         self._pointers = [weight.pointer for weight in self.weights]
-        self._places = [(weight.slot.module, weight.slot.attribute) for weight in self.weights]
-        self._tuned = [weight.slot.attribute + VALUES_SUFFIX for weight in self.weights]
         self._tensors = [weight.tensor for weight in self.weights]
         self._ledgers = [weight.ledger for weight in self.weights]
+        self._holds = [weight.hold for weight in self.weights]
         self._versioned = [(weight.tensor, weight.ledger) for weight in self.weights if weight.versioned]
 
     def undisturbed(self, switcher: weakref.ref[object]) -> bool:
         """Whether all weights are in place, not trained, not another Switcher's, and as they were last left."""
-        homes = [module._parameters for module, _ in self._places]
+        homes = [place.module._parameters for place in self._parameters]
         return (
-            all(home.get(place[1]) is one for home, place, one in zip(homes, self._places, self._tensors, strict=True))
+            all(home.get(place.attribute) is place.weight for home, place in zip(homes, self._parameters, strict=True))
             and not any(tuned in home for home, tuned in zip(homes, self._tuned, strict=True))
+            and all(place.module._buffers.get(place.attribute) is place.weight for place in self._buffers)
             and [tensor.data_ptr() for tensor in self._tensors] == self._pointers
             and all(tensor._version == ledger.version for tensor, ledger in self._versioned)
-            and all(ledger.holder is None or ledger.holder is switcher for ledger in self._ledgers)
+            and all(hold.holder is None or hold.holder is switcher for hold in self._holds)
         )
 
     def left(self, switcher: weakref.ref[object], on: Container[Weight]) -> None:
         """Note that we leave the weights as they are, with adapters on some of them."""
-        for weight, ledger in zip(self.weights, self._ledgers, strict=True):
-            ledger.holder = switcher if weight in on else None
+        for weight, ledger, hold in zip(self.weights, self._ledgers, self._holds, strict=True):
+            hold.holder = switcher if weight in on else None
             ledger.pointer = weight.pointer
         for tensor, ledger in self._versioned:
             ledger.version = tensor._version

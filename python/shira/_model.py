@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,18 +49,28 @@ class Slot:
     name: str
     module: nn.Module
     attribute: str
-    weight: nn.Parameter
+    weight: nn.Parameter  # or a buffer, where `slots` was asked for them
+
+    def now(self) -> Tensor | None:
+        """What the place holds now."""
+        parameter = self.module._parameters.get(self.attribute)
+        return self.module._buffers.get(self.attribute) if parameter is None else parameter
 
     def holds(self) -> bool:
         """Whether the place still holds the parameter it held when it was found."""
-        return self.module._parameters.get(self.attribute) is self.weight
+        return self.now() is self.weight
 
 
-def slots(model: nn.Module) -> dict[str, Slot]:
-    """Every parameter of the model under every one of its names, in the model's order."""
+def slots(model: nn.Module, *, buffers: bool = False) -> dict[str, Slot]:
+    """Every parameter of the model under every one of its names, in the model's order; and the persistent buffers,
+    such as a BatchNorm's running statistics, where they are asked for."""
     found: dict[str, Slot] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        for attribute, weight in module._parameters.items():
+        held: dict[str, Any] = dict(module._parameters)
+        if buffers:
+            passing = module._non_persistent_buffers_set
+            held |= {name: buffer for name, buffer in module._buffers.items() if name not in passing}
+        for attribute, weight in held.items():
             if weight is not None:
                 name = clean(f"{prefix}.{attribute}" if prefix else attribute)
                 found[name] = Slot(name, module, attribute, weight)

@@ -226,6 +226,15 @@ def check_trainable(name: str, group: Sequence[_model.Slot]) -> None:
             )
 
 
+def check_apart(groups: Iterable[Sequence[_model.Slot]]) -> None:
+    """Refuse different weights that share a part of their memory: training one would change the other."""
+    for one, other in _model.overlaps(group[0] for group in groups):
+        raise ValueError(
+            f"SparseTuner: {one.name} and {other.name} are different weights in overlapping memory (views of one "
+            f"tensor?), so training one would change the other; leave one of them out"
+        )
+
+
 def check_model(model: nn.Module) -> None:
     """Refuse a model that cannot take a tuner anywhere: by its wrappers, outside and inside, and its parameters."""
     for name, module in model.named_modules():

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import os
-import secrets
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import shira_ops
-from shira import _file, _layout, _live, _model
+from shira import _file, _fit, _layout, _live, _model, _shelf
 from shira._layout import EMPTY, Alphas, Layout, Part, Way
 from shira._live import LOCK, SwitchError, Weight
-from shira.adapter import Adapter, AdapterError, Entry, dtype_name
+from shira.adapter import Adapter, AdapterError, dtype_name
 
 __all__ = ["Memory", "SwitchError", "Switcher"]
 
@@ -45,20 +45,52 @@ class _Added:
     name: str
     alpha: float
     nbytes: int
-    weights: dict[str, Weight]
+    # Each weight, and what the adapter calls it; a tied weight of the adapter may be several here.
+    weights: dict[Weight, str]
     adapter: Adapter | None
     file: Path | None = None
-    stamp: tuple[int, int] | None = None
+    stamp: _shelf.Stamp | None = None
     spilled: bool = False
+    # Weights that it replaces as a whole, made where their content was another.
+    elsewhere: tuple[str, ...] = ()
 
     def read(self) -> Adapter:
         """The adapter, from its file if it is not in memory."""
         if self.adapter is not None:
             return self.adapter
         assert self.file is not None
-        if _stamp(self.file) != self.stamp:
+        try:
+            same = _shelf.stamp_of(self.file) == self.stamp
+        except OSError as error:
+            raise AdapterError(f"{self.file}, the file of {self.name!r}, is gone: {error}") from error
+        if not same:
             raise AdapterError(f"{self.file} has changed since {self.name!r} was added; remove it and add it again")
-        return Adapter.load(self.file)
+        return _shelf.load(self.file, self.stamp)
+
+    def allow(self, alpha: float) -> None:
+        """Refuse a strength at which the result is not what the adapter was made for."""
+        if self.elsewhere and alpha not in (0, 1):
+            raise AdapterError(
+                f"{self.name!r} replaces {_model.some(self.elsewhere)} as a whole, and was made where the content "
+                f"there was another (by fingerprint); only at strength 1 is the result the same for both, got {alpha:g}"
+            )
+        codes = [weight for weight in self.weights if dtype_name(weight.dtype) not in _file.ARITHMETIC]
+        if codes and alpha != 1:
+            raise AdapterError(
+                f"{self.name!r} has entries of {codes[0].name}, which is {dtype_name(codes[0].dtype)} and takes no "
+                f"strength other than 1, got {alpha:g}"
+            )
+
+
+@dataclass(eq=False)
+class _Block:
+    """A ``with`` block of `Switcher.using`, and what was active before it; None until it was entered."""
+
+    before: dict[str, float] | None = None
+
+
+# The blocks that the code which runs is in: threads and tasks each have their own. A block lives as long as its frame.
+_INSIDE: ContextVar[tuple[weakref.ref[_Block], ...]] = ContextVar("shira.using", default=())
 
 
 class Switcher:
@@ -70,21 +102,26 @@ class Switcher:
     - **Atomic.** Everything is decoded, checked and brought to the device first. An error before the weights change
       changes nothing; one in between is taken back. `SwitchError` says which adapters are active now.
     - **In place.** Storage never moves: compiled models, captured graphs and hooks stay as they are.
-    - **Safe.** Refused are: a base the adapter was not made for (by fingerprint), weights that someone else changed (by
-      their versions, and then by fingerprint; inference tensors have no version, see `verify`), weights that were moved
-      or cast, that a `SparseTuner` trains, or that have adapters of another Switcher on them. Two Switchers may share a
-      model if only one at a time has adapters on a weight.
+    - **Safe.** Refused are: a base the adapter was not made for (by fingerprint), weights that someone else changed,
+      weights that were moved or cast (`rebind`), that overlap in memory, that a `SparseTuner` trains, or that have
+      adapters of another Switcher on them. Two Switchers may share a model, and two models their memory, if only one
+      at a time has adapters on a weight.
+    - **What is noticed.** Every call looks at the versions of the weights it is about, which any in-place operation of
+      torch moves, and reads the content where one has moved. Writes that move no version are not seen by it: to
+      ``weight.data``, to a numpy view, through another parameter over the same memory, by another process, to inference
+      tensors. `verify` finds them at the entries of what is active, ``verify(full=True)`` everywhere.
     - From one adapter to another is one walk over the entries of both (`shira_ops.foreach_switch_`); new strengths
       for what is active are one pass too.
     - Calls may come from several threads, but the weights change while a call runs: not while the model computes on
-      them. On GPUs the change is ordered by the caller's current streams; adapters come from pinned memory on side
-      streams.
+      them, nor between a forward and its backward (torch refuses that backward). On GPUs the change is ordered by the
+      caller's current streams; adapters come from pinned memory on side streams.
 
     Args:
         model: any module; compiled and spread over devices if you like. Its weights are changed, never replaced.
         budget: bytes that adapters may keep on the weights' devices (`memory`). When more is needed, those not used for
             longest leave, to their files or to host memory, and come back by themselves when activated.
-        spill: a folder for adapters that leave and have no file. Without one they stay in host memory.
+        spill: a folder for adapters that leave and have no file. Without one they stay in host memory. The files go
+            with the Switcher; what a process that was killed left in the folder goes when the next Switcher starts.
     """
 
     def __init__(
@@ -95,7 +132,9 @@ class Switcher:
             raise ValueError(f"Switcher: budget must be a number of bytes or None, got {budget}")
         self.budget = budget
         self._spill = None if spill is None else Path(spill)
-        self._slots = _model.slots(self.model)
+        if self._spill is not None:
+            _shelf.sweep(self._spill)
+        self._slots = _model.slots(self.model, buffers=True)
         self._added: dict[str, _Added] = {}
         self._weights: dict[object, Weight] = {}
         # By names, the least recently used first: one adapter, or several together.
@@ -107,7 +146,11 @@ class Switcher:
         self._streams = _live.Streams()
         # GPUs: when the last change of the weights is done. Every call waits for it in its caller's streams.
         self._written: dict[torch.device, torch.cuda.Event] = {}
+        # The open blocks of `using`, the innermost last.
+        self._blocks: list[weakref.ref[_Block]] = []
+        self._spilled: set[Path] = set()
         self._self: weakref.ref[object] = weakref.ref(self)
+        weakref.finalize(self, _gone, os.getpid(), self._weights, self._self, self._spilled)
 
     @property
     def active(self) -> dict[str, float]:
@@ -120,52 +163,77 @@ class Switcher:
         with LOCK:
             return {name: added.read() for name, added in self._added.items()}
 
-    def add(self, name: str, adapter: str | os.PathLike[str] | Adapter, *, verify: bool = True) -> None:
+    def add(
+        self,
+        name: str,
+        adapter: str | os.PathLike[str] | Adapter,
+        *,
+        verify: bool = True,
+        check_finite: bool = True,
+        rename: _file.Rename = None,
+    ) -> None:
         """Make an adapter ready under a name; refuses one that was made for another base. Only reads the weights.
+
+        Persistent buffers count as weights, such as the running statistics of a BatchNorm. A parameter that is replaced
+        as a whole may have any content before: at strength 1 it does not depend on it.
 
         Args:
             name: what to call it.
-            adapter: an `Adapter`, or the path of its file. The file must stay as it is while it is in use.
+            adapter: an `Adapter`, whose tensors must stay as they are while it is in use, or the path of its file. This
+                is read now, and again if the adapter has left for want of room: then it must be the same file still.
             verify: compare the base's content by fingerprint. The first adapter on a weight costs one read of it; the
                 result is kept. Without it, only names, shapes and dtypes must fit.
+            check_finite: refuse values with NaN or infinity among them.
+            rename: what the model calls the adapter's weights: regular expressions and their replacements, such as
+                ``{"^": "model."}``, or a function from name to name.
 
         Raises `AdapterError` if it does not fit the model, and `SwitchError` if the weights are not to be trusted:
         changed by someone else, tuned, or another Switcher's. Nothing is added then.
         """
         file = stamp = None
         if isinstance(adapter, Adapter):
-            where = f"adapter {name!r}"
+            where, adapter = f"adapter {name!r}", _shelf.own(adapter)
         else:
             file = Path(adapter).absolute()
-            where, stamp = os.fspath(adapter), _stamp(file)
-            adapter = Adapter.load(file)
+            where, stamp = os.fspath(adapter), _shelf.stamp_of(file)
+            adapter = _shelf.load(file, stamp)
+        alpha = _file.strength(f"{where}: alpha", adapter.alpha)
         for weight_name, entry in adapter.weights.items():
             entry.check_indices(f"{where}: weight {weight_name!r}")
+            if check_finite:
+                entry.check_finite(f"{where}: weight {weight_name!r}")
         with LOCK, _quiet():
             if name in self._added:
                 raise AdapterError(f"an adapter {name!r} was already added; remove it first")
             self._heal()
             _live.wait(self._written)
-            places = self._places(where, adapter)
-            devices = [slot.weight.device for slot in places.values()]
+            # Parameters may have been replaced since.
+            self._slots = _model.slots(self.model, buffers=True)
+            places = _fit.places(where, adapter, self._slots, rename)
+            self._refuse_moved(group for groups in places.values() for group in groups)
+            devices = [group[0].weight.device for groups in places.values() for group in groups]
             with self._streams.staging(devices) as ready:
-                taken = {weight_name: self._take(slot, verify) for weight_name, slot in places.items()}
-                if verify:
-                    self._verify_base(where, adapter, taken)
-                nbytes = sum(entry.indices.nbytes + entry.values.nbytes for entry in adapter.weights.values())
-                nbytes += sum(entry.nnz * entry.dtype.itemsize for entry in adapter.weights.values())
+                taken: dict[Weight, str] = {}
+                for weight_name, groups in places.items():
+                    found = [self._take(group, verify) for group in groups]
+                    self._same(where, found)
+                    taken.update(dict.fromkeys(found, weight_name))
+                elsewhere = self._verify_base(where, adapter, taken) if verify else ()
+                entries = [adapter.weights[weight_name] for weight_name in taken.values()]
+                nbytes = sum(entry.indices.nbytes + entry.values.nbytes for entry in entries)
+                nbytes += sum(entry.nnz * entry.dtype.itemsize for entry in entries)
                 if self.budget is not None and nbytes > self.budget:
                     raise AdapterError(f"{where} needs {nbytes:,} bytes, more than the budget of {self.budget:,}")
-                added = _Added(name, adapter.alpha, nbytes, taken, adapter, file, stamp)
+                added = _Added(name, alpha, nbytes, taken, adapter, file, stamp, elsewhere=elsewhere)
                 layout = None
                 if self._room(nbytes, keep=[self._names()]):
                     layout = _layout.of_adapter(name, adapter, taken, self._on())
+                    layout.ready = ready
+                else:
+                    self._leave(added)
+            self._weights.update((_model.memory(weight.tensor), weight) for weight in taken)
             self._added[name] = added
-            self._weights.update((_model.memory(weight.tensor), weight) for weight in taken.values())
-            if layout is None:
-                self._leave(added)
-            else:
-                layout.ready = ready
+            if layout is not None:
                 self._layouts[name,] = layout
 
     def remove(self, name: str) -> None:
@@ -173,13 +241,16 @@ class Switcher:
         with LOCK:
             added = self._known(name)
             if name in self._active:
+                self._refuse_outsiders()
                 self._move({other: alpha for other, alpha in self._active.items() if other != name})
             self._drop(name)
-            if added.spilled and added.file is not None:
-                added.file.unlink(missing_ok=True)
             del self._added[name]
-            used = {weight for other in self._added.values() for weight in other.weights.values()}
-            self._weights = {key: weight for key, weight in self._weights.items() if weight in used}
+            used = {weight for other in self._added.values() for weight in other.weights}
+            for key in [key for key, weight in self._weights.items() if weight not in used]:
+                del self._weights[key]
+            if added.spilled and added.file is not None:
+                self._spilled.discard(added.file)
+                added.file.unlink(missing_ok=True)
 
     def activate(self, which: str | Mapping[str, float], alpha: float | None = None) -> None:
         """Put one adapter on, or several at once; what was active goes off.
@@ -189,6 +260,7 @@ class Switcher:
             alpha: the strength of a single adapter; its own unless given.
         """
         with LOCK:
+            self._refuse_outsiders()
             self._move(self._strengths(which, alpha))
 
     def deactivate(self, name: str | None = None, *, verify: bool = True) -> None:
@@ -197,9 +269,11 @@ class Switcher:
         Args:
             name: an active adapter; all of them unless given.
             verify: refuse if someone else changed the weights meanwhile. Without it, the base's entries are written
-                back whatever stands there now; what was changed elsewhere stays changed.
+                back whatever stands there now, and wherever the weights now are; what was changed elsewhere stays
+                changed. Weights that were moved take part again after `rebind`.
         """
         with LOCK:
+            self._refuse_outsiders()
             if name is None:
                 self._move({}, verify=verify)
                 return
@@ -210,15 +284,77 @@ class Switcher:
 
     @contextmanager
     def using(self, which: str | Mapping[str, float], alpha: float | None = None) -> Iterator[Switcher]:
-        """Activate within a ``with`` block; afterwards what was active before is active again."""
-        with LOCK:
-            before = dict(self._active)
-            self.activate(which, alpha)
+        """Activate within a ``with`` block; afterwards what was active before is active again.
+
+        An empty mapping is the base, as in `disabled`. Blocks nest. While one is open, other threads and tasks cannot
+        change what is active (`SwitchError`).
+        """
+        block = _Block()
+        entered = weakref.ref(block)
         try:
+            with LOCK:
+                self._refuse_outsiders()
+                base = isinstance(which, Mapping) and not which and alpha is None
+                strengths = {} if base else self._strengths(which, alpha)
+                block.before = dict(self._active)
+                self._move(strengths)
+                self._blocks.append(entered)
+            _INSIDE.set((*_INSIDE.get(), entered))
             yield self
         finally:
+            _INSIDE.set(tuple(other for other in _INSIDE.get() if other is not entered))
             with LOCK:
-                self._move({name: alpha for name, alpha in before.items() if name in self._added})
+                self._end(block)
+
+    def disabled(self) -> AbstractContextManager[Switcher]:
+        """The base within a ``with`` block, for a reference's outputs, say; afterwards what was active is active again.
+
+        The weights are written to, so a graph that was recorded before the block has no backward after it (torch
+        refuses it): compute the reference first, then the forward that is trained.
+        """
+        return self.using({})
+
+    def rebind(self) -> None:
+        """Go on with the memory that the weights have now, where they were moved or replaced since they were found.
+
+        After ``model.share_memory()``, ``.to(device)`` or ``weight.data = ...`` the content must still be the base plus
+        what is active; it is read whole. Raises `SwitchError`, naming the weights, if it is not, or if shapes or dtypes
+        are others; nothing has changed then.
+        """
+        with LOCK, _quiet():
+            self._refuse_torn()
+            _live.wait(self._written)
+            self._slots = _model.slots(self.model, buffers=True)
+            moved = [weight for weight in self._weights.values() if weight.moved() is not None]
+            if not moved:
+                return
+            found = {weight: self._found(weight) for weight in moved}
+            there: dict[object, str] = {}
+            for weight in self._weights.values():
+                name = there.setdefault(_model.memory(found.get(weight, weight).tensor), weight.name)
+                if name != weight.name:
+                    raise SwitchError(f"Switcher: {weight.name} and {name} were two weights, and are one now")
+            overlap = _fit.overlap([fresh.slot for fresh in found.values()], besides=set(moved))
+            if overlap is not None:
+                raise SwitchError(f"Switcher: {overlap}")
+            wrong = [weight.name for weight, fresh in found.items() if not self._carried(weight, fresh)]
+            if wrong:
+                raise SwitchError(
+                    f"Switcher: {len(wrong)} weight(s) do not hold {self._what()} where they are now: "
+                    f"{_model.some(wrong)}"
+                )
+            kept = {self._names(), *((name,) for name in self._active)}
+            for names in [names for names in self._layouts if names not in kept]:
+                self._forget(names)
+            self._ways.clear()
+            for weight, fresh in found.items():
+                weight.rebind(fresh)
+            same: dict[Tensor, Tensor] = {}
+            for layout in self._layouts.values():
+                layout.rebind(same)
+            weights = list(self._weights.values())
+            self._weights.clear()
+            self._weights.update((_model.memory(weight.tensor), weight) for weight in weights)
 
     def fingerprint(self, name: str) -> int:
         """The fingerprint that the weight should have as it is now, as an unsigned number (`shira_ops.fingerprint`).
@@ -231,6 +367,9 @@ class Switcher:
             if name not in self._slots:
                 raise KeyError(f"the model has no weight {name!r}")
             slot = self._slots[name]
+            foreign = _model.foreign(slot.weight)
+            if foreign is not None:
+                raise SwitchError(f"Switcher: {name} {foreign}")
             weight = self._weights.get(_model.memory(slot.weight))
             if weight is None:
                 with _quiet():
@@ -249,8 +388,7 @@ class Switcher:
                 base are not known yet.
         """
         with LOCK, _quiet():
-            if self._torn is not None:
-                raise SwitchError("Switcher: the last switch failed half way; deactivate() puts the base back")
+            self._refuse_torn()
             _live.refuse_first(self._weights.values(), Weight.place)
             _live.wait(self._written)
             # Weights with adapters of another Switcher are its to judge.
@@ -271,8 +409,7 @@ class Switcher:
                 if not self._right(weight):
                     wrong[weight.name] = None
             if wrong:
-                what = "the base plus what is active" if self._active else "the base"
-                raise SwitchError(f"Switcher: {len(wrong)} weight(s) do not hold {what}: {_model.some(wrong)}")
+                raise SwitchError(f"Switcher: {len(wrong)} weight(s) do not hold {self._what()}: {_model.some(wrong)}")
             for weight in read:
                 weight.note()
 
@@ -300,36 +437,29 @@ class Switcher:
 
     # ---- adding ----------------------------------------------------------------------------------------------
 
-    def _places(self, where: str, adapter: Adapter) -> dict[str, _model.Slot]:
-        """Find each of the adapter's weights in the model; all that does not fit is said in one error."""
-        self._slots = slots = _model.slots(self.model)  # parameters may have been replaced since
-        problems: list[str] = []
-        places: dict[str, _model.Slot] = {}
-        owner: dict[object, str] = {}
-        for name, entry in adapter.weights.items():
-            known = [known for known in (name, *entry.aliases) if known in slots]
-            if not known:
-                problems.append(f"weight {name!r} is not in the model")
-                continue
-            slot = slots[known[0]]
-            problem = _misfit(slot, entry)
-            key = _model.memory(slot.weight)
-            if problem is None and key in owner:
-                problem = f"is the same (tied) weight as {owner[key]!r}"
-            if problem is not None:
-                problems.append(f"weight {name!r} {problem}")
-            owner.setdefault(key, name)
-            places[name] = slot
-        if problems:
-            more = f" ({len(problems)} problems in all)" if len(problems) > 5 else ""
-            raise AdapterError(f"{where} does not fit the model: {'; '.join(problems[:5])}{more}")
-        return places
+    def _refuse_moved(self, groups: Iterable[tuple[_model.Slot, ...]]) -> None:
+        """Refuse places whose weight is known as it was elsewhere."""
+        known = {
+            (place.module, place.attribute): weight for weight in self._weights.values() for place in weight.places
+        }
+        found = [known.get((place.module, place.attribute)) for group in groups for place in group]
+        _live.refuse_first([weight for weight in found if weight is not None], Weight.moved)
 
-    def _take(self, slot: _model.Slot, verify: bool) -> Weight:
-        """The weight in this place, as we know it to be."""
-        weight = self._weights.get(_model.memory(slot.weight))
+    def _same(self, where: str, weights: list[Weight]) -> None:
+        """Refuse weights that are one in the adapter, unless they have the same content."""
+        if len(weights) > 1:
+            for weight in weights:
+                if weight.ledger.base is None:
+                    self._learn(weight)
+            for weight in weights[1:]:
+                if weight.ledger.base != weights[0].ledger.base:
+                    raise AdapterError(f"{where} does not fit the model: {_fit.two(weight.name, weights[0].name)}")
+
+    def _take(self, places: tuple[_model.Slot, ...], verify: bool) -> Weight:
+        """The weight in these places, as we know it to be."""
+        weight = self._weights.get(_model.memory(places[0].weight))
         if weight is None:
-            weight = Weight.of(slot, self, verify)
+            weight = Weight.of(places, self, verify)
         _live.refuse_first([weight], Weight.place)
         _live.refuse_first([weight], lambda one: one.held(self))
         self._recheck([weight])
@@ -337,15 +467,72 @@ class Switcher:
             self._learn(weight)
         return weight
 
-    def _verify_base(self, where: str, adapter: Adapter, weights: Mapping[str, Weight]) -> None:
-        """Compare the content of the base with that the adapter was made for."""
-        wanted = {name: entry.fingerprint for name, entry in adapter.weights.items() if entry.fingerprint is not None}
-        wrong = [name for name, fingerprint in wanted.items() if weights[name].ledger.base != fingerprint]
+    def _verify_base(self, where: str, adapter: Adapter, weights: Mapping[Weight, str]) -> tuple[str, ...]:
+        """Compare the content of the base with that the adapter was made for.
+
+        Returns the weights where it is another and need not be the same, since all of it is replaced.
+        """
+        fingerprints = {weight: adapter.weights[name].fingerprint for weight, name in weights.items()}
+        wanted = {weight: fingerprint for weight, fingerprint in fingerprints.items() if fingerprint is not None}
+        other = [weight for weight, fingerprint in wanted.items() if weight.ledger.base != fingerprint]
+        wrong = [weights[weight] for weight in other if adapter.delta or not adapter.weights[weights[weight]].whole]
         if wrong:
             raise AdapterError(
                 f"{where} was made for another base: the content of {len(wrong)} of {len(wanted)} weights differs "
                 f"(by fingerprint): {_model.some(wrong)}"
             )
+        return tuple(weight.name for weight in other)
+
+    # ---- weights that were moved -----------------------------------------------------------------------------
+
+    def _found(self, weight: Weight) -> Weight:
+        """What is in the weight's places now; refuses what cannot stand for it."""
+        places = weight.now()
+        for place in places:
+            if _model.memory(place.weight) != _model.memory(places[0].weight):
+                raise SwitchError(
+                    f"Switcher: {places[0].name} and {place.name} were one (tied) weight and are two now; tie them"
+                )
+        problem = _fit.misfit(places[0], weight.slot.weight.shape, weight.dtype) or weight.tuned()
+        if problem is not None:
+            raise SwitchError(f"Switcher: {weight.name} {problem}")
+        return Weight.of(places, self, False)
+
+    def _carried(self, weight: Weight, fresh: Weight) -> bool:
+        """Whether the content of a weight is what it was, where it is now."""
+        part, now = self._on().parts.get(weight), fresh.tensor.detach()
+        if part is None:
+            return weight.ledger.base in (None, _live.fingerprint(now))
+        indices = part.indices.to(now.device)
+        entries = shira_ops.gather(now, indices, granule=part.granule)
+        if not _equal(entries, part.expected(Alphas(self._active).of(part)).to(now.device)):
+            return False
+        base = now.clone()
+        shira_ops.scatter_(base, indices, part.saved.to(now.device), granule=part.granule)
+        return weight.ledger.base in (None, _live.fingerprint(base))
+
+    def _write_back(self, layout: Layout) -> None:
+        """Put the base's entries to where the weights are now."""
+        targets: list[tuple[Tensor, Part]] = []
+        for weight, part in layout.parts.items():
+            places = {id(place.weight): place for place in weight.now() if part.known}
+            for place in places.values():
+                problem = _fit.misfit(place, weight.slot.weight.shape, weight.dtype) or weight.tuned()
+                if problem is not None:
+                    raise SwitchError(f"Switcher: {place.name} {problem}; {_told(self._active)}")
+                targets.append((place.weight, part))
+        _live.wait(layout.ready)
+        try:
+            for tensor, part in targets:
+                saved, indices = part.saved.to(tensor.device), part.indices.to(tensor.device)
+                shira_ops.scatter_(tensor, indices, saved, granule=part.granule)
+        finally:
+            torch.clear_autocast_cache()
+        for weight in layout.parts:
+            weight.hold.holder = None
+            weight.distrust()
+        self._active = {}
+        self._written = _live.mark(tensor.device for tensor, _ in targets)
 
     # ---- what is known of the weights ------------------------------------------------------------------------
 
@@ -355,6 +542,9 @@ class Switcher:
     def _on(self) -> Layout:
         """The active layout."""
         return self._layouts[self._names()] if self._active else EMPTY
+
+    def _what(self) -> str:
+        return "the base plus what is active" if self._active else "the base"
 
     def _learn(self, weight: Weight) -> None:
         """Read the base's fingerprint, from a copy where adapters are on it."""
@@ -399,8 +589,7 @@ class Switcher:
         """Whether the weight has the entries of an active part, bit for bit; or, of one that is not, the base's."""
         active = self._on().parts.get(part.weight) is part
         expected = part.expected(Alphas(self._active).of(part)) if active else part.saved
-        entries = shira_ops.gather(part.weight.tensor.detach(), part.indices, granule=part.granule)
-        return torch.equal(entries.view(torch.uint8), expected.view(torch.uint8))
+        return _equal(shira_ops.gather(part.weight.tensor.detach(), part.indices, granule=part.granule), expected)
 
     def _recheck(self, weights: Iterable[Weight]) -> None:
         """Refuse weights that someone else changed. Where a version moved, the content decides."""
@@ -411,9 +600,14 @@ class Switcher:
                 weight.note()
 
     def _foreign(self, weight: Weight) -> SwitchError:
+        advice = (
+            "deactivate(verify=False) puts the base's entries back all the same"
+            if self._active
+            else "load the base again, or remove the adapters and add those of the new base"
+        )
         return SwitchError(
             f"Switcher: {weight.name} was changed by someone else since the Switcher last wrote or read it; "
-            f"{_told(self._active)}. deactivate(verify=False) puts the base's entries back all the same"
+            f"{_told(self._active)}. {advice}"
         )
 
     # ---- keeping adapters ------------------------------------------------------------------------------------
@@ -436,7 +630,7 @@ class Switcher:
             added = self._added[names[0]]
             adapter = added.read()
             self._make_room(added.nbytes, keep, names)
-            weights = list(added.weights.values())
+            weights = list(added.weights)
             self._disturbed(weights)
             with self._streams.staging(weight.device for weight in weights) as ready:
                 layout = _layout.of_adapter(names[0], adapter, added.weights, self._on())
@@ -456,14 +650,24 @@ class Switcher:
         self._layouts[names] = layout
         return layout
 
-    def _room(self, nbytes: int, keep: Iterable[tuple[str, ...]]) -> bool:
-        """Whether there is room for so many bytes more; makes it of what was not used for longest."""
-        if self.budget is None:
+    def _room(self, nbytes: int, keep: Iterable[tuple[str, ...]], *, trim: bool = True) -> bool:
+        """Whether there is room for so many bytes more; makes it of what was not used for longest, and then of what
+        only saves time."""
+        budget = self.budget
+        if budget is None:
             return True
         kept = {*keep, *((name,) for names in keep for name in names)}
-        sizes = {names: layout.nbytes for names, layout in self._layouts.items()}
-        excess = sum(sizes.values()) + nbytes - self.budget
-        if excess > sum(size for names, size in sizes.items() if names not in kept):
+
+        def sized() -> tuple[dict[tuple[str, ...], int], int, int]:
+            sizes = {names: layout.nbytes for names, layout in self._layouts.items()}
+            free = sum(size for names, size in sizes.items() if names not in kept)
+            return sizes, sum(sizes.values()) + nbytes - budget, free
+
+        sizes, excess, free = sized()
+        if excess > free and trim:
+            self._trim()
+            sizes, excess, free = sized()
+        if excess > free:
             return False
         for names in list(self._layouts):
             if excess <= 0:
@@ -478,6 +682,13 @@ class Switcher:
                 self._forget(names)
         return True
 
+    def _trim(self) -> None:
+        """Let go of what only saves time."""
+        self._ways.clear()
+        for layout in self._layouts.values():
+            for part in layout.parts.values():
+                part.trim()
+
     def _make_room(self, nbytes: int, keep: Iterable[tuple[str, ...]], names: tuple[str, ...]) -> None:
         if not self._room(nbytes, keep):
             raise SwitchError(
@@ -488,10 +699,18 @@ class Switcher:
     def _leave(self, added: _Added) -> None:
         """Take an adapter off the device: to its file, or to a file in `spill`, or to host memory."""
         if added.file is None and self._spill is not None:
-            self._spill.mkdir(parents=True, exist_ok=True)
-            file = self._spill / f"{secrets.token_hex(8)}.safetensors"
-            added.read().save(file)
-            added.file, added.stamp, added.spilled = file.absolute(), _stamp(file), True
+            file = _shelf.spilled(self._spill)
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                added.read().save(file)
+                stamp = _shelf.stamp_of(file)
+            except OSError as error:
+                raise SwitchError(
+                    f"Switcher: {added.name!r} has to leave the device, and cannot be written to {file}: {error}; "
+                    f"{_told(self._active)}"
+                ) from error
+            self._spilled.add(file)
+            added.file, added.stamp, added.spilled = file, stamp, True
         if added.file is not None:
             added.adapter = None
         self._drop(added.name)
@@ -507,6 +726,27 @@ class Switcher:
         layout.freeing()
 
     # ---- switching -------------------------------------------------------------------------------------------
+
+    def _refuse_outsiders(self) -> None:
+        """While a block of `using` is open, only what runs inside it may change what is active."""
+        self._blocks = [block for block in self._blocks if block() is not None]
+        if self._blocks and self._blocks[-1] not in _INSIDE.get():
+            raise SwitchError(
+                f"Switcher: a using() or disabled() block of another thread or task is open, and would lose its "
+                f"adapters; switch when it has ended; {_told(self._active)}"
+            )
+
+    def _end(self, block: _Block) -> None:
+        """Put back what was active before a block; if one that began inside it is still open, that one will."""
+        if block.before is None:
+            return
+        open_blocks = [other for other in (known() for known in self._blocks) if other is not None]
+        at = open_blocks.index(block) if block in open_blocks else len(open_blocks)
+        self._blocks = [known for known in self._blocks if known() is not block]
+        if at + 1 < len(open_blocks):
+            open_blocks[at + 1].before = block.before
+        else:
+            self._move({name: alpha for name, alpha in block.before.items() if name in self._added})
 
     def _strengths(self, which: str | Mapping[str, float], alpha: float | None) -> dict[str, float]:
         if isinstance(which, str):
@@ -529,7 +769,12 @@ class Switcher:
     def _way(self, before: Layout, after: Layout) -> Way:
         key = (before, after)
         if key not in self._ways:
-            self._ways[key] = _layout.way(before, after)
+            way = _layout.way(before, after)
+            # It may have made more of a layout: indices in another granule, a second place for the base's entries.
+            if not self._room(0, [before.names, after.names], trim=False):
+                self._trim()
+                way = _layout.way(before, after, frugal=True)
+            self._ways[key] = way
             if len(self._ways) > _WAYS:
                 self._ways.popitem(last=False)
         self._ways.move_to_end(key)
@@ -539,11 +784,19 @@ class Switcher:
         """Go from what is active to these strengths, or raise with nothing changed."""
         with _quiet():
             self._heal()
-            if strengths == self._active:
-                return
             before = self._on()
+            if strengths == self._active:
+                # Others may have written over it, as load_state_dict() does.
+                if not before.watch.undisturbed(self._self):
+                    self._disturbed(before.watch.weights, verify)
+                return
+            for name, alpha in strengths.items():
+                self._added[name].allow(alpha)
             _live.wait(self._written)
             try:
+                if not (verify or strengths) and any(weight.moved() for weight in before.parts):
+                    self._write_back(before)
+                    return
                 after = self._ready(tuple(strengths))
                 way = self._way(before, after)
                 changed = [] if way.watch.undisturbed(self._self) else self._disturbed(way.watch.weights, verify)
@@ -576,7 +829,7 @@ class Switcher:
         """Note which layout the weights of a way have on them now."""
         way.watch.left(self._self, now.parts)
         for weight in changed:
-            weight.ledger.version = -1  # no version: what another wrote stays his, until its content is right again
+            weight.distrust()  # what another wrote stays his, until its content is right again
         self._written = _live.mark([*way.before.devices, *way.after.devices])
         for layout in (way.before, way.after):
             layout.used.update(self._written)
@@ -589,6 +842,8 @@ class Switcher:
             _layout.way(EMPTY, way.before).go(active)
             self._settle(way, way.before, changed)
         except BaseException as error:
+            for weight in way.watch.weights:
+                weight.hold.holder = self._self
             raise SwitchError(
                 f"Switcher: a switch failed, and so did the way back to {_listed(active) or 'the base'}: the weights "
                 f"are in between; the next call that succeeds, such as deactivate(), puts the base back. Cause: {error}"
@@ -599,11 +854,20 @@ class Switcher:
         for layout in (way.after, way.before):
             _layout.way(layout, EMPTY).go({})
 
+    def _refuse_torn(self) -> None:
+        if self._torn is not None:
+            raise SwitchError("Switcher: the last switch failed half way; deactivate() puts the base back")
+
     def _heal(self) -> None:
         """After a way back that failed: put the base back."""
-        if self._torn is not None:
-            self._base_back(self._torn)
-            self._settle(self._torn, EMPTY)
+        torn = self._torn
+        if torn is not None:
+            if any(weight.moved() for weight in torn.watch.weights):
+                for layout in (torn.after, torn.before):
+                    self._write_back(layout)
+            else:
+                self._base_back(torn)
+                self._settle(torn, EMPTY)
             self._torn = None
 
     def _failed(self, wanted: Mapping[str, float], error: Exception) -> SwitchError:
@@ -616,7 +880,14 @@ def fitted(model: nn.Module, adapter: str | os.PathLike[str] | Adapter) -> tuple
     switcher = Switcher(model)
     switcher.add("given", adapter)
     added = switcher._added["given"]
-    return added.read(), {name: weight.slot for name, weight in added.weights.items()}
+    places: dict[str, _model.Slot] = {}
+    for weight, name in added.weights.items():
+        if name in places:
+            raise AdapterError(f"{_fit.two(weight.name, places[name].name)}; tie them again")
+        if not isinstance(weight.slot.weight, nn.Parameter):
+            raise AdapterError(f"{weight.name} is a buffer and no parameter, so it cannot be trained")
+        places[name] = weight.slot
+    return added.read(), places
 
 
 @contextmanager
@@ -634,24 +905,17 @@ def _told(active: Mapping[str, float]) -> str:
     return f"active is {_listed(active)}" if active else "no adapter is active"
 
 
-def _stamp(file: Path) -> tuple[int, int]:
-    """What tells that a file was written again."""
-    found = file.stat()
-    return found.st_mtime_ns, found.st_size
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether all bits are the same."""
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
-def _misfit(slot: _model.Slot, entry: Entry) -> str | None:
-    """Why an entry cannot go onto a weight, or None."""
-    weight: torch.Tensor = slot.weight
-    if tuple(weight.shape) != entry.shape:
-        return f"must have shape {list(entry.shape)}, got {list(weight.shape)}"
-    if weight.dtype != entry.dtype:
-        return f"must have dtype {dtype_name(entry.dtype)}, got {dtype_name(weight.dtype)}"
-    if weight.is_meta:
-        return "is on the meta device"
-    foreign = _model.foreign(weight)
-    if foreign is not None:
-        return foreign
-    if not weight.is_contiguous():
-        return f"must be contiguous; {_model.stride_advice(slot.name, weight)}"
-    return None
+def _gone(
+    process: int, weights: Mapping[object, Weight], switcher: weakref.ref[object], spilled: Iterable[Path]
+) -> None:
+    """What a Switcher leaves behind when it goes."""
+    _live.abandon(weights, switcher)
+    if os.getpid() == process:  # a fork's are its parent's
+        for file in spilled:
+            with suppress(OSError):
+                file.unlink()

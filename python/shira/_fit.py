@@ -1,0 +1,145 @@
+"""Where an adapter's weights are in a model, and why they do not fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from shira import _file, _live, _model
+from shira._live import Weight
+from shira._model import Slot
+from shira.adapter import Adapter, AdapterError, dtype_name
+
+
+def places(
+    where: str, adapter: Adapter, slots: Mapping[str, Slot], rename: _file.Rename
+) -> dict[str, list[tuple[Slot, ...]]]:
+    """Find each of the adapter's weights in the model; all that does not fit is said in one error.
+
+    Gives the places of one weight for each; of several, where one that is tied in the adapter is not in the model.
+    """
+    renamed = _file.renamer(rename)
+    problems: list[str] = []
+    absent = False
+    firsts: dict[str, list[Slot]] = {}
+    owner: dict[object, str] = {}
+    for name, entry in adapter.weights.items():
+        known = [slots[other] for other in map(renamed, (name, *entry.aliases)) if other in slots]
+        problem = misfit(known[0], entry.shape, entry.dtype) if known else "is not in the model"
+        absent |= not known
+        if problem is None:
+            weights: dict[object, Slot] = {}
+            for slot in known:
+                weight = slot.weight
+                if weight is not known[0].weight and (weight.shape, weight.dtype) != (entry.shape, entry.dtype):
+                    problem = two(slot.name, known[0].name)
+                    break
+                problem = problem or misfit(slot, entry.shape, entry.dtype)
+                weights.setdefault(_model.memory(weight), slot)
+            for key in weights:
+                if owner.setdefault(key, name) != name:
+                    problem = problem or f"is the same (tied) weight as {owner[key]!r}"
+            firsts[name] = list(weights.values())
+        if problem is not None:
+            problems.append(f"weight {name!r} {problem}")
+    if problems:
+        more = f" ({len(problems)} problems in all)" if len(problems) > 5 else ""
+        rule = _renaming(adapter, slots) if absent and rename is None else None
+        advice = "" if rule is None else f"; with rename={rule!r} all of its names fit"
+        raise AdapterError(f"{where} does not fit the model: {'; '.join(problems[:5])}{more}{advice}")
+    problem = overlap([slot for found in firsts.values() for slot in found])
+    if problem is not None:
+        raise AdapterError(f"{where} does not fit the model: {problem}")
+    # Of a tied weight every place is watched, whatever names the adapter has for it.
+    shared: dict[object, list[Slot]] = {key: [] for key in owner}
+    for slot in slots.values():
+        if not isinstance(slot.weight, UninitializedParameter) and _model.foreign(slot.weight) is None:
+            found = shared.get(_model.memory(slot.weight))
+            if found is not None:
+                found.append(slot)
+                problem = _restless(slot)
+                if problem is not None:
+                    raise AdapterError(f"{where} does not fit the model: weight {slot.name!r} {problem}")
+
+    def watched(first: Slot) -> tuple[Slot, ...]:
+        return (first, *(slot for slot in shared[_model.memory(first.weight)] if slot.name != first.name))
+
+    return {name: [watched(slot) for slot in found] for name, found in firsts.items()}
+
+
+def overlap(slots: list[Slot], besides: Iterable[Weight] = ()) -> str | None:
+    """Which weights share only a part of their memory, with each other or with those of any other adapters."""
+    mine = set(map(id, slots))
+    others = [weight.slot for weight in _live.known() if weight not in besides]
+    for one, other in _model.overlaps([*slots, *others]):
+        if id(one) in mine or id(other) in mine:
+            return (
+                f"{one.name} and {other.name} are different weights in overlapping memory (views of one tensor?), so "
+                f"an adapter on one would change the other; use an adapter for only one of them"
+            )
+    return None
+
+
+def two(alias: str, name: str) -> str:
+    return f"{alias} and {name} are one (tied) weight in the adapter, and two that differ in the model"
+
+
+def misfit(slot: Slot, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
+    """Why entries of a weight of this shape and dtype cannot go onto the one in this place, or None."""
+    weight: Tensor = slot.weight
+    if isinstance(weight, UninitializedParameter):
+        return "has no shape yet; run the model once first"
+    if tuple(weight.shape) != tuple(shape):
+        return f"must have shape {list(shape)}, got {list(weight.shape)}"
+    if weight.dtype != dtype:
+        return f"must have dtype {dtype_name(dtype)}, got {dtype_name(weight.dtype)}"
+    if weight.is_meta:
+        return "is on the meta device"
+    foreign = _model.foreign(weight)
+    if foreign is not None:
+        return foreign
+    if not weight.is_contiguous():
+        return f"must be contiguous; {_model.stride_advice(slot.name, weight)}"
+    return _restless(slot)
+
+
+def _restless(slot: Slot) -> str | None:
+    """That the module writes to its weight by itself, or None."""
+    if isinstance(slot.module, (nn.Embedding, nn.EmbeddingBag)) and slot.module.max_norm is not None:
+        return (
+            f"is changed by its own forward (max_norm={slot.module.max_norm:g}), so there would be no way back to the "
+            f"base; leave it out of the adapter, or set the module's max_norm to None"
+        )
+    return None
+
+
+def _renaming(adapter: Adapter, slots: Mapping[str, Slot]) -> dict[str, str] | None:
+    """The one change of the beginnings of names with which all of them fit the model, if there is one."""
+    wanted = [(name, *entry.aliases) for name, entry in adapter.weights.items()]
+    first = next(names[0] for names in wanted if not any(name in slots for name in names)).split(".")
+    rules: dict[tuple[str, str], int] = {}
+    for known in slots:
+        parts = known.split(".")
+        common = 0
+        while common < min(len(first), len(parts)) and first[-1 - common] == parts[-1 - common]:
+            common += 1
+        if common:
+            old, new = (".".join((*names[: len(names) - common], "")) for names in (first, parts))
+            rules[old, new] = common
+    fitting = []
+    for (old, new), common in rules.items():
+        if common == max(rules.values()):
+            rule = {f"^{re.escape(old)}": new}
+            rename = _file.renamer(rule)
+            places = [next((slots[name] for name in map(rename, names) if name in slots), None) for names in wanted]
+            shapes = [entry.shape for entry in adapter.weights.values()]
+            if all(
+                slot is not None and tuple(slot.weight.shape) == shape
+                for slot, shape in zip(places, shapes, strict=True)
+            ):
+                fitting.append(rule)
+    return fitting[0] if len(fitting) == 1 else None
