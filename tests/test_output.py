@@ -126,6 +126,38 @@ def test_inputs_are_never_overwritten(tmp_path: Path, base: Path, adapter: Adapt
     refused(tmp_path, adapter, single, file, r"a.safetensors itself, which is read", inputs=(file,))
 
 
+def test_what_comes_while_it_is_written_stays(tmp_path: Path, base: Path, adapter: Adapter) -> None:
+    out = tmp_path / "out"
+
+    def come(*rest: object) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "notes.txt").write_text("mine")
+
+    for overwrite, says in ((False, "has come there meanwhile"), (True, "is no merged checkpoint")):
+        with pytest.raises(FileExistsError, match=says):
+            merge(adapter, base, out, overwrite=overwrite, progress=come)
+        assert tree(out) == {"notes.txt": b"mine"}
+        (out / "notes.txt").unlink()
+        out.rmdir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+
+
+def test_folders_of_further_modules_are_copied(tmp_path: Path, base: Path, adapter: Adapter) -> None:
+    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "../up"}, {"path": "gone"}]
+    (base / "modules.json").write_text(json.dumps(modules))
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling" / "config.json").write_text("{}")
+    (base / "checkpoint-1").mkdir()
+    (tmp_path / "up").mkdir()
+    out = tmp_path / "out"
+    merge(adapter, base, out)
+    merge(adapter, base, out, overwrite=True)
+    assert {"modules.json", "1_Pooling/config.json"} < set(tree(out))
+    assert not (out / "checkpoint-1").exists()
+    (out / "1_Pooling" / "mine").write_text("mine")
+    refused(tmp_path, adapter, base, out, r"holds what was not written with it \('1_Pooling/mine'\)")
+
+
 def test_links_are_followed(tmp_path: Path, base: Path, adapter: Adapter) -> None:
     (tmp_path / "disk").mkdir()
     link = tmp_path / "link"
