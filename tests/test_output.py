@@ -88,7 +88,7 @@ def test_only_an_earlier_result_is_overwritten(tmp_path: Path, base: Path, adapt
     refused(tmp_path, adapter, base, home, "is no merged checkpoint that was written here")
 
 
-def test_only_a_merged_file_is_overwritten(tmp_path: Path, adapter: Adapter) -> None:
+def test_only_a_merged_file_is_overwritten(tmp_path: Path, adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
     base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
     save_file({"a": torch.arange(4.0)}, base, {"format": "pt"})
     merge(adapter, base, out)
@@ -99,6 +99,9 @@ def test_only_a_merged_file_is_overwritten(tmp_path: Path, adapter: Adapter) -> 
     for name, content in (("tuned.safetensors", base.read_bytes()), ("text", b"mine"), ("empty", b"")):
         (tmp_path / name).write_bytes(content)
         refused(tmp_path, adapter, base, tmp_path / name, "is no merged checkpoint that was written here")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    refused(tmp_path, adapter, base, Path("."), "is the folder you are in")
     os.mkfifo(tmp_path / "pipe")
     refused(tmp_path, adapter, base, tmp_path / "pipe", "is a pipe or a device")
 

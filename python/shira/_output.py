@@ -91,6 +91,10 @@ def destination(
         return Path(path)
     if not overwrite:
         raise FileExistsError(f"{given} is there already; give another name, or {how}")
+    with contextlib.suppress(FileNotFoundError):  # of a working folder that is gone
+        here = os.path.realpath(os.getcwd())
+        if here == path or _inside(here, path):
+            raise FileExistsError(f"{given} is the folder you are in, which cannot be replaced; give another name")
     if not stat.S_ISDIR(os.stat(path).st_mode) and not stat.S_ISREG(os.stat(path).st_mode):
         raise FileExistsError(f"{given} is a pipe or a device, not a file; give another name")
     if _mounted(path):
