@@ -172,6 +172,13 @@ def test_what_is_no_number_is_kept_first() -> None:
     assert adapter.weights["w"].indices.tolist() == [51, 85]
 
 
+def test_what_changes_no_value_is_lost_all_the_same() -> None:
+    base = {"w": torch.zeros(8, 16)}
+    report = Adapter.from_difference(base, {"w": -base["w"]}, density=0.25).report
+    assert (report.changed, report.kept, report.lost, report.exact) == (128, 32, 0.0, False)
+    assert "0.000% of the squared difference lost" in str(report)
+
+
 def test_losses_add_up_over_weights() -> None:
     torch.manual_seed(3)
     base = {"a": torch.randn(16, 32), "b": torch.randn(16, 32)}

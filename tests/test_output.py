@@ -88,7 +88,7 @@ def test_only_an_earlier_result_is_overwritten(tmp_path: Path, base: Path, adapt
     refused(tmp_path, adapter, base, home, "is no merged checkpoint that was written here")
 
 
-def test_only_a_merged_file_is_overwritten(tmp_path: Path, adapter: Adapter) -> None:
+def test_only_a_merged_file_is_overwritten(tmp_path: Path, adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
     base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
     save_file({"a": torch.arange(4.0)}, base, {"format": "pt"})
     merge(adapter, base, out)
@@ -99,6 +99,9 @@ def test_only_a_merged_file_is_overwritten(tmp_path: Path, adapter: Adapter) -> 
     for name, content in (("tuned.safetensors", base.read_bytes()), ("text", b"mine"), ("empty", b"")):
         (tmp_path / name).write_bytes(content)
         refused(tmp_path, adapter, base, tmp_path / name, "is no merged checkpoint that was written here")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    refused(tmp_path, adapter, base, Path("."), "is the folder you are in")
     os.mkfifo(tmp_path / "pipe")
     refused(tmp_path, adapter, base, tmp_path / "pipe", "is a pipe or a device")
 
@@ -124,6 +127,38 @@ def test_inputs_are_never_overwritten(tmp_path: Path, base: Path, adapter: Adapt
     file = tmp_path / "a.safetensors"
     adapter.save(file)
     refused(tmp_path, adapter, single, file, r"a.safetensors itself, which is read", inputs=(file,))
+
+
+def test_what_comes_while_it_is_written_stays(tmp_path: Path, base: Path, adapter: Adapter) -> None:
+    out = tmp_path / "out"
+
+    def come(*rest: object) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "notes.txt").write_text("mine")
+
+    for overwrite, says in ((False, "has come there meanwhile"), (True, "is no merged checkpoint")):
+        with pytest.raises(FileExistsError, match=says):
+            merge(adapter, base, out, overwrite=overwrite, progress=come)
+        assert tree(out) == {"notes.txt": b"mine"}
+        (out / "notes.txt").unlink()
+        out.rmdir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+
+
+def test_folders_of_further_modules_are_copied(tmp_path: Path, base: Path, adapter: Adapter) -> None:
+    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "../up"}, {"path": "gone"}]
+    (base / "modules.json").write_text(json.dumps(modules))
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling" / "config.json").write_text("{}")
+    (base / "checkpoint-1").mkdir()
+    (tmp_path / "up").mkdir()
+    out = tmp_path / "out"
+    merge(adapter, base, out)
+    merge(adapter, base, out, overwrite=True)
+    assert {"modules.json", "1_Pooling/config.json"} < set(tree(out))
+    assert not (out / "checkpoint-1").exists()
+    (out / "1_Pooling" / "mine").write_text("mine")
+    refused(tmp_path, adapter, base, out, r"holds what was not written with it \('1_Pooling/mine'\)")
 
 
 def test_links_are_followed(tmp_path: Path, base: Path, adapter: Adapter) -> None:

@@ -393,8 +393,23 @@ def renamed(weights: Mapping[str, _Weight], rename: _file.Rename) -> dict[str, _
 
 
 def companions(folder: str) -> Iterator[Path]:
-    """The files beside a checkpoint's weights that a merged copy needs too: configuration, tokenizer."""
+    """What a merged copy needs beside a checkpoint's weights: configuration, tokenizer, sentence-transformers' folders
+    of further modules."""
     weights = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data")
+    modules = _modules(folder)
     for path in sorted(Path(folder).iterdir()):
-        if path.is_file() and not path.name.startswith(".") and not path.name.endswith((*weights, ".index.json")):
+        small = path.is_file() and not path.name.startswith(".") and not path.name.endswith((*weights, ".index.json"))
+        if small or (path.name in modules and path.is_dir()):
             yield path
+
+
+def _modules(folder: str) -> set[str]:
+    """The folders that sentence-transformers' ``modules.json`` names."""
+    path = Path(folder) / "modules.json"
+    try:
+        if path.stat().st_size > _MOST_INDEX_BYTES:
+            return set()
+        found = {module["path"] for module in json.loads(path.read_text(encoding="utf-8"))}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return set()
+    return {name for name in found if isinstance(name, str) and name == os.path.basename(name) and name}

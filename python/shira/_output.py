@@ -91,6 +91,10 @@ def destination(
         return Path(path)
     if not overwrite:
         raise FileExistsError(f"{given} is there already; give another name, or {how}")
+    with contextlib.suppress(FileNotFoundError):  # of a working folder that is gone
+        here = os.path.realpath(os.getcwd())
+        if here == path or _inside(here, path):
+            raise FileExistsError(f"{given} is the folder you are in, which cannot be replaced; give another name")
     if not stat.S_ISDIR(os.stat(path).st_mode) and not stat.S_ISREG(os.stat(path).st_mode):
         raise FileExistsError(f"{given} is a pipe or a device, not a file; give another name")
     if _mounted(path):
@@ -127,16 +131,16 @@ def no_merged_folder(path: str) -> str | None:
     """Why what is there is no merged checkpoint's folder with nothing else in it, or None."""
     if not os.path.isdir(path):
         return "is a file, and the merged checkpoint is a folder"
-    with os.scandir(path) as entries:
-        present = {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
+    folder = Path(path)
+    present = {str(one.relative_to(folder)): one for one in folder.rglob("*")}
     if not present:
         return None
     try:
-        with open(os.path.join(path, MARK), encoding="utf-8") as file:
+        with open(folder / MARK, encoding="utf-8") as file:
             ours = {str(name) for name in json.load(file)["files"]} | {MARK}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "is no merged checkpoint that was written here"
-    others = sorted(name for name, plain in present.items() if name not in ours or not plain)
+    others = sorted(name for name, one in present.items() if name not in ours or one.is_symlink())
     return f"holds what was not written with it ({', '.join(map(repr, others[:5]))})" if others else None
 
 
@@ -192,10 +196,11 @@ def named(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing_folder(target: Path) -> Iterator[Path]:
+def replacing_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     """Yield a fresh folder beside ``target``; on success it takes its place, whole and on disk, and on failure it goes.
 
-    What was there is deleted last. Killed at any moment, there is the old folder or the new one.
+    What was there is deleted last. Killed at any moment, there is the old folder or the new one. What came there while
+    the fresh one was written is refused as `destination` refuses it.
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     old = temporary.with_suffix(".old")
@@ -203,9 +208,15 @@ def replacing_folder(target: Path) -> Iterator[Path]:
         with named(target):
             temporary.mkdir()
             yield temporary
-            for path in temporary.iterdir():
-                _file._fsync(path, os.O_RDONLY)
-            _sync_folder(temporary)
+            for path in (temporary, *temporary.rglob("*")):
+                if path.is_dir():
+                    _sync_folder(path)
+                else:
+                    _file._fsync(path, os.O_RDONLY)
+            if os.path.lexists(target):
+                reason = no_merged_folder(str(target)) if overwrite else "has come there meanwhile"
+                if reason is not None:
+                    raise FileExistsError(f"{target} {reason}, so it is not overwritten; give another name")
             if not os.path.lexists(target):
                 os.rename(temporary, target)
             elif not _exchange(temporary, target):

@@ -77,7 +77,7 @@ class Report:
     @property
     def exact(self) -> bool:
         """Whether the adapter holds every changed entry."""
-        return self.lost == 0.0
+        return self.lost == 0.0 and all(weight.kept >= weight.changed for weight in self.weights.values())
 
     def __str__(self) -> str:
         text = f"{self.changed:,} entries changed in {len(self.weights)} weights, {self.kept:,} kept"

@@ -170,7 +170,7 @@ def merge(
             with _file.replacing(target) as temporary:
                 _file.write_safetensors(temporary, shards[last.path], {**last.metadata, _output.MARK_KEY: "1"})
         else:
-            with _output.replacing_folder(target) as folder:
+            with _output.replacing_folder(target, overwrite) as folder:
                 for shard in source.shards:
                     path = folder / os.path.basename(shard.path)
                     _file.write_safetensors(path, shards[shard.path], shard.metadata)
@@ -188,8 +188,11 @@ def _write_rest(source: Checkpoint, folder: Path, added: Mapping[str, Entry]) ->
         else:
             shutil.copyfile(Path(source.folder) / source.index_name, folder / source.index_name)
     for path in companions(source.folder):
-        shutil.copyfile(path, folder / path.name)
-    files = sorted(path.name for path in folder.iterdir())
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name, copy_function=shutil.copyfile)
+        else:
+            shutil.copyfile(path, folder / path.name)
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
     (folder / _output.MARK).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
 
 
