@@ -7,11 +7,14 @@ import random
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from shira.tuner import SparseTuner
 
 
 def loss_of_model(model: nn.Module, batch: Any) -> Tensor:
@@ -118,6 +121,27 @@ def set_random_state(state: Mapping[str, Any], *datas: Any) -> None:
     random.setstate(_python_state(state))
     for generator, saved in zip(_generators(datas), state["generators"], strict=True):
         generator.set_state(saved)
+
+
+# ---- what else training may change ---------------------------------------------------------------------------
+
+
+def others(tuner: SparseTuner) -> dict[str, Tensor]:
+    """What training may change besides values: persistent buffers, and parameters that were unfrozen by hand."""
+    model, ours = tuner.model, {id(p) for p in tuner._trained()}
+    persistent = model.state_dict(keep_vars=True)
+    buffers = {name: tensor for name, tensor in model.named_buffers() if name in persistent}
+    return buffers | {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours}
+
+
+def check_others(mine: Mapping[str, Tensor], theirs: Any) -> None:
+    """Refuse the `others` of another model."""
+    if not isinstance(theirs, dict) or theirs.keys() != mine.keys():
+        raise ValueError("the checkpoint is of a model with other buffers or other unfrozen parameters")
+    for name, tensor in mine.items():
+        if not isinstance(theirs[name], Tensor):
+            raise ValueError(f"the checkpoint's {name} must be a tensor, got {type(theirs[name]).__name__}")
+        check_form(tensor, theirs[name], name)
 
 
 # ---- states of optimizers and schedulers ---------------------------------------------------------------------

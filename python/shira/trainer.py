@@ -16,7 +16,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from shira import _file, _run
-from shira._targets import VALUES_SUFFIX
 from shira.optim import AdamW
 from shira.tuner import SparseTuner
 
@@ -330,7 +329,7 @@ class Trainer:
             "version": 1,
             "tuner": self.tuner.state_dict(),
             **self._plain_states(),
-            "others": {name: tensor.detach().clone() for name, tensor in self._others().items()},
+            "others": {name: tensor.detach().clone() for name, tensor in _run.others(self.tuner).items()},
             "progress": [self.step, self.epoch, self._position],
             "loss": self.loss,
             "evaluations": self.evaluations,
@@ -351,13 +350,10 @@ class Trainer:
                 wanted, got = ("none", "one") if state[name] is None else ("one", "none")
                 raise ValueError(f"the checkpoint has {wanted} for a {name}, this trainer has {got}")
             _run.check_form(mine[name], state[name], name)
-        others = state["others"]
-        if not isinstance(others, dict) or others.keys() != mine["others"].keys():
-            raise ValueError("the checkpoint is of a model with other buffers or other unfrozen parameters")
-        for name, tensor in mine["others"].items():
-            if not isinstance(others[name], Tensor):
-                raise ValueError(f"the checkpoint's {name} must be a tensor, got {type(others[name]).__name__}")
-            _run.check_form(tensor, others[name], name)
+        for name in ("growth_interval", "_growth_tracker"):
+            if name in (mine["scaler"] or {}) and type(state["scaler"][name]) is not int:
+                raise ValueError(f"the checkpoint's scaler[{name!r}] must be a count")
+        _run.check_others(mine["others"], state["others"])
         self.tuner.check_state_dict(state["tuner"])
         _run.check_optimizer_state(self.optimizer, state["optimizer"]["state"])
         progress, evaluations = state["progress"], state["evaluations"]
@@ -379,7 +375,7 @@ class Trainer:
             if part is not None:
                 part.load_state_dict(state[name])
         with torch.no_grad():
-            for name, tensor in self._others().items():
+            for name, tensor in _run.others(self.tuner).items():
                 tensor.copy_(state["others"][name])
         self.step, self.epoch, self._position = state["progress"]
         self.loss, self.evaluations = state["loss"], list(state["evaluations"])
@@ -387,15 +383,3 @@ class Trainer:
         if open_epoch and self._position:
             self._open_epoch()
         _run.set_random_state(state["random"], self.data, self.evaluation)
-
-    def _others(self) -> dict[str, Tensor]:
-        """What training may change besides values: buffers, and parameters that were unfrozen by hand."""
-        model = self.tuner.model
-        persistent = model.state_dict(keep_vars=True)
-        buffers = {name: tensor for name, tensor in model.named_buffers() if name in persistent}
-        dense = {id(tuned.plan.slots[0].weight) for tuned in self.tuner._attached()}
-        return buffers | {
-            name: p
-            for name, p in model.named_parameters()
-            if p.requires_grad and not name.endswith(VALUES_SUFFIX) and id(p) not in dense
-        }

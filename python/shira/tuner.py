@@ -347,6 +347,7 @@ class SparseTuner:
     have the base back at the end.
 
     A tied weight (an embedding and the head that shares it) is one target: the gradients of its uses are summed.
+    Who counts the model's parameters counts the values beside the weights they are in; `nnz` is what trains.
     Buffers, such as the running statistics of batch normalisation, are neither trained nor put back: keep such layers
     in ``eval()``. The model must not be copied and the copy trained while a tuner is attached; a tuner is not copied or
     pickled, `state_dict` and `adapter` are for that. Several tuners may train different weights of one model, and be
@@ -569,6 +570,12 @@ class SparseTuner:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The trainable values under their names in the model, ``<weight>_shira_values``."""
         return ((tuned.name + VALUES_SUFFIX, tuned.values) for tuned in self._attached())
+
+    def _trained(self) -> Iterator[nn.Parameter]:
+        """The values and the weights that follow them: what a tuner's state stands for."""
+        for tuned in self._attached():
+            yield tuned.values
+            yield getattr(tuned.owner, tuned.target.site.attribute)
 
     def sync(self) -> None:
         """Write the values into the weights. Optimizer steps do it by themselves; edits by hand may need it."""

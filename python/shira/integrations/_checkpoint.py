@@ -1,0 +1,59 @@
+"""What a checkpoint of somebody else's trainer keeps of a tuner: all that training changes, and none of the base."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shira import _file, _run
+from shira.hub import FILE
+from shira.tuner import SparseTuner
+
+STATE = "shira_tuner.pt"
+
+
+def state_of(tuner: SparseTuner) -> dict[str, Any]:
+    """The values, and what training may change besides: persistent buffers, parameters that were unfrozen by hand."""
+    others = {name: tensor.detach().clone() for name, tensor in _run.others(tuner).items()}
+    return {"version": 1, "tuner": tuner.state_dict(), "others": others}
+
+
+def take(tuner: SparseTuner, state: Any, where: str) -> None:
+    """Go back to a `state_of`; refuses that of another adapter, base or model, and then nothing has changed."""
+    try:
+        if not isinstance(state, Mapping) or state.keys() != {"version", "tuner", "others"}:
+            raise ValueError("this is no state of a tuner in a checkpoint")
+        others, theirs = _run.others(tuner), state["others"]
+        _run.check_others(others, theirs)
+        tuner.check_state_dict(state["tuner"])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    tuner.load_state_dict(state["tuner"])
+    with torch.no_grad():
+        for name, tensor in others.items():
+            tensor.copy_(theirs[name])
+
+
+def write(tuner: SparseTuner, folder: str | os.PathLike[str]) -> None:
+    """The adapter as it is now, for use, and the state to go on from."""
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    tuner.adapter().save(target / FILE)
+    with _file.replacing(target / STATE) as temporary:
+        torch.save(state_of(tuner), temporary)
+
+
+def read(tuner: SparseTuner, folder: str | os.PathLike[str]) -> None:
+    """Go on from what `write` wrote."""
+    path = os.path.join(folder, STATE)
+    with open(path, "rb") as file:
+        try:
+            state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises whatever the broken part of a file brings up
+            raise ValueError(f"{path}: this is no whole state of a tuner: {error}") from error
+    take(tuner, state, path)

@@ -1,0 +1,97 @@
+"""Checkpoints of ``transformers.Trainer`` and its subclasses (TRL's too) that hold the adapter and not the model.
+
+A checkpoint of `AdapterCheckpoints` holds ``shira_adapter.safetensors``, which ``Adapter.from_pretrained(folder)``
+reads, ``shira_tuner.pt`` with the values in full precision, and what the trainer itself keeps: optimizer, scheduler,
+random states. ``train(resume_from_checkpoint=...)`` goes on from it with the bits of a run that was not interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+try:
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise ImportError(
+        "shira.integrations.transformers needs transformers; install it with: pip install transformers"
+    ) from error
+
+from shira.integrations import _checkpoint
+from shira.tuner import SparseTuner
+
+__all__ = ["AdapterCallback", "AdapterCheckpoints"]
+
+
+class AdapterCallback(TrainerCallback):  # type: ignore[misc]
+    """Put the adapter and the tuner's state into every checkpoint, beside the whole model that the trainer saves.
+
+    For a trainer that cannot be subclassed. `AdapterCheckpoints` leaves the model out, and resumes.
+
+    Args:
+        tuner: the tuner, attached to the trainer's model.
+    """
+
+    def __init__(self, tuner: SparseTuner) -> None:
+        self.tuner = tuner
+
+    def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if args.should_save:
+            _checkpoint.write(self.tuner, os.path.join(args.output_dir, f"checkpoint-{state.global_step}"))
+
+
+class AdapterCheckpoints:
+    """For a trainer's first base class: its checkpoints, and what ``save_model`` writes, hold the adapter alone.
+
+    ::
+
+        class Trainer(AdapterCheckpoints, transformers.Trainer): ...
+
+        trainer = Trainer(model, arguments, train_dataset=data, tuner=tuner)
+        trainer.train(resume_from_checkpoint=True)
+
+    ``load_best_model_at_end`` works too. Checkpoints that hold a whole model are read as ever. Buffers and parameters
+    that were unfrozen by hand are kept with the values. Not for FSDP and DeepSpeed, which save in their own way.
+
+    Args:
+        tuner: the tuner, attached to the trainer's model before the trainer is made.
+    """
+
+    def __init__(self, *args: Any, tuner: SparseTuner, **options: Any) -> None:
+        self.tuner = tuner
+        super().__init__(*args, **options)
+        for kind in ("fsdp", "deepspeed"):
+            if getattr(self, f"is_{kind}_enabled", False):
+                raise ValueError(
+                    f"AdapterCheckpoints: {kind} shards and saves in its own way; leave it out, or use DDP"
+                )
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        arguments: Any = self.args  # type: ignore[attr-defined]
+        if not arguments.should_save:
+            return
+        folder = arguments.output_dir if output_dir is None else output_dir
+        _checkpoint.write(self.tuner, folder)
+        configuration: Any = getattr(self.tuner.model, "config", None)
+        processing: Any = getattr(self, "processing_class", None)
+        if processing is None:
+            processing = getattr(getattr(self, "data_collator", None), "tokenizer", None)
+        for part in (configuration, processing):
+            if hasattr(part, "save_pretrained"):
+                part.save_pretrained(folder)
+        torch.save(arguments, os.path.join(folder, "training_args.bin"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if os.path.exists(os.path.join(resume_from_checkpoint, _checkpoint.STATE)):
+            _checkpoint.read(self.tuner, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint  # type: ignore[attr-defined]
+        if best is not None and os.path.exists(os.path.join(best, _checkpoint.STATE)):
+            _checkpoint.read(self.tuner, best)
+        else:
+            super()._load_best_model()  # type: ignore[misc]
