@@ -1,4 +1,4 @@
-"""The README as a reader takes it: every block of Python in order, in one session, then the command line on its files."""
+"""The README as a reader takes it: every block of Python in order, then the command line on the files they wrote."""
 
 from __future__ import annotations
 
