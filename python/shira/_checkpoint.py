@@ -208,15 +208,20 @@ def _on_disk(path: str) -> Checkpoint:
 
 def _in_memory(where: str, tensors: Mapping[str, Any], model: object) -> Checkpoint:
     import torch
+    from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
     from shira import _model
 
     stored: dict[str, Stored] = {}
     for key, tensor in tensors.items():
+        if not isinstance(key, str):
+            raise TypeError(f"{where}: names must be strings, got {key!r:.80}")
         if not isinstance(tensor, torch.Tensor):
             if key.endswith("_extra_state"):
                 continue  # what modules keep beside their tensors
             raise TypeError(f"{where}: {key!r} must be a tensor, got {type(tensor).__name__}")
+        if isinstance(tensor, (UninitializedBuffer, UninitializedParameter)):
+            raise AdapterError(f"{where}: {key!r} has no shape yet; run the model once first")
         if tensor.is_meta:
             raise AdapterError(f"{where}: {key!r} is on the meta device, so it has no content")
         foreign = _model.foreign(tensor)
