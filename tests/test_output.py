@@ -259,6 +259,10 @@ def test_a_whole_parameter_that_the_base_lacks_is_added(tmp_path: Path, base: Pa
     merge(made, single, tmp_path / "m.safetensors")
     assert set(load_file(tmp_path / "m.safetensors")) == {"module.a", "module.head.bias", "module.head.weight"}
 
+    wrapped = Adapter({f"module.{name}": entry for name, entry in made.weights.items()})
+    merge(wrapped, single, tmp_path / "w.safetensors")
+    assert (tmp_path / "w.safetensors").read_bytes() == (tmp_path / "m.safetensors").read_bytes()
+
     refused(tmp_path, made, base, tmp_path / "n", "'head.weight' is not in the base", alpha=0.5)
     near = Adapter({"model.a": whole(1.0, 2.0, 3.0, 4.0)})
     refused(tmp_path, near, base, tmp_path / "n", "'model.a' is not in the base, which has 'a'; rename it")

@@ -124,9 +124,13 @@ class Checkpoint:
     model: Any = None  # the module it is of, if it was given as one
     prefix: str = ""  # what all names have in the files, and not here
 
+    def get(self, name: str) -> Stored | None:
+        """The tensor under a name, with or without the prefix of the files."""
+        return self.tensors.get(name.removeprefix(self.prefix))
+
     def find(self, names: tuple[str, ...]) -> Stored | None:
         """The tensor under the first of the names that is there."""
-        return next((self.tensors[name] for name in names if name in self.tensors), None)
+        return next((stored for stored in map(self.get, names) if stored is not None), None)
 
 
 def map_file(path: str) -> Shard:
@@ -327,7 +331,7 @@ def fit(
     owner: dict[object, str] = {}
     near = _Near(base)
     for name, (shape, dtype, fingerprint, aliases) in weights.items():
-        known = {one: base.tensors[one] for one in (name, *aliases) if one in base.tensors}
+        known = {one: stored for one in (name, *aliases) if (stored := base.get(one)) is not None}
         if not known:
             other = near.find(name, shape)
             if other is not None:
