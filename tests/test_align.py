@@ -163,7 +163,37 @@ def test_what_a_tuner_keeps_beside_the_weights_is_left_out() -> None:
     tuner.sync()
     adapter = Adapter.from_difference(base, dict(model.state_dict()))
     assert entries(adapter) == {"0.weight": tuner.adapter().weights["0.weight"].indices.tolist()}
-    assert "trained values are not the model's, and left out: 0.weight_shira_values" in str(adapter.report)
+    assert "left out of the tuned checkpoint, since they are no weights: 0.weight_shira_values" in str(adapter.report)
+
+
+def test_averages_and_lazy_modules() -> None:
+    model = nn.Linear(4, 4)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    with torch.no_grad():
+        average.module.weight[0, 3] += 1
+    for tuned in (average, average.state_dict()):
+        adapter = Adapter.from_difference(model, tuned)
+        assert entries(adapter) == {"weight": [3]}
+        assert "since they are no weights: n_averaged" in str(adapter.report)
+    with pytest.raises(TypeError, match="names must be strings, got 1"):
+        Adapter.from_difference({1: torch.zeros(1)}, model)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_a_lazy_module_has_nothing_to_compare() -> None:
+    with pytest.raises(AdapterError, match="base: 'weight' has no shape yet; run the model once first"):
+        Adapter.from_difference(nn.LazyLinear(4), nn.Linear(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("rename", "says"),
+    [({"(": "x"}, "is not a regular expression"), ({"a": r"\9"}, "invalid group reference"),
+     ({"a": 3}, "must be a string, got 3"), ({"^a$": ""}, "must make a name of 'a', got ''"),
+     (lambda name: None, "must make a name of 'a', got None"), (["a"], "must map patterns")],
+)  # fmt: skip
+def test_wrong_renames(rename: object, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Adapter.from_difference({"a": torch.zeros(3)}, {"a": torch.zeros(3)}, rename=rename)
 
 
 def test_constants_that_newer_versions_do_not_save() -> None:

@@ -421,6 +421,8 @@ def test_rename(files: Path) -> None:
     assert same(content(files / "merged.safetensors"), extra)
     assert "is not in the base, which has 'model.1.bias'" in refused("verify", out, files / "other base.safetensors")
     assert "PATTERN=REPLACEMENT" in refused("verify", out, files / "base", "--rename", "x")
+    twice = ("--rename", "a=b", "--rename", "a=c")
+    assert "two replacements for 'a'" in refused("verify", out, files / "base", *twice)
     assert "is not a regular expression" in refused("verify", out, files / "base", "--rename", "(=x")
 
 

@@ -220,6 +220,13 @@ def test_copies_of_a_tied_weight(tmp_path: Path) -> None:
     refused(tmp_path, tied, path, tmp_path / "new.safetensors", says)
 
 
+def test_a_tied_weight_fused_under_the_name_that_the_base_has(tmp_path: Path) -> None:
+    tied = Adapter({"embed": entry(9.0, aliases=("head",))})
+    fused = Adapter.fuse([(tied, 1.0), (tied, 1.0)], {"head": torch.ones(4)})
+    assert fused.weights["head"].aliases == ("embed",)
+    assert fused.weights["head"].values.tolist() == [17]
+
+
 def test_a_whole_overwrite_goes_onto_any_content(tmp_path: Path) -> None:
     path, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
     save_file({"a": torch.arange(4.0), "head": torch.zeros(2)}, path)
@@ -251,6 +258,10 @@ def test_a_whole_parameter_that_the_base_lacks_is_added(tmp_path: Path, base: Pa
     save_file({"module.a": torch.arange(4.0)}, single)
     merge(made, single, tmp_path / "m.safetensors")
     assert set(load_file(tmp_path / "m.safetensors")) == {"module.a", "module.head.bias", "module.head.weight"}
+
+    wrapped = Adapter({f"module.{name}": entry for name, entry in made.weights.items()})
+    merge(wrapped, single, tmp_path / "w.safetensors")
+    assert (tmp_path / "w.safetensors").read_bytes() == (tmp_path / "m.safetensors").read_bytes()
 
     refused(tmp_path, made, base, tmp_path / "n", "'head.weight' is not in the base", alpha=0.5)
     near = Adapter({"model.a": whole(1.0, 2.0, 3.0, 4.0)})

@@ -49,7 +49,7 @@ def align(base: Checkpoint, tuned: Checkpoint, rename: _file.Rename) -> Aligned:
 
 
 def _own(checkpoint: Checkpoint, role: str, notes: list[str]) -> dict[str, Stored]:
-    """Without what a tuner keeps beside the weights it trains."""
+    """Without what training keeps beside the weights: a tuner's values, the counter of an average."""
     names = checkpoint.tensors.keys()
     left = [
         name
@@ -57,11 +57,12 @@ def _own(checkpoint: Checkpoint, role: str, notes: list[str]) -> dict[str, Store
         if name.endswith((VALUES_SUFFIX, INDICES_SUFFIX))
         and name.removesuffix(VALUES_SUFFIX).removesuffix(INDICES_SUFFIX) in names
     ]
+    if "n_averaged" in names and all(name.startswith("module.") for name in names - {"n_averaged"}):
+        left.append("n_averaged")  # the counter of torch's AveragedModel
     if left:
-        notes.append(
-            f"the {role} checkpoint's trained values are not the model's, and left out: {_model.some(left, 3)}"
-        )
-    return {name: stored for name, stored in checkpoint.tensors.items() if name not in set(left)}
+        notes.append(f"left out of the {role} checkpoint, since they are no weights: {_model.some(left, 3)}")
+    gone = set(left)
+    return {name: stored for name, stored in checkpoint.tensors.items() if name not in gone}
 
 
 def _renamed(tensors: dict[str, Stored], rename: _file.Rename) -> dict[str, Stored]:

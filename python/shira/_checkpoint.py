@@ -123,9 +123,13 @@ class Checkpoint:
     model: Any = None  # the module it is of, if it was given as one
     prefix: str = ""  # what all names have in the files, and not here
 
+    def get(self, name: str) -> Stored | None:
+        """The tensor under a name, with or without the prefix of the files."""
+        return self.tensors.get(name.removeprefix(self.prefix))
+
     def find(self, names: tuple[str, ...]) -> Stored | None:
         """The tensor under the first of the names that is there."""
-        return next((self.tensors[name] for name in names if name in self.tensors), None)
+        return next((stored for stored in map(self.get, names) if stored is not None), None)
 
 
 def map_file(path: str) -> Shard:
@@ -207,15 +211,20 @@ def _on_disk(path: str) -> Checkpoint:
 
 def _in_memory(where: str, tensors: Mapping[str, Any], model: object) -> Checkpoint:
     import torch
+    from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
     from shira import _model
 
     stored: dict[str, Stored] = {}
     for key, tensor in tensors.items():
+        if not isinstance(key, str):
+            raise TypeError(f"{where}: names must be strings, got {key!r:.80}")
         if not isinstance(tensor, torch.Tensor):
             if key.endswith("_extra_state"):
                 continue  # what modules keep beside their tensors
             raise TypeError(f"{where}: {key!r} must be a tensor, got {type(tensor).__name__}")
+        if isinstance(tensor, (UninitializedBuffer, UninitializedParameter)):
+            raise AdapterError(f"{where}: {key!r} has no shape yet; run the model once first")
         if tensor.is_meta:
             raise AdapterError(f"{where}: {key!r} is on the meta device, so it has no content")
         foreign = _model.foreign(tensor)
@@ -321,7 +330,7 @@ def fit(
     owner: dict[object, str] = {}
     near = _Near(base)
     for name, (shape, dtype, fingerprint, aliases) in weights.items():
-        known = {one: base.tensors[one] for one in (name, *aliases) if one in base.tensors}
+        known = {one: stored for one in (name, *aliases) if (stored := base.get(one)) is not None}
         if not known:
             other = near.find(name, shape)
             if other is not None:

@@ -140,22 +140,34 @@ def renamer(rename: Rename) -> Callable[[str], str]:
     if rename is None:
         return lambda name: name
     if callable(rename):
-        return rename
+        return lambda name: _new_name(name, rename(name))
     if not isinstance(rename, Mapping):
         raise ValueError(f"rename must map patterns to replacements, or be a function, got {type(rename).__name__}")
     rules = []
     for pattern, replacement in rename.items():
+        if not isinstance(replacement, str):
+            raise ValueError(f"rename {pattern!r}: what takes its place must be a string, got {replacement!r:.80}")
         try:
             rules.append((re.compile(pattern), replacement))
-        except re.error as error:
+        except (re.error, TypeError) as error:
             raise ValueError(f"rename {pattern!r} is not a regular expression: {error}") from error
 
     def renamed(name: str) -> str:
+        new = name
         for rule, replacement in rules:
-            name = rule.sub(replacement, name)
-        return name
+            try:
+                new = rule.sub(replacement, new)
+            except re.error as error:  # a group that the pattern has not
+                raise ValueError(f"rename {rule.pattern!r} to {replacement!r}: {error}") from error
+        return _new_name(name, new)
 
     return renamed
+
+
+def _new_name(old: str, new: object) -> str:
+    if not isinstance(new, str) or not new:
+        raise ValueError(f"rename must make a name of {old!r}, got {new!r:.80}")
+    return new
 
 
 @dataclass(frozen=True)

@@ -631,7 +631,8 @@ class Adapter:
                     entry.check_finite(f"fuse: weight {named(name)} of adapter {number}")
                 stored = source.find((name, *entry.aliases))
                 assert stored is not None
-                found.setdefault(stored.name, []).append((adapter, strength, entry))
+                others = tuple(other for other in (name, *entry.aliases) if other != stored.name)
+                found.setdefault(stored.name, []).append((adapter, strength, replace(entry, aliases=others)))
                 weights[stored.name] = weight
         entries = {name: _fused(weights[name], parts) for name, parts in found.items()}
         if check_finite:

@@ -27,7 +27,7 @@ _Arguments = ParamSpec("_Arguments")
 
 # The class of all usage errors, from whichever click typer stands on.
 _WrongUsage: type[Any] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
-HOW = "add --overwrite"
+_HOW = "add --overwrite"  # where something is in the way
 
 
 def _printable(text: str) -> str:
@@ -186,6 +186,8 @@ def _renames(rules: list[str]) -> dict[str, str] | None:
         pattern, sign, replacement = rule.rpartition("=")
         if not sign or not pattern:
             raise ValueError(f"--rename is PATTERN=REPLACEMENT, as in '^model\\.=', got {rule!r}")
+        if pattern in found:
+            raise ValueError(f"--rename has two replacements for {pattern!r}")
         found[pattern] = replacement
     return found or None
 
@@ -194,7 +196,7 @@ def _adapter_out(out: Path, overwrite: bool, *inputs: str | Path | None) -> Path
     """Where an adapter file goes; refuses before any work is done."""
     from shira import _output
 
-    return _output.destination(out, overwrite, [one for one in inputs if one], _output.no_adapter, HOW)
+    return _output.destination(out, overwrite, [one for one in inputs if one], _output.no_adapter, _HOW)
 
 
 def _save(adapter: Adapter, out: Path) -> None:
@@ -505,7 +507,7 @@ def convert(
             raise ValueError("--density and --granule are for a LoRA, and this is an adapter file")
         path = _find(source)
         inputs: Iterable[str | Path] = [path] if base is None else [path, base]
-        target = _output.destination(out, overwrite, inputs, _output.no_peft_folder, HOW)
+        target = _output.destination(out, overwrite, inputs, _output.no_peft_folder, _HOW)
         from shira.adapter import Adapter
 
         adapter = Adapter.load(path)

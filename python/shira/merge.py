@@ -150,7 +150,7 @@ def merge(
         for stored in copies
     }
     new = [name for name, copies in places.items() if not copies]
-    added = {source.prefix + name: weights[name] for name in new}
+    added = {source.prefix + name.removeprefix(source.prefix): weights[name] for name in new}
     done = 0
 
     def tell(name: str, nbytes: int) -> None:
