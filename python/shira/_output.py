@@ -177,12 +177,6 @@ def _exchange(one: Path, two: Path) -> bool:
     raise OSError(number, os.strerror(number), str(two))
 
 
-def _sync_folder(folder: Path) -> None:
-    # Some network shares refuse; the files themselves are safe then.
-    with contextlib.suppress(OSError):
-        _file._fsync(folder, os.O_RDONLY)
-
-
 @contextmanager
 def named(path: Path) -> Iterator[None]:
     """Errors of writing, a full disk above all, with the name of the result, not of what it is written as at first."""
@@ -204,13 +198,14 @@ def replacing_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     old = temporary.with_suffix(".old")
+    _file.sweep(target)
     try:
         with named(target):
             temporary.mkdir()
             yield temporary
             for path in (temporary, *temporary.rglob("*")):
                 if path.is_dir():
-                    _sync_folder(path)
+                    _file.sync_folder(path)
                 else:
                     _file._fsync(path, os.O_RDONLY)
             if os.path.lexists(target):
@@ -222,7 +217,7 @@ def replacing_folder(target: Path, overwrite: bool) -> Iterator[Path]:
             elif not _exchange(temporary, target):
                 os.rename(target, old)
                 os.rename(temporary, target)
-            _sync_folder(target.parent)
+            _file.sync_folder(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if os.path.lexists(old):
