@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -48,6 +49,24 @@ def tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
         for member, tensor in enumerate(value):
             if isinstance(tensor, Tensor):
                 yield f"{name}[{member}]", tensor
+
+
+def named(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    """Every tensor of a call with its name, in the order of the schema. Refuses None for a tensor, which the
+    dispatcher lets pass."""
+    found: list[tuple[str, Tensor]] = []
+    values = dict(zip((argument.name for argument in op._schema.arguments), args, strict=False)) | kwargs
+    for argument in op._schema.arguments:
+        value = values.get(argument.name, argument.default_value)
+        if value is None and str(argument.type) == "Tensor":
+            raise RuntimeError(f"{title(op)}: {argument.name} must be a tensor, got None")
+        found += tensors(argument.name, value)
+    return found
+
+
+def title(op: OpOverload) -> str:
+    """Its name as refusals have it."""
+    return op._schema.name.removeprefix("shira::")
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -603,7 +622,21 @@ def _lr(op: str, lr: float | Tensor, owner: str, lead: Tensor | None) -> None:
         if lead is not None:
             _scalar_tensor(op, "lr", lr, owner, lead, (torch.float32, torch.float64))
     else:
-        _require(math.isfinite(lr), op, "lr", "must be finite", f"{lr:g}")
+        _finite(op, lr=lr)
+
+
+def _finite(op: str, **numbers: float) -> None:
+    for name, number in numbers.items():
+        _require(math.isfinite(number), op, name, "must be finite", f"{number:g}")
+
+
+def _adamw_numbers(op: str, beta1: float, beta2: float, eps: float, weight_decay: float) -> None:
+    # With all of a running average kept, the correction of its start divides by zero.
+    for name, kept in (("beta1", beta1), ("beta2", beta2)):
+        _require(0 <= kept < 1, op, name, "must be in [0, 1)", f"{kept:g}")
+    _finite(op, eps=eps)
+    _require(eps >= 0, op, "eps", "must be at least 0", f"{eps:g}")
+    _finite(op, weight_decay=weight_decay)
 
 
 def _adamw(
@@ -632,6 +665,10 @@ def adamw_(
     grad: Tensor,
     step: int | Tensor,
     lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
     granule: int,
 ) -> None:
     op, call = "adamw_", Call("adamw_")
@@ -640,6 +677,7 @@ def adamw_(
     _adamw(call, weight, indices, master, exp_avg, exp_avg_sq, grad, granule)
     _step(op, step, "weight", weight)
     _lr(op, lr, "weight", weight)
+    _adamw_numbers(op, beta1, beta2, eps, weight_decay)
 
 
 def foreach_adamw_(
@@ -651,6 +689,10 @@ def foreach_adamw_(
     grads: Sequence[Tensor],
     step: int | Tensor,
     lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
     granule: int,
 ) -> None:
     op = "foreach_adamw_"
@@ -670,6 +712,7 @@ def foreach_adamw_(
     lead = weights[0] if weights else None
     _step(op, step, "weights[0]", lead)
     _lr(op, lr, "weights[0]", lead)
+    _adamw_numbers(op, beta1, beta2, eps, weight_decay)
 
 
 def _sgd(
@@ -708,6 +751,7 @@ def sgd_(
     lr: float | Tensor,
     momentum: float,
     dampening: float,
+    weight_decay: float,
     nesterov: bool,
     granule: int,
 ) -> None:
@@ -716,6 +760,7 @@ def sgd_(
     _weight(call, weight, granule, arithmetic=True)
     _sgd(call, weight, indices, master, momentum_buffer, grad, granule)
     _lr(op, lr, "weight", weight)
+    _finite(op, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
     _momentum(op, "momentum_buffer", momentum_buffer is not None, momentum, dampening, nesterov)
 
 
@@ -728,6 +773,7 @@ def foreach_sgd_(
     lr: float | Tensor,
     momentum: float,
     dampening: float,
+    weight_decay: float,
     nesterov: bool,
     granule: int,
 ) -> None:
@@ -742,6 +788,7 @@ def foreach_sgd_(
         buffer = None if momentum_buffers is None else momentum_buffers[t]
         _sgd(Call(op, t), weight, indices[t], masters[t], buffer, grads[t], granule)
     _lr(op, lr, "weights[0]", weights[0] if weights else None)
+    _finite(op, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
     _momentum(op, "momentum_buffers", momentum_buffers is not None, momentum, dampening, nesterov)
 
 
