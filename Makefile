@@ -1,6 +1,8 @@
 # make setup   a .venv with everything, and the package built in place
 # make demo    set-up and the main job: adapters on real digits, trained, saved, switched, reverted, fused
 # make test    set-up and the tests
+# make compat  installs from the source distribution under each torch of COMPAT, in environments of their own, and runs
+#              the ops' tests there (10 minutes and, while it runs, 5 GB a version)
 # make soak    set-up and a million random operations on the switcher, every state compared bit for bit (minutes)
 # make bench   set-up and the speed benchmarks: a selection (10 minutes); make bench-full takes all cases (30)
 # make bench-twice     two runs of the selection, and which of their ratios agree within 10 %
@@ -15,12 +17,14 @@ GPU_PY := $(PY)
 PY := $(VENV)/bin/python
 # CUDA torch wheels are several GB: on a machine without a GPU the CPU build serves.
 TORCH ?= torch==2.13.0
+COMPAT ?= 2.11.0 2.12.1 newest
+COMPAT_TESTS := switch fuse gradient optimize select codec fingerprint refusals autograd compile threads import
 LATEST := benchmarks/results/latest.json
 AGAIN := benchmarks/results/again.json
 RESULTS ?= cpu-zen4
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: setup build demo test soak bench bench-full bench-twice bench-agree bench-compare bench-record quality gpu lint format clean
+.PHONY: setup build demo test compat soak bench bench-full bench-twice bench-agree bench-compare bench-record quality gpu lint format clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -43,6 +47,24 @@ demo: setup
 
 test: setup
 	$(PY) -m pytest -q -n 2 tests
+
+# What the emulator and the references say depends on no torch. One after another: each compiles.
+compat:
+	for version in $(COMPAT); do $(MAKE) compat-$$version || exit 1; done
+
+compat-%: AT = build/compat/$*
+compat-%:
+	rm -rf $(AT)
+	$(PYTHON) -m venv $(AT)/venv
+	$(AT)/venv/bin/pip install -q --disable-pip-version-check 'torch$(patsubst %,==%,$(filter-out newest,$*))' \
+		'setuptools>=77' wheel ninja pybind11 numpy pytest hypothesis safetensors
+	$(AT)/venv/bin/python setup.py -q egg_info --egg-base $(AT) sdist -d $(AT)
+	SHIRA_CUDA=0 $(AT)/venv/bin/pip install -q --no-build-isolation --no-deps $(AT)/*.tar.gz
+	mkdir $(AT)/unpacked
+	tar -xzf $(AT)/*.tar.gz -C $(AT)/unpacked --strip-components=1
+	cd $(AT)/unpacked && env -u PYTHONPATH ../venv/bin/pytest -q -p no:cacheprovider -k 'not emulator and not reference' \
+		$(COMPAT_TESTS:%=tests/test_%.py)
+	rm -rf $(AT)
 
 soak: setup
 	$(PY) tests/soak.py

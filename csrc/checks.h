@@ -110,7 +110,13 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
   return a.dim() == b.dim() && std::equal(a.sizes().begin(), a.sizes().end(), b.sizes().begin());
 }
 
+// The dispatcher lets None pass for a tensor.
+inline void check_given(const char* op, Name name, const Tensor& t) {
+  SHIRA_CHECK(t.defined(), op, ": ", name, " must be a tensor, got None");
+}
+
 inline void check_contiguous(const char* op, Name name, const Tensor& t) {
+  check_given(op, name, t);
   SHIRA_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous, got shape ", list_text(t.sizes()),
               " with strides ", list_text(t.strides()));
 }
@@ -156,6 +162,7 @@ inline void check_weight(const char* op, const Tensor& weight, int64_t granule, 
 }
 
 inline void check_device(const char* op, Name name, const Tensor& t, const Tensor& weight, Name weight_name) {
+  check_given(op, name, t);
   SHIRA_CHECK(t.device() == weight.device(), op, ": ", name, " must be on ", weight_name, "'s device ",
               device_name(weight), ", got ", device_name(t));
 }

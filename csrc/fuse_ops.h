@@ -45,6 +45,7 @@ struct FuseOps {
     SHIRA_CHECK(delta.size() == values.size(), op, ": delta must have one bool for each of the ", values.size(),
                 " values, got ", delta.size());
     check_weight(op, weight, granule, Kind::Arithmetic);
+    check_given(op, {"indices"}, indices);
     call.values("saved", saved, Values::Weight, weight, indices, 0);
     call.indices("indices", indices, weight, 0);
     call.indices("offsets", offsets, weight, 0);

@@ -21,6 +21,7 @@ struct GradientOps {
     const char* op = "sampled_grad";
     const Name owner{"grad_output"};
     check_granule(op, granule);
+    check_given(op, owner, grad_output);
     SHIRA_CHECK(is_float(grad_output.scalar_type()), op,
                 ": grad_output must be float16, bfloat16, float32 or float64, got ",
                 dtype_name(grad_output.scalar_type()));

@@ -45,6 +45,11 @@ struct OptimizeOps {
       SHIRA_CHECK(options.step.given >= 1, call.op, ": step must be at least 1, got ", options.step.given);
     }
     rate(call, lr, weights, options.lr);
+    decay(call, "beta1", options.beta1);
+    decay(call, "beta2", options.beta2);
+    finite(call, "eps", options.eps);
+    SHIRA_CHECK(options.eps >= 0, call.op, ": eps must be at least 0, got ", options.eps);
+    finite(call, "weight_decay", options.weight_decay);
     call.memory("weight", "weights", weights, true);
     call.memory("indices", indices, false);
     call.memory("master", "masters", masters, true);
@@ -76,6 +81,9 @@ struct OptimizeOps {
       gradient(call, grads[t], weights[t], indices[t], t);
     }
     rate(call, lr, weights, options.lr);
+    finite(call, "momentum", options.momentum);
+    finite(call, "dampening", options.dampening);
+    finite(call, "weight_decay", options.weight_decay);
     const char* name = call.list ? "momentum_buffers" : "momentum_buffer";
     if (options.momentum != 0)
       SHIRA_CHECK(given, call.op, ": ", name, " must be given for momentum ", printed(options.momentum), ", got None");
@@ -134,7 +142,15 @@ struct OptimizeOps {
     if (lr != nullptr)
       number(call, "lr", *lr, weights, ScalarType::Float, ScalarType::Double, rate);
     else
-      SHIRA_CHECK(std::isfinite(rate.given), call.op, ": lr must be finite, got ", printed(rate.given));
+      finite(call, "lr", rate.given);
+  }
+
+  static void finite(const Call& call, const char* word, double number) {
+    SHIRA_CHECK(std::isfinite(number), call.op, ": ", word, " must be finite, got ", printed(number));
+  }
+  // How much of a running average a step keeps: with all of it, the correction of its start divides by zero.
+  static void decay(const Call& call, const char* word, double kept) {
+    SHIRA_CHECK(kept >= 0 && kept < 1, call.op, ": ", word, " must be in [0, 1), got ", printed(kept));
   }
 
   // NaN without the sign that a stream would print.

@@ -55,17 +55,11 @@ def _refuse(op: str, arguments: Sequence[tuple[str, Tensor]]) -> NoReturn:
     raise AssertionError(f"{op}: nothing to refuse")
 
 
-def _named(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> list[tuple[str, Tensor]]:
-    """Every tensor of a call with its name, in the order of the schema."""
-    values = {argument.name: value for argument, value in zip(op._schema.arguments, args, strict=False)} | kwargs
-    return [found for name, value in values.items() for found in checks.tensors(name, value)]
-
-
 def _lazy_kernel(op: OpOverload) -> Callable[..., NoReturn]:
     """What stands where torch would resolve lazy views into copies, write those, and fail to hand them back."""
 
     def kernel(*args: Any, **kwargs: Any) -> NoReturn:
-        checks.lazy(op._schema.name.removeprefix("shira::"), _named(op, args, kwargs))
+        checks.lazy(checks.title(op), checks.named(op, args, kwargs))
         raise AssertionError(f"{op}: nothing is lazy")
 
     return kernel
@@ -73,7 +67,7 @@ def _lazy_kernel(op: OpOverload) -> Callable[..., NoReturn]:
 
 def _mutating_kernel(op: OpOverload) -> Callable[..., Any]:
     """Runs on every call that is not in inference mode, so what can be known of the schema is worked out here."""
-    name = op._schema.name.removeprefix("shira::")
+    name = checks.title(op)
     arguments = [argument for argument in op._schema.arguments if "Tensor" in str(argument.type)]
     single: list[int] = []  # where the tensors are
     several: list[int] = []  # where the lists of tensors and the optional ones are
@@ -102,18 +96,20 @@ def _mutating_kernel(op: OpOverload) -> Callable[..., Any]:
         yield from (kwargs[keyword] for keyword in keywords)
 
     def refuse(args: Sequence[Any], kwargs: dict[str, Any]) -> NoReturn:
-        _refuse(name, _named(op, args, kwargs))
+        _refuse(name, checks.named(op, args, kwargs))
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         if _is_grad_enabled():
             for position in single:
-                if args[position].requires_grad:
+                tensor = args[position]
+                if tensor is None or tensor.requires_grad:
                     refuse(args, kwargs)
             for value in listed(args, several):
                 if any(map(_requires_grad, value)):
                     refuse(args, kwargs)
             for keyword in keywords:
-                if kwargs[keyword].requires_grad:
+                tensor = kwargs[keyword]
+                if tensor is None or tensor.requires_grad:
                     refuse(args, kwargs)
         if forward_ad._current_level >= 0 and any(map(_has_tangent, all_tensors(args, kwargs))):
             refuse(args, kwargs)
@@ -281,8 +277,10 @@ _NAMES: dict[type[torch.autograd.Function], str] = {
 }
 
 
-def _wants_gradient(*tensors: Tensor) -> bool:
-    return forward_ad._current_level >= 0 or (_is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    if forward_ad._current_level >= 0:
+        return True
+    return _is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _gather(keyset: torch._C.DispatchKeySet, weight: Tensor, indices: Tensor, granule: int = 1) -> Any:

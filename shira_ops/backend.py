@@ -65,13 +65,11 @@ def _triton(op: str) -> Callable[..., Any]:
 def _without_kernel(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """What serves whatever has no kernel: a refusal of its tensors. Of lists without a tensor, which name no device
     either, `function` knows what to make: nothing, or a refusal."""
-    overload = getattr(getattr(torch.ops.shira, op.partition(".")[0]), op.partition(".")[2] or "default")
-    names = [argument.name for argument in overload._schema.arguments]
+    packet, _, overload = op.partition(".")
+    own = getattr(getattr(torch.ops.shira, packet), overload or "default")
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        found = [tensor for name, value in given.items() for tensor in checks.tensors(name, value)]
-        checks.no_kernel(op.partition(".")[0], found)
+        checks.no_kernel(packet, checks.named(own, args, kwargs))
         return function(*args, **kwargs)
 
     return kernel

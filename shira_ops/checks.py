@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -49,6 +50,24 @@ def tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
         for member, tensor in enumerate(value):
             if isinstance(tensor, Tensor):
                 yield f"{name}[{member}]", tensor
+
+
+def named(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    """Every tensor of a call with its name, in the order of the schema. Refuses None for a tensor, which the
+    dispatcher lets pass."""
+    found: list[tuple[str, Tensor]] = []
+    values = dict(zip((argument.name for argument in op._schema.arguments), args, strict=False)) | kwargs
+    for argument in op._schema.arguments:
+        value = values.get(argument.name, argument.default_value)
+        if value is None and str(argument.type) == "Tensor":
+            raise RuntimeError(f"{title(op)}: {argument.name} must be a tensor, got None")
+        found += tensors(argument.name, value)
+    return found
+
+
+def title(op: OpOverload) -> str:
+    """Its name as refusals have it."""
+    return op._schema.name.removeprefix("shira::")
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -604,7 +623,21 @@ def _lr(op: str, lr: float | Tensor, owner: str, lead: Tensor | None) -> None:
         if lead is not None:
             _scalar_tensor(op, "lr", lr, owner, lead, (torch.float32, torch.float64))
     else:
-        _require(math.isfinite(lr), op, "lr", "must be finite", f"{lr:g}")
+        _finite(op, lr=lr)
+
+
+def _finite(op: str, **numbers: float) -> None:
+    for name, number in numbers.items():
+        _require(math.isfinite(number), op, name, "must be finite", f"{number:g}")
+
+
+def _adamw_numbers(op: str, beta1: float, beta2: float, eps: float, weight_decay: float) -> None:
+    # With all of a running average kept, the correction of its start divides by zero.
+    for name, kept in (("beta1", beta1), ("beta2", beta2)):
+        _require(0 <= kept < 1, op, name, "must be in [0, 1)", f"{kept:g}")
+    _finite(op, eps=eps)
+    _require(eps >= 0, op, "eps", "must be at least 0", f"{eps:g}")
+    _finite(op, weight_decay=weight_decay)
 
 
 def _adamw(
@@ -633,6 +666,10 @@ def adamw_(
     grad: Tensor,
     step: int | Tensor,
     lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
     granule: int,
 ) -> None:
     op, call = "adamw_", Call("adamw_")
@@ -641,6 +678,7 @@ def adamw_(
     _adamw(call, weight, indices, master, exp_avg, exp_avg_sq, grad, granule)
     _step(op, step, "weight", weight)
     _lr(op, lr, "weight", weight)
+    _adamw_numbers(op, beta1, beta2, eps, weight_decay)
 
 
 def foreach_adamw_(
@@ -652,6 +690,10 @@ def foreach_adamw_(
     grads: Sequence[Tensor],
     step: int | Tensor,
     lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
     granule: int,
 ) -> None:
     op = "foreach_adamw_"
@@ -671,6 +713,7 @@ def foreach_adamw_(
     lead = weights[0] if weights else None
     _step(op, step, "weights[0]", lead)
     _lr(op, lr, "weights[0]", lead)
+    _adamw_numbers(op, beta1, beta2, eps, weight_decay)
 
 
 def _sgd(
@@ -709,6 +752,7 @@ def sgd_(
     lr: float | Tensor,
     momentum: float,
     dampening: float,
+    weight_decay: float,
     nesterov: bool,
     granule: int,
 ) -> None:
@@ -717,6 +761,7 @@ def sgd_(
     _weight(call, weight, granule, arithmetic=True)
     _sgd(call, weight, indices, master, momentum_buffer, grad, granule)
     _lr(op, lr, "weight", weight)
+    _finite(op, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
     _momentum(op, "momentum_buffer", momentum_buffer is not None, momentum, dampening, nesterov)
 
 
@@ -729,6 +774,7 @@ def foreach_sgd_(
     lr: float | Tensor,
     momentum: float,
     dampening: float,
+    weight_decay: float,
     nesterov: bool,
     granule: int,
 ) -> None:
@@ -743,6 +789,7 @@ def foreach_sgd_(
         buffer = None if momentum_buffers is None else momentum_buffers[t]
         _sgd(Call(op, t), weight, indices[t], masters[t], buffer, grads[t], granule)
     _lr(op, lr, "weights[0]", weights[0] if weights else None)
+    _finite(op, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
     _momentum(op, "momentum_buffers", momentum_buffers is not None, momentum, dampening, nesterov)
 
 

@@ -175,7 +175,9 @@ def adamw_(
     weight_decay: float,
     granule: int = 1,
 ) -> None:
-    checks.adamw_(weight, indices, master, exp_avg, exp_avg_sq, grad, step, lr, granule)
+    checks.adamw_(
+        weight, indices, master, exp_avg, exp_avg_sq, grad, step, lr, beta1, beta2, eps, weight_decay, granule
+    )
 
 
 def sgd_(
@@ -192,7 +194,9 @@ def sgd_(
     nesterov: bool,
     granule: int = 1,
 ) -> None:
-    checks.sgd_(weight, indices, master, momentum_buffer, grad, lr, momentum, dampening, nesterov, granule)
+    checks.sgd_(
+        weight, indices, master, momentum_buffer, grad, lr, momentum, dampening, weight_decay, nesterov, granule
+    )
 
 
 def foreach_adamw_(
@@ -211,7 +215,9 @@ def foreach_adamw_(
     weight_decay: float,
     granule: int = 1,
 ) -> None:
-    checks.foreach_adamw_(weights, indices, masters, exp_avgs, exp_avg_sqs, grads, step, lr, granule)
+    checks.foreach_adamw_(
+        weights, indices, masters, exp_avgs, exp_avg_sqs, grads, step, lr, beta1, beta2, eps, weight_decay, granule
+    )
 
 
 def foreach_sgd_(
@@ -228,7 +234,9 @@ def foreach_sgd_(
     nesterov: bool,
     granule: int = 1,
 ) -> None:
-    checks.foreach_sgd_(weights, indices, masters, momentum_buffers, grads, lr, momentum, dampening, nesterov, granule)
+    checks.foreach_sgd_(
+        weights, indices, masters, momentum_buffers, grads, lr, momentum, dampening, weight_decay, nesterov, granule
+    )
 
 
 # ---- select ------------------------------------------------------------------------------------------------

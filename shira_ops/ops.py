@@ -17,6 +17,9 @@ Rules every function keeps:
   synchronising, so check once with `check_indices`.
 - **Autograd**: a function that ends in `_` bumps the version of what it changes, and refuses a tensor that requires
   grad while grad mode is on, or that carries a forward-mode tangent.
+- **Kinds**: what has no memory or no kernel (fake, sparse, nested, quantized, memory that starts between two entries)
+  is refused too; a function that ends in `_` refuses lazily conjugated and negated views. No `granule` is longer than
+  the weight, and of a weight without entries it is 1.
 - **Determinism**: the same bits on every device, vector width and thread count, unless said otherwise.
 - They work on real tensors, under `torch.compile(fullgraph=True)` and in inference mode.
 """
@@ -525,7 +528,9 @@ def foreach_adamw_(
     """
     tensors = _as_tensors("foreach_adamw_", step, lr)
     if not weights:
-        checks.foreach_adamw_(weights, indices, masters, exp_avgs, exp_avg_sqs, grads, step, lr, granule)
+        checks.foreach_adamw_(
+            weights, indices, masters, exp_avgs, exp_avg_sqs, grads, step, lr, beta1, beta2, eps, weight_decay, granule
+        )
         return
     op = _foreach_adamw_tensor_ if tensors else _foreach_adamw_
     op(
@@ -566,7 +571,7 @@ def foreach_sgd_(
     """
     if not weights:
         checks.foreach_sgd_(
-            weights, indices, masters, momentum_buffers, grads, lr, momentum, dampening, nesterov, granule
+            weights, indices, masters, momentum_buffers, grads, lr, momentum, dampening, weight_decay, nesterov, granule
         )
         return
     op = _foreach_sgd_tensor_ if isinstance(lr, Tensor) else _foreach_sgd_

@@ -518,7 +518,9 @@ def adamw_(
     weight_decay: float,
     granule: int = 1,
 ) -> None:
-    checks.adamw_(weight, indices, master, exp_avg, exp_avg_sq, grad, step, lr, granule)
+    checks.adamw_(
+        weight, indices, master, exp_avg, exp_avg_sq, grad, step, lr, beta1, beta2, eps, weight_decay, granule
+    )
     checks.overlap(
         "adamw_",
         [
@@ -569,7 +571,9 @@ def foreach_adamw_(
     granule: int = 1,
 ) -> None:
     op = "foreach_adamw_"
-    checks.foreach_adamw_(weights, indices, masters, exp_avgs, exp_avg_sqs, grads, step, lr, granule)
+    checks.foreach_adamw_(
+        weights, indices, masters, exp_avgs, exp_avg_sqs, grads, step, lr, beta1, beta2, eps, weight_decay, granule
+    )
     checks.overlap(
         op,
         _members("weights", weights, True)
@@ -636,7 +640,9 @@ def sgd_(
     nesterov: bool,
     granule: int = 1,
 ) -> None:
-    checks.sgd_(weight, indices, master, momentum_buffer, grad, lr, momentum, dampening, nesterov, granule)
+    checks.sgd_(
+        weight, indices, master, momentum_buffer, grad, lr, momentum, dampening, weight_decay, nesterov, granule
+    )
     buffers = [] if momentum_buffer is None else [("momentum_buffer", momentum_buffer, True)]
     checks.overlap(
         "sgd_",
@@ -683,7 +689,9 @@ def foreach_sgd_(
     granule: int = 1,
 ) -> None:
     op = "foreach_sgd_"
-    checks.foreach_sgd_(weights, indices, masters, momentum_buffers, grads, lr, momentum, dampening, nesterov, granule)
+    checks.foreach_sgd_(
+        weights, indices, masters, momentum_buffers, grads, lr, momentum, dampening, weight_decay, nesterov, granule
+    )
     checks.overlap(
         op,
         _members("weights", weights, True)

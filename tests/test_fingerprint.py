@@ -19,9 +19,8 @@ from test_switch import against_oracle, id_of
 def test_fingerprint(backend: Backend, dtype: torch.dtype) -> None:
     """Every length of the tail, and every alignment of the first word."""
     for i, limit in enumerate((0, 1, 2, 3, 5, 7, 8, 9, 63, 64, 65, 1001)):
-        case = build(
-            "fingerprint", Setup(dtype=dtype, limit=limit, count=0, seed=i), granule=1 + i % min(3, limit or 1)
-        )
+        setup = Setup(dtype=dtype, limit=limit, count=0, seed=i)
+        case = build("fingerprint", setup, granule=1 + i % min(3, limit or 1))
         against_oracle(backend, case, offset=i % 8)
 
 

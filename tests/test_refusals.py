@@ -511,6 +511,14 @@ def scalar_refusals() -> Iterator[Any]:
             for lr in (infinite, -infinite):
                 yield f"{prefix}{op}", {"lr": lr}, f"lr must be finite, got {lr:g}"
             yield f"{prefix}{op}", {"lr": nan}, "lr must be finite, got nan"
+            yield f"{prefix}{op}", {"weight_decay": nan}, "weight_decay must be finite, got nan"
+        for beta in ("beta1", "beta2"):
+            for number in (1.0, -0.5, nan):
+                yield f"{prefix}adamw_", {beta: number}, f"{beta} must be in [0, 1), got {number:g}"
+        yield f"{prefix}adamw_.tensor", {"eps": infinite}, "eps must be finite, got inf"
+        yield f"{prefix}adamw_", {"eps": -1e-8}, "eps must be at least 0, got -1e-08"
+        yield f"{prefix}sgd_", {"momentum": nan}, "momentum must be finite, got nan"
+        yield f"{prefix}sgd_.tensor", {"dampening": -infinite}, "dampening must be finite, got -inf"
         buffer = f"momentum_buffer{plural}"
         given = "a list" if plural else "one"
         for overload in ("", ".tensor"):
@@ -759,6 +767,19 @@ def test_tensors_without_a_kernel(backend: Backend, op: str) -> None:
             says = f"must be a dense tensor on a CPU or a CUDA device, got {kind}"
             assert str(raised.value) == f"{title(op)}: {name} {says}"
             assert all(torch.equal(bits(t), before[at]) for at, t in case.tensors() if t is not other)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "select_random"])
+def test_none_for_a_tensor(backend: Backend, op: str) -> None:
+    """The dispatcher lets it pass, as a tensor that is not there."""
+    if not backend.dispatches:
+        pytest.skip("the dispatcher lets it pass")
+    for name in [a.name for a in cases.schema_of(op).arguments if str(a.type) == "Tensor"]:
+        for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            case = valid(backend, op)
+            case.args[name] = None
+            with mode():
+                refused(backend, case, f"{title(op)}: {name} must be a tensor, got None")
 
 
 @pytest.mark.subset
