@@ -660,7 +660,7 @@ def test_broken_folders_bring_up_nothing_but_refusals(tmp_path: Path, kind: str)
         "x.lora_B.\nweight",
     ]
     dtypes = [torch.float32, torch.float16, torch.int64, torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64]
-    for _ in range(120):
+    for _ in range(60):
         settings = dict(config)
         for key in chance.sample(sorted(config), chance.randrange(3)):
             settings[key] = chance.choice(ODD)
@@ -681,10 +681,10 @@ def test_broken_folders_bring_up_nothing_but_refusals(tmp_path: Path, kind: str)
         else:
             read += 1
             adapter.save(tmp_path / "ours.safetensors")
-    assert 10 < read < 110
+    assert 5 < read < 55
     assert longest < 2000
     text = json.dumps(config)
-    for _ in range(60):
+    for _ in range(30):
         at = chance.randrange(len(text))
         (folder / "adapter_config.json").write_text(
             text[:at] + chance.choice(["", "{", "]", '"', "9", ","]) + text[at + 1 :]

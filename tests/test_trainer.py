@@ -512,7 +512,7 @@ def test_a_broken_checkpoint_is_refused_whole(tmp_path: Path, monkeypatch: pytes
     all_paths = list(paths(state))
     before = flat(trainer._state(), bits(trainer.tuner.model))
     taken = []
-    for path in chance.sample(all_paths, 50):
+    for path in chance.sample(all_paths, 35):
         fault = chance.choice(FAULTS)
         broken = (
             faulty(state, path, fault) if fault is not KeyError or isinstance(part(state, path[:-1]), dict) else None
@@ -536,7 +536,7 @@ def test_a_broken_checkpoint_is_refused_whole(tmp_path: Path, monkeypatch: pytes
             continue
         same(flat(trainer._state(), bits(trainer.tuner.model)), before)
         assert trainer._batches is batches
-    assert 0 < len(taken) < 25, taken
+    assert len(taken) < 20, taken
     found = everything(trainer.fit(steps=6))
     seed(2)
     same(found, everything(build().fit(steps=6)))
@@ -622,7 +622,7 @@ def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"the checkpoint cannot be written: .*run\.pt"):
+        with pytest.raises(OSError, match=r"run\.pt: the checkpoint cannot be written: "):
             trainer.save(path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

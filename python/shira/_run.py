@@ -262,7 +262,8 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
                 raise ValueError(f"{where}: step must be a number")
     if len(names) > 1:
         raise ValueError("the checkpoint's optimizer's states differ in what they hold")
-    if names and type(optimizer).__name__ in ("Adam", "AdamW"):
+    kind = type(optimizer)
+    if names and kind.__name__ in ("Adam", "AdamW") and kind.__module__.startswith(("torch.optim", "shira.")):
         missing = sorted(_ADAM - next(iter(names)))
         if missing or not all(isinstance(one["step"], Tensor) for one in states.values() if one):
             raise ValueError(f"the checkpoint's optimizer's state lacks {', '.join(missing) or 'a tensor step'}")

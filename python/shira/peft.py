@@ -35,6 +35,7 @@ CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "
 PREFIX = "base_model.model."
 _WORD = 2**64 - 1
 _MOST_CONFIG_BYTES = 16 << 20
+_AT_ONCE = 1 << 22
 _KEY = re.compile(
     r"(?P<module>.+)\.(?:(?P<shira>shira_weight|shira_indices)(?:\.(?P<one>[^.]+))?"
     r"|(?P<lora>lora_[AB])(?:\.(?P<two>[^.]+))?\.weight)"
@@ -158,14 +159,17 @@ def _check_others(folder: str, kind: str, others: Mapping[str, Stored], base: Ch
 
 
 def _equal(one: Stored, two: Stored) -> bool:
-    """Whether two tensors hold the same numbers, maybe in other float dtypes."""
+    """Whether two tensors hold the same numbers, maybe in other float dtypes; a part of them at a time."""
     if one.shape != two.shape:
         return False
     if one.dtype == two.dtype:
-        return bool(np.array_equal(one.bytes(), two.bytes()))
-    if one.dtype not in _file.ARITHMETIC or two.dtype not in _file.ARITHMETIC:
+        first, second = torch.from_numpy(one.bytes()), torch.from_numpy(two.bytes())
+    elif one.dtype in _file.ARITHMETIC and two.dtype in _file.ARITHMETIC:
+        first, second = one.tensor(), two.tensor()
+    else:
         return False
-    return torch.equal(one.tensor().double(), two.tensor().double())
+    parts = zip(first.split(_AT_ONCE), second.split(_AT_ONCE), strict=True)
+    return all(torch.equal(a, b) if a.dtype == b.dtype else torch.equal(a.double(), b.double()) for a, b in parts)
 
 
 def _base(folder: str, config: Mapping[str, Any], base: Source | None) -> Checkpoint:

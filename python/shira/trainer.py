@@ -273,8 +273,9 @@ class Trainer:
             with _file.replacing(path) as temporary:
                 torch.save(state, temporary)
         except (OSError, RuntimeError) as error:  # of a full disk torch says that its writer failed
-            number = error.errno if isinstance(error, OSError) else None
-            raise OSError(number, f"the checkpoint cannot be written: {error}", os.fspath(path)) from error
+            says = f"{os.fspath(path)}: the checkpoint cannot be written: {error}"
+            number = getattr(error, "errno", None)
+            raise (OSError(says) if number is None else OSError(number, says)) from error
 
     def resume(self, path: str | os.PathLike[str]) -> Trainer:
         """Go on from a checkpoint as if training had never stopped; refuses another adapter's, base's or set-up's.
@@ -289,10 +290,10 @@ class Trainer:
                 raise ValueError(f"{where}: this is no whole checkpoint of shira.Trainer: {error}") from error
         if not isinstance(state, dict) or type(state.get("version")) is not int or state["version"] != 1:
             raise ValueError(f"{where}: this is no checkpoint of shira.Trainer, version 1")
+        before = copy.deepcopy(self._state())
         try:
-            before = copy.deepcopy(self._state())
             self._check(state, before)
-        except ValueError as error:
+        except Exception as error:  # of states no check has thought of, too
             raise ValueError(f"{where}: {error}") from error
         progress = self.step, self.epoch, self._position, self._batches, self._epoch_random
         try:

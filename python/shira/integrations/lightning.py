@@ -36,8 +36,8 @@ class AdapterCheckpoint(Callback):  # type: ignore[misc]
     What ``ModelCheckpoint`` and ``save_checkpoint`` write then holds the values, buffers, parameters that are trained
     besides, and Lightning's own: optimizers, schedulers, loops. ``fit(ckpt_path=...)`` goes on from it with the bits of
     a run that was not interrupted, as far as Lightning itself does. A checkpoint of another adapter or base is refused.
-    ``adapter = tuner.adapter()`` is to use. Loading is not strict from then on (``strict_loading``), since the base is
-    not there to be loaded.
+    Loading is not strict from then on (``strict_loading``), since the base is not there to be loaded; for the same
+    reason ``load_from_checkpoint`` of a module has no use for such a file: keep ``tuner.adapter()`` for that.
 
     Args:
         tuner: the tuner, attached to the module or to a part of it.
