@@ -98,6 +98,7 @@ class Weight:
     pointer: int
     device: torch.device
     dtype: torch.dtype
+    shape: torch.Size
     # Inference tensors have no version: what others write to them only `Switcher.verify` finds.
     versioned: bool
 
@@ -113,6 +114,7 @@ class Weight:
             tensor.data_ptr(),
             tensor.device,
             tensor.dtype,
+            tensor.shape,
             not tensor.is_inference(),
         )
         refuse_first([weight], lambda one: one.held(switcher))
@@ -165,6 +167,11 @@ class Weight:
             if not place.holds():
                 return f"{place.name} is no longer the parameter it was when an adapter for it was added; {_BACK}"
         weight = self.tensor
+        if weight.shape != self.shape:
+            return (
+                f"{self.name} had shape {list(self.shape)} when an adapter for it was added, and has shape "
+                f"{list(weight.shape)} now; put it back, or make a new Switcher"
+            )
         if weight.device == self.device and weight.dtype == self.dtype and weight.data_ptr() == self.pointer:
             return None
         return (
@@ -262,6 +269,7 @@ class Watch:
         self._tuned = [place.attribute + VALUES_SUFFIX for place in self._parameters]
         self._pointers = [weight.pointer for weight in self.weights]
         self._tensors = [weight.tensor for weight in self.weights]
+        self._numels = [weight.shape.numel() for weight in self.weights]
         self._ledgers = [weight.ledger for weight in self.weights]
         self._holds = [weight.hold for weight in self.weights]
         self._versioned = [(weight.tensor, weight.ledger) for weight in self.weights if weight.versioned]
@@ -274,6 +282,7 @@ class Watch:
             and not any(tuned in home for home, tuned in zip(homes, self._tuned, strict=True))
             and all(place.module._buffers.get(place.attribute) is place.weight for place in self._buffers)
             and [tensor.data_ptr() for tensor in self._tensors] == self._pointers
+            and [tensor.numel() for tensor in self._tensors] == self._numels
             and all(tensor._version == ledger.version for tensor, ledger in self._versioned)
             and all(hold.holder is None or hold.holder is switcher for hold in self._holds)
         )
