@@ -533,6 +533,11 @@ class Switcher:
             for tensor, part in targets:
                 saved, indices = part.saved.to(tensor.device), part.indices.to(tensor.device)
                 shira_ops.scatter_(tensor, indices, saved, granule=part.granule)
+        except Exception as error:
+            raise SwitchError(
+                f"Switcher: putting the base's entries back failed, and some may be back already; the same call again "
+                f"puts all of them back; {_told(self._active)}. Cause: {error}"
+            ) from error
         finally:
             torch.clear_autocast_cache()
         for weight in layout.parts:
