@@ -500,6 +500,19 @@ def test_nothing_is_kept_of_weights_that_no_adapter_is_for() -> None:
     torch.UntypedStorage._free_weak_ref(memory)
 
 
+def test_a_new_model_where_an_old_one_was_is_read_anew() -> None:
+    """Often at the same address, with the same identity and version, after a model went with an adapter on."""
+    for value in range(8):
+        model = linear(256, 256)
+        with torch.no_grad():
+            model.weight.fill_(value)
+        one = Switcher(model)
+        one.add("a", one_of(model))
+        one.activate("a", 1 + value)
+        assert one.fingerprint("weight") == print_of(model.weight)
+        del one, model
+
+
 def test_an_embedding_that_changes_itself_is_refused_at_once() -> None:
     model = nn.Sequential(nn.Embedding(4, 3, max_norm=1.0), linear(4, 3))
     says = r"'0\.weight' is changed by its own forward \(max_norm=1\)"

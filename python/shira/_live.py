@@ -40,8 +40,8 @@ class Hold:
     storage: StorageWeakRef
     # The Switcher whose adapters are on it. A dead reference: they are still on it, and nobody can take them off.
     holder: weakref.ref[object] | None = None
-    # Of a dead one: what it knew of the parameter that it wrote through, and the version it left.
-    left: tuple[Ledger, int | None] | None = None
+    # Of a dead one: the identity of the parameter that it wrote through, the version it left, and the base.
+    left: tuple[int, int | None, int | None] | None = None
 
 
 @dataclass(eq=False)
@@ -65,20 +65,21 @@ _weights: weakref.WeakSet[Weight] = weakref.WeakSet()
 
 
 def _hold(tensor: Tensor) -> Hold:
-    for key in [key for key, hold in list(_abandoned.items()) if hold.storage.expired()]:
-        del _abandoned[key]
+    for key, hold in list(_abandoned.items()):
+        if hold.holder is None or hold.storage.expired():
+            del _abandoned[key]
     key = _model.memory(tensor)
-    hold = _holds.get(key)
-    if hold is None or hold.storage.expired():
-        hold = _holds[key] = Hold(StorageWeakRef(tensor.untyped_storage()))
-    return hold
+    found = _holds.get(key)
+    if found is None or found.storage.expired():
+        found = _holds[key] = Hold(StorageWeakRef(tensor.untyped_storage()))
+    return found
 
 
 def abandon(weights: Mapping[object, Weight], switcher: weakref.ref[object]) -> None:
     """A Switcher is gone, with these weights. Where its adapters are on them, that stays known."""
     for key, weight in weights.items():
         if weight.hold.holder is switcher:
-            weight.hold.left = weight.ledger, weight.ledger.version
+            weight.hold.left = id(weight.tensor), weight.ledger.version, weight.ledger.base
             _abandoned[key] = weight.hold
 
 
@@ -204,11 +205,11 @@ class Weight:
         """Whether what a Switcher that is gone had on the weight is gone too: written anew, or back at the base."""
         if self.hold.left is None:
             return False
-        ledger, version = self.hold.left
+        identity, version, base = self.hold.left
         # Another parameter over the memory has versions of its own.
-        if self.versioned and self.ledger is ledger and self.tensor._version != version:
+        if self.versioned and id(self.tensor) == identity and self.tensor._version != version:
             return True
-        return ledger.base is not None and self.fingerprint() == ledger.base
+        return base is not None and self.fingerprint() == base
 
     def now(self) -> tuple[_model.Slot, ...]:
         """Its places with what they hold now."""
