@@ -100,9 +100,9 @@ class Walk:
         """One operation, and the proof."""
         switcher, choose = self.switcher, self.random
         added, active = list(switcher.adapters), switcher.active
-        operations: list[Callable[[], None]] = [self.deactivate]
+        operations: list[Callable[[], None]] = [self.deactivate, self.move]
         if added:
-            operations += [self.single, self.single, self.several, self.several, self.remove]
+            operations += [self.single, self.single, self.several, self.several, self.remove, self.block]
         if active:
             operations += [self.reweight, self.reweight, self.take_off]
         if len(added) < len(NAMES):
@@ -139,6 +139,22 @@ class Walk:
     def add(self) -> None:
         name = self.random.choice([name for name in NAMES if name not in self.switcher.adapters])
         self.switcher.add(name, self.adapters[name])
+
+    def block(self) -> None:
+        added = list(self.switcher.adapters)
+        chosen = self.random.sample(added, self.random.randint(0, len(added)))
+        with self.switcher.using(self.strengths(chosen)):
+            wrong = differing(bits(self.model), self.expected(self.switcher.active))
+            assert wrong == 0, f"{wrong} bytes differ in a block with {self.switcher.active}"
+
+    def move(self) -> None:
+        for parameter in self.model.parameters():
+            if self.random.random() < 0.5:
+                parameter.data = parameter.data.clone()
+        if self.random.random() < 0.5:
+            self.switcher.deactivate(verify=False)
+        self.switcher.rebind()
+        self.pointers = [parameter.data_ptr() for parameter in self.model.parameters()]
 
     def deactivate(self) -> None:
         self.switcher.deactivate()

@@ -235,7 +235,7 @@ def test_any_sequence_ends_where_a_fresh_activation_would(dtype):
             walk.switcher.verify(full=True)
     walk.finish()
     assert min(walk.counts.values()) > 50
-    assert len(walk.counts) == 7
+    assert len(walk.counts) == 9
 
 
 def test_any_sequence_on_a_budget():

@@ -436,8 +436,9 @@ def test_there_is_a_way_back_from_other_memory(move: str) -> None:
         model[1].weight.copy_(state.view(torch.bfloat16)[108:252].view(12, 12))
     one.deactivate(verify=False)
     assert (one.active, differing(bits(model), base)) == ({}, 0)
-    with pytest.raises(SwitchError, match="rebind"):
-        one.activate("a")
+    for call in (lambda: one.activate("a"), lambda: one.add("d", adapter_of(model_of(torch.bfloat16), "d"))):
+        with pytest.raises(SwitchError, match="rebind"):
+            call()
     one.rebind()
     one.activate({"a": 1.0, "b": 0.5})
     assert differing(bits(model), state) == 0
@@ -456,6 +457,15 @@ def test_what_no_way_leads_back_from_is_said() -> None:
         one.deactivate()
     for call in (one.rebind, lambda: one.deactivate(verify=False)):
         with pytest.raises(SwitchError, match="weight must have dtype float32, got bfloat16"):
+            call()
+    model.to(torch.float32)
+    model.weight.data = model.weight.data[:2]
+    with pytest.raises(
+        SwitchError, match=r"weight had shape \[4, 4\] when an adapter for it was added, and has shape \[2, 4\]"
+    ):
+        one.deactivate()
+    for call in (one.rebind, lambda: one.deactivate(verify=False)):
+        with pytest.raises(SwitchError, match=r"weight must have shape \[4, 4\], got \[2, 4\]"):
             call()
     del model.weight
     for call in (one.rebind, lambda: one.deactivate(verify=False)):
@@ -488,6 +498,19 @@ def test_nothing_is_kept_of_weights_that_no_adapter_is_for() -> None:
     Switcher(other).add("a", one_of(other))
     assert not _live._abandoned
     torch.UntypedStorage._free_weak_ref(memory)
+
+
+def test_a_new_model_where_an_old_one_was_is_read_anew() -> None:
+    """Often at the same address, with the same identity and version, after a model went with an adapter on."""
+    for value in range(8):
+        model = linear(256, 256)
+        with torch.no_grad():
+            model.weight.fill_(value)
+        one = Switcher(model)
+        one.add("a", one_of(model))
+        one.activate("a", 1 + value)
+        assert one.fingerprint("weight") == print_of(model.weight)
+        del one, model
 
 
 def test_an_embedding_that_changes_itself_is_refused_at_once() -> None:

@@ -172,6 +172,45 @@ def test_a_way_back_that_fails_too_ends_at_the_base(monkeypatch: pytest.MonkeyPa
     switcher.activate("d")
 
 
+def test_an_error_at_any_op_of_a_block_and_of_a_way_back_from_other_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(monkeypatch)
+    before, moved = {"a": 0.5, "b": 1.0}, False
+
+    def block(switcher: Switcher) -> None:
+        with switcher.using("c"):
+            assert switcher.active == {"c": 0.5}
+
+    def elsewhere(switcher: Switcher) -> None:
+        switcher.deactivate(verify=False)
+
+    for run in (block, Switcher.rebind, elsewhere):
+        moved, injected = run is not block, 0
+        for number, late in ((step // 2, bool(step % 2)) for step in itertools.count()):
+            calls.start()
+            model, switcher = switcher_of()
+            base = bits(model)
+            switcher.activate(before)
+            for parameter in model.parameters() if moved else ():
+                parameter.data = parameter.data.clone()
+            calls.start(range(number, number + 1), late)
+            with contextlib.suppress(RuntimeError):
+                run(switcher)
+            if number >= len(calls.seen):
+                break
+            injected += 1
+            calls.start()
+            assert switcher.active in (before, {"c": 0.5})
+            if run is elsewhere:
+                switcher.deactivate(verify=False)
+            switcher.rebind()
+            assert differing(bits(model), fresh(switcher.active)) == 0, (run, number, late)
+            switcher.verify(full=True)
+            switcher.activate("d")
+            switcher.deactivate()
+            assert differing(bits(model), base) == 0
+        assert injected >= 4
+
+
 # ---- the base's entries of what was never on -----------------------------------------------------------------
 
 

@@ -172,6 +172,7 @@ class Layout:
     def rebind(self, moved: dict[Tensor, Tensor]) -> None:
         """Follow its weights to where they are now."""
         self.freeing()
+        _live.wait(self.ready)
         self.ready.clear()
         for weight, part in self.parts.items():
             part.to(weight.device, moved)

@@ -40,8 +40,8 @@ class Hold:
     storage: StorageWeakRef
     # The Switcher whose adapters are on it. A dead reference: they are still on it, and nobody can take them off.
     holder: weakref.ref[object] | None = None
-    # Of a dead one: what it knew of the parameter that it wrote through, and the version it left.
-    left: tuple[Ledger, int | None] | None = None
+    # Of a dead one: the identity of the parameter that it wrote through, the version it left, and the base.
+    left: tuple[int, int | None, int | None] | None = None
 
 
 @dataclass(eq=False)
@@ -65,20 +65,21 @@ _weights: weakref.WeakSet[Weight] = weakref.WeakSet()
 
 
 def _hold(tensor: Tensor) -> Hold:
-    for key in [key for key, hold in list(_abandoned.items()) if hold.storage.expired()]:
-        del _abandoned[key]
+    for key, hold in list(_abandoned.items()):
+        if hold.holder is None or hold.storage.expired():
+            del _abandoned[key]
     key = _model.memory(tensor)
-    hold = _holds.get(key)
-    if hold is None or hold.storage.expired():
-        hold = _holds[key] = Hold(StorageWeakRef(tensor.untyped_storage()))
-    return hold
+    found = _holds.get(key)
+    if found is None or found.storage.expired():
+        found = _holds[key] = Hold(StorageWeakRef(tensor.untyped_storage()))
+    return found
 
 
 def abandon(weights: Mapping[object, Weight], switcher: weakref.ref[object]) -> None:
     """A Switcher is gone, with these weights. Where its adapters are on them, that stays known."""
     for key, weight in weights.items():
         if weight.hold.holder is switcher:
-            weight.hold.left = weight.ledger, weight.ledger.version
+            weight.hold.left = id(weight.tensor), weight.ledger.version, weight.ledger.base
             _abandoned[key] = weight.hold
 
 
@@ -98,6 +99,7 @@ class Weight:
     pointer: int
     device: torch.device
     dtype: torch.dtype
+    shape: torch.Size
     # Inference tensors have no version: what others write to them only `Switcher.verify` finds.
     versioned: bool
 
@@ -113,6 +115,7 @@ class Weight:
             tensor.data_ptr(),
             tensor.device,
             tensor.dtype,
+            tensor.shape,
             not tensor.is_inference(),
         )
         refuse_first([weight], lambda one: one.held(switcher))
@@ -165,6 +168,11 @@ class Weight:
             if not place.holds():
                 return f"{place.name} is no longer the parameter it was when an adapter for it was added; {_BACK}"
         weight = self.tensor
+        if weight.shape != self.shape:
+            return (
+                f"{self.name} had shape {list(self.shape)} when an adapter for it was added, and has shape "
+                f"{list(weight.shape)} now; put it back, or make a new Switcher"
+            )
         if weight.device == self.device and weight.dtype == self.dtype and weight.data_ptr() == self.pointer:
             return None
         return (
@@ -197,11 +205,11 @@ class Weight:
         """Whether what a Switcher that is gone had on the weight is gone too: written anew, or back at the base."""
         if self.hold.left is None:
             return False
-        ledger, version = self.hold.left
+        identity, version, base = self.hold.left
         # Another parameter over the memory has versions of its own.
-        if self.versioned and self.ledger is ledger and self.tensor._version != version:
+        if self.versioned and id(self.tensor) == identity and self.tensor._version != version:
             return True
-        return ledger.base is not None and self.fingerprint() == ledger.base
+        return base is not None and self.fingerprint() == base
 
     def now(self) -> tuple[_model.Slot, ...]:
         """Its places with what they hold now."""
@@ -262,6 +270,7 @@ class Watch:
         self._tuned = [place.attribute + VALUES_SUFFIX for place in self._parameters]
         self._pointers = [weight.pointer for weight in self.weights]
         self._tensors = [weight.tensor for weight in self.weights]
+        self._numels = [weight.shape.numel() for weight in self.weights]
         self._ledgers = [weight.ledger for weight in self.weights]
         self._holds = [weight.hold for weight in self.weights]
         self._versioned = [(weight.tensor, weight.ledger) for weight in self.weights if weight.versioned]
@@ -274,6 +283,7 @@ class Watch:
             and not any(tuned in home for home, tuned in zip(homes, self._tuned, strict=True))
             and all(place.module._buffers.get(place.attribute) is place.weight for place in self._buffers)
             and [tensor.data_ptr() for tensor in self._tensors] == self._pointers
+            and [tensor.numel() for tensor in self._tensors] == self._numels
             and all(tensor._version == ledger.version for tensor, ledger in self._versioned)
             and all(hold.holder is None or hold.holder is switcher for hold in self._holds)
         )

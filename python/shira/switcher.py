@@ -31,7 +31,7 @@ class Memory(NamedTuple):
     """Where an adapter is, in bytes."""
 
     device: int
-    """On the weights' devices, ready to switch: indices, values, and the base's entries they replace."""
+    """On the weights' devices, ready to switch: indices, values, the base's entries they replace, what saves time."""
     host: int
     """In the host's memory besides: the adapter itself, where the device does not use its tensors."""
     disk: int
@@ -53,6 +53,8 @@ class _Added:
     spilled: bool = False
     # Weights that it replaces as a whole, made where their content was another.
     elsewhere: tuple[str, ...] = ()
+    # A weight whose entries are codes or counts, which only strength 1 is for.
+    codes: Weight | None = None
 
     def read(self) -> Adapter:
         """The adapter, from its file if it is not in memory."""
@@ -74,10 +76,9 @@ class _Added:
                 f"{self.name!r} replaces {_model.some(self.elsewhere)} as a whole, and was made where the content "
                 f"there was another (by fingerprint); only at strength 1 is the result the same for both, got {alpha:g}"
             )
-        codes = [weight for weight in self.weights if dtype_name(weight.dtype) not in _file.ARITHMETIC]
-        if codes and alpha != 1:
+        if self.codes is not None and alpha != 1:
             raise AdapterError(
-                f"{self.name!r} has entries of {codes[0].name}, which is {dtype_name(codes[0].dtype)} and takes no "
+                f"{self.name!r} has entries of {self.codes.name}, which is {dtype_name(self.codes.dtype)} and takes no "
                 f"strength other than 1, got {alpha:g}"
             )
 
@@ -224,7 +225,8 @@ class Switcher:
                 nbytes += sum(entry.nnz * entry.dtype.itemsize for entry in entries)
                 if self.budget is not None and nbytes > self.budget:
                     raise AdapterError(f"{where} needs {nbytes:,} bytes, more than the budget of {self.budget:,}")
-                added = _Added(name, alpha, nbytes, taken, adapter, file, stamp, elsewhere=elsewhere)
+                codes = next((weight for weight in taken if dtype_name(weight.dtype) not in _file.ARITHMETIC), None)
+                added = _Added(name, alpha, nbytes, taken, adapter, file, stamp, elsewhere=elsewhere, codes=codes)
                 layout = None
                 if self._room(nbytes, keep=[self._names()]):
                     layout = _layout.of_adapter(name, adapter, taken, self._on())
@@ -249,8 +251,9 @@ class Switcher:
             for key in [key for key, weight in self._weights.items() if weight not in used]:
                 del self._weights[key]
             if added.spilled and added.file is not None:
-                self._spilled.discard(added.file)
-                added.file.unlink(missing_ok=True)
+                with suppress(OSError):  # then it goes when the Switcher does
+                    added.file.unlink(missing_ok=True)
+                    self._spilled.discard(added.file)
 
     def activate(self, which: str | Mapping[str, float], alpha: float | None = None) -> None:
         """Put one adapter on, or several at once; what was active goes off.
@@ -328,6 +331,7 @@ class Switcher:
             moved = [weight for weight in self._weights.values() if weight.moved() is not None]
             if not moved:
                 return
+            _live.refuse_first(moved, lambda one: one.held(self))
             found = {weight: self._found(weight) for weight in moved}
             there: dict[object, str] = {}
             for weight in self._weights.values():
@@ -493,7 +497,7 @@ class Switcher:
                 raise SwitchError(
                     f"Switcher: {places[0].name} and {place.name} were one (tied) weight and are two now; tie them"
                 )
-        problem = _fit.misfit(places[0], weight.slot.weight.shape, weight.dtype) or weight.tuned()
+        problem = _fit.misfit(places[0], weight.shape, weight.dtype) or weight.tuned()
         if problem is not None:
             raise SwitchError(f"Switcher: {weight.name} {problem}")
         return Weight.of(places, self, False)
@@ -517,7 +521,7 @@ class Switcher:
         for weight, part in layout.parts.items():
             places = {id(place.weight): place for place in weight.now() if part.known}
             for place in places.values():
-                problem = _fit.misfit(place, weight.slot.weight.shape, weight.dtype) or weight.tuned()
+                problem = _fit.misfit(place, weight.shape, weight.dtype) or weight.tuned()
                 if problem is not None:
                     raise SwitchError(f"Switcher: {place.name} {problem}; {_told(self._active)}")
                 targets.append((place.weight, part))
@@ -526,6 +530,11 @@ class Switcher:
             for tensor, part in targets:
                 saved, indices = part.saved.to(tensor.device), part.indices.to(tensor.device)
                 shira_ops.scatter_(tensor, indices, saved, granule=part.granule)
+        except Exception as error:
+            raise SwitchError(
+                f"Switcher: putting the base's entries back failed, and some may be back already; the same call again "
+                f"puts all of them back; {_told(self._active)}. Cause: {error}"
+            ) from error
         finally:
             torch.clear_autocast_cache()
         for weight in layout.parts:
@@ -650,23 +659,26 @@ class Switcher:
         self._layouts[names] = layout
         return layout
 
-    def _room(self, nbytes: int, keep: Iterable[tuple[str, ...]], *, trim: bool = True) -> bool:
-        """Whether there is room for so many bytes more; makes it of what was not used for longest, and then of what
-        only saves time."""
-        budget = self.budget
-        if budget is None:
+    def _excess(self) -> int:
+        """Bytes above the budget."""
+        return 0 if self.budget is None else sum(layout.nbytes for layout in self._layouts.values()) - self.budget
+
+    def _room(self, nbytes: int, keep: Iterable[tuple[str, ...]]) -> bool:
+        """Whether there is room for so many bytes more; makes it of what was not used for longest, and of what only
+        saves time where that is not enough."""
+        if self.budget is None:
             return True
         kept = {*keep, *((name,) for names in keep for name in names)}
 
-        def sized() -> tuple[dict[tuple[str, ...], int], int, int]:
+        def sized() -> tuple[dict[tuple[str, ...], int], int]:
             sizes = {names: layout.nbytes for names, layout in self._layouts.items()}
-            free = sum(size for names, size in sizes.items() if names not in kept)
-            return sizes, sum(sizes.values()) + nbytes - budget, free
+            return sizes, sum(size for names, size in sizes.items() if names not in kept)
 
-        sizes, excess, free = sized()
-        if excess > free and trim:
+        sizes, free = sized()
+        if self._excess() + nbytes > free:
             self._trim()
-            sizes, excess, free = sized()
+            sizes, free = sized()
+        excess = self._excess() + nbytes
         if excess > free:
             return False
         for names in list(self._layouts):
@@ -771,9 +783,12 @@ class Switcher:
         if key not in self._ways:
             way = _layout.way(before, after)
             # It may have made more of a layout: indices in another granule, a second place for the base's entries.
-            if not self._room(0, [before.names, after.names], trim=False):
-                self._trim()
-                way = _layout.way(before, after, frugal=True)
+            if self._excess() > 0:
+                self._trim()  # others' first
+                way = _layout.way(before, after)
+                if self._excess() > 0:
+                    self._trim()
+                    way = _layout.way(before, after, frugal=True)
             self._ways[key] = way
             if len(self._ways) > _WAYS:
                 self._ways.popitem(last=False)
