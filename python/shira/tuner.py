@@ -257,7 +257,7 @@ def _compare_ranks(targets: Sequence[Target]) -> None:
         _, indices, values = target.tensors()
         owner = target.owner()
         assert owner is not None
-        trained.append((target.site.name, owner, target.site.granule, values, indices, target.saved))
+        trained.append(_ranks.Trained(target.site.name, owner, target.site.granule, indices, values, target.saved))
     _ranks.compare(trained)
     for target in targets:
         target.compared = True
