@@ -117,7 +117,7 @@ def _trimmed(delta: Adapter, density: float) -> Adapter:
     sizes = torch.cat([value.abs().to(torch.float64) for value in values])
     # A stable sort: among equals, the first stay.
     order = torch.argsort(sizes, descending=True, stable=True)[: max(1, round(density * len(sizes)))]
-    keep = torch.zeros(len(sizes), dtype=torch.bool)
+    keep = torch.zeros(len(sizes), dtype=torch.bool, device="cpu")
     keep[order] = True
     kept = [value.where(mask, 0) for value, mask in zip(values, keep.split(list(map(len, values))), strict=True)]
     return _with_values(delta, kept)
@@ -159,9 +159,9 @@ class _Meeting:
         granule = math.gcd(*(entry.granule for _, entry in self.parts))
         lists = [refine(entry.indices.cpu(), entry.granule, granule, entry.numel) for _, entry in self.parts]
         indices, offsets, sources = shira_ops.fuse_plan(lists, granule=granule)
-        union = torch.arange(indices.numel()).repeat_interleave(offsets.diff().to(torch.int64))
+        union = torch.arange(indices.numel(), device="cpu").repeat_interleave(offsets.diff().to(torch.int64))
         dtype = torch.float64 if self.parts[0][1].dtype == torch.float64 else torch.float32
-        rows = torch.zeros(len(self.parts), indices.numel(), granule, dtype=dtype)
+        rows = torch.zeros(len(self.parts), indices.numel(), granule, dtype=dtype, device="cpu")
         for number, (factor, entry) in enumerate(self.parts):
             mine = sources >> 48 == number
             values = entry.values.detach().cpu().to(dtype).view(-1, granule)
