@@ -54,7 +54,10 @@ def _names(model: nn.Module, wanted: set[int]) -> Iterator[str]:
 
 
 class Trained(NamedTuple):
-    """One weight that trains: its name, the module that holds it, and what the ranks must have in common."""
+    """One weight that trains: its name, the module that holds it, and what the ranks must have in common.
+
+    ``dense`` is the weight itself where its dense gradient is made, which is nothing for DDP to average.
+    """
 
     name: str
     owner: nn.Module
@@ -62,6 +65,7 @@ class Trained(NamedTuple):
     indices: Tensor
     values: Tensor
     saved: Tensor
+    dense: Tensor | None
 
 
 def compare(weights: Sequence[Trained]) -> None:
@@ -85,6 +89,7 @@ def compare(weights: Sequence[Trained]) -> None:
                 f"the tuner to the module first, and wrap it then"
             )
     if knowing:
+        _check_ignored(knowing[-1], weights)
         _compare_in(knowing[-1].process_group, weights)
 
 
@@ -99,6 +104,17 @@ def _wrappers(weights: Sequence[Trained]) -> list[DistributedDataParallel]:
 def _knows(wrapper: DistributedDataParallel, weights: Sequence[Trained]) -> bool:
     known = {id(parameter) for parameter in wrapper._module_parameters}
     return all(id(one.values) in known for one in weights)
+
+
+def _check_ignored(wrapper: DistributedDataParallel, weights: Sequence[Trained]) -> None:
+    known = {id(parameter) for parameter in wrapper._module_parameters}
+    names = [one.name for one in weights if id(one.dense) in known]
+    if names:
+        raise RuntimeError(
+            f"SparseTuner: DistributedDataParallel is around another module than the tuner is attached to, so that it "
+            f"would average and keep the dense gradients of {_model.some(names)}; attach the tuner to the module that "
+            f"is wrapped ({type(wrapper.module).__name__})"
+        )
 
 
 def _compare_in(group: distributed.ProcessGroup, weights: Sequence[Trained]) -> None:

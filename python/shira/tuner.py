@@ -89,6 +89,7 @@ class Target:
     site: Site
     owner: weakref.ref[nn.Module]
     saved: Tensor
+    indices: Tensor  # the tuner's own copy
     compared: bool = False  # with the other ranks
 
     def tensors(self) -> tuple[nn.Parameter, Tensor, nn.Parameter]:
@@ -254,10 +255,11 @@ def _compare_ranks(targets: Sequence[Target]) -> None:
     """At their first step. A collective call, at a place that all ranks of a model come to together."""
     trained = []
     for target in targets:
-        _, indices, values = target.tensors()
-        owner = target.owner()
+        weight, _, values = target.tensors()
+        owner, site = target.owner(), target.site
         assert owner is not None
-        trained.append(_ranks.Trained(target.site.name, owner, target.site.granule, indices, values, target.saved))
+        dense = weight if site.dense else None
+        trained.append(_ranks.Trained(site.name, owner, site.granule, target.indices, values, target.saved, dense))
     _ranks.compare(trained)
     for target in targets:
         target.compared = True
@@ -525,7 +527,8 @@ class SparseTuner:
             sites = [(tuned.target.site, tuned.owner) for tuned in dense]
             self._root.append(self.model.register_forward_pre_hook(partial(_follow, sites)))
         weights = [tuned.plan.slots[0].weight for tuned in dense]
-        self._ignored = _ranks.ignore(self.model, [*weights, *(tuned.plan.indices for tuned in self._tuned)])
+        indices = [getattr(tuned.owner, tuned.target.site.indices_name) for tuned in self._tuned]
+        self._ignored = _ranks.ignore(self.model, [*weights, *indices])
         if any(plan.start is not None for plan in plans):
             self.sync()
         _watch_optimizers()
@@ -540,10 +543,13 @@ class SparseTuner:
         start = plan.saved if plan.start is None else plan.start
         values = nn.Parameter(start.to(dtype, copy=True))
         site = Site(plan.name, plan.slots[0].attribute, plan.granule, dtype, dense, allow_unused=allow_unused)
-        target = Target(site, weakref.ref(owner), plan.saved)
         # On the first owner alone: under several names it would be one more tied weight to those who save models.
         owner.register_parameter(site.values_name, values)
         owner.register_buffer(site.indices_name, plan.indices, persistent=False)
+        # Buffers are everybody's: DistributedDataParallel overwrites them, averages of models average them. The way
+        # back must not depend on them.
+        plan.indices = plan.indices.to("cpu", copy=True)
+        target = Target(site, weakref.ref(owner), plan.saved, plan.indices)
         handles: list[RemovableHandle] = [owner.register_load_state_dict_post_hook(partial(_loaded, site))]
         if dense:
             weight.requires_grad_(True)
@@ -673,7 +679,8 @@ class SparseTuner:
         groups: dict[tuple[torch.device, int], list[tuple[Tensor, Tensor, Tensor]]] = {}
         for tuned in self._tuned:
             site = tuned.target.site
-            weight, indices = getattr(tuned.owner, site.attribute), getattr(tuned.owner, site.indices_name)
+            weight: nn.Parameter = getattr(tuned.owner, site.attribute)
+            indices = tuned.plan.indices.to(weight.device)
             # The model may have moved, or been cast, since: a cast base has the cast of these entries.
             saved = tuned.plan.saved.to(device=weight.device, dtype=weight.dtype)
             if not weight.is_contiguous():  # put into another order since, as by model.to(memory_format=...)
