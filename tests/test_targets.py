@@ -181,6 +181,10 @@ def test_a_wrapper_without_processes_is_looked_through() -> None:
         wrapped(torch.ones(2, 8)).square().sum().backward()
         AdamW(tuner, lr=0.1).step()
         assert not same_bits(model, before)
+        with pytest.raises(
+            RuntimeError, match=r"DataParallel runs copies .* use DistributedDataParallel, or one device"
+        ):
+            model[0]._replicate_for_data_parallel()(torch.ones(2, 8))  # as it makes them for each device
     assert same_bits(model, before)
 
 
@@ -205,7 +209,7 @@ def test_the_default_mask_takes_of_each_weight_the_largest_granule_that_fits() -
         expected = masks.Rand(density=0.01, granule=entry.granule)(name, weight)
         assert torch.equal(entry.indices, expected)
         assert torch.equal(mask(name, weight), expected)
-    with SparseTuner(model, targets="0") as tuner:
+    with SparseTuner(model, targets="0", whole=r"0\.bias") as tuner:
         assert "does not divide" not in tuner.summary()
 
 

@@ -126,6 +126,11 @@ def _tensors(site: Site, owner: nn.Module) -> tuple[nn.Parameter, Tensor, nn.Par
             f"{site.name}{VALUES_SUFFIX} must stay {dtype_name(site.dtype)}, got {dtype_name(values.dtype)}: the model "
             f"was cast after the tuner was attached; cast it first, or detach the tuner, cast, and attach again"
         )
+    if "_is_replica" in owner.__dict__:
+        raise RuntimeError(
+            "SparseTuner: DataParallel runs copies of the model on several devices, which values are not written into; "
+            "use DistributedDataParallel, or one device (CUDA_VISIBLE_DEVICES)"
+        )
     weight: nn.Parameter = getattr(owner, site.attribute)
     if not weight.is_contiguous():
         raise RuntimeError(
@@ -405,11 +410,10 @@ class SparseTuner:
         mask.check({name: group[0].weight for name, group in chosen.items()})
         places = {name: [(slot.module, slot.attribute) for slot in group] for name, group in chosen.items()}
         mask.prepare(self.model, places, calibration, loss)
-        plans = [self._masked(mask, name, group) for name, group in chosen.items()]
-        plans += [self._entire(name, group) for name, group in entire.items()]
-        self._install(plans, allow_unused)
+        sparse = [self._masked(mask, name, group) for name, group in chosen.items()]
+        self._install([*sparse, *(self._entire(name, group) for name, group in entire.items())], allow_unused)
         if mask.granule == "auto":
-            finer = [plan.name for plan in plans if plan.granule < AUTO_GRANULE]
+            finer = [plan.name for plan in sparse if plan.granule < AUTO_GRANULE]
             if finer:
                 what = "1 weight has" if len(finer) == 1 else f"{len(finer)} weights have"
                 self._notes.append(
