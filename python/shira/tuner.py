@@ -120,16 +120,16 @@ def is_detached(parameter: Tensor) -> bool:
 
 
 def _tensors(site: Site, owner: nn.Module) -> tuple[nn.Parameter, Tensor, nn.Parameter]:
+    if "_is_replica" in owner.__dict__:
+        raise RuntimeError(
+            "SparseTuner: DataParallel runs copies of the model on several devices, which values are not written into; "
+            "use DistributedDataParallel, or one device (CUDA_VISIBLE_DEVICES)"
+        )
     values = getattr(owner, site.values_name)
     if values.dtype != site.dtype:
         raise RuntimeError(
             f"{site.name}{VALUES_SUFFIX} must stay {dtype_name(site.dtype)}, got {dtype_name(values.dtype)}: the model "
             f"was cast after the tuner was attached; cast it first, or detach the tuner, cast, and attach again"
-        )
-    if "_is_replica" in owner.__dict__:
-        raise RuntimeError(
-            "SparseTuner: DataParallel runs copies of the model on several devices, which values are not written into; "
-            "use DistributedDataParallel, or one device (CUDA_VISIBLE_DEVICES)"
         )
     weight: nn.Parameter = getattr(owner, site.attribute)
     if not weight.is_contiguous():
