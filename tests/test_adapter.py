@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 
+import shira
 import shira_ops
 from shira import Adapter, AdapterError, Entry, SparseTuner, Switcher, _file, masks
 from shira._checkpoint import map_file
@@ -810,3 +811,43 @@ def test_a_link_stays_one(tmp_path):
         assert link.is_symlink()
         assert Adapter.load(file).alpha == alpha
     assert [one.name for one in (tmp_path / "there").iterdir()] == ["a.safetensors"]
+def test_whatever_torchs_default_device_and_dtype_are(tmp_path):
+    """What the library makes for itself it makes where, and of what, it needs it."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 16)
+
+    def everything():
+        torch.manual_seed(1)
+        model = nn.Sequential(
+            nn.Linear(16, 16, device="cpu", dtype=torch.float32), nn.Linear(16, 4, device="cpu", dtype=torch.float32)
+        )
+        base = copy.deepcopy(model)
+        adapters = []
+        for mask in (masks.Rand(density=0.2), masks.Struct(density=0.4), masks.WeightMagnitude(density=0.2)):
+            with SparseTuner(model, mask, "0", whole=r"1\.weight") as tuner:
+                model(x).square().sum().backward()
+                shira.AdamW(tuner, lr=0.1).step()
+                adapters.append(tuner.adapter())
+        one, two = adapters[:2]
+        one.save(tmp_path / "one.safetensors")
+        loaded = Adapter.load(tmp_path / "one.safetensors")
+        switcher = shira.Switcher(model)
+        for name, adapter in (("one", loaded), ("two", two)):
+            switcher.add(name, adapter)
+        switcher.activate({"one": 0.5, "two": 0.5})
+        mixed = [p.detach().clone() for p in model.parameters()]
+        made = Adapter.from_difference(base, model)
+        switcher.deactivate()
+        found = shira.metrics.matrix({"one": loaded, "two": two}, "awor", base)
+        found = [found, shira.metrics.matrix({"one": loaded, "two": two}, "awom", base)]
+        entries = made.to_delta(base).weights.values()
+        return [*mixed, *found, *(t for entry in entries for t in (entry.indices, entry.values))]
+
+    expected, before = everything(), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            given = everything()
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(given, expected, strict=True))

@@ -141,7 +141,10 @@ def test_exclude(targets: Any, exclude: Any, left: list[str]) -> None:
 def test_exclude_takes_out_what_could_not_train() -> None:
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 8), nn.Linear(8, 8))
     model[2].weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"0\.weight is not a parameter of its module .* leave it out with exclude="):
+    with pytest.raises(
+        ValueError,
+        match=r"0\.weight is not a parameter of its module .* leave it out with exclude=, or name .* has 0\.bias",
+    ):
         SparseTuner(model, RAND)
     assert names(model, exclude=["0", "2"]) == ["1.weight"]
 
@@ -167,6 +170,24 @@ def test_a_compiled_layer_goes_by_its_own_name() -> None:
     assert names(model) == names(model, "weight") == ["0.weight", "1.weight"]
 
 
+def test_a_wrapper_without_processes_is_looked_through() -> None:
+    """Names are the module's own, and what the wrapper runs trains."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    wrapped = nn.DataParallel(model)
+    before = bits(model)
+    with SparseTuner(wrapped, RAND) as tuner:
+        assert tuner.model is model
+        assert list(tuner.adapter().weights) == ["0.weight", "1.weight"]
+        wrapped(torch.ones(2, 8)).square().sum().backward()
+        AdamW(tuner, lr=0.1).step()
+        assert not same_bits(model, before)
+        with pytest.raises(
+            RuntimeError, match=r"DataParallel runs copies .* use DistributedDataParallel, or one device"
+        ):
+            model[0]._replicate_for_data_parallel()(torch.ones(2, 8))  # as it makes them for each device
+    assert same_bits(model, before)
+
+
 # Granules by weight
 
 
@@ -188,7 +209,7 @@ def test_the_default_mask_takes_of_each_weight_the_largest_granule_that_fits() -
         expected = masks.Rand(density=0.01, granule=entry.granule)(name, weight)
         assert torch.equal(entry.indices, expected)
         assert torch.equal(mask(name, weight), expected)
-    with SparseTuner(model, targets="0") as tuner:
+    with SparseTuner(model, targets="0", whole=r"0\.bias") as tuner:
         assert "does not divide" not in tuner.summary()
 
 

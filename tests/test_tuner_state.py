@@ -508,15 +508,20 @@ def _refused(rank: int, wrapped: DistributedDataParallel) -> None:
     ):
         step(late, wrapped)
     step(late, DistributedDataParallel(wrapped.module))
-    for seed, says in ((rank, "masks"), (0, "base weights")):
-        model = model_of(seed=rank if says == "base weights" else 0)
+    with SparseTuner(model_of(), RAND, "up$") as dense, pytest.raises(RuntimeError, match=r"is wrapped \(Sequential\)"):
+        step(dense, DistributedDataParallel(nn.Sequential(dense.model)))
+    for outer in (False, True):  # inside another module DDP does overwrite the indices
+        model = model_of()
         before = bits(model)
-        tuner = SparseTuner(model, masks.Rand(density=0.2, seed=seed), "q_proj|up$")
-        with pytest.raises(RuntimeError, match=rf"ranks have different {says} for layers\.0\.q_proj\.weight, layers"):
-            step(tuner, DistributedDataParallel(model))
+        tuner = SparseTuner(model, masks.Rand(density=0.2, seed=rank), "q_proj")
+        with pytest.raises(RuntimeError, match=r"ranks have different masks for layers\.0\.q_proj\.weight, layers"):
+            step(tuner, DistributedDataParallel(nn.Sequential(model) if outer else model))
         tuner.detach()
-        assert same_bits(model, before) or says == "base weights"  # those are DDP's: the first rank's
+        assert same_bits(model, before)
         assert not hasattr(model, "_ddp_params_and_buffers_to_ignore")
+    tuner = SparseTuner(model_of(seed=rank), RAND, "q_proj")
+    with pytest.raises(RuntimeError, match=r"ranks have different base weights for layers\.0\.q_proj\.weight, layers"):
+        step(tuner, DistributedDataParallel(tuner.model))
 
 
 def test_distributed_data_parallel(tmp_path: Path) -> None:

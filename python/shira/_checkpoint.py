@@ -95,7 +95,7 @@ class Stored:
         data = self.bytes()
         dtype = getattr(torch, self.dtype)
         if data.size == 0:
-            return torch.empty(0, dtype=dtype)
+            return torch.empty(0, dtype=dtype, device="cpu")
         if data.ctypes.data % dtype.itemsize:
             data = data.copy()  # other writers may not align tensors in the file
         return torch.from_numpy(data).view(dtype)

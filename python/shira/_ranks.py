@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
@@ -52,64 +53,84 @@ def _names(model: nn.Module, wanted: set[int]) -> Iterator[str]:
                         yield f".{attribute}"  # as DDP composes the name of the root's own
 
 
-def compare(trained: Sequence[tuple[str, nn.Module, int, Tensor, Tensor, Tensor]]) -> None:
+class Trained(NamedTuple):
+    """One weight that trains: its name, the module that holds it, and what the ranks must have in common.
+
+    ``dense`` is the weight itself where its dense gradient is made, which is nothing for DDP to average.
+    """
+
+    name: str
+    owner: nn.Module
+    granule: int
+    indices: Tensor
+    values: Tensor
+    saved: Tensor
+    dense: Tensor | None
+
+
+def compare(weights: Sequence[Trained]) -> None:
     """Refuse what would let the ranks drift apart; every rank of the model's DDP must call it together.
 
     Does nothing unless several ranks train the model through DDP.
-
-    Args:
-        trained: for each weight its name, the module that holds it, granule, values, indices and the base's entries.
     """
-    if not (trained and distributed.is_available() and distributed.is_initialized()):
+    if not (weights and distributed.is_available() and distributed.is_initialized()):
         return
     if distributed.get_world_size() == 1:
         return
-    owners = {id(owner) for _, owner, _, _, _, _ in trained}
-    wrappers = _wrappers(owners)
-    knowing = [wrapper for wrapper in wrappers if _knows(wrapper, trained)]
+    wrappers = _wrappers(weights)
+    knowing = [wrapper for wrapper in wrappers if _knows(wrapper, weights)]
     if wrappers and not knowing:
         del wrappers
         gc.collect()  # one that nobody uses any more may linger in a cycle
-        if _wrappers(owners):
+        if _wrappers(weights):
             raise RuntimeError(
                 f"SparseTuner: the model was wrapped in DistributedDataParallel before the tuner was attached, so that "
-                f"nothing synchronises the values of {_model.some(name for name, *_ in trained)} between ranks; attach "
+                f"nothing synchronises the values of {_model.some(one.name for one in weights)} between ranks; attach "
                 f"the tuner to the module first, and wrap it then"
             )
     if knowing:
-        _same(trained, knowing[-1].process_group)
+        _check_ignored(knowing[-1], weights)
+        _compare_in(knowing[-1].process_group, weights)
 
 
-def _wrappers(owners: set[int]) -> list[DistributedDataParallel]:
-    """The DDPs around the modules. A module does not know them, so they are looked for among all objects, once."""
+def _wrappers(weights: Sequence[Trained]) -> list[DistributedDataParallel]:
+    """The DDPs around the weights. A module does not know them, so they are looked for among all objects, once."""
+    owners = {id(one.owner) for one in weights}
     found = [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]
     several = [one for one in found if distributed.get_world_size(one.process_group) > 1]
     return [one for one in several if any(id(module) in owners for module in one.modules())]
 
 
-def _knows(
-    wrapper: DistributedDataParallel, trained: Sequence[tuple[str, nn.Module, int, Tensor, Tensor, Tensor]]
-) -> bool:
+def _knows(wrapper: DistributedDataParallel, weights: Sequence[Trained]) -> bool:
     known = {id(parameter) for parameter in wrapper._module_parameters}
-    return all(id(values) in known for _, _, _, values, _, _ in trained)
+    return all(id(one.values) in known for one in weights)
 
 
-def _same(
-    trained: Sequence[tuple[str, nn.Module, int, Tensor, Tensor, Tensor]], group: distributed.ProcessGroup
-) -> None:
-    words = torch.stack(
-        [
-            torch.stack([shira_ops.fingerprint(indices.to(torch.int64)) * granule, shira_ops.fingerprint(saved)])
-            for _, _, granule, _, indices, saved in trained
-        ]
-    )
+def _check_ignored(wrapper: DistributedDataParallel, weights: Sequence[Trained]) -> None:
+    known = {id(parameter) for parameter in wrapper._module_parameters}
+    names = [one.name for one in weights if id(one.dense) in known]
+    if names:
+        raise RuntimeError(
+            f"SparseTuner: DistributedDataParallel is around another module than the tuner is attached to, so that it "
+            f"would average and keep the dense gradients of {_model.some(names)}; attach the tuner to the module that "
+            f"is wrapped ({type(wrapper.module).__name__})"
+        )
+
+
+def _compare_in(group: distributed.ProcessGroup, weights: Sequence[Trained]) -> None:
+    device = weights[0].values.device
+    masks = [shira_ops.fingerprint(one.indices.to(torch.int64)) * one.granule for one in weights]
+    # The entries stay where they were taken when the model moves.
+    bases = [shira_ops.fingerprint(one.saved) for one in weights]
+    words = torch.stack([word.to(device) for word in (*masks, *bases)])
     every = [torch.empty_like(words) for _ in range(distributed.get_world_size(group))]
     distributed.all_gather(every, words, group=group)
-    differ = (torch.stack(every) != every[0]).any(0)
-    for column, what, advice in (
-        (0, "masks", "give every rank the same mask: the same seed, or the same calibration batches"),
-        (1, "base weights", "load the same base on every rank before the tuner is attached"),
-    ):
-        names = [name for (name, *_), other in zip(trained, differ[:, column].tolist(), strict=True) if other]
+    differ = (torch.stack(every) != words).any(0).view(2, -1).tolist()
+    advices = (
+        ("masks", "give every rank the same mask: the same seed, or the same calibration batches"),
+        ("base weights", "load the same base on every rank before the tuner is attached"),
+    )
+    for (what, advice), which in zip(advices, differ, strict=True):
+        names = [one.name for one, other in zip(weights, which, strict=True) if other]
         if names:
             raise RuntimeError(f"SparseTuner: the ranks have different {what} for {_model.some(names)}; {advice}")

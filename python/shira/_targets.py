@@ -78,7 +78,8 @@ class Names:
         if not names and linear:
             raise ValueError(
                 f"SparseTuner: the model's only linear layer is its output head ({_model.some(heads)}), which is left "
-                f"out unless it is named: train it sparsely with targets=, or as a whole with targets=[] and whole="
+                f"out unless it is named: name weights with targets=, or train the head as a whole with targets=[] and "
+                f"whole="
             )
         if not names:
             raise ValueError("SparseTuner: the model has no nn.Linear; name other weights with targets=")
@@ -173,9 +174,12 @@ class Names:
         chosen: dict[str, list[_model.Slot]] = {}
         for name in names:
             if name not in self.slots:
+                module = name.rpartition(".")[0]
+                inside = [other for other in self.slots if other.startswith(f"{module}.")] if module else []
+                has = f", or name what it is made of (the module has {_model.some(inside)})" if inside else ""
                 raise ValueError(
                     f"SparseTuner: {name} is not a parameter of its module (parametrized, quantized or packed?); "
-                    f"leave it out with {argument}="
+                    f"leave it out with {argument}={has}"
                 )
             group = self.of(self.slots[name])
             check_trainable(name, group)

@@ -314,7 +314,7 @@ class Adapter:
                 assert weight.seed is not None
                 indices = _drawn(weight.numel, weight.count, weight.seed, weight.granule)
             else:
-                indices = torch.zeros(1, dtype=torch.int32)
+                indices = torch.zeros(1, dtype=torch.int32, device="cpu")
             entries[name] = Entry(
                 indices,
                 read(f"{name}.values", getattr(torch, weight.values_dtype)),
@@ -700,11 +700,11 @@ def _fused(weight: Tensor, parts: list[tuple[Adapter, float, Entry]]) -> Entry:
     shira_ops.fuse_(
         entries,
         torch.empty_like(entries),
-        torch.arange(indices.numel(), dtype=indices.dtype),
+        torch.arange(indices.numel(), dtype=indices.dtype, device="cpu"),
         offsets,
         sources,
         values,
-        torch.tensor([strength for _, strength, _ in parts], dtype=compute),
+        torch.tensor([strength for _, strength, _ in parts], dtype=compute, device="cpu"),
         delta=[adapter.delta for adapter, _, _ in parts],
         granule=granule,
     )
@@ -713,7 +713,7 @@ def _fused(weight: Tensor, parts: list[tuple[Adapter, float, Entry]]) -> Entry:
     fingerprint = known[0] if known else _fingerprint(weight)
     whole = indices.numel() * granule == weight.numel()
     return Entry(
-        torch.zeros(1, dtype=torch.int32) if whole else indices,
+        torch.zeros(1, dtype=torch.int32, device="cpu") if whole else indices,
         entries,
         first.shape,
         first.dtype,

@@ -277,7 +277,7 @@ def _entry(pair: _Pair, density: float | None, pool: Executor, ahead: int) -> tu
         kept = _flat(np.concatenate(sparse.values), pair.dtype)
     elif budget >= whole_from:
         granule = pair.numel
-        indices, kept = torch.zeros(1, dtype=torch.int32), _flat(pair.tuned, pair.dtype)
+        indices, kept = torch.zeros(1, dtype=torch.int32, device="cpu"), _flat(pair.tuned, pair.dtype)
         if not pair.mapped:  # somebody's tensor, who may go on training it
             kept = kept.clone()
         if density is not None:

@@ -45,7 +45,7 @@ def _put_on(stored: Stored, entry: Entry, alpha: float, delta: bool, check_finit
     if alpha == 1 and not delta and values.dtype == weight.dtype:
         shira_ops.scatter_(weight, indices, values, granule=entry.granule)
     else:
-        saved = torch.empty(entry.nnz, dtype=weight.dtype)
+        saved = torch.empty(entry.nnz, dtype=weight.dtype, device="cpu")
         shira_ops.apply_(weight, indices, values, saved, alpha=alpha, delta=delta, granule=entry.granule)
         if check_finite:
             now = shira_ops.gather(weight, indices, granule=entry.granule)

@@ -191,7 +191,7 @@ def _trimmed(delta: Adapter, density: float, *, alone: bool) -> Adapter:
 
 def _largest(values: Tensor, count: int) -> Tensor:
     """Which are the largest by magnitude; among equals, the first."""
-    keep = torch.zeros(len(values), dtype=torch.bool)
+    keep = torch.zeros(len(values), dtype=torch.bool, device="cpu")
     keep[torch.argsort(values.abs(), descending=True, stable=True)[:count]] = True
     return keep
 
@@ -233,14 +233,14 @@ class _Meeting:
         granule = math.gcd(*(entry.granule for _, entry in self.parts))
         lists = [refine(entry.indices.cpu(), entry.granule, granule, entry.numel) for _, entry in self.parts]
         indices, offsets, sources = shira_ops.fuse_plan(lists, granule=granule)
-        union = torch.arange(indices.numel()).repeat_interleave(offsets.diff().to(torch.int64))
+        union = torch.arange(indices.numel(), device="cpu").repeat_interleave(offsets.diff().to(torch.int64))
         dtype = torch.float64 if self.parts[0][1].dtype == torch.float64 else torch.float32
-        rows = torch.zeros(len(self.parts), indices.numel(), granule, dtype=dtype)
+        rows = torch.zeros(len(self.parts), indices.numel(), granule, dtype=dtype, device="cpu")
         for number, (_, entry) in enumerate(self.parts):
             mine = sources >> 48 == number
             values = entry.values.detach().cpu().to(dtype).view(-1, granule)
             rows[number, union[mine]] = values[sources[mine] & (2**48 - 1)]
-        factors = torch.tensor([factor for factor, _ in self.parts], dtype=dtype).view(-1, 1, 1)
+        factors = torch.tensor([factor for factor, _ in self.parts], dtype=dtype, device="cpu").view(-1, 1, 1)
         return granule, indices, rows, factors
 
 

@@ -164,7 +164,7 @@ def matrix(adapters: Mapping[str, Adapter], metric: Metric = "overlap", base: So
     several = list(adapters.values())
     if not several:
         raise ValueError("matrix: give at least one adapter")
-    result = torch.zeros(len(several), len(several), dtype=torch.float64)
+    result = torch.zeros(len(several), len(several), dtype=torch.float64, device="cpu")
     if callable(metric):
         for i, first in enumerate(several):
             for j, second in enumerate(several):
@@ -255,8 +255,8 @@ def _shares(entry: Entry, cells: int) -> Tensor:
     at = refine(entry.indices.cpu().to(torch.int64), entry.granule, 1, entry.numel)
     cell = (at // n) * rows // m * columns + (at % n) * columns // n
     found = torch.bincount(cell, minlength=rows * columns).to(torch.float64).view(rows, columns)
-    height = torch.bincount(torch.arange(m) * rows // m, minlength=rows)
-    width = torch.bincount(torch.arange(n) * columns // n, minlength=columns)
+    height = torch.bincount(torch.arange(m, device="cpu") * rows // m, minlength=rows)
+    width = torch.bincount(torch.arange(n, device="cpu") * columns // n, minlength=columns)
     return found / (height[:, None] * width)
 
 
@@ -338,8 +338,9 @@ def _norm(one: _Change, two: _Change) -> float:
     if not one.values.numel() or not columns.numel():
         return 0.0
     # Any start that no eigenvector is orthogonal to: draws of a generator of its own, where M^T M is not zero.
-    x = torch.zeros(two.shape[1], dtype=torch.float64)
-    x[columns] = torch.randn(len(columns), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.zeros(two.shape[1], dtype=torch.float64, device="cpu")
+    generator = torch.Generator("cpu").manual_seed(0)
+    x[columns] = torch.randn(len(columns), dtype=torch.float64, device="cpu", generator=generator)
     basis = [x / x.norm()]
     diagonal: list[float] = []
     beside: list[float] = []
@@ -350,8 +351,8 @@ def _norm(one: _Change, two: _Change) -> float:
         for _ in range(2):  # once leaves rounding behind
             x = x - known.t() @ (known @ x)
         left = float(x.norm())
-        matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-        matrix += torch.diag(torch.tensor(beside, dtype=torch.float64), -1)
+        matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device="cpu"))
+        matrix += torch.diag(torch.tensor(beside, dtype=torch.float64, device="cpu"), -1)
         found, vectors = torch.linalg.eigh(matrix)  # reads the lower triangle
         largest = float(found[-1])
         if left * abs(float(vectors[-1, -1])) <= _ERROR * largest:
@@ -367,18 +368,18 @@ def _zeros(one: _Change, two: _Change) -> float:
     if n == 0:
         return 1.0
     # The entries of `two` lie row by row; those of `one` are taken column by column, which the product's rows are.
-    starts = torch.searchsorted(two.rows, torch.arange(two.shape[0] + 1))
+    starts = torch.searchsorted(two.rows, torch.arange(two.shape[0] + 1, device="cpu"))
     order = torch.argsort(one.columns, stable=True)
     rows, columns, values = one.rows[order], one.columns[order], one.values[order]
     found, step = 0, max(1, _CHUNK // n)
     for begin in range(0, n, step):
         count = min(step, n - begin)
-        first, last = torch.searchsorted(columns, torch.tensor([begin, begin + count])).tolist()
+        first, last = torch.searchsorted(columns, torch.tensor([begin, begin + count], device="cpu")).tolist()
         lengths = (starts[1:] - starts[:-1])[rows[first:last]]
-        mine = torch.arange(first, last).repeat_interleave(lengths)
-        within = torch.arange(len(mine)) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+        mine = torch.arange(first, last, device="cpu").repeat_interleave(lengths)
+        within = torch.arange(len(mine), device="cpu") - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
         theirs = starts[rows[mine]] + within
-        part = torch.zeros(count * n, dtype=torch.float64)
+        part = torch.zeros(count * n, dtype=torch.float64, device="cpu")
         part.index_add_(0, (columns[mine] - begin) * n + two.columns[theirs], values[mine] * two.values[theirs])
         found += int(part.count_nonzero())
     return 1.0 - found / n**2

@@ -134,6 +134,9 @@ class _Masked(Optimizer):
         raise NotImplementedError
 
 
+_CPU = torch.device("cpu")
+_COUNTS = (torch.float32, torch.float64)  # what counts far enough
+
 # What a group has that does not say otherwise.
 _UNSAID = {
     "maximize": False, "decay_towards": "zero", "foreach": None, "fused": None, "capturable": False,
@@ -229,9 +232,11 @@ class AdamW(_Masked):
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        step, device = state["step"], parameter.device if on_device else torch.device("cpu")
-        wide = isinstance(step, Tensor) and step.dtype in (torch.float32, torch.float64)
-        state["step"] = torch.as_tensor(step, dtype=None if wide else torch.float32, device=device)
+        step, device = state["step"], parameter.device if on_device else _CPU
+        if not isinstance(step, Tensor) or step.dtype not in _COUNTS:
+            state["step"] = torch.as_tensor(step, dtype=torch.float32, device=device)
+        elif step.device != device:
+            state["step"] = step.to(device)
 
     def _step_values(self, group: dict[str, Any], items: list[_Item]) -> None:
         lr, decay, (beta1, beta2) = group["lr"], group["weight_decay"], group["betas"]

@@ -496,7 +496,7 @@ def to_peft(
     tensors: dict[str, Tensor] = {}
     for name, entry in adapter.weights.items():
         entry.check_indices(f"weight {name!r}")
-        within = torch.arange(entry.granule)
+        within = torch.arange(entry.granule, device="cpu")
         flat = (entry.indices.cpu().to(torch.int64).unsqueeze(1) * entry.granule + within).view(-1)
         # PEFT keeps no strength: it goes into the values.
         values = entry.values.detach().cpu().to(torch.float32)

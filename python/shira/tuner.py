@@ -89,6 +89,7 @@ class Target:
     site: Site
     owner: weakref.ref[nn.Module]
     saved: Tensor
+    indices: Tensor  # the tuner's own copy
     compared: bool = False  # with the other ranks
 
     def tensors(self) -> tuple[nn.Parameter, Tensor, nn.Parameter]:
@@ -119,6 +120,11 @@ def is_detached(parameter: Tensor) -> bool:
 
 
 def _tensors(site: Site, owner: nn.Module) -> tuple[nn.Parameter, Tensor, nn.Parameter]:
+    if "_is_replica" in owner.__dict__:
+        raise RuntimeError(
+            "SparseTuner: DataParallel runs copies of the model on several devices, which values are not written into; "
+            "use DistributedDataParallel, or one device (CUDA_VISIBLE_DEVICES)"
+        )
     values = getattr(owner, site.values_name)
     if values.dtype != site.dtype:
         raise RuntimeError(
@@ -254,10 +260,11 @@ def _compare_ranks(targets: Sequence[Target]) -> None:
     """At their first step. A collective call, at a place that all ranks of a model come to together."""
     trained = []
     for target in targets:
-        _, indices, values = target.tensors()
-        owner = target.owner()
+        weight, _, values = target.tensors()
+        owner, site = target.owner(), target.site
         assert owner is not None
-        trained.append((target.site.name, owner, target.site.granule, values, indices, target.saved))
+        dense = weight if site.dense else None
+        trained.append(_ranks.Trained(site.name, owner, site.granule, target.indices, values, target.saved, dense))
     _ranks.compare(trained)
     for target in targets:
         target.compared = True
@@ -405,11 +412,10 @@ class SparseTuner:
         mask.check({name: group[0].weight for name, group in chosen.items()})
         places = {name: [(slot.module, slot.attribute) for slot in group] for name, group in chosen.items()}
         mask.prepare(self.model, places, calibration, loss)
-        plans = [self._masked(mask, name, group) for name, group in chosen.items()]
-        plans += [self._entire(name, group) for name, group in entire.items()]
-        self._install(plans, allow_unused)
+        sparse = [self._masked(mask, name, group) for name, group in chosen.items()]
+        self._install([*sparse, *(self._entire(name, group) for name, group in entire.items())], allow_unused)
         if mask.granule == "auto":
-            finer = [plan.name for plan in plans if plan.granule < AUTO_GRANULE]
+            finer = [plan.name for plan in sparse if plan.granule < AUTO_GRANULE]
             if finer:
                 what = "1 weight has" if len(finer) == 1 else f"{len(finer)} weights have"
                 self._notes.append(
@@ -527,7 +533,8 @@ class SparseTuner:
             sites = [(tuned.target.site, tuned.owner) for tuned in dense]
             self._root.append(self.model.register_forward_pre_hook(partial(_follow, sites)))
         weights = [tuned.plan.slots[0].weight for tuned in dense]
-        self._ignored = _ranks.ignore(self.model, [*weights, *(tuned.plan.indices for tuned in self._tuned)])
+        indices = [getattr(tuned.owner, tuned.target.site.indices_name) for tuned in self._tuned]
+        self._ignored = _ranks.ignore(self.model, [*weights, *indices])
         if any(plan.start is not None for plan in plans):
             self.sync()
         _watch_optimizers()
@@ -542,10 +549,13 @@ class SparseTuner:
         start = plan.saved if plan.start is None else plan.start
         values = nn.Parameter(start.to(dtype, copy=True))
         site = Site(plan.name, plan.slots[0].attribute, plan.granule, dtype, dense, allow_unused=allow_unused)
-        target = Target(site, weakref.ref(owner), plan.saved)
         # On the first owner alone: under several names it would be one more tied weight to those who save models.
         owner.register_parameter(site.values_name, values)
         owner.register_buffer(site.indices_name, plan.indices, persistent=False)
+        # Buffers are everybody's: DistributedDataParallel overwrites them, averages of models average them. The way
+        # back must not depend on them.
+        plan.indices = plan.indices.to("cpu", copy=True)
+        target = Target(site, weakref.ref(owner), plan.saved, plan.indices)
         handles: list[RemovableHandle] = [owner.register_load_state_dict_post_hook(partial(_loaded, site))]
         if dense:
             weight.requires_grad_(True)
@@ -690,7 +700,8 @@ class SparseTuner:
         groups: dict[tuple[torch.device, int], list[tuple[Tensor, Tensor, Tensor]]] = {}
         for tuned in self._tuned:
             site = tuned.target.site
-            weight, indices = getattr(tuned.owner, site.attribute), getattr(tuned.owner, site.indices_name)
+            weight: nn.Parameter = getattr(tuned.owner, site.attribute)
+            indices = tuned.plan.indices.to(weight.device)
             # The model may have moved, or been cast, since: a cast base has the cast of these entries.
             saved = tuned.plan.saved.to(device=weight.device, dtype=weight.dtype)
             if not weight.is_contiguous():  # put into another order since, as by model.to(memory_format=...)
