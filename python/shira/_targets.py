@@ -129,7 +129,9 @@ def check_trainable(name: str, group: Sequence[_model.Slot]) -> None:
     """Refuse a weight that cannot take values, and say why."""
     weight = group[0].weight
     if any(hasattr(slot.module, slot.attribute + VALUES_SUFFIX) for slot in group):
-        raise ValueError(f"SparseTuner: {name} is already trained by a tuner; detach that one first")
+        raise ValueError(
+            f"SparseTuner: {name} is already trained by a tuner; detach that one first (shira.detach(model))"
+        )
     if isinstance(weight, UninitializedParameter):
         raise ValueError(f"SparseTuner: {name} has no shape yet; run the model once first")
     if weight.is_meta:
