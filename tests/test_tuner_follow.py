@@ -189,7 +189,7 @@ def test_a_compiled_model_follows_in_evaluation(how: str) -> None:
             assert follows(tuner)
 
 
-@pytest.mark.parametrize(("how", "gradient"), zip(HOW, ["sampled", "dense", "dense", "sampled"], strict=True))
+@pytest.mark.parametrize(("how", "gradient"), list(zip(HOW, ["sampled", "dense"] * 2, strict=True)))
 def test_a_compiled_model_follows_in_training_or_says_that_it_cannot(how: str, gradient: str) -> None:
     """What a line search does, and SAM: evaluate, edit the parameters, evaluate again, all in one step."""
     model = net()
@@ -249,3 +249,133 @@ def test_a_line_search_finds_what_it_finds_without_a_tuner(how: str) -> None:
         losses.append([float(optimizer.step(closure).detach()) for _ in range(2)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-8)
     torch.testing.assert_close(one.first.weight, two.first.weight, rtol=1e-7, atol=1e-9)
+
+
+# The base for a while
+
+
+@GRADIENTS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_base_within_a_block(gradient: str, dtype: torch.dtype) -> None:
+    model, x = net(dtype), X.to(dtype)
+    with torch.no_grad():
+        base = model(x)
+    tuner = tune(model, gradient)
+    optimizer = AdamW(tuner, lr=0.1)
+    model(x).float().square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    trained, versions = bits(model), [p._version for p in model.parameters()]
+    with torch.no_grad():
+        tuned = model(x)
+        with tuner.disabled() as same:
+            assert same is tuner
+            assert torch.equal(model(x), base)
+            with tuner.disabled():
+                assert torch.equal(model(x), base)
+            assert torch.equal(model(x), base)
+            assert torch.equal(model.first(x), net(dtype).first(x))
+        assert torch.equal(model(x), tuned)
+    assert not torch.equal(tuned, base)
+    assert same_bits(model, trained)
+    assert [p._version for p in model.parameters()] == versions
+    with pytest.raises(ZeroDivisionError), tuner.disabled():
+        raise ZeroDivisionError
+    assert same_bits(model, trained)
+    # What is computed inside, with gradients on, is the base's, and gives the values none.
+    with tuner.disabled():
+        output = model(x.clone().requires_grad_())
+        assert torch.equal(output.detach(), base)
+        output.float().square().sum().backward()
+        assert all(values.grad is None for values in tuner.parameters())
+    assert all(p.requires_grad == (gradient == "dense") for p in (model.first.weight, model.last.weight))
+    # Values that were edited before or inside the block are followed as ever.
+    with torch.no_grad():
+        for edit in ("before", "inside"):
+            if edit == "before":
+                next(tuner.parameters()).data.add_(1.0)
+            with tuner.disabled():
+                assert torch.equal(model(x), base)
+                if edit == "inside":
+                    next(tuner.parameters()).data.add_(1.0)
+            model(x)
+            assert follows(tuner)
+    tuner.detach()
+    with pytest.raises(RuntimeError, match="detached"), tuner.disabled():
+        pass
+
+
+@GRADIENTS
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_base_between_a_forward_and_its_backward(gradient: str, compiled: bool) -> None:
+    """The reference of DPO after the policy: the policy's gradient is what it would be without the block."""
+    model = net(torch.float64)
+    x = X.double()
+    tuner = tune(model, gradient)
+    optimizer = AdamW(tuner, lr=0.1)
+    model(x).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    wanted = dense_gradients(model, lambda module: plain(module, x).square().sum())
+    called = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    before = called(x)
+    with tuner.disabled(), torch.no_grad():
+        torch.testing.assert_close(called(x), net(torch.float64)(x))
+    (before.square().sum() + called(x).square().sum()).backward()
+    check_gradients(tuner, wanted, times=2)
+
+
+@GRADIENTS
+def test_a_backward_that_would_mix_base_and_policy_is_refused(gradient: str) -> None:
+    model = net()
+    tuner = tune(model, gradient)
+    says = "modified by an inplace operation"
+    loss = model(X).square().sum()
+    with tuner.disabled(), pytest.raises(RuntimeError, match=says):
+        loss.backward()
+    with tuner.disabled():
+        loss = model(X.clone().requires_grad_()).square().sum()
+    for _ in range(3):  # whatever is written afterwards
+        with pytest.raises(RuntimeError, match=says):
+            loss.backward(retain_graph=True)
+        tuner.sync()
+
+
+def test_what_cannot_be_done_while_the_model_is_the_base() -> None:
+    model = net()
+    tuner = tune(model)
+    state = tuner.state_dict()
+    model(X).sum().backward()
+    trained = bits(model)
+    with tuner.disabled():
+        for attempt in (tuner.sync, tuner.adapter, tuner.verify, tuner.detach, lambda: tuner.load_state_dict(state)):
+            with pytest.raises(RuntimeError, match=r"not inside `with tuner\.disabled\(\)`"):
+                attempt()
+        for optimizer in (AdamW(tuner), torch.optim.SGD(tuner.parameters(), lr=0.1)):
+            with pytest.raises(RuntimeError, match=r"cannot step inside `with tuner\.disabled\(\)`"):
+                optimizer.step()
+        with pytest.raises(RuntimeError, match=r"cannot be loaded inside `with tuner\.disabled\(\)`"):
+            model.load_state_dict(model.state_dict())
+        assert copy.deepcopy(model)(X).shape == (5, 4)
+    assert same_bits(model, trained)
+    other = copy.deepcopy(model)
+    with tuner.disabled():
+        twin = copy.deepcopy(model)
+    with torch.no_grad():
+        assert torch.equal(twin(X), other(X))
+
+
+def test_writes_inside_autocast_are_seen() -> None:
+    """It keeps the casts of weights that require grad: those of dense targets."""
+    model = net()
+    with tune(model, "dense") as tuner, torch.autocast("cpu", torch.bfloat16):
+        before = model(X)
+        with torch.no_grad():
+            for values in tuner.parameters():
+                values.add_(1.0)
+        assert not torch.equal(model(X), before)
+        with tuner.disabled():
+            base = model(X)
+        assert torch.equal(base, net()(X))
+        tuner.sync()
+        assert not torch.equal(model(X), base)
