@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shira import SGD, AdamW, SparseTuner, masks
+from shira import SGD, AdamW, SparseTuner, _sites, masks
 from tuning import VALUES, bits, check_gradients, dense_gradients, indices_of, randomize, same_bits
 
 GRADIENTS = pytest.mark.parametrize("gradient", ["sampled", "dense"])
@@ -154,6 +154,42 @@ def test_forwards_before_one_backward(gradient: str) -> None:
             model(x)
         (first + second).backward()
         check_gradients(tuner, wanted, times=2)
+
+
+@GRADIENTS
+def test_where_content_cannot_be_told_the_values_are_written(gradient: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where a look would make the host wait. Graphs of earlier forwards stay good."""
+    monkeypatch.setattr(_sites.Site, "same_content", lambda site, values: None)
+    model = net(torch.float64)
+    x = X.double()
+    wanted = dense_gradients(model, lambda module: module(x).square().sum())
+    with tune(model, gradient) as tuner:
+        versions = [p._version for p in model.parameters()]
+        first, second = model(x).square().sum(), model(x).square().sum()
+        with torch.no_grad():
+            model.last(model.first(x))
+        (first + second).backward()
+        check_gradients(tuner, wanted, times=2)
+        assert [p._version for p in model.parameters()] == versions
+        for values in tuner.parameters():
+            values.data.add_(1.0)
+        model(x)
+        assert follows(tuner)
+        with tuner.disabled(), torch.no_grad():
+            assert torch.equal(model(x), net(torch.float64)(x))
+
+
+def test_what_is_exported_is_what_the_values_are() -> None:
+    model = net()
+    with tune(model) as tuner, torch.no_grad():
+        for values in tuner.parameters():
+            values.data.add_(1.0)
+        with pytest.raises(
+            RuntimeError, match=r"first\.weight_shira_values was changed .* call tuner\.sync\(\) before"
+        ):
+            torch.export.export(model, (X,))
+        tuner.sync()
+        assert torch.equal(torch.export.export(model, (X,)).module()(X), model(X))
 
 
 # Compiled

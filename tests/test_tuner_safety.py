@@ -124,6 +124,33 @@ def test_a_module_that_was_replaced_is_refused() -> None:
         optimizer.step()
 
 
+def test_a_model_that_was_sharded_is_refused() -> None:
+    model = net()
+    tuner = tune(model)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
+        with pytest.raises(
+            RuntimeError, match=r"0\.weight (was replaced by another parameter .*fully_shard|is sharded)"
+        ):
+            model(X)
+        with pytest.raises(RuntimeError, match=r"the base cannot be put back, since 0\.weight (was|is) sharded"):
+            tuner.detach()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_module_that_was_converted_is_refused() -> None:
+    model = net()
+    tune(model)
+    converted = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    with pytest.raises(RuntimeError, match=r"the module of 0\.weight was converted .* shira\.detach\(model\)"):
+        converted(X)
+
+
 # Tied weights
 
 

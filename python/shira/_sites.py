@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -61,7 +62,7 @@ class Group:
 
     def frozen(self) -> bool:
         """Whether no values of the tuner require grad; never so in a copied model, which has no tuner."""
-        values = [site.values_ref() for site in self.sites if site.values_ref is not None]
+        values = [site.own_values for site in self.sites]
         return bool(values) and not any(one is not None and one.requires_grad for one in values)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -114,11 +115,25 @@ class Site:
     def indices_name(self) -> str:
         return self.attribute + INDICES_SUFFIX
 
+    @property
+    def own_weight(self) -> Tensor | None:
+        """The weight it was made for; unknown in a copy."""
+        return None if self.weight_ref is None else self.weight_ref()
+
+    @property
+    def own_values(self) -> Tensor | None:
+        """The values it was made for; unknown in a copy."""
+        return None if self.values_ref is None else self.values_ref()
+
     def tensors(self, owner: nn.Module) -> tuple[nn.Parameter, Tensor, nn.Parameter]:
         """weight, indices and values; refuses what can be neither trained nor written any more."""
-        weight, indices, values = (
-            getattr(owner, name) for name in (self.attribute, self.indices_name, self.values_name)
-        )
+        names = (self.attribute, self.indices_name, self.values_name)
+        weight, indices, values = (getattr(owner, name, None) for name in names)
+        if weight is None or indices is None or values is None:
+            raise RuntimeError(
+                f"SparseTuner: the module of {self.name} was converted into a {type(owner).__name__} of another kind "
+                f"with a tuner on it; detach the tuner first (shira.detach(model)), then convert"
+            )
         if values.dtype != self.dtype:
             raise RuntimeError(
                 f"{self.name}{VALUES_SUFFIX} must stay {dtype_name(self.dtype)}, got {dtype_name(values.dtype)}: the "
@@ -134,8 +149,12 @@ class Site:
 
     @property
     def idle(self) -> list[str]:
-        """Places whose share of a gradient is missing so far. A dense gradient is that of every use of the weight."""
-        return [] if self.dense else [place.name for place in self.places if not place.ran]
+        """Places whose share of a gradient is missing so far; none where no place ran (gradients made by hand).
+
+        A dense gradient is that of every use of the weight.
+        """
+        idle = [place.name for place in self.places if not place.ran]
+        return [] if self.dense or len(idle) == len(self.places) else idle
 
     def note(self, values: Tensor) -> None:
         """Look whether a gradient has come."""
@@ -244,6 +263,8 @@ def take_off(placed: Sequence[tuple[Site, nn.Module]]) -> None:
     for site, owner in placed:
         weight = getattr(owner, site.attribute)
         why = _model.foreign(weight)
+        if why is None and _is_sharded(site):
+            why = "was sharded by fully_shard after the tuner was attached"
         if why is not None:
             raise RuntimeError(f"SparseTuner: the base cannot be put back, since {site.name} {why}")
     items = []
@@ -257,9 +278,8 @@ def take_off(placed: Sequence[tuple[Site, nn.Module]]) -> None:
         values = getattr(owner, site.values_name)
         if target_of(values) is not None:
             known[values] = None
-        original = None if site.values_ref is None else site.values_ref()
-        if original is not None:
-            known[original] = None
+        if site.own_values is not None:
+            known[site.own_values] = None
         for handle in site.handles:
             handle.remove()
         delattr(owner, site.values_name)
@@ -268,6 +288,16 @@ def take_off(placed: Sequence[tuple[Site, nn.Module]]) -> None:
         del sites[site.attribute]
         if not sites:
             delattr(owner, SITES)
+
+
+def _is_sharded(site: Site) -> bool:
+    """Whether FSDP has taken the weight; what the module has may then be what it gathers for a forward."""
+    original, model = site.own_weight, None if site.group.model is None else site.group.model()
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if original is None or model is None or fsdp is None:
+        return False
+    replaced = not any(weight is original for weight in model.parameters())
+    return replaced and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
 
 
 def sites_of(model: nn.Module) -> list[tuple[Site, nn.Module]]:
@@ -327,6 +357,8 @@ def _follow_in_graph(sites: Sequence[tuple[Site, nn.Module | None]], whole: bool
     of a forward before it; there `_came` looks at what gradients were taken of.
     """
     if torch.compiler.is_exporting():
+        if not torch.compiler.is_dynamo_compiling():
+            _check_export(sites)
         return
     for site, owner in sites:
         if torch.is_grad_enabled():
@@ -336,11 +368,34 @@ def _follow_in_graph(sites: Sequence[tuple[Site, nn.Module | None]], whole: bool
             shira_ops.foreach_scatter_([weight], [indices], [values.detach().to(weight.dtype)], granule=site.granule)
 
 
+def _check_export(sites: Sequence[tuple[Site, nn.Module | None]]) -> None:
+    """What is exported is the weights: they must hold their values. The module's own tensors are fakes here."""
+    with _disable_current_modes():
+        for site, _ in sites:
+            weight, values = site.own_weight, site.own_values
+            if weight is None or values is None or site.group.off:
+                continue
+            if not site.same(weight, values) or site.same_content(values) is False:
+                raise RuntimeError(
+                    f"SparseTuner: {site.name}{VALUES_SUFFIX} was changed and is not written yet; call tuner.sync() "
+                    f"before torch.export"
+                )
+
+
 def _follow(sites: Sequence[tuple[Site, nn.Module | None]], whole: bool, module: nn.Module) -> None:
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "SparseTuner: values are written into weights, which torch.func cannot follow; use torch.autograd"
         )
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        # torch.jit.trace would make the look a part of its graph.
+        tracing = torch._C._get_tracing_state()
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+        try:
+            _follow(sites, whole, module)
+        finally:
+            torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
+        return
     items = []
     for site, owner in sites:
         weight, indices, values = site.tensors(owner or module)
@@ -481,17 +536,21 @@ def settle(items: Iterable[Item]) -> None:
         # A write through `.data` moves no version of a parameter, so it moves none of the weight that follows. Most
         # often the bits are the same, and a backward pass may be waiting.
         with _unsafe_preserve_version_counter(tuple(weight for _, weight, _, _ in unsure)):
-            write(unsure)
+            _write(unsure)
 
 
 def write(items: Iterable[Item]) -> None:
-    """Write values into weights: site, weight, indices and values of each."""
+    """Write values into weights, and note it."""
     items = list(items)
+    _write(items)
+    for site, weight, _, values in items:
+        mark_written(site, values, weight)
+
+
+def _write(items: Iterable[Item]) -> None:
     scatter(
         (site.granule, weight, indices, values.detach().to(weight.dtype)) for site, weight, indices, values in items
     )
-    for site, weight, _, values in items:
-        mark_written(site, values, weight)
 
 
 def scatter(items: Iterable[tuple[int, Tensor, Tensor, Tensor]]) -> None:
@@ -511,7 +570,7 @@ def scatter(items: Iterable[tuple[int, Tensor, Tensor, Tensor]]) -> None:
 def mark_written(site: Site, values: Tensor, weight: Tensor | None = None) -> None:
     """Note that the weight holds the values as they are now."""
     if weight is None:
-        weight = None if site.weight_ref is None else site.weight_ref()
+        weight = site.own_weight
     if weight is None:
         site.written = None
         return
@@ -532,7 +591,7 @@ def _mark(tensor: Tensor) -> tuple[int, int]:
 
 def check_reached(sites: Iterable[Site]) -> None:
     """Refuse the first step if a target, or one place of a tied one, got no gradient: nobody would notice."""
-    here = [(site, values) for site in sites if site.values_ref and (values := site.values_ref()) is not None]
+    here = [(site, values) for site in sites if (values := site.own_values) is not None]
     missing: list[Site] = []
     unvisited: list[Site] = []
     frozen: list[Site] = []

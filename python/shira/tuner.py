@@ -105,7 +105,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     targets = _targets_in(optimizer)
     for values, target in targets:
         site, module = target.site, target.module()
-        for name, wanted in ((site.values_name, values), (site.attribute, site.weight_ref and site.weight_ref())):
+        for name, wanted in ((site.values_name, values), (site.attribute, site.own_weight)):
             if module._parameters.get(name) is not wanted:
                 refuse_replaced(site.name + name.removeprefix(site.attribute))
         if site.group.off:
