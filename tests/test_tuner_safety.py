@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 from typing import Any
 
 import pytest
@@ -147,7 +149,7 @@ def test_a_module_that_was_converted_is_refused() -> None:
     model = net()
     tune(model)
     converted = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
-    with pytest.raises(RuntimeError, match=r"the module of 0\.weight was converted .* shira\.detach\(model\)"):
+    with pytest.raises(RuntimeError, match=r"the module of 0\.weight was converted .*shira\.detach\(model\)"):
         converted(X)
 
 
@@ -273,6 +275,23 @@ def test_a_tuner_that_nobody_holds_is_detached(gradient: str) -> None:
     tune(model).detach()
 
 
+def test_a_model_is_freed_with_its_last_reference() -> None:
+    """Also with a tuner on it that nobody holds: memory of a GPU does not wait for Python's collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = net()
+        tuner = tune(model, "dense")
+        train(model, AdamW(tuner, lr=0.1))
+        gone = weakref.ref(model)
+        del tuner
+        assert gone() is not None
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 def pickled(model: nn.Module) -> nn.Module:
     buffer = io.BytesIO()
     torch.save(model, buffer)
@@ -325,7 +344,7 @@ def test_a_copied_part_of_a_model_brings_nothing_else_along() -> None:
     assert len(pickled_bytes(model[1])) < 1.2 * len(pickled_bytes(model)) / 2
     shira.detach(part)
     assert same_bits(part, before)
-    with pytest.raises(RuntimeError, match=r"shira\.detach: a tuner is on a Sequential that contains this module"):
+    with pytest.raises(RuntimeError, match=r"shira\.detach: a tuner is on the Sequential that has this module"):
         shira.detach(model[1])
     tuner.detach()
     assert same_bits(model[1], before)

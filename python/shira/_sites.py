@@ -194,6 +194,8 @@ class Target:
 
     site: Site
     owner: weakref.ref[nn.Module]
+    # Of the hooks of its tensors; no copy has these.
+    handles: list[RemovableHandle] = field(default_factory=list)
 
     @property
     def saved(self) -> Tensor:
@@ -232,18 +234,18 @@ def is_detached(parameter: Tensor) -> bool:
 # ---- putting on and taking off -------------------------------------------------------------------------------
 
 
-def put(site: Site, holders: Sequence[nn.Module], rules: Sequence[str | None]) -> list[RemovableHandle]:
-    """Hook a site, whose tensors are on the first holder already; gives the handles of the hooks of tensors."""
+def put(site: Site, holders: Sequence[nn.Module], rules: Sequence[str | None]) -> Target:
+    """Hook a site, whose tensors are on the first holder already."""
     look_outside()
     owner = holders[0]
     weight, _, values = site.tensors(owner)
     owner.__dict__.setdefault(SITES, {})[site.attribute] = site
     site.values_ref, site.weight_ref = weakref.ref(values), weakref.ref(weight)
     target = Target(site, weakref.ref(owner))
-    handles = [values.register_post_accumulate_grad_hook(partial(_came, target))]
+    target.handles.append(values.register_post_accumulate_grad_hook(partial(_came, target)))
     if site.dense:
         weight.requires_grad_(True)
-        handles.append(weight.register_post_accumulate_grad_hook(partial(_gathered, target)))
+        target.handles.append(weight.register_post_accumulate_grad_hook(partial(_gathered, target)))
     site.handles.append(owner.register_load_state_dict_post_hook(partial(_loaded, site)))
     for module, rule, place in zip(holders, rules, site.places, strict=True):
         elsewhere = None if module is owner else owner
@@ -255,7 +257,7 @@ def put(site: Site, holders: Sequence[nn.Module], rules: Sequence[str | None]) -
     mark_written(site, values)
     site.group.sites.append(site)
     known[values] = target
-    return handles
+    return target
 
 
 def take_off(placed: Sequence[tuple[Site, nn.Module]]) -> None:
@@ -275,11 +277,13 @@ def take_off(placed: Sequence[tuple[Site, nn.Module]]) -> None:
         items.append((site.granule, weight, getattr(owner, site.indices_name), saved))
     scatter(items)
     for site, owner in placed:
-        values = getattr(owner, site.values_name)
-        if target_of(values) is not None:
+        values = site.own_values
+        target = None if values is None else target_of(values)
+        if values is not None and target is not None:
             known[values] = None
-        if site.own_values is not None:
-            known[site.own_values] = None
+            for handle in target.handles:
+                handle.remove()
+        getattr(owner, site.attribute).requires_grad_(False)
         for handle in site.handles:
             handle.remove()
         delattr(owner, site.values_name)

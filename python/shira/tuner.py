@@ -70,21 +70,13 @@ _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 # What a module's parameters required before tuners froze them, by attribute, and how many tuners did. On the module
 # itself, so that a copied model can be given back as well.
 _KEPT = "_shira_kept"
-# On a model: the tuners on it, which live as long as it does, and the handles of what they put on it as a whole.
-_TUNERS, _ROOT = "_shira_tuners", "_shira_root"
+# On a model: the handles of what tuners put on it as a whole.
+_ROOT = "_shira_root"
 # Added to the version of a weight that holds the base within `SparseTuner.disabled`: no version that it has outside.
 _ASIDE = 2**30
 _optimizer_hooks: list[RemovableHandle] = []
-
-
-_alive: weakref.WeakSet[SparseTuner] = weakref.WeakSet()
-
-
-class _Tuners(list["SparseTuner"]):
-    """The tuners of a model; a copy of the model has none, though all that they put on it."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _Tuners, ()
+# The attached tuners that somebody still holds. What they put on a model is all there, and does not need them.
+_held: weakref.WeakSet[SparseTuner] = weakref.WeakSet()
 
 
 # ---- hooks of optimizers -------------------------------------------------------------------------------------
@@ -187,8 +179,6 @@ class _Tuned:
 
     plan: _Plan
     target: Target
-    # Of the hooks of its tensors.
-    handles: list[RemovableHandle]
 
     @property
     def name(self) -> str:
@@ -378,8 +368,7 @@ class SparseTuner:
             self.model.register_forward_hook(partial(uncover, self._group), always_call=True),
         ]
         self.model.__dict__.setdefault(_ROOT, []).extend(self._root)
-        self.model.__dict__.setdefault(_TUNERS, _Tuners()).append(self)
-        _alive.add(self)
+        _held.add(self)
         if any(plan.start is not None for plan in plans):
             self.sync()
         _watch_optimizers()
@@ -400,8 +389,7 @@ class SparseTuner:
         # On the first owner alone: under several names it would be one more tied weight to those who save models.
         owner.register_parameter(site.values_name, values)
         owner.register_buffer(site.indices_name, plan.indices, persistent=False)
-        handles = put(site, [slot.module for slot in plan.slots], rules)
-        return _Tuned(plan, Target(site, weakref.ref(owner)), handles)
+        return _Tuned(plan, put(site, [slot.module for slot in plan.slots], rules))
 
     # ---- while it trains -------------------------------------------------------------------------------------
 
@@ -522,15 +510,11 @@ class SparseTuner:
         if not self._tuned:
             return
         take_off([(tuned.target.site, tuned.owner) for tuned in self._tuned])
-        for tuned in self._tuned:
-            getattr(tuned.owner, tuned.target.site.attribute).requires_grad_(False)
-            for handle in tuned.handles:
-                handle.remove()
         for handle in self._root:
             handle.remove()
         _clear(self.model, [tuned.target.site for tuned in self._tuned])
         _keep(self.model, _ROOT, [handle for handle in self.model.__dict__[_ROOT] if handle not in self._root])
-        _keep(self.model, _TUNERS, _Tuners(tuner for tuner in self.model.__dict__[_TUNERS] if tuner is not self))
+        _held.discard(self)
         for slot in self._froze:
             kept = slot.module.__dict__[_KEPT]
             tuners, required = kept.pop(slot.attribute)
@@ -564,6 +548,7 @@ class SparseTuner:
         items = [(tuned.target.site, *tuned.target.tensors()) for tuned in self._tuned]
         settle(items)
         versions = [weight._version for _, weight, _, _ in items]
+        required = [weight.requires_grad for _, weight, _, _ in items]
         trained = [site.saved.to(weight.device, copy=True) for site, weight, _, _ in items]
         try:
             self._group.off = True
@@ -591,8 +576,8 @@ class SparseTuner:
             )
             # The very bits that autograd saved.
             _set_versions(*(list(column) for column in zip(*restored, strict=True))) if restored else None
-            for (site, *_), weight in zip(items, weights, strict=True):
-                weight.requires_grad_(site.dense)
+            for weight, requires in zip(weights, required, strict=True):
+                weight.requires_grad_(requires)
 
     def _enabled(self, what: str) -> None:
         if self._disabled:
@@ -677,23 +662,29 @@ class SparseTuner:
 def detach(model: nn.Module) -> None:
     """Take every tuner off a model and give the base back, bit for bit; without one, nothing happens.
 
-    Also what a copied or unpickled model brought along of the tuner that was on the first one; that one stays as it is.
-    A tuner lives as long as the model it is on, so this is the way back where it is no longer at hand.
+    The way back where the tuner is no longer at hand. Also for a copied or unpickled model, which has all that a tuner
+    put on the first one; that one stays as it is.
     """
     model = _model.unwrap(model)
     modules = list(model.modules())
-    for module in modules:
-        for tuner in list(module.__dict__.get(_TUNERS, ())):
+    inside = {id(module) for module in modules}
+    for tuner in list(_held):
+        if id(tuner.model) in inside:
             tuner.detach()
-    around = {id(slot.module): tuner for tuner in _alive for slot in tuner._froze}
-    for module in modules:
-        if id(module) in around:
+        elif any(id(slot.module) in inside for slot in tuner._froze):
             raise RuntimeError(
-                f"shira.detach: a tuner is on a {type(around[id(module)].model).__name__} that contains this module; "
-                f"detach it there"
+                f"shira.detach: a tuner is on the {type(tuner.model).__name__} that has this module; detach it there"
             )
-    copied = sites_of(model)
-    take_off(copied)
+    left = sites_of(model)
+    for site, _ in left:
+        whole = None if site.group.model is None else site.group.model()
+        if whole is not None and id(whole) not in inside:
+            raise RuntimeError(
+                f"shira.detach: a tuner is on the {type(whole).__name__} that has this module; detach it there"
+            )
+        if site.group.off:
+            raise RuntimeError("shira.detach: not inside `with tuner.disabled()`, where the model is the base")
+    take_off(left)
     for module in modules:
         for handle in module.__dict__.get(_ROOT, ()):
             handle.remove()
@@ -701,9 +692,10 @@ def detach(model: nn.Module) -> None:
             weight = module._parameters.get(attribute)
             if weight is not None:
                 weight.requires_grad_(required)
-        _clear(module, [site for site, _ in copied])
-        for name in (_ROOT, _KEPT, _TUNERS):
+        _clear(module, [site for site, _ in left])
+        for name in (_ROOT, _KEPT):
             _keep(module, name, None)
+    _stop_watching()
 
 
 def _clear(module: nn.Module, sites: Sequence[Site]) -> None:
