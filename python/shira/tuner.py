@@ -536,47 +536,44 @@ class SparseTuner:
         and its backward, since the weights are the same again, to autograd too; a backward inside the block is refused
         by autograd where it needs the trained weights. Optimizers cannot step inside. Holds a copy of the entries.
         """
-        self._attached()
-        self._disabled += 1
-        if self._disabled > 1:
+        if self._disabled:
+            self._disabled += 1
             try:
                 yield self
             finally:
                 self._disabled -= 1
             return
         # The weights hold the values first of all: what is put back afterwards is what they are now.
-        items = [(tuned.target.site, *tuned.target.tensors()) for tuned in self._tuned]
+        items = [(tuned.target.site, *tuned.target.tensors()) for tuned in self._attached()]
         settle(items)
-        versions = [weight._version for _, weight, _, _ in items]
         required = [weight.requires_grad for _, weight, _, _ in items]
-        trained = [site.saved.to(weight.device, copy=True) for site, weight, _, _ in items]
+        with torch.no_grad():
+            trained = [shira_ops.gather(weight, indices, granule=site.granule) for site, weight, indices, _ in items]
+        before = [(weight, weight._version) for _, weight, _, _ in items]
+        self._disabled, self._group.off = 1, True
         try:
-            self._group.off = True
-            with torch.no_grad():
-                for (site, weight, indices, _), entries in zip(items, trained, strict=True):
-                    shira_ops.swap_(weight, indices, entries, granule=site.granule)
-                    weight.requires_grad_(False)
-            # A version of its own tells autograd apart what was saved inside and what was saved outside.
-            _set_versions([weight for _, weight, _, _ in items], [version + _ASIDE for version in versions])
-            torch.clear_autocast_cache()
+            scatter((site.granule, weight, at, site.saved.to(weight.device)) for site, weight, at, _ in items)
+            # A version of its own tells autograd what was saved inside from what was saved outside.
+            _set_versions((weight, version + _ASIDE) for weight, version in before)
+            for weight, _ in before:
+                weight.requires_grad_(False)
             yield self
         finally:
-            self._group.off = False
-            self._disabled -= 1
+            self._disabled, self._group.off = 0, False
             # Wherever the model is by now.
-            weights = [getattr(tuned.owner, tuned.target.site.attribute) for tuned in self._tuned]
-            restored = [
+            now = [getattr(tuned.owner, tuned.target.site.attribute) for tuned in self._tuned]
+            undisturbed = [
                 (weight, version)
-                for weight, version, (_, before, _, _) in zip(weights, versions, items, strict=True)
-                if weight is before and weight._version == version + _ASIDE
+                for (weight, version), found in zip(before, now, strict=True)
+                if weight is found and weight._version == version + _ASIDE
             ]
             scatter(
                 (site.granule, weight, getattr(tuned.owner, site.indices_name), entries.to(weight.device, weight.dtype))
-                for tuned, (site, *_), weight, entries in zip(self._tuned, items, weights, trained, strict=True)
+                for tuned, (site, *_), weight, entries in zip(self._tuned, items, now, trained, strict=True)
             )
-            # The very bits that autograd saved.
-            _set_versions(*(list(column) for column in zip(*restored, strict=True))) if restored else None
-            for weight, requires in zip(weights, required, strict=True):
+            # The very bits that autograd saved are there again.
+            _set_versions(undisturbed)
+            for weight, requires in zip(now, required, strict=True):
                 weight.requires_grad_(requires)
 
     def _enabled(self, what: str) -> None:
@@ -714,8 +711,9 @@ def _keep(module: nn.Module, name: str, content: Any) -> None:
         delattr(module, name)
 
 
-def _set_versions(weights: Sequence[Tensor], versions: Sequence[int]) -> None:
-    torch._C._autograd._unsafe_set_version_counter(tuple(weights), tuple(versions))
+def _set_versions(versions: Iterable[tuple[Tensor, int]]) -> None:
+    for weight, version in versions:
+        torch._C._autograd._unsafe_set_version_counter((weight,), (version,))
 
 
 def _master_dtype(weight: Tensor) -> torch.dtype:
