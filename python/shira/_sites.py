@@ -539,7 +539,7 @@ def settle(items: Iterable[Item]) -> None:
     if unsure:
         # A write through `.data` moves no version of a parameter, so it moves none of the weight that follows. Most
         # often the bits are the same, and a backward pass may be waiting.
-        with _unsafe_preserve_version_counter(tuple(weight for _, weight, _, _ in unsure)):
+        with _unsafe_preserve_version_counter(tuple(one[1] for one in unsure if not one[1].is_inference())):
             _write(unsure)
 
 

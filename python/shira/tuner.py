@@ -1,8 +1,9 @@
 """`SparseTuner`: train a few entries of a model's weights, in place.
 
-The weight itself holds the trained entries, so forward does no added work. The trainable parameters are the ``values``:
+The weight itself holds the trained entries, so forward computes nothing more than before. The trainable parameters are the ``values``:
 one 1-D parameter for each weight, fp32 (fp64 for fp64 weights), registered on the module that owns the weight as
-``<weight>_shira_values``. They are the truth and the weight follows: after every optimizer step a hook writes them.
+``<weight>_shira_values``. They are the truth and the weight follows: after every optimizer step a hook writes them,
+and a forward writes what was edited otherwise (see `shira._sites`).
 
 Their gradients come in one of two ways, chosen for each weight:
 
@@ -209,9 +210,10 @@ class SparseTuner:
 
     A tied weight (an embedding and the head that shares it) is one target: the gradients of its uses are summed.
     Buffers, such as the running statistics of batch normalisation, are neither trained nor put back: keep such layers
-    in ``eval()``. The model must not be copied and the copy trained while a tuner is attached; a tuner is not copied or
-    pickled, `state_dict` and `adapter` are for that. Several tuners may train different weights of one model, and be
-    detached in any order.
+    in ``eval()``. A tuner is not copied or pickled, `state_dict` and `adapter` are for that; a copy of the model computes
+    as the model does, and `shira.detach` gives its base back. Several tuners may train different weights of one model,
+    and be detached in any order. What replaces or freezes parameters (``fully_shard``, PEFT's ``get_peft_model``)
+    comes before the tuner; afterwards training is refused.
 
     Args:
         model: the model; its weights are changed in place, their storage stays.
@@ -224,11 +226,13 @@ class SparseTuner:
         gradient: ``"sampled"`` takes the gradient at the mask alone wherever the layer allows it; ``"dense"`` makes the
             full gradient of every target and masks it, as in the paper (arXiv 2406.13175, section 3.2). A sampled
             gradient is that of the calls of its layers alone: a weight that is also used without them, as in
-            ``F.linear(x, self.embedding.weight)``, needs ``"dense"``, and nothing can tell.
+            ``F.linear(x, self.embedding.weight)``, needs ``"dense"``. The first step refuses what shows: a target without
+            a gradient, and a tied weight with a layer that did not run.
         calibration: batches for a mask by gradients (`shira.masks.Grad`, `shira.masks.Snip`): a batch is what the model
             is called with, a mapping, a tuple, a list or a tensor. The model is as before afterwards.
         loss: ``loss(model, batch)`` gives the scalar for calibration; None: the model's own ``output.loss``.
-        allow_unused: accept targets that get no gradient in the first step (layers that run only now and then).
+        allow_unused: accept targets that get no gradient in the first step (layers that run only now and then), and
+            tied weights with a layer that did not run.
     """
 
     def __init__(
@@ -402,7 +406,12 @@ class SparseTuner:
         return ((tuned.name + VALUES_SUFFIX, tuned.values) for tuned in self._attached())
 
     def sync(self) -> None:
-        """Write the values into the weights. Optimizer steps do it by themselves; edits by hand may need it."""
+        """Write the values into the weights.
+
+        Optimizer steps do it by themselves, and after an edit by hand the next forward of the model. Needed before
+        anything else reads the weights, and after an edit between two steps where the model is compiled as a part of
+        something else (the backward says so).
+        """
         self._enabled("sync")
         write((tuned.target.site, *tuned.target.tensors()) for tuned in self._attached())
 
