@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from shira.optim import SGD, AdamW
     from shira.switcher import Switcher, SwitchError
     from shira.trainer import Trainer
-    from shira.tuner import SparseTuner
+    from shira.tuner import SparseTuner, detach
 
 __all__ = [
     "SGD",
@@ -39,6 +39,7 @@ __all__ = [
     "SwitchError",
     "Switcher",
     "Trainer",
+    "detach",
     "masks",
     "merging",
     "metrics",
@@ -55,6 +56,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "SwitchError": ("shira.switcher", "SwitchError"),
     "Switcher": ("shira.switcher", "Switcher"),
     "Trainer": ("shira.trainer", "Trainer"),
+    "detach": ("shira.tuner", "detach"),
     "masks": ("shira.mask", None),
     "merging": ("shira.merging", None),
     "metrics": ("shira.metrics", None),

@@ -259,6 +259,20 @@ def refuse_first(weights: Iterable[Weight], why: Callable[[Weight], str | None])
             raise SwitchError(f"Switcher: {reason}")
 
 
+def refuse_active(model: torch.nn.Module) -> None:
+    """Refuse to train a model with adapters on it: what is trained there is of a base that nobody has."""
+    for slot in _model.slots(model).values():
+        found: Ledger | None = _ledgers.get(slot.weight)
+        if found is None or found.holder is None or found.pointer != slot.weight.data_ptr():
+            continue
+        if slot.weight.is_inference() or found.version == slot.weight._version:
+            whose = "a Switcher" if found.holder() else "a Switcher that no longer exists, so load the base again"
+            raise RuntimeError(
+                f"SparseTuner: {slot.name} has an active adapter of {whose}: what is trained on top of it would fit no "
+                f"base; switcher.deactivate() first (SparseTuner.from_adapter goes on training an adapter)"
+            )
+
+
 class Watch:
     """Several weights, looked at together: tells in a fraction of a microsecond each that nothing happened to them."""
 

@@ -21,6 +21,8 @@ from shira import _model
 
 # Where DDP looks for the names of what it leaves to others, by its own convention.
 _IGNORES = "_ddp_params_and_buffers_to_ignore"
+# On the model, so that a copied one knows too: which of them are there for a tuner.
+_OURS = "_shira_ignored"
 
 
 def ignore(model: nn.Module, tensors: Iterable[Tensor]) -> list[str]:
@@ -28,16 +30,18 @@ def ignore(model: nn.Module, tensors: Iterable[Tensor]) -> list[str]:
     wanted = {id(tensor) for tensor in tensors}
     names = list(_names(model, wanted))
     if names:
-        setattr(model, _IGNORES, [*getattr(model, _IGNORES, []), *names])
+        for listed in (_IGNORES, _OURS):
+            setattr(model, listed, [*getattr(model, listed, []), *names])
     return names
 
 
-def unignore(model: nn.Module, names: Iterable[str]) -> None:
-    """Take names off the list again, and the list off the model when nothing is left."""
-    dropped = set(names)
-    if dropped:
-        ignored = [name for name in getattr(model, _IGNORES, []) if name not in dropped]
-        setattr(model, _IGNORES, ignored) if ignored else delattr(model, _IGNORES)
+def unignore(model: nn.Module, names: Iterable[str] | None = None) -> None:
+    """Take names off the list again (None: all that tuners put there), and the list off the model when it is empty."""
+    dropped = set(model.__dict__.get(_OURS, ()) if names is None else names)
+    for listed in (_IGNORES, _OURS):
+        if dropped and listed in model.__dict__:
+            kept = [name for name in model.__dict__[listed] if name not in dropped]
+            setattr(model, listed, kept) if kept else delattr(model, listed)
 
 
 def _names(model: nn.Module, wanted: set[int]) -> Iterator[str]:

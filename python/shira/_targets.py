@@ -197,7 +197,9 @@ def check_trainable(name: str, group: Sequence[_model.Slot]) -> None:
     """Refuse a weight that cannot take values, and say why."""
     weight = group[0].weight
     if any(hasattr(slot.module, slot.attribute + VALUES_SUFFIX) for slot in group):
-        raise ValueError(f"SparseTuner: {name} is already trained by a tuner; detach that one first")
+        raise ValueError(
+            f"SparseTuner: {name} is already trained by a tuner; detach that one first (shira.detach(model))"
+        )
     foreign = _model.foreign(weight)
     if foreign is not None:
         raise ValueError(f"SparseTuner: {name} {foreign}")

@@ -1,8 +1,9 @@
 """`SparseTuner`: train a few entries of a model's weights, in place.
 
-The weight itself holds the trained entries, so forward does no added work. The trainable parameters are the ``values``:
+The weight itself holds the trained entries, so forward computes nothing more than before. The trainable parameters are the ``values``:
 one 1-D parameter for each weight, fp32 (fp64 for fp64 weights), registered on the module that owns the weight as
-``<weight>_shira_values``. They are the truth and the weight follows: after every optimizer step a hook writes them.
+``<weight>_shira_values``. They are the truth and the weight follows: after every optimizer step a hook writes them,
+and a forward writes what was edited otherwise (see `shira._sites`).
 
 Their gradients come in one of two ways, chosen for each weight:
 
@@ -20,6 +21,7 @@ import os
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -30,253 +32,107 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakTensorKeyDictionary
 
 import shira_ops
-from shira import _layers, _live, _model, _ranks, _targets
+from shira import _live, _model, _ranks, _targets
 from shira._file import hex_word
 from shira._layers import Attach
+from shira._sites import (
+    Group,
+    Place,
+    Site,
+    Target,
+    check_reached,
+    follow,
+    is_detached,
+    known,
+    mark_written,
+    put,
+    refuse_replaced,
+    scatter,
+    settle,
+    sites_of,
+    take_off,
+    target_of,
+    uncover,
+    write,
+)
 from shira._targets import INDICES_SUFFIX, VALUES_SUFFIX
-from shira.adapter import Adapter, AdapterError, Entry, dtype_name
+from shira.adapter import Adapter, AdapterError, Entry
 from shira.mask import AUTO_GRANULE, Given, Mask, default
 from shira.switcher import fitted
 
-__all__ = ["Attach", "SparseTuner"]
+__all__ = ["Attach", "SparseTuner", "Target", "detach", "is_detached", "mark_written", "target_of"]
 
-
-@dataclass(eq=False)
-class Site:
-    """How one weight is trained. Plain data, so that a model can be copied and pickled with it."""
-
-    name: str
-    attribute: str
-    granule: int
-    dtype: torch.dtype
-    # Whether the weight's dense gradient is made and gathered; else every layer that uses it samples its own.
-    dense: bool
-    # The values, their memory and its version, that the weight was last written from: anything else that is found is
-    # written. Some put other memory under a parameter (`.data =`, as `vector_to_parameters` does): no version moves.
-    written: tuple[weakref.ref[Tensor], int, int] | None = None
-    # Whether a gradient has ever reached the values; if not, a step is refused unless that is allowed.
-    reached: bool = False
-    allow_unused: bool = False
-
-    @property
-    def values_name(self) -> str:
-        return self.attribute + VALUES_SUFFIX
-
-    @property
-    def indices_name(self) -> str:
-        return self.attribute + INDICES_SUFFIX
-
-    def is_written(self, values: Tensor) -> bool:
-        """Whether the weight holds these values."""
-        if self.written is None:
-            return False
-        known, memory, version = self.written
-        same = known() is values and values.untyped_storage()._cdata == memory
-        return same and (values.is_inference() or values._version == version)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy of a model has values of its own, that nobody has compared with its weights.
-        return {**self.__dict__, "written": None}
-
-
-@dataclass(eq=False)
-class Target:
-    """A site, the module it is on while that lives, and the base's entries."""
-
-    site: Site
-    owner: weakref.ref[nn.Module]
-    saved: Tensor
-    indices: Tensor  # the tuner's own copy
-    compared: bool = False  # with the other ranks
-
-    def tensors(self) -> tuple[nn.Parameter, Tensor, nn.Parameter]:
-        """weight, indices and values; refuses values that have lost their precision, a weight in another order."""
-        module = self.owner()
-        if module is None:
-            raise RuntimeError(f"the module that held {self.site.name} no longer exists")
-        return _tensors(self.site, module)
-
-
-# From a values parameter to what it trains, None once its tuner is detached. Weak: an optimizer may outlive a tuner,
-# and a model both.
-_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-# A weight to how many attached tuners freeze it, and whether it required grad before the first of them.
-_frozen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# What a module's parameters required before tuners froze them, by attribute, and how many tuners did. On the module
+# itself, so that a copied model can be given back as well.
+_KEPT = "_shira_kept"
+# On a model: the handles of what tuners put on it as a whole.
+_ROOT = "_shira_root"
+# Added to the version of a weight that holds the base within `SparseTuner.disabled`: no version that it has outside.
+_ASIDE = 2**30
 _optimizer_hooks: list[RemovableHandle] = []
-
-
-def target_of(parameter: Tensor) -> Target | None:
-    """What a parameter trains, if it is the values of an attached tuner."""
-    found: Target | None = _known.get(parameter)
-    return found
-
-
-def is_detached(parameter: Tensor) -> bool:
-    """Whether a parameter was the values of a tuner that is now detached."""
-    return parameter in _known and _known[parameter] is None
-
-
-def _tensors(site: Site, owner: nn.Module) -> tuple[nn.Parameter, Tensor, nn.Parameter]:
-    if "_is_replica" in owner.__dict__:
-        raise RuntimeError(
-            "SparseTuner: DataParallel runs copies of the model on several devices, which values are not written into; "
-            "use DistributedDataParallel, or one device (CUDA_VISIBLE_DEVICES)"
-        )
-    values = getattr(owner, site.values_name)
-    if values.dtype != site.dtype:
-        raise RuntimeError(
-            f"{site.name}{VALUES_SUFFIX} must stay {dtype_name(site.dtype)}, got {dtype_name(values.dtype)}: the model "
-            f"was cast after the tuner was attached; cast it first, or detach the tuner, cast, and attach again"
-        )
-    weight: nn.Parameter = getattr(owner, site.attribute)
-    if not weight.is_contiguous():
-        raise RuntimeError(
-            f"SparseTuner: {site.name} is no longer contiguous, as the tuner found it and as its values are written; "
-            f"{_model.stride_advice(site.name, weight)}"
-        )
-    return weight, getattr(owner, site.indices_name), values
-
-
-# ---- hooks of modules and weights ----------------------------------------------------------------------------
-# They reach values and indices through the module that owns them, so that they work in a copied model too.
-
-
-def _attach(
-    site: Site,
-    owner: nn.Module | None,
-    rule: str,
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    output: Tensor,
-) -> Any:
-    """The forward hook of a layer that samples; ``owner`` is None where that is the layer itself."""
-    _, indices, values = _tensors(site, owner or module)
-    if not torch.is_grad_enabled() or not values.requires_grad:
-        return None
-    input = args[0] if args else next(iter(kwargs.values()))
-    return _layers.attach(rule, module, output, values, input, indices, site.granule)
-
-
-def _follow(sites: Sequence[tuple[Site, nn.Module | None]], module: nn.Module, args: tuple[Any, ...]) -> None:
-    """The forward pre-hook: write values that were edited outside an optimizer step."""
-    if torch.compiler.is_compiling():
-        # A version check would break the graph; there, the optimizer's hook, loading and sync() write.
-        return
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "SparseTuner: values are written into weights, which torch.func cannot follow; use torch.autograd"
-        )
-    for site, owner in sites:
-        weight, indices, values = _tensors(site, owner or module)
-        if weight.requires_grad and not getattr(weight, "_post_accumulate_grad_hooks", None):
-            raise RuntimeError(
-                f"SparseTuner: the dense gradient of {site.name} would train all of it: the model was copied while a "
-                f"tuner was attached, or its weights were unfrozen; detach the copy's source first, or give them "
-                f"requires_grad=False"
-            )
-        if not site.is_written(values):
-            _write([(site, weight, indices, values)])
-
-
-def _loaded(site: Site, module: nn.Module, _: Any) -> None:
-    """After a state dict was loaded: the weight follows the values, whatever came for either."""
-    weight, indices, values = _tensors(site, module)
-    known = site.written[0]() if site.written is not None else values
-    if known is not values:
-        raise RuntimeError(
-            f"SparseTuner: {site.name}{VALUES_SUFFIX} was replaced, so that no optimizer trains it; load into the "
-            f"parameter itself (load_state_dict with assign=False)"
-        )
-    _write([(site, weight, indices, values)])
-
-
-def _gathered(target: Target, weight: Tensor) -> None:
-    """The hook of a weight whose dense gradient has just been made: keep the mask's entries, free the rest."""
-    grad, weight.grad = weight.grad, None
-    _, indices, values = target.tensors()
-    if grad is None or not values.requires_grad:
-        return
-    dense = grad.to_dense() if grad.is_sparse else grad
-    at_mask = shira_ops.gather(dense.contiguous(), indices, granule=target.site.granule).to(values.dtype)
-    # Through autograd and not by hand: so it accumulates, and hooks of the values and of DDP run, as for any parameter.
-    torch.autograd.backward(values, at_mask, create_graph=torch.is_grad_enabled())
-
-
-def _write(items: Iterable[tuple[Site, Tensor, Tensor, Tensor]]) -> None:
-    """Write values into weights, one call for each device and granule."""
-    groups: dict[tuple[torch.device, int], list[tuple[Site, Tensor, Tensor, Tensor]]] = {}
-    for item in items:
-        groups.setdefault((item[1].device, item[0].granule), []).append(item)
-    with torch.no_grad():
-        for (_, granule), group in groups.items():
-            shira_ops.foreach_scatter_(
-                [weight for _, weight, _, _ in group],
-                [indices for _, _, indices, _ in group],
-                [values.detach().to(weight.dtype) for _, weight, _, values in group],
-                granule=granule,
-            )
-            for site, _, _, values in group:
-                mark_written(site, values)
-
-
-def mark_written(site: Site, values: Tensor) -> None:
-    """Note that the weight holds the values as they are now."""
-    version = -1 if values.is_inference() else values._version
-    site.written = weakref.ref(values), values.untyped_storage()._cdata, version
+# The attached tuners that somebody still holds. What they put on a model is all there, and does not need them.
+_held: weakref.WeakSet[SparseTuner] = weakref.WeakSet()
 
 
 # ---- hooks of optimizers -------------------------------------------------------------------------------------
 
 
 def _targets_in(optimizer: Optimizer) -> list[tuple[Tensor, Target]]:
-    if not len(_known):
+    if not len(known):
         return []
     found = ((p, target_of(p)) for group in optimizer.param_groups for p in group["params"])
     return [(values, target) for values, target in found if target is not None]
 
 
-def _check_reached(targets: Sequence[tuple[Tensor, Target]]) -> None:
-    """Refuse the first step if a target got no gradient: it would never train, and nobody would notice."""
-    missing = []
-    for values, target in targets:
-        site = target.site
-        site.reached = site.reached or values.grad is not None
-        if not site.reached and not site.allow_unused and values.requires_grad:
-            missing.append(site.name)
-    if missing:
-        raise RuntimeError(
-            f"SparseTuner: no gradient reached {_model.some(missing)}; either there was no backward pass, or the loss "
-            f"does not depend on it, or checkpointing with use_reentrant=True got no input that requires grad "
-            f"(use_reentrant=False needs none). Leave it out with targets=, or, if it is used only in some steps, pass "
-            f"allow_unused=True"
-        )
-
-
-def _compare_ranks(targets: Sequence[Target]) -> None:
-    """At their first step. A collective call, at a place that all ranks of a model come to together."""
-    trained = []
-    for target in targets:
-        weight, _, values = target.tensors()
-        owner, site = target.owner(), target.site
-        assert owner is not None
-        dense = weight if site.dense else None
-        trained.append(_ranks.Trained(site.name, owner, site.granule, target.indices, values, target.saved, dense))
-    _ranks.compare(trained)
-    for target in targets:
-        target.compared = True
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    targets = _targets_in(optimizer)
+    for values, target in targets:
+        site, module = target.site, target.module()
+        for name, wanted in ((site.values_name, values), (site.attribute, site.own_weight)):
+            if module._parameters.get(name) is not wanted:
+                refuse_replaced(site.name + name.removeprefix(site.attribute))
+        if site.group.off:
+            raise RuntimeError(
+                "SparseTuner: an optimizer cannot step inside `with tuner.disabled()`, where the model is the base"
+            )
+        if _in_backward() and getattr(optimizer, "writes_weights", False):
+            raise RuntimeError(
+                f"shira.{type(optimizer).__name__} writes the weights, which the rest of the backward pass still "
+                f"needs; to step inside backward use one of torch.optim, whose values are written at its end"
+            )
+    _compare_ranks([(values, target) for values, target in targets if not target.site.compared])
     # args holds the optimizer itself first; with a closure the gradients are yet to come.
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
-    targets = _targets_in(optimizer)
-    _compare_ranks([target for _, target in targets if not target.compared])
     if closure is None:
         _check_reached(targets)
+
+
+def _compare_ranks(targets: Sequence[tuple[Tensor, Target]]) -> None:
+    """At their first step. A collective call, at a place that all ranks of a model come to together."""
+    trained = []
+    for values, target in targets:
+        site, owner = target.site, target.module()
+        dense = site.own_weight if site.dense else None
+        trained.append(_ranks.Trained(site.name, owner, site.granule, site.indices, values, site.saved, dense))
+    _ranks.compare(trained)
+    for _, target in targets:
+        target.site.compared = True
+
+
+def _check_reached(targets: Sequence[tuple[Tensor, Target]]) -> None:
+    if not _in_backward():
+        check_reached(target.site for _, target in targets)
+        return
+    for values, target in targets:
+        target.site.note(values)
+        # Whatever has none yet may get it later in the pass; the next forward looks.
+        target.site.group.early = True
 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -284,8 +140,17 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
     if not targets:
         return
     _check_reached(targets)
-    if not getattr(optimizer, "writes_weights", False):
-        _write((target.site, *target.tensors()) for _, target in targets)
+    if getattr(optimizer, "writes_weights", False):
+        return
+    if _in_backward():
+        # What is left of the pass needs the weights as they were in the forward.
+        torch.autograd.Variable._execution_engine.queue_callback(partial(_write_targets, targets))
+    else:
+        _write_targets(targets)
+
+
+def _write_targets(targets: Sequence[tuple[Tensor, Target]]) -> None:
+    write((target.site, *target.tensors()) for _, target in targets)
 
 
 def _watch_optimizers() -> None:
@@ -295,7 +160,7 @@ def _watch_optimizers() -> None:
 
 
 def _stop_watching() -> None:
-    if all(target is None for target in _known.values()):
+    if all(target is None for target in known.values()):
         for handle in _optimizer_hooks:
             handle.remove()
         _optimizer_hooks.clear()
@@ -320,11 +185,10 @@ class _Plan:
 
 @dataclass(eq=False)
 class _Tuned:
-    """One weight a tuner trains, and all that takes it back."""
+    """One weight a tuner trains."""
 
     plan: _Plan
     target: Target
-    handles: list[RemovableHandle]
 
     @property
     def name(self) -> str:
@@ -354,78 +218,60 @@ class SparseTuner:
     have the base back at the end.
 
     A tied weight (an embedding and the head that shares it) is one target: the gradients of its uses are summed.
-    Who counts the model's parameters counts the values beside the weights they are in; `nnz` is what trains.
     Buffers, such as the running statistics of batch normalisation, are neither trained nor put back: keep such layers
-    in ``eval()``. The model must not be copied and the copy trained while a tuner is attached; a tuner is not copied or
-    pickled, `state_dict` and `adapter` are for that. Several tuners may train different weights of one model, and be
-    detached in any order.
+    in ``eval()``. A tuner is not copied or pickled, `state_dict` and `adapter` are for that; a copy of the model computes
+    as the model does, and `shira.detach` gives its base back. Several tuners may train different weights of one model,
+    and be detached in any order. What replaces or freezes parameters (``fully_shard``, PEFT's ``get_peft_model``)
+    comes before the tuner; afterwards training is refused.
 
     Args:
-        model: the model; its weights are changed in place, their storage stays. Wrap it in DistributedDataParallel
-            afterwards, with the same mask on every rank (the first step compares them).
-        mask: one of ``shira.masks``; or 0/1 tensors by the weights' names, or a function of a weight's name and the
-            weight that gives one (`shira.masks.Given`). None: ``shira.masks.default()``, random granules, 1 % of every
-            weight, the same ones every time (`shira.masks.Rand` says when to give another seed).
+        model: the model; its weights are changed in place, their storage stays.
+        mask: one of ``shira.masks``. None: ``shira.masks.default()``, random granules, 1 % of every weight.
         targets: which weights. A regular expression searched in names: of modules with weights (linear, convolution,
             embedding and attention modules; for any other its own matrices), or of parameters. Or a list of such names,
-            whole or their last parts (``"q_proj"``). None or ``"all-linear"``: every ``nn.Linear`` and transformers'
-            ``Conv1D``, and 3-D weights of experts, but nothing of the model's output head (what
-            ``get_output_embeddings()`` or timm's ``get_classifier()`` gives, and ``score`` and ``classifier`` of
-            transformers' models); with masks by name just the weights these name.
-        exclude: what to leave out of the targets: a regular expression searched in names of modules and parameters, or
-            a list of such names. A module's name means all that is in it; of a tied weight any name will do.
+            whole or their last parts (``"q_proj"``). None: every ``nn.Linear`` and transformers' ``Conv1D``.
         whole: parameters to train as a whole, such as a new head: a regular expression searched in parameter names, or
             a list of names of parameters or modules. They become part of the adapter, and `detach` puts them back.
         gradient: ``"sampled"`` takes the gradient at the mask alone wherever the layer allows it; ``"dense"`` makes the
             full gradient of every target and masks it, as in the paper (arXiv 2406.13175, section 3.2). A sampled
             gradient is that of the calls of its layers alone: a weight that is also used without them, as in
-            ``F.linear(x, self.embedding.weight)``, needs ``"dense"``, and nothing can tell.
+            ``F.linear(x, self.embedding.weight)``, needs ``"dense"``. The first step refuses what shows: a target without
+            a gradient, and a tied weight with a layer that did not run.
         calibration: batches for a mask by gradients (`shira.masks.Grad`, `shira.masks.Snip`): a batch is what the model
             is called with, a mapping, a tuple, a list or a tensor. The model is as before afterwards.
         loss: ``loss(model, batch)`` gives the scalar for calibration; None: the model's own ``output.loss``.
-        allow_unused: accept targets that get no gradient in the first step (layers that run only now and then).
+        allow_unused: accept targets that get no gradient in the first step (layers that run only now and then), and
+            tied weights with a layer that did not run.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        mask: Mask | Mapping[str, Tensor] | Callable[[str, Tensor], Tensor] | None = None,
+        mask: Mask | None = None,
         targets: str | Sequence[str] | None = None,
         *,
-        exclude: str | Sequence[str] | None = None,
         whole: str | Sequence[str] | None = None,
         gradient: str = "sampled",
         calibration: Iterable[Any] | None = None,
         loss: Callable[[nn.Module, Any], Tensor] | None = None,
         allow_unused: bool = False,
     ) -> None:
-        mask = default() if mask is None else Given.of(mask)
+        if mask is None:
+            mask = default()
+        if not isinstance(mask, Mask):
+            raise TypeError(f"SparseTuner: mask must be one of shira.masks, got {type(mask).__name__}")
         self._open(model, gradient, mask, mask.describe())
         names = _targets.Names(self.model)
         entire = names.whole(whole)
-        if targets is None and isinstance(mask, Given) and mask.names is not None:
-            targets = "|".join(f"^{re.escape(name)}$" for name in mask.names)
-        chosen = {name: group for name, group in names.targets(targets, exclude).items() if name not in entire}
+        chosen = {name: group for name, group in names.targets(targets).items() if name not in entire}
         if not chosen and not entire:
             raise ValueError("SparseTuner: targets is empty, so nothing would train")
-        _targets.check_apart([*chosen.values(), *entire.values()])
         mask.check({name: group[0].weight for name, group in chosen.items()})
         places = {name: [(slot.module, slot.attribute) for slot in group] for name, group in chosen.items()}
         mask.prepare(self.model, places, calibration, loss)
-        sparse = [self._masked(mask, name, group) for name, group in chosen.items()]
-        self._install([*sparse, *(self._entire(name, group) for name, group in entire.items())], allow_unused)
-        if mask.granule == "auto":
-            finer = [plan.name for plan in sparse if plan.granule < AUTO_GRANULE]
-            if finer:
-                what = "1 weight has" if len(finer) == 1 else f"{len(finer)} weights have"
-                self._notes.append(
-                    f"{what} granules of less than {AUTO_GRANULE} entries, since {AUTO_GRANULE} does not divide their "
-                    f"last dimension: {_model.some(finer)}"
-                )
-        if targets in (None, _targets.ALL_LINEAR):
-            heads = [name for name in names.heads() if not any(one.startswith(f"{name}.") for one in entire)]
-            if heads:
-                self._notes.append(f"left out: {_model.some(heads)}, the output head")
+        plans = [self._masked(mask, name, group) for name, group in chosen.items()]
+        plans += [self._entire(name, group) for name, group in entire.items()]
+        self._install(plans, allow_unused)
 
     @classmethod
     def from_adapter(
@@ -481,12 +327,15 @@ class SparseTuner:
         if isinstance(model, nn.Module):
             _targets.check_model(model)
         self.model = _model.unwrap(model)
+        _live.refuse_active(self.model)
         self.mask, self._about = mask, about
         self._gradient = gradient
         self._alpha = 1.0
         self._tuned: list[_Tuned] = []
-        self._froze: list[nn.Parameter] = []
+        self._froze: list[_model.Slot] = []
         self._root: list[RemovableHandle] = []
+        self._group = Group(model=weakref.ref(self.model))
+        self._disabled = 0
         self._ignored: list[str] = []  # what DistributedDataParallel leaves alone
         self._notes: list[str] = []  # what `summary` says besides
 
@@ -514,27 +363,29 @@ class SparseTuner:
 
     def _install(self, plans: Sequence[_Plan], allow_unused: bool) -> None:
         """Everything is checked: from here on the model changes."""
+        names = _targets.Names(self.model)
         slots = _model.slots(self.model)
-        # Once each: a tied weight that was met a second time would be remembered as frozen.
-        base = {id(slot.weight): slot.weight for name, slot in slots.items() if not name.endswith(VALUES_SUFFIX)}
-        # What another tuner trains is its own affair.
-        others = {id(slot.weight) for slot in slots.values() if hasattr(slot.module, slot.attribute + VALUES_SUFFIX)}
-        for weight in base.values():
-            tuners, required = _frozen.get(weight, (0, weight.requires_grad))
-            _frozen[weight] = tuners + 1, required
-            self._froze.append(weight)
-            if id(weight) not in others:
-                weight.requires_grad_(False)
-        for plan in plans:
-            self._tuned.append(self._put(plan, allow_unused))
-        dense = [tuned for tuned in self._tuned if tuned.target.site.dense]
-        if dense:
-            # Their modules' forward may not run, so the model's own looks after them.
-            sites = [(tuned.target.site, tuned.owner) for tuned in dense]
-            self._root.append(self.model.register_forward_pre_hook(partial(_follow, sites)))
-        weights = [tuned.plan.slots[0].weight for tuned in dense]
+        self._froze = [slot for name, slot in slots.items() if not name.endswith(VALUES_SUFFIX)]
+        for slot in self._froze:
+            kept = slot.module.__dict__.setdefault(_KEPT, {})
+            tuners, required = kept.get(slot.attribute, (0, slot.weight.requires_grad))
+            kept[slot.attribute] = tuners + 1, required
+        for slot in self._froze:
+            # What another tuner trains is its own affair.
+            if not any(hasattr(one.module, one.attribute + VALUES_SUFFIX) for one in names.of(slot)):
+                slot.weight.requires_grad_(False)
+        self._tuned = [self._put(plan, allow_unused) for plan in plans]
+        weights = [tuned.plan.slots[0].weight for tuned in self._tuned if tuned.target.site.dense]
         indices = [getattr(tuned.owner, tuned.target.site.indices_name) for tuned in self._tuned]
         self._ignored = _ranks.ignore(self.model, [*weights, *indices])
+        # The forward of the modules of dense ones may not run, so the model's own looks after all of them.
+        sites = [(tuned.target.site, tuned.owner) for tuned in self._tuned]
+        self._root = [
+            self.model.register_forward_pre_hook(partial(follow, sites, True), prepend=True),
+            self.model.register_forward_hook(partial(uncover, self._group), always_call=True),
+        ]
+        self.model.__dict__.setdefault(_ROOT, []).extend(self._root)
+        _held.add(self)
         if any(plan.start is not None for plan in plans):
             self.sync()
         _watch_optimizers()
@@ -544,32 +395,19 @@ class SparseTuner:
         rules: list[str | None] = [None] * len(plan.slots)
         if self._gradient == "sampled" and plan.granule < weight.numel():
             rules = _targets.rules(plan.slots, plan.granule)
-        dense = rules[0] is None
         dtype = _master_dtype(weight)
         start = plan.saved if plan.start is None else plan.start
         values = nn.Parameter(start.to(dtype, copy=True))
-        site = Site(plan.name, plan.slots[0].attribute, plan.granule, dtype, dense, allow_unused=allow_unused)
+        places = [Place(slot.name) for slot in plan.slots]
+        site = Site(
+            plan.name, plan.slots[0].attribute, plan.granule, dtype, rules[0] is None, plan.saved,
+            plan.indices.to("cpu", copy=True), self._group, places, allow_unused,
+        )  # fmt: skip
         # On the first owner alone: under several names it would be one more tied weight to those who save models.
         owner.register_parameter(site.values_name, values)
         owner.register_buffer(site.indices_name, plan.indices, persistent=False)
-        # Buffers are everybody's: DistributedDataParallel overwrites them, averages of models average them. The way
-        # back must not depend on them.
-        plan.indices = plan.indices.to("cpu", copy=True)
-        target = Target(site, weakref.ref(owner), plan.saved, plan.indices)
-        handles: list[RemovableHandle] = [owner.register_load_state_dict_post_hook(partial(_loaded, site))]
-        if dense:
-            weight.requires_grad_(True)
-            handles.append(weight.register_post_accumulate_grad_hook(partial(_gathered, target)))
-        for slot, rule in zip(plan.slots, rules, strict=True):
-            elsewhere = None if slot.module is owner else owner
-            handles.append(slot.module.register_forward_pre_hook(partial(_follow, [(site, elsewhere)])))
-            if rule is not None:
-                # First of all hooks: others may change the output, and this one needs the layer's own.
-                hook = partial(_attach, site, elsewhere, rule)
-                handles.append(slot.module.register_forward_hook(hook, with_kwargs=True, prepend=True))
-        mark_written(site, values)
-        _known[values] = target
-        return _Tuned(plan, target, handles)
+        plan.indices = site.indices
+        return _Tuned(plan, put(site, [slot.module for slot in plan.slots], rules))
 
     # ---- while it trains -------------------------------------------------------------------------------------
 
@@ -581,15 +419,15 @@ class SparseTuner:
         """The trainable values under their names in the model, ``<weight>_shira_values``."""
         return ((tuned.name + VALUES_SUFFIX, tuned.values) for tuned in self._attached())
 
-    def _trained(self) -> Iterator[nn.Parameter]:
-        """The values and the weights that follow them: what a tuner's state stands for."""
-        for tuned in self._attached():
-            yield tuned.values
-            yield getattr(tuned.owner, tuned.target.site.attribute)
-
     def sync(self) -> None:
-        """Write the values into the weights. Optimizer steps do it by themselves; edits by hand may need it."""
-        _write((tuned.target.site, *tuned.target.tensors()) for tuned in self._attached())
+        """Write the values into the weights.
+
+        Optimizer steps do it by themselves, and after an edit by hand the next forward of the model. Needed before
+        anything else reads the weights, and after an edit between two steps where the model is compiled as a part of
+        something else (the backward says so).
+        """
+        self._enabled("sync")
+        write((tuned.target.site, *tuned.target.tensors()) for tuned in self._attached())
 
     def adapter(self, *, alpha: float | None = None, provenance: Mapping[str, Any] | None = None) -> Adapter:
         """The trained entries as an `Adapter`: exactly what the weights now hold, in the weights' dtype.
@@ -598,6 +436,7 @@ class SparseTuner:
             alpha: the strength it will have unless another is asked for: 1, or that of the adapter this went on from.
             provenance: anything worth keeping, in JSON's types.
         """
+        self._enabled("adapter")
         self.sync()
         entries: dict[str, Entry] = {}
         for tuned in self._tuned:
@@ -631,39 +470,31 @@ class SparseTuner:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take values from a `state_dict`; refuses, with nothing changed, that of another base, mask or model."""
-        self.check_state_dict(state)
-        with torch.no_grad():
-            for tuned in self._attached():
-                tuned.values.copy_(state["weights"][tuned.name]["values"])
-        self.sync()
-
-    def check_state_dict(self, state: Any) -> None:
-        """Raise the `ValueError` that `load_state_dict` would raise, and take nothing."""
-        known = state.get("version") if isinstance(state, Mapping) else None
-        if type(known) is not int or known != 1 or not isinstance(state.get("weights"), Mapping):
-            raise ValueError(f"SparseTuner: this is no state of a tuner (version {known!r:.80})")
+        self._enabled("load_state_dict")
+        version = state.get("version") if isinstance(state, Mapping) else None
+        if version != 1 or not isinstance(state.get("weights"), Mapping):
+            raise ValueError(f"SparseTuner: this is no state of a tuner (version {version!r})")
         weights, tuned_here = state["weights"], {tuned.name: tuned for tuned in self._attached()}
         missing, foreign = tuned_here.keys() - weights.keys(), weights.keys() - tuned_here.keys()
         if missing or foreign:
             raise ValueError(
                 f"SparseTuner: the state is of another adapter: it has not {_model.some(sorted(missing))}, "
-                f"and has {_model.some(sorted(map(str, foreign)))} besides"
+                f"and has {_model.some(sorted(foreign))} besides"
             )
         what = {
             "shape": "another shape", "granule": "another granule", "indices": "other entries (another mask)",
             "fingerprint": "another base",
         }  # fmt: skip
         for name, tuned in tuned_here.items():
-            entry = weights[name]
-            if not isinstance(entry, Mapping) or not isinstance(entry.get("values"), Tensor):
-                raise ValueError(f"SparseTuner: the state has no values of {name}")
             for key, wanted in _identity(tuned).items():
-                if repr(entry.get(key)) != repr(wanted):  # of whatever a broken file holds
+                if weights[name].get(key) != wanted:
                     raise ValueError(f"SparseTuner: the state is of another adapter: {name} has {what[key]}")
-            if entry["values"].shape != tuned.values.shape:
+            if weights[name]["values"].shape != tuned.values.shape:
                 raise ValueError(f"SparseTuner: the state's values of {name} have the wrong length")
-            if not entry["values"].is_floating_point():
-                raise ValueError(f"SparseTuner: the state's values of {name} must be floats")
+        with torch.no_grad():
+            for name, tuned in tuned_here.items():
+                tuned.values.copy_(weights[name]["values"])
+        self.sync()
 
     # ---- taking off ------------------------------------------------------------------------------------------
 
@@ -674,6 +505,7 @@ class SparseTuner:
         hold all of the change. Puts the base's entries in for as long as it reads a weight, so no forward may run
         meanwhile, nor wait for its backward.
         """
+        self._enabled("verify")
         wrong = []
         for tuned in self._attached():
             weight, indices, _ = tuned.target.tensors()
@@ -697,46 +529,82 @@ class SparseTuner:
 
         Only the entries that train are written: what anything else changed meanwhile stays (`verify` tells).
         """
-        groups: dict[tuple[torch.device, int], list[tuple[Tensor, Tensor, Tensor]]] = {}
-        for tuned in self._tuned:
-            site = tuned.target.site
-            weight: nn.Parameter = getattr(tuned.owner, site.attribute)
-            indices = tuned.plan.indices.to(weight.device)
-            # The model may have moved, or been cast, since: a cast base has the cast of these entries.
-            saved = tuned.plan.saved.to(device=weight.device, dtype=weight.dtype)
-            if not weight.is_contiguous():  # put into another order since, as by model.to(memory_format=...)
-                whole = weight.detach().contiguous()
-                shira_ops.scatter_(whole, indices, saved, granule=site.granule)
-                weight.detach().copy_(whole)
-                continue
-            groups.setdefault((weight.device, site.granule), []).append((weight, indices, saved))
-        with torch.no_grad():
-            for (_, granule), items in groups.items():
-                weights, indices_list, saved_list = (list(column) for column in zip(*items, strict=True))
-                shira_ops.foreach_scatter_(weights, indices_list, saved_list, granule=granule)
-        for tuned in self._tuned:
-            site = tuned.target.site
-            _known[tuned.values] = None
-            for handle in tuned.handles:
-                handle.remove()
-            delattr(tuned.owner, site.values_name)
-            delattr(tuned.owner, site.indices_name)
+        self._enabled("detach")
+        if not self._tuned:
+            return
+        take_off([(tuned.target.site, tuned.owner) for tuned in self._tuned])
         for handle in self._root:
             handle.remove()
         _ranks.unignore(self.model, self._ignored)
-        for tuned in self._tuned:
-            getattr(tuned.owner, tuned.target.site.attribute).requires_grad_(False)
-        for weight in self._froze:
-            tuners, required = _frozen.pop(weight)
+        _keep(self.model, _ROOT, [handle for handle in self.model.__dict__[_ROOT] if handle not in self._root])
+        _held.discard(self)
+        for slot in self._froze:
+            kept = slot.module.__dict__[_KEPT]
+            tuners, required = kept.pop(slot.attribute)
             if tuners > 1:  # the last tuner to go gives back what was before the first
-                _frozen[weight] = tuners - 1, required
-            else:
+                kept[slot.attribute] = tuners - 1, required
+            elif (weight := slot.module._parameters.get(slot.attribute)) is not None:
                 weight.requires_grad_(required)
+            _keep(slot.module, _KEPT, kept)
         self._tuned.clear()
         self._froze.clear()
         self._ignored.clear()
         self._root.clear()
         _stop_watching()
+
+    @contextmanager
+    def disabled(self) -> Iterator[SparseTuner]:
+        """The base within a ``with`` block, for reference logits, say; afterwards the trained weights, bit for bit.
+
+        Nothing that is computed inside gives the values a gradient. Blocks may be nested, and stand between a forward
+        and its backward, since the weights are the same again, to autograd too; a backward inside the block is refused
+        by autograd where it needs the trained weights. Optimizers cannot step inside. Holds a copy of the entries.
+        """
+        if self._disabled:
+            self._disabled += 1
+            try:
+                yield self
+            finally:
+                self._disabled -= 1
+            return
+        # The weights hold the values first of all: what is put back afterwards is what they are now.
+        items = [(tuned.target.site, *tuned.target.tensors()) for tuned in self._attached()]
+        settle(items)
+        required = [weight.requires_grad for _, weight, _, _ in items]
+        with torch.no_grad():
+            trained = [shira_ops.gather(weight, indices, granule=site.granule) for site, weight, indices, _ in items]
+        before = [(weight, weight._version) for _, weight, _, _ in items]
+        self._disabled, self._group.off = 1, True
+        try:
+            scatter((site.granule, weight, at, site.saved.to(weight.device)) for site, weight, at, _ in items)
+            # A version of its own tells autograd what was saved inside from what was saved outside.
+            _set_versions((weight, version + _ASIDE) for weight, version in before)
+            for weight, _ in before:
+                weight.requires_grad_(False)
+            yield self
+        finally:
+            self._disabled, self._group.off = 0, False
+            # Wherever the model is by now.
+            now = [getattr(tuned.owner, tuned.target.site.attribute) for tuned in self._tuned]
+            undisturbed = [
+                (weight, version)
+                for (weight, version), found in zip(before, now, strict=True)
+                if weight is found and weight._version == version + _ASIDE
+            ]
+            scatter(
+                (site.granule, weight, getattr(tuned.owner, site.indices_name), entries.to(weight.device, weight.dtype))
+                for tuned, (site, *_), weight, entries in zip(self._tuned, items, now, trained, strict=True)
+            )
+            # The very bits that autograd saved are there again.
+            _set_versions(undisturbed)
+            for weight, requires in zip(now, required, strict=True):
+                weight.requires_grad_(requires)
+
+    def _enabled(self, what: str) -> None:
+        if self._disabled:
+            raise RuntimeError(
+                f"SparseTuner: not inside `with tuner.disabled()`, where the model is the base: {what}()"
+            )
 
     def __enter__(self) -> SparseTuner:
         return self
@@ -791,7 +659,7 @@ class SparseTuner:
             rows = [row[:-1] for row in rows]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        share = self.nnz / max(1, sum(weight.numel() for weight in self._froze))
+        share = self.nnz / max(1, sum({id(slot.weight): slot.weight.numel() for slot in self._froze}.values()))
         lines.append(
             f"{self.nnz:,} trainable entries: {self.density:.2%} of {len(self._tuned)} weights, "
             f"{share:.2%} of the model"
@@ -810,6 +678,58 @@ class SparseTuner:
             return "SparseTuner(detached)"
         mask = "no mask" if self._about is None else self._about.get("name", "a mask")
         return f"SparseTuner({mask}, {len(self._tuned)} weights, {self.nnz:,} entries, {self.density:.2%})"
+
+
+def detach(model: nn.Module) -> None:
+    """Take every tuner off a model and give the base back, bit for bit; without one, nothing happens.
+
+    The way back where the tuner is no longer at hand. Also for a copied or unpickled model, which has all that a tuner
+    put on the first one; that one stays as it is.
+    """
+    model = _model.unwrap(model)
+    modules = list(model.modules())
+    inside = {id(module) for module in modules}
+    for tuner in list(_held):
+        if id(tuner.model) in inside:
+            tuner.detach()
+        elif any(id(slot.module) in inside for slot in tuner._froze):
+            raise RuntimeError(
+                f"shira.detach: a tuner is on the {type(tuner.model).__name__} that has this module; detach it there"
+            )
+    left = sites_of(model)
+    for site, _ in left:
+        whole = None if site.group.model is None else site.group.model()
+        if whole is not None and id(whole) not in inside:
+            raise RuntimeError(
+                f"shira.detach: a tuner is on the {type(whole).__name__} that has this module; detach it there"
+            )
+        if site.group.off:
+            raise RuntimeError("shira.detach: not inside `with tuner.disabled()`, where the model is the base")
+    take_off(left)
+    for module in modules:
+        for handle in module.__dict__.get(_ROOT, ()):
+            handle.remove()
+        for attribute, (_, required) in module.__dict__.get(_KEPT, {}).items():
+            weight = module._parameters.get(attribute)
+            if weight is not None:
+                weight.requires_grad_(required)
+        _ranks.unignore(module)
+        for name in (_ROOT, _KEPT):
+            _keep(module, name, None)
+    _stop_watching()
+
+
+def _keep(module: nn.Module, name: str, content: Any) -> None:
+    """An attribute of the module, gone when there is nothing in it."""
+    if content:
+        setattr(module, name, content)
+    elif name in module.__dict__:
+        delattr(module, name)
+
+
+def _set_versions(versions: Iterable[tuple[Tensor, int]]) -> None:
+    for weight, version in versions:
+        torch._C._autograd._unsafe_set_version_counter((weight,), (version,))
 
 
 def _master_dtype(weight: Tensor) -> torch.dtype:

@@ -1,0 +1,663 @@
+"""How one weight trains: what a tuner puts on the module that owns it, the hooks there, and the writes of the weight.
+
+The weight follows its values. Every forward looks whether it still does: by identity, memory and version, and by
+content, since much writes without moving a version (``p.data.copy_``, numpy, ``vector_to_parameters``). On a CPU a
+fingerprint of the values tells, at memory speed; elsewhere a look would make the host wait, so the values are written,
+once for the whole model at the start of its forward.
+
+Compilers: the look is Python, outside of every graph. Where the model itself is compiled, torch runs its hooks there.
+Where it is traced into somebody else's graph, the graph writes the weights itself if it computes no gradients, and
+`_came` refuses a gradient that was taken at other values.
+
+Hooks and sites are plain data on modules, and reach tensors through these, so that they work in a copied model too.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
+
+import shira_ops
+from shira import _layers, _live, _model
+from shira._targets import INDICES_SUFFIX, VALUES_SUFFIX
+from shira.adapter import dtype_name
+
+# A module's own dictionary of the sites on it, by attribute.
+SITES = "_shira_sites"
+
+
+@dataclass(eq=False)
+class Place:
+    """One module that holds the weight; tied weights have several."""
+
+    name: str
+    # Whether its own forward has ever run with gradients.
+    ran: bool = False
+
+
+@dataclass(eq=False)
+class Group:
+    """What the sites of one tuner share."""
+
+    # Inside `SparseTuner.disabled`: the weights hold the base and follow nothing.
+    off: bool = False
+    # While the model's own forward runs, which has looked at the content of all values.
+    covered: bool = False
+    # An optimizer has stepped inside a backward pass: what this did not reach is looked for afterwards.
+    early: bool = False
+    sites: list[Site] = field(default_factory=list)
+    model: weakref.ref[nn.Module] | None = None
+
+    def frozen(self) -> bool:
+        """Whether no values of the tuner require grad; never so in a copied model, which has no tuner."""
+        values = [site.own_values for site in self.sites]
+        return bool(values) and not any(one is not None and one.requires_grad for one in values)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of one module must not bring all others along.
+        return Group().__dict__
+
+
+class _Written(NamedTuple):
+    """From what values a weight was last written; anything else that is found is written."""
+
+    values: weakref.ref[Tensor]
+    weight: weakref.ref[Tensor]
+    # Memory and version of both. Some put other memory under a parameter (`.data =`): no version moves.
+    marks: tuple[int, int, int, int]
+    # The fingerprint of the values, on a CPU.
+    content: int | None
+
+
+@dataclass(eq=False)
+class Site:
+    """How one weight is trained. Plain data, so that a model can be copied and pickled with it."""
+
+    name: str
+    attribute: str
+    granule: int
+    dtype: torch.dtype
+    # Whether the weight's dense gradient is made and gathered; else every layer that uses it samples its own.
+    dense: bool
+    # The base's entries, and the tuner's own copy of where they are. The buffer is everybody's:
+    # DistributedDataParallel overwrites it, averages of models average it. The way back must not depend on it.
+    saved: Tensor
+    indices: Tensor
+    group: Group
+    places: list[Place]
+    allow_unused: bool = False
+    # Whether gradients have ever reached the values, from every place; if not, a step is refused.
+    reached: bool = False
+    # Whether the ranks have been found to train the same.
+    compared: bool = False
+    # Whether a graph that others compiled has used the weight since the last gradient.
+    traced: bool = False
+    # Of the module hooks. A copied handle is one of the copied module.
+    handles: list[RemovableHandle] = field(default_factory=list)
+    # The parameters it was made for; unknown in a copy.
+    values_ref: weakref.ref[Tensor] | None = None
+    weight_ref: weakref.ref[Tensor] | None = None
+    written: _Written | None = None
+
+    @property
+    def values_name(self) -> str:
+        return self.attribute + VALUES_SUFFIX
+
+    @property
+    def indices_name(self) -> str:
+        return self.attribute + INDICES_SUFFIX
+
+    @property
+    def own_weight(self) -> Tensor | None:
+        """The weight it was made for; unknown in a copy."""
+        return None if self.weight_ref is None else self.weight_ref()
+
+    @property
+    def own_values(self) -> Tensor | None:
+        """The values it was made for; unknown in a copy."""
+        return None if self.values_ref is None else self.values_ref()
+
+    def tensors(self, owner: nn.Module) -> tuple[nn.Parameter, Tensor, nn.Parameter]:
+        """weight, indices and values; refuses what can be neither trained nor written any more."""
+        if "_is_replica" in owner.__dict__:
+            raise RuntimeError(
+                "SparseTuner: DataParallel runs copies of the model on several devices, which values are not written "
+                "into; use DistributedDataParallel, or one device (CUDA_VISIBLE_DEVICES)"
+            )
+        names = (self.attribute, self.indices_name, self.values_name)
+        weight, indices, values = (getattr(owner, name, None) for name in names)
+        if weight is None or indices is None or values is None:
+            raise RuntimeError(
+                f"SparseTuner: the module of {self.name} was converted into a {type(owner).__name__} of another kind "
+                f"with a tuner on it; detach the tuner first (shira.detach(model)), then convert"
+            )
+        if values.dtype != self.dtype:
+            raise RuntimeError(
+                f"{self.name}{VALUES_SUFFIX} must stay {dtype_name(self.dtype)}, got {dtype_name(values.dtype)}: the "
+                f"model was cast after the tuner was attached; cast it first, or detach the tuner, cast, and attach "
+                f"again"
+            )
+        if not torch.compiler.is_compiling():
+            for name, tensor in ((self.name, weight), (self.name + VALUES_SUFFIX, values)):
+                why = None if type(tensor) in (nn.Parameter, Tensor) else _model.foreign(tensor)
+                if why is not None:
+                    raise RuntimeError(f"SparseTuner: {name} {why}; that happened after the tuner was attached")
+        if not weight.is_contiguous():
+            raise RuntimeError(
+                f"SparseTuner: {self.name} is no longer contiguous, as the tuner found it and as its values are "
+                f"written; {_model.stride_advice(self.name, weight)}"
+            )
+        return weight, indices, values
+
+    @property
+    def idle(self) -> list[str]:
+        """Places whose share of a gradient is missing so far; none where no place ran (gradients made by hand).
+
+        A dense gradient is that of every use of the weight.
+        """
+        idle = [place.name for place in self.places if not place.ran]
+        return [] if self.dense or len(idle) == len(self.places) else idle
+
+    def note(self, values: Tensor) -> None:
+        """Look whether a gradient has come."""
+        self.reached = self.reached or (values.grad is not None and not self.idle)
+
+    def same(self, weight: Tensor, values: Tensor) -> bool:
+        """Whether the weight was written from these values, as far as versions tell."""
+        known = self.written
+        if known is None or known.values() is not values or known.weight() is not weight:
+            return False
+        return known.marks == _marks(weight, values)
+
+    def settled(self, owner: nn.Module) -> bool:
+        """Whether the forward of the whole model, which is under way, has looked already."""
+        found = owner._parameters
+        weight, values = found.get(self.attribute), found.get(self.values_name)
+        return self.group.covered and weight is not None and values is not None and self.same(weight, values)
+
+    def same_content(self, values: Tensor) -> bool | None:
+        """Whether the values have the content that was written; None where that is not known."""
+        if self.written is None or self.written.content is None:
+            return None
+        return self.written.content == _live.fingerprint(values)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of a model has values of its own, that nobody has compared with its weights.
+        return {**self.__dict__, "values_ref": None, "weight_ref": None, "written": None, "traced": False,
+                "compared": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        look_outside()
+
+
+@dataclass(eq=False)
+class Target:
+    """A site and the module it is on, while that lives."""
+
+    site: Site
+    owner: weakref.ref[nn.Module]
+    # Of the hooks of its tensors; no copy has these.
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    @property
+    def saved(self) -> Tensor:
+        return self.site.saved
+
+    def module(self) -> nn.Module:
+        module = self.owner()
+        if module is None:
+            raise RuntimeError(f"the module that held {self.site.name} no longer exists")
+        return module
+
+    def tensors(self) -> tuple[nn.Parameter, Tensor, nn.Parameter]:
+        """weight, indices and values; see `Site.tensors`."""
+        return self.site.tensors(self.module())
+
+
+# A site, its weight, indices and values.
+Item = tuple[Site, Tensor, Tensor, Tensor]
+
+# From a values parameter to what it trains, None once its tuner is detached. Weak: an optimizer may outlive a tuner,
+# and a model both.
+known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def target_of(parameter: Tensor) -> Target | None:
+    """What a parameter trains, if it is the values of an attached tuner."""
+    found: Target | None = known.get(parameter)
+    return found
+
+
+def is_detached(parameter: Tensor) -> bool:
+    """Whether a parameter was the values of a tuner that is now detached."""
+    return parameter in known and known[parameter] is None
+
+
+# ---- putting on and taking off -------------------------------------------------------------------------------
+
+
+def put(site: Site, holders: Sequence[nn.Module], rules: Sequence[str | None]) -> Target:
+    """Hook a site, whose tensors are on the first holder already."""
+    look_outside()
+    owner = holders[0]
+    weight, _, values = site.tensors(owner)
+    owner.__dict__.setdefault(SITES, {})[site.attribute] = site
+    site.values_ref, site.weight_ref = weakref.ref(values), weakref.ref(weight)
+    target = Target(site, weakref.ref(owner))
+    target.handles.append(values.register_post_accumulate_grad_hook(partial(_came, target)))
+    if site.dense:
+        weight.requires_grad_(True)
+        target.handles.append(weight.register_post_accumulate_grad_hook(partial(_gathered, target)))
+    site.handles.append(owner.register_load_state_dict_post_hook(partial(_loaded, site)))
+    for module, rule, place in zip(holders, rules, site.places, strict=True):
+        elsewhere = None if module is owner else owner
+        site.handles.append(module.register_forward_pre_hook(partial(follow, [(site, elsewhere)], False)))
+        if rule is not None:
+            # First of all hooks: others may change the output, and this one needs the layer's own.
+            hook = partial(_attach, site, elsewhere, rule, place)
+            site.handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
+    mark_written(site, values)
+    site.group.sites.append(site)
+    known[values] = target
+    return target
+
+
+def take_off(placed: Sequence[tuple[Site, nn.Module]]) -> None:
+    """Write the base's entries back and remove everything that `put` has put on modules."""
+    for site, owner in placed:
+        weight = getattr(owner, site.attribute)
+        why = _model.foreign(weight)
+        if why is None and _is_sharded(site):
+            why = "was sharded by fully_shard after the tuner was attached"
+        if why is not None:
+            raise RuntimeError(f"SparseTuner: the base cannot be put back, since {site.name} {why}")
+    items = []
+    for site, owner in placed:
+        weight = getattr(owner, site.attribute)
+        # The model may have moved, or been cast, since: a cast base has the cast of these entries.
+        saved = site.saved.to(device=weight.device, dtype=weight.dtype)
+        indices = site.indices.to(weight.device)
+        if weight.is_contiguous():
+            items.append((site.granule, weight, indices, saved))
+            continue
+        # Put into another order since, as by model.to(memory_format=torch.channels_last).
+        with torch.no_grad():
+            whole = weight.detach().contiguous()
+            shira_ops.scatter_(whole, indices, saved, granule=site.granule)
+            weight.copy_(whole)
+    scatter(items)
+    for site, owner in placed:
+        values = site.own_values
+        target = None if values is None else target_of(values)
+        if values is not None and target is not None:
+            known[values] = None
+            for handle in target.handles:
+                handle.remove()
+        getattr(owner, site.attribute).requires_grad_(False)
+        for handle in site.handles:
+            handle.remove()
+        delattr(owner, site.values_name)
+        delattr(owner, site.indices_name)
+        sites = owner.__dict__[SITES]
+        del sites[site.attribute]
+        if not sites:
+            delattr(owner, SITES)
+
+
+def _is_sharded(site: Site) -> bool:
+    """Whether FSDP has taken the weight; what the module has may then be what it gathers for a forward."""
+    original, model = site.own_weight, None if site.group.model is None else site.group.model()
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if original is None or model is None or fsdp is None:
+        return False
+    replaced = not any(weight is original for weight in model.parameters())
+    return replaced and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
+
+
+def sites_of(model: nn.Module) -> list[tuple[Site, nn.Module]]:
+    """Every site on the model, and the module it is on."""
+    return [(site, module) for module in model.modules() for site in module.__dict__.get(SITES, {}).values()]
+
+
+# ---- hooks of modules and tensors ----------------------------------------------------------------------------
+
+
+def _attach(
+    site: Site,
+    owner: nn.Module | None,
+    rule: str,
+    place: Place,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Tensor,
+) -> Any:
+    """The forward hook of a layer that samples; ``owner`` is None where that is the layer itself."""
+    _, indices, values = site.tensors(owner or module)
+    if not torch.is_grad_enabled() or not values.requires_grad or site.group.off:
+        return None
+    place.ran = True
+    input = args[0] if args else next(iter(kwargs.values()))
+    return _layers.attach(rule, module, output, values, input, indices, site.granule)
+
+
+def follow(
+    sites: Sequence[tuple[Site, nn.Module | None]], whole: bool, module: nn.Module, args: tuple[Any, ...]
+) -> None:
+    """The forward pre-hook: write values that were edited outside an optimizer step.
+
+    ``whole`` for the hook of the model itself, which has all sites; the others have those of their module.
+    """
+    if torch.compiler.is_compiling():
+        _follow_in_graph(sites, whole, module)
+    elif not whole and all(site.settled(owner or module) for site, owner in sites):
+        return
+    elif "torch._dynamo" in sys.modules:
+        _follow_outside(sites, whole, module)
+    else:
+        _follow(sites, whole, module)
+
+
+def uncover(group: Group, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """The forward hook of the model itself."""
+    if not torch.compiler.is_compiling():
+        group.covered = False
+
+
+def _follow_in_graph(sites: Sequence[tuple[Site, nn.Module | None]], whole: bool, module: nn.Module) -> None:
+    """The model is traced into a graph of somebody else, where nothing can be looked at.
+
+    Without gradients the graph itself writes the weights. With them it may not: a write would spoil the backward pass
+    of a forward before it; there `_came` looks at what gradients were taken of.
+    """
+    if torch.compiler.is_exporting():
+        if not torch.compiler.is_dynamo_compiling():
+            _check_export(sites)
+        return
+    for site, owner in sites:
+        if torch.is_grad_enabled():
+            site.traced = True
+        elif not site.group.off and (site.dense or not whole):  # the layers that sample write their own
+            weight, indices, values = site.tensors(owner or module)
+            shira_ops.foreach_scatter_([weight], [indices], [values.detach().to(weight.dtype)], granule=site.granule)
+
+
+def _check_export(sites: Sequence[tuple[Site, nn.Module | None]]) -> None:
+    """What is exported is the weights: they must hold their values. The module's own tensors are fakes here."""
+    with _disable_current_modes():
+        for site, _ in sites:
+            weight, values = site.own_weight, site.own_values
+            if weight is None or values is None or site.group.off:
+                continue
+            if not site.same(weight, values) or site.same_content(values) is False:
+                raise RuntimeError(
+                    f"SparseTuner: {site.name}{VALUES_SUFFIX} was changed and is not written yet; call tuner.sync() "
+                    f"before torch.export"
+                )
+
+
+def _follow(sites: Sequence[tuple[Site, nn.Module | None]], whole: bool, module: nn.Module) -> None:
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "SparseTuner: values are written into weights, which torch.func cannot follow; use torch.autograd"
+        )
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        # torch.jit.trace would make the look a part of its graph.
+        tracing = torch._C._get_tracing_state()
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+        try:
+            _follow(sites, whole, module)
+        finally:
+            torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
+        return
+    items = []
+    for site, owner in sites:
+        weight, indices, values = site.tensors(owner or module)
+        if _check(site, weight, values, module.training) and not site.group.off:
+            items.append((site, weight, indices, values))
+    settle(items)
+    if whole:
+        sites[0][0].group.covered = True
+
+
+_follow_outside = torch._disable_dynamo(_follow)  # type: ignore[attr-defined]
+
+
+@cache
+def look_outside() -> None:
+    """Torch runs the hooks of a model that is compiled outside of its graph, but would compile them by themselves."""
+    from torch._dynamo.eval_frame import skip_code
+
+    for function in (follow, uncover, Site.settled, Site.same, _marks, _mark):
+        skip_code(function.__code__)
+
+
+def _check(site: Site, weight: Tensor, values: Tensor, training: bool) -> bool:
+    """Refuse a forward that would train nothing; says whether the weight is the tuner's own, to be written."""
+    learns = torch.is_grad_enabled() and values.requires_grad
+    for what, now, ref in (("", weight, site.weight_ref), (VALUES_SUFFIX, values, site.values_ref)):
+        if learns and ref is not None and now is not ref() and isinstance(now, nn.Parameter) and not _is_functional():
+            refuse_replaced(site.name + what)
+    unfrozen = weight.requires_grad and not getattr(weight, "_post_accumulate_grad_hooks", None)
+    if unfrozen and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"SparseTuner: the dense gradient of {site.name} would train all of it: the model was copied while a tuner "
+            f"was attached, or its weights were unfrozen; detach the copy's source first, give them "
+            f"requires_grad=False, or make the copy the base again with shira.detach(copy)"
+        )
+    group = site.group
+    if training and torch.is_grad_enabled() and not values.requires_grad and not group.off and group.frozen():
+        refuse_frozen(site)
+    if group.early and torch.is_grad_enabled():
+        group.early = False
+        check_reached(group.sites)
+    # torch.func.functional_call with a weight of the caller's and without values: the caller's is what is meant.
+    ours = site.weight_ref is None or weight is site.weight_ref()
+    return ours or site.values_ref is None or values is not site.values_ref()
+
+
+def _is_functional() -> bool:
+    """Whether the parameters of the module that runs are those of a ``functional_call``, there until it returns."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_functional_call" and frame.f_globals.get("__name__") == "torch.nn.utils.stateless":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def refuse_replaced(name: str) -> None:
+    raise RuntimeError(
+        f"SparseTuner: {name} was replaced by another parameter after the tuner was attached, so what the model "
+        f"computes with is not what the tuner and its optimizer train. fully_shard, conversions under "
+        f"torch.__future__.set_overwrite_module_params_on_conversion and load_state_dict(assign=True) do so; do that "
+        f"first and then attach the tuner, or detach it, do that, and attach again"
+    )
+
+
+def refuse_frozen(site: Site) -> None:
+    raise RuntimeError(
+        f"SparseTuner: all values ({site.name}{VALUES_SUFFIX} and the rest) are frozen (requires_grad=False), so "
+        f"training would change nothing. Something froze the whole model after the tuner was attached, as "
+        f"model.requires_grad_(False) and PEFT's get_peft_model do: do that first and then attach the tuner, or give "
+        f"the values requires_grad_(True) again. To compute with them frozen, use model.eval() or torch.no_grad()"
+    )
+
+
+def _loaded(site: Site, module: nn.Module, _: Any) -> None:
+    """After a state dict was loaded: the weight follows the values, whatever came for either."""
+    weight, indices, values = site.tensors(module)
+    if site.values_ref is not None and site.values_ref() is not values:
+        raise RuntimeError(
+            f"SparseTuner: {site.name}{VALUES_SUFFIX} was replaced, so that no optimizer trains it; load into the "
+            f"parameter itself (load_state_dict with assign=False)"
+        )
+    if site.group.off:
+        raise RuntimeError("SparseTuner: a state cannot be loaded inside `with tuner.disabled()`; load it after that")
+    write([(site, weight, indices, values)])
+
+
+def _gathered(target: Target, weight: Tensor) -> None:
+    """The hook of a weight whose dense gradient has just been made: keep the mask's entries, free the rest."""
+    grad, weight.grad = weight.grad, None
+    _, indices, values = target.tensors()
+    if grad is None or not values.requires_grad:
+        return
+    dense = grad.to_dense() if grad.is_sparse else grad
+    at_mask = shira_ops.gather(dense.contiguous(), indices, granule=target.site.granule).to(values.dtype)
+    # Through autograd and not by hand: so it accumulates, and hooks of the values and of DDP run, as for any parameter.
+    torch.autograd.backward(values, at_mask, create_graph=torch.is_grad_enabled())
+
+
+def _came(target: Target, values: Tensor) -> None:
+    """The hook of values whose gradient has come: was it taken at these values, if a graph of others took it?"""
+    site = target.site
+    if not site.traced:
+        return
+    site.traced = False
+    weight, indices, now = target.tensors()
+    if now is not values or site.group.off or (site.same(weight, values) and site.same_content(values) is not False):
+        return
+    with torch.no_grad():
+        held = shira_ops.gather(weight, indices, granule=site.granule)
+        if not torch.equal(held, values.detach().to(weight.dtype)):
+            raise RuntimeError(
+                f"SparseTuner: {site.name}{VALUES_SUFFIX} was changed outside of an optimizer's step, and a model that "
+                f"is compiled as a part of something else cannot follow that: this gradient is that of the values "
+                f"before. Call tuner.sync() after the change, or compile the model itself (model.compile())"
+            )
+    mark_written(site, values)
+
+
+# ---- writing -------------------------------------------------------------------------------------------------
+
+
+def settle(items: Iterable[Item]) -> None:
+    """Write the values into weights that do not hold them; where that cannot be told, into those as well."""
+    stale: list[Item] = []
+    unsure: list[Item] = []
+    for item in items:
+        site, weight, _, values = item
+        if not site.same(weight, values):
+            stale.append(item)
+        elif not site.group.covered:
+            content = site.same_content(values)
+            if not content:
+                (unsure if content is None else stale).append(item)
+    if stale:
+        write(stale)
+    if unsure:
+        # A write through `.data` moves no version of a parameter, so it moves none of the weight that follows. Most
+        # often the bits are the same, and a backward pass may be waiting.
+        with _unsafe_preserve_version_counter(tuple(one[1] for one in unsure if not one[1].is_inference())):
+            _write(unsure)
+
+
+def write(items: Iterable[Item]) -> None:
+    """Write values into weights, and note it."""
+    items = list(items)
+    _write(items)
+    for site, weight, _, values in items:
+        mark_written(site, values, weight)
+
+
+def _write(items: Iterable[Item]) -> None:
+    scatter(
+        (site.granule, weight, indices, values.detach().to(weight.dtype)) for site, weight, indices, values in items
+    )
+
+
+def scatter(items: Iterable[tuple[int, Tensor, Tensor, Tensor]]) -> None:
+    """Write entries into weights (granule, weight, indices, entries), one call for each device and granule."""
+    groups: dict[tuple[torch.device, int], list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for granule, weight, indices, entries in items:
+        groups.setdefault((weight.device, granule), []).append((weight, indices, entries))
+    with torch.no_grad():
+        for (_, granule), group in groups.items():
+            weights, indices_list, entries_list = (list(column) for column in zip(*group, strict=True))
+            shira_ops.foreach_scatter_(weights, indices_list, entries_list, granule=granule)
+    if groups:
+        # It keeps casts of weights that require grad.
+        torch.clear_autocast_cache()
+
+
+def mark_written(site: Site, values: Tensor, weight: Tensor | None = None) -> None:
+    """Note that the weight holds the values as they are now."""
+    if weight is None:
+        weight = site.own_weight
+    if weight is None:
+        site.written = None
+        return
+    content = _live.fingerprint(values) if values.device.type == "cpu" else None
+    site.written = _Written(weakref.ref(values), weakref.ref(weight), _marks(weight, values), content)
+
+
+def _marks(weight: Tensor, values: Tensor) -> tuple[int, int, int, int]:
+    return *_mark(weight), *_mark(values)
+
+
+def _mark(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+
+
+# ---- what gradients reached ----------------------------------------------------------------------------------
+
+
+def check_reached(sites: Iterable[Site]) -> None:
+    """Refuse the first step if a target, or one place of a tied one, got no gradient: nobody would notice."""
+    here = [(site, values) for site in sites if (values := site.own_values) is not None]
+    missing: list[Site] = []
+    unvisited: list[Site] = []
+    frozen: list[Site] = []
+    gone: list[str] = []
+    for site, values in here:
+        came, fresh = values.grad is not None, not site.reached
+        site.note(values)
+        if not came and not values.requires_grad:
+            frozen += [site] if fresh else []
+        elif not came and _is_gone(site):
+            gone.append(site.name)
+        elif fresh and not site.reached and not site.allow_unused:
+            (unvisited if came else missing).append(site)
+    if frozen and len(frozen) == len(here):
+        refuse_frozen(frozen[0])
+    if gone:
+        raise RuntimeError(
+            f"SparseTuner: the module of {_model.some(gone)} is no longer a part of the model: it was replaced after "
+            f"the tuner was attached, as resize_token_embeddings does; do that first and then attach the tuner"
+        )
+    if missing:
+        raise RuntimeError(
+            f"SparseTuner: no gradient reached {_model.some(site.name for site in missing)}; either there was no "
+            f"backward pass, or the loss does not depend on it, or checkpointing with use_reentrant=True got no input "
+            f"that requires grad (use_reentrant=False needs none), or the weight is used without its layer, as in "
+            f'F.linear(x, layer.weight), which needs gradient="dense". Leave it out with targets=, or, if it is used '
+            f"only in some steps, pass allow_unused=True"
+        )
+    for site in unvisited:
+        tied, idle = _model.some(place.name for place in site.places), _model.some(site.idle)
+        raise RuntimeError(
+            f"SparseTuner: {tied} are one tied weight, and no forward ran the layer of {idle}: where the weight is "
+            f"used without it, as in F.linear(x, lm_head.weight), that use is missing from a sampled gradient. Use "
+            f'SparseTuner(..., gradient="dense"), which sees every use; or, if it is not used, or only in some steps, '
+            f"pass allow_unused=True"
+        )
+
+
+def _is_gone(site: Site) -> bool:
+    """Whether the model no longer has the module that the site is on."""
+    model = None if site.group.model is None else site.group.model()
+    return model is not None and not any(found is site for found, _ in sites_of(model))

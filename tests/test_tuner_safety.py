@@ -1,0 +1,411 @@
+"""Nothing that happens around a tuner makes it train nothing, or something else, without a word."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import shira
+from shira import SGD, AdamW, SparseTuner, Switcher, masks
+from tuning import VALUES, bits, check_gradients, dense_gradients, randomize, same_bits
+
+GRADIENTS = pytest.mark.parametrize("gradient", ["sampled", "dense"])
+X = torch.randn(5, 8, generator=torch.Generator().manual_seed(2))
+
+
+def net() -> nn.Sequential:
+    model = randomize(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)))
+    assert isinstance(model, nn.Sequential)
+    return model
+
+
+def tune(model: nn.Module, gradient: str = "sampled", **options: Any) -> SparseTuner:
+    return SparseTuner(model, masks.Rand(density=0.3, seed=1), gradient=gradient, **options)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
+    for _ in range(steps):
+        model(X).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+# Parameters that the tuner no longer knows
+
+
+@GRADIENTS
+def test_a_model_that_was_frozen_is_refused_in_training_alone(gradient: str) -> None:
+    model = net()
+    tuner = tune(model, gradient)
+    optimizer = torch.optim.SGD([*tuner.parameters()], lr=0.1)
+    model.requires_grad_(False)
+    says = r"all values \(0\.weight_shira_values and the rest\) are frozen .*get_peft_model"
+    with pytest.raises(RuntimeError, match=says):
+        model(X)
+    with torch.no_grad():
+        model(X)
+    model.eval()
+    model(X)
+    with pytest.raises(RuntimeError, match=says):
+        optimizer.step()
+    with tuner.disabled():
+        model.train()(X)
+    # Some may be frozen on purpose.
+    model.train()
+    for values in list(tuner.parameters())[1:]:
+        values.requires_grad_(True)
+    if gradient == "dense":
+        model[2].weight.requires_grad_(True)
+    train(model, optimizer)
+
+
+@pytest.mark.parametrize("which", ["weight_shira_values", "weight"])
+@GRADIENTS
+def test_a_parameter_that_was_replaced_is_refused(which: str, gradient: str) -> None:
+    model = net()
+    tuner = tune(model, gradient)
+    optimizer = AdamW(tuner, lr=0.1)
+    old = getattr(model[2], which)
+    setattr(model[2], which, nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad))
+    with pytest.raises(RuntimeError, match=rf"2\.{which} was replaced by another parameter .*fully_shard"):
+        model(X)
+    with pytest.raises(RuntimeError, match=rf"2\.{which} was replaced by another parameter"):
+        optimizer.step()
+
+
+def test_parameters_of_a_functional_call_are_no_replacement() -> None:
+    model = net()
+    with tune(model) as tuner:
+        others = {name: nn.Parameter(p.detach() + 1) for name, p in tuner.named_parameters()}
+        torch.func.functional_call(model, others, (X,)).square().sum().backward()
+        assert all(p.grad is not None and p.grad.any() for p in others.values())
+        train(model, AdamW(tuner))
+
+
+def test_a_conversion_that_replaces_parameters_is_refused() -> None:
+    model = net()
+    tune(model)
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        model._apply(lambda t: t.clone())
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    with pytest.raises(RuntimeError, match=r"0\.weight was replaced .*set_overwrite_module_params_on_conversion"):
+        model(X)
+
+
+def test_a_conversion_that_swaps_parameters_is_refused_by_torch() -> None:
+    model = net()
+    before = bits(model)
+    with tune(model):
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        try:
+            with pytest.raises(RuntimeError, match=r"Couldn't swap Linear\.weight"):
+                model.half()
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
+    assert same_bits(model, before)
+
+
+def test_a_module_that_was_replaced_is_refused() -> None:
+    model = net()
+    tuner = tune(model)
+    optimizer = AdamW(tuner)
+    train(model, optimizer)
+    model[2] = nn.Linear(16, 4)
+    model(X).square().sum().backward()
+    with pytest.raises(RuntimeError, match=r"the module of 2\.weight is no longer a part of the model"):
+        optimizer.step()
+
+
+def test_a_model_that_was_sharded_is_refused() -> None:
+    model = net()
+    tuner = tune(model)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
+        with pytest.raises(
+            RuntimeError, match=r"0\.weight (was replaced by another parameter .*fully_shard|is sharded)"
+        ):
+            model(X)
+        with pytest.raises(RuntimeError, match=r"the base cannot be put back, since 0\.weight (was|is) sharded"):
+            tuner.detach()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_module_that_was_converted_is_refused() -> None:
+    model = net()
+    tune(model)
+    converted = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    with pytest.raises(RuntimeError, match=r"the module of 0\.weight was converted .*shira\.detach\(model\)"):
+        converted(X)
+
+
+# Tied weights
+
+
+class Tied(nn.Module):
+    """The head is read without its layer, as fused losses do."""
+
+    def __init__(self, direct: bool) -> None:
+        super().__init__()
+        self.embed, self.head, self.direct = nn.Embedding(12, 8), nn.Linear(8, 12, bias=False), direct
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids).tanh()
+        y: Tensor = F.linear(x, self.head.weight) if self.direct else self.head(x)
+        return y
+
+
+IDS = torch.arange(6)
+
+
+def test_a_use_of_a_tied_weight_without_its_layer_is_refused() -> None:
+    model = randomize(Tied(direct=True)).double()
+
+    def loss(module: nn.Module) -> Tensor:
+        y: Tensor = module(IDS).square().sum()
+        return y
+
+    says = r'embed\.weight, head\.weight are one tied weight, and no forward ran the layer of head\.weight.*"dense"'
+    tuner = tune(model, targets="embed")
+    loss(model).backward()
+    for make in (AdamW, lambda t: torch.optim.SGD(t.parameters(), lr=0.1)):
+        with pytest.raises(RuntimeError, match=says):
+            make(tuner).step()
+    tuner.detach()
+    tuner = tune(model, targets="embed", allow_unused=True)
+    loss(model).backward()
+    AdamW(tuner).step()
+    tuner.detach()
+    wanted = dense_gradients(model, loss)
+    with tune(model, "dense", targets="embed") as tuner:
+        loss(model).backward()
+        check_gradients(tuner, wanted)
+        AdamW(tuner).step()
+    model.direct = False
+    with tune(model, targets="embed") as tuner:
+        loss(model).backward()
+        check_gradients(tuner, wanted)
+        AdamW(tuner).step()
+
+
+def test_a_compiled_model_knows_its_places_as_well() -> None:
+    for direct in (True, False):
+        torch._dynamo.reset()
+        model = Tied(direct)
+        tuner = tune(model, targets="embed")
+        torch.compile(model, backend="eager", fullgraph=True)(IDS).sum().backward()
+        if direct:
+            with pytest.raises(RuntimeError, match=r"no forward ran the layer of head\.weight"):
+                AdamW(tuner).step()
+        else:
+            AdamW(tuner).step()
+
+
+def test_an_untied_weight_without_its_layer_is_told_of_dense_gradients() -> None:
+    model = Tied(direct=True)
+    model.head = nn.Linear(8, 12, bias=False)
+    tuner = tune(model, targets="embed|head")
+    model(IDS).sum().backward()
+    with pytest.raises(RuntimeError, match=r'no gradient reached head\.weight.* F\.linear.* needs gradient="dense"'):
+        AdamW(tuner).step()
+
+
+# Adapters that are on
+
+
+def test_a_model_with_an_active_adapter_is_refused() -> None:
+    model = net()
+    with tune(model) as tuner:
+        train(model, SGD(tuner, lr=0.1))
+        adapter = tuner.adapter()
+    switcher = Switcher(model)
+    switcher.add("a", adapter)
+    switcher.activate("a")
+    on = bits(model)
+    with pytest.raises(RuntimeError, match=r"0\.weight has an active adapter of a Switcher.* switcher\.deactivate\(\)"):
+        tune(model)
+    assert same_bits(model, on)
+    switcher.deactivate()
+    with tune(model), pytest.raises(shira.SwitchError, match="is being tuned by a SparseTuner"):
+        switcher.activate("a")
+    switcher.activate("a")
+    del switcher
+    with pytest.raises(RuntimeError, match=r"a Switcher that no longer exists"):
+        tune(model)
+
+
+# Back to the base
+
+
+@GRADIENTS
+def test_a_tuner_that_nobody_holds_is_detached(gradient: str) -> None:
+    model = net()
+    before, required = bits(model), [p.requires_grad for p in model.parameters()]
+    train(model, AdamW([*tune(model, gradient).parameters()], lr=0.1))
+    SparseTuner(model, masks.Rand(density=0.5), targets=[], whole="bias")
+    assert not same_bits(model, before)
+    with pytest.raises(
+        ValueError, match=r"already trained by a tuner; detach that one first \(shira\.detach\(model\)\)"
+    ):
+        tune(model)
+    shira.detach(model)
+    assert same_bits(model, before)
+    assert [p.requires_grad for p in model.parameters()] == required
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert not module._load_state_dict_post_hooks
+        assert not [name for name in module.__dict__ if "shira" in name or "ddp" in name]
+    shira.detach(model)
+    tune(model).detach()
+
+
+def test_a_model_is_freed_with_its_last_reference() -> None:
+    """Also with a tuner on it that nobody holds: memory of a GPU does not wait for Python's collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = net()
+        tuner = tune(model, "dense")
+        train(model, AdamW(tuner, lr=0.1))
+        gone = weakref.ref(model)
+        del tuner
+        assert gone() is not None
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded: nn.Module = torch.load(buffer, weights_only=False)
+    return loaded
+
+
+@GRADIENTS
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copied_model_gives_its_base_back(gradient: str, copied: Any) -> None:
+    model = net()
+    model[0].bias.requires_grad_(False)
+    required = [p.requires_grad for p in model.parameters()]
+    before = bits(model)
+    tuner = tune(model, gradient)
+    train(model, AdamW(tuner, lr=0.1))
+    trained, keys = bits(model), model.state_dict().keys()
+    other = copied(model)
+    assert same_bits(other, trained)
+    assert other.state_dict().keys() == keys
+    with torch.no_grad():
+        assert torch.equal(other(X), model(X))
+    shira.detach(other)
+    assert same_bits(other, before)
+    assert [p.requires_grad for p in other.parameters()] == required
+    for module in other.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert not module._load_state_dict_post_hooks
+        assert not [name for name in module.__dict__ if "shira" in name or "ddp" in name]
+    assert same_bits(model, trained)
+    train(model, AdamW(tuner, lr=0.1))
+    assert not same_bits(model, trained)
+    with tune(other) as again:
+        train(other, AdamW(again))
+    assert same_bits(other, before)
+    tuner.detach()
+    assert same_bits(model, before)
+
+
+def test_a_copied_part_of_a_model_brings_nothing_else_along() -> None:
+    model = nn.Sequential(net(), net())
+    before = bits(model[1])
+    tuner = tune(model)
+    train_inside = AdamW(tuner, lr=0.1)
+    model[1](model[0](X).repeat(1, 2)).sum().backward()
+    train_inside.step()
+    part = copy.deepcopy(model[1])
+    assert len(pickled_bytes(model[1])) < 1.2 * len(pickled_bytes(model)) / 2
+    shira.detach(part)
+    assert same_bits(part, before)
+    with pytest.raises(RuntimeError, match=r"shira\.detach: a tuner is on the Sequential that has this module"):
+        shira.detach(model[1])
+    tuner.detach()
+    assert same_bits(model[1], before)
+
+
+def pickled_bytes(model: nn.Module) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    return buffer.getvalue()
+
+
+# Steps inside backward
+
+
+@GRADIENTS
+def test_stepping_inside_backward_is_stepping_after_it(gradient: str) -> None:
+    results = []
+    for inside in (True, False):
+        model = net()
+        with tune(model, gradient) as tuner:
+            optimizers = {p: torch.optim.Adam([p], lr=0.1) for p in tuner.parameters()}
+
+            def step(p: Tensor, optimizers: Any = optimizers) -> None:
+                optimizers[p].step()
+                optimizers[p].zero_grad()
+
+            if inside:
+                for p in tuner.parameters():
+                    p.register_post_accumulate_grad_hook(step)
+            for _ in range(3):
+                model(X).square().sum().backward()
+                if not inside:
+                    for p in tuner.parameters():
+                        step(p)
+                assert all(p.grad is None for p in model.parameters())
+            for name, p in tuner.named_parameters():
+                indices = model.get_buffer(name.replace("values", "indices")).long()
+                weight = model.get_parameter(name.removesuffix(VALUES)).view(-1)
+                assert torch.equal(weight[indices].detach(), p.detach())
+            results.append(bits(model))
+    assert results[0].keys() == results[1].keys()
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_what_steps_inside_backward_did_not_reach_is_refused_with_the_next_forward() -> None:
+    model = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+    tuner = tune(model)
+    optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+    for p in tuner.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: optimizer.step())
+    model[0](X).sum().backward()
+    with pytest.raises(RuntimeError, match=r"no gradient reached 1\.weight"):
+        model[0](X)
+
+
+def test_our_optimizers_say_that_they_cannot_step_inside_backward() -> None:
+    model = net()
+    with tune(model) as tuner:
+        optimizer = AdamW(tuner)
+        next(tuner.parameters()).register_post_accumulate_grad_hook(lambda p: optimizer.step())
+        before = bits(model)
+        with pytest.raises(RuntimeError, match=r"shira\.AdamW writes the weights, which .* use one of torch\.optim"):
+            model(X).sum().backward()
+        assert same_bits(model, before)
