@@ -811,6 +811,8 @@ def test_a_link_stays_one(tmp_path):
         assert link.is_symlink()
         assert Adapter.load(file).alpha == alpha
     assert [one.name for one in (tmp_path / "there").iterdir()] == ["a.safetensors"]
+
+
 def test_whatever_torchs_default_device_and_dtype_are(tmp_path):
     """What the library makes for itself it makes where, and of what, it needs it."""
     torch.manual_seed(0)

@@ -262,11 +262,14 @@ def refuse_first(weights: Iterable[Weight], why: Callable[[Weight], str | None])
 def refuse_active(model: torch.nn.Module) -> None:
     """Refuse to train a model with adapters on it: what is trained there is of a base that nobody has."""
     for slot in _model.slots(model).values():
-        found: Ledger | None = _ledgers.get(slot.weight)
-        if found is None or found.holder is None or found.pointer != slot.weight.data_ptr():
+        hold = _holds.get(_model.memory(slot.weight))
+        if hold is None or hold.holder is None or hold.storage.expired():
             continue
-        if slot.weight.is_inference() or found.version == slot.weight._version:
-            whose = "a Switcher" if found.holder() else "a Switcher that no longer exists, so load the base again"
+        ledger = _ledgers.get(id(slot.weight))
+        version = ledger.version if ledger is not None else hold.left and hold.left[1]
+        # Where the version moved, as by loading a state, what was on it is not any more.
+        if slot.weight.is_inference() or version is None or version == slot.weight._version:
+            whose = "a Switcher" if hold.holder() else "a Switcher that no longer exists, so load the base again"
             raise RuntimeError(
                 f"SparseTuner: {slot.name} has an active adapter of {whose}: what is trained on top of it would fit no "
                 f"base; switcher.deactivate() first (SparseTuner.from_adapter goes on training an adapter)"

@@ -195,8 +195,14 @@ class Site:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model has values of its own, that nobody has compared with its weights.
-        return {**self.__dict__, "values_ref": None, "weight_ref": None, "written": None, "traced": False,
-                "compared": False}
+        return {
+            **self.__dict__,
+            "values_ref": None,
+            "weight_ref": None,
+            "written": None,
+            "traced": False,
+            "compared": False,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

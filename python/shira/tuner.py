@@ -1,8 +1,8 @@
 """`SparseTuner`: train a few entries of a model's weights, in place.
 
-The weight itself holds the trained entries, so forward computes nothing more than before. The trainable parameters are the ``values``:
-one 1-D parameter for each weight, fp32 (fp64 for fp64 weights), registered on the module that owns the weight as
-``<weight>_shira_values``. They are the truth and the weight follows: after every optimizer step a hook writes them,
+The weight itself holds the trained entries, so forward computes nothing more than before. The trainable parameters are
+the ``values``: one 1-D parameter for each weight, fp32 (fp64 for fp64 weights), registered on the module that owns the
+weight as ``<weight>_shira_values``. They are the truth and the weight follows: after every optimizer step a hook writes them,
 and a forward writes what was edited otherwise (see `shira._sites`).
 
 Their gradients come in one of two ways, chosen for each weight:
@@ -57,7 +57,7 @@ from shira._sites import (
     uncover,
     write,
 )
-from shira._targets import INDICES_SUFFIX, VALUES_SUFFIX
+from shira._targets import VALUES_SUFFIX
 from shira.adapter import Adapter, AdapterError, Entry
 from shira.mask import AUTO_GRANULE, Given, Mask, default
 from shira.switcher import fitted
@@ -219,24 +219,33 @@ class SparseTuner:
 
     A tied weight (an embedding and the head that shares it) is one target: the gradients of its uses are summed.
     Buffers, such as the running statistics of batch normalisation, are neither trained nor put back: keep such layers
-    in ``eval()``. A tuner is not copied or pickled, `state_dict` and `adapter` are for that; a copy of the model computes
-    as the model does, and `shira.detach` gives its base back. Several tuners may train different weights of one model,
-    and be detached in any order. What replaces or freezes parameters (``fully_shard``, PEFT's ``get_peft_model``)
-    comes before the tuner; afterwards training is refused.
+    in ``eval()``. A tuner is not copied or pickled, `state_dict` and `adapter` are for that; a copy of the model
+    computes as the model does, and `shira.detach` gives its base back. Several tuners may train different weights of
+    one model, and be detached in any order. What replaces or freezes parameters (``fully_shard``, PEFT's
+    ``get_peft_model``) comes before the tuner; afterwards training is refused. Who counts the model's parameters
+    counts the values beside the weights they are in; `nnz` is what trains.
 
     Args:
-        model: the model; its weights are changed in place, their storage stays.
-        mask: one of ``shira.masks``. None: ``shira.masks.default()``, random granules, 1 % of every weight.
+        model: the model; its weights are changed in place, their storage stays. Wrap it in DistributedDataParallel
+            afterwards, with the same mask on every rank (the first step compares them).
+        mask: one of ``shira.masks``; or 0/1 tensors by the weights' names, or a function of a weight's name and the
+            weight that gives one (`shira.masks.Given`). None: ``shira.masks.default()``, random granules, 1 % of every
+            weight, the same ones every time (`shira.masks.Rand` says when to give another seed).
         targets: which weights. A regular expression searched in names: of modules with weights (linear, convolution,
             embedding and attention modules; for any other its own matrices), or of parameters. Or a list of such names,
-            whole or their last parts (``"q_proj"``). None: every ``nn.Linear`` and transformers' ``Conv1D``.
+            whole or their last parts (``"q_proj"``). None or ``"all-linear"``: every ``nn.Linear`` and transformers'
+            ``Conv1D``, and 3-D weights of experts, but nothing of the model's output head (what
+            ``get_output_embeddings()`` or timm's ``get_classifier()`` gives, and ``score`` and ``classifier`` of
+            transformers' models); with masks by name just the weights these name.
+        exclude: what to leave out of the targets: a regular expression searched in names of modules and parameters, or
+            a list of such names. A module's name means all that is in it; of a tied weight any name will do.
         whole: parameters to train as a whole, such as a new head: a regular expression searched in parameter names, or
             a list of names of parameters or modules. They become part of the adapter, and `detach` puts them back.
         gradient: ``"sampled"`` takes the gradient at the mask alone wherever the layer allows it; ``"dense"`` makes the
             full gradient of every target and masks it, as in the paper (arXiv 2406.13175, section 3.2). A sampled
             gradient is that of the calls of its layers alone: a weight that is also used without them, as in
-            ``F.linear(x, self.embedding.weight)``, needs ``"dense"``. The first step refuses what shows: a target without
-            a gradient, and a tied weight with a layer that did not run.
+            ``F.linear(x, self.embedding.weight)``, needs ``"dense"``. The first step refuses what shows: a target
+            without a gradient, and a tied weight with a layer that did not run.
         calibration: batches for a mask by gradients (`shira.masks.Grad`, `shira.masks.Snip`): a batch is what the model
             is called with, a mapping, a tuple, a list or a tensor. The model is as before afterwards.
         loss: ``loss(model, batch)`` gives the scalar for calibration; None: the model's own ``output.loss``.
@@ -247,31 +256,43 @@ class SparseTuner:
     def __init__(
         self,
         model: nn.Module,
-        mask: Mask | None = None,
+        mask: Mask | Mapping[str, Tensor] | Callable[[str, Tensor], Tensor] | None = None,
         targets: str | Sequence[str] | None = None,
         *,
+        exclude: str | Sequence[str] | None = None,
         whole: str | Sequence[str] | None = None,
         gradient: str = "sampled",
         calibration: Iterable[Any] | None = None,
         loss: Callable[[nn.Module, Any], Tensor] | None = None,
         allow_unused: bool = False,
     ) -> None:
-        if mask is None:
-            mask = default()
-        if not isinstance(mask, Mask):
-            raise TypeError(f"SparseTuner: mask must be one of shira.masks, got {type(mask).__name__}")
+        mask = default() if mask is None else Given.of(mask)
         self._open(model, gradient, mask, mask.describe())
         names = _targets.Names(self.model)
         entire = names.whole(whole)
-        chosen = {name: group for name, group in names.targets(targets).items() if name not in entire}
+        if targets is None and isinstance(mask, Given) and mask.names is not None:
+            targets = "|".join(f"^{re.escape(name)}$" for name in mask.names)
+        chosen = {name: group for name, group in names.targets(targets, exclude).items() if name not in entire}
         if not chosen and not entire:
             raise ValueError("SparseTuner: targets is empty, so nothing would train")
+        _targets.check_apart([*chosen.values(), *entire.values()])
         mask.check({name: group[0].weight for name, group in chosen.items()})
         places = {name: [(slot.module, slot.attribute) for slot in group] for name, group in chosen.items()}
         mask.prepare(self.model, places, calibration, loss)
-        plans = [self._masked(mask, name, group) for name, group in chosen.items()]
-        plans += [self._entire(name, group) for name, group in entire.items()]
-        self._install(plans, allow_unused)
+        sparse = [self._masked(mask, name, group) for name, group in chosen.items()]
+        self._install([*sparse, *(self._entire(name, group) for name, group in entire.items())], allow_unused)
+        if mask.granule == "auto":
+            finer = [plan.name for plan in sparse if plan.granule < AUTO_GRANULE]
+            if finer:
+                what = "1 weight has" if len(finer) == 1 else f"{len(finer)} weights have"
+                self._notes.append(
+                    f"{what} granules of less than {AUTO_GRANULE} entries, since {AUTO_GRANULE} does not divide their "
+                    f"last dimension: {_model.some(finer)}"
+                )
+        if targets in (None, _targets.ALL_LINEAR):
+            heads = [name for name in names.heads() if not any(one.startswith(f"{name}.") for one in entire)]
+            if heads:
+                self._notes.append(f"left out: {_model.some(heads)}, the output head")
 
     @classmethod
     def from_adapter(
@@ -458,6 +479,12 @@ class SparseTuner:
         alpha = self._alpha if alpha is None else alpha
         return Adapter(entries, alpha=alpha, mask=self._about, provenance=provenance)
 
+    def _trained(self) -> Iterator[nn.Parameter]:
+        """The values and the weights that follow them: what a tuner's state stands for."""
+        for tuned in self._attached():
+            yield tuned.values
+            yield getattr(tuned.owner, tuned.target.site.attribute)
+
     def state_dict(self) -> dict[str, Any]:
         """The values in full precision, and what they belong to: to go on later, where `adapter` is to use.
 
@@ -471,30 +498,39 @@ class SparseTuner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take values from a `state_dict`; refuses, with nothing changed, that of another base, mask or model."""
         self._enabled("load_state_dict")
+        self.check_state_dict(state)
+        with torch.no_grad():
+            for tuned in self._attached():
+                tuned.values.copy_(state["weights"][tuned.name]["values"])
+        self.sync()
+
+    def check_state_dict(self, state: Any) -> None:
+        """Raise the `ValueError` that `load_state_dict` would raise, and take nothing."""
         version = state.get("version") if isinstance(state, Mapping) else None
-        if version != 1 or not isinstance(state.get("weights"), Mapping):
-            raise ValueError(f"SparseTuner: this is no state of a tuner (version {version!r})")
+        if type(version) is not int or version != 1 or not isinstance(state.get("weights"), Mapping):
+            raise ValueError(f"SparseTuner: this is no state of a tuner (version {version!r:.80})")
         weights, tuned_here = state["weights"], {tuned.name: tuned for tuned in self._attached()}
         missing, foreign = tuned_here.keys() - weights.keys(), weights.keys() - tuned_here.keys()
         if missing or foreign:
             raise ValueError(
                 f"SparseTuner: the state is of another adapter: it has not {_model.some(sorted(missing))}, "
-                f"and has {_model.some(sorted(foreign))} besides"
+                f"and has {_model.some(sorted(map(str, foreign)))} besides"
             )
         what = {
             "shape": "another shape", "granule": "another granule", "indices": "other entries (another mask)",
             "fingerprint": "another base",
         }  # fmt: skip
         for name, tuned in tuned_here.items():
+            entry = weights[name]
+            if not isinstance(entry, Mapping) or not isinstance(entry.get("values"), Tensor):
+                raise ValueError(f"SparseTuner: the state has no values of {name}")
             for key, wanted in _identity(tuned).items():
-                if weights[name].get(key) != wanted:
+                if repr(entry.get(key)) != repr(wanted):  # of whatever a broken file holds
                     raise ValueError(f"SparseTuner: the state is of another adapter: {name} has {what[key]}")
-            if weights[name]["values"].shape != tuned.values.shape:
+            if entry["values"].shape != tuned.values.shape:
                 raise ValueError(f"SparseTuner: the state's values of {name} have the wrong length")
-        with torch.no_grad():
-            for name, tuned in tuned_here.items():
-                tuned.values.copy_(weights[name]["values"])
-        self.sync()
+            if not entry["values"].is_floating_point():
+                raise ValueError(f"SparseTuner: the state's values of {name} must be floats")
 
     # ---- taking off ------------------------------------------------------------------------------------------
 
