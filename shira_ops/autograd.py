@@ -24,6 +24,7 @@ _AFTER_AUTOGRAD = torch._C._after_autograd_keyset
 _AFTER_INPLACE = torch._C._after_ADInplaceOrView_keyset
 _dispatch_keys = torch._C._dispatch_keys
 _dispatch_tls_local_exclude_set = torch._C._dispatch_tls_local_exclude_set
+_strided = torch.strided
 _increment_version = torch._C._increment_version
 _is_grad_enabled = torch.is_grad_enabled
 _requires_grad = attrgetter("requires_grad")  # faster over a list than a loop
@@ -53,6 +54,11 @@ def _refuse(op: str, arguments: Sequence[tuple[str, Tensor]]) -> NoReturn:
                 "torch.autograd.forward_ad.unpack_dual)"
             )
     raise AssertionError(f"{op}: nothing to refuse")
+
+
+def _is_special(t: Tensor) -> bool:
+    """Whether a tensor may have a dispatch key that an ordinary one has not: to ask for its keys takes longer."""
+    return type(t) is not Tensor or t.is_neg() or t.layout is not _strided or t.is_quantized or t.is_nested
 
 
 def _lazy_kernel(op: OpOverload) -> Callable[..., NoReturn]:
@@ -115,9 +121,8 @@ def _mutating_kernel(op: OpOverload) -> Callable[..., Any]:
             refuse(args, kwargs)
         for value in listed(args, unseen):
             # torch chooses a kernel by every tensor but those of an optional list: fake, lazy and sparse ones too.
-            skipped = _dispatch_tls_local_exclude_set()
-            for tensor in value:
-                keyset = keyset | (_dispatch_keys(tensor) - skipped)
+            for tensor in filter(_is_special, value):
+                keyset = keyset | (_dispatch_keys(tensor) - _dispatch_tls_local_exclude_set())
         result = redispatch(keyset & _AFTER_INPLACE, *args, **kwargs)
         changed = [args[position] for position in mutated_single]
         for value in listed(args, mutated_several):

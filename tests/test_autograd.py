@@ -421,3 +421,14 @@ def test_every_combination_of_alpha_and_delta_refuses() -> None:
         case.args |= {"alpha": alpha, "delta": delta}
         case.args["values"].requires_grad_()
         refusal(DISPATCHER, case, "values must not require grad while grad mode is on")
+
+
+def test_a_lazily_conjugated_gradient() -> None:
+    """As complex formulas hand it down: spread into the dense gradient by its numbers."""
+    weight = torch.randn(6, dtype=torch.complex64, requires_grad=True)
+    plain = weight.detach().clone().requires_grad_()
+    at = torch.tensor([1, 4])
+    up = torch.randn(2, dtype=torch.complex64)
+    shira_ops.gather(weight, at).backward(up.conj())
+    plain[at].backward(up.conj())
+    assert torch.equal(weight.grad, plain.grad)
