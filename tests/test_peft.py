@@ -520,6 +520,9 @@ def test_what_says_what_the_base_says_is_no_change(tmp_path: Path) -> None:
     folder = lora_folder(tmp_path, bias="all")
     assert "base_model.model.q_proj.bias" in load_file(folder / "adapter_model.safetensors")
     assert set(Adapter.from_peft(folder, made(Model), density=1.0).weights) == {"layers.0.v_proj.weight"}
+    rewritten(folder, lambda tensors, prefix: [tensors.pop(key) for key in list(tensors) if "lora_" in key])
+    with pytest.raises(AdapterError, match="it holds no weights"):
+        Adapter.from_peft(folder, made(Model), density=1.0)
     other = made(Model)
     other.layers[0].q_proj.bias[0] += 1
     with pytest.raises(AdapterError, match=r"biases and DoRA have no sparse form\): .*q_proj\.bias"):

@@ -191,10 +191,10 @@ class _Weights:
 
     def __init__(self, base: Checkpoint, turned: object, renamed: Callable[[str], str]) -> None:
         self._base, self._turned, self._renamed = base, turned, renamed
-        self._ties: dict[str, list[str]] = {}
+        groups: dict[str, list[str]] = {}
         for name, first in ties(base).items():
-            self._ties.setdefault(first, []).append(name)
-        self._tied = {name: group for group in self._ties.values() if len(group) > 1 for name in group}
+            groups.setdefault(first, []).append(name)
+        self._tied = {name: group for group in groups.values() for name in group}
         self._slots = {} if base.model is None else _model.slots(base.model)
 
     def of(self, where: str, module: str) -> Stored:
@@ -394,8 +394,6 @@ def from_peft(
             raise ValueError(f"from_peft: granule must be a whole number of at least 1, got {granule!r}")
         _check_plain_lora(where, config)
     modules, others = _by_module(where, kind, _tensors(where))
-    if not modules and not others:
-        raise AdapterError(f"{where}: it holds no weights")
     source = _base(where, config, base)
     renamed = _file.renamer(rename)
     weights = _Weights(source, config.get("fan_in_fan_out"), renamed)
@@ -405,6 +403,8 @@ def from_peft(
     if len({stored.name for stored in places.values()}) < len(places):
         raise AdapterError(f"{where}: rename= gives two modules one weight")
     _check_others(where, kind, others, source, renamed)
+    if not modules:
+        raise AdapterError(f"{where}: it holds no weights")
     patterns = _patterns(where, config)
     entries: dict[str, Entry] = {}
     report: dict[str, Lost] = {}
