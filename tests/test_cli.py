@@ -190,6 +190,9 @@ def test_convert_there_and_back(files: Path) -> None:
     assert "give base=" in refused("convert", files / "b.safetensors", files / "peft")
     run("convert", files / "b.safetensors", files / "peft", "--base", files / "base", "--base-model", "some/model")
     assert json.loads((files / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/model"
+    (files / "peft" / "notes.txt").write_text("kept")
+    run("convert", files / "b.safetensors", files / "peft", "--base", files / "base", "--overwrite")
+    assert (files / "peft" / "notes.txt").read_text() == "kept"
     run("convert", files / "peft", files / "back.safetensors", "--base", files / "base")
     run("apply", files / "b.safetensors", files / "base", files / "one")
     run("apply", files / "back.safetensors", files / "base", files / "two")

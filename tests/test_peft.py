@@ -520,6 +520,9 @@ def test_what_says_what_the_base_says_is_no_change(tmp_path: Path) -> None:
     folder = lora_folder(tmp_path, bias="all")
     assert "base_model.model.q_proj.bias" in load_file(folder / "adapter_model.safetensors")
     assert set(Adapter.from_peft(folder, made(Model), density=1.0).weights) == {"layers.0.v_proj.weight"}
+    rewritten(folder, lambda tensors, prefix: [tensors.pop(key) for key in list(tensors) if "lora_" in key])
+    with pytest.raises(AdapterError, match="it holds no weights"):
+        Adapter.from_peft(folder, made(Model), density=1.0)
     other = made(Model)
     other.layers[0].q_proj.bias[0] += 1
     with pytest.raises(AdapterError, match=r"biases and DoRA have no sparse form\): .*q_proj\.bias"):
@@ -777,3 +780,19 @@ def test_how_exact_pefts_folder_is(tmp_path: Path) -> None:
                 assert 0 < off <= close
             else:
                 assert torch.equal(got, new)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
+def test_a_base_with_other_names(tmp_path: Path) -> None:
+    """A checkpoint of the model without its head, as GPT-2's on the Hub."""
+    trained(gpt2, peft.LoraConfig(r=2, target_modules=["c_attn"], bias="all"), tmp_path)
+    base = made(gpt2).transformer.state_dict()
+    with pytest.raises(AdapterError, match=r"no weight 'transformer\.h\.0\.attn\.c_attn\.weight'; .* give rename="):
+        Adapter.from_peft(tmp_path, base, density=1.0)
+    adapter = Adapter.from_peft(tmp_path, base, density=1.0, rename={r"^transformer\.": ""})
+    assert set(adapter.weights) == {f"h.{layer}.attn.c_attn.weight" for layer in (0, 1)}
+    wanted = Adapter.from_peft(tmp_path, made(gpt2), density=1.0)
+    for name, entry in adapter.weights.items():
+        assert torch.equal(entry.values, wanted.weights[f"transformer.{name}"].values)
+    with pytest.raises(AdapterError, match="rename= gives two modules one weight"):
+        Adapter.from_peft(tmp_path, base, density=1.0, rename={r"^transformer\.h\.\d": "h.0"})

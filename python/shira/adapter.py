@@ -394,6 +394,7 @@ class Adapter:
         density: float | None = None,
         granule: int = 1,
         autocast_adapter_dtype: bool = True,
+        rename: _file.Rename = None,
         revision: str | None = None,
         token: str | bool | None = None,
     ) -> Adapter:
@@ -412,6 +413,8 @@ class Adapter:
             autocast_adapter_dtype: as PEFT has it. True: an adapter of a bfloat16 or float16 base is added in float32,
                 as by ``PeftModel.from_pretrained``. False: it is rounded to the base's dtype first, as PEFT does with
                 ``autocast_adapter_dtype=False`` or ``low_cpu_mem_usage=True``, and transformers' ``load_adapter``.
+            rename: what the folder's names of weights are in the base, where they differ: regular expressions and what
+                takes their places, as ``{r"^transformer\\.": ""}``, or a function.
             revision, token: for the Hub.
 
         Raises `AdapterError` for what has no sparse form (DoRA, embeddings, biases and whole modules that changed,
@@ -427,6 +430,7 @@ class Adapter:
             density=density,
             granule=granule,
             autocast_adapter_dtype=autocast_adapter_dtype,
+            rename=rename,
             revision=revision,
             token=token,
         )

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor
 import shira_ops
 from shira import _codec, _file, _model
 from shira._checkpoint import Checkpoint, Source, Stored, map_file, open_checkpoint, ties
-from shira._file import AdapterError
+from shira._file import AdapterError, Rename
 from shira._patterns import Pattern
 from shira.adapter import Adapter, Entry, dtype_name
 from shira.difference import Lost, Report
@@ -132,7 +132,9 @@ def _by_module(
     return modules, others
 
 
-def _check_others(folder: str, kind: str, others: Mapping[str, Stored], base: Checkpoint) -> None:
+def _check_others(
+    folder: str, kind: str, others: Mapping[str, Stored], base: Checkpoint, renamed: Callable[[str], str]
+) -> None:
     """Refuse what is not part of the adapter, unless it says what the base says.
 
     PEFT saves whole embeddings and heads beside an adapter that targets one, or when the vocabulary has grown, and all
@@ -143,7 +145,7 @@ def _check_others(folder: str, kind: str, others: Mapping[str, Stored], base: Ch
     for key, stored in others.items():
         name = key.removeprefix(PREFIX)
         copied = ".base_layer." in name
-        there = base.find((name.replace(".base_layer.", "."),))
+        there = base.find((renamed(name.replace(".base_layer.", ".")),))
         if there is None or not _equal(stored, there):
             (changed if copied else strange).append(key[:200])
     if changed:
@@ -187,23 +189,25 @@ def _base(folder: str, config: Mapping[str, Any], base: Source | None) -> Checkp
 class _Weights:
     """The base's matrices by module, and which way round they are."""
 
-    def __init__(self, base: Checkpoint, turned: object) -> None:
-        self._base, self._turned = base, turned
-        self._ties: dict[str, list[str]] = {}
+    def __init__(self, base: Checkpoint, turned: object, renamed: Callable[[str], str]) -> None:
+        self._base, self._turned, self._renamed = base, turned, renamed
+        groups: dict[str, list[str]] = {}
         for name, first in ties(base).items():
-            self._ties.setdefault(first, []).append(name)
-        self._tied = {name: group for group in self._ties.values() if len(group) > 1 for name in group}
+            groups.setdefault(first, []).append(name)
+        self._tied = {name: group for group in groups.values() for name in group}
         self._slots = {} if base.model is None else _model.slots(base.model)
 
     def of(self, where: str, module: str) -> Stored:
         """The weight of a linear layer that nothing else uses."""
-        name = f"{module}.weight"
+        name = self._renamed(f"{module}.weight")
         stored = self._base.find((name,))
         if stored is None:
             tied = (
                 " (a checkpoint leaves out a head that is tied to the embedding)" if module.endswith("lm_head") else ""
             )
-            raise AdapterError(f"{where}: the base has no weight {name!r:.200}{tied}")
+            raise AdapterError(
+                f"{where}: the base has no weight {name!r:.200}{tied}; if it has another name there, give rename="
+            )
         if len(stored.shape) != 2 or stored.dtype not in _file.ARITHMETIC:
             raise AdapterError(
                 f"{where}: {stored.name!r} must be a float matrix in the base, got shape {list(stored.shape)} of "
@@ -367,6 +371,7 @@ def from_peft(
     density: float | None = None,
     granule: int = 1,
     autocast_adapter_dtype: bool = True,
+    rename: Rename = None,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> Adapter:
@@ -389,12 +394,17 @@ def from_peft(
             raise ValueError(f"from_peft: granule must be a whole number of at least 1, got {granule!r}")
         _check_plain_lora(where, config)
     modules, others = _by_module(where, kind, _tensors(where))
-    if not modules and not others:
-        raise AdapterError(f"{where}: it holds no weights")
     source = _base(where, config, base)
-    weights = _Weights(source, config.get("fan_in_fan_out"))
-    places = {module: weights.of(f"{where}: module {module!r:.200}", module) for module in modules}
-    _check_others(where, kind, others, source)
+    renamed = _file.renamer(rename)
+    weights = _Weights(source, config.get("fan_in_fan_out"), renamed)
+    places: dict[str, Stored] = {}
+    for module in modules:
+        places[module] = weights.of(f"{where}: module {module!r:.200}", module)
+    if len({stored.name for stored in places.values()}) < len(places):
+        raise AdapterError(f"{where}: rename= gives two modules one weight")
+    _check_others(where, kind, others, source, renamed)
+    if not modules:
+        raise AdapterError(f"{where}: it holds no weights")
     patterns = _patterns(where, config)
     entries: dict[str, Entry] = {}
     report: dict[str, Lost] = {}
