@@ -74,7 +74,7 @@ def places(
 def overlap(slots: list[Slot], besides: Iterable[Weight] = ()) -> str | None:
     """Which weights share only a part of their memory, with each other or with those of any other adapters."""
     mine = set(map(id, slots))
-    others = [weight.slot for weight in _live.known() if weight not in besides]
+    others = [weight.slot for weight in _live.known(slot.weight for slot in slots) if weight not in besides]
     for one, other in _model.overlaps([*slots, *others]):
         if id(one) in mine or id(other) in mine:
             return (
