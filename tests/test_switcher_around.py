@@ -484,7 +484,7 @@ def test_nothing_is_kept_of_weights_that_no_adapter_is_for() -> None:
     one.add("a", one_of(model))
     del one
     torch.utils.swap_tensors(model.weight, twin.weight)
-    assert not any(weight.tensor is model.weight for weight in _live.known())
+    assert not any(weight.tensor is model.weight for weight in _live.known([model.weight]))
     memory = model.weight.untyped_storage()._weak_ref()
     one = Switcher(model)
     one.add("a", one_of(model))

@@ -74,7 +74,7 @@ def places(
 def overlap(slots: list[Slot], besides: Iterable[Weight] = ()) -> str | None:
     """Which weights share only a part of their memory, with each other or with those of any other adapters."""
     mine = set(map(id, slots))
-    others = [weight.slot for weight in _live.known() if weight not in besides]
+    others = [weight.slot for weight in _live.known(slot.weight for slot in slots) if weight not in besides]
     for one, other in _model.overlaps([*slots, *others]):
         if id(one) in mine or id(other) in mine:
             return (
@@ -119,8 +119,10 @@ def _restless(slot: Slot) -> str | None:
 
 def _renaming(adapter: Adapter, slots: Mapping[str, Slot]) -> dict[str, str] | None:
     """The one change of the beginnings of names with which all of them fit the model, if there is one."""
-    wanted = [(name, *entry.aliases) for name, entry in adapter.weights.items()]
-    first = next(names[0] for names in wanted if not any(name in slots for name in names)).split(".")
+    absent = (
+        name for name, entry in adapter.weights.items() if not any(one in slots for one in (name, *entry.aliases))
+    )
+    first = next(absent).split(".")
     rules: dict[tuple[str, str], int] = {}
     for known in slots:
         parts = known.split(".")
@@ -130,16 +132,16 @@ def _renaming(adapter: Adapter, slots: Mapping[str, Slot]) -> dict[str, str] | N
         if common:
             old, new = (".".join((*names[: len(names) - common], "")) for names in (first, parts))
             rules[old, new] = common
-    fitting = []
-    for (old, new), common in rules.items():
-        if common == max(rules.values()):
-            rule = {f"^{re.escape(old)}": new}
-            rename = _file.renamer(rule)
-            places = [next((slots[name] for name in map(rename, names) if name in slots), None) for names in wanted]
-            shapes = [entry.shape for entry in adapter.weights.values()]
-            if all(
-                slot is not None and tuple(slot.weight.shape) == shape
-                for slot, shape in zip(places, shapes, strict=True)
-            ):
-                fitting.append(rule)
+    longest = max(rules.values(), default=0)
+
+    def fits(rule: dict[str, str]) -> bool:
+        rename = _file.renamer(rule)
+        for name, entry in adapter.weights.items():
+            found = next((other for other in map(rename, (name, *entry.aliases)) if other in slots), None)
+            if found is None or misfit(slots[found], entry.shape, entry.dtype) is not None:
+                return False
+        return True
+
+    candidates = ({f"^{re.escape(old)}": new} for (old, new), common in rules.items() if common == longest)
+    fitting = [rule for rule in candidates if fits(rule)]
     return fitting[0] if len(fitting) == 1 else None

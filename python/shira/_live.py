@@ -61,7 +61,7 @@ _holds: weakref.WeakValueDictionary[object, Hold] = weakref.WeakValueDictionary(
 _ledgers: weakref.WeakValueDictionary[int, Ledger] = weakref.WeakValueDictionary()
 # Those with adapters of Switchers that are gone, as long as there is the memory.
 _abandoned: dict[object, Hold] = {}
-_weights: weakref.WeakSet[Weight] = weakref.WeakSet()
+_neighbours: weakref.WeakValueDictionary[object, Neighbours] = weakref.WeakValueDictionary()
 
 
 def _hold(tensor: Tensor) -> Hold:
@@ -83,9 +83,18 @@ def abandon(weights: Mapping[object, Weight], switcher: weakref.ref[object]) -> 
             _abandoned[key] = weight.hold
 
 
-def known() -> list[Weight]:
-    """The weights that any Switcher has adapters for."""
-    return list(_weights)
+class Neighbours(weakref.WeakSet["Weight"]):
+    """The weights in one storage that any Switcher has adapters for."""
+
+
+def _storage(tensor: Tensor) -> object:
+    return tensor.device, tensor.untyped_storage().data_ptr()
+
+
+def known(tensors: Iterable[Tensor]) -> list[Weight]:
+    """The weights that any Switcher has adapters for, in the storages of these."""
+    found = (_neighbours.get(storage) for storage in dict.fromkeys(map(_storage, tensors)))
+    return [weight for neighbours in found if neighbours is not None for weight in neighbours]
 
 
 @dataclass(eq=False)
@@ -102,6 +111,7 @@ class Weight:
     shape: torch.Size
     # Inference tensors have no version: what others write to them only `Switcher.verify` finds.
     versioned: bool
+    neighbours: Neighbours | None = None
 
     @classmethod
     def of(cls, places: tuple[_model.Slot, ...], switcher: object, verify: bool) -> Weight:
@@ -126,7 +136,11 @@ class Weight:
                 # Another base than the one that was known. Whoever knew that one finds it gone: its ledger is old.
                 weight.ledger = _ledgers[id(tensor)] = Ledger(base)
             weight.note()
-        _weights.add(weight)
+        storage = _storage(tensor)
+        weight.neighbours = _neighbours.get(storage)
+        if weight.neighbours is None:
+            weight.neighbours = _neighbours[storage] = Neighbours()
+        weight.neighbours.add(weight)
         return weight
 
     @property
@@ -227,7 +241,9 @@ class Weight:
         self.hold.holder = None
         self.places, self.hold, self.ledger = fresh.places, fresh.hold, fresh.ledger
         self.pointer, self.device, self.versioned = fresh.pointer, fresh.device, fresh.versioned
-        self.ledger.base, self.hold.holder = base, holder
+        self.ledger.base, self.hold.holder, self.neighbours = base, holder, fresh.neighbours
+        if self.neighbours is not None:
+            self.neighbours.add(self)
         self.note()
 
 
