@@ -85,7 +85,7 @@ def said() -> str:
     """What the packages can say: the pieces of split strings joined, what is filled in left out."""
     files = sorted(file for folder in ("python/shira", "shira_ops") for file in (ROOT / folder).rglob("*.py"))
     files.append(ROOT / "setup.py")
-    text = "".join(file.read_text(encoding="utf-8") for file in files)
+    text = "".join(file.read_text(encoding="utf-8") for file in files).replace("`", "")
     return re.sub(r"\{[^{}]*\}", "...", re.sub(r"([\"'])\s*\n\s*f?\1", "", text))
 
 
