@@ -638,7 +638,7 @@ def check_reached(sites: Iterable[Site]) -> None:
             gone.append(site.name)
         elif fresh and not site.reached and not site.allow_unused:
             (unvisited if came else missing).append(site)
-    if frozen and len(frozen) == len(here):
+    if frozen and len(frozen) == len(here) and frozen[0].group.frozen():
         refuse_frozen(frozen[0])
     if gone:
         raise RuntimeError(
