@@ -498,7 +498,7 @@ def test_commands_overwrite_only_their_own(files: Path) -> None:
         assert says in refused(*arguments, *more)
     (files / "mine").mkdir()
     (files / "mine" / "notes").write_text("mine")
-    assert "holds more than PEFT's adapter ('notes')" in refused("convert", a, files / "mine", *peft)
+    assert "holds something else than an adapter of PEFT's SHiRA" in refused("convert", a, files / "mine", *peft)
     assert "is a folder, and the result is a file" in refused("extract", base, tuned, files / "mine", "--overwrite")
     assert all(path.read_bytes() == content for path, content in before.items())
 

@@ -21,6 +21,8 @@ def test_diff(backend: Backend, dtype: torch.dtype, granule: int | str) -> None:
     for limit, count in ((300, 20), (7, 7), (64, 0), (0, 0)):
         if granule == ALL:
             limit, count = min(limit, 1), min(count, 1)
+        if limit == 0 and granule != 1:
+            continue
         setup = Setup(dtype=dtype, granule=48 if granule == ALL else granule, limit=limit, count=count)
         against_oracle(backend, build("diff_", setup))
 

@@ -145,21 +145,17 @@ def no_merged_folder(path: str) -> str | None:
 
 
 def no_peft_folder(path: str) -> str | None:
-    """Why what is there is no folder of PEFT's SHiRA with nothing else in it, or None."""
+    """Why what is there is no folder of PEFT's SHiRA, or an empty one, or None. Its other files stay as they are."""
     if not os.path.isdir(path):
         return "is a file, and PEFT's adapter is a folder"
-    names = set(os.listdir(path))
-    if not names:
+    if not os.listdir(path):
         return None
-    others = sorted(names - {"adapter_config.json", "adapter_model.safetensors"})
-    if others:
-        return f"holds more than PEFT's adapter ({', '.join(map(repr, others[:5]))})"
     try:
         with open(os.path.join(path, "adapter_config.json"), encoding="utf-8") as file:
             kind = json.load(file)["peft_type"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         kind = None
-    return None if kind == "SHIRA" else "is no adapter of PEFT's SHiRA"
+    return None if kind == "SHIRA" else "holds something else than an adapter of PEFT's SHiRA"
 
 
 def _exchange(one: Path, two: Path) -> bool:
