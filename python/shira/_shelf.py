@@ -24,10 +24,10 @@ def stamp_of(file: Path) -> Stamp:
 
 
 def own(adapter: Adapter) -> Adapter:
-    """The adapter with values that are no views, as those of a loaded one are of its mapped file."""
-    if all(entry.values.untyped_storage().nbytes() == entry.values.nbytes for entry in adapter.weights.values()):
-        return adapter
-    return _copied(adapter)
+    """The adapter with values in memory of their own: not in a mapped file, and not a part of something larger."""
+    parts = [entry.values for entry in adapter.weights.values()]
+    views = any(values.untyped_storage().nbytes() != values.nbytes for values in parts)
+    return _copied(adapter) if views or any(entry.mapped for entry in adapter.weights.values()) else adapter
 
 
 def load(file: Path, stamp: Stamp | None) -> Adapter:
@@ -39,7 +39,10 @@ def load(file: Path, stamp: Stamp | None) -> Adapter:
 
 
 def _copied(adapter: Adapter) -> Adapter:
-    weights = {name: replace(entry, values=entry.values.detach().clone()) for name, entry in adapter.weights.items()}
+    weights = {
+        name: replace(entry, values=entry.values.detach().clone(), mapped=False)
+        for name, entry in adapter.weights.items()
+    }
     return Adapter(
         weights,
         alpha=adapter.alpha,

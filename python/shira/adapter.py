@@ -76,6 +76,8 @@ class Entry:
     aliases: tuple[str, ...] = ()
     # Whether the content of the indices is known to be good, as decoding proves it.
     checked: bool = field(default=False, repr=False)
+    # Whether the values lie in a mapped file, which may be written to, or end, under whoever holds them.
+    mapped: bool = field(default=False, repr=False)
 
     @property
     def numel(self) -> int:
@@ -133,7 +135,7 @@ class Entry:
 
     # The values of a loaded adapter are views of its file, and a view is pickled with all that it is a view of.
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "indices": _own(self.indices), "values": _own(self.values)}
+        return {**self.__dict__, "indices": _own(self.indices), "values": _own(self.values), "mapped": False}
 
 
 class Adapter:
@@ -325,6 +327,7 @@ class Adapter:
                 weight.seed,
                 weight.aliases,
                 checked=True,
+                mapped=True,
             )
         if checksums:
             _file.check_checksums(file, header, mapped)

@@ -271,14 +271,15 @@ def _entry(pair: _Pair, density: float | None, pool: Executor, ahead: int) -> tu
     if not sparse.changed:
         return None
     total = lost = 0.0
-    granule = pair.granule
+    granule, mapped = pair.granule, False
     if not sparse.dropped:
         indices = torch.from_numpy(np.concatenate(sparse.indices))
         kept = _flat(np.concatenate(sparse.values), pair.dtype)
     elif budget >= whole_from:
         granule = pair.numel
         indices, kept = torch.zeros(1, dtype=torch.int32, device="cpu"), _flat(pair.tuned, pair.dtype)
-        if not pair.mapped:  # somebody's tensor, who may go on training it
+        mapped = pair.mapped
+        if not mapped:  # somebody's tensor, who may go on training it
             kept = kept.clone()
         if density is not None:
             total = _squared(pair, pool, ahead)
@@ -291,7 +292,7 @@ def _entry(pair: _Pair, density: float | None, pool: Executor, ahead: int) -> tu
         total = total or held
         lost = min(1.0, max(0.0, 1.0 - held / total)) if total else 0.0
     dtype, fingerprint = getattr(torch, pair.dtype), sparse.mark & _WORD
-    entry = Entry(indices, kept, pair.shape, dtype, granule, fingerprint, None, pair.aliases, checked=True)
+    entry = Entry(indices, kept, pair.shape, dtype, granule, fingerprint, None, pair.aliases, True, mapped)
     return entry, Lost(pair.numel, sparse.changed, kept.numel(), lost, total)
 
 
@@ -351,7 +352,8 @@ def _new(aligned: Aligned) -> dict[str, Entry]:
         aliases = tuple(other for other, one in aligned.tuned.items() if other != name and one.one == stored.one)
         values = stored.tensor() if stored.mapped else stored.tensor().clone()
         indices, dtype = torch.zeros(1, dtype=torch.int32), getattr(torch, stored.dtype)
-        entries[name] = Entry(indices, values, stored.shape, dtype, stored.numel, None, None, aliases, checked=True)
+        shape, mapped = stored.shape, stored.mapped
+        entries[name] = Entry(indices, values, shape, dtype, stored.numel, None, None, aliases, True, mapped)
     return entries
 
 
