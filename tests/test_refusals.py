@@ -964,7 +964,7 @@ def test_order(backend: Backend) -> None:
 
 def test_lists_are_checked_whole_before_the_first_write(backend: Backend) -> None:
     """An offence in the last member leaves the first as it was."""
-    for op in (op for op in FOREACH_OPS if op in MUTATING_OPS and ".tensor" not in op):
+    for op in (op for op in FOREACH_OPS if op in MUTATING_OPS and op in ROLES and ".tensor" not in op):
         case = valid(backend, op)
         index = "indices_in" if op == "foreach_switch_" else "indices"
         name = f"{index}[1]"

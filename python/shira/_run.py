@@ -229,6 +229,8 @@ _OF_PARAMETERS_SIZE = frozenset(
         "sum",
     ]
 )
+# Options of an optimizer's groups that are True, False or left to torch.
+_FLAGS = frozenset(["foreach", "fused", "capturable", "differentiable", "maximize", "nesterov", "amsgrad"])
 _ADAM = frozenset(["step", "exp_avg", "exp_avg_sq"])
 
 
@@ -242,6 +244,9 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
         raise ValueError("the checkpoint's optimizer has a different number of parameter groups")
     for at, (group, other) in enumerate(zip(mine["param_groups"], groups, strict=True)):
         check_form(group, other, f"optimizer's group {at}")
+        for option in _FLAGS & other.keys():
+            if other[option] is not None and not isinstance(other[option], bool):
+                raise ValueError(f"the checkpoint's optimizer's group {at}: {option} must be True, False or None")
         if group["params"] != other["params"]:
             raise ValueError(f"the checkpoint's optimizer's group {at} is of other parameters")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -187,8 +187,9 @@ class Names:
         for one, other in _model.overlaps(self.slots.values()):
             if any(self.of(slot)[0].name in chosen for slot in (one, other)):
                 raise ValueError(
-                    f"SparseTuner: {one.name} and {other.name} overlap in memory, so that to train one changes the "
-                    f"other; leave both out with {argument}=, or give one its own memory"
+                    f"SparseTuner: {one.name} and {other.name} are different weights in overlapping memory (views of "
+                    f"one tensor?), so that training one changes the other; leave both out with {argument}=, or give "
+                    f"one its own memory"
                 )
         return {name: chosen[name] for name in self.slots if name in chosen}
 
@@ -230,15 +231,6 @@ def check_trainable(name: str, group: Sequence[_model.Slot]) -> None:
                 f"SparseTuner: {name} is changed by its own forward (max_norm={slot.module.max_norm:g}), which would "
                 f"move entries that no adapter holds; leave it out with targets="
             )
-
-
-def check_apart(groups: Iterable[Sequence[_model.Slot]]) -> None:
-    """Refuse different weights that share a part of their memory: training one would change the other."""
-    for one, other in _model.overlaps(group[0] for group in groups):
-        raise ValueError(
-            f"SparseTuner: {one.name} and {other.name} are different weights in overlapping memory (views of one "
-            f"tensor?), so training one would change the other; leave one of them out"
-        )
 
 
 def check_model(model: nn.Module) -> None:

@@ -275,7 +275,6 @@ class SparseTuner:
         chosen = {name: group for name, group in names.targets(targets, exclude).items() if name not in entire}
         if not chosen and not entire:
             raise ValueError("SparseTuner: targets is empty, so nothing would train")
-        _targets.check_apart([*chosen.values(), *entire.values()])
         mask.check({name: group[0].weight for name, group in chosen.items()})
         places = {name: [(slot.module, slot.attribute) for slot in group] for name, group in chosen.items()}
         mask.prepare(self.model, places, calibration, loss)

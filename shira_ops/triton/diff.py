@@ -5,6 +5,7 @@ Granules are compared in the widest units that every address and their size allo
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -14,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import checks
-from .launch import TILE, checked, launch
+from .launch import checked, launch
 
+ROWS = 256  # granules a program: a scan takes registers
 _UNITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -40,13 +42,14 @@ def tally_kernel(snapshot, weight, tallies, granules, units, ROWS: tl.constexpr)
 
 
 @triton.jit
-def write_kernel(snapshot, weight, ends, indices, values, granules, units, ROWS: tl.constexpr):
-    """Each program writes behind what those before it write, and refreshes its share of the snapshot."""
+def write_kernel(snapshot, weight, starts, indices, values, granules, units, ROWS: tl.constexpr):
+    """Each program writes from its start on, which counts what those before it write, and refreshes its share of the
+    snapshot."""
     program = tl.program_id(0).to(tl.int64)
     row = program * ROWS + tl.arange(0, ROWS)
     found = differing(snapshot, weight, row, granules, units)
     count = found.to(tl.int64)
-    at = tl.load(ends + program) - tl.sum(count) + tl.cumsum(count) - count
+    at = tl.load(starts + program) + tl.cumsum(count) - count
     tl.store(indices + at, row.to(indices.dtype.element_ty), mask=found)
     unit = tl.zeros((), tl.int64)
     while unit < units:
@@ -58,7 +61,7 @@ def write_kernel(snapshot, weight, ends, indices, values, granules, units, ROWS:
 
 def _diffs(snapshots: Sequence[Tensor], weights: Sequence[Tensor], granule: int) -> tuple[list[Tensor], list[Tensor]]:
     device = weights[0].device if weights else None
-    shares = [triton.cdiv(weight.numel() // granule, TILE) for weight in weights]
+    shares = [triton.cdiv(weight.numel() // granule, ROWS) for weight in weights]
     tallies = torch.empty(sum(shares), dtype=torch.int64, device=device)
     jobs = []
     for snapshot, weight, own in zip(snapshots, weights, tallies.split(shares), strict=True):
@@ -66,20 +69,19 @@ def _diffs(snapshots: Sequence[Tensor], weights: Sequence[Tensor], granule: int)
         unit = _UNITS[math.gcd(size, snapshot.data_ptr(), weight.data_ptr(), 8)]
         one, two = (tensor.view(-1).view(torch.uint8).view(unit) for tensor in (snapshot, weight))
         jobs.append((one, two, own, weight.numel() // granule, size // unit.itemsize))
-        launch(tally_kernel, len(own), *jobs[-1], ROWS=TILE)
-    ends = tallies.cumsum(0)
-    last = torch.tensor(shares, dtype=torch.int64).cumsum(0).tolist()
+        launch(tally_kernel, len(own), *jobs[-1], ROWS=ROWS)
+    ends = torch.cat([tallies.new_zeros(1), tallies.cumsum(0)])
+    last = [0, *itertools.accumulate(shares)]
     # One look at the device for all of them.
-    sums = [0, *ends.tolist()]
-    totals = [0, *(sums[end] for end in last)]
+    totals = ends[torch.tensor(last, device=device)].cpu().tolist()
     indices, values = [], []
-    for job, weight, before, after, end in zip(jobs, weights, totals, totals[1:], last, strict=False):
+    for job, weight, before, after, first in zip(jobs, weights, totals, totals[1:], last, strict=False):
         one, two, own, granules, units = job
         indices.append(torch.empty(after - before, dtype=checks.index_dtype(granules), device=device))
         values.append(weight.new_empty((after - before) * granule))
-        places = ends[end - len(own) : end] - before
+        places = ends[first : first + len(own)] - before
         flat = values[-1].view(torch.uint8).view(two.dtype)
-        launch(write_kernel, len(own), one, two, places, indices[-1], flat, granules, units, ROWS=TILE)
+        launch(write_kernel, len(own), one, two, places, indices[-1], flat, granules, units, ROWS=ROWS)
     return indices, values
 
 
