@@ -264,7 +264,7 @@ def test_a_call_is_one_launch() -> None:
         )
         before = launches()
         EMULATOR(op, **case.args)
-        # A rule whose numbers lie on the device is worked out there first; what differs is counted before it is written.
+        # A rule whose numbers lie on the device is worked out there first; what differs is counted, then written.
         wanted = 2 if op.endswith(".tensor") else 4 if op == "foreach_diff_" else 1
         assert launches() - before == wanted, op
 
