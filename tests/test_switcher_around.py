@@ -387,6 +387,54 @@ def test_names_of_another_wrapper() -> None:
         Switcher(twins).add("d", twice, rename={"^.": "x"})
 
 
+class Wrapped(nn.Module):
+    """As PEFT wraps a layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer, self.lora_A = layer, nn.Linear(4, 1)
+
+
+@pytest.mark.parametrize("wrapped", ["q", "qv", "qvo"])
+@pytest.mark.parametrize("prefix", ["", "base_model.model."])
+def test_names_of_layers_that_peft_has_wrapped(wrapped: str, prefix: str) -> None:
+    layers = {kind: linear() for kind in "qvo"}
+    given = Adapter({f"h.{kind}.weight": entry_of(layer.weight, [0], [60]) for kind, layer in layers.items()})
+    inside = nn.ModuleDict({kind: Wrapped(one) if kind in wrapped else one for kind, one in layers.items()})
+    model = nn.ModuleDict({"h": inside})
+    for name in reversed(prefix.split(".")[:-1]):
+        model = nn.ModuleDict({name: model})
+    one = Switcher(model)
+    with pytest.raises(AdapterError, match="all of its names fit") as caught:
+        one.add("a", given)
+    rename = eval(str(caught.value).split("rename=")[1].split(" all of")[0])
+    assert isinstance(rename, dict)
+    one.add("a", given, rename=rename)
+    with one.using("a"):
+        assert [layer.weight[0, 0] for layer in layers.values()] == [60, 60, 60]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda model: torch.jit.trace(model, torch.ones(1, 4))])
+def test_a_torchscript_model_itself(make: Any) -> None:
+    plain = nn.Sequential(linear(), nn.BatchNorm1d(4)).eval()
+    x, script = torch.ones(1, 4), make(plain)
+    base = script(x)
+    one = Switcher(script)
+    weight, mean = plain[0].weight, plain[1].running_mean
+    one.add("a", Adapter({"0.weight": entry_of(weight, [1], [60]), "1.running_mean": entry_of(mean, [0], [3])}))
+    for _ in range(2):
+        with one.using("a"):
+            assert torch.equal(script(x), plain(x))
+            assert not torch.equal(script(x), base)
+        assert torch.equal(script(x), base)
+    one.activate("a")
+    one.verify(full=True)
+    next(iter(script.children())).weight = nn.Parameter(plain[0].weight.detach().clone())
+    with pytest.raises(SwitchError, match="no longer the parameter it was"):
+        one.deactivate()
+
+
 # ---- memory that moves ---------------------------------------------------------------------------------------
 
 

@@ -409,3 +409,177 @@ def test_our_optimizers_say_that_they_cannot_step_inside_backward() -> None:
         with pytest.raises(RuntimeError, match=r"shira\.AdamW writes the weights, which .* use one of torch\.optim"):
             model(X).sum().backward()
         assert same_bits(model, before)
+
+
+# ---- optimizers that were made before --------------------------------------------------------------------------
+
+BEFORE = r"has parameters that the tuner froze .* make the optimizer after the tuner, over tuner\.parameters\(\)$"
+
+
+@GRADIENTS
+@pytest.mark.parametrize("kind", [torch.optim.SGD, SGD])
+def test_an_optimizer_made_before_the_tuner_is_refused(gradient: str, kind: type[torch.optim.Optimizer]) -> None:
+    model = net()
+    early, biases = (kind(held, lr=0.1) for held in (model.parameters(), [model[0].bias]))
+    tuner = tune(model, gradient)
+    before = bits(model)
+    early.step()  # no gradients yet: nothing is missed
+    for optimizer in (early, biases):
+        model(X).square().sum().backward()
+        with pytest.raises(RuntimeError, match=BEFORE):
+            optimizer.step()
+        for values in tuner.parameters():
+            values.grad = None
+
+    def closure() -> Tensor:
+        loss: Tensor = model(X).square().sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match=BEFORE):
+        early.step(closure)
+    assert same_bits(model, before)
+    late = kind(tuner.parameters(), lr=0.1)
+    late.step()
+    early.step()  # harmless beside one that trains
+    assert not same_bits(model, before)
+    tuner.detach()
+    train(model, early)
+
+
+def test_optimizers_of_other_things_may_be_of_any_age() -> None:
+    """A GAN's two optimizers, a head of its own, matrices and vectors apart, frozen weights that nobody trains."""
+    generator, critic, head = net(), nn.Linear(4, 1), nn.Linear(4, 4)
+    of_critic, of_head = torch.optim.SGD(critic.parameters(), lr=0.1), torch.optim.SGD(head.parameters(), lr=0.1)
+    idle = torch.optim.SGD(nn.Linear(2, 2).requires_grad_(False).parameters(), lr=0.1)
+    model = nn.ModuleList([generator, head])
+    tuner = tune(model, targets=r"^0\.")
+    head.requires_grad_(True)
+    matrices = torch.optim.SGD([p for p in model.parameters() if p.dim() == 2], lr=0.1)
+    vectors = torch.optim.SGD([p for p in model.parameters() if p.dim() == 1], lr=0.1)
+    before = [bits(one) for one in (generator, critic, head)]
+    critic(head(generator(X))).square().sum().backward()
+    for optimizer in (of_critic, of_head, idle, matrices, vectors):
+        optimizer.step()
+    assert not any(same_bits(one, was) for one, was in zip((generator, critic, head), before, strict=True))
+    tuner.detach()
+
+
+# ---- constructors that fail ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("late", ["look_outside", "_loaded", "mark_written", "ignore", "follow", "_watch_optimizers"])
+@GRADIENTS
+def test_a_constructor_that_fails_has_changed_nothing(
+    late: str, gradient: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = net()
+    model[2].bias.requires_grad_(False)
+    state = [(dict(m.__dict__), [p.requires_grad for p in m._parameters.values()]) for m in model.modules()]
+    hooks = [[dict(found) for name, found in vars(m).items() if name.endswith("_hooks")] for m in model.modules()]
+    before = bits(model)
+    home = {"ignore": "shira._ranks", "follow": "shira.tuner", "_watch_optimizers": "shira.tuner"}
+    calls = 0
+
+    def fail(*args: object, **options: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == (2 if late in ("look_outside", "mark_written") else 1):
+            raise MemoryError("as it happens")
+
+    with monkeypatch.context() as patch:
+        if late == "_loaded":
+            patch.setattr(nn.Linear, "register_load_state_dict_post_hook", fail)
+        elif late == "follow":
+            patch.setattr(nn.Sequential, "register_forward_hook", fail)
+        else:
+            patch.setattr(f"{home.get(late, 'shira._sites')}.{late}", fail)
+        with pytest.raises(MemoryError, match="as it happens"):
+            tune(model, gradient)
+    assert same_bits(model, before)
+    assert [(dict(m.__dict__), [p.requires_grad for p in m._parameters.values()]) for m in model.modules()] == state
+    found = [[dict(found) for name, found in vars(m).items() if name.endswith("_hooks")] for m in model.modules()]
+    assert found == hooks
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    with tune(model, gradient) as tuner:
+        train(model, SGD(tuner, lr=0.1))
+        tuner.verify()
+    assert same_bits(model, before)
+
+
+# ---- TorchScript -----------------------------------------------------------------------------------------------
+
+SCRIPT = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
+
+@SCRIPT
+@pytest.mark.parametrize("make", [torch.jit.script, lambda model: torch.jit.trace(model, X)])
+def test_torchscript_is_refused_and_stays_as_it_is(make: Any) -> None:
+    script = make(net())
+    with pytest.raises(TypeError, match=r"made by torch\.jit\.script or torch\.jit\.trace.* it was made from"):
+        tune(script)
+    assert all(p.requires_grad for p in script.parameters())
+    # As a part of a model it is left alone, and freed again.
+    model = nn.ModuleDict({"plain": nn.Linear(8, 8), "script": script})
+    with pytest.raises(ValueError, match=r"script\.0\.weight is in a module made by torch\.jit\.script"):
+        tune(model, targets="weight")
+    assert all(p.requires_grad for p in model.parameters())
+    with tune(model, targets=["plain"]):
+        assert not any(p.requires_grad for p in script.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@SCRIPT
+def test_a_trace_of_a_model_with_a_tuner_computes_or_is_refused() -> None:
+    model = net()
+    with tune(model) as tuner:
+        with pytest.raises(RuntimeError, match=r"trace the model under torch\.no_grad\(\)"):
+            torch.jit.trace(model, X)
+        with torch.no_grad():
+            traced = torch.jit.trace(model, X)
+        train(model, SGD(tuner, lr=0.1))
+        assert torch.equal(traced(X), model(X))
+
+
+# ---- pipelines, and weights that others share ------------------------------------------------------------------
+
+
+class Pipeline:
+    def __init__(self) -> None:
+        self.name, self.vae, self.unet = "pipeline", nn.Linear(2, 2), net()
+
+
+def test_a_pipeline_is_told_to_give_its_module() -> None:
+    says = r"^model must be a torch\.nn\.Module, got Pipeline; give its module, such as pipeline\.unet$"
+    for use in (tune, Switcher, shira.detach):
+        with pytest.raises(TypeError, match=says):
+            use(Pipeline())
+    with pytest.raises(TypeError, match=r"got dict$"):
+        Switcher({})  # type: ignore[arg-type]
+
+
+class Shared(nn.Module):
+    """As models like T5: ``shared`` holds the weight, and two embeddings look it up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.encoder, self.decoder = (nn.Embedding(12, 8) for _ in range(3))
+        self.encoder.weight = self.decoder.weight = self.shared.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.encoder(ids) * self.decoder(ids + 1)
+        return y
+
+
+def test_an_embedding_that_only_holds_the_weight_is_not_missed() -> None:
+    model = randomize(Shared()).double()
+
+    def loss(module: nn.Module) -> Tensor:
+        y: Tensor = module(IDS).square().sum()
+        return y
+
+    wanted = dense_gradients(model, loss)
+    with tune(model, targets=["shared"]) as tuner:
+        loss(model).backward()
+        check_gradients(tuner, wanted)
+        AdamW(tuner).step()

@@ -117,14 +117,36 @@ def _restless(slot: Slot) -> str | None:
     return None
 
 
+_WRAPPED = ".base_layer."
+
+
+def _into_wrapped(rule: dict[str, str], adapter: Adapter, bare: Mapping[str, str]) -> list[dict[str, str]]:
+    """The rule, and with it whatever leads to the wrapped layers among those it leads to: all, or some kinds."""
+    rename = _file.renamer(rule)
+    there = [name for name in map(rename, adapter.weights) if name in bare]
+    kinds: tuple[set[str], set[str]] = set(), set()  # as they are, and wrapped
+    for name in there:
+        kinds[_WRAPPED in bare[name]].add(name.rpartition(".")[0].rpartition(".")[2])
+    if not kinds[True]:
+        return [rule]
+    if not kinds[False]:
+        return [{**rule, r"\.(\w+)$": r".base_layer.\1"}]
+    named = "|".join(map(re.escape, sorted(kinds[True])))
+    return [{**rule, rf"(\.(?:{named}))\.(\w+)$": r"\1.base_layer.\2"}]
+
+
 def _renaming(adapter: Adapter, slots: Mapping[str, Slot]) -> dict[str, str] | None:
-    """The one change of the beginnings of names with which all of them fit the model, if there is one."""
+    """The one change of the beginnings of names with which all of them fit the model, if there is one.
+
+    And of their ends, in a model whose layers PEFT has wrapped: there it calls the layer itself ``base_layer``.
+    """
+    bare = {name.replace(_WRAPPED, "."): name for name in slots}
     absent = (
         name for name, entry in adapter.weights.items() if not any(one in slots for one in (name, *entry.aliases))
     )
     first = next(absent).split(".")
     rules: dict[tuple[str, str], int] = {}
-    for known in slots:
+    for known in bare:
         parts = known.split(".")
         common = 0
         while common < min(len(first), len(parts)) and first[-1 - common] == parts[-1 - common]:
@@ -142,6 +164,9 @@ def _renaming(adapter: Adapter, slots: Mapping[str, Slot]) -> dict[str, str] | N
                 return False
         return True
 
-    candidates = ({f"^{re.escape(old)}": new} for (old, new), common in rules.items() if common == longest)
+    longest_rules = [names for names, common in rules.items() if common == longest]
+    candidates = [{f"^{re.escape(old)}": new} if old or new else {} for old, new in longest_rules]
+    if len(bare) == len(slots) and any(bare[name] != name for name in bare):
+        candidates = [into for rule in candidates for into in _into_wrapped(rule, adapter, bare)]
     fitting = [rule for rule in candidates if fits(rule)]
     return fitting[0] if len(fitting) == 1 else None

@@ -292,14 +292,19 @@ def refuse_active(model: torch.nn.Module) -> None:
             )
 
 
+def _is_plain(place: _model.Slot) -> bool:
+    """Whether it is a parameter in a dictionary, as almost all are: not a buffer, nor of a TorchScript module."""
+    return isinstance(place.weight, nn.Parameter) and isinstance(place.module._parameters, dict)
+
+
 class Watch:
     """Several weights, looked at together: tells in a fraction of a microsecond each that nothing happened to them."""
 
     def __init__(self, weights: Iterable[Weight]) -> None:
         self.weights = list(weights)
         places = [place for weight in self.weights for place in weight.places]
-        self._parameters = [place for place in places if isinstance(place.weight, nn.Parameter)]
-        self._buffers = [place for place in places if not isinstance(place.weight, nn.Parameter)]
+        self._parameters = [place for place in places if _is_plain(place)]
+        self._others = [place for place in places if not _is_plain(place)]
         self._tuned = [place.attribute + VALUES_SUFFIX for place in self._parameters]
         self._pointers = [weight.pointer for weight in self.weights]
         self._tensors = [weight.tensor for weight in self.weights]
@@ -314,7 +319,7 @@ class Watch:
         return (
             all(home.get(place.attribute) is place.weight for home, place in zip(homes, self._parameters, strict=True))
             and not any(tuned in home for home, tuned in zip(homes, self._tuned, strict=True))
-            and all(place.module._buffers.get(place.attribute) is place.weight for place in self._buffers)
+            and all(place.holds() for place in self._others)
             and [tensor.data_ptr() for tensor in self._tensors] == self._pointers
             and [tensor.numel() for tensor in self._tensors] == self._numels
             and all(tensor._version == ledger.version for tensor, ledger in self._versioned)

@@ -33,13 +33,26 @@ def unwrap(model: nn.Module) -> nn.Module:
             inner = inner.module
         else:
             return inner
-    raise TypeError(f"model must be a torch.nn.Module, got {type(inner).__name__}")
+    # Pipelines of diffusers and transformers hold models.
+    inside = {name: one for name, one in getattr(inner, "__dict__", {}).items() if isinstance(one, nn.Module)}
+    largest = max(inside, key=lambda name: sum(p.numel() for p in inside[name].parameters()), default=None)
+    advice = "" if largest is None else f"; give its module, such as pipeline.{largest}"
+    raise TypeError(f"model must be a torch.nn.Module, got {type(inner).__name__}{advice}")
 
 
 def _is_fsdp1(module: nn.Module) -> bool:
     # Imported by whoever made one; the import costs a second.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+
+
+def held(module: nn.Module, attribute: str) -> Tensor | None:
+    """The module's parameter or buffer of this name, if it has one."""
+    # Those of a TorchScript module are no dictionaries, and have no get().
+    for home in (module._parameters, module._buffers):
+        if attribute in home and (found := home[attribute]) is not None:
+            return found
+    return None
 
 
 @dataclass(frozen=True)
@@ -53,8 +66,7 @@ class Slot:
 
     def now(self) -> Tensor | None:
         """What the place holds now."""
-        parameter = self.module._parameters.get(self.attribute)
-        return self.module._buffers.get(self.attribute) if parameter is None else parameter
+        return held(self.module, self.attribute)
 
     def holds(self) -> bool:
         """Whether the place still holds the parameter it held when it was found."""
@@ -66,11 +78,11 @@ def slots(model: nn.Module, *, buffers: bool = False) -> dict[str, Slot]:
     such as a BatchNorm's running statistics, where they are asked for."""
     found: dict[str, Slot] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        held: dict[str, Any] = dict(module._parameters)
+        there: dict[str, Any] = dict(module._parameters)
         if buffers:
             passing = module._non_persistent_buffers_set
-            held |= {name: buffer for name, buffer in module._buffers.items() if name not in passing}
-        for attribute, weight in held.items():
+            there |= {name: buffer for name, buffer in module._buffers.items() if name not in passing}
+        for attribute, weight in there.items():
             if weight is not None:
                 name = clean(f"{prefix}.{attribute}" if prefix else attribute)
                 found[name] = Slot(name, module, attribute, weight)

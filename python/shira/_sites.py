@@ -43,6 +43,8 @@ class Place:
     """One module that holds the weight; tied weights have several."""
 
     name: str
+    # How its gradient is taken; see `shira._layers`.
+    rule: str | None = None
     # Whether its own forward has ever run with gradients.
     ran: bool = False
 
@@ -57,6 +59,8 @@ class Group:
     covered: bool = False
     # An optimizer has stepped inside a backward pass: what this did not reach is looked for afterwards.
     early: bool = False
+    # An optimizer has the values.
+    served: bool = False
     sites: list[Site] = field(default_factory=list)
     model: weakref.ref[nn.Module] | None = None
 
@@ -111,13 +115,9 @@ class Site:
     weight_ref: weakref.ref[Tensor] | None = None
     written: _Written | None = None
 
-    @property
-    def values_name(self) -> str:
-        return self.attribute + VALUES_SUFFIX
-
-    @property
-    def indices_name(self) -> str:
-        return self.attribute + INDICES_SUFFIX
+    def __post_init__(self) -> None:
+        # Read at every forward.
+        self.values_name, self.indices_name = self.attribute + VALUES_SUFFIX, self.attribute + INDICES_SUFFIX
 
     @property
     def own_weight(self) -> Tensor | None:
@@ -136,8 +136,8 @@ class Site:
                 "SparseTuner: DataParallel runs copies of the model on several devices, which values are not written "
                 "into; use DistributedDataParallel, or one device (CUDA_VISIBLE_DEVICES)"
             )
-        names = (self.attribute, self.indices_name, self.values_name)
-        weight, indices, values = (getattr(owner, name, None) for name in names)
+        weight, values = _held(owner, self.attribute), _held(owner, self.values_name)
+        indices = owner._buffers.get(self.indices_name)
         if weight is None or indices is None or values is None:
             raise RuntimeError(
                 f"SparseTuner: the module of {self.name} was converted into a {type(owner).__name__} of another kind "
@@ -165,9 +165,11 @@ class Site:
     def idle(self) -> list[str]:
         """Places whose share of a gradient is missing so far; none where no place ran (gradients made by hand).
 
-        A dense gradient is that of every use of the weight.
+        A dense gradient is that of every use of the weight. An embedding may be there for others to share its weight
+        alone, as ``shared`` of models like T5: it is not missed where another of them ran.
         """
-        idle = [place.name for place in self.places if not place.ran]
+        looked_up = any(place.ran and place.rule == "embedding" for place in self.places)
+        idle = [place.name for place in self.places if not (place.ran or (looked_up and place.rule == "embedding"))]
         return [] if self.dense or len(idle) == len(self.places) else idle
 
     def note(self, values: Tensor) -> None:
@@ -183,9 +185,11 @@ class Site:
 
     def settled(self, owner: nn.Module) -> bool:
         """Whether the forward of the whole model, which is under way, has looked already."""
+        if not self.group.covered:
+            return False
         found = owner._parameters
         weight, values = found.get(self.attribute), found.get(self.values_name)
-        return self.group.covered and weight is not None and values is not None and self.same(weight, values)
+        return weight is not None and values is not None and self.same(weight, values)
 
     def same_content(self, values: Tensor) -> bool | None:
         """Whether the values have the content that was written; None where that is not known."""
@@ -239,6 +243,8 @@ Item = tuple[Site, Tensor, Tensor, Tensor]
 # From a values parameter to what it trains, None once its tuner is detached. Weak: an optimizer may outlive a tuner,
 # and a model both.
 known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# The groups of the tuners that are attached.
+groups: weakref.WeakSet[Group] = weakref.WeakSet()
 
 
 def target_of(parameter: Tensor) -> Target | None:
@@ -255,14 +261,14 @@ def is_detached(parameter: Tensor) -> bool:
 # ---- putting on and taking off -------------------------------------------------------------------------------
 
 
-def put(site: Site, holders: Sequence[nn.Module], rules: Sequence[str | None]) -> Target:
+def put(target: Target, holders: Sequence[nn.Module], rules: Sequence[str | None]) -> None:
     """Hook a site, whose tensors are on the first holder already."""
     look_outside()
-    owner = holders[0]
+    site, owner = target.site, holders[0]
     weight, _, values = site.tensors(owner)
     owner.__dict__.setdefault(SITES, {})[site.attribute] = site
     site.values_ref, site.weight_ref = weakref.ref(values), weakref.ref(weight)
-    target = Target(site, weakref.ref(owner))
+    known[values] = target
     target.handles.append(values.register_post_accumulate_grad_hook(partial(_came, target)))
     if site.dense:
         weight.requires_grad_(True)
@@ -277,8 +283,7 @@ def put(site: Site, holders: Sequence[nn.Module], rules: Sequence[str | None]) -
             site.handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
     mark_written(site, values)
     site.group.sites.append(site)
-    known[values] = target
-    return target
+    groups.add(site.group)
 
 
 def take_off(placed: Sequence[tuple[Site, nn.Module]]) -> None:
@@ -315,12 +320,15 @@ def take_off(placed: Sequence[tuple[Site, nn.Module]]) -> None:
         getattr(owner, site.attribute).requires_grad_(False)
         for handle in site.handles:
             handle.remove()
-        delattr(owner, site.values_name)
-        delattr(owner, site.indices_name)
-        sites = owner.__dict__[SITES]
-        del sites[site.attribute]
+        groups.discard(site.group)
+        # Not all of it is there where `put` has failed.
+        for name in (site.values_name, site.indices_name):
+            if hasattr(owner, name):
+                delattr(owner, name)
+        sites = owner.__dict__.get(SITES, {})
+        sites.pop(site.attribute, None)
         if not sites:
-            delattr(owner, SITES)
+            owner.__dict__.pop(SITES, None)
 
 
 def _is_sharded(site: Site) -> bool:
@@ -352,8 +360,10 @@ def _attach(
     output: Tensor,
 ) -> Any:
     """The forward hook of a layer that samples; ``owner`` is None where that is the layer itself."""
+    if not torch.is_grad_enabled() or site.group.off:
+        return None
     _, indices, values = site.tensors(owner or module)
-    if not torch.is_grad_enabled() or not values.requires_grad or site.group.off:
+    if not values.requires_grad:
         return None
     place.ran = True
     input = args[0] if args else next(iter(kwargs.values()))
@@ -421,6 +431,11 @@ def _follow(sites: Sequence[tuple[Site, nn.Module | None]], whole: bool, module:
             "SparseTuner: values are written into weights, which torch.func cannot follow; use torch.autograd"
         )
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        if torch.is_grad_enabled() and any(site.tensors(owner or module)[2].requires_grad for site, owner in sites):
+            raise RuntimeError(
+                "SparseTuner: torch.jit.trace cannot record how values train; trace the model under torch.no_grad(), "
+                "to compute with it, or detach the tuner first"
+            )
         # torch.jit.trace would make the look a part of its graph.
         tracing = torch._C._get_tracing_state()
         torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
@@ -447,7 +462,7 @@ def look_outside() -> None:
     """Torch runs the hooks of a model that is compiled outside of its graph, but would compile them by themselves."""
     from torch._dynamo.eval_frame import skip_code
 
-    for function in (follow, uncover, Site.settled, Site.same, _marks, _mark):
+    for function in (follow, uncover, Site.settled, Site.same, _marks, _version):
         skip_code(function.__code__)
 
 
@@ -612,11 +627,17 @@ def mark_written(site: Site, values: Tensor, weight: Tensor | None = None) -> No
 
 
 def _marks(weight: Tensor, values: Tensor) -> tuple[int, int, int, int]:
-    return *_mark(weight), *_mark(values)
+    return weight.data_ptr(), _version(weight), values.data_ptr(), _version(values)
 
 
-def _mark(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _held(owner: nn.Module, name: str) -> Any:
+    """A parameter of a module; also where others, such as parametrizations, have put it elsewhere."""
+    found = owner._parameters.get(name)
+    return getattr(owner, name, None) if found is None else found
 
 
 # ---- what gradients reached ----------------------------------------------------------------------------------

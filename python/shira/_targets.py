@@ -222,6 +222,11 @@ def check_trainable(name: str, group: Sequence[_model.Slot]) -> None:
     if weight.grad is not None:
         raise ValueError(f"SparseTuner: {name} still has a gradient of earlier training; call model.zero_grad() first")
     for slot in group:
+        if _is_script(slot.module):
+            raise ValueError(
+                f"SparseTuner: {slot.name} is in a module made by torch.jit.script or torch.jit.trace, whose forward "
+                f"runs no hooks; leave it out, or use the module that was made from"
+            )
         if slot.weight is not weight:
             raise ValueError(
                 f"SparseTuner: {name} and {slot.name} are two parameters in one memory; tie them by one nn.Parameter"
@@ -235,6 +240,11 @@ def check_trainable(name: str, group: Sequence[_model.Slot]) -> None:
 
 def check_model(model: nn.Module) -> None:
     """Refuse a model that cannot take a tuner anywhere: by its wrappers, outside and inside, and its parameters."""
+    if _is_script(model):
+        raise TypeError(
+            f"SparseTuner: model is a {type(model).__name__}, made by torch.jit.script or torch.jit.trace, whose "
+            f"forward runs no hooks; attach the tuner to the model it was made from"
+        )
     for name, module in model.named_modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             where = _model.clean(f"{name}.")[:-1] or "model"
@@ -252,6 +262,10 @@ def rules(group: Sequence[_model.Slot], granule: int) -> list[str | None]:
     """For each place that holds the weight, how its gradient is taken: at the mask in all of them, or in none."""
     found = [_layers.rule_of(slot.module, slot.attribute, granule) for slot in group]
     return found if all(found) else [None] * len(found)
+
+
+def _is_script(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule)
 
 
 def _told(module: nn.Module, method: str) -> list[object]:

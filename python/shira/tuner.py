@@ -17,6 +17,7 @@ Their gradients come in one of two ways, chosen for each weight:
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import weakref
@@ -44,6 +45,7 @@ from shira._sites import (
     Target,
     check_reached,
     follow,
+    groups,
     is_detached,
     known,
     mark_written,
@@ -110,7 +112,40 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     # args holds the optimizer itself first; with a closure the gradients are yet to come.
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
     if closure is None:
+        _check_made_after(optimizer)
         _check_reached(targets)
+
+
+def _check_made_after(optimizer: Optimizer) -> None:
+    """Refuse an optimizer of what a tuner froze where none has the tuner's values: it was made before the tuner."""
+    for group in [one for one in groups if not one.served and not one.off]:
+        held = {id(p): p for of_group in optimizer.param_groups for p in of_group["params"]}
+        trained = [site for site in group.sites if id(site.own_weight) in held]
+        idle = not any(p.requires_grad for p in held.values())
+        if not (trained or (idle and _froze(group, held))) or not any(map(_has_gradient, group.sites)):
+            continue
+        values = {id(site.own_values) for site in group.sites}
+        # Nothing else knows the optimizers; this looks once for a tuner, for what it finds it remembers.
+        for other in (one for one in gc.get_objects() if issubclass(type(one), Optimizer)):
+            group.served |= any(id(p) in values for of_group in other.param_groups for p in of_group["params"])
+        if not group.served:
+            raise RuntimeError(
+                f"SparseTuner: this {type(optimizer).__name__} has parameters that the tuner froze "
+                f"({_model.some(site.name for site in trained or group.sites)}), and no optimizer has the tuner's "
+                f"values, so nothing would train; make the optimizer after the tuner, over tuner.parameters()"
+            )
+
+
+def _froze(group: Group, held: Mapping[int, Tensor]) -> bool:
+    """Whether some of these would train if it were not for a tuner."""
+    model = None if group.model is None else group.model()
+    slots = () if model is None else _model.slots(model).values()
+    kept = [slot.module.__dict__.get(_KEPT, {}).get(slot.attribute) for slot in slots if id(slot.weight) in held]
+    return any(one is not None and one[1] for one in kept)
+
+
+def _has_gradient(site: Site) -> bool:
+    return any(one is not None and one.grad is not None for one in (site.own_values, site.own_weight))
 
 
 def _compare_ranks(targets: Sequence[tuple[Tensor, Target]]) -> None:
@@ -122,7 +157,7 @@ def _compare_ranks(targets: Sequence[tuple[Tensor, Target]]) -> None:
         trained.append(_ranks.Trained(site.name, owner, site.granule, site.indices, values, site.saved, dense))
     _ranks.compare(trained)
     for _, target in targets:
-        target.site.compared = True
+        target.site.compared = target.site.group.served = True
 
 
 def _check_reached(targets: Sequence[tuple[Tensor, Target]]) -> None:
@@ -137,6 +172,7 @@ def _check_reached(targets: Sequence[tuple[Tensor, Target]]) -> None:
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     targets = _targets_in(optimizer)
+    _check_made_after(optimizer)  # with a closure the gradients have come only now
     if not targets:
         return
     _check_reached(targets)
@@ -382,35 +418,41 @@ class SparseTuner:
         return _Plan(name, group, indices, granule, saved, _live.fingerprint(weight), seed)
 
     def _install(self, plans: Sequence[_Plan], allow_unused: bool) -> None:
-        """Everything is checked: from here on the model changes."""
+        """Everything is checked: from here on the model changes. Should this fail all the same, nothing has."""
+        try:
+            self._put_on(plans, allow_unused)
+        except BaseException:
+            self._take_off()
+            raise
+
+    def _put_on(self, plans: Sequence[_Plan], allow_unused: bool) -> None:
         names = _targets.Names(self.model)
         slots = _model.slots(self.model)
-        self._froze = [slot for name, slot in slots.items() if not name.endswith(VALUES_SUFFIX)]
-        for slot in self._froze:
+        for slot in (slot for name, slot in slots.items() if not name.endswith(VALUES_SUFFIX)):
             kept = slot.module.__dict__.setdefault(_KEPT, {})
             tuners, required = kept.get(slot.attribute, (0, slot.weight.requires_grad))
             kept[slot.attribute] = tuners + 1, required
+            self._froze.append(slot)
         for slot in self._froze:
             # What another tuner trains is its own affair.
             if not any(hasattr(one.module, one.attribute + VALUES_SUFFIX) for one in names.of(slot)):
                 slot.weight.requires_grad_(False)
-        self._tuned = [self._put(plan, allow_unused) for plan in plans]
+        for plan in plans:
+            self._put(plan, allow_unused)
         weights = [tuned.plan.slots[0].weight for tuned in self._tuned if tuned.target.site.dense]
         indices = [getattr(tuned.owner, tuned.target.site.indices_name) for tuned in self._tuned]
         self._ignored = _ranks.ignore(self.model, [*weights, *indices])
         # The forward of the modules of dense ones may not run, so the model's own looks after all of them.
         sites = [(tuned.target.site, tuned.owner) for tuned in self._tuned]
-        self._root = [
-            self.model.register_forward_pre_hook(partial(follow, sites, True), prepend=True),
-            self.model.register_forward_hook(partial(uncover, self._group), always_call=True),
-        ]
+        self._root.append(self.model.register_forward_pre_hook(partial(follow, sites, True), prepend=True))
+        self._root.append(self.model.register_forward_hook(partial(uncover, self._group), always_call=True))
         self.model.__dict__.setdefault(_ROOT, []).extend(self._root)
         _held.add(self)
         if any(plan.start is not None for plan in plans):
             self.sync()
         _watch_optimizers()
 
-    def _put(self, plan: _Plan, allow_unused: bool) -> _Tuned:
+    def _put(self, plan: _Plan, allow_unused: bool) -> None:
         owner, weight = plan.slots[0].module, plan.slots[0].weight
         rules: list[str | None] = [None] * len(plan.slots)
         if self._gradient == "sampled" and plan.granule < weight.numel():
@@ -418,16 +460,18 @@ class SparseTuner:
         dtype = _master_dtype(weight)
         start = plan.saved if plan.start is None else plan.start
         values = nn.Parameter(start.to(dtype, copy=True))
-        places = [Place(slot.name) for slot in plan.slots]
+        places = [Place(slot.name, rule) for slot, rule in zip(plan.slots, rules, strict=True)]
         site = Site(
             plan.name, plan.slots[0].attribute, plan.granule, dtype, rules[0] is None, plan.saved,
             plan.indices.to("cpu", copy=True), self._group, places, allow_unused,
         )  # fmt: skip
+        target = Target(site, weakref.ref(owner))
+        self._tuned.append(_Tuned(plan, target))
         # On the first owner alone: under several names it would be one more tied weight to those who save models.
         owner.register_parameter(site.values_name, values)
         owner.register_buffer(site.indices_name, plan.indices, persistent=False)
         plan.indices = site.indices
-        return _Tuned(plan, put(site, [slot.module for slot in plan.slots], rules))
+        put(target, [slot.module for slot in plan.slots], rules)
 
     # ---- while it trains -------------------------------------------------------------------------------------
 
@@ -565,20 +609,24 @@ class SparseTuner:
         Only the entries that train are written: what anything else changed meanwhile stays (`verify` tells).
         """
         self._enabled("detach")
-        if not self._tuned:
-            return
+        if self._tuned:
+            self._take_off()
+
+    def _take_off(self) -> None:
+        """Whatever of `_put_on` has been done is undone."""
         take_off([(tuned.target.site, tuned.owner) for tuned in self._tuned])
         for handle in self._root:
             handle.remove()
         _ranks.unignore(self.model, self._ignored)
-        _keep(self.model, _ROOT, [handle for handle in self.model.__dict__[_ROOT] if handle not in self._root])
+        left = [handle for handle in self.model.__dict__.get(_ROOT, ()) if handle not in self._root]
+        _keep(self.model, _ROOT, left)
         _held.discard(self)
         for slot in self._froze:
             kept = slot.module.__dict__[_KEPT]
             tuners, required = kept.pop(slot.attribute)
             if tuners > 1:  # the last tuner to go gives back what was before the first
                 kept[slot.attribute] = tuners - 1, required
-            elif (weight := slot.module._parameters.get(slot.attribute)) is not None:
+            elif (weight := slot.now()) is not None:
                 weight.requires_grad_(required)
             _keep(slot.module, _KEPT, kept)
         self._tuned.clear()
@@ -745,7 +793,7 @@ def detach(model: nn.Module) -> None:
         for handle in module.__dict__.get(_ROOT, ()):
             handle.remove()
         for attribute, (_, required) in module.__dict__.get(_KEPT, {}).items():
-            weight = module._parameters.get(attribute)
+            weight = _model.held(module, attribute)
             if weight is not None:
                 weight.requires_grad_(required)
         _ranks.unignore(module)
