@@ -233,7 +233,7 @@ _ADAM = frozenset(["step", "exp_avg", "exp_avg_sq"])
 
 
 def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
-    """Refuse a state that is no state of this optimizer, which ``load_state_dict`` takes as it comes."""
+    """Refuse a state that is not a state of this optimizer, which ``load_state_dict`` takes as it comes."""
     mine = optimizer.state_dict()
     if not isinstance(state, dict) or state.keys() != mine.keys():
         raise ValueError("the checkpoint's optimizer has no state and param_groups")
@@ -242,6 +242,10 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
         raise ValueError("the checkpoint's optimizer has a different number of parameter groups")
     for at, (group, other) in enumerate(zip(mine["param_groups"], groups, strict=True)):
         check_form(group, other, f"optimizer's group {at}")
+        for option in ("foreach", "fused"):
+            if not isinstance(other.get(option), (bool, type(None))):
+                got = type(other[option]).__name__
+                raise ValueError(f"the checkpoint's optimizer's group {at}: {option} must be a bool or None, got {got}")
         if group["params"] != other["params"]:
             raise ValueError(f"the checkpoint's optimizer's group {at} is of other parameters")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
