@@ -184,7 +184,7 @@ def anchor(h, w, a, b):
 
 WRONG = {
     "version": (lambda h, w, a, b: h["__metadata__"].update({"shira.version": "2"}), "version '2' is not known"),
-    "no version": (lambda h, w, a, b: h["__metadata__"].pop("shira.version"), "this is no SHiRA adapter"),
+    "no version": (lambda h, w, a, b: h["__metadata__"].pop("shira.version"), "this is not a SHiRA adapter"),
     "no weights": (lambda h, w, a, b: h["__metadata__"].pop("shira.weights"), "has no shira.weights"),
     "alpha": (lambda h, w, a, b: a.update(alpha="x"), "alpha must be a finite number"),
     "delta": (lambda h, w, a, b: a.update(delta=1), "delta must be true or false"),
@@ -235,7 +235,7 @@ def test_other_things_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
         Adapter.load(tmp_path / "nothing.safetensors")
     torch.save({"a": torch.zeros(2)}, tmp_path / "pickle.safetensors")
-    with pytest.raises(AdapterError, match="no whole safetensors file"):
+    with pytest.raises(AdapterError, match="not a whole safetensors file"):
         Adapter.load(tmp_path / "pickle.safetensors")
 
 

@@ -163,7 +163,7 @@ def test_what_a_tuner_keeps_beside_the_weights_is_left_out() -> None:
     tuner.sync()
     adapter = Adapter.from_difference(base, dict(model.state_dict()))
     assert entries(adapter) == {"0.weight": tuner.adapter().weights["0.weight"].indices.tolist()}
-    assert "left out of the tuned checkpoint, since they are no weights: 0.weight_shira_values" in str(adapter.report)
+    assert "left out of the tuned checkpoint, since they are not weights: 0.weight_shira_values" in str(adapter.report)
 
 
 def test_averages_and_lazy_modules() -> None:
@@ -174,7 +174,7 @@ def test_averages_and_lazy_modules() -> None:
     for tuned in (average, average.state_dict()):
         adapter = Adapter.from_difference(model, tuned)
         assert entries(adapter) == {"weight": [3]}
-        assert "since they are no weights: n_averaged" in str(adapter.report)
+        assert "since they are not weights: n_averaged" in str(adapter.report)
     with pytest.raises(TypeError, match="names must be strings, got 1"):
         Adapter.from_difference({1: torch.zeros(1)}, model)
 

@@ -121,7 +121,7 @@ def test_cut_anywhere(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "cut.safetensors"
     path.write_bytes(GOOD[:cut])
     for reader in READERS.values():
-        with pytest.raises(AdapterError, match=r"cut\.safetensors: this is no whole safetensors file"):
+        with pytest.raises(AdapterError, match=r"cut\.safetensors: this is not a whole safetensors file"):
             reader(path)
 
 

@@ -135,7 +135,7 @@ def test_transformers_refuses_the_checkpoint_of_another_adapter(peer: Any, tmp_p
         trainer.train(resume_from_checkpoint=str(checkpoint))
     assert same_bits(other, before)
     (checkpoint / "shira_tuner.pt").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match=r"shira_tuner\.pt: this is no whole state of a tuner"):
+    with pytest.raises(ValueError, match=r"shira_tuner\.pt: this is not a whole state of a tuner"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
 
 

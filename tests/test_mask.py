@@ -340,7 +340,7 @@ def test_a_skipped_adapter_is_told_by_a_digest():
         (lambda: masks.Struct(density=0.1, offset=-1), "offset must be a whole number of at least 0, got -1"),
         (lambda: masks.Rand(density={}), "density must name a pattern"),
         (lambda: masks.Rand(density={".*": 1.5}), "at most 1, got 1.5"),
-        (lambda: masks.Rand(density={"(": 0.5}), r"density '\(' is no regular expression"),
+        (lambda: masks.Rand(density={"(": 0.5}), r"density '\(' is not a regular expression"),
     ],
 )
 def test_refusals(make, says):
@@ -462,7 +462,7 @@ def test_a_tuner_takes_masks_by_name_and_functions():
     one, two = masks.Given(lambda name, weight: weight > 0), masks.Given(lambda name, weight: weight < 0)
     assert one == one
     assert one != two
-    with pytest.raises(ValueError, match=r"Given: has masks for 1\.weight, which are no targets"):
+    with pytest.raises(ValueError, match=r"Given: has masks for 1\.weight, which are not targets"):
         shira.SparseTuner(model, {**marked, "0.weight": marked["1.weight"]}, targets="0")
     with pytest.raises(ValueError, match=r"Given: there is no mask for 0\.weight"):
         shira.SparseTuner(model, marked, targets="all-linear")

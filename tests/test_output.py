@@ -81,11 +81,11 @@ def test_only_an_earlier_result_is_overwritten(tmp_path: Path, base: Path, adapt
     refused(tmp_path, adapter, base, out, r"holds what was not written with it \('sub'\)")
     (out / "sub").rmdir()
     (out / _output.MARK).write_text("[")
-    refused(tmp_path, adapter, base, out, "is no merged checkpoint that was written here")
+    refused(tmp_path, adapter, base, out, "is not a merged checkpoint that was written here")
     home = tmp_path / "home"
     home.mkdir()
     (home / "thesis.tex").write_text("mine")
-    refused(tmp_path, adapter, base, home, "is no merged checkpoint that was written here")
+    refused(tmp_path, adapter, base, home, "is not a merged checkpoint that was written here")
 
 
 def test_only_a_merged_file_is_overwritten(tmp_path: Path, adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +98,7 @@ def test_only_a_merged_file_is_overwritten(tmp_path: Path, adapter: Adapter, mon
         assert file.metadata() == {"format": "pt", _output.MARK_KEY: "1"}
     for name, content in (("tuned.safetensors", base.read_bytes()), ("text", b"mine"), ("empty", b"")):
         (tmp_path / name).write_bytes(content)
-        refused(tmp_path, adapter, base, tmp_path / name, "is no merged checkpoint that was written here")
+        refused(tmp_path, adapter, base, tmp_path / name, "is not a merged checkpoint that was written here")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     refused(tmp_path, adapter, base, Path("."), "is the folder you are in")
@@ -136,7 +136,7 @@ def test_what_comes_while_it_is_written_stays(tmp_path: Path, base: Path, adapte
         out.mkdir(exist_ok=True)
         (out / "notes.txt").write_text("mine")
 
-    for overwrite, says in ((False, "has come there meanwhile"), (True, "is no merged checkpoint")):
+    for overwrite, says in ((False, "has come there meanwhile"), (True, "is not a merged checkpoint")):
         with pytest.raises(FileExistsError, match=says):
             merge(adapter, base, out, overwrite=overwrite, progress=come)
         assert tree(out) == {"notes.txt": b"mine"}

@@ -271,8 +271,8 @@ def entry(shape: tuple[int, ...] = (8, 8), count: int = 4, **options: object) ->
     ("weights", "says"),
     [
         ({"a.bias": entry((8,), 1, granule=8)}, "a whole parameter"),
-        ({"conv.weight": entry((2, 2, 4, 4))}, r"of shape \[2, 2, 4, 4\] is no linear layer's weight"),
-        ({"a.scale": entry()}, "is no linear layer's weight"),
+        ({"conv.weight": entry((2, 2, 4, 4))}, r"of shape \[2, 2, 4, 4\] is not a linear layer's weight"),
+        ({"a.scale": entry()}, "is not a linear layer's weight"),
         ({"a.weight": entry(aliases=("b.weight",))}, "is tied to 'b.weight'"),
         ({"a.weight": entry(), "b.weight": entry((16, 16), 200)}, "'a.weight' has 64 entries, and 112 are needed"),
         ({}, "an adapter without weights"),

@@ -254,7 +254,7 @@ def test_running_statistics_are_switched_and_come_back() -> None:
         one.deactivate()
     one.deactivate(verify=False)
     assert equal(model.state_dict(), base)
-    with pytest.raises(AdapterError, match=r"1\.\w+ is a buffer and no parameter, so it cannot be trained"):
+    with pytest.raises(AdapterError, match=r"1\.\w+ is a buffer, not a parameter, so it cannot be trained"):
         SparseTuner.from_adapter(model, Adapter(entries))
     with pytest.raises(AdapterError, match=r"'passing' is not in the model"):
         one.add("passing", Adapter({"passing": entry_of(torch.zeros(2), [0], [1])}))

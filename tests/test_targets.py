@@ -154,7 +154,7 @@ def test_exclude_takes_out_what_could_not_train() -> None:
     [
         ("nothing", r"exclude 'nothing' names nothing; the model has position, embed"),
         (["q_proj", "nothing"], "exclude 'nothing' names nothing"),
-        ("(", r"exclude '\(' is no regular expression"),
+        ("(", r"exclude '\(' is not a regular expression"),
         (5, "exclude must be a pattern or a list of names, got int"),
         (["layers"], r"exclude leaves none of the targets layers\.0\.q_proj\.weight, layers\.0\.experts\.up"),
     ],

@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import shira
-from shira import SGD, AdamW, SparseTuner, Switcher, masks
+from shira import SGD, AdamW, Adapter, AdapterError, Entry, SparseTuner, Switcher, masks
 from tuning import VALUES, bits, check_gradients, dense_gradients, randomize, same_bits
 
 GRADIENTS = pytest.mark.parametrize("gradient", ["sampled", "dense"])
@@ -247,6 +248,59 @@ def test_a_model_with_an_active_adapter_is_refused() -> None:
     del switcher
     with pytest.raises(RuntimeError, match=r"a Switcher that no longer exists"):
         tune(model)
+
+
+def test_an_adapter_that_comes_on_beside_a_tuner_is_refused_at_the_step() -> None:
+    """Another weight's, and a buffer's: what trains would fit no base that anybody has."""
+    model = nn.Sequential(nn.Linear(32, 16), nn.BatchNorm1d(16), nn.Linear(16, 16)).eval()
+    base = bits(model)
+    switcher = Switcher(model)
+    for name, tensor in {"2.weight": model[2].weight, "1.running_mean": model[1].running_mean}.items():
+        entry = Entry(torch.tensor([0], dtype=torch.int32), torch.tensor([5.0]), tuple(tensor.shape), tensor.dtype)
+        switcher.add(name, Adapter({name: entry}))
+        with tune(model, targets="^0$") as tuner:
+            switcher.activate(name)
+            model(torch.ones(4, 32)).square().sum().backward()
+            on, values = bits(model), [one.clone() for one in tuner.parameters()]
+            for kind in (AdamW, torch.optim.SGD):
+                with pytest.raises(RuntimeError, match=rf"{name} has an active adapter of a Switcher"):
+                    kind(tuner.parameters(), lr=0.1).step()
+            assert same_bits(model, on)
+            assert all(torch.equal(one, was) for one, was in zip(tuner.parameters(), values, strict=True))
+            switcher.deactivate()
+            AdamW(tuner, lr=0.1).step()
+            assert not same_bits(model, on)
+        assert same_bits(model, base)
+        switcher.activate(name)
+        with pytest.raises(RuntimeError, match=rf"{name} has an active adapter of a Switcher"):
+            tune(model, targets="^0$")
+        switcher.deactivate()
+    assert same_bits(model, base)
+
+
+def test_going_on_takes_what_add_takes() -> None:
+    """Names that are others, values that are not finite; and refuses what the constructor refuses."""
+    model = net()
+    with tune(model, targets="^0$") as tuner:
+        train(model, AdamW(tuner, lr=0.1))
+        adapter, on = tuner.adapter(), bits(model)
+    wrapped = Adapter({"m.0.weight": adapter.weights["0.weight"]})
+    with pytest.raises(AdapterError, match=r"the adapter does not fit the model: .* with rename=\{'\^m\\\\.': ''\}"):
+        SparseTuner.from_adapter(model, wrapped)
+    with SparseTuner.from_adapter(model, wrapped, rename={r"^m\.": ""}) as tuner:
+        assert same_bits(model, on)
+        assert list(tuner.adapter().weights) == ["0.weight"]
+    entry = adapter.weights["0.weight"]
+    broken = Adapter({"0.weight": replace(entry, values=torch.full_like(entry.values, torch.nan))})
+    with pytest.raises(AdapterError, match=r"values are not finite .* check_finite=False lets them through"):
+        SparseTuner.from_adapter(model, broken)
+    with SparseTuner.from_adapter(model, broken, check_finite=False):
+        assert int(model[0].weight.isnan().sum()) == entry.nnz
+    fused = nn.ModuleDict({"qkv": nn.Linear(8, 24), "q": nn.Linear(8, 8)})
+    fused["q"].weight = nn.Parameter(fused["qkv"].weight.detach()[8:16])
+    one = Entry(torch.tensor([0], dtype=torch.int32), torch.tensor([5.0]), (24, 8), torch.float32)
+    with pytest.raises(ValueError, match=r"qkv\.weight and q\.weight are different weights in overlapping memory"):
+        SparseTuner.from_adapter(fused, Adapter({"qkv.weight": one}))
 
 
 # Back to the base

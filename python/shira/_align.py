@@ -60,7 +60,7 @@ def _own(checkpoint: Checkpoint, role: str, notes: list[str]) -> dict[str, Store
     if "n_averaged" in names and all(name.startswith("module.") for name in names - {"n_averaged"}):
         left.append("n_averaged")  # the counter of torch's AveragedModel
     if left:
-        notes.append(f"left out of the {role} checkpoint, since they are no weights: {_model.some(left, 3)}")
+        notes.append(f"left out of the {role} checkpoint, since they are not weights: {_model.some(left, 3)}")
     gone = set(left)
     return {name: stored for name, stored in checkpoint.tensors.items() if name not in gone}
 

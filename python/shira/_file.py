@@ -230,13 +230,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _float(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{shown(text)} is no finite number")
+        raise ValueError(f"{shown(text)} is not a finite number")
     return number
 
 
@@ -468,7 +468,7 @@ def opened(path: str | os.PathLike[str], most: int = MAX_HEADER) -> Iterator[Ope
         try:
             metadata, places = _layout(file, most)
         except (ValueError, RecursionError) as error:
-            raise AdapterError(f"{path}: this is no whole safetensors file: {error}") from error
+            raise AdapterError(f"{path}: this is not a whole safetensors file: {error}") from error
         yield Opened(path, file, metadata, places)
 
 
@@ -592,7 +592,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 def _header(path: str, metadata: Mapping[str, str], places: Mapping[str, Place]) -> Header:
     if VERSION_KEY not in metadata:
-        raise AdapterError(f"{path}: the metadata has no {VERSION_KEY}, so this is no SHiRA adapter")
+        raise AdapterError(f"{path}: the metadata has no {VERSION_KEY}, so this is not a SHiRA adapter")
     if metadata[VERSION_KEY] != str(VERSION):
         raise AdapterError(
             f"{path}: version {shown(metadata[VERSION_KEY], 40)} is not known; this library reads version {VERSION}"
@@ -848,7 +848,7 @@ def sweep(target: Path) -> None:
         return
     for name in names:
         match = ours.fullmatch(name)
-        if match is None or _runs(int(match[1])) or (match[2] == "old" and not os.path.lexists(target)):
+        if match is None or lives(int(match[1])) or (match[2] == "old" and not os.path.lexists(target)):
             continue
         path = target.with_name(name)
         with suppress(OSError):
@@ -863,11 +863,12 @@ def sweep(target: Path) -> None:
                 path.unlink()
 
 
-def _runs(process: int) -> bool:
+def lives(process: int) -> bool:
+    """Whether there is a process of this number on this machine; not to be asked elsewhere than on POSIX."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:
+    except (OSError, OverflowError):  # another user's, or no number of a process
         pass
     return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ def places(
     return {name: [watched(slot) for slot in found] for name, found in firsts.items()}
 
 
-def overlap(slots: list[Slot], besides: Iterable[Weight] = ()) -> str | None:
+def overlap(slots: list[Slot], besides: Container[Weight] = ()) -> str | None:
     """Which weights share only a part of their memory, with each other or with those of any other adapters."""
     mine = set(map(id, slots))
     others = [weight.slot for weight in _live.known(slot.weight for slot in slots) if weight not in besides]

@@ -200,7 +200,7 @@ class Weight:
         """That a tuner trains it, or None."""
         for place in self.places:
             if place.attribute + VALUES_SUFFIX in place.module._parameters:
-                return f"{place.name} is being tuned by a SparseTuner; detach it first"
+                return f"{place.name} is being tuned by a SparseTuner; detach it first (shira.detach(model))"
         return None
 
     def held(self, switcher: object) -> str | None:
@@ -277,7 +277,9 @@ def refuse_first(weights: Iterable[Weight], why: Callable[[Weight], str | None])
 
 def refuse_active(model: torch.nn.Module) -> None:
     """Refuse to train a model with adapters on it: what is trained there is of a base that nobody has."""
-    for slot in _model.slots(model).values():
+    if all(hold.holder is None for hold in list(_holds.values())):
+        return  # as it is at almost every step
+    for slot in _model.slots(model, buffers=True).values():
         hold = _holds.get(_model.memory(slot.weight))
         if hold is None or hold.holder is None or hold.storage.expired():
             continue

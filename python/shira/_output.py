@@ -65,7 +65,7 @@ def destination(
 
     Args:
         inputs: files and folders that are read: never overwritten, under no name, nor a folder that holds one.
-        foreign: of what is there, why it is no earlier result of the kind that is written, or None.
+        foreign: of what is there, why it is not an earlier result of the kind that is written, or None.
         how: what to do where something is there already, for the message.
     """
     given, path = os.fspath(out), os.path.realpath(os.path.abspath(out))
@@ -106,29 +106,29 @@ def destination(
 
 
 def no_adapter(path: str) -> str | None:
-    """Why what is there is no adapter file, or None."""
+    """Why what is there is not an adapter file, or None."""
     if os.path.isdir(path):
         return "is a folder, and the result is a file"
     try:
         metadata, _ = _file.read_layout(path)
     except AdapterError:
         metadata = {}
-    return None if _file.VERSION_KEY in metadata else "is no adapter file"
+    return None if _file.VERSION_KEY in metadata else "is not an adapter file"
 
 
 def no_merged_file(path: str) -> str | None:
-    """Why what is there is no merged checkpoint of one file, or None."""
+    """Why what is there is not a merged checkpoint of one file, or None."""
     if os.path.isdir(path):
         return "is a folder, and the merged checkpoint is a file"
     try:
         metadata, _ = _file.read_layout(path)
     except AdapterError:
         metadata = {}
-    return None if MARK_KEY in metadata else "is no merged checkpoint that was written here"
+    return None if MARK_KEY in metadata else "is not a merged checkpoint that was written here"
 
 
 def no_merged_folder(path: str) -> str | None:
-    """Why what is there is no merged checkpoint's folder with nothing else in it, or None."""
+    """Why what is there is not a merged checkpoint's folder with nothing else in it, or None."""
     if not os.path.isdir(path):
         return "is a file, and the merged checkpoint is a folder"
     folder = Path(path)
@@ -139,13 +139,13 @@ def no_merged_folder(path: str) -> str | None:
         with open(folder / MARK, encoding="utf-8") as file:
             ours = {str(name) for name in json.load(file)["files"]} | {MARK}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return "is no merged checkpoint that was written here"
+        return "is not a merged checkpoint that was written here"
     others = sorted(name for name, one in present.items() if name not in ours or one.is_symlink())
     return f"holds what was not written with it ({', '.join(map(repr, others[:5]))})" if others else None
 
 
 def no_peft_folder(path: str) -> str | None:
-    """Why what is there is no folder of PEFT's SHiRA, or an empty one, or None. Its other files stay as they are."""
+    """Why what is there is not a folder of PEFT's SHiRA, or an empty one, or None. Its other files stay as they are."""
     if not os.path.isdir(path):
         return "is a file, and PEFT's adapter is a folder"
     if not os.listdir(path):

@@ -235,7 +235,7 @@ _ADAM = frozenset(["step", "exp_avg", "exp_avg_sq"])
 
 
 def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
-    """Refuse a state that is no state of this optimizer, which ``load_state_dict`` takes as it comes."""
+    """Refuse a state that is not a state of this optimizer, which ``load_state_dict`` takes as it comes."""
     mine = optimizer.state_dict()
     if not isinstance(state, dict) or state.keys() != mine.keys():
         raise ValueError("the checkpoint's optimizer has no state and param_groups")

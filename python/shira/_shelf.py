@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from shira import _file
 from shira.adapter import Adapter, AdapterError
 
 Stamp = tuple[int, int, int, int]
@@ -69,16 +70,6 @@ def sweep(folder: Path) -> None:
         return  # there, asking whether a process lives would end it
     for file in folder.glob(f"{_SPILLED}{node()}-*.safetensors"):
         process = re.fullmatch(rf"{_SPILLED}{node()}-(\d+)-[0-9a-f]{{16}}\.safetensors", file.name)
-        if process is not None and not _lives(int(process[1])):
+        if process is not None and not _file.lives(int(process[1])):
             with suppress(OSError):
                 file.unlink()
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True  # another user's, or no number of a process
-    return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -53,7 +53,7 @@ class Names:
             names, before = self._without(names, exclude), names
             if before and not names:
                 raise ValueError(f"SparseTuner: exclude leaves none of the targets {_model.some(before)}")
-        return self._chosen(names, "exclude")
+        return self._chosen(names)
 
     def heads(self) -> dict[str, nn.Module]:
         """The model's output head, by the ways in which models tell which module that is."""
@@ -126,7 +126,7 @@ class Names:
                 if not found:
                     raise ValueError(f"SparseTuner: whole {one!r} names no parameter; the model has {self._some()}")
                 names += found
-        return self._chosen(names, "whole")
+        return self._chosen(names)
 
     def _some(self) -> str:
         weights = [name for name, slot in self.slots.items() if slot.weight.dim() > 1]
@@ -170,7 +170,16 @@ class Names:
             raise ValueError(f"SparseTuner: target {wanted!r} {what}names no weight; the model has {self._some()}")
         return names
 
-    def _chosen(self, names: Iterable[str], argument: str) -> dict[str, list[_model.Slot]]:
+    def check_apart(self, chosen: Container[str]) -> None:
+        """Refuse targets, by first name, that share a part of their memory with any other weight of the model."""
+        for one, other in _model.overlaps(self.slots.values()):
+            if any(self.of(slot)[0].name in chosen for slot in (one, other)):
+                raise ValueError(
+                    f"SparseTuner: {one.name} and {other.name} are different weights in overlapping memory (views of "
+                    f"one tensor?), so training one would change the other; leave both out, or give one its own memory"
+                )
+
+    def _chosen(self, names: Iterable[str]) -> dict[str, list[_model.Slot]]:
         chosen: dict[str, list[_model.Slot]] = {}
         for name in names:
             if name not in self.slots:
@@ -179,18 +188,12 @@ class Names:
                 has = f", or name what it is made of (the module has {_model.some(inside)})" if inside else ""
                 raise ValueError(
                     f"SparseTuner: {name} is not a parameter of its module (parametrized, quantized or packed?); "
-                    f"leave it out with {argument}={has}"
+                    f"leave it out with exclude={has}"
                 )
             group = self.of(self.slots[name])
             check_trainable(name, group)
             chosen.setdefault(group[0].name, group)
-        for one, other in _model.overlaps(self.slots.values()):
-            if any(self.of(slot)[0].name in chosen for slot in (one, other)):
-                raise ValueError(
-                    f"SparseTuner: {one.name} and {other.name} are different weights in overlapping memory (views of "
-                    f"one tensor?), so that training one changes the other; leave both out with {argument}=, or give "
-                    f"one its own memory"
-                )
+        self.check_apart(chosen)
         return {name: chosen[name] for name in self.slots if name in chosen}
 
 
@@ -305,4 +308,4 @@ def _compiled(argument: str, text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except re.error as error:
-        raise ValueError(f"SparseTuner: {argument} {text!r} is no regular expression: {error}") from error
+        raise ValueError(f"SparseTuner: {argument} {text!r} is not a regular expression: {error}") from error

@@ -149,7 +149,7 @@ def _numbers(kind: str, what: str, given: Any) -> tuple[Any, ...]:
         try:
             re.compile(pattern)
         except (re.error, TypeError) as error:
-            raise ValueError(f"{kind}: {what} {pattern!r} is no regular expression: {error}") from error
+            raise ValueError(f"{kind}: {what} {pattern!r} is not a regular expression: {error}") from error
     return tuple(given.values())
 
 
@@ -748,7 +748,7 @@ class Given(Mask):
     ) -> None:
         unused = [name for name in self.names or () if name not in weights]
         if unused:
-            raise ValueError(f"Given: has masks for {_model.some(unused)}, which are no targets: leave those masks out")
+            raise ValueError(f"Given: has masks for {_model.some(unused)}, which are not targets: leave them out")
         super().prepare(model, weights, calibration, loss)
 
     def select(self, name: str, weight: Tensor) -> Tensor:

@@ -182,7 +182,7 @@ def _base(folder: str, config: Mapping[str, Any], base: Source | None) -> Checkp
         return open_checkpoint(known, "base")
     raise AdapterError(
         f"{folder}: PEFT's files say nothing of the weights' shapes and dtypes, so the base is needed: give base= "
-        f"(a path, a state dict or the model); the adapter names {known!r:.200}, which is no folder here"
+        f"(a path, a state dict or the model); the adapter names {known!r:.200}, which is not a folder here"
     )
 
 
@@ -448,7 +448,7 @@ def _check_for_peft(adapter: Adapter, model: object) -> None:
         if entry.whole:
             problems.append(f"{name!r} is a whole parameter")
         elif not name.endswith(".weight") or len(entry.shape) != 2:
-            problems.append(f"{name!r} of shape {list(entry.shape)} is no linear layer's weight")
+            problems.append(f"{name!r} of shape {list(entry.shape)} is not a linear layer's weight")
         elif dtype_name(entry.dtype) not in ("float16", "bfloat16", "float32"):
             problems.append(f"{name!r} is {dtype_name(entry.dtype)}, and its values are float32")
         elif entry.aliases:

@@ -193,7 +193,7 @@ class Switcher:
         """
         file = stamp = None
         if isinstance(adapter, Adapter):
-            where, adapter = f"adapter {name!r}", _shelf.own(adapter)
+            where, adapter = f"adapter {name!r}" if name else "the adapter", _shelf.own(adapter)
         else:
             file = Path(adapter).absolute()
             where, stamp = os.fspath(adapter), _shelf.stamp_of(file)
@@ -890,17 +890,22 @@ class Switcher:
         return SwitchError(f"Switcher: {what} failed and nothing has changed: {_told(self._active)}. Cause: {error}")
 
 
-def fitted(model: nn.Module, adapter: str | os.PathLike[str] | Adapter) -> tuple[Adapter, dict[str, _model.Slot]]:
+def fitted(
+    model: nn.Module, adapter: str | os.PathLike[str] | Adapter, check_finite: bool, rename: _file.Rename
+) -> tuple[Adapter, dict[str, _model.Slot]]:
     """An adapter, and where its weights are in the model: with every check of `Switcher.add`, for who needs no more."""
     switcher = Switcher(model)
-    switcher.add("given", adapter)
-    added = switcher._added["given"]
+    switcher.add("", adapter, check_finite=check_finite, rename=rename)
+    added = switcher._added[""]
     places: dict[str, _model.Slot] = {}
     for weight, name in added.weights.items():
         if name in places:
-            raise AdapterError(f"{_fit.two(weight.name, places[name].name)}; tie them again")
+            raise AdapterError(
+                f"{weight.name} and {places[name].name} are one (tied) weight in the adapter, and two in the model, "
+                f"which training would let drift apart; tie them first"
+            )
         if not isinstance(weight.slot.weight, nn.Parameter):
-            raise AdapterError(f"{weight.name} is a buffer and no parameter, so it cannot be trained")
+            raise AdapterError(f"{weight.name} is a buffer, not a parameter, so it cannot be trained")
         places[name] = weight.slot
     return added.read(), places
 

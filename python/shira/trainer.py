@@ -287,9 +287,9 @@ class Trainer:
             try:
                 state = torch.load(file, map_location="cpu", weights_only=True)
             except Exception as error:  # torch raises whatever the broken part of a file brings up
-                raise ValueError(f"{where}: this is no whole checkpoint of shira.Trainer: {error}") from error
+                raise ValueError(f"{where}: this is not a whole checkpoint of shira.Trainer: {error}") from error
         if not isinstance(state, dict) or type(state.get("version")) is not int or state["version"] != 1:
-            raise ValueError(f"{where}: this is no checkpoint of shira.Trainer, version 1")
+            raise ValueError(f"{where}: this is not a checkpoint of shira.Trainer, version 1")
         before = copy.deepcopy(self._state())
         try:
             self._check(state, before)
@@ -342,7 +342,7 @@ class Trainer:
         """Refuse a checkpoint of another set-up, or a broken one, before anything is taken from it."""
         missing = mine.keys() - state.keys()
         if missing or not isinstance(state["optimizer"], dict) or state["optimizer"].keys() != {"kind", "state"}:
-            raise ValueError(f"this is no whole checkpoint: it has no {', '.join(sorted(missing)) or 'optimizer'}")
+            raise ValueError(f"this is not a whole checkpoint: it has no {', '.join(sorted(missing)) or 'optimizer'}")
         kinds = state["optimizer"]["kind"], mine["optimizer"]["kind"]
         if kinds[0] != kinds[1]:
             raise ValueError(f"the checkpoint's optimizer is {kinds[0]!s:.80}, this one is {kinds[1]}")

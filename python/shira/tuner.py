@@ -36,7 +36,7 @@ from torch.utils.hooks import RemovableHandle
 
 import shira_ops
 from shira import _live, _model, _ranks, _targets
-from shira._file import hex_word
+from shira._file import Rename, hex_word
 from shira._layers import Attach
 from shira._sites import (
     Group,
@@ -108,6 +108,10 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
                 f"shira.{type(optimizer).__name__} writes the weights, which the rest of the backward pass still "
                 f"needs; to step inside backward use one of torch.optim, whose values are written at its end"
             )
+    for group in {id(target.site.group): target.site.group for _, target in targets}.values():
+        model = None if group.model is None else group.model()
+        if model is not None:
+            _live.refuse_active(model)
     _compare_ranks([(values, target) for values, target in targets if not target.site.compared])
     # args holds the optimizer itself first; with a closure the gradients are yet to come.
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -337,6 +341,8 @@ class SparseTuner:
         *,
         gradient: str = "sampled",
         allow_unused: bool = False,
+        check_finite: bool = True,
+        rename: Rename = None,
     ) -> SparseTuner:
         """Go on training a saved adapter: its entries are the mask, and the values start where it ended.
 
@@ -347,16 +353,17 @@ class SparseTuner:
             model: the model, at the base.
             adapter: an `Adapter`, or the path of its file. A delta adapter starts at base + delta, and what is trained
                 is saved as an overwriting one.
-            gradient: as for `SparseTuner`.
-            allow_unused: as for `SparseTuner`.
+            gradient, allow_unused: as for `SparseTuner`.
+            check_finite, rename: as for `Switcher.add`. What is trained is saved under the model's names.
         """
         tuner = cls.__new__(cls)
         tuner._open(model, gradient, None, None)
         names = _targets.Names(tuner.model)
         # A switcher knows what an adapter needs of a model, and says what does not fit.
-        adapter, places = fitted(tuner.model, adapter)
+        adapter, places = fitted(tuner.model, adapter, check_finite, rename)
         if not adapter.weights:
             raise AdapterError("SparseTuner: the adapter changes no weight, so nothing would train")
+        names.check_apart({names.of(slot)[0].name for slot in places.values()})
         tuner._about, tuner._alpha = adapter.mask, adapter.alpha
         plans = []
         for name, entry in adapter.weights.items():
@@ -551,13 +558,13 @@ class SparseTuner:
         """Raise the `ValueError` that `load_state_dict` would raise, and take nothing."""
         version = state.get("version") if isinstance(state, Mapping) else None
         if type(version) is not int or version != 1 or not isinstance(state.get("weights"), Mapping):
-            raise ValueError(f"SparseTuner: this is no state of a tuner (version {version!r:.80})")
+            raise ValueError(f"SparseTuner: this is not a state of a tuner (version {version!r:.80})")
         weights, tuned_here = state["weights"], {tuned.name: tuned for tuned in self._attached()}
         missing, foreign = tuned_here.keys() - weights.keys(), weights.keys() - tuned_here.keys()
         if missing or foreign:
             raise ValueError(
-                f"SparseTuner: the state is of another adapter: it has not {_model.some(sorted(missing))}, "
-                f"and has {_model.some(sorted(map(str, foreign)))} besides"
+                f"SparseTuner: the state is of another adapter: it lacks {_model.some(sorted(missing))}, "
+                f"and also has {_model.some(sorted(map(str, foreign)))}"
             )
         what = {
             "shape": "another shape", "granule": "another granule", "indices": "other entries (another mask)",

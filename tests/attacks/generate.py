@@ -136,7 +136,7 @@ def _extra(file: File) -> None:
 # What is wrong -> (how to make it so, a part of the refusal).
 CHANGES: dict[str, tuple[Callable[[File], None], str]] = {
     "version_unknown": (lambda f: f.metadata.update({"shira.version": "2"}), "version '2' is not known"),
-    "version_missing": (lambda f: f.metadata.pop("shira.version"), "this is no SHiRA adapter"),
+    "version_missing": (lambda f: f.metadata.pop("shira.version"), "this is not a SHiRA adapter"),
     "shape_smaller": (_weight(shape=[ROWS // 2, COLUMNS]), "do not decode"),
     "shape_negative": (_weight(shape=[-ROWS, -COLUMNS]), "shape must be a list of sizes"),
     "shape_absurd": (_weight(shape=[2**40, 2**40]), "more than 2^62 entries"),
@@ -169,15 +169,15 @@ CHANGES: dict[str, tuple[Callable[[File], None], str]] = {
     "tensor_renamed": (_rename, "'a.weight.values' is missing"),
     "tensor_extra": (_extra, "belong to no weight"),
     "alpha_text": (_about(alpha="1"), "alpha must be a finite number"),
-    "alpha_infinite": (_about(alpha=float("inf")), "Infinity is no JSON"),
+    "alpha_infinite": (_about(alpha=float("inf")), "Infinity is not JSON"),
     "alpha_beyond_float32": (_about(alpha=1e308), "alpha must be a finite number (of float32), got 1e+308"),
     "alpha_true": (_about(alpha=True), "alpha must be a finite number (of float32), got True"),
     "alpha_beyond_floats": (_about(alpha=10**400), "alpha must be a finite number"),
     "delta_number": (_about(delta=1), "delta must be true or false"),
     "mask_list": (_about(mask=[1]), "mask must be a JSON object"),
     "provenance_list": (_about(provenance=[1]), "provenance must be a JSON object"),
-    "provenance_nan": (_about(provenance={"loss": float("nan")}), "NaN is no JSON"),
-    "provenance_infinite": (_about(provenance={"a": [{"b": -float("inf")}]}), "-Infinity is no JSON"),
+    "provenance_nan": (_about(provenance={"loss": float("nan")}), "NaN is not JSON"),
+    "provenance_infinite": (_about(provenance={"a": [{"b": -float("inf")}]}), "-Infinity is not JSON"),
     "provenance_surrogate": (_about(provenance={"data": "\ud800"}), "surrogates not allowed"),
     "provenance_deep": (_about(provenance=_deep(65)), "provenance must be nested at most 64 deep"),
     "mask_surrogate": (_about(mask={"\udfff": 1}), "surrogates not allowed"),
@@ -194,10 +194,10 @@ CHANGES: dict[str, tuple[Callable[[File], None], str]] = {
     "tensor_of_large_sizes": (lambda f: f.header["a.weight.values"].update(shape=[2**62] * 64), "more than 2^63"),
     "checksums_of_another": (lambda f: f.metadata.update({"shira.checksums": "0" * 48}), "metadata is not as it was"),
     "checksums_no_hex": (lambda f: f.metadata.update({"shira.checksums": "no"}), "metadata is not as it was"),
-    "tensors_overlap": (_offsets("a.weight.values", 0, 600), "no whole safetensors file"),
-    "tensors_apart": (_offsets("a.weight.values", 24, 624), "no whole safetensors file"),
-    "tensor_past_the_end": (_offsets("a.weight.indices", 616, 2**40), "no whole safetensors file"),
-    "tensor_backwards": (_offsets("a.weight.values", 616, 16), "no whole safetensors file"),
+    "tensors_overlap": (_offsets("a.weight.values", 0, 600), "not a whole safetensors file"),
+    "tensors_apart": (_offsets("a.weight.values", 24, 624), "not a whole safetensors file"),
+    "tensor_past_the_end": (_offsets("a.weight.indices", 616, 2**40), "not a whole safetensors file"),
+    "tensor_backwards": (_offsets("a.weight.values", 616, 16), "not a whole safetensors file"),
     "code_first_past_the_end": (_code(_put(0, (ROWS * COLUMNS).to_bytes(8, "little"))), "do not decode"),
     "code_first_absurd": (_code(_put(0, b"\xff" * 8)), "do not decode"),
     "code_mode": (_code(_put(15, b"\x03")), "do not decode"),
@@ -206,7 +206,7 @@ CHANGES: dict[str, tuple[Callable[[File], None], str]] = {
     "code_gap_past_the_end": (_code(_put(314, b"\xfe")), "do not decode"),
     "code_cut": (
         lambda f: f.header["a.weight.indices"].update(shape=[299], data_offsets=[616, 915]),
-        "no whole safetensors file",
+        "not a whole safetensors file",
     ),
 }  # fmt: skip
 
@@ -215,7 +215,7 @@ def _raw() -> dict[str, tuple[bytes, str]]:
     """Files that are wrong below the parts of `File`."""
     file = good()
     whole, text, body = file.bytes(), file.text(), bytes(file.body)
-    no_file = "no whole safetensors file"
+    no_file = "not a whole safetensors file"
     deep = b'{"__metadata__":' + b'{"a":' * 5000 + b"1" + b"}" * 5001
     doubled = json.dumps(file.weights)[:-1] + ', "a.weight": ' + json.dumps(file.weights["a.weight"]) + "}"
     metadata = {"shira.version": "1", "shira.adapter": json.dumps(file.about), "shira.weights": doubled}
@@ -245,7 +245,7 @@ def _raw() -> dict[str, tuple[bytes, str]]:
         "metadata_surrogate": (headed({"a": "\ud800"}), "surrogates not allowed"),
         "number_beyond_floats": (
             headed({**metadata, "shira.adapter": '{"alpha": 1e999}'}),
-            "'1e999' is no finite number",
+            "'1e999' is not a finite number",
         ),
         "number_of_many_digits": (headed({**metadata, "shira.adapter": "9" * 5000}), "cannot be read"),
         "pickle": (pickle.dumps({"weight": [1, 2, 3], "system": "echo"}), no_file),

@@ -27,7 +27,7 @@ def take(tuner: SparseTuner, state: Any, where: str) -> None:
     """Go back to a `state_of`; refuses that of another adapter, base or model, and then nothing has changed."""
     try:
         if not isinstance(state, Mapping) or state.keys() != {"version", "tuner", "others"}:
-            raise ValueError("this is no state of a tuner in a checkpoint")
+            raise ValueError("this is not a state of a tuner in a checkpoint")
         others, theirs = _run.others(tuner), state["others"]
         _run.check_others(others, theirs)
         tuner.check_state_dict(state["tuner"])
@@ -55,5 +55,5 @@ def read(tuner: SparseTuner, folder: str | os.PathLike[str]) -> None:
         try:
             state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises whatever the broken part of a file brings up
-            raise ValueError(f"{path}: this is no whole state of a tuner: {error}") from error
+            raise ValueError(f"{path}: this is not a whole state of a tuner: {error}") from error
     take(tuner, state, path)
