@@ -474,6 +474,7 @@ BEFORE = r"has parameters that the tuner froze .* make the optimizer after the t
 @pytest.mark.parametrize("kind", [torch.optim.SGD, SGD])
 def test_an_optimizer_made_before_the_tuner_is_refused(gradient: str, kind: type[torch.optim.Optimizer]) -> None:
     model = net()
+    unfinished = kind.__new__(kind)  # as one is whose constructor fails
     early, biases = (kind(held, lr=0.1) for held in (model.parameters(), [model[0].bias]))
     tuner = tune(model, gradient)
     before = bits(model)
@@ -493,6 +494,7 @@ def test_an_optimizer_made_before_the_tuner_is_refused(gradient: str, kind: type
     with pytest.raises(RuntimeError, match=BEFORE):
         early.step(closure)
     assert same_bits(model, before)
+    assert not hasattr(unfinished, "param_groups")
     late = kind(tuner.parameters(), lr=0.1)
     late.step()
     early.step()  # harmless beside one that trains

@@ -131,7 +131,9 @@ def _check_made_after(optimizer: Optimizer) -> None:
         values = {id(site.own_values) for site in group.sites}
         # Nothing else knows the optimizers; this looks once for a tuner, for what it finds it remembers.
         for other in (one for one in gc.get_objects() if issubclass(type(one), Optimizer)):
-            group.served |= any(id(p) in values for of_group in other.param_groups for p in of_group["params"])
+            # One whose constructor has failed has no groups.
+            of_groups = getattr(other, "param_groups", ())
+            group.served |= any(id(p) in values for of_group in of_groups for p in of_group["params"])
         if not group.served:
             raise RuntimeError(
                 f"SparseTuner: this {type(optimizer).__name__} has parameters that the tuner froze "
