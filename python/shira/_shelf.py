@@ -24,10 +24,13 @@ def stamp_of(file: Path) -> Stamp:
 
 
 def own(adapter: Adapter) -> Adapter:
-    """The adapter with values that are no views, as those of a loaded one are of its mapped file."""
-    if all(entry.values.untyped_storage().nbytes() == entry.values.nbytes for entry in adapter.weights.values()):
-        return adapter
-    return _copied(adapter)
+    """The adapter with values in memory of their own; those of a loaded one are in its mapped file."""
+    for entry in adapter.weights.values():
+        storage = entry.values.untyped_storage()
+        # Memory that torch did not allocate itself cannot be resized.
+        if storage.nbytes() != entry.values.nbytes or not storage.resizable():
+            return _copied(adapter)
+    return adapter
 
 
 def load(file: Path, stamp: Stamp | None) -> Adapter:
