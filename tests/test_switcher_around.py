@@ -391,7 +391,7 @@ def test_names_of_another_wrapper() -> None:
         Switcher(twins).add("c", Adapter({"z.weight": entry_of(twins["x"].weight, [0], [1])}))
     assert str(caught.value) == "adapter 'c' does not fit the model: weight 'z.weight' is not in the model"
     twice = Adapter(dict.fromkeys(("x.weight", "y.weight"), entry_of(twins["x"].weight, [0], [1])))
-    with pytest.raises(AdapterError, match=r"weight 'y\.weight' is the same \(tied\) weight as 'x\.weight'"):
+    with pytest.raises(AdapterError, match=r"rename: 'x\.weight' and 'y\.weight' both become 'x\.weight'"):
         Switcher(twins).add("d", twice, rename={"^.": "x"})
 
 
