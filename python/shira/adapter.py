@@ -44,7 +44,7 @@ def check_finite(where: str, values: Tensor) -> None:
     found = " and ".join(f"{count:,} {what}" for count, what in ((nan, "NaN"), (infinite, "infinite")) if count)
     raise AdapterError(
         f"{where}: {nan + infinite:,} of its {values.numel():,} values are not finite ({found}); "
-        f"check_finite=False lets them through"
+        f"check_finite=False (--allow-nonfinite) lets them through"
     )
 
 
