@@ -348,7 +348,7 @@ def test_values_that_are_not_finite_are_named():
         (torch.tensor([1, inf, nan, 3]), torch.float8_e5m2, r"2 of its 4 .* \(1 NaN and 1 infinite\)"),
     ):
         bad = Entry(torch.arange(4), values.to(dtype), (9,), dtype)
-        with pytest.raises(AdapterError, match=rf"^weight 'bad': {says}; check_finite=False lets them through$"):
+        with pytest.raises(AdapterError, match=rf"^weight 'bad': {says}; check_finite=False \(--allow"):
             Adapter({"good": good, "bad": bad}).check_finite()
         with pytest.raises(AdapterError, match=f"^merge: {says}"):
             bad.check_finite("merge")
@@ -482,6 +482,26 @@ def test_fusing_keeps_the_digits_of_float64(delta):
     entry = Adapter.fuse([(one, 1.0), (two, 1.0)], base).weights["w"]
     assert entry.indices.tolist() == [1, 2, 3]
     assert torch.equal(entry.values, torch.cat([fine, torch.tensor([0.5], dtype=torch.float64)]))
+
+
+def test_fusing_adapters_that_know_a_tied_weight_by_different_names() -> None:
+    """One weight of a base that ties it; of copies, the adapters do not agree on what they are."""
+    model = torch.nn.ModuleDict({"e": torch.nn.Linear(4, 2, bias=False), "h": torch.nn.Linear(4, 2, bias=False)})
+    model["h"].weight = model["e"].weight
+    base = model["e"].weight.detach().clone()
+
+    def adapter(name: str, at: int, *aliases: str) -> Adapter:
+        entry = Entry(torch.tensor([at], dtype=torch.int32), torch.tensor([9.0]), (2, 4), torch.float32)
+        return Adapter({name: replace(entry, aliases=aliases)})
+
+    for one in (adapter("e.weight", 1), adapter("e.weight", 1, "h.weight")):
+        pairs = [(one, 1.0), (adapter("h.weight", 5), 1.0)]
+        fused = Adapter.fuse(pairs, model)
+        assert list(fused.weights) == ["e.weight"]
+        entry = fused.weights["e.weight"]
+        assert (entry.indices.tolist(), entry.values.tolist(), entry.aliases) == ([1, 5], [9, 9], ("h.weight",))
+    with pytest.raises(AdapterError, match=r"are one \(tied\) weight in one adapter and two in another"):
+        Adapter.fuse(pairs, {"e.weight": base, "h.weight": base.clone()})
 
 
 def test_fusing_refuses_what_is_not_finite():

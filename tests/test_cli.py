@@ -451,6 +451,10 @@ def test_strengths_are_finite(files: Path) -> None:
     assert not (files / "m").exists()
     run(*much, "--allow-nonfinite")
     assert content(files / "m")["0.weight"].view(-1)[3] == torch.inf
+    fused = ("fuse", f"{files / 'd.safetensors'}=3e38", "--base", base, "--out", files / "f.safetensors")
+    assert "1 of its 1 values are not finite (1 infinite); check_finite=False (--allow-nonfinite)" in refused(*fused)
+    run(*fused, "--allow-nonfinite")
+    assert Adapter.load(files / "f.safetensors").weights["0.weight"].values.tolist() == [torch.inf]
 
 
 def test_verify_and_apply_agree_on_aliases_and_heads(files: Path) -> None:

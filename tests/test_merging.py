@@ -258,7 +258,7 @@ def test_values_that_are_not_finite(merge):
     options = {"drop": 0.0} if merge is merging.dare else {"density": 1.0}
     says = (
         rf"{merge.__name__}: weight '1\.bias' of adapter 2: 3 of its 8 values are not finite "
-        r"\(1 NaN and 2 infinite\); check_finite=False lets them through"
+        r"\(1 NaN and 2 infinite\); check_finite=False \(--allow-nonfinite\) lets them through"
     )
     with pytest.raises(AdapterError, match=says):
         merge([good, bad], model, **options)

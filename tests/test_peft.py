@@ -222,7 +222,7 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     folder = shira_folder(tmp_path / "shira")
     with pytest.raises(AdapterError, match="the base is needed: give base="):
         Adapter.from_peft(folder)
-    with pytest.raises(AdapterError, match="density and granule are for LORA"):
+    with pytest.raises(AdapterError, match="density and granule are for LoRA"):
         Adapter.from_peft(folder, base, density=0.1)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(AdapterError, match="its weights are a pickle"):
@@ -232,7 +232,7 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
         peft_model(torch.float32, peft.LoraConfig(r=2, target_modules=["v_proj"], **options)).save_pretrained(tmp_path)
         return tmp_path
 
-    with pytest.raises(AdapterError, match="a LORA is dense: give density="):
+    with pytest.raises(AdapterError, match="a LoRA is dense: give density="):
         Adapter.from_peft(lora(), base)
     with pytest.raises(AdapterError, match="only plain LORA can be read, and this one has use_dora"):
         Adapter.from_peft(lora(use_dora=True), base, density=0.1)

@@ -143,7 +143,9 @@ def test_a_weight_that_is_tied_in_the_adapter_alone() -> None:
     one.activate("b")  # at the base they are still the same
     one.add("again", Adapter({"wte.weight": entry}))
     one.deactivate()
-    says = r"head\.weight and wte\.weight are one \(tied\) weight in the adapter, and two that differ in the model"
+    with pytest.raises(AdapterError, match=r"rename: 'wte\.weight' and 'head\.weight' both become 'wte\.weight'"):
+        one.add("one", Adapter({"wte.weight": entry}), rename=lambda name: "wte.weight")
+    says = r"the model: head\.weight and wte\.weight are one \(tied\) weight in the adapter, and two that differ in the"
     for verify in (True, False):
         other = copy.deepcopy(model)
         with torch.no_grad():
@@ -198,6 +200,12 @@ def test_a_fresh_head_needs_no_base_at_strength_one() -> None:
         assert model[1].weight.flatten().tolist() == list(range(8))
         assert model[0].weight[0, 3] == 50
     one.verify(full=True)
+    one.deactivate()
+    assert differing(bits(model), base) == 0
+    says = r"'head' replaces 1\.weight as a whole, .* so it cannot be summed with 'part', which changes it too"
+    with pytest.raises(AdapterError, match=says):
+        one.activate({"part": 0.5, "head": 1.0})
+    one.activate({"part": 0.5, "head": 0.0})
     one.deactivate()
     assert differing(bits(model), base) == 0
     says = r"'head' replaces 1\.weight as a whole, and was made where the content there was another .* got 0\.5"
@@ -383,7 +391,7 @@ def test_names_of_another_wrapper() -> None:
         Switcher(twins).add("c", Adapter({"z.weight": entry_of(twins["x"].weight, [0], [1])}))
     assert str(caught.value) == "adapter 'c' does not fit the model: weight 'z.weight' is not in the model"
     twice = Adapter(dict.fromkeys(("x.weight", "y.weight"), entry_of(twins["x"].weight, [0], [1])))
-    with pytest.raises(AdapterError, match=r"weight 'y\.weight' is the same \(tied\) weight as 'x\.weight'"):
+    with pytest.raises(AdapterError, match=r"rename: 'x\.weight' and 'y\.weight' both become 'x\.weight'"):
         Switcher(twins).add("d", twice, rename={"^.": "x"})
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from shira import _file, _live, _model
+from shira import _checkpoint, _file, _live, _model
 from shira._live import Weight
 from shira._model import Slot
 from shira.adapter import Adapter, AdapterError, dtype_name
@@ -22,6 +22,7 @@ def places(
 
     Gives the places of one weight for each; of several, where one that is tied in the adapter is not in the model.
     """
+    _checkpoint.renamed(adapter.weights, rename)  # refuses two under one name
     renamed = _file.renamer(rename)
     problems: list[str] = []
     absent = False
@@ -29,6 +30,7 @@ def places(
     owner: dict[object, str] = {}
     for name, entry in adapter.weights.items():
         known = [slots[other] for other in map(renamed, (name, *entry.aliases)) if other in slots]
+        what = f"weight {name!r}"
         problem = misfit(known[0], entry.shape, entry.dtype) if known else "is not in the model"
         absent |= not known
         if problem is None:
@@ -36,16 +38,19 @@ def places(
             for slot in known:
                 weight = slot.weight
                 if weight is not known[0].weight and (weight.shape, weight.dtype) != (entry.shape, entry.dtype):
-                    problem = two(slot.name, known[0].name)
+                    what, problem = one_in_adapter(slot.name, known[0].name), "two that differ in the model"
                     break
-                problem = problem or misfit(slot, entry.shape, entry.dtype)
+                problem = misfit(slot, entry.shape, entry.dtype)
+                if problem is not None:
+                    what = f"weight {slot.name!r}"
+                    break
                 weights.setdefault(_model.memory(weight), slot)
             for key in weights:
                 if owner.setdefault(key, name) != name:
                     problem = problem or f"is the same (tied) weight as {owner[key]!r}"
             firsts[name] = list(weights.values())
         if problem is not None:
-            problems.append(f"weight {name!r} {problem}")
+            problems.append(f"{what} {problem}")
     if problems:
         more = f" ({len(problems)} problems in all)" if len(problems) > 5 else ""
         rule = _renaming(adapter, slots) if absent and rename is None else None
@@ -84,8 +89,9 @@ def overlap(slots: list[Slot], besides: Container[Weight] = ()) -> str | None:
     return None
 
 
-def two(alias: str, name: str) -> str:
-    return f"{alias} and {name} are one (tied) weight in the adapter, and two that differ in the model"
+def one_in_adapter(alias: str, name: str) -> str:
+    """The beginning of a sentence that goes on with what they are in the model."""
+    return f"{alias} and {name} are one (tied) weight in the adapter, and"
 
 
 def misfit(slot: Slot, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:

@@ -25,10 +25,13 @@ def stamp_of(file: Path) -> Stamp:
 
 
 def own(adapter: Adapter) -> Adapter:
-    """The adapter with values in memory of their own: not in a mapped file, and not a part of something larger."""
-    parts = [entry.values for entry in adapter.weights.values()]
-    views = any(values.untyped_storage().nbytes() != values.nbytes for values in parts)
-    return _copied(adapter) if views or any(entry.mapped for entry in adapter.weights.values()) else adapter
+    """The adapter with values in memory of their own; those of a loaded one are in its mapped file."""
+    for entry in adapter.weights.values():
+        storage = entry.values.untyped_storage()
+        # Memory that torch did not allocate itself cannot be resized.
+        if storage.nbytes() != entry.values.nbytes or not storage.resizable():
+            return _copied(adapter)
+    return adapter
 
 
 def load(file: Path, stamp: Stamp | None) -> Adapter:
@@ -40,10 +43,7 @@ def load(file: Path, stamp: Stamp | None) -> Adapter:
 
 
 def _copied(adapter: Adapter) -> Adapter:
-    weights = {
-        name: replace(entry, values=entry.values.detach().clone(), mapped=False)
-        for name, entry in adapter.weights.items()
-    }
+    weights = {name: replace(entry, values=entry.values.detach().clone()) for name, entry in adapter.weights.items()}
     return Adapter(
         weights,
         alpha=adapter.alpha,

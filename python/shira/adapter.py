@@ -15,7 +15,7 @@ from torch import Tensor
 
 import shira_ops
 from shira import _file, _model
-from shira._checkpoint import Checkpoint, Source, misfits, open_checkpoint
+from shira._checkpoint import Checkpoint, Source, misfits, open_checkpoint, ties
 from shira._file import AdapterError, named
 from shira.mask import index_dtype, refine, signed
 
@@ -44,7 +44,7 @@ def check_finite(where: str, values: Tensor) -> None:
     found = " and ".join(f"{count:,} {what}" for count, what in ((nan, "NaN"), (infinite, "infinite")) if count)
     raise AdapterError(
         f"{where}: {nan + infinite:,} of its {values.numel():,} values are not finite ({found}); "
-        f"check_finite=False lets them through"
+        f"check_finite=False (--allow-nonfinite) lets them through"
     )
 
 
@@ -76,8 +76,6 @@ class Entry:
     aliases: tuple[str, ...] = ()
     # Whether the content of the indices is known to be good, as decoding proves it.
     checked: bool = field(default=False, repr=False)
-    # Whether the values lie in a mapped file, which may be written to, or end, under whoever holds them.
-    mapped: bool = field(default=False, repr=False)
 
     @property
     def numel(self) -> int:
@@ -135,7 +133,7 @@ class Entry:
 
     # The values of a loaded adapter are views of its file, and a view is pickled with all that it is a view of.
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "indices": _own(self.indices), "values": _own(self.values), "mapped": False}
+        return {**self.__dict__, "indices": _own(self.indices), "values": _own(self.values)}
 
 
 class Adapter:
@@ -327,7 +325,6 @@ class Adapter:
                 weight.seed,
                 weight.aliases,
                 checked=True,
-                mapped=True,
             )
         if checksums:
             _file.check_checksums(file, header, mapped)
@@ -632,15 +629,25 @@ class Adapter:
         source = open_checkpoint(base, "base")
         found: dict[str, list[tuple[Adapter, float, Entry]]] = {}
         weights: dict[str, Tensor] = {}
+        first = ties(source)
         for number, (adapter, strength) in enumerate(given, 1):
             for name, entry, weight in _on_base(adapter, source):
                 if check_finite:
                     entry.check_finite(f"fuse: weight {named(name)} of adapter {number}")
                 stored = source.find((name, *entry.aliases))
                 assert stored is not None
-                others = tuple(other for other in (name, *entry.aliases) if other != stored.name)
-                found.setdefault(stored.name, []).append((adapter, strength, replace(entry, aliases=others)))
-                weights[stored.name] = weight
+                # Adapters may know a tied weight by different names.
+                kept = first[stored.name]
+                others = tuple(other for other in (name, *entry.aliases) if other != kept)
+                found.setdefault(kept, []).append((adapter, strength, replace(entry, aliases=others)))
+                weights[kept] = weight
+        for name, parts in found.items():
+            both = next((other for _, _, entry in parts for other in entry.aliases if other in found), None)
+            if both is not None:
+                raise AdapterError(
+                    f"fuse: {named(both)} and {named(name)} are one (tied) weight in one adapter and two in another, "
+                    f"and the base holds two copies of it; give a base that ties them, such as the model itself"
+                )
         entries = {name: _fused(weights[name], parts) for name, parts in found.items()}
         if check_finite:
             for name, entry in entries.items():

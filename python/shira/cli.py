@@ -73,6 +73,7 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
+AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Write NaN and inf as well.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result under that name.")]
 AdapterFile = Annotated[
     str, typer.Argument(help="An adapter: a file, a folder, or a name on the Hub.", show_default=False)
@@ -395,7 +396,7 @@ def apply(
     out: Annotated[Path, typer.Argument(help="The merged checkpoint to write.", show_default=False)],
     alpha: Annotated[float | None, typer.Option(help="The strength; else the file's own.", show_default=False)] = None,
     rename: Rename = [],  # noqa: B006
-    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Write NaN and inf as well.")] = False,
+    allow_nonfinite: AllowNonfinite = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -446,6 +447,7 @@ def fuse(
     ],
     base: Annotated[Path, typer.Option(help="The base checkpoint they were made for.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The adapter file to write.", show_default=False)],
+    allow_nonfinite: AllowNonfinite = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -459,7 +461,7 @@ def fuse(
         adapter = Adapter.load(path)
         pairs.append((adapter, adapter.alpha if strength is None else strength))
         origin.append({"file": path.name, "strength": pairs[-1][1]})
-    fused = Adapter.fuse(pairs, base, provenance={"fused": origin})
+    fused = Adapter.fuse(pairs, base, provenance={"fused": origin}, check_finite=not allow_nonfinite)
     _save(fused, target)
     _wrote(out, fused, as_json)
 

@@ -271,15 +271,14 @@ def _entry(pair: _Pair, density: float | None, pool: Executor, ahead: int) -> tu
     if not sparse.changed:
         return None
     total = lost = 0.0
-    granule, mapped = pair.granule, False
+    granule = pair.granule
     if not sparse.dropped:
         indices = torch.from_numpy(np.concatenate(sparse.indices))
         kept = _flat(np.concatenate(sparse.values), pair.dtype)
     elif budget >= whole_from:
         granule = pair.numel
         indices, kept = torch.zeros(1, dtype=torch.int32, device="cpu"), _flat(pair.tuned, pair.dtype)
-        mapped = pair.mapped
-        if not mapped:  # somebody's tensor, who may go on training it
+        if not pair.mapped:  # somebody's tensor, who may go on training it
             kept = kept.clone()
         if density is not None:
             total = _squared(pair, pool, ahead)
@@ -292,7 +291,7 @@ def _entry(pair: _Pair, density: float | None, pool: Executor, ahead: int) -> tu
         total = total or held
         lost = min(1.0, max(0.0, 1.0 - held / total)) if total else 0.0
     dtype, fingerprint = getattr(torch, pair.dtype), sparse.mark & _WORD
-    entry = Entry(indices, kept, pair.shape, dtype, granule, fingerprint, None, pair.aliases, True, mapped)
+    entry = Entry(indices, kept, pair.shape, dtype, granule, fingerprint, None, pair.aliases, checked=True)
     return entry, Lost(pair.numel, sparse.changed, kept.numel(), lost, total)
 
 
@@ -352,8 +351,7 @@ def _new(aligned: Aligned) -> dict[str, Entry]:
         aliases = tuple(other for other, one in aligned.tuned.items() if other != name and one.one == stored.one)
         values = stored.tensor() if stored.mapped else stored.tensor().clone()
         indices, dtype = torch.zeros(1, dtype=torch.int32), getattr(torch, stored.dtype)
-        shape, mapped = stored.shape, stored.mapped
-        entries[name] = Entry(indices, values, shape, dtype, stored.numel, None, None, aliases, True, mapped)
+        entries[name] = Entry(indices, values, stored.shape, dtype, stored.numel, None, None, aliases, checked=True)
     return entries
 
 

@@ -384,10 +384,10 @@ def from_peft(
     config = _config(where)
     kind = config["peft_type"]
     if kind == "SHIRA" and (density is not None or granule != 1):
-        raise AdapterError(f"{where}: PEFT's SHIRA is sparse already: density and granule are for LORA")
+        raise AdapterError(f"{where}: PEFT's SHiRA is sparse already: density and granule are for LoRA")
     if kind == "LORA":
         if density is None:
-            raise AdapterError(f"{where}: a LORA is dense: give density=, the share of each weight's entries to keep")
+            raise AdapterError(f"{where}: a LoRA is dense: give density=, the share of each weight's entries to keep")
         if not 0 < density <= 1:
             raise ValueError(f"from_peft: density must be above 0 and at most 1, got {density!r}")
         if type(granule) is not int or granule < 1:

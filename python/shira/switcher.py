@@ -69,13 +69,20 @@ class _Added:
             raise AdapterError(f"{self.file} has changed since {self.name!r} was added; remove it and add it again")
         return _shelf.load(self.file, self.stamp)
 
-    def allow(self, alpha: float) -> None:
-        """Refuse a strength at which the result is not what the adapter was made for."""
+    def allow(self, alpha: float, others: Iterable[_Added]) -> None:
+        """Refuse a strength, and others beside it, with which the result is not what the adapter was made for."""
         if self.elsewhere and alpha not in (0, 1):
             raise AdapterError(
                 f"{self.name!r} replaces {_model.some(self.elsewhere)} as a whole, and was made where the content "
                 f"there was another (by fingerprint); only at strength 1 is the result the same for both, got {alpha:g}"
             )
+        for other in others if self.elsewhere and alpha else ():
+            common = [weight.name for weight in other.weights if weight.name in self.elsewhere]
+            if other is not self and common:
+                raise AdapterError(
+                    f"{self.name!r} replaces {_model.some(common)} as a whole, and was made where the content there "
+                    f"was another (by fingerprint), so it cannot be summed with {other.name!r}, which changes it too"
+                )
         if self.codes is not None and alpha != 1:
             raise AdapterError(
                 f"{self.name!r} has entries of {self.codes.name}, which is {dtype_name(self.codes.dtype)} and takes no "
@@ -457,7 +464,8 @@ class Switcher:
                     self._learn(weight)
             for weight in weights[1:]:
                 if weight.ledger.base != weights[0].ledger.base:
-                    raise AdapterError(f"{where} does not fit the model: {_fit.two(weight.name, weights[0].name)}")
+                    both = _fit.one_in_adapter(weight.name, weights[0].name)
+                    raise AdapterError(f"{where} does not fit the model: {both} two that differ in the model")
 
     def _take(self, places: tuple[_model.Slot, ...], verify: bool) -> Weight:
         """The weight in these places, as we know it to be."""
@@ -479,7 +487,7 @@ class Switcher:
         fingerprints = {weight: adapter.weights[name].fingerprint for weight, name in weights.items()}
         wanted = {weight: fingerprint for weight, fingerprint in fingerprints.items() if fingerprint is not None}
         other = [weight for weight, fingerprint in wanted.items() if weight.ledger.base != fingerprint]
-        wrong = [weights[weight] for weight in other if adapter.delta or not adapter.weights[weights[weight]].whole]
+        wrong = [weight.name for weight in other if adapter.delta or not adapter.weights[weights[weight]].whole]
         if wrong:
             raise AdapterError(
                 f"{where} was made for another base: the content of {len(wrong)} of {len(wanted)} weights differs "
@@ -806,7 +814,7 @@ class Switcher:
                     self._disturbed(before.watch.weights, verify)
                 return
             for name, alpha in strengths.items():
-                self._added[name].allow(alpha)
+                self._added[name].allow(alpha, (self._added[other] for other in strengths if strengths[other]))
             _live.wait(self._written)
             try:
                 if not (verify or strengths) and any(weight.moved() for weight in before.parts):
@@ -900,10 +908,8 @@ def fitted(
     places: dict[str, _model.Slot] = {}
     for weight, name in added.weights.items():
         if name in places:
-            raise AdapterError(
-                f"{weight.name} and {places[name].name} are one (tied) weight in the adapter, and two in the model, "
-                f"which training would let drift apart; tie them first"
-            )
+            both = _fit.one_in_adapter(weight.name, places[name].name)
+            raise AdapterError(f"{both} two in the model, which training would let drift apart; tie them first")
         if not isinstance(weight.slot.weight, nn.Parameter):
             raise AdapterError(f"{weight.name} is a buffer, not a parameter, so it cannot be trained")
         places[name] = weight.slot
