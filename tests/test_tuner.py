@@ -162,7 +162,7 @@ def test_values_are_where_everyone_looks():
     [
         (r"nothing$", "matches no module with weights and no parameter; the model has 0.weight, 2.weight"),
         (["q_proj"], "target 'q_proj' names no weight"),
-        ("(", "no regular expression"),
+        ("(", "not a regular expression"),
         ([], "targets is empty"),
         (["1"], "target '1' is a ReLU and names no weight"),
         (5, "targets must be a pattern or a list of names, got int"),
