@@ -62,6 +62,7 @@ compat-%:
 	SHIRA_CUDA=0 $(AT)/venv/bin/pip install -q --no-build-isolation --no-deps $(AT)/*.tar.gz
 	mkdir $(AT)/unpacked
 	tar -xzf $(AT)/*.tar.gz -C $(AT)/unpacked --strip-components=1
+	rm -r $(AT)/unpacked/shira_ops # which would hide the installed one
 	cd $(AT)/unpacked && env -u PYTHONPATH ../venv/bin/pytest -q -p no:cacheprovider \
 		-k 'not emulator and not reference and not density_decides' \
 		$(COMPAT_TESTS:%=tests/test_%.py)

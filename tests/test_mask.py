@@ -378,7 +378,11 @@ def test_r_by_name():
         ValueError, match=r"r has no pattern that is found in v\.weight; it has 'q_proj': add a last one"
     ):
         masks.Rand(r={"q_proj": 2}).check({"q_proj.weight": weight, "v.weight": weight})
-    for bad, says in (({}, "r must name a pattern"), ({".*": 0}, "r must be a whole number"), ({"(": 1}, "no regular")):
+    for bad, says in (
+        ({}, "r must name a pattern"),
+        ({".*": 0}, "r must be a whole number"),
+        ({"(": 1}, "not a regular"),
+    ):
         with pytest.raises(ValueError, match=says):
             masks.WeightMagnitude(r=bad)
 

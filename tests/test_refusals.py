@@ -828,7 +828,9 @@ def test_a_fake_tensor_in_an_optional_list(backend: Backend, op: str, inference:
         case.set("momentum_buffers[1]", FakeTensorMode().from_tensor(case.get("momentum_buffers[1]")))
         before = [bits(t).clone() for name, t in case.tensors() if name != "momentum_buffers[1]"]
         says = "must have memory, got a tensor without any"
-        with pytest.raises((RuntimeError, AssertionError), match=rf"{says}|convert all Tensors to FakeTensors"):
+        # torch may be the first to notice, each version in its own words.
+        theirs = "convert all Tensors to FakeTensors|tls_on_entry"
+        with pytest.raises((RuntimeError, AssertionError), match=rf"{says}|{theirs}"):
             backend(op, **case.args)
         after = [bits(t) for name, t in case.tensors() if name != "momentum_buffers[1]"]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
