@@ -245,6 +245,12 @@ def test_a_model_with_an_active_adapter_is_refused() -> None:
     with tune(model), pytest.raises(shira.SwitchError, match="is being tuned by a SparseTuner"):
         switcher.activate("a")
     switcher.activate("a")
+    for move in (lambda p: p.share_memory_(), lambda p: setattr(p, "data", p.data.clone())):
+        for parameter in model.parameters():
+            move(parameter)
+        with pytest.raises(RuntimeError, match=r"0\.weight has an active adapter of a Switcher"):
+            tune(model)
+        switcher.rebind()
     del switcher
     with pytest.raises(RuntimeError, match=r"a Switcher that no longer exists"):
         tune(model)

@@ -277,17 +277,33 @@ def refuse_first(weights: Iterable[Weight], why: Callable[[Weight], str | None])
 
 def refuse_active(model: torch.nn.Module) -> None:
     """Refuse to train a model with adapters on it: what is trained there is of a base that nobody has."""
-    if all(hold.holder is None for hold in list(_holds.values())):
+    holds = [reference() for reference in _holds.valuerefs()]
+    if all(hold is None or hold.holder is None for hold in holds):
         return  # as it is at almost every step
+    with LOCK:
+        # Where the weight is in other memory since, the place tells.
+        moved = {
+            (place.module, place.attribute): weight.hold
+            for neighbours in list(_neighbours.values())
+            for weight in neighbours
+            if weight.hold.holder is not None and weight.moved() is not None
+            for place in weight.places
+        }
     for slot in _model.slots(model, buffers=True).values():
         hold = _holds.get(_model.memory(slot.weight))
         if hold is None or hold.holder is None or hold.storage.expired():
+            hold = moved.get((slot.module, slot.attribute))
+        if hold is None:
             continue
         ledger = _ledgers.get(id(slot.weight))
         version = ledger.version if ledger is not None else hold.left and hold.left[1]
         # Where the version moved, as by loading a state, what was on it is not any more.
         if slot.weight.is_inference() or version is None or version == slot.weight._version:
-            whose = "a Switcher" if hold.holder() else "a Switcher that no longer exists, so load the base again"
+            whose = (
+                "a Switcher"
+                if hold.holder and hold.holder()
+                else "a Switcher that no longer exists, so load the base again"
+            )
             raise RuntimeError(
                 f"SparseTuner: {slot.name} has an active adapter of {whose}: what is trained on top of it would fit no "
                 f"base; switcher.deactivate() first (SparseTuner.from_adapter goes on training an adapter)"

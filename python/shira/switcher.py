@@ -505,7 +505,8 @@ class Switcher:
                 raise SwitchError(
                     f"Switcher: {places[0].name} and {place.name} were one (tied) weight and are two now; tie them"
                 )
-        problem = _fit.misfit(places[0], weight.shape, weight.dtype) or weight.tuned()
+        _live.refuse_first([weight], Weight.tuned)
+        problem = _fit.misfit(places[0], weight.shape, weight.dtype)
         if problem is not None:
             raise SwitchError(f"Switcher: {weight.name} {problem}")
         return Weight.of(places, self, False)
@@ -526,10 +527,11 @@ class Switcher:
     def _write_back(self, layout: Layout) -> None:
         """Put the base's entries to where the weights are now."""
         targets: list[tuple[Tensor, Part]] = []
+        _live.refuse_first(layout.parts, Weight.tuned)
         for weight, part in layout.parts.items():
             places = {id(place.weight): place for place in weight.now() if part.known}
             for place in places.values():
-                problem = _fit.misfit(place, weight.shape, weight.dtype) or weight.tuned()
+                problem = _fit.misfit(place, weight.shape, weight.dtype)
                 if problem is not None:
                     raise SwitchError(f"Switcher: {place.name} {problem}; {_told(self._active)}")
                 targets.append((place.weight, part))
