@@ -32,6 +32,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 FAMILIES = ("switch", "fuse", "gradient", "optimize", "select", "fingerprint", "codec", "diff", "refusals")
+COLD = 180  # seconds that a first import of torch may take
 DEVICE_LOST = 3  # the exit status of gpu_bench.py
 # The measurements, functions of gpu_bench.py, the most wanted first.
 NAMES = (
@@ -43,7 +44,12 @@ Told = dict[str, Any]
 # What is asked of torch in a process of its own, so that this one holds no memory of the GPU.
 ABOUT = """
 import json, platform, torch
+from importlib.metadata import PackageNotFoundError, version
 told = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+try:
+    told["setuptools"] = version("setuptools")
+except PackageNotFoundError:
+    told["setuptools"] = None
 try:
     import triton
     told["triton"] = triton.__version__
@@ -184,8 +190,15 @@ def last_line(done: Done) -> Told:
 # Sections
 
 
+def first_import(run: Run, code: str) -> Done:
+    """A process that imports torch. On a machine that has just started this may take minutes, and the first process may
+    be ended while the files come; a second one finds them."""
+    done = run.one(python("-c", code), min(COLD, run.left()))
+    return done if done.code is not None else run.one(python("-c", code), min(COLD, run.left()))
+
+
 def about(run: Run) -> Told:
-    run.told["about"] = last_line(run.one(python("-c", ABOUT), 60))
+    run.told["about"] = last_line(first_import(run, ABOUT))
     if run.cuda and "gpu" not in run.told["about"]:
         raise RuntimeError(f"the torch of {sys.executable} finds no GPU (PY=... make gpu takes another Python)")
     for tool, command in {
@@ -197,12 +210,15 @@ def about(run: Run) -> Told:
             run.told["about"][tool] = found[-1] if found else None
     known = run.told["about"]
     words = [known.get("gpu", "cpu"), f"torch {known['torch']}", f"triton {known['triton']}", f"CUDA {known['cuda']}"]
-    return {"state": "passed", "why": ", ".join([*words, f"driver {known.get('driver')}"])}
+    return {
+        "state": "passed",
+        "why": ", ".join([*words, f"driver {known.get('driver')}", f"setuptools {known['setuptools']}"]),
+    }
 
 
 def build(run: Run) -> Told:
     def built() -> bool:
-        done = run.one(python("-c", BUILT), 60)
+        done = first_import(run, BUILT)
         if done.code == 0:
             run.told |= last_line(done)
         return done.code == 0 and (not run.cuda or bool(run.told["cuda kernels"]))
