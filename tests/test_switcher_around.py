@@ -503,6 +503,30 @@ def test_there_is_a_way_back_from_other_memory(move: str) -> None:
     one.verify(full=True)
 
 
+def test_other_memory_at_the_same_address() -> None:
+    """As a cast and the cast back may leave it, which lose digits: the address is given again, and no version tells."""
+    model, memory = nn.Linear(8, 8, bias=False), bytearray(256)
+
+    def of_this_memory() -> Tensor:
+        return torch.frombuffer(memory, dtype=torch.float32).view(8, 8)
+
+    model.weight.data = of_this_memory()
+    address, one = model.weight.data_ptr(), Switcher(model)
+    one.add("a", one_of(model))
+    model.weight.data = torch.empty(0)  # what was there is gone
+    memory[:] = b"?" * 256
+    model.weight.data = of_this_memory()
+    assert model.weight.data_ptr() == address
+    with pytest.raises(SwitchError, match=r"was moved or cast .* in other memory"):
+        one.activate("a")
+    assert memory == b"?" * 256
+    memory[:] = bytes(256)
+    one.rebind()
+    one.activate("a")
+    one.verify(full=True)
+    one.deactivate()
+
+
 def test_what_no_way_leads_back_from_is_said() -> None:
     model = linear()
     one = Switcher(model)

@@ -187,12 +187,14 @@ class Weight:
                 f"{self.name} had shape {list(self.shape)} when an adapter for it was added, and has shape "
                 f"{list(weight.shape)} now; put it back, or make a new Switcher"
             )
-        if weight.device == self.device and weight.dtype == self.dtype and weight.data_ptr() == self.pointer:
+        # New memory may come at the old address: then what was there is gone.
+        stayed = weight.data_ptr() == self.pointer and not self.hold.storage.expired()
+        if stayed and weight.device == self.device and weight.dtype == self.dtype:
             return None
         return (
             f"{self.name} was moved or cast (by .to(), say) since an adapter for it was added: it was "
             f"{dtype_name(self.dtype)} on {self.device}, it is {dtype_name(weight.dtype)} on {weight.device}, "
-            f"{'in the same' if weight.data_ptr() == self.pointer else 'in other'} memory; "
+            f"{'in the same' if stayed else 'in other'} memory; "
             f"{_BACK if weight.dtype == self.dtype else _UNCAST}"
         )
 
@@ -339,6 +341,7 @@ class Watch:
             and not any(tuned in home for home, tuned in zip(homes, self._tuned, strict=True))
             and all(place.holds() for place in self._others)
             and [tensor.data_ptr() for tensor in self._tensors] == self._pointers
+            and not any(hold.storage.expired() for hold in self._holds)
             and [tensor.numel() for tensor in self._tensors] == self._numels
             and all(tensor._version == ledger.version for tensor, ledger in self._versioned)
             and all(hold.holder is None or hold.holder is switcher for hold in self._holds)
