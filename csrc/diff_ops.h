@@ -3,7 +3,7 @@
 //
 // A backend has a static function over lists of one length, whose arguments are already checked; results' sizes
 // depend on the content, so it may synchronise:
-//   diff(snapshots, weights, granule) -> (indices, values)
+//   diff(op, snapshots, weights, granule) -> (indices, values)
 #pragma once
 #include <tuple>
 
@@ -30,7 +30,7 @@ struct DiffOps {
     call.memory("snapshot", "snapshots", snapshots, true);
     call.memory("weight", "weights", weights, false);
     call.overlap.check();
-    return Backend::diff(snapshots, weights, call.granule);
+    return Backend::diff(call.op, snapshots, weights, call.granule);
   }
 
   static std::tuple<Tensor, Tensor> diff_(const Tensor& snapshot, const Tensor& weight, int64_t granule) {

@@ -6,6 +6,8 @@
 #include <atomic>
 #include <memory>
 #include <new>
+#include <type_traits>
+#include <utility>
 
 #include "../core/difference.h"
 #include "../diff_ops.h"
@@ -61,34 +63,28 @@ int64_t differing(const uint8_t* snapshot, const uint8_t* weight, int64_t granul
   }
 }
 
-// Granules of a constant size are copied without a call.
-template <int64_t kBytes>
-void take(char* to, const char* from, const int32_t* granules, int64_t count) {
-  for (int64_t k = 0; k < count; ++k) memcpy(to + k * kBytes, from + granules[k] * kBytes, kBytes);
-}
-template <int64_t kBytes>
-void put(char* to, const char* from, const int32_t* granules, int64_t count) {
-  for (int64_t k = 0; k < count; ++k) memcpy(to + granules[k] * kBytes, from + k * kBytes, kBytes);
+// A copy of `bytes` for each of `count`, to and from where `place(k)` says; without a call where the size is known.
+template <typename Place>
+void copy_each(int64_t count, int64_t bytes, const Place& place) {
+  const auto all = [&](auto size) {
+    for (int64_t k = 0; k < count; ++k) {
+      const auto [to, from] = place(k);
+      memcpy(to, from, size);
+    }
+  };
+  switch (bytes) {
+    case 1: return all(std::integral_constant<size_t, 1>{});
+    case 2: return all(std::integral_constant<size_t, 2>{});
+    case 4: return all(std::integral_constant<size_t, 4>{});
+    case 8: return all(std::integral_constant<size_t, 8>{});
+    default: return all(static_cast<size_t>(bytes));
+  }
 }
 void take(char* to, const char* from, const int32_t* granules, int64_t count, int64_t bytes) {
-  switch (bytes) {
-    case 1: return take<1>(to, from, granules, count);
-    case 2: return take<2>(to, from, granules, count);
-    case 4: return take<4>(to, from, granules, count);
-    case 8: return take<8>(to, from, granules, count);
-    default:
-      for (int64_t k = 0; k < count; ++k) memcpy(to + k * bytes, from + granules[k] * bytes, bytes);
-  }
+  copy_each(count, bytes, [=](int64_t k) { return std::pair(to + k * bytes, from + granules[k] * bytes); });
 }
 void put(char* to, const char* from, const int32_t* granules, int64_t count, int64_t bytes) {
-  switch (bytes) {
-    case 1: return put<1>(to, from, granules, count);
-    case 2: return put<2>(to, from, granules, count);
-    case 4: return put<4>(to, from, granules, count);
-    case 8: return put<8>(to, from, granules, count);
-    default:
-      for (int64_t k = 0; k < count; ++k) memcpy(to + granules[k] * bytes, from + k * bytes, bytes);
-  }
+  copy_each(count, bytes, [=](int64_t k) { return std::pair(to + granules[k] * bytes, from + k * bytes); });
 }
 
 // f(chunk) for all of them, by torch's threads.
@@ -118,7 +114,8 @@ void compare(Chunk& chunk, char* snapshot, const char* weight, int64_t bytes, in
 }
 
 struct Cpu {
-  static std::tuple<Tensors, Tensors> diff(const Tensors& snapshots, const Tensors& weights, int64_t granule) {
+  static std::tuple<Tensors, Tensors> diff(const char* op, const Tensors& snapshots, const Tensors& weights,
+                                           int64_t granule) {
     std::vector<char*> olds;
     std::vector<const char*> news;
     std::vector<int64_t> sizes;  // of a granule, in bytes
@@ -155,13 +152,13 @@ struct Cpu {
     };
     if (failed.load()) {
       put_back();
-      refuse(weights.size() == 1 ? "diff_" : "foreach_diff_", ": no memory for what differs; nothing has changed");
+      refuse(op, ": no memory for what differs; nothing has changed");
     }
 
     Tensors indices, values;
     std::vector<int64_t> places;  // of each chunk, among its tensor's
-    places.reserve(chunks.size());
     try {
+      places.reserve(chunks.size());
       size_t next = 0;
       for (size_t t = 0; t < weights.size(); ++t) {
         int64_t count = 0;

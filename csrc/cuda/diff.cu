@@ -229,7 +229,8 @@ Launches choose(int64_t bytes, int64_t aligned, int64_t& units) {
 }
 
 struct Cuda {
-  static std::tuple<Tensors, Tensors> diff(const Tensors& snapshots, const Tensors& weights, int64_t granule) {
+  static std::tuple<Tensors, Tensors> diff(const char*, const Tensors& snapshots, const Tensors& weights,
+                                           int64_t granule) {
     if (weights.empty()) return {};
     const Device device(weights[0]);
     const size_t n = weights.size();
