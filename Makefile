@@ -18,7 +18,7 @@ PY := $(VENV)/bin/python
 # CUDA torch wheels are several GB: on a machine without a GPU the CPU build serves.
 TORCH ?= torch==2.13.0
 COMPAT ?= 2.11.0 2.12.1 newest
-COMPAT_TESTS := switch fuse gradient optimize select codec fingerprint diff refusals autograd compile threads import
+COMPAT_TESTS := switch fuse gradient optimize select codec fingerprint diff refusals autograd compile threads
 LATEST := benchmarks/results/latest.json
 AGAIN := benchmarks/results/again.json
 RESULTS ?= cpu-zen4
@@ -65,7 +65,7 @@ compat-%:
 	rm -r $(AT)/unpacked/shira_ops # which would hide the installed one
 	cd $(AT)/unpacked && env -u PYTHONPATH ../venv/bin/pytest -q -p no:cacheprovider \
 		-k 'not emulator and not reference and not density_decides' \
-		$(COMPAT_TESTS:%=tests/test_%.py)
+		$(COMPAT_TESTS:%=tests/ops/test_%.py) tests/test_import.py
 	rm -rf $(AT)
 
 soak: setup

@@ -116,7 +116,7 @@ def test_references_serve_every_op() -> None:
     chosen = "dispatcher or test_opcheck"
     files = ("switch", "fuse", "gradient", "optimize", "select", "fingerprint", "refusals", "autograd", "compile")
     arguments = ["-q", "-x", "-m", "subset", "-k", chosen, "-p", "no:cacheprovider", "-p", "no:xdist"]
-    arguments += [str(TESTS / f"test_{name}.py") for name in files]
+    arguments += [str(TESTS / "ops" / f"test_{name}.py") for name in files]
     arguments += [f"{TESTS / 'test_import.py'}::test_backends"]
     code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
     environment = {"SHIRA_BACKEND": "reference", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}

@@ -254,7 +254,7 @@ def tests(run: Run) -> Told:
     families = ("switch",) if run.quick else FAMILIES
     chosen = "cuda" if run.cuda else "test_twice and dispatcher and float32"
     options = ["-q", "-k", chosen, "--maxfail=5", "-W", "default", "-p", "no:cacheprovider"]
-    commands = {name: python("-m", "pytest", *options, f"tests/test_{name}.py") for name in families}
+    commands = {name: python("-m", "pytest", *options, f"tests/ops/test_{name}.py") for name in families}
     told: Told = {"state": "passed", "families": {}}
     output, counts = "", []
     for name, done in run.all(commands, min(110, 0.5 * run.left())).items():

@@ -2,8 +2,8 @@
 #include <atomic>
 #include <limits>
 
-#include "../codec_ops.h"
 #include "../core/codec.h"
+#include "../ops/codec.h"
 
 namespace shira::cpu {
 namespace {

@@ -10,8 +10,8 @@
 #include <utility>
 
 #include "../core/difference.h"
-#include "../diff_ops.h"
-#include "../select_ops.h"
+#include "../ops/diff.h"
+#include "../ops/select.h"
 #include "walk.h"
 
 namespace shira::cpu {

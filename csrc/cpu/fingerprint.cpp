@@ -2,7 +2,7 @@
 #include <atomic>
 
 #include "../core/fingerprint.h"
-#include "../fingerprint_ops.h"
+#include "../ops/fingerprint.h"
 #include "indices.h"
 
 namespace shira::cpu {

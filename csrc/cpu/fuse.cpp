@@ -7,7 +7,7 @@
 #include <memory>
 
 #include "../dispatch.h"
-#include "../fuse_ops.h"
+#include "../ops/fuse.h"
 #include "vector.h"
 #include "walk.h"
 

@@ -13,7 +13,7 @@
 //
 // The sums of an entry are made in an order that depends on shape and vector width alone, so that any number of
 // threads, and any mask around the entry, gives the same bits.
-#include "../gradient_ops.h"
+#include "../ops/gradient.h"
 
 #include <limits>
 #include <memory>

@@ -7,7 +7,7 @@
 #include <array>
 
 #include "../dispatch.h"
-#include "../optimize_ops.h"
+#include "../ops/optimize.h"
 #include "vector.h"
 #include "walk.h"
 

@@ -10,7 +10,7 @@
 #include <mutex>
 
 #include "../dispatch.h"
-#include "../select_ops.h"
+#include "../ops/select.h"
 #include "vector.h"
 
 namespace shira::cpu {

@@ -7,7 +7,7 @@
 #include "../checks.h"
 #include "../core/arithmetic.h"
 #include "../dispatch.h"
-#include "../switch_ops.h"
+#include "../ops/switch.h"
 #include "vector.h"
 #include "walk.h"
 
@@ -266,7 +266,7 @@ SwitchTask switch_task(const Tensor& weight, const Tensor& indices_out, const Te
   return task;
 }
 
-// ---- the walks, as csrc/switch_ops.h calls them --------------------------------------------------------
+// ---- the walks, as csrc/ops/switch.h calls them --------------------------------------------------------
 
 struct Cpu {
   static void content(const char* op, Name name, const Tensor& indices, int64_t limit) {

@@ -6,7 +6,7 @@
 // has neighbouring ones, and memory is asked for them in whole lines.
 #include "../core/codec.h"
 
-#include "../codec_ops.h"
+#include "../ops/codec.h"
 #include "block.h"
 
 namespace shira::cuda {

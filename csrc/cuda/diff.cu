@@ -4,8 +4,8 @@
 // Both passes read both tensors, so the whole takes about twice the time of reading them. Granules that divide 16
 // bytes come 16 bytes at a time, several in each; others are compared in the widest units that their size and both
 // addresses allow: by a thread, or, where they are large, by a block.
-#include "../diff_ops.h"
-#include "../select_ops.h"
+#include "../ops/diff.h"
+#include "../ops/select.h"
 #include "block.h"
 #include "scan.h"
 

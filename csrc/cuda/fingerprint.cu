@@ -4,7 +4,7 @@
 // instructions a word, of which a GPU has about twice as many as words arrive. A block adds up its tile and gives the
 // total to one atomic: sums mod 2^64 have the same bits in any order.
 #include "../core/fingerprint.h"
-#include "../fingerprint_ops.h"
+#include "../ops/fingerprint.h"
 #include "block.h"
 
 namespace shira::cuda {

@@ -2,7 +2,7 @@
 #include "../core/fuse.h"
 
 #include "../dispatch.h"
-#include "../fuse_ops.h"
+#include "../ops/fuse.h"
 #include "block.h"
 #include "indices.h"
 #include "scan.h"

@@ -13,7 +13,7 @@
 #include <cmath>
 
 #include "../core/arithmetic.h"
-#include "../gradient_ops.h"
+#include "../ops/gradient.h"
 #include "block.h"
 
 namespace shira::cuda {

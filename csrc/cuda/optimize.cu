@@ -8,7 +8,7 @@
 #include "../core/optimize.h"
 
 #include "../dispatch.h"
-#include "../optimize_ops.h"
+#include "../ops/optimize.h"
 #include "memory.h"
 
 namespace shira::cuda {

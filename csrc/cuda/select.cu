@@ -8,7 +8,7 @@
 // before it scores the first); scores are made anew in each.
 //
 // select_random: the images of 0 .. k-1, sorted by torch.
-#include "../select_ops.h"
+#include "../ops/select.h"
 #include "block.h"
 #include "scan.h"
 
@@ -288,7 +288,7 @@ Tensor sorted(const Tensor& tensor) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// ---- as csrc/select_ops.h calls them -----------------------------------------------------------------------
+// ---- as csrc/ops/select.h calls them -----------------------------------------------------------------------
 
 constexpr int kBlocks = 1024, kMostRounds = 16;  // about as many blocks as the largest GPUs run at once
 

@@ -14,7 +14,7 @@
 // No kernel waits for another and none synchronises with the host, but check_indices. An index that is out of range
 // is skipped where it is used (gather gives 0), so that content needs no pass of its own.
 #include "../dispatch.h"
-#include "../switch_ops.h"
+#include "../ops/switch.h"
 #include "indices.h"
 
 namespace shira::cuda {
@@ -267,7 +267,7 @@ struct Exchange {
   }
 };
 
-// ---- the walks, as csrc/switch_ops.h calls them -----------------------------------------------------------
+// ---- the walks, as csrc/ops/switch.h calls them -----------------------------------------------------------
 
 template <typename Work>
 void start(std::vector<typename Work::Row>& rows, double alpha, bool delta, cudaStream_t stream) {

@@ -1,6 +1,6 @@
 // torch.ops.shira_emul.*: the ops of csrc/cuda, emulated on the CPU. What has no kernel yet is declared all the same.
+#include "../../csrc/ops/select.h"
 #include "../../csrc/schemas.h"
-#include "../../csrc/select_ops.h"
 #include "cuda_emul.h"
 
 STABLE_TORCH_LIBRARY(shira_emul, m) {

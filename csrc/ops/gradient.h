@@ -6,7 +6,7 @@
 //                                       where that needs no synchronisation
 //   sampled (problem, grad_output, input, indices, result): every entry of `result` is written
 #pragma once
-#include "checks.h"
+#include "../checks.h"
 
 namespace shira {
 

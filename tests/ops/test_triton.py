@@ -1,7 +1,7 @@
 """The Triton kernels without a GPU: run by Triton's interpreter on CPU tensors, and compiled ahead of time.
 
 The interpreter replaces `triton.jit` when a module is imported, so it has a process of its own, in which
-cases.BACKENDS is Triton alone: `TRITON_INTERPRET=1 pytest tests/test_switch.py -k triton` runs any contract test so.
+cases.BACKENDS is Triton alone. Any contract test runs so: `TRITON_INTERPRET=1 pytest tests/ops/test_switch.py -k triton`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def test_contract(family: str) -> None:
     chosen = f"triton and ({CONTRACT[family]})" + (f" or {OF_ALL[family]}" if family in OF_ALL else "")
     arguments = ["-q", "-x", "-k", chosen, "-p", "no:cacheprovider", "-p", "no:xdist"]
     # numpy warns of infinities and NaNs, as a GPU does not.
-    arguments += ["-W", "ignore::RuntimeWarning", str(TESTS / f"test_{family}.py")]
+    arguments += ["-W", "ignore::RuntimeWarning", str(TESTS / "ops" / f"test_{family}.py")]
     code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
     result = python(code, *arguments, TRITON_INTERPRET="1", OMP_NUM_THREADS="1", PYTEST_ADDOPTS="")
     assert result.returncode == 0, result.stdout[-4000:]

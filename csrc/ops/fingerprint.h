@@ -5,7 +5,7 @@
 //                                       where that needs no synchronisation
 //   whole(weight), touched(weight, indices, granule): the sums, int64 and 0-dim on the weight's device
 #pragma once
-#include "checks.h"
+#include "../checks.h"
 
 namespace shira {
 

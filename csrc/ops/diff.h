@@ -7,7 +7,7 @@
 #pragma once
 #include <tuple>
 
-#include "checks.h"
+#include "../checks.h"
 
 namespace shira {
 

@@ -3,7 +3,7 @@
 // A backend has static functions, whose arguments are already checked; both refuse content, so both may synchronise:
 //   encode<Index>(indices) and decode<Index>(code, count, granules, dtype)
 #pragma once
-#include "checks.h"
+#include "../checks.h"
 
 namespace shira {
 

@@ -9,8 +9,8 @@
 #pragma once
 #include <tuple>
 
-#include "checks.h"
-#include "core/fuse.h"
+#include "../checks.h"
+#include "../core/fuse.h"
 
 namespace shira {
 

@@ -7,8 +7,8 @@
 #include <array>
 #include <optional>
 
-#include "checks.h"
-#include "core/select.h"
+#include "../checks.h"
+#include "../core/select.h"
 
 namespace shira {
 

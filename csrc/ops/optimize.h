@@ -11,8 +11,8 @@
 #include <cmath>
 #include <optional>
 
-#include "checks.h"
-#include "core/optimize.h"
+#include "../checks.h"
+#include "../core/optimize.h"
 
 namespace shira {
 

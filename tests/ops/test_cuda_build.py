@@ -2,13 +2,13 @@
 spills registers or keeps arrays in local memory. Without a toolkit there is one in NVIDIA's wheels, for example
 
     pip install --no-deps --target toolkit nvidia-{cuda-nvcc,cuda-crt,cuda-runtime,cuda-cccl,nvvm}'==13.0.*'
-    CUDA_HOME=$PWD/toolkit/nvidia/cu13 .venv/bin/python -m pytest -rP tests/test_cuda_build.py
+    CUDA_HOME=$PWD/toolkit/nvidia/cu13 .venv/bin/python -m pytest -rP tests/ops/test_cuda_build.py
 
 All of the targets of a wheel take minutes. By default this compiles for Hopper alone;
 SHIRA_TEST_CUDA_ARCHS="80;90;100;120" names others. After a build with SHIRA_CUDA=1, which compiles for all of them, the
 last test reads them from the library itself and lists every kernel:
 
-    SHIRA_CUDA=1 make build && .venv/bin/python -m pytest -rP tests/test_cuda_build.py -k finished
+    SHIRA_CUDA=1 make build && .venv/bin/python -m pytest -rP tests/ops/test_cuda_build.py -k finished
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.utils import cpp_extension
 
 import shira_ops
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 ARCHS = os.environ.get("SHIRA_TEST_CUDA_ARCHS", "90").split(";")
 

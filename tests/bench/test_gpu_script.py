@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "speed" / "gpu.py"
 NEEDS_A_GPU = (
     *("sanitizer", "captured graphs"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-SPEED = Path(__file__).parent.parent / "benchmarks" / "speed"
+SPEED = Path(__file__).parents[2] / "benchmarks" / "speed"
 
 
 @pytest.mark.skipif(

@@ -13,7 +13,7 @@ import shira_ops
 from shira import Adapter, Entry
 from shira.mask import signed
 
-PAGE = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 WORD = 2**64 - 1
 
 

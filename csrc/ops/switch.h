@@ -10,7 +10,7 @@
 //   add (weight, indices, values, alpha, granule): scatter_add_
 //   check (op, indices, limit): check_indices, which may synchronise
 #pragma once
-#include "checks.h"
+#include "../checks.h"
 
 namespace shira {
 
