@@ -1,7 +1,7 @@
 """The Triton kernels without a GPU: run by Triton's interpreter on CPU tensors, and compiled ahead of time.
 
 The interpreter replaces `triton.jit` when a module is imported, so it has a process of its own, in which
-cases.BACKENDS is Triton alone. Any contract test runs so: `TRITON_INTERPRET=1 pytest tests/ops/test_switch.py -k triton`.
+cases.BACKENDS is Triton alone. `TRITON_INTERPRET=1 pytest tests/ops/test_switch.py -k triton` runs any test like that.
 """
 
 from __future__ import annotations
