@@ -9,20 +9,19 @@ from typing import Any
 
 from benchmarks.quality import tasks
 from benchmarks.quality.experiments import fusion, single
-from benchmarks.quality.lab import Setting
-from benchmarks.quality.report import (
+from benchmarks.quality.findings import (
     FAMILIES_SHOWN,
     Fused,
     Grid,
     Results,
     coarse,
-    fusion_name,
     is_accuracy,
-    label,
     mean,
     points,
-    what,
+    standard_error,
 )
+from benchmarks.quality.lab import Setting
+from benchmarks.quality.words import fusion_name, label, what
 
 COLORS = {1: "#4477aa", 4: "#66ccee", 8: "#228833", 16: "#ccbb44", 32: "#ee6677"}
 MARKERS = {"rand": "o", "struct": "s", "wm": "^", "grad": "v", "snip": "D"}
@@ -127,7 +126,7 @@ def granules(results: Results, pyplot: Any) -> Any:
     for where in several:
         some = [one for one in every if one.where == where]
         family, _, hardest = where.partition(",")
-        errors = [100 * statistics.stdev(one.lost) / len(one.lost) ** 0.5 for one in some]
+        errors = [100 * standard_error(one.lost) for one in some]
         x, y = [one.granules for one in some], [100 * mean(one.lost) for one in some]
         style = {
             "color": f"C{families.index(family)}",

@@ -15,8 +15,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-import common
-from common import BF16, FP32, Report, compare, random_indices, settings
+from benchmarks.speed import common
+from benchmarks.speed.common import BF16, FP32, Report, compare, random_indices, settings
 
 shira = torch.ops.shira
 DTYPES = pytest.mark.parametrize("dtype", [FP32, BF16], ids=common.dtype_name)

@@ -6,9 +6,7 @@ import dataclasses
 import json
 import math
 import re
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,17 +15,15 @@ pytest.importorskip("sklearn", reason="pip install -e '.[test]'")
 pytest.importorskip("peft", reason="pip install -e '.[test]'")
 pytest.importorskip("rich", reason="pip install -e '.[test]'")
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.quality import front, methods, report, store, tasks  # noqa: E402
-from benchmarks.quality import task as task_module  # noqa: E402
-from benchmarks.quality.experiments import EXPERIMENTS, fusion, masks, size  # noqa: E402
-from benchmarks.quality.lab import RATES, Lab, Setting, Stop  # noqa: E402
-from benchmarks.quality.methods import Dora, Full, Lora, Shira, from_description, train  # noqa: E402
-from benchmarks.quality.run import plan  # noqa: E402
-from benchmarks.quality.tasks import digits  # noqa: E402
-from shira import Switcher  # noqa: E402
+from benchmarks.quality import front, methods, report, store, tables, tasks
+from benchmarks.quality import task as task_module
+from benchmarks.quality.experiments import EXPERIMENTS, fusion, masks, size
+from benchmarks.quality.findings import Fused, Results
+from benchmarks.quality.lab import RATES, Lab, Setting, Stop
+from benchmarks.quality.methods import Dora, Full, Lora, Shira, from_description, train
+from benchmarks.quality.run import plan
+from benchmarks.quality.tasks import digits
+from shira import Switcher
 
 FAMILY = "digits-mlp-128"
 
@@ -74,13 +70,11 @@ def test_every_experiment_runs_and_the_report_tells_it(tiny, tmp_path):
         job.do(again)
     assert (tiny.folder / f"{FAMILY}.jsonl").read_bytes() == kept
 
-    results = report.Results(tiny.folder, seeds=2)
+    results = Results(tiny.folder, seeds=2)
     template = (report.HERE / "page.md").read_text()
     names = [match.split() for match in re.findall(r"^\{\{(.+?)\}\}$", template, flags=re.MULTILINE)]
-    assert {name for name, *_ in names} <= set(report.TABLES)
-    for name in report.TABLES:
-        if name == "plot":
-            continue
+    assert {name for name, *_ in names} <= {*tables.TABLES, "plot"}
+    for name in tables.TABLES:
         arguments = {"compared": ["granules"], "front": ["switch"], "switching": []}.get(name, [])
         families = [] if name in ("switching", "coarse") else [FAMILY]
         text = report.page(f"{{{{{' '.join([name, *families, *arguments])}}}}}", results)
@@ -102,22 +96,22 @@ def test_large_models_fuse_at_few_strengths_and_the_report_tells_it(tiny, monkey
     monkeypatch.setattr(fusion, "FEW_ALPHAS", (0.5, 1.0))
     for job in plan([FAMILY], ["fusion"], 2):
         job.do(tiny)
-    results = report.Results(tiny.folder, seeds=2)
-    fused = report.Fused(results, FAMILY)
+    results = Results(tiny.folder, seeds=2)
+    fused = Fused(results, FAMILY)
     assert fused.groups() == [tuple(list(tasks.tasks(FAMILY))[:2])]
     several = ["lora", "rand, one mask", "snip, own masks"]
     slower = [f"{name}, {text}" for text in fusion.SLOWER for name in several]
     assert fused.variants() == [*several, *slower, "rand, disjoint"]
     assert all(list(run["together"]) == ["sum"] for runs in fused.runs.values() for run in runs)
     assert all(list(run["together"]["sum"]) == ["0.5", "1"] for runs in fused.runs.values() for run in runs)
-    assert "sum, best strength" in report.merges_table(results, FAMILY)
-    assert "DARE" not in report.merges_table(results, FAMILY)
-    assert "rand" not in report.metrics_table(results, FAMILY)
-    assert report.fusion_table(results, FAMILY).count("SHiRA-Rand") == 4
+    assert "sum, best strength" in tables.merges_table(results, FAMILY)
+    assert "DARE" not in tables.merges_table(results, FAMILY)
+    assert "rand" not in tables.metrics_table(results, FAMILY)
+    assert tables.fusion_table(results, FAMILY).count("SHiRA-Rand") == 4
 
 
 def test_what_was_not_run_is_said(tmp_path):
-    text = report.page("before\n{{single digits-mlp}}\nafter", report.Results(tmp_path))
+    text = report.page("before\n{{single digits-mlp}}\nafter", Results(tmp_path))
     assert text == "before\n*Not yet run.*\nafter"
 
 
@@ -283,15 +277,15 @@ def test_a_result_belongs_to_all_that_was_run():
 
 def test_the_page_is_what_the_results_say():
     template = (report.HERE / "page.md").read_text(encoding="utf-8")
-    assert report.PAGE.read_text(encoding="utf-8") == report.page(template, report.Results()), (
+    assert report.PAGE.read_text(encoding="utf-8") == report.page(template, Results()), (
         "python -m benchmarks.quality.report writes it"
     )
     text = report.README.read_text(encoding="utf-8")
-    assert report.readme(text, report.Results()) == text
+    assert report.readme(text, Results()) == text
     assert all(text.count(mark) == 1 for mark in report.MARKS)
 
 
 def test_the_front_is_what_the_results_say():
-    assert front.PATH.read_text(encoding="utf-8") == front.text(report.Results()), (
+    assert front.PATH.read_text(encoding="utf-8") == front.text(Results()), (
         "python -m benchmarks.quality.report writes it"
     )
