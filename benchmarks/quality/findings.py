@@ -151,6 +151,22 @@ class Grid:
         random = 1 - (1 - method.density) ** (32 / method.granule)
         return self.results.switching[method.density, method.granule] * self.cost(method, "lines") / random
 
+    def price(self, method: Shira, axis: str) -> float:
+        """What a mask costs: ``"switch"`` milliseconds, or ``"bytes"`` of its file in percent of the weights' bytes."""
+        if axis == "switch":
+            return self.milliseconds(method)
+        total = mean(one["targets"] for (_, m), records in self.records.items() if m == method for one in records)
+        return 100 * self.cost(method, "bytes") / (2 * total)
+
+    def mean_score(self, method: Shira) -> float:
+        """Over the tasks that most was run on."""
+        return mean(self.score(name, method) for name in self.names)
+
+    def best(self, axis: str, budget: float, *, granules: bool) -> Shira | None:
+        """The mask with the best mean score that costs no more than the budget: of single entries, or of granules."""
+        within = [m for m in self.methods(self.names) if (m.granule > 1) is granules and self.price(m, axis) <= budget]
+        return max(within, key=self.mean_score, default=None)
+
 
 def paired(
     family: str, found: Grid, one: Callable[[Shira], bool], to: Callable[[Shira], Shira]

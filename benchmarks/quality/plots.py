@@ -93,12 +93,11 @@ def front(results: Results, family: str, pyplot: Any) -> Any:
         return None
     figure, both = pyplot.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")
     for method in found.methods(names):
-        total = mean(one["targets"] for (_, m), records in found.records.items() if m == method for one in records)
-        y = shown(family, mean(found.score(name, method) for name in names))
+        y = shown(family, found.mean_score(method))
         style = {"color": COLORS[method.granule], "marker": MARKERS[method.mask], "s": 14}
         style["facecolors"] = COLORS[method.granule] if not method.balanced else "none"
         both[0].scatter(found.milliseconds(method), y, **style)
-        both[1].scatter(100 * found.cost(method, "bytes") / (2 * total), y, **style)
+        both[1].scatter(found.price(method, "bytes"), y, **style)
     both[0].set_xlabel("ms to switch a 4096 x 4096 bfloat16 layer")
     both[1].set_xlabel("file, % of the weights' bytes")
     both[0].set_ylabel(f"{axis_name(family)}, tasks: {len(names)}")

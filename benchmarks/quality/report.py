@@ -20,6 +20,7 @@ from benchmarks.quality.methods import Dora, Full, Lora, Shira
 from benchmarks.quality.store import RESULTS
 from benchmarks.quality.tables import TABLES
 from benchmarks.quality.task import ROOT
+from benchmarks.quality.verdict import VERDICT
 from benchmarks.quality.words import number, table
 
 HERE = Path(__file__).parent
@@ -58,6 +59,10 @@ def readme(text: str, results: Results) -> str:
     return before + MARKS[0] + table(heading, rows) + "\n" + MARKS[1] + after
 
 
+MAKERS = {**TABLES, **VERDICT, "plot": plot}
+"""What can stand in the template, by name."""
+
+
 def page(template: str, results: Results) -> str:
     """The template with its tables filled in; one of which nothing is known yet says so."""
 
@@ -66,7 +71,7 @@ def page(template: str, results: Results) -> str:
         families = [argument for argument in arguments if argument in tasks.FAMILIES]
         if families and not any(map(results.has, families)):
             return "*Not yet run.*"
-        return (TABLES | {"plot": plot})[name](results, *arguments) or "*Not yet run.*"
+        return MAKERS[name](results, *arguments) or "*Not yet run.*"
 
     return re.sub(r"^\{\{(.+?)\}\}$", filled, template, flags=re.MULTILINE)
 
@@ -85,3 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.out == PAGE:
         README.write_text(readme(README.read_text(encoding="utf-8"), results), encoding="utf-8")
         front.write(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -93,7 +93,7 @@ def calibration_table(results: Results, family: str) -> str:
         cells = [results.scores(Setting(name, method)) for method in methods]
         if any(cells):
             rows.append([what(name), label(methods[0]), *(spread(family, one) if one else "" for one in cells)])
-    return table(["task", "mask", *(f"{n} batches" for n in single.CALIBRATIONS)], rows) if rows else ""
+    return table(["task", "mask", *(f"{n} batch{'es' * (n > 1)}" for n in single.CALIBRATIONS)], rows) if rows else ""
 
 
 def density_rates_table(results: Results, family: str) -> str:
@@ -222,34 +222,23 @@ BUDGETS = {
 def front_table(results: Results, family: str, axis: str) -> str:
     """The best mask within a budget, of single entries and of granules."""
     found = Grid(results, family)
-    names = found.names
-    if not results.switching or not names:
+    if not results.switching or not found.names:
         return ""
-    methods = found.methods(names)
     unit, budgets = BUDGETS[axis]
-
-    def price(method: Shira) -> float:
-        if axis == "switch":
-            return found.milliseconds(method)
-        total = mean(one["targets"] for (_, m), records in found.records.items() if m == method for one in records)
-        return 100 * found.cost(method, "bytes") / (2 * total)
-
-    def score(method: Shira) -> float:
-        return mean(found.score(name, method) for name in names)
-
-    rows = []
-    for budget in budgets:
-        cells = []
-        for fits in (lambda m: m.granule == 1, lambda m: m.granule > 1):
-            within = [method for method in methods if fits(method) and price(method) <= budget]
-            if within:
-                best = max(within, key=score)
-                cells.append(f"{number(family, score(best))} ({label(best)[6:]}, {percent(best.density or 0)})")
-            else:
-                cells.append("none")
-        rows.append([f"{budget:g} {unit}", *cells])
+    rows = [
+        [f"{budget:g} {unit}", *(affordable(found, axis, budget, granules=granules) for granules in (False, True))]
+        for budget in budgets
+    ]
     heading = ["at most", "best of single entries", "best of granules"]
-    return f"Mean over {', '.join(map(what, names))}.\n\n" + table(heading, rows)
+    return f"Mean over {', '.join(map(what, found.names))}.\n\n" + table(heading, rows)
+
+
+def affordable(found: Grid, axis: str, budget: float, *, granules: bool) -> str:
+    """The score of the best mask within a budget, and which it is."""
+    best = found.best(axis, budget, granules=granules)
+    if best is None:
+        return "none"
+    return f"{number(found.family, found.mean_score(best))} ({label(best)[6:]}, {percent(best.density or 0)})"
 
 
 def fusion_table(results: Results, family: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,14 @@ def test_speed_and_quality_do_not_import_each_other() -> None:
             if module.startswith(f"benchmarks.{one}") and name.startswith(f"benchmarks.{other}")
         }
         assert not crossing
+
+
+def test_every_command_can_be_run_as_a_module() -> None:
+    """What has a main is called by `python -m`."""
+    commands = [path for path in (ROOT / "benchmarks").rglob("*.py") if "\ndef main(" in path.read_text()]
+    assert len(commands) > 8
+    for path in commands:
+        assert re.search(r'\nif __name__ == "__main__":\n    (?:sys\.exit\()?main\(\)', path.read_text()), path
 
 
 @pytest.mark.parametrize(
