@@ -21,7 +21,20 @@ import torch
 import shira_ops
 from benchmarks.speed import gpu_training
 from benchmarks.speed.gpu import DEVICE_LOST, NAMES
-from benchmarks.speed.gpu_lab import BF16, DENSITY, SECTOR, Bench, Call, Found, Mask, captured, clear, entries_of
+from benchmarks.speed.gpu_lab import (
+    BF16,
+    DENSITY,
+    DOWN,
+    GATE,
+    SECTOR,
+    Bench,
+    Call,
+    Found,
+    Mask,
+    captured,
+    clear,
+    entries_of,
+)
 from benchmarks.speed.gpu_ops import ADAMW, same
 
 shira = torch.ops.shira
@@ -134,10 +147,8 @@ def adamw(bench: Bench) -> Found:
     return found.over("foreach_adamw_, captured", "stock, captured") if bench.cuda else found
 
 
-def sampled_grad(bench: Bench) -> Found:
-    """A layer of 14336 x 4096, 8192 tokens: beside the dense weight gradient alone, and with the step."""
-    weight = bench.model.largest
-    (rows, columns), tokens = weight.shape, 32 if bench.quick else 8192
+def _sampled_grad(bench: Bench, weight: torch.Tensor, tokens: int) -> Found:
+    (rows, columns), tokens = weight.shape, 32 if bench.quick else tokens
     # Small integers: their products add up exactly, in any order.
     grad_output, x = (torch.randint(-4, 5, (tokens, n), device=bench.device).to(BF16) for n in (rows, columns))
     indices = bench.mask(weight.numel())
@@ -173,6 +184,27 @@ def sampled_grad(bench: Bench) -> Found:
     found = Found("exact against fp64", bench.time(ways, None if bench.quick else 9))
     found.facts = {"tokens": tokens, "nnz": len(indices), "shape": [rows, columns]}
     return found.over("dense gradient", *(way for way in ways if way != "dense gradient"))
+
+
+def sampled_grad(bench: Bench) -> Found:
+    """A gate projection, 14336 x 4096, 8192 tokens: beside the dense weight gradient alone, and with the step."""
+    return _sampled_grad(bench, bench.model.weights[GATE], 8192)
+
+
+def sampled_grad_14336_columns(bench: Bench) -> Found:
+    """A down projection, 4096 x 14336: its width is not a power of two."""
+    return _sampled_grad(bench, bench.model.weights[DOWN], 8192)
+
+
+def sampled_grad_3072_columns(bench: Bench) -> Found:
+    """A gate projection of Llama-3.2-3B, 8192 x 3072."""
+    shape = (128, 48) if bench.quick else (8192, 3072)
+    return _sampled_grad(bench, bench.normal(*shape), 8192)
+
+
+def sampled_grad_64_tokens(bench: Bench) -> Found:
+    """The gate projection with so few tokens that reading the entries' rows and columns may beat the dense product."""
+    return _sampled_grad(bench, bench.model.weights[GATE], 64)
 
 
 def select_top(bench: Bench) -> Found:
@@ -219,8 +251,7 @@ def decode_indices(bench: Bench) -> Found:
 def fuse(bench: Bench) -> Found:
     """Eight adapters of 1 % into a layer of 14336 x 4096; stock adds one after the other."""
     parity = bench.prove("fuse_plan", "fuse_")
-    gate = 4  # the gate projection of the first layer
-    masks = [Mask.of(bench, range(gate, gate + 1)) for _ in range(ADAPTERS)]
+    masks = [Mask.of(bench, range(GATE, GATE + 1)) for _ in range(ADAPTERS)]
     weight, values = masks[0].weights[0], [one.values[0] for one in masks]
     indices, offsets, sources = shira.fuse_plan([one.indices[0] for one in masks])
     saved = torch.empty_like(weight.view(-1)[indices.long()])

@@ -27,6 +27,7 @@ from benchmarks.speed.samples import spread
 BF16 = torch.bfloat16
 SECTOR = 32  # bytes that a GPU's memory moves at least
 DENSITY = 0.01
+GATE, DOWN = 4, 6  # the places of two projections among the weights of a decoder layer
 Call = Callable[[], object]
 
 
@@ -167,10 +168,6 @@ class Model:
             self.starts.append(start)
             start += m * n
         self.some = range(len(block) * min(4, blocks))  # the layers of the lists that need not be a whole model
-
-    @property
-    def largest(self) -> torch.Tensor:
-        return max(self.weights[:7], key=torch.numel)
 
 
 @dataclass

@@ -142,11 +142,12 @@ def roofline(f: texts.Figures) -> Figure | None:
         moved = size * (2 * m * n + rank * (m + n))
         points.append(("LoRA fuse, addmm_", info["dtype"], 2 * m * n * rank, moved, info["seconds"]["fuse"]))
     for info in f.info("bench_sampled_grad[1thread"):
-        tokens, side, size, seconds = info["tokens"], info["side"], ITEM[info["dtype"]], info["seconds"]
-        inputs = 2 * tokens * side * size
+        tokens, size, seconds = info["tokens"], ITEM[info["dtype"]], info["seconds"]
+        rows, columns = info.get("rows", info.get("side")), info.get("columns", info.get("side"))  # earlier runs: side
+        inputs = tokens * (rows + columns) * size
         for name, key, entries, written in (
             ("sampled_grad", "sampled_grad", info["nnz"], 8 * info["nnz"]),
-            ("dense gradient", "dense", side**2, side**2 * size),
+            ("dense gradient", "dense", rows * columns, rows * columns * size),
         ):
             work = 2 * tokens * entries
             points.append((f"{name}, {tokens} tokens", info["dtype"], work, inputs + written, seconds[key]))
