@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import shira_ops
-from shira import Adapter, AdapterError, Entry, Switcher, _file, _output, hub
-from shira.merge import merge
+from shira import Adapter, AdapterError, Entry, Switcher
+from shira.adapter import _file, _output, hub
+from shira.adapter.bake import merge
 
 typer = pytest.importorskip("typer")
 from typer.testing import CliRunner  # noqa: E402

@@ -20,8 +20,9 @@ from torch import nn
 
 import shira
 import shira_ops
-from shira import Adapter, AdapterError, Entry, SparseTuner, Switcher, _file, masks
-from shira._checkpoint import map_file
+from shira import Adapter, AdapterError, Entry, SparseTuner, Switcher, masks
+from shira.adapter import _file
+from shira.adapter._checkpoint import map_file
 
 
 def model_of(dtype=torch.bfloat16):
