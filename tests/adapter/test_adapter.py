@@ -714,7 +714,7 @@ def test_a_checkpoint_larger_than_memory(tmp_path):
 LIMITED = """
 import ctypes, mmap, resource, sys
 import numpy
-from shira import _file
+from shira.adapter import _file
 resource.setrlimit(resource.RLIMIT_DATA, (512 << 20,) * 2)
 with _file.opened(sys.argv[1]) as file:
     assert file.map(unchanged=True)[-1] == 0

@@ -293,7 +293,8 @@ KILLS = """
 import json, os, resource, shutil, signal, sys
 from pathlib import Path
 from safetensors.torch import load_file
-from shira import Adapter, _file, _output
+from shira import Adapter
+from shira.adapter import _file, _output
 from shira.merge import merge
 
 folder = Path(sys.argv[1])

@@ -557,7 +557,7 @@ def test_a_constructor_that_fails_has_changed_nothing(
         elif late == "follow":
             patch.setattr(nn.Sequential, "register_forward_hook", fail)
         else:
-            patch.setattr(f"{home.get(late, 'shira._sites')}.{late}", fail)
+            patch.setattr(f"{home.get(late, 'shira.train._sites')}.{late}", fail)
         with pytest.raises(MemoryError, match="as it happens"):
             tune(model, gradient)
     assert same_bits(model, before)

@@ -104,7 +104,7 @@ class Adapter:
         )
 
     def save(self, path: str | os.PathLike[str], *, seeds: bool = False) -> None:
-        """Write the adapter as one safetensors file (see the module `shira._file` for what stands where).
+        """Write the adapter as one safetensors file (docs/format.md says what stands where).
 
         The file is written beside its final place and renamed, so that a reader never sees half of one.
 

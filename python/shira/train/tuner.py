@@ -3,7 +3,7 @@
 The weight itself holds the trained entries, so forward computes nothing more than before. The trainable parameters are
 the ``values``: one 1-D parameter for each weight, fp32 (fp64 for fp64 weights), registered on the module that owns the
 weight as ``<weight>_shira_values``. They are the truth and the weight follows: after every optimizer step a hook writes
-them, and a forward writes what was edited otherwise (see `shira._sites`).
+them, and a forward writes what was edited otherwise (see `shira.train._sites`).
 
 Their gradients come in one of two ways, chosen for each weight:
 
