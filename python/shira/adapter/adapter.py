@@ -116,6 +116,11 @@ class Adapter:
         path = Path(path)
         if not path.parent.is_dir():
             raise FileNotFoundError(f"the folder {str(path.parent)!r} to write {path.name!r} into does not exist")
+        with _file.replacing(path) as temporary:
+            self.write(temporary, seeds=seeds)
+
+    def write(self, path: Path, *, seeds: bool = False) -> None:
+        """Write the bytes of `save` to this path itself, which may hold half of them if that is interrupted."""
         parts: list[tuple[str, _file.Part]] = []
         weights: dict[str, Any] = {}
         prints: list[tuple[int, int]] = []
@@ -163,8 +168,7 @@ class Adapter:
         metadata[_file.CHECKSUMS_KEY] = _file.checksums(metadata, prints)
         # Large entries first, so that every tensor lies at a multiple of its own; else in the adapter's order.
         parts.sort(key=lambda one: -_file.ITEM_BYTES[one[1].dtype])
-        with _file.replacing(path) as temporary:
-            _file.write_safetensors(temporary, dict(parts), metadata, _file.MAX_ADAPTER_HEADER)
+        _file.write_safetensors(path, dict(parts), metadata, _file.MAX_ADAPTER_HEADER)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, checksums: bool = True) -> Adapter:
