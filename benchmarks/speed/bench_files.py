@@ -24,7 +24,7 @@ import shira
 import shira_ops
 from benchmarks.speed import common
 from benchmarks.speed.common import BF16, Report, compare, settings
-from shira import _checkpoint
+from shira.adapter import _checkpoint
 
 machine = torch.ops.shira_bench
 READ = {"read, plain": False, "read, fetching ahead": True}
