@@ -20,10 +20,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from safetensors.torch import save_file
 from torch import nn
 
-import common
 import shira
 import shira_ops
-from common import BF16, Report, compare, settings
+from benchmarks.speed import common
+from benchmarks.speed.common import BF16, Report, compare, settings
 from shira.adapter import _checkpoint
 
 machine = torch.ops.shira_bench

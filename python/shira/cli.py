@@ -580,8 +580,8 @@ def bench(
         code = subprocess.call([sys.executable, "-m", "pytest", str(folder), *arguments])
         if code or report is None:
             raise typer.Exit(code)
-    page = [sys.executable, str(folder / "report.py"), str(results), "--out", str(report)]
-    raise typer.Exit(subprocess.call(page))
+    page = [sys.executable, "-m", "benchmarks.speed.report", str(results.resolve()), "--out", str(report.resolve())]
+    raise typer.Exit(subprocess.call(page, cwd=folder.parents[1]))
 
 
 def main() -> None:
