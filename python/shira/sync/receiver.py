@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,31 +23,57 @@ _WORD = 2**64 - 1
 _ANEW = "make a new Receiver"
 
 
+class _Entry(NamedTuple):
+    """Of one weight: where, and what goes there next."""
+
+    indices: Tensor
+    values: Tensor
+    granule: int
+
+
 @dataclass(eq=False)
 class _Moves:
     """What a commit swaps: afterwards the values are those from before, so that the same moves lead back."""
 
     update: Update
-    # By weight: where, and what goes there next.
-    entries: dict[Weight, tuple[Tensor, Tensor, int]]
+    entries: dict[Weight, _Entry]
 
-    def swap(self) -> None:
-        """All or none: where one call fails, those before it are taken back."""
-        done: list[tuple[list[Tensor], list[Tensor], list[Tensor], int]] = []
+    def swap(self, *, check: bool = False) -> dict[Weight, tuple[Tensor, Tensor]]:
+        """All or none: where one call fails, those before it are taken back.
+
+        With `check`: what the touched words of each weight add to its fingerprint, before and after.
+        """
+        done: list[tuple[list[Weight], int]] = []
+        shares: dict[Weight, tuple[Tensor, Tensor]] = {}
+        calls = by_call((weight, entry.granule) for weight, entry in self.entries.items())
+        # To check, one weight after the other: what was read of it is in the caches when it is written, and read again.
+        if check:
+            calls = (([weight], granule) for weights, granule in calls for weight in weights)
         try:
-            for granule, weights in by_call((weight, found[2]) for weight, found in self.entries.items()):
-                call = (
-                    [weight.tensor for weight in weights],
-                    [self.entries[weight][0] for weight in weights],
-                    [self.entries[weight][1] for weight in weights],
-                    granule,
-                )
-                shira_ops.foreach_swap_(*call)
-                done.append(call)
+            for weights, granule in calls:
+                before = [self._share(weight) for weight in weights if check]
+                self._swap(weights, granule)
+                done.append((weights, granule))
+                after = [self._share(weight) for weight in weights if check]
+                shares |= dict(zip(weights, zip(before, after, strict=True), strict=False))
         except BaseException:
-            for call in reversed(done):
-                shira_ops.foreach_swap_(*call)
+            for weights, granule in reversed(done):
+                self._swap(weights, granule)
             raise
+        return shares
+
+    def _swap(self, weights: list[Weight], granule: int) -> None:
+        entries = [self.entries[weight] for weight in weights]
+        shira_ops.foreach_swap_(
+            [weight.tensor for weight in weights],
+            [entry.indices for entry in entries],
+            [entry.values for entry in entries],
+            granule=granule,
+        )
+
+    def _share(self, weight: Weight) -> Tensor:
+        entry = self.entries[weight]
+        return shira_ops.fingerprint_at(weight.tensor, entry.indices, granule=entry.granule)
 
 
 class Receiver:
@@ -205,7 +232,7 @@ class Receiver:
             weight = self._names[name]
             device = weight.tensor.device
             # The values are swapped with the weight's, so they must be nobody else's.
-            entries[weight] = (entry.indices.to(device), entry.values.to(device, copy=True), entry.granule)
+            entries[weight] = _Entry(entry.indices.to(device), entry.values.to(device, copy=True), entry.granule)
         return _Moves(update, entries)
 
     def _apply(self, what: str, moves: _Moves, verify: bool, back: bool = False) -> None:
@@ -217,15 +244,14 @@ class Receiver:
                     if _fingerprint(weight.tensor) != weight.fingerprint:
                         raise SyncError(f"Receiver: {what} refused: {weight.name} was changed by someone else; {_LOAD}")
                     weight.note()
-            shares = {weight: self._share(weight, moves) for weight in moves.entries} if verify else {}
             try:
-                moves.swap()
+                shares = moves.swap(check=verify)
             except Exception as error:
                 raise SyncError(f"Receiver: {what} failed and nothing has changed. Cause: {error}") from error
             wrong = [
                 weight.name
-                for weight, share in shares.items()
-                if (weight.fingerprint - share + self._share(weight, moves)) & _WORD != _then(update, weight, back)
+                for weight, (before, after) in shares.items()
+                if (weight.fingerprint - int(before) + int(after)) & _WORD != _then(update, weight, back)
             ]
             if wrong:
                 moves.swap()
@@ -240,10 +266,6 @@ class Receiver:
                 weight.note()
             for switcher in switchers:
                 switcher.rebase({weight.slots[0].weight: weight.fingerprint for weight in moves.entries})
-
-    def _share(self, weight: Weight, moves: _Moves) -> int:
-        indices, _, granule = moves.entries[weight]
-        return int(shira_ops.fingerprint_at(weight.tensor, indices, granule=granule)) & _WORD
 
     def _out_of_order(self, update: Update, at: int, step: int | None, *, staged: bool) -> str:
         mine = "what is staged leads to" if staged else "the weights are at"
