@@ -87,77 +87,85 @@ class Figures:
         return cpu["brand_raw"] + (f" ({name})" if name else "")
 
 
-def readme(f: Figures) -> str:
-    """The section between the markers."""
-    switching = table(
-        ["switching", "bfloat16", "float32"],
-        [
-            ["`swap_` over the fastest LoRA fuse", *f.both("swap_ over best LoRA")],
-            ["`swap_` with granules of 32 over it", f("granule 32 over fuse bf16", "r=20"), ""],
-            ["`swap_` over the fastest other way that keeps the base", *f.both("swap_ over best exact")],
-            ["`swap_` over the fastest way that gives the base's bits up", *f.both("swap_ over best lossy")],
-            ["`swap_`, share of touch", *f.both("swap_ of touch")],
-            ["`switch_` to the next adapter, over revert and `apply_`", *f.both("switch_ over two")],
-            [
-                "`Switcher.activate` A to B, over LoRA unfuse and fuse (`addmm_`)",
-                f("switcher over addmm_", "4096 x 4096"),
-                "",
-            ],
-            [
-                "`Switcher.activate` A to B, over PEFT's unmerge and merge: SHiRA / LoRA",
-                f"{f('switcher over PEFT SHiRA', '4096 x 4096')} / {f('switcher over PEFT LoRA', '4096 x 4096')}",
-                "",
-            ],
-            [
-                "load a file and switch it on, over PEFT SHiRA's load and merge: first / later adapter",
-                f"{f('load', 'bf16, first adapter')} / {f('load', 'bf16, later adapter')}",
-                "",
-            ],
+def switching(f: Figures) -> dict[str, list[str]]:
+    """What is told first about switching, by a short name: how many times as long the other way takes."""
+    square = "4096 x 4096"
+    peft = [f(f"switcher over PEFT {word}", square) for word in ("SHiRA", "LoRA")]
+    loads = [f("load", f"bf16, {which} adapter") for which in ("first", "later")]
+    return {
+        "fuse": ["`swap_` over the fastest LoRA fuse", *f.both("swap_ over best LoRA")],
+        "granules": ["the same with granules of 32 entries", f("granule 32 over fuse bf16", "r=20"), ""],
+        "exact": ["`swap_` over the fastest other way that keeps the base", *f.both("swap_ over best exact")],
+        "lossy": ["`swap_` over the fastest way that gives up the base's bits", *f.both("swap_ over best lossy")],
+        "touch": ["`swap_`, share of touch", *f.both("swap_ of touch")],
+        "switch": ["`switch_` to the next adapter, over revert and `apply_`", *f.both("switch_ over two")],
+        "switcher": [
+            "`Switcher.activate` A to B, over LoRA unfuse and fuse (`addmm_`)",
+            f("switcher over addmm_", square),
+            "",
         ],
-    )
+        "peft": [
+            "`Switcher.activate` A to B, over PEFT's unmerge and merge: SHiRA / LoRA",
+            " / ".join(peft),
+            "",
+        ],
+        "load": [
+            "load a file and switch it on, over PEFT SHiRA's load and merge: first / later adapter",
+            " / ".join(loads),
+            "",
+        ],
+    }
+
+
+def learning(f: Figures) -> dict[str, list[str]]:
+    """The same about training."""
 
     def share(word: str) -> str:
         time, memory = f(f"training over {word}", "llama bf16"), f(f"training memory over {word}", "llama bf16")
         return f"{time} / {memory}".replace("x", "")
 
-    training = table(
-        ["training", "bfloat16", "float32"],
-        [
-            [
-                "`sampled_grad`, 512 tokens, over the dense gradient and a gather",
-                *(f(f"sampled_grad {dtype}", "512 tokens") for dtype in ("bf16", "fp32")),
-            ],
-            ["`adamw_` over fused AdamW on the values, a cast and a write-back", *f.both("adamw_ over stock")],
-            ["`adamw_` over a masked dense AdamW, the paper's own way", *f.both("adamw_ over dense")],
-            ["`select_top` over `abs().topk()`", *f.both("select_top magnitude")],
-            [
-                "a step of a Llama (2 layers, 2048 wide, 128 tokens), share of PEFT LoRA's time / peak memory",
-                share("LoRA"),
-                "",
-            ],
-            *([f"the same, share of PEFT {word}'s", share(word), ""] for word in ("DoRA", "SHiRA", "Super-Tuning")),
+    gradient = [f(f"sampled_grad {dtype}", "512 tokens") for dtype in ("bf16", "fp32")]
+    steps = {word: [f"the same, share of PEFT {word}'s", share(word), ""] for word in ("DoRA", "SHiRA", "Super-Tuning")}
+    return {
+        "gradient": ["`sampled_grad`, 512 tokens, over the dense gradient and a gather", *gradient],
+        "stock": ["`adamw_` over fused AdamW on the values, a cast and a write-back", *f.both("adamw_ over stock")],
+        "dense": ["`adamw_` over a masked dense AdamW, the paper's own way", *f.both("adamw_ over dense")],
+        "select": ["`select_top` over `abs().topk()`", *f.both("select_top magnitude")],
+        "LoRA": [
+            "a step of a Llama (2 layers, 2048 wide, 128 tokens), share of PEFT LoRA's time / peak memory",
+            share("LoRA"),
+            "",
         ],
-    )
+        **steps,
+    }
 
-    bound = 100 * f.median("training, bound", "llama bf16, of shira's")
 
-    def rates(line: str) -> str:
-        every = [result["median"] for (found, _, threads), result in f.all.items() if found == line and threads == 1]
-        return f"{min(every):.1f} to {max(every):.1f}"
+README_ROWS = (
+    "fuse",
+    "granules",
+    "exact",
+    "touch",
+    "switch",
+    "peft",
+    "load",
+    "gradient",
+    "dense",
+    "select",
+    "LoRA",
+    "SHiRA",
+)
 
+
+def readme(f: Figures) -> str:
+    """The section between the markers: a few rows of what docs/speed.md begins with."""
+    rows = switching(f) | learning(f)
     return fill(
         "readme",
         processor=f.processor,
         torch=f.machine["torch"],
-        switching=switching,
-        training=training,
-        bound=f"{bound:.0f}",
+        table=table(["", "bfloat16", "float32"], [rows[name] for name in README_ROWS]),
         fuse_touches=f("fuse_ in touches bf16").replace("x", ""),
         fuse_over_add=f("fuse_ over scatter_add_ bf16"),
-        call=f("call", "torch.ops.shira.swap_"),
-        inference_call=f("call, inference tensors", "torch.ops.shira.swap_"),
-        encode=rates("encode"),
-        decode=rates("decode"),
     )
 
 
@@ -352,8 +360,22 @@ def everything(f: Figures) -> str:
 
 
 def page(f: Figures) -> str:
+    def rates(line: str) -> str:
+        every = [result["median"] for (found, _, threads), result in f.all.items() if found == line and threads == 1]
+        return f"{min(every):.1f} to {max(every):.1f}"
+
+    own = 100 * f.median("training, bound", "llama bf16, of shira's")
     return fill(
         "page",
+        switching=table(["switching", "bfloat16", "float32"], switching(f).values()),
+        learning=table(["training", "bfloat16", "float32"], learning(f).values()),
+        bound=f"{own:.0f}",
+        fuse_touches=f("fuse_ in touches bf16").replace("x", ""),
+        fuse_over_add=f("fuse_ over scatter_add_ bf16"),
+        call=f("call", "torch.ops.shira.swap_"),
+        inference_call=f("call, inference tensors", "torch.ops.shira.swap_"),
+        encode=rates("encode"),
+        decode=rates("decode"),
         committed=results.COMMITTED,
         processor=f.processor,
         torch=f.machine["torch"],
