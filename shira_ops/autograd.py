@@ -313,8 +313,7 @@ def _sampled_grad(
 
 def register() -> None:
     for name in reference.OPS:
-        packet, _, overload = name.partition(".")
-        op = getattr(getattr(_shira, packet), overload or "default")
+        op = checks.overload(name)
         if op._schema.is_mutable:
             _library.impl(name, _mutating_kernel(op), "ADInplaceOrView", with_keyset=True)
             for key in ("Conjugate", "Negative"):

@@ -65,11 +65,10 @@ def _triton(op: str) -> Callable[..., Any]:
 def _without_kernel(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """What serves whatever has no kernel: a refusal of its tensors. Of lists without a tensor, which name no device
     either, `function` knows what to make: nothing, or a refusal."""
-    packet, _, overload = op.partition(".")
-    own = getattr(getattr(torch.ops.shira, packet), overload or "default")
+    own = checks.overload(op)
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        checks.no_kernel(packet, checks.named(own, args, kwargs))
+        checks.no_kernel(checks.title(own), checks.named(own, args, kwargs))
         return function(*args, **kwargs)
 
     return kernel
