@@ -128,7 +128,8 @@ class _Checks:
         given.update(zip(self.names, args, strict=False))
         given.update(kwargs)
         if len(given) != len(self.names) or len(args) > len(self.names):
-            raise TypeError(f"{self.op}: takes {', '.join(self.names)}")
+            got = f"{len(args)} by position and {', '.join(kwargs) or 'none'} by name"
+            raise TypeError(f"{self.op}: takes {', '.join(self.names)}, got {got}")
         return given
 
     def memory(self, given: Given) -> None:
@@ -363,7 +364,7 @@ def _scalar_tensor(call: Call, word: str, scalar: Tensor, weights: Sequence[Tens
 
 
 def _lr(call: Call, weights: Sequence[Tensor], given: Given) -> None:
-    if isinstance(given["lr"], Tensor):
+    if given["lr"] is None or isinstance(given["lr"], Tensor):
         _scalar_tensor(call, "lr", given["lr"], weights, torch.float32, torch.float64)
     else:
         _finite(call, given, "lr")
@@ -371,7 +372,7 @@ def _lr(call: Call, weights: Sequence[Tensor], given: Given) -> None:
 
 def _adamw_numbers(call: Call, weights: Sequence[Tensor], given: Given) -> None:
     step = given["step"]
-    if isinstance(step, Tensor):
+    if step is None or isinstance(step, Tensor):
         _scalar_tensor(call, "step", step, weights, torch.int64, torch.float32)
     else:
         call.require(step >= 1, "step", "must be at least 1", got=step)
