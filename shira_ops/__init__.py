@@ -19,9 +19,7 @@ except ModuleNotFoundError as error:
         "    pip install 'torch>=2.11'\n"
     ) from error
 
-from . import backend
-
-backend.wanted()  # a misspelt SHIRA_BACKEND is an error before anything registers
+from . import backend  # first: a misspelt SHIRA_BACKEND is an error before anything registers
 
 if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
     raise ImportError(
