@@ -12,10 +12,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.quality.experiments import single
+from benchmarks.quality.findings import FAMILIES_SHOWN, Grid, Results, is_accuracy, mean, share_of
 from benchmarks.quality.lab import Setting
 from benchmarks.quality.methods import Lora, Shira
-from benchmarks.quality.report import FAMILIES_SHOWN, Grid, Results, is_accuracy, label, mean, percent, share_of
 from benchmarks.quality.task import ROOT
+from benchmarks.quality.words import label, percent
 
 PATH = ROOT / "benchmarks" / "results" / "quality.json"
 

@@ -20,7 +20,7 @@ import shira
 import shira_ops
 from benchmarks.quality.task import Task
 from shira import Adapter, Entry, masks
-from shira.mask import Mask
+from shira.masks.masks import Mask
 
 LINE_ENTRIES = 32  # bfloat16 entries of a 64-byte cache line
 CALIBRATION_SEED = 1_000_003  # batches that masks look at, other than those of any training seed's first steps
@@ -156,7 +156,7 @@ class Shira(Method):
 
 def target_names(model: nn.Module, task: Task) -> tuple[list[str], list[str]]:
     """The weights that adapters change, and the parameters that train whole, by name."""
-    from shira._targets import Names
+    from shira.train._targets import Names
 
     names = Names(model)
     whole = list(names.whole(task.whole))

@@ -10,8 +10,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-import common
-from common import Report, compare, random_indices, settings, sweep
+from benchmarks.speed import common
+from benchmarks.speed.common import Report, compare, random_indices, settings, sweep
 
 shira = torch.ops.shira
 DENSITIES = pytest.mark.parametrize("density", [0.01, 0.02], ids=["1%", "2%"])

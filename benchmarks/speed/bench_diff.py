@@ -12,8 +12,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-import common
-from common import BF16, FP32, Report, compare, settings, sweep, weights
+from benchmarks.speed import common
+from benchmarks.speed.common import BF16, FP32, Report, compare, settings, sweep, weights
 
 shira, machine = torch.ops.shira, torch.ops.shira_bench
 READ = {"read, plain": False, "read, fetching ahead": True}

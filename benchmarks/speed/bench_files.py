@@ -20,11 +20,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from safetensors.torch import save_file
 from torch import nn
 
-import common
 import shira
 import shira_ops
-from common import BF16, Report, compare, settings
-from shira import _checkpoint
+from benchmarks.speed import common
+from benchmarks.speed.common import BF16, Report, compare, settings
+from shira.adapter import _checkpoint
 
 machine = torch.ops.shira_bench
 READ = {"read, plain": False, "read, fetching ahead": True}

@@ -6,9 +6,9 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-import common
 import shira_ops.reference
-from common import BF16, FP32, Report, compare, settings, sweep, weights
+from benchmarks.speed import common
+from benchmarks.speed.common import BF16, FP32, Report, compare, settings, sweep, weights
 
 shira, machine = torch.ops.shira, torch.ops.shira_bench
 READ = {"read, plain": False, "read, fetching ahead": True}

@@ -17,10 +17,21 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-import common
 import shira_ops.reference
-from bench_switch import TOUCH
-from common import BF16, FP32, LINE, Report, compare, line_numbers, random_indices, settings, sweep, weights
+from benchmarks.speed import common
+from benchmarks.speed.bench_switch import TOUCH
+from benchmarks.speed.common import (
+    BF16,
+    FP32,
+    LINE,
+    Report,
+    compare,
+    line_numbers,
+    random_indices,
+    settings,
+    sweep,
+    weights,
+)
 
 shira, machine = torch.ops.shira, torch.ops.shira_bench
 ADAPTERS, LAYERS = 8, 4

@@ -11,10 +11,10 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-import common
-from bench_fingerprint import READ
-from bench_switch import COPY, TOUCH, copy, touch
-from common import BF16, FP32, LINE, Report, compare, layers, settings, sweep
+from benchmarks.speed import common
+from benchmarks.speed.bench_fingerprint import READ
+from benchmarks.speed.bench_switch import COPY, TOUCH, copy, touch
+from benchmarks.speed.common import BF16, FP32, LINE, Report, compare, layers, settings, sweep
 
 machine = torch.ops.shira_bench
 

@@ -19,8 +19,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import common
-from common import BF16, FP32, Report, chill, settings, warm_up
+from benchmarks.speed import common
+from benchmarks.speed.common import BF16, FP32, Report, chill, settings, warm_up
 
 peft = pytest.importorskip("peft")
 shira = pytest.importorskip("shira")

@@ -16,10 +16,10 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-import common
 import shira_ops.reference
-from bench_switch import TOUCH, about, touch
-from common import BF16, FP32, LINE, Layer, Report, compare, layers, settings, sweep
+from benchmarks.speed import common
+from benchmarks.speed.bench_switch import TOUCH, about, touch
+from benchmarks.speed.common import BF16, FP32, LINE, Layer, Report, compare, layers, settings, sweep
 
 shira = torch.ops.shira
 DTYPES = pytest.mark.parametrize("dtype", [BF16, FP32], ids=common.dtype_name)

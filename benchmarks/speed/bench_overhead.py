@@ -10,7 +10,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import shira_ops
-from common import Report, compare, settings
+from benchmarks.speed.common import Report, compare, settings
 
 ENTRIES = 64
 SIZE = 4096  # entries of a weight

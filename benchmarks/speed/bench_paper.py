@@ -18,12 +18,12 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-import common
-from bench_peers import switched_on
-from common import BF16, FP32, Report, Steps, compare, settings, sweep
+from benchmarks.speed import common
+from benchmarks.speed.bench_peers import switched_on
+from benchmarks.speed.common import BF16, FP32, Report, Steps, compare, settings, sweep
 
 pytest.importorskip("peft")
-import peers
+from benchmarks.speed import peers
 
 shira = torch.ops.shira
 DTYPES = pytest.mark.parametrize("dtype", [BF16, FP32], ids=common.dtype_name)

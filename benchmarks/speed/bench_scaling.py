@@ -15,8 +15,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-import common
-from common import BF16, FP32, Report, compare, line_numbers, settings, sweep
+from benchmarks.speed import common
+from benchmarks.speed.common import BF16, FP32, Report, compare, line_numbers, settings, sweep
 
 shira = torch.ops.shira
 ENOUGH = 128 << 20  # bytes of weights in a point's sweep: no cache holds them; one weight of 8192 x 8192 in bf16

@@ -9,9 +9,9 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-import common
 import shira_ops
-from common import BF16, FP32, Report, compare, settings, sweep, weights
+from benchmarks.speed import common
+from benchmarks.speed.common import BF16, FP32, Report, compare, settings, sweep, weights
 from shira import masks
 
 shira = torch.ops.shira

@@ -17,8 +17,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-import common
-from common import BF16, FP32, Layer, Report, compare, layers, random_indices, settings, sweep
+from benchmarks.speed import common
+from benchmarks.speed.common import BF16, FP32, Layer, Report, compare, layers, random_indices, settings, sweep
 
 shira, machine = torch.ops.shira, torch.ops.shira_bench
 TOUCH = {"touch, plain": 0, "touch, 64 ahead": 64, "touch, 96 ahead": 96, "touch, 128 ahead": 128}

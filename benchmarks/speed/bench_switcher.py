@@ -18,13 +18,13 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import nn
 
-import common
-from common import BF16, Layer, Report, compare, settings
+from benchmarks.speed import common
+from benchmarks.speed.common import BF16, Layer, Report, compare, settings
 
 pytest.importorskip("peft")
 shira = pytest.importorskip("shira")
-import peers  # noqa: E402
-from peers import Layers  # noqa: E402
+from benchmarks.speed import peers  # noqa: E402
+from benchmarks.speed.peers import Layers  # noqa: E402
 
 TWICE, ONCE = "addmm_ twice", "addmm_ once"
 PEFT_LAYERS = 4

@@ -27,13 +27,13 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import nn
 
-import common
-from common import BF16, FP32, Report, compare, settings
+from benchmarks.speed import common
+from benchmarks.speed.common import BF16, FP32, Report, compare, settings
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 shira = pytest.importorskip("shira")
-import peers  # noqa: E402
+from benchmarks.speed import peers  # noqa: E402
 
 TOKENS = 128
 TARGETS = {

@@ -26,10 +26,9 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-import heap
-import native
 import shira_ops  # noqa: F401  (registers torch.ops.shira)
-from samples import spread
+from benchmarks.speed import heap, native
+from benchmarks.speed.samples import spread
 
 native.load()
 

@@ -7,9 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import common
-import heap
-import summary
+from benchmarks.speed import common, heap, summary
 
 FOUND = pytest.StashKey[list[dict]]()
 

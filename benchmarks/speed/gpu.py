@@ -1,6 +1,6 @@
 """One command on a machine with an NVIDIA GPU and no network: builds, proves, measures, and writes what it found.
 
-python benchmarks/speed/gpu.py        (or: make gpu)
+python -m benchmarks.speed.gpu        (or: make gpu)
 
 Sections, each in processes of its own, so that nothing that fails there ends the run, the most wanted first: build
 (where the package is not built for this torch yet), parity of every op with the references, captured graphs,
@@ -29,15 +29,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = ("switch", "fuse", "gradient", "optimize", "select", "fingerprint", "codec", "diff", "refusals")
 COLD = 180  # seconds that a first import of torch may take
 DEVICE_LOST = 3  # the exit status of gpu_bench.py
 # The measurements, functions of gpu_bench.py, the most wanted first.
 NAMES = (
-    *("copy", "swap", "swap_granule_16", "adamw", "sampled_grad", "select_top"),
-    *("decode_indices", "fuse", "switch", "fingerprint", "training"),
+    *("copy", "swap", "swap_granule_16", "adamw", "sampled_grad", "sampled_grad_14336_columns", "select_top"),
+    *("sampled_grad_3072_columns", "sampled_grad_64_tokens", "decode_indices", "fuse", "switch", "fingerprint"),
+    "training",
 )
 Told = dict[str, Any]
 
@@ -192,9 +192,10 @@ def last_line(done: Done) -> Told:
 
 def first_import(run: Run, code: str) -> Done:
     """A process that imports torch. On a machine that has just started this may take minutes, and the first process may
-    be ended while the files come; a second one finds them."""
-    done = run.one(python("-c", code), min(COLD, run.left()))
-    return done if done.code is not None else run.one(python("-c", code), min(COLD, run.left()))
+    be stopped while the files are still being read; a second one finds them. It may take longer than the budget: what
+    does not fit afterwards is skipped."""
+    done = run.one(python("-c", code), COLD)
+    return done if done.code is not None else run.one(python("-c", code), COLD)
 
 
 def about(run: Run) -> Told:
@@ -276,7 +277,7 @@ def tests(run: Run) -> Told:
 
 
 def parity(run: Run, **environment: str) -> Told:
-    command = python(str(HERE / "gpu_ops.py"), "--device", run.device)
+    command = python("-m", "benchmarks.speed.gpu_ops", "--device", run.device)
     return judged(run.one([*command, *["--once"] * run.quick], min(90, run.left()), **environment))
 
 
@@ -297,7 +298,7 @@ def sanitizer(run: Run) -> Told:
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=folders)
     if tool is None:
         return skipped("there is no compute-sanitizer")
-    program = python(str(HERE / "gpu_ops.py"), "--once")
+    program = python("-m", "benchmarks.speed.gpu_ops", "--once")
     options = {
         # Of everything; torch itself makes calls that fail and are meant to.
         "memcheck": ["--report-api-errors", "no", "--error-exitcode", "9"],
@@ -329,7 +330,7 @@ def sanitizer(run: Run) -> Told:
 def graph(run: Run, **environment: str) -> Told:
     if not run.cuda:
         return skipped("CUDA graphs need a GPU")
-    done = run.one(python(str(HERE / "gpu_graph.py")), min(60, run.left()), **environment)
+    done = run.one(python("-m", "benchmarks.speed.gpu_graph"), min(60, run.left()), **environment)
     return judged(done, "; ".join(done.output.strip().splitlines()[-3:]))
 
 
@@ -354,7 +355,7 @@ def measure(run: Run, backend: str, names: Sequence[str], limit: float, **enviro
     while waiting and (rest := end - time.monotonic()) > 5:
         lines.parent.mkdir(parents=True, exist_ok=True)
         lines.unlink(missing_ok=True)
-        command = python(str(HERE / "gpu_bench.py"), "--device", run.device, "--lines", str(lines))
+        command = python("-m", "benchmarks.speed.gpu_bench", "--device", run.device, "--lines", str(lines))
         done = run.one([*command, *["--quick"] * run.quick, "--only", *waiting], rest, **environment)
         found.update(written(lines))
         run.write()

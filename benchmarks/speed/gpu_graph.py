@@ -5,7 +5,7 @@
 - every op that a graph can hold is captured and replayed: the bits of an eager call
 - across replays: swap_ twice is the identity, and fuse_ follows strengths changed between replays
 
-python benchmarks/speed/gpu_graph.py
+python -m benchmarks.speed.gpu_graph
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import nn
 
 import shira
 import shira_ops
-from gpu_bench import captured
-from gpu_ops import Arguments, calls, left, op, placed, run, same
+from benchmarks.speed.gpu_lab import captured
+from benchmarks.speed.gpu_ops import Arguments, calls, left, op, placed, run, same
 
 SIDE, DEVICE = 512, "cuda"
 # At the content: not for a graph.

@@ -2,7 +2,7 @@
 
 Small enough to run under compute-sanitizer, and without pytest: what gpu.py proves first.
 
-python benchmarks/speed/gpu_ops.py --device cuda
+python -m benchmarks.speed.gpu_ops --device cuda
 """
 
 from __future__ import annotations

@@ -7,23 +7,18 @@ parameters in all, stepped by the fused AdamW of torch.
 from __future__ import annotations
 
 import functools
-import gc
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import shira
+from benchmarks.speed.gpu_lab import BF16, DENSITY, Bench, clear
 
-if TYPE_CHECKING:
-    from gpu_bench import Bench
-
-BF16 = torch.bfloat16
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-DENSITY = 0.01
 
 
 class Sizes:
@@ -182,9 +177,7 @@ def measure(bench: Bench) -> tuple[str, dict[str, dict[str, float]], dict[str, A
         if way == "shira":
             prove(model, words)
         del model, optimizer, words, step, trained, before
-        gc.collect()
-        if bench.cuda:
-            torch.cuda.empty_cache()
+        clear()
     if max(first_losses.values()) - min(first_losses.values()) > 0.05:
         raise AssertionError(f"the first losses differ: {first_losses}")
     facts["times as long"] = {

@@ -1,8 +1,9 @@
-"""The committed results: made from pytest-benchmark's output, looked up by line, compared with a new run.
+"""Results of runs: read, looked up by line, compared with the committed ones or with a second run.
 
-python benchmarks/speed/results.py record            # latest.json -> cpu-zen4.json, the texts, the plot
-python benchmarks/speed/results.py compare           # latest.json beside cpu-zen4.json: what got worse?
-python benchmarks/speed/results.py agree             # latest.json beside again.json: which ratios came out the same?
+python -m benchmarks.speed.results compare   # latest.json beside cpu-zen4.json: what got worse?
+python -m benchmarks.speed.results agree     # latest.json beside again.json: which ratios came out the same?
+
+record.py makes a run the committed one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import summary
+from benchmarks.speed import summary
 
 FOLDER = Path(__file__).parent.parent / "results"
 LATEST, AGAIN = FOLDER / "latest.json", FOLDER / "again.json"
@@ -156,36 +157,13 @@ def agree(one: dict[str, Any], two: dict[str, Any]) -> tuple[list[str], int]:
     return said, len(found)
 
 
-def record(latest: Path, name: str, again: Path | None = None) -> None:
-    """Makes the committed file; where it is the README's, also the texts and the plot, which need all of a run.
-
-    Of a second run the medians of the ratios are kept, each beside the first run's.
-    """
-    found = trim(read(latest))
-    if again is not None:
-        second = figures(trim(read(again)))
-        for key, result in figures(found).items():
-            if is_ratio(key) and key in second:
-                result["again"] = second[key]["median"]
-    if name == COMMITTED:
-        import texts
-
-        texts.write(found)
-    path = FOLDER / f"{name}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{path.name}: written")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["record", "compare", "agree"])
+    parser.add_argument("what", choices=["compare", "agree"])
     parser.add_argument("--latest", type=Path, default=LATEST, help="JSON written by --benchmark-json")
-    parser.add_argument("--again", type=Path, help="JSON of a second run, for record and agree")
+    parser.add_argument("--again", type=Path, help="JSON of a second run, for agree")
     parser.add_argument("--name", default=COMMITTED, help="of the committed file, without .json: one for each machine")
     arguments = parser.parse_args()
-    if arguments.what == "record":
-        record(arguments.latest, arguments.name, arguments.again)
-        return 0
     if arguments.what == "agree":
         said, count = agree(*(trim(read(path)) for path in (arguments.latest, arguments.again or AGAIN)))
         for one in said:

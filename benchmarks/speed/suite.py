@@ -1,7 +1,7 @@
 """The benchmarks, each file in a process of its own: none finds what another left, and a run goes on where it stopped.
 
-python benchmarks/speed/suite.py --out benchmarks/results/latest.json            # a selection; --full: all cases
-python benchmarks/speed/suite.py --out latest.json --only scaling paper          # of these files alone
+python -m benchmarks.speed.suite --out benchmarks/results/latest.json            # a selection; --full: all cases
+python -m benchmarks.speed.suite --out latest.json --only scaling paper          # of these files alone
 
 The results of each file that is done lie in a folder beside `--out` until all are: then they become one file, and the
 folder goes. What was stopped begins again with the file it was at, unless the arguments or the code have changed since.
@@ -20,6 +20,8 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.speed import summary
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -118,8 +120,6 @@ def main() -> int:
         files = [names[name] for name in known.only]
     if not run(files, known.out, arguments):
         return 1
-    import summary
-
     summary.show(json.loads(known.out.read_text())["benchmarks"])
     return 0
 

@@ -1,6 +1,6 @@
 """The table at the end of the benchmarks: every line that must be reached, its target, and what was measured.
 
-python benchmarks/speed/summary.py benchmarks/results/latest.json
+python -m benchmarks.speed.summary benchmarks/results/latest.json
 """
 
 from __future__ import annotations

@@ -1,21 +1,16 @@
-"""The README's section about speed, docs/speed.md and the README's plot: all made from the committed results.
+"""What is told of the committed results: the README's section about speed, and docs/speed.md.
 
-python benchmarks/speed/texts.py            # rewrites all three
-python benchmarks/speed/texts.py --check    # or says which of the two texts is not what the results say
+No figure is typed: the prose stands in templates/, the figures come from the results. record.py writes the texts.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import results
-import scaling
-import summary
+from benchmarks.speed import results, scaling, summary
 
 ROOT = Path(__file__).parent.parent.parent
 README, PAGE, PLOT = ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "speed.png"
@@ -400,41 +395,17 @@ def section(text: str) -> str:
     return text.partition(f"{BEGIN}\n")[2].partition(END)[0]
 
 
+def made(f: Figures) -> dict[Path, str]:
+    """The files that tell of these results, and what stands in them."""
+    text = README.read_text()
+    section(text)  # refuses a README without the markers
+    before, after = text.partition(f"{BEGIN}\n")[0], text.partition(END)[2]
+    return {README: f"{before}{BEGIN}\n{readme(f)}{END}{after}", PAGE: page(f)}
+
+
 def stale(found: dict[str, Any]) -> list[str]:
     """Which of the texts do not say what the results say."""
-    f = Figures(found)
-    there = {"README.md": section(README.read_text()), "docs/speed.md": PAGE.read_text() if PAGE.exists() else ""}
-    wanted = {"README.md": readme(f), "docs/speed.md": page(f)}
-    return [name for name, text in wanted.items() if there[name] != text]
-
-
-def write(found: dict[str, Any]) -> None:
-    """Texts and plot of these results; nothing, if they lack a figure."""
-    import report
-
-    f = Figures(found)
-    section(README.read_text())
-    start, _, rest = README.read_text().partition(f"{BEGIN}\n")
-    made = {README: f"{start}{BEGIN}\n{readme(f)}{END}{rest.partition(END)[2]}", PAGE: page(f)}
-    for path, text in made.items():
-        path.write_text(text)
-    report.readme_plot(found, PLOT)
-    for path in (README, PAGE, PLOT):
-        print(f"{path.relative_to(ROOT)}: written")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a text is stale")
-    found = results.read(results.FOLDER / f"{results.COMMITTED}.json")
-    if not parser.parse_args().check:
-        write(found)
-        return 0
-    old = stale(found)
-    for name in old:
-        print(f"{name} does not say what {results.COMMITTED}.json says: make bench-record, or texts.py")
-    return 1 if old else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    wanted = made(Figures(found))
+    return [
+        str(path.relative_to(ROOT)) for path, text in wanted.items() if not path.exists() or path.read_text() != text
+    ]

@@ -19,8 +19,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import shira_ops
 from shira import _model
-from shira._targets import VALUES_SUFFIX
-from shira.adapter import dtype_name
+from shira._granules import dtype_name
+from shira._model import VALUES_SUFFIX
 
 LOCK = threading.RLock()
 """Held by every call that reads or writes weights or ledgers: two Switchers may share a model."""

@@ -19,7 +19,8 @@ from benchmarks.quality.experiments.single import rank
 from benchmarks.quality.lab import RATES, Job, Lab, Setting
 from benchmarks.quality.methods import Lora, Method, Shira, is_whole
 from benchmarks.quality.task import Task
-from shira import Adapter, Entry, Switcher, merging, metrics
+from shira import Adapter, Entry, Switcher, metrics
+from shira.adapter import combine as merging
 
 LARGE = ("minilm",)
 """Families whose scores take longer than their training: fewer groups, variants and strengths, and no merges."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.quality.lab import Job, Lab, Setting, bases, study
 from benchmarks.quality.methods import MASKS, Dora, Full, Lora, Method, Shira, is_whole
 from benchmarks.quality.tasks import task, tasks
-from shira.mask import refine
+from shira._granules import refine
 
 RANKS = {"digits-mlp": 2, "digits-vit": 1, "minilm": 4}
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 import shira_ops
 from shira import _live
-from shira._file import ARITHMETIC
+from shira._granules import dtype_name, refine
 from shira._live import Watch, Weight
-from shira.adapter import Adapter, dtype_name
-from shira.mask import refine
+from shira.adapter._file import ARITHMETIC
+from shira.adapter.adapter import Adapter
 
 
 @dataclass(eq=False)

@@ -16,10 +16,14 @@ import torch
 from torch import Tensor, nn
 
 import shira_ops
-from shira import _file, _fit, _layout, _live, _model, _shelf
-from shira._layout import EMPTY, Alphas, Layout, Part, Way
+from shira import _fit, _live, _model, _text
+from shira._granules import dtype_name
 from shira._live import LOCK, SwitchError, Weight
-from shira.adapter import Adapter, AdapterError, dtype_name
+from shira._text import AdapterError
+from shira.adapter import _file
+from shira.adapter.adapter import Adapter
+from shira.serve import _layout, _shelf
+from shira.serve._layout import EMPTY, Alphas, Layout, Part, Way
 
 __all__ = ["Memory", "SwitchError", "Switcher"]
 
@@ -178,7 +182,7 @@ class Switcher:
         *,
         verify: bool = True,
         check_finite: bool = True,
-        rename: _file.Rename = None,
+        rename: _text.Rename = None,
     ) -> None:
         """Make an adapter ready under a name; refuses one that was made for another base. Only reads the weights.
 
@@ -205,7 +209,7 @@ class Switcher:
             file = Path(adapter).absolute()
             where, stamp = os.fspath(adapter), _shelf.stamp_of(file)
             adapter = _shelf.load(file, stamp)
-        alpha = _file.strength(f"{where}: alpha", adapter.alpha)
+        alpha = _text.strength(f"{where}: alpha", adapter.alpha)
         for weight_name, entry in adapter.weights.items():
             entry.check_indices(f"{where}: weight {weight_name!r}")
             if check_finite:
@@ -786,7 +790,7 @@ class Switcher:
                 self._known(name)
             # In the order they were added, whatever the mapping's: the sum is then always the same bits.
             strengths = {name: which[name] for name in self._added if name in which}
-        return {name: _file.strength(f"the strength of {name!r}", value) for name, value in strengths.items()}
+        return {name: _text.strength(f"the strength of {name!r}", value) for name, value in strengths.items()}
 
     def _way(self, before: Layout, after: Layout) -> Way:
         key = (before, after)
@@ -901,7 +905,7 @@ class Switcher:
 
 
 def fitted(
-    model: nn.Module, adapter: str | os.PathLike[str] | Adapter, check_finite: bool, rename: _file.Rename
+    model: nn.Module, adapter: str | os.PathLike[str] | Adapter, check_finite: bool, rename: _text.Rename
 ) -> tuple[Adapter, dict[str, _model.Slot]]:
     """An adapter, and where its weights are in the model: with every check of `Switcher.add`, for who needs no more."""
     switcher = Switcher(model)
