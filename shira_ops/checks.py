@@ -343,12 +343,12 @@ def _copy(call: Call, word: str, tensor: Tensor, weight: Tensor, *_: Any, fp32_t
 
 
 def _alpha(call: Call, weights: Sequence[Tensor], given: Given) -> None:
-    alpha, delta = given["alpha"], given["delta"]
-    if alpha == 1 and not delta:
-        return
     for weight in weights:
-        text = "must be 1 and delta False for weights of dtype {}"
-        call.require(weight.dtype in FLOATS, "alpha", text, weight.dtype, got=f"alpha {alpha:g}, delta {delta}")
+        if weight.dtype not in FLOATS:  # of other weights nothing is asked: alpha may be known only at run time
+            alpha, delta = given["alpha"], given["delta"]
+            text = "must be 1 and delta False for weights of dtype {}"
+            got = f"alpha {alpha:g}, delta {delta}"
+            call.require(alpha == 1 and not delta, "alpha", text, weight.dtype, got=got)
 
 
 def _finite(call: Call, given: Given, *words: str) -> None:
