@@ -356,7 +356,7 @@ def _finite(call: Call, given: Given, *words: str) -> None:
         call.require(math.isfinite(given[word]), word, "must be finite", got=given[word])
 
 
-def _scalar_tensor(call: Call, word: str, scalar: Tensor, weights: Sequence[Tensor], *dtypes: torch.dtype) -> None:
+def _scalar_tensor(call: Call, word: str, scalar: Any, weights: Sequence[Tensor], *dtypes: torch.dtype) -> None:
     if weights:
         _device(call, word, scalar, weights[0])
         _one_of(call, word, scalar, *dtypes)
