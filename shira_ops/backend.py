@@ -8,7 +8,6 @@ kernel is registered, if triton is installed; where a gap is left still, the pla
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,11 +15,12 @@ import torch
 from torch import Tensor
 
 from . import checks, reference, triton
-
-CHOICES = ("cuda", "triton", "reference")
+from ._choice import wanted
+from ._ops import add_op_namespace_prefix
+from ._ops import ops as _shira
 
 # Kernels live as long as the Library that registered them.
-_library = torch.library.Library("shira", "IMPL")
+_library = torch.library.Library(_shira.name, "IMPL")
 _served: dict[str, dict[str, Backend]] = {}
 
 
@@ -29,14 +29,6 @@ class Backend(NamedTuple):
 
     name: str
     why: str
-
-
-def wanted() -> str | None:
-    """What SHIRA_BACKEND asks for; None where it is not set."""
-    choice = os.environ.get("SHIRA_BACKEND", "")
-    if choice and choice not in CHOICES:
-        raise ValueError(f"SHIRA_BACKEND must be one of {', '.join(CHOICES)} or not set, got {choice!r}")
-    return choice or None
 
 
 def _below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,7 +42,7 @@ def _below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _compiled(op: str, key: str) -> bool:
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"shira::{op}", key))
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(add_op_namespace_prefix(op), key))
 
 
 def _triton(op: str) -> Callable[..., Any]:
@@ -66,7 +58,7 @@ def _without_kernel(op: str, function: Callable[..., Any]) -> Callable[..., Any]
     """What serves whatever has no kernel: a refusal of its tensors. Of lists without a tensor, which name no device
     either, `function` knows what to make: nothing, or a refusal."""
     packet, _, overload = op.partition(".")
-    own = getattr(getattr(torch.ops.shira, packet), overload or "default")
+    own = getattr(getattr(_shira, packet), overload or "default")
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         checks.no_kernel(packet, checks.named(own, args, kwargs))
@@ -89,7 +81,7 @@ def _why_not_compiled(key: str, choice: str | None) -> str:
         return "this build has no CPU kernel for it"
     if choice == "triton":
         return "SHIRA_BACKEND=triton"
-    if not torch.ops.shira._build_info.default() & 1:
+    if not _shira._build_info.default() & 1:
         return "this build was compiled without CUDA"
     return "this build has no CUDA kernel for it"
 

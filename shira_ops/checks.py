@@ -67,7 +67,7 @@ def named(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> list[t
 
 def title(op: OpOverload) -> str:
     """Its name as refusals have it."""
-    return op._schema.name.removeprefix("shira::")
+    return op._schema.name.partition("::")[2]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from . import checks
+from ._ops import add_op_namespace_prefix
+from ._ops import ops as _shira
 
 
 def _gathered(weight: Tensor, indices: Tensor, granule: int) -> Tensor:
@@ -341,6 +343,6 @@ OPS: dict[str, Callable[..., Any]] = {
 
 def register() -> None:
     for op, function in OPS.items():
-        torch.library.register_fake(f"shira::{op}", function)
+        torch.library.register_fake(add_op_namespace_prefix(op), function)
     # It has no result and changes nothing: a compiler would drop the check.
-    torch.fx.node.has_side_effect(torch.ops.shira.check_indices.default)
+    torch.fx.node.has_side_effect(_shira.check_indices.default)

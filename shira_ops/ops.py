@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from ._ops import ops as _shira
 
 __all__ = [
     "adamw_",
@@ -64,7 +65,6 @@ __all__ = [
 ]
 
 # Looked up once: a call goes straight to the dispatcher.
-_shira = torch.ops.shira
 _gather = _shira.gather.default
 _scatter_ = _shira.scatter_.default
 _swap_ = _shira.swap_.default

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import checks
+from .._ops import ops
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _DTYPES = {
@@ -63,7 +64,7 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     The content of indices is not looked at: that would synchronise. Kernels guard each access.
     """
     op = function.__name__
-    arguments = getattr(torch.ops.shira, op).default._schema.arguments
+    arguments = getattr(ops, op).default._schema.arguments
     names = [a.name for a in arguments]
     defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
     mutated = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
