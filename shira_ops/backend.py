@@ -8,7 +8,6 @@ kernel is registered, if triton is installed; where a gap is left still, the pla
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,9 +15,12 @@ import torch
 from torch import Tensor
 
 from . import checks, reference, triton
+from ._choice import WANTED
+from ._ops import add_op_namespace_prefix
+from ._ops import ops as _shira
 
 # Kernels live as long as the Library that registered them.
-_library = torch.library.Library("shira", "IMPL")
+_library = torch.library.Library(_shira.name, "IMPL")
 _served: dict[str, dict[str, Backend]] = {}
 
 
@@ -29,29 +31,18 @@ class Backend(NamedTuple):
     why: str
 
 
-def _wanted() -> str:
-    choices, choice = ("cuda", "triton", "reference"), os.environ.get("SHIRA_BACKEND", "")
-    if choice not in ("", *choices):
-        raise ValueError(f"SHIRA_BACKEND must be one of {', '.join(choices)} or not set, got {choice!r}")
-    return choice
-
-
-# What SHIRA_BACKEND asks for; empty where it is not set. A misspelt one is an error before anything registers.
-WANTED = _wanted()
-
-
 def _choose(op: str, key: str) -> Backend:
     """Who serves an op on the device of this dispatch key."""
     if WANTED == "reference":
         return Backend("reference", "SHIRA_BACKEND=reference")
     # With `triton`, the compiled CUDA kernels have not registered themselves: see csrc/checks.h.
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"shira::{op}", key):
+    if torch._C._dispatch_has_kernel_for_dispatch_key(add_op_namespace_prefix(op), key):
         return Backend("compiled", "a kernel of this build")
     if key == "CPU":
         return Backend("reference", "this build has no CPU kernel for it")
     if WANTED == "triton":
         why = "SHIRA_BACKEND=triton"
-    elif not torch.ops.shira._build_info.default() & 1:
+    elif not _shira._build_info.default() & 1:
         why = "this build was compiled without CUDA"
     else:
         why = "this build has no CUDA kernel for it"

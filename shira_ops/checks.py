@@ -22,6 +22,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ._ops import ops
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
 SCORES = ("magnitude", "grad", "snip")
@@ -38,12 +40,12 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 def overload(op: str) -> OpOverload:
     """The op of a name such as `adamw_` or `adamw_.tensor`."""
     packet, _, name = op.partition(".")
-    return cast(OpOverload, getattr(getattr(torch.ops.shira, packet), name or "default"))
+    return cast(OpOverload, getattr(getattr(ops, packet), name or "default"))
 
 
 def title(op: OpOverload) -> str:
     """The op's name in refusals, without its overload."""
-    return op._schema.name.removeprefix("shira::")
+    return op._schema.name.partition("::")[2]
 
 
 def named(op: OpOverload, args: Sequence[Any], kwargs: Given) -> list[tuple[str, Tensor]]:
@@ -87,10 +89,11 @@ def checked(op: str, *, memory: bool = True, content: bool = False) -> Callable[
     `memory=False` is for fakes, which have none. `content=True` reads the indices, which on a GPU synchronises.
     """
 
+    checks = _checks(op)
+
     def decorate(function: _F) -> _F:
         @functools.wraps(function)
         def kernel(*args: Any, **kwargs: Any) -> Any:
-            checks = _checks(op)
             given = checks.bind(args, kwargs)
             checks.arguments(given)
             if memory:
@@ -141,7 +144,7 @@ class _Checks:
         _memory(self.op, found)
 
 
-_checks = functools.cache(_Checks)  # at the first call: the schemas are there once the compiled module is loaded
+_checks = functools.cache(_Checks)
 
 
 def _with_names(check: Callable[..., None]) -> Callable[[Given], None]:

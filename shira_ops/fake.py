@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from . import checks, reference
+from ._ops import add_op_namespace_prefix
+from ._ops import ops as _shira
 
 
 def _index_dtype(granules: int) -> torch.dtype:
@@ -96,6 +98,6 @@ def register() -> None:
     for op in reference.OPS:
         returns = checks.overload(op)._schema.returns
         function = results[op] if returns else _nothing
-        torch.library.register_fake(f"shira::{op}", checks.checked(op, memory=False)(function))
+        torch.library.register_fake(add_op_namespace_prefix(op), checks.checked(op, memory=False)(function))
     # It has no result and changes nothing: a compiler would drop the check.
-    torch.fx.node.has_side_effect(torch.ops.shira.check_indices.default)
+    torch.fx.node.has_side_effect(_shira.check_indices.default)

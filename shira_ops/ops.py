@@ -31,6 +31,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._ops import ops as _shira
+
 __all__ = [
     "adamw_",
     "apply_",
@@ -62,7 +64,6 @@ __all__ = [
 ]
 
 # Looked up once: a call goes straight to the dispatcher.
-_shira = torch.ops.shira
 _gather = _shira.gather.default
 _scatter_ = _shira.scatter_.default
 _swap_ = _shira.swap_.default
