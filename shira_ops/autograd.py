@@ -19,6 +19,7 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
 from . import checks, reference
+from ._ops import ops as _shira
 
 _AFTER_AUTOGRAD = torch._C._after_autograd_keyset
 _AFTER_INPLACE = torch._C._after_ADInplaceOrView_keyset
@@ -30,9 +31,7 @@ _is_grad_enabled = torch.is_grad_enabled
 _requires_grad = attrgetter("requires_grad")  # faster over a list than a loop
 
 # Kernels live as long as the Library that registered them.
-_library = torch.library.Library("shira", "IMPL")
-
-_shira = torch.ops.shira
+_library = torch.library.Library(_shira.name, "IMPL")
 
 
 # ---- ops that change their arguments -----------------------------------------------------------------------
@@ -313,8 +312,7 @@ def _sampled_grad(
 
 def register() -> None:
     for name in reference.OPS:
-        packet, _, overload = name.partition(".")
-        op = getattr(getattr(_shira, packet), overload or "default")
+        op = checks.overload(name)
         if op._schema.is_mutable:
             _library.impl(name, _mutating_kernel(op), "ADInplaceOrView", with_keyset=True)
             for key in ("Conjugate", "Negative"):

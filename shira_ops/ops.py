@@ -31,7 +31,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks
+from ._ops import ops as _shira
 
 __all__ = [
     "adamw_",
@@ -64,7 +64,6 @@ __all__ = [
 ]
 
 # Looked up once: a call goes straight to the dispatcher.
-_shira = torch.ops.shira
 _gather = _shira.gather.default
 _scatter_ = _shira.scatter_.default
 _swap_ = _shira.swap_.default
@@ -220,9 +219,6 @@ def foreach_gather(weights: Sequence[Tensor], indices: Sequence[Tensor], granule
 
         [gather(w, i, granule) for w, i in zip(weights, indices)]
     """
-    if not weights:
-        checks.foreach_gather(weights, indices, granule)
-        return []
     return _foreach_gather(weights, indices, granule)  # type: ignore[no-any-return]
 
 
@@ -234,9 +230,6 @@ def foreach_scatter_(
     All tensors on one device; everything is checked before the first write. A weight must not overlap any other
     tensor of the call; `indices` and `values` may be shared.
     """
-    if not weights:
-        checks.foreach_scatter_(weights, indices, values, granule)
-        return
     _foreach_scatter_(weights, indices, values, granule)
 
 
@@ -248,9 +241,6 @@ def foreach_swap_(
     All tensors on one device; everything is checked before the first write. Weights and values must not overlap any
     other tensor of the call; `indices` may be shared.
     """
-    if not weights:
-        checks.foreach_swap_(weights, indices, values, granule)
-        return
     _foreach_swap_(weights, indices, values, granule)
 
 
@@ -269,9 +259,6 @@ def foreach_apply_(
     All tensors on one device; everything is checked before the first write. Weights and saved must not overlap any
     other tensor of the call.
     """
-    if not weights:
-        checks.foreach_apply_(weights, indices, values, saved, alpha, delta, granule)
-        return
     _foreach_apply_(weights, indices, values, saved, alpha=alpha, delta=delta, granule=granule)
 
 
@@ -292,9 +279,6 @@ def foreach_switch_(
     All tensors on one device; everything is checked before the first write. Weights and saved_in must not overlap
     any other tensor of the call.
     """
-    if not weights:
-        checks.foreach_switch_(weights, indices_out, saved_out, indices_in, values, saved_in, alpha, delta, granule)
-        return
     _foreach_switch_(
         weights, indices_out, saved_out, indices_in, values, saved_in, alpha=alpha, delta=delta, granule=granule
     )
@@ -327,8 +311,6 @@ def fuse_plan(indices: Sequence[Tensor], granule: int = 1) -> tuple[Tensor, Tens
 
     The union alone, in plain PyTorch: `torch.cat(indices).unique()`.
     """
-    if not indices:
-        checks.fuse_plan(indices, granule)
     return _fuse_plan(indices, granule)  # type: ignore[no-any-return]
 
 
@@ -526,13 +508,7 @@ def foreach_adamw_(
     All tensors on one device; everything is checked before the first write. Weights and state must not overlap any
     other tensor of the call.
     """
-    tensors = _as_tensors("foreach_adamw_", step, lr)
-    if not weights:
-        checks.foreach_adamw_(
-            weights, indices, masters, exp_avgs, exp_avg_sqs, grads, step, lr, beta1, beta2, eps, weight_decay, granule
-        )
-        return
-    op = _foreach_adamw_tensor_ if tensors else _foreach_adamw_
+    op = _foreach_adamw_tensor_ if _as_tensors("foreach_adamw_", step, lr) else _foreach_adamw_
     op(
         weights,
         indices,
@@ -569,11 +545,6 @@ def foreach_sgd_(
     `momentum_buffers`: one for each weight, or None where `momentum` is 0. All tensors on one device; everything is
     checked before the first write. Weights and state must not overlap any other tensor of the call.
     """
-    if not weights:
-        checks.foreach_sgd_(
-            weights, indices, masters, momentum_buffers, grads, lr, momentum, dampening, weight_decay, nesterov, granule
-        )
-        return
     op = _foreach_sgd_tensor_ if isinstance(lr, Tensor) else _foreach_sgd_
     op(
         weights,
@@ -712,7 +683,4 @@ def foreach_diff_(
     tensor of the call. Not for a compiled graph: torch cannot trace an op that writes its arguments and returns lists;
     there, call `diff_`.
     """
-    if not weights:
-        checks.foreach_diff_(snapshots, weights, granule)
-        return [], []
     return _foreach_diff_(snapshots, weights, granule)  # type: ignore[no-any-return]

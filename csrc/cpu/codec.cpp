@@ -62,6 +62,6 @@ struct Cpu {
 }  // namespace
 }  // namespace shira::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(shira, CPU, m) {
+SHIRA_LIBRARY_IMPL(CPU, m) {
   if (!shira::backend_is_reference()) shira::CodecOps<shira::cpu::Cpu>::implement(m);
 }

@@ -422,20 +422,18 @@ Tensor select_random(int64_t numel, int64_t k, int64_t seed, std::optional<torch
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
   const bool elsewhere = device.has_value() && !device->is_cpu();
   if (elsewhere && device->is_cuda())
-    return select_random_on("shira::_select_random", *device, numel, k, seed, granule);
-  const Tensor indices = select_random_on("shira::_select_random", cpu, numel, k, seed, granule);
+    return select_random_on(SHIRA_OP("_select_random"), *device, numel, k, seed, granule);
+  const Tensor indices = select_random_on(SHIRA_OP("_select_random"), cpu, numel, k, seed, granule);
   return elsewhere ? torch::stable::to(indices, *device) : indices;
 }
 
 }  // namespace
 }  // namespace shira::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(shira, CPU, m) {
+SHIRA_LIBRARY_IMPL(CPU, m) {
   if (shira::backend_is_reference()) return;
   shira::SelectOps<shira::cpu::Cpu>::implement(m);
 }
 
 // No tensor argument tells a device: `device` does.
-STABLE_TORCH_LIBRARY_IMPL(shira, CompositeExplicitAutograd, m) {
-  m.impl("select_random", TORCH_BOX(&shira::cpu::select_random));
-}
+SHIRA_LIBRARY_IMPL(CompositeExplicitAutograd, m) { m.impl("select_random", TORCH_BOX(&shira::cpu::select_random)); }
