@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -334,6 +334,6 @@ def _bare(what: str, tensors: Sequence[Tensor]) -> Iterator[list[Switcher]]:
                 switcher.activate(strengths)
             except SwitchError as error:
                 raise SyncError(
-                    f"Receiver: after {what}, which was done or refused as a whole, the adapters that were active could "
+                    f"Receiver: after {what}, done or refused as a whole, the adapters that were active could "
                     f"not be put back: the model has the base alone. {error}"
                 ) from error
