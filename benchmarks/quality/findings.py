@@ -22,7 +22,7 @@ from benchmarks.quality.methods import MASKS, Shira
 from benchmarks.quality.store import RESULTS
 
 FAMILIES_SHOWN = ("digits-mlp", "digits-vit", "minilm", "gpt-m")
-"""Those with plots of their own: the other sizes are in the tables of growth alone."""
+"""The families with plots of their own. The other sizes appear only in the tables about the size of the model."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Reader(Lab):
 
 
 class Results:
-    """What is known, read as the experiments wrote it."""
+    """The kept results, read as the experiments wrote them."""
 
     def __init__(self, folder: Path = RESULTS, seeds: int = 5) -> None:
         self.lab = Reader(folder=folder, seeds=range(seeds))
@@ -80,7 +80,7 @@ class Results:
         return (self.folder / f"{family}.jsonl").exists()
 
     def fused(self, group: Sequence[str], variant: fusion.Variant) -> list[dict[str, Any]] | None:
-        """A result for each seed."""
+        """The results of a group of adapters switched on together, one for each seed."""
         try:
             return [fusion.fused(self.lab, group, variant, seed) for seed in self.lab.seeds]
         except Stop:
@@ -104,7 +104,7 @@ class Results:
 
 
 def is_accuracy(family: str) -> bool:
-    """Scores are accuracies, or minus the loss of a language model."""
+    """Whether scores are accuracies; the others are minus the loss of a language model."""
     return not family.startswith("gpt")
 
 
@@ -113,12 +113,12 @@ def mean(values: Iterable[float]) -> float:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean."""
+    """The standard error of the mean."""
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def share_of(runs: list[dict[str, Any]]) -> float:
-    """What a LoRA trains, in shares of the weights that it adapts."""
+    """The parameters that a LoRA trains, as a share of the weights that it adapts."""
     share: float = runs[0]["trainable"] / runs[0]["targets"]
     return share
 
@@ -143,14 +143,14 @@ class Grid:
         self.records: dict[tuple[str, Shira], list[dict[str, Any]]] = {}
         for name, method in grid(family):
             found = results.study(Setting(name, method, budget=5))
-            # Struct's diagonal alone may have more granules than a narrow weight's budget: that is no equal density.
+            # Struct's diagonal alone may have more granules than a narrow weight's budget: its density is then higher.
             if found and all(
                 one["test"] is not None and one["nnz"] < 1.2 * method.density * one["targets"] for one in found
             ):
                 self.records[name, method] = found
         done = {name: sum(task == name for task, _ in self.records) for name in tasks.tasks(family)}
         self.names = [name for name, count in done.items() if count and count >= 0.5 * max(done.values())]
-        """The tasks that most was run on: tables are of the masks that were run on all of them."""
+        """The tasks on which most masks were run; the tables show the masks that were run on all of these."""
 
     def score(self, name: str, method: Shira) -> float:
         return mean(one["test"] for one in self.records[name, method])
@@ -159,13 +159,13 @@ class Grid:
         return mean(one[which] for (_, other), found in self.records.items() if other == method for one in found)
 
     def methods(self, names: Sequence[str]) -> list[Shira]:
-        """Masks that are done on all of these tasks."""
+        """The masks that were run on all of these tasks."""
         every = dict.fromkeys(method for _, method in self.records)
         return [method for method in every if all((name, method) in self.records for name in names)]
 
     def milliseconds(self, method: Shira) -> float:
-        """A switch of a 4096 x 4096 bfloat16 layer: measured for random masks of this density and granule, times the
-        share of lines that this mask touches of what a random one does."""
+        """A switch of a 4096 x 4096 bfloat16 layer: measured for random masks of this density and granule, and
+        scaled by how many cache lines this mask touches for each that a random one does."""
         assert method.density is not None
         random = 1 - (1 - method.density) ** (32 / method.granule)
         return self.results.switching[method.density, method.granule] * self.cost(method, "lines") / random
@@ -178,7 +178,7 @@ class Grid:
         return 100 * self.cost(method, "bytes") / (2 * total)
 
     def mean_score(self, method: Shira) -> float:
-        """Over the tasks that most was run on."""
+        """The mean over `names`."""
         return mean(self.score(name, method) for name in self.names)
 
     def best(self, axis: str, budget: float, *, granules: bool) -> Shira | None:
@@ -190,7 +190,7 @@ class Grid:
 def paired(
     family: str, found: Grid, one: Callable[[Shira], bool], to: Callable[[Shira], Shira]
 ) -> dict[Shira, list[float]]:
-    """For every mask of ``one``, by how much it is better than its counterpart: for every task and seed both have."""
+    """For every mask that ``one`` accepts, by how much it is better than its counterpart, on each task and seed."""
     gains: dict[Shira, list[float]] = {}
     for name, method in found.records:
         if one(method) and (name, to(method)) in found.records:
@@ -206,24 +206,24 @@ WEIGHTS = {
 """How many weights of each family are adapted."""
 
 HARDEST = ("digits-mlp/inverted", "digits-vit/inverted")
-"""Tasks that granules lose far more on than on their neighbours: told apart."""
+"""Tasks on which granules lose far more than on the others of their family; they are shown separately."""
 
 
 @dataclass
 class Coarse:
-    """What the granules of one mask lose, over tasks and seeds, in shares of what its single entries gain."""
+    """What the granules of one mask lose, as shares of what its single entries gain, for each task and seed."""
 
     where: str
     """The family, or one of its hardest tasks."""
     method: Shira
     granules: float
-    """In a weight, the mean over the weights."""
+    """How many a weight has, the mean over the weights."""
     lost: list[float]
 
 
 def coarse(results: Results) -> list[Coarse]:
-    """All masks of granules that were run beside single entries: of every family, Rand and WM (masks that crowd into
-    few rows have other troubles)."""
+    """All masks of granules that were run beside single entries, of every family. Rand and WM alone: the others crowd
+    into few rows, which costs more than granules do."""
     found = []
     for family in filter(results.has, WEIGHTS):
         names, every = list(tasks.tasks(family)), Grid(results, family).records
@@ -262,14 +262,14 @@ class Fused:
                     self.runs[group, variant.name] = found
 
     def alpha(self, key: tuple[tuple[str, ...], str], merge: str = "sum") -> str:
-        """The strength with the best validation, over all seeds and tasks."""
+        """The strength with the best validation score, over all seeds and tasks."""
         found = self.runs[key]
         return max(
             found[0]["together"][merge], key=lambda a: mean(mean(r["together"][merge][a]["validation"]) for r in found)
         )
 
     def kept(self, key: tuple[tuple[str, ...], str], merge: str, alpha: str) -> list[float]:
-        """Of what the adapters gain alone over the base, all tasks together, the share that is left: for each seed."""
+        """The share that is left of what the adapters gain alone over the base, all tasks together; for each seed."""
         bases = [self.results.base(name) or 0.0 for name in key[0]]
         shares = []
         for result in self.runs[key]:
@@ -305,7 +305,7 @@ def points(results: Results, family: str) -> list[dict[str, Any]]:
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """The correlation of ranks; None where one of them is constant."""
+    """The rank correlation; None where one of the lists is constant."""
 
     def ranks(values: Sequence[float]) -> list[float]:
         order = sorted(range(len(values)), key=values.__getitem__)

@@ -1,4 +1,4 @@
-"""The plots of the page, small PNG files. Like the tables, from the kept results alone."""
+"""The plots of the page, small PNG files. Like the tables, they are made from the kept results alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MARKERS = {"rand": "o", "struct": "s", "wm": "^", "grad": "v", "snip": "D"}
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """Every plot there is something to show in; returns their files."""
+    """Draws every plot that has something to show; returns their files."""
     import matplotlib
 
     matplotlib.use("Agg")

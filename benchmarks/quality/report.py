@@ -29,10 +29,20 @@ PAGE, PLOTS = ROOT / "docs" / "quality.md", ROOT / "docs" / "quality"
 
 
 def plot(results: Results, *about: str) -> str:
-    """A plot, of a family or of all, where there was something to draw."""
+    """A plot of a family, or of all families, if there was something to draw."""
     name = "-".join(reversed(about))
-    return f"![{', '.join(reversed(about))}](quality/{name}.png)" if (PLOTS / f"{name}.png").exists() else ""
+    said = ", ".join([SHOWN[about[-1]], *about[:-1]])
+    return f"![{said}](quality/{name}.png)" if (PLOTS / f"{name}.png").exists() else ""
 
+
+SHOWN = {
+    "single": "Score by task and method",
+    "front": "Score by switch time and by file size",
+    "granules": "What granules lose, by how many of them a weight has",
+    "fusion": "Score by the strength of fused adapters",
+    "metrics": "What fused adapters lose, by each metric",
+}
+"""What the plots show, for readers who do not see them."""
 
 SHORT = {
     "minilm": "MiniLM, three tasks of text", "digits-vit": "digits, a small transformer, five shifts",
@@ -45,7 +55,7 @@ MARKS = "<!-- quality: benchmarks/quality/report.py writes from here -->\n", "<!
 
 
 def readme(text: str, results: Results) -> str:
-    """The README with experiment 1 in short: means over the tasks, of the families where all of it is done."""
+    """The README with experiment 1 in short: means over the tasks, of the families of which everything was run."""
     rows = []
     for family, said in SHORT.items():
         r, names = single.rank(family), list(tasks.tasks(family))
@@ -64,7 +74,7 @@ MAKERS = {**TABLES, **VERDICT, "plot": plot}
 
 
 def page(template: str, results: Results) -> str:
-    """The template with its tables filled in; one of which nothing is known yet says so."""
+    """The template with its tables filled in; in place of an empty table it says that nothing was run yet."""
 
     def filled(match: re.Match[str]) -> str:
         name, *arguments = match.group(1).split()
@@ -85,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     results = Results(given.results)
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    plots.draw(results, given.out.parent / "quality")  # the page shows those there are
+    plots.draw(results, given.out.parent / "quality")  # first, since the page shows the plots that exist
     given.out.write_text(page((HERE / "page.md").read_text(encoding="utf-8"), results), encoding="utf-8")
     if given.out == PAGE:
         README.write_text(readme(README.read_text(encoding="utf-8"), results), encoding="utf-8")

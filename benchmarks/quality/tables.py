@@ -1,4 +1,4 @@
-"""The tables of the page, each a function of the results; one of which nothing is known yet is empty."""
+"""The tables of the page, each made by a function of the results; a table is empty until something it shows was run."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def steps_table(results: Results, family: str) -> str:
 
 
 def calibration_table(results: Results, family: str) -> str:
-    """Masks by gradients, by the number of batches that they have seen."""
+    """Masks that are chosen by gradients, by the number of batches they have seen."""
     rows = []
     for name, mask in itertools.product(single.far(family), ("grad", "snip")):
         methods = [Shira(mask, r=single.rank(family), calibration=n) for n in single.CALIBRATIONS]
@@ -133,7 +133,7 @@ def crowding_table(results: Results, family: str) -> str:
 
 
 def density_table(results: Results, family: str) -> str:
-    """Masks and granules by density: the mean over the tasks that every one of them was done on."""
+    """Masks and granules by density: the mean over the tasks on which all of them were run."""
     found = Grid(results, family)
     names = found.names
     if not names:
@@ -172,7 +172,7 @@ def compared(results: Results, family: str, kind: str) -> str:
 
 
 def best_granules_table(results: Results, family: str) -> str:
-    """Granules at 1 %, chosen in every way that there is, against single entries: on the tasks that all were run on."""
+    """Granules at 1 %, placed in every way, against single entries, on the tasks on which all of them were run."""
     ways: dict[str, dict[str, Any]] = {"as they are": {}, "balanced": {"balanced": True}}
     ways |= {MIXED[mixed]: {"mixed": mixed} for mixed in masks.MIXED}
     every = list(itertools.product(("rand", "wm"), masks.coarse(), ways))
@@ -197,7 +197,7 @@ def best_granules_table(results: Results, family: str) -> str:
 
 
 def coarse_table(results: Results) -> str:
-    """What granules lose by how many of them a weight has: means over all masks that have about as many."""
+    """What granules lose, by how many of them a weight has: means over all masks that have about as many."""
     every = coarse(results)
     several = sorted({one.where for one in every}, key=[one.where for one in every].index)
     places: dict[int, dict[str, list[Coarse]]] = {}
@@ -265,7 +265,7 @@ def fusion_table(results: Results, family: str) -> str:
 
 def merges_table(results: Results, family: str) -> str:
     """Scores of the adapters alone, and of their sum, TIES and DARE at the best strength: means over the groups of
-    tasks that most variants are done on."""
+    tasks on which most variants were run."""
     fused = Fused(results, family)
     if not fused.runs:
         return ""
@@ -301,7 +301,7 @@ def at_best(fused: Fused, merge: str, key: tuple[tuple[str, ...], str], result: 
 
 
 def metrics_table(results: Results, family: str) -> str:
-    """How well each metric orders what is lost: over all pairs, within one variant, and within one pair of tasks."""
+    """How well each metric orders pairs by what they lose: over all, within one variant, within one pair of tasks."""
     every = points(results, family)
     if not every:
         return ""
@@ -337,7 +337,7 @@ def metrics_table(results: Results, family: str) -> str:
 
 
 def data_table(results: Results, family: str) -> str:
-    """Density by the share of the training data."""
+    """Scores by density and by the share of the training data."""
     names = list(tasks.tasks(family))
     name = names[len(names) // 2]
     methods: list[Method] = [Shira(mask, density=d) for mask in ("rand", "wm") for d in size.DENSITIES]
@@ -353,7 +353,7 @@ def data_table(results: Results, family: str) -> str:
 
 
 def transfer_table(results: Results, family: str) -> str:
-    """An adapter's score on every task of its family: the mean over seeds; rows are what it was trained for."""
+    """An adapter's mean score on every task of its family; the rows name the task that it was trained for."""
     names = list(tasks.tasks(family))
     bases = [results.base(name) for name in names]
     rows = [["base", "", *("" if score is None else number(family, score) for score in bases)]]

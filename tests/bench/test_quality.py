@@ -241,7 +241,7 @@ def test_results_survive_a_cut_line(tmp_path):
         assert again.add({"task": "x/b", "lr": 0.1}, {"test": 1 / 3}) == {"test": 0.3333333}
         assert first.path.read_bytes() == whole
     first.path.write_bytes(b'{"run": 1}\n' + whole)
-    with pytest.raises(ValueError, match="line 1 is no result"):
+    with pytest.raises(ValueError, match="line 1 is not a result"):
         store.Store("x", tmp_path)
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
@@ -112,14 +111,14 @@ def _problem(slots: list[_model.Slot], weight: Tensor) -> str | None:
     return None
 
 
-def by_call(weights: Iterable[tuple[Weight, int]]) -> Iterable[tuple[int, list[Weight]]]:
+def by_call(weights: Iterable[tuple[Weight, int]]) -> Iterator[tuple[list[Weight], int]]:
     """Weights and granules, in groups that one foreach op takes: one device, one granule."""
 
     def key(item: tuple[Weight, int]) -> tuple[str, int]:
         return str(item[0].tensor.device), item[1]
 
     for (_, granule), group in groupby(sorted(weights, key=key), key):
-        yield granule, [weight for weight, _ in group]
+        yield [weight for weight, _ in group], granule
 
 
 def refuse_moved(who: str, weights: Iterable[Weight], advice: str) -> None:
@@ -131,8 +130,3 @@ def refuse_moved(who: str, weights: Iterable[Weight], advice: str) -> None:
 
 def fingerprints(weights: Mapping[str, Weight]) -> dict[str, int]:
     return {name: weight.fingerprint for name, weight in weights.items()}
-
-
-def quiet() -> torch.no_grad:
-    """Weights that require grad may be written."""
-    return torch.no_grad()

@@ -191,7 +191,7 @@ class Publisher:
     def _compared_changes(self) -> dict[str, _Change]:
         found: dict[str, _Change] = {}
         compared = [(self._weights[name], self._granule) for name in self._snapshots]
-        for granule, weights in by_call(compared):
+        for weights, granule in by_call(compared):
             snapshots = [self._snapshots[weight.name] for weight in weights]
             tensors = [weight.tensor.to(copy.device) for weight, copy in zip(weights, snapshots, strict=True)]
             changes = shira_ops.foreach_diff_(snapshots, tensors, granule=granule)

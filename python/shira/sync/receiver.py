@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 import shira_ops
 from shira import _live, _model
 from shira._granules import dtype_name
+from shira._live import SwitchError
 from shira._model import VALUES_SUFFIX
 from shira._text import AdapterError, named
+from shira.serve.switcher import Switcher
 from shira.sync._weights import Weight, by_call, fingerprints, refuse_moved, weights_of
 from shira.sync.update import SyncError, Update, compose, shown_version, version_of
 
@@ -22,31 +25,57 @@ _WORD = 2**64 - 1
 _ANEW = "make a new Receiver"
 
 
+class _Entry(NamedTuple):
+    """Of one weight: where, and what goes there next."""
+
+    indices: Tensor
+    values: Tensor
+    granule: int
+
+
 @dataclass(eq=False)
 class _Moves:
     """What a commit swaps: afterwards the values are those from before, so that the same moves lead back."""
 
     update: Update
-    # By weight: where, and what goes there next.
-    entries: dict[Weight, tuple[Tensor, Tensor, int]]
+    entries: dict[Weight, _Entry]
 
-    def swap(self) -> None:
-        """All or none: where one call fails, those before it are taken back."""
-        done: list[tuple[list[Tensor], list[Tensor], list[Tensor], int]] = []
+    def swap(self, *, check: bool = False) -> dict[Weight, tuple[Tensor, Tensor]]:
+        """All or none: where one call fails, those before it are taken back.
+
+        With `check`: what the touched words of each weight add to its fingerprint, before and after.
+        """
+        done: list[tuple[list[Weight], int]] = []
+        shares: dict[Weight, tuple[Tensor, Tensor]] = {}
+        calls = by_call((weight, entry.granule) for weight, entry in self.entries.items())
+        # To check, one weight after the other: what was read of it is in the caches when it is written, and read again.
+        if check:
+            calls = (([weight], granule) for weights, granule in calls for weight in weights)
         try:
-            for granule, weights in by_call((weight, found[2]) for weight, found in self.entries.items()):
-                call = (
-                    [weight.tensor for weight in weights],
-                    [self.entries[weight][0] for weight in weights],
-                    [self.entries[weight][1] for weight in weights],
-                    granule,
-                )
-                shira_ops.foreach_swap_(*call)
-                done.append(call)
+            for weights, granule in calls:
+                before = [self._share(weight) for weight in weights if check]
+                self._swap(weights, granule)
+                done.append((weights, granule))
+                after = [self._share(weight) for weight in weights if check]
+                shares |= dict(zip(weights, zip(before, after, strict=True), strict=False))
         except BaseException:
-            for call in reversed(done):
-                shira_ops.foreach_swap_(*call)
+            for weights, granule in reversed(done):
+                self._swap(weights, granule)
             raise
+        return shares
+
+    def _swap(self, weights: list[Weight], granule: int) -> None:
+        entries = [self.entries[weight] for weight in weights]
+        shira_ops.foreach_swap_(
+            [weight.tensor for weight in weights],
+            [entry.indices for entry in entries],
+            [entry.values for entry in entries],
+            granule=granule,
+        )
+
+    def _share(self, weight: Weight) -> Tensor:
+        entry = self.entries[weight]
+        return shira_ops.fingerprint_at(weight.tensor, entry.indices, granule=entry.granule)
 
 
 class Receiver:
@@ -81,8 +110,10 @@ class Receiver:
                     f"Receiver: a SparseTuner trains {name.removesuffix(VALUES_SUFFIX)}; detach it first "
                     f"(shira.detach(model)), or make a Publisher of it"
                 )
-        with _live.LOCK, torch.no_grad(), _bare(self.model, "Receiver"):
-            self._weights = weights_of("Receiver", self.model, exclude, _fingerprint)
+        with _live.LOCK, torch.no_grad():
+            tensors = [slot.weight for slot in _model.slots(self.model, buffers=True).values()]
+            with _bare("the first look", tensors):
+                self._weights = weights_of("Receiver", self.model, exclude, _fingerprint)
         self._names = {slot.name: weight for weight in self._weights.values() for slot in weight.slots}
         self._version = version_of(fingerprints(self._weights))
         self.step: int | None = None
@@ -162,7 +193,7 @@ class Receiver:
 
     def verify(self) -> None:
         """Read all weights and compare them with what the updates say they are; `SyncError` names those that differ."""
-        with _live.LOCK, torch.no_grad(), _bare(self.model, "Receiver"):
+        with _live.LOCK, torch.no_grad(), _bare("verify", self._tensors()):
             refuse_moved("Receiver", self._weights.values(), _ANEW)
             different = [
                 name for name, weight in self._weights.items() if _fingerprint(weight.tensor) != weight.fingerprint
@@ -173,6 +204,9 @@ class Receiver:
                 weight.note()
 
     # ---- how ---------------------------------------------------------------------------------------------------
+
+    def _tensors(self) -> list[Tensor]:
+        return [weight.slots[0].weight for weight in self._weights.values()]
 
     def _check(self, update: Update) -> None:
         where = f"the update of step {update.step}"
@@ -205,27 +239,26 @@ class Receiver:
             weight = self._names[name]
             device = weight.tensor.device
             # The values are swapped with the weight's, so they must be nobody else's.
-            entries[weight] = (entry.indices.to(device), entry.values.to(device, copy=True), entry.granule)
+            entries[weight] = _Entry(entry.indices.to(device), entry.values.to(device, copy=True), entry.granule)
         return _Moves(update, entries)
 
     def _apply(self, what: str, moves: _Moves, verify: bool, back: bool = False) -> None:
         refuse_moved("Receiver", self._weights.values(), _ANEW)
         update = moves.update
-        with _bare(self.model, what) as switchers:
+        with _bare(what, self._tensors()) as switchers:
             for weight in self._weights.values():
-                if weight.touched():
-                    if _fingerprint(weight.tensor) != weight.fingerprint:
-                        raise SyncError(f"Receiver: {what} refused: {weight.name} was changed by someone else; {_LOAD}")
-                    weight.note()
-            shares = {weight: self._share(weight, moves) for weight in moves.entries} if verify else {}
+                known = not weight.touched() or _live.base_of(weight.slots[0].weight) == weight.fingerprint
+                if not known and _fingerprint(weight.tensor) != weight.fingerprint:
+                    raise SyncError(f"Receiver: {what} refused: {weight.name} was changed by someone else; {_LOAD}")
+                weight.note()
             try:
-                moves.swap()
+                shares = moves.swap(check=verify)
             except Exception as error:
                 raise SyncError(f"Receiver: {what} failed and nothing has changed. Cause: {error}") from error
             wrong = [
                 weight.name
-                for weight, share in shares.items()
-                if (weight.fingerprint - share + self._share(weight, moves)) & _WORD != _then(update, weight, back)
+                for weight, (before, after) in shares.items()
+                if (weight.fingerprint - int(before) + int(after)) & _WORD != _then(update, weight, back)
             ]
             if wrong:
                 moves.swap()
@@ -240,10 +273,6 @@ class Receiver:
                 weight.note()
             for switcher in switchers:
                 switcher.rebase({weight.slots[0].weight: weight.fingerprint for weight in moves.entries})
-
-    def _share(self, weight: Weight, moves: _Moves) -> int:
-        indices, _, granule = moves.entries[weight]
-        return int(shira_ops.fingerprint_at(weight.tensor, indices, granule=granule)) & _WORD
 
     def _out_of_order(self, update: Update, at: int, step: int | None, *, staged: bool) -> str:
         mine = "what is staged leads to" if staged else "the weights are at"
@@ -284,6 +313,27 @@ def _fingerprint(tensor: Tensor) -> int:
 
 
 @contextmanager
-def _bare(model: nn.Module, what: str) -> Iterator[list[object]]:
-    """The base within the block, whatever adapters Switchers have on it; yields the Switchers that know the model."""
-    yield []
+def _bare(what: str, tensors: Sequence[Tensor]) -> Iterator[list[Switcher]]:
+    """The base within the block, whatever adapters Switchers have on these weights; yields those Switchers."""
+    known: list[Switcher] = [switcher for switcher in list(_live.switchers) if switcher.knows(tensors)]
+    active = [(switcher, switcher.active) for switcher in known if switcher.active]
+    off: list[tuple[Switcher, dict[str, float]]] = []
+    try:
+        try:
+            for switcher, strengths in active:
+                switcher.deactivate()
+                off.append((switcher, strengths))
+        except SwitchError as error:
+            raise SyncError(
+                f"Receiver: {what} refused: the adapters on the model cannot be taken off. {error}"
+            ) from error
+        yield known
+    finally:
+        for switcher, strengths in reversed(off):
+            try:
+                switcher.activate(strengths)
+            except SwitchError as error:
+                raise SyncError(
+                    f"Receiver: after {what}, done or refused as a whole, the adapters that were active could "
+                    f"not be put back: the model has the base alone. {error}"
+                ) from error
