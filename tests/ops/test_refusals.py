@@ -962,6 +962,7 @@ def test_arguments_are_bound_by_the_schema() -> None:
         (lambda: reference(w, at), "2 by position and none by name"),
         (lambda: reference(w, at, v, 1, 2), "5 by position and none by name"),
         (lambda: reference(w, at, values=v, alpha=2), "2 by position and values, alpha by name"),
+        (lambda: reference(w, at, v, values=v), "3 by position and values by name"),
     ]
     for call, got in wrong:
         with pytest.raises(TypeError) as raised:
