@@ -156,7 +156,7 @@ def test_the_wheel_holds_the_packages_as_they_are(wheel: Path) -> None:
     wanted = {f"shira_ops/{name}" for name in files_under(ROOT / "shira_ops")}
     wanted |= {f"shira/{name}" for name in files_under(ROOT / "python/shira")}
     with zipfile.ZipFile(wheel) as file:
-        packed = {name for name in file.namelist() if ".dist-info/" not in name}
+        packed = {name for name in file.namelist() if ".dist-info/" not in name and name[-1] != "/"}
         for name in wanted & packed:
             source = ROOT / ("python" if name.startswith("shira/") else "") / name
             assert file.read(name) == source.read_bytes(), name
