@@ -14,6 +14,7 @@
 # make quality set-up and the experiments that prove the adapters learn: hours, but every finished run is kept
 # make gpu     on a machine with an NVIDIA GPU, no network needed: builds, proves and measures there (8 minutes)
 # make lint    ruff, clang-format, mypy
+# make docs    set-up and the site, in build/site: every link and every name of it is checked
 PYTHON ?= python3
 VENV := .venv
 GPU_PY := $(PY)
@@ -27,7 +28,7 @@ AGAIN := benchmarks/results/again.json
 RESULTS ?= cpu-zen4
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: setup build demo test compat sdist wheel kernel soak bench bench-full bench-twice bench-agree bench-compare bench-record quality gpu lint format clean
+.PHONY: setup build demo test compat sdist wheel kernel soak bench bench-full bench-twice bench-agree bench-compare bench-record quality gpu lint docs format clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -38,7 +39,7 @@ $(VENV)/.torch:
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(SOURCES)
-	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[test,bench,lint]'
+	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[test,bench,lint,docs]'
 	@touch $@
 
 # Rebuilds the compiled modules in place, without touching the environment.
@@ -105,21 +106,21 @@ soak: setup
 # Each file in a process of its own; what was interrupted goes on where it stopped.
 bench bench-full: setup
 	@rm -f $(AGAIN)
-	$(PY) benchmarks/speed/suite.py --out $(LATEST) $(if $(filter %-full,$@),--full)
+	$(PY) -m benchmarks.speed.suite --out $(LATEST) $(if $(filter %-full,$@),--full)
 
 bench-twice: bench
-	$(PY) benchmarks/speed/suite.py --out $(AGAIN)
+	$(PY) -m benchmarks.speed.suite --out $(AGAIN)
 	$(MAKE) bench-agree
 
 bench-agree:
-	$(PY) benchmarks/speed/results.py agree --latest $(LATEST) --again $(AGAIN)
+	$(PY) -m benchmarks.speed.results agree --latest $(LATEST) --again $(AGAIN)
 
 # One committed file for each machine: RESULTS names it. The README's figures are those of cpu-zen4.
 bench-compare: setup
-	$(PY) benchmarks/speed/results.py compare --latest $(LATEST) --name $(RESULTS)
+	$(PY) -m benchmarks.speed.results compare --latest $(LATEST) --name $(RESULTS)
 
 bench-record: setup
-	$(PY) benchmarks/speed/results.py record --latest $(LATEST) --name $(RESULTS) $(addprefix --again ,$(wildcard $(AGAIN)))
+	$(PY) -m benchmarks.speed.record --latest $(LATEST) --name $(RESULTS) $(addprefix --again ,$(wildcard $(AGAIN)))
 
 # For example QUALITY_OPTIONS='--family digits-mlp --minutes 30'. The page and its plots are made of what there is.
 quality: setup
@@ -129,13 +130,17 @@ quality: setup
 
 # With the torch that is there: of PY from the environment, else of the .venv where there is one, else of $(PYTHON).
 gpu:
-	$(or $(GPU_PY),$(wildcard $(PY)),$(PYTHON)) benchmarks/speed/gpu.py $(GPU_OPTIONS)
+	$(or $(GPU_PY),$(wildcard $(PY)),$(PYTHON)) -m benchmarks.speed.gpu $(GPU_OPTIONS)
 
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES)
 	$(VENV)/bin/mypy
+
+# tests/test_docs.py runs the code that the pages show.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build -q --strict
 
 format: setup
 	$(VENV)/bin/ruff check --fix .

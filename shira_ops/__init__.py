@@ -14,9 +14,7 @@ except ModuleNotFoundError as error:
         "    pip install 'torch>=2.11'\n"
     ) from error
 
-from . import _choice
-
-_choice.wanted()  # a misspelt SHIRA_BACKEND is an error before anything registers
+from . import _choice  # noqa: F401 (a misspelt SHIRA_BACKEND is an error before anything registers)
 
 if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
     raise ImportError(
@@ -26,9 +24,9 @@ if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) <
         "    pip install --no-build-isolation .\n"
     )
 
-from . import autograd, backend, fake, ops  # noqa: E402
-from .backend import Backend, backends  # noqa: E402
-from .ops import *  # noqa: E402, F403
+from . import autograd, backend, fake, ops
+from .backend import Backend, backends
+from .ops import *  # noqa: F403
 
 fake.register()
 autograd.register()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 
-CHOICES = ("cuda", "triton", "reference")
+
+def _wanted() -> str:
+    choices, choice = ("cuda", "triton", "reference"), os.environ.get("SHIRA_BACKEND", "")
+    if choice not in ("", *choices):
+        raise ValueError(f"SHIRA_BACKEND must be one of {', '.join(choices)} or not set, got {choice!r}")
+    return choice
 
 
-def wanted() -> str | None:
-    """What SHIRA_BACKEND asks for; None where it is not set."""
-    choice = os.environ.get("SHIRA_BACKEND", "")
-    if choice and choice not in CHOICES:
-        raise ValueError(f"SHIRA_BACKEND must be one of {', '.join(CHOICES)} or not set, got {choice!r}")
-    return choice or None
+# Empty where it is not set. The compiled kernels, which register themselves as they are loaded, ask the same in
+# csrc/checks.h; what follows from it is decided in backend.py.
+WANTED = _wanted()

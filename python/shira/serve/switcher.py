@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import shira_ops
-from shira import _fit, _live, _model, _text
+from shira import _fit, _live, _model, _places, _text
 from shira._granules import dtype_name
 from shira._live import LOCK, SwitchError, Weight
 from shira._text import AdapterError
@@ -162,6 +162,7 @@ class Switcher:
         self._blocks: list[weakref.ref[_Block]] = []
         self._spilled: set[Path] = set()
         self._self: weakref.ref[object] = weakref.ref(self)
+        _live.switchers.add(self)
         weakref.finalize(self, _gone, os.getpid(), self._weights, self._self, self._spilled)
 
     @property
@@ -221,7 +222,7 @@ class Switcher:
             _live.wait(self._written)
             # Parameters may have been replaced since.
             self._slots = _model.slots(self.model, buffers=True)
-            places = _fit.places(where, adapter, self._slots, rename)
+            places = _places.places(where, adapter.weights, self._slots, rename)
             self._refuse_moved(group for groups in places.values() for group in groups)
             devices = [group[0].weight.device for groups in places.values() for group in groups]
             with self._streams.staging(devices) as ready:
@@ -349,7 +350,7 @@ class Switcher:
                 name = there.setdefault(_model.memory(found.get(weight, weight).tensor), weight.name)
                 if name != weight.name:
                     raise SwitchError(f"Switcher: {weight.name} and {name} were two weights, and are one now")
-            overlap = _fit.overlap([fresh.slot for fresh in found.values()], besides=set(moved))
+            overlap = _places.overlap([fresh.slot for fresh in found.values()], besides=set(moved))
             if overlap is not None:
                 raise SwitchError(f"Switcher: {overlap}")
             wrong = [weight.name for weight, fresh in found.items() if not self._carried(weight, fresh)]
@@ -443,6 +444,40 @@ class Switcher:
                     found[" + ".join(names)] = Memory(layout.nbytes, 0, 0)
             return found
 
+    def knows(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether adapters were added that change any of these weights."""
+        with LOCK:
+            return not self._weights.keys().isdisjoint(map(_model.memory, tensors))
+
+    def rebase(self, bases: Mapping[Tensor, int]) -> None:
+        """Take what these weights hold now for the base, as after a `shira.sync.Receiver` wrote an update into them.
+
+        The adapters stay as they are: an overwriting one replaces the same entries, a delta is added to the new ones,
+        and taking them off gives the new base.
+
+        Args:
+            bases: the weights, as the model holds them, and the fingerprint of what each holds now (not compared).
+
+        Raises `SwitchError` where an adapter is active, with nothing changed.
+        """
+        with LOCK, _quiet():
+            self._heal()
+            if self._active:
+                raise SwitchError(f"Switcher: deactivate() before the base is changed; {_told(self._active)}")
+            _live.wait(self._written)
+            fresh = {_model.memory(tensor): fingerprint for tensor, fingerprint in bases.items()}
+            for key, weight in self._weights.items():
+                if key in fresh:
+                    _live.refuse_first([weight], Weight.place)
+                    weight.ledger.base = fresh[key]
+                    weight.note()
+            for layout in self._layouts.values():
+                _live.wait(layout.ready)
+                for weight, part in layout.parts.items():
+                    if _model.memory(weight.tensor) in fresh:
+                        part.rebase()
+            self._written = _live.mark(tensor.device for tensor in bases)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A copy would share what is known of the first one's weights, and write into them.
         raise TypeError("Switcher: a switcher cannot be copied or pickled; make another one for a copy of the base")
@@ -468,8 +503,7 @@ class Switcher:
                     self._learn(weight)
             for weight in weights[1:]:
                 if weight.ledger.base != weights[0].ledger.base:
-                    both = _fit.one_in_adapter(weight.name, weights[0].name)
-                    raise AdapterError(f"{where} does not fit the model: {both} two that differ in the model")
+                    raise AdapterError(_fit.two_that_differ(where, _places.WHERE, weight.name, weights[0].name))
 
     def _take(self, places: tuple[_model.Slot, ...], verify: bool) -> Weight:
         """The weight in these places, as we know it to be."""
@@ -493,10 +527,7 @@ class Switcher:
         other = [weight for weight, fingerprint in wanted.items() if weight.ledger.base != fingerprint]
         wrong = [weight.name for weight in other if adapter.delta or not adapter.weights[weights[weight]].whole]
         if wrong:
-            raise AdapterError(
-                f"{where} was made for another base: the content of {len(wrong)} of {len(wanted)} weights differs "
-                f"(by fingerprint): {_model.some(wrong)}"
-            )
+            raise AdapterError(_fit.made_for_another(where, wrong, len(wanted)))
         return tuple(weight.name for weight in other)
 
     # ---- weights that were moved -----------------------------------------------------------------------------
@@ -510,7 +541,7 @@ class Switcher:
                     f"Switcher: {places[0].name} and {place.name} were one (tied) weight and are two now; tie them"
                 )
         _live.refuse_first([weight], Weight.tuned)
-        problem = _fit.misfit(places[0], weight.shape, weight.dtype)
+        problem = _places.misfit(places[0], weight.shape, weight.dtype)
         if problem is not None:
             raise SwitchError(f"Switcher: {weight.name} {problem}")
         return Weight.of(places, self, False)
@@ -535,7 +566,7 @@ class Switcher:
         for weight, part in layout.parts.items():
             places = {id(place.weight): place for place in weight.now() if part.known}
             for place in places.values():
-                problem = _fit.misfit(place, weight.shape, weight.dtype)
+                problem = _places.misfit(place, weight.shape, weight.dtype)
                 if problem is not None:
                     raise SwitchError(f"Switcher: {place.name} {problem}; {_told(self._active)}")
                 targets.append((place.weight, part))
@@ -902,24 +933,6 @@ class Switcher:
     def _failed(self, wanted: Mapping[str, float], error: Exception) -> SwitchError:
         what = f"activating {_listed(wanted)}" if wanted else "deactivating"
         return SwitchError(f"Switcher: {what} failed and nothing has changed: {_told(self._active)}. Cause: {error}")
-
-
-def fitted(
-    model: nn.Module, adapter: str | os.PathLike[str] | Adapter, check_finite: bool, rename: _text.Rename
-) -> tuple[Adapter, dict[str, _model.Slot]]:
-    """An adapter, and where its weights are in the model: with every check of `Switcher.add`, for who needs no more."""
-    switcher = Switcher(model)
-    switcher.add("", adapter, check_finite=check_finite, rename=rename)
-    added = switcher._added[""]
-    places: dict[str, _model.Slot] = {}
-    for weight, name in added.weights.items():
-        if name in places:
-            both = _fit.one_in_adapter(weight.name, places[name].name)
-            raise AdapterError(f"{both} two in the model, which training would let drift apart; tie them first")
-        if not isinstance(weight.slot.weight, nn.Parameter):
-            raise AdapterError(f"{weight.name} is a buffer, not a parameter, so it cannot be trained")
-        places[name] = weight.slot
-    return added.read(), places
 
 
 @contextmanager
