@@ -1,8 +1,8 @@
 # make setup   a .venv with everything, and the package built in place
 # make demo    set-up and the main job: adapters on real digits, trained, saved, switched, reverted, fused
 # make test    set-up and the tests
-# make compat  installs from the source distribution under each torch of COMPAT, in environments of their own, and runs
-#              the ops' tests there (10 minutes and, while it runs, 5 GB a version)
+# make compat  installs from the source distribution under each torch of COMPAT, each in an environment of its own, and
+#              runs the tests of the ops there (10 minutes a version, and 5 GB while it runs)
 # make sdist   the source distribution, in dist/
 # make wheel   set-up and a wheel for this Python, in dist/: built from the source distribution, audited and tried
 # make kernel  build/kernel: the layout that Hugging Face's kernel builder takes (docs/kernel-builder.md)
@@ -52,7 +52,8 @@ demo: setup
 test: setup
 	$(PY) -m pytest -q -n 2 tests
 
-# What the emulator and the references say depends on no torch. One after another: each compiles.
+# The emulator and the references do not depend on the version of torch, so their tests are left out. One version after
+# another, since each compiles.
 compat:
 	for version in $(COMPAT); do $(MAKE) compat-$$version || exit 1; done
 
@@ -128,7 +129,7 @@ quality: setup
 	$(PY) -m benchmarks.quality.run $(QUALITY_OPTIONS)
 	$(PY) -m benchmarks.quality.report
 
-# With the torch that is there: of PY from the environment, else of the .venv where there is one, else of $(PYTHON).
+# Uses the torch of PY from the environment, or of the .venv if there is one, or of $(PYTHON).
 gpu:
 	$(or $(GPU_PY),$(wildcard $(PY)),$(PYTHON)) -m benchmarks.speed.gpu $(GPU_OPTIONS)
 
