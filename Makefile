@@ -11,6 +11,7 @@
 # make quality set-up and the experiments that prove the adapters learn: hours, but every finished run is kept
 # make gpu     on a machine with an NVIDIA GPU, no network needed: builds, proves and measures there (8 minutes)
 # make lint    ruff, clang-format, mypy
+# make docs    set-up and the site, in build/site: every link and every name of it is checked
 PYTHON ?= python3
 VENV := .venv
 GPU_PY := $(PY)
@@ -24,7 +25,7 @@ AGAIN := benchmarks/results/again.json
 RESULTS ?= cpu-zen4
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: setup build demo test compat soak bench bench-full bench-twice bench-agree bench-compare bench-record quality gpu lint format clean
+.PHONY: setup build demo test compat soak bench bench-full bench-twice bench-agree bench-compare bench-record quality gpu lint docs format clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -35,7 +36,7 @@ $(VENV)/.torch:
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(SOURCES)
-	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[test,bench,lint]'
+	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[test,bench,lint,docs]'
 	@touch $@
 
 # Rebuilds the compiled modules in place, without touching the environment.
@@ -105,6 +106,10 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES)
 	$(VENV)/bin/mypy
+
+# tests/test_docs.py runs the code that the pages show.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build -q --strict
 
 format: setup
 	$(VENV)/bin/ruff check --fix .

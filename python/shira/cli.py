@@ -577,6 +577,8 @@ def bench(
         code = subprocess.call([sys.executable, "-m", "pytest", str(folder), *arguments])
         if code or report is None:
             raise typer.Exit(code)
+    assert report is not None
+    assert results is not None
     page = [sys.executable, "-m", "benchmarks.speed.report", str(results.resolve()), "--out", str(report.resolve())]
     raise typer.Exit(subprocess.call(page, cwd=folder.parents[1]))
 

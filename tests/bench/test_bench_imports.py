@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,26 @@ def test_speed_and_quality_do_not_import_each_other() -> None:
             if module.startswith(f"benchmarks.{one}") and name.startswith(f"benchmarks.{other}")
         }
         assert not crossing
+
+
+def test_what_runs_on_a_gpu_needs_no_other_package() -> None:
+    """`make gpu` runs where there are torch, triton and numpy alone; others are imported where they are found."""
+    graph, wanted, seen = imports(ROOT, "benchmarks"), ["benchmarks.speed.gpu"], set()
+    wanted += [module for module in graph if module.startswith("benchmarks.speed.gpu_")]
+    while wanted:
+        module = wanted.pop()
+        if module not in seen:
+            seen.add(module)
+            wanted += graph[module]
+    assert "benchmarks.speed.samples" in seen
+    allowed = {*sys.stdlib_module_names, "benchmarks", "numpy", "shira", "shira_ops", "torch", "triton"}
+    for module in seen:
+        path = ROOT / module.replace(".", "/")
+        source = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+        for node in ast.parse(source).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert {name.partition(".")[0] for name in names} <= allowed, module
 
 
 def test_every_command_can_be_run_as_a_module() -> None:

@@ -153,13 +153,13 @@ def test_it_is_said_where_others_had_the_processor(
         one["extra_info"]["on_cpu"] = share
     console = summary.Console(width=150, record=True)
     summary.show(found["benchmarks"], console)
-    assert "others had the processor: 1 benchmarks" in console.export_text()
+    assert "other processes had the processor: 1 benchmark" in console.export_text()
     for name in ("latest", "again"):
         (tmp_path / f"{name}.json").write_text(json.dumps(found))
     command = ["results.py", "agree", *(f"--{name}={tmp_path / name}.json" for name in ("latest", "again"))]
     monkeypatch.setattr(sys, "argv", command)
     assert results.main() == 0
-    assert "again.json: others had the processor in 1 of 3 benchmarks" in capsys.readouterr().out
+    assert "again.json: other processes had the processor in 1 of 3 benchmarks" in capsys.readouterr().out
 
 
 def test_a_wide_figure_stands_with_where_it_lies() -> None:
@@ -209,7 +209,7 @@ def test_a_run_goes_on_where_it_stopped(
     assert "[2/2] test_two: FAILED" in capsys.readouterr().out
     fixed.touch()
     assert suite.run(files, out, arguments)
-    assert "[1/2] test_one: is there" in capsys.readouterr().out
+    assert "[1/2] test_one: already done" in capsys.readouterr().out
     assert times() == [1, 2]
     found = json.loads(out.read_text())
     assert [one["extra_info"]["it"] for one in found["benchmarks"]] == ["test_one", "test_two"]
@@ -239,6 +239,20 @@ def test_part_of_a_run_makes_no_text_and_is_not_recorded(tmp_path: Path, monkeyp
         record.record(latest, results.COMMITTED)
     assert texts.README.read_text() == before
     assert not (tmp_path / f"{results.COMMITTED}.json").exists()
+
+
+def test_a_run_without_a_benchmark_that_the_page_shows_is_not_complete() -> None:
+    """The HTML page of such a run is only the table of what was measured."""
+    found = results.read(COMMITTED)
+    names = dict.fromkeys(one["name"].partition("[")[0] for one in found["benchmarks"])
+    assert texts.complete(texts.Figures(found))
+    for name in names:
+        rest = [one for one in found["benchmarks"] if one["name"].partition("[")[0] != name]
+        f = texts.Figures({**found, "benchmarks": rest})
+        try:
+            texts.page(f)
+        except (ValueError, KeyError):
+            assert not texts.complete(f), name
 
 
 def test_the_readme_has_its_markers_once() -> None:

@@ -70,6 +70,16 @@ class Part:
             self.saved.copy_(base_entries(self.weight, self.indices, self.granule, active))
             self.blank = None
 
+    def rebase(self) -> None:
+        """Keep the entries of the base that the weight holds now instead of those it held before."""
+        known, count = self.known, self.indices.numel() if self.known else 1
+        entries = shira_ops.gather(self.weight.tensor.detach(), self.indices[:count], granule=self.granule)
+        if not known:
+            entries = _bits(entries).bitwise_not_().view(entries.dtype)
+            self.blank = _bits(entries)
+        self.saved[: entries.numel()].copy_(entries)  # in place: ways have the tensor
+        self.differences.clear()
+
     def finer(self, granule: int) -> Tensor:
         """The indices for a divisor of the granule; made once."""
         if granule == self.granule:

@@ -162,6 +162,7 @@ class Switcher:
         self._blocks: list[weakref.ref[_Block]] = []
         self._spilled: set[Path] = set()
         self._self: weakref.ref[object] = weakref.ref(self)
+        _live.switchers.add(self)
         weakref.finalize(self, _gone, os.getpid(), self._weights, self._self, self._spilled)
 
     @property
@@ -442,6 +443,40 @@ class Switcher:
                 if len(names) > 1:
                     found[" + ".join(names)] = Memory(layout.nbytes, 0, 0)
             return found
+
+    def knows(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether adapters were added that change any of these weights."""
+        with LOCK:
+            return not self._weights.keys().isdisjoint(map(_model.memory, tensors))
+
+    def rebase(self, bases: Mapping[Tensor, int]) -> None:
+        """Take what these weights hold now for the base, as after a `shira.sync.Receiver` wrote an update into them.
+
+        The adapters stay as they are: an overwriting one replaces the same entries, a delta is added to the new ones,
+        and taking them off gives the new base.
+
+        Args:
+            bases: the weights, as the model holds them, and the fingerprint of what each holds now (not compared).
+
+        Raises `SwitchError` where an adapter is active, with nothing changed.
+        """
+        with LOCK, _quiet():
+            self._heal()
+            if self._active:
+                raise SwitchError(f"Switcher: deactivate() before the base is changed; {_told(self._active)}")
+            _live.wait(self._written)
+            fresh = {_model.memory(tensor): fingerprint for tensor, fingerprint in bases.items()}
+            for key, weight in self._weights.items():
+                if key in fresh:
+                    _live.refuse_first([weight], Weight.place)
+                    weight.ledger.base = fresh[key]
+                    weight.note()
+            for layout in self._layouts.values():
+                _live.wait(layout.ready)
+                for weight, part in layout.parts.items():
+                    if _model.memory(weight.tensor) in fresh:
+                        part.rebase()
+            self._written = _live.mark(tensor.device for tensor in bases)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A copy would share what is known of the first one's weights, and write into them.
