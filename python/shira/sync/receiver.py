@@ -80,6 +80,15 @@ class _Moves:
         return shira_ops.fingerprint_at(weight.tensor, entry.indices, granule=entry.granule)
 
 
+class _Torn(NamedTuple):
+    """Moves that have begun."""
+
+    moves: _Moves
+    # Whether the update was written before they did, and whether Switchers may have been told that it is otherwise.
+    written: bool
+    told: bool = False
+
+
 class _State(NamedTuple):
     """What a Receiver is at. It is replaced as a whole, so that an interrupt finds the old one or the new one."""
 
@@ -88,8 +97,7 @@ class _State(NamedTuple):
     staged: _Moves | None = None
     # The last commit, and the step before it.
     undo: tuple[_Moves, int | None] | None = None
-    # Moves that have begun, and whether the update was written before they did.
-    torn: tuple[_Moves, bool] | None = None
+    torn: _Torn | None = None
 
 
 class Receiver:
@@ -268,9 +276,10 @@ class Receiver:
                 if not known and _fingerprint(weight.tensor) != weight.fingerprint:
                     raise SyncError(f"Receiver: {what} refused: {weight.name} was changed by someone else; {_LOAD}")
                 weight.note()
-            self._state = self._state._replace(torn=(moves, back))
+            self._state = self._state._replace(torn=_Torn(moves, back))
             try:
                 self._refuse_wrong(what, moves, moves.swap(check=verify), back)
+                self._state = self._state._replace(torn=_Torn(moves, back, told=True))
                 self._settle(moves, switchers, written=not back)
                 self._state = then
             except BaseException as error:
@@ -311,9 +320,9 @@ class Receiver:
     def _heal(self, switchers: Sequence[Switcher]) -> None:
         """Take moves back that have begun and did not come to their end, wherever an error or an interrupt hit them."""
         if self._state.torn is not None:
-            moves, written = self._state.torn
+            moves, written, told = self._state.torn
             moves.restore(written=written)
-            self._settle(moves, switchers, written=written)
+            self._settle(moves, switchers if told else (), written=written)
             self._state = self._state._replace(torn=None)
 
     def _out_of_order(self, update: Update, at: int, step: int | None, *, staged: bool) -> str:
