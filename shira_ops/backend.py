@@ -137,8 +137,9 @@ def backends() -> dict[str, dict[str, Backend]]:
     """Which backend serves each op on each device, and why.
 
     Returns a new dictionary, `{op: {"cpu": Backend(name, why), "cuda": Backend(name, why)}}`. Overloads have keys
-    of their own, as `"adamw_.tensor"`. The names are `"compiled"` (C++ or CUDA), `"triton"`, `"reference"` (plain
-    torch: correct, slow, and on CUDA it synchronises) and `"none"`.
+    of their own, as `"adamw_.tensor"`. The names are `"compiled"` (C++ or CUDA), `"triton"` (compiled on the first
+    call, so call an op once before you capture it in a CUDA graph), `"reference"` (plain torch: correct, slow, and on
+    CUDA it synchronises) and `"none"`.
 
     >>> shira_ops.backends()["swap_"]["cpu"].name
     'compiled'
