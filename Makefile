@@ -2,7 +2,7 @@
 # make demo    set-up and the main job: adapters on real digits, trained, saved, switched, reverted, fused
 # make test    set-up and the tests
 # make compat  installs from the source distribution under each torch of COMPAT, in environments of their own, and runs
-#              the ops' tests there (10 minutes and, while it runs, 5 GB a version)
+#              the ops' tests there (10 minutes and, while it runs, 5 GB a version); Triton's tests under each of TRITON
 # make soak    set-up and a million random operations on the switcher, every state compared bit for bit (minutes)
 # make bench   set-up and the speed benchmarks: a selection (10 minutes); make bench-full takes all cases (30)
 # make bench-twice     two runs of the selection, and which of their ratios agree within 10 %
@@ -18,6 +18,7 @@ PY := $(VENV)/bin/python
 # CUDA torch wheels are several GB: on a machine without a GPU the CPU build serves.
 TORCH ?= torch==2.13.0
 COMPAT ?= 2.11.0 2.12.1 newest
+TRITON ?= 3.6.0 newest
 COMPAT_TESTS := switch fuse gradient optimize select codec fingerprint diff refusals autograd compile threads
 LATEST := benchmarks/results/latest.json
 AGAIN := benchmarks/results/again.json
@@ -50,7 +51,7 @@ test: setup
 
 # What the emulator and the references say depends on no torch. One after another: each compiles.
 compat:
-	for version in $(COMPAT); do $(MAKE) compat-$$version || exit 1; done
+	for version in $(COMPAT) $(TRITON:%=triton-%); do $(MAKE) compat-$$version || exit 1; done
 
 compat-%: AT = build/compat/$*
 compat-%:
@@ -66,6 +67,15 @@ compat-%:
 	cd $(AT)/unpacked && env -u PYTHONPATH ../venv/bin/pytest -q -p no:cacheprovider \
 		-k 'not emulator and not reference and not density_decides' \
 		$(COMPAT_TESTS:%=tests/ops/test_%.py) tests/test_import.py
+	rm -rf $(AT)
+
+# The one that the oldest torch brings, and the newest.
+compat-triton-%: AT = build/compat/triton-$*
+compat-triton-%: setup
+	rm -rf $(AT)
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps --target $(AT) \
+		'triton$(patsubst %,==%,$(filter-out newest,$*))'
+	PYTHONPATH=$(AT) $(PY) -m pytest -q -p no:cacheprovider tests/ops/test_triton.py
 	rm -rf $(AT)
 
 soak: setup
