@@ -1,7 +1,7 @@
 """Which backend serves each op, decided in this one place.
 
-The compiled kernels register themselves when `shira_ops._C` is loaded. Where they leave a gap on a GPU, the Triton
-kernel is registered, if triton is installed; where a gap is left still, the plain-torch reference.
+The compiled kernels register themselves when `shira_ops._C` is loaded. An op without one gets the Triton kernel on a
+GPU, if triton is installed, and otherwise the plain-torch reference.
 `SHIRA_BACKEND` overrides: `cuda` (compiled kernels, without Triton), `triton` (without compiled CUDA kernels) or
 `reference`.
 """
@@ -54,7 +54,7 @@ def _choose(op: str, key: str) -> Backend:
 
 
 def _below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
-    """References write in place with torch's own ops: those must not meet autograd a second time."""
+    """References write in place with torch's own ops, which must not meet autograd a second time."""
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         with torch._C._AutoDispatchBelowADInplaceOrView():
@@ -73,8 +73,8 @@ def _triton(op: str) -> Callable[..., Any]:
 
 
 def _without_kernel(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """What serves whatever has no kernel: a refusal of its tensors. Of lists without a tensor, which name no device
-    either, `function` knows what to make: nothing, or a refusal."""
+    """Serves the tensors for which there is no kernel: it refuses them. Calls without any tensor come here too, since
+    they name no device; those `function` answers."""
     own = checks.overload(op)
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
@@ -85,7 +85,7 @@ def _without_kernel(op: str, function: Callable[..., Any]) -> Callable[..., Any]
 
 
 def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`_select_random` by `select_random`: its first argument tells the device."""
+    """`_select_random`, by way of `select_random`: its first argument is there for its device."""
 
     def kernel(like: Tensor, numel: int, k: int, seed: int, granule: int) -> Any:
         return function(numel, k, seed, device=like.device, granule=granule)
@@ -115,11 +115,13 @@ def register() -> None:
 def backends() -> dict[str, dict[str, Backend]]:
     """Which backend serves each op on each device, and why.
 
-    Returns a new dictionary, `{op: {"cpu": Backend(name, why), "cuda": Backend(name, why)}}`. Overloads have keys
-    of their own, as `"adamw_.tensor"`. The names are `"compiled"` (C++ or CUDA), `"triton"`, `"reference"` (plain
-    torch: correct, slow, and on CUDA it synchronises) and `"none"`.
+    Returns a new dictionary of dictionaries: by op, then by device (``"cpu"``, ``"cuda"``), a `Backend(name, why)`.
+    Overloads have keys of their own, such as ``"adamw_.tensor"``. The names are ``"compiled"`` (C++ or CUDA),
+    ``"triton"``, ``"reference"`` (plain torch: correct, slow, and on CUDA it makes the host wait) and ``"none"``.
 
-    >>> shira_ops.backends()["swap_"]["cpu"].name
-    'compiled'
+    For example::
+
+        >>> shira_ops.backends()["swap_"]["cpu"].name
+        'compiled'
     """
     return {op: dict(devices) for op, devices in _served.items()}

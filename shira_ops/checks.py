@@ -1,12 +1,11 @@
 """What an op refuses, and the sentences it says: op, argument, requirement, what was given.
 
-The same checks in the same order and words as csrc/checks.h and csrc/ops/, for the references, the fakes and Triton:
-`checked` puts them in front of a function, bound by the op's schema. There are three of them, each before the first
-write:
+The same checks as in csrc/checks.h and csrc/ops/, in the same order and words. `checked` puts them in front of a
+function, so that references, fakes and Triton share them. There are three, and all come before the first write:
 
-- `arguments`: shapes, dtypes, devices, strides and numbers, which a fake tensor has too;
-- `memory`: storage that is missing or misaligned, and written arguments that overlap others; real tensors only;
-- `content`: indices that are not strictly increasing or out of range; it reads them, so on a GPU it synchronises.
+- `arguments`: shapes, dtypes, devices, strides and numbers, which fake tensors have too;
+- `memory`: storage that is missing or misaligned, and written tensors that overlap others; for real tensors only;
+- `content`: indices out of range or not strictly increasing. They are read for that, which on a GPU synchronises.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 SCORES = ("magnitude", "grad", "snip")
 MAX_ADAPTERS = 32767  # the adapter number has 15 bits of a source, above the position's 48
 
-Given = Mapping[str, Any]  # a call's arguments, by the names of the schema
+Given = Mapping[str, Any]  # the arguments of a call by their names in the schema
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-# ---- words that the other modules share --------------------------------------------------------------------
+# ---- shared with the other modules -------------------------------------------------------------------------
 
 
 def overload(op: str) -> OpOverload:
@@ -84,11 +83,10 @@ def is_dense(grad: Tensor, weight: Tensor, nnz: int) -> bool:
 
 
 def checked(op: str, *, memory: bool = True, content: bool = False) -> Callable[[_F], _F]:
-    """A decorator: first what the op refuses, then the function, with every argument of the schema by its name.
+    """A decorator: checks the arguments of a call, then passes all of them to the function by name, defaults too.
 
-    `memory=False` is for fakes, which have none. `content=True` reads the indices, which on a GPU synchronises.
+    `memory=False` is for fakes, which have no memory. `content=True` reads the indices, which on a GPU synchronises.
     """
-
     checks = _checks(op)
 
     def decorate(function: _F) -> _F:
@@ -130,7 +128,8 @@ class _Checks:
         given = self.defaults.copy()
         given.update(zip(self.names, args, strict=False))
         given.update(kwargs)
-        if len(given) != len(self.names) or len(args) > len(self.names):
+        twice = args and not kwargs.keys().isdisjoint(self.names[: len(args)])
+        if len(given) != len(self.names) or len(args) > len(self.names) or twice:
             got = f"{len(args)} by position and {', '.join(kwargs) or 'none'} by name"
             raise TypeError(f"{self.op}: takes {', '.join(self.names)}, got {got}")
         return given
@@ -154,7 +153,7 @@ def _with_names(check: Callable[..., None]) -> Callable[[Given], None]:
 
 
 def _tensors(value: Any) -> Iterator[tuple[int | None, Tensor]]:
-    """The tensors of one argument and their places in its list: a tensor alone has none."""
+    """The tensors of one argument, each with its place in the list (None for a tensor alone)."""
     if isinstance(value, Tensor):
         yield None, value
     elif isinstance(value, (list, tuple)):
@@ -168,16 +167,17 @@ def _name(word: str, member: int | None) -> str:
 
 
 class Call(NamedTuple):
-    """The op that is checking, the tensor that others must agree with and, for lists, the place that is looked at."""
+    """The op that is checking; the tensor that the others must agree with; for lists, the place in them."""
 
     op: str
     owner: str = "weight"
     member: int | None = None
 
     def require(self, condition: bool | torch.SymBool, word: str, requirement: str, *fill: object, got: object) -> None:
-        """Refuses the argument `word` unless the condition holds. The sentence is put together only then."""
+        """Refuses the argument `word` unless the condition holds. The sentence is put together only when it is needed:
+        `fill` goes into the places {} of the requirement."""
         if condition is not True:
-            # Also takes conditions on sizes that are only known at run time.
+            # Takes conditions on sizes that are known only at run time, too. It costs 2 us, so not where they hold.
             torch._check(
                 condition,
                 lambda: (
@@ -187,7 +187,7 @@ class Call(NamedTuple):
 
 
 def _text(value: object) -> str:
-    """A value as refusals have it."""
+    """A value as refusals print it."""
     if isinstance(value, torch.dtype):
         return dtype_name(value)
     if isinstance(value, torch.Size):
@@ -207,8 +207,8 @@ def _granule(op: str, granule: int) -> None:
 
 
 def _granule_fits(op: str, granule: int, numel: int, whole: str) -> None:
-    """A granule is no longer than what it is a part of: `numel` entries, as `whole` says with a {} for the number."""
-    if granule > 1:  # at most max(numel, 1); this way, nothing is asked of a size that only the run knows
+    """A granule is at most as long as the whole, of `numel` entries. `whole` names it, with a {} for the number."""
+    if granule > 1:  # asked first, so that granule 1 needs no guard on a size that is known only at run time
         fits = granule <= numel
         if fits is not True:
             most = "must be at most {} for " + whole
@@ -269,7 +269,7 @@ def _index_list(call: Call, word: str, indices: Tensor) -> None:
 
 
 def _entries(call: Call, word: str, tensor: Tensor) -> None:
-    """Entries of a size that moves know."""
+    """Entries of a size that can be moved."""
     known = tensor.element_size() in (1, 2, 4, 8)
     call.require(known, word, "must have entries of 1, 2, 4 or 8 bytes", got=tensor.dtype)
 
@@ -290,7 +290,7 @@ def _limit(op: str, limit: int, granule: int) -> None:
 
 
 # ---- tensors beside a weight -------------------------------------------------------------------------------
-# All of one form, `check(call, word, tensor, weight, indices, granule)`, where `indices` are the last ones before the
+# All have the form `check(call, word, tensor, weight, indices, granule)`, where `indices` are the last ones before the
 # tensor in the schema.
 
 
@@ -334,7 +334,7 @@ def _grad(call: Call, word: str, grad: Tensor, weight: Tensor, indices: Tensor, 
 
 
 def _copy(call: Call, word: str, tensor: Tensor, weight: Tensor, *_: Any, fp32_too: bool = False) -> None:
-    """A tensor as large as the weight."""
+    """A tensor of the weight's shape."""
     _device(call, word, tensor, weight)
     _dtype(call, word, tensor, weight, fp32_too)
     call.require(tensor.shape == weight.shape, word, "must have {}'s {}", call.owner, weight.shape, got=tensor.shape)
@@ -347,7 +347,7 @@ def _copy(call: Call, word: str, tensor: Tensor, weight: Tensor, *_: Any, fp32_t
 
 def _alpha(call: Call, weights: Sequence[Tensor], given: Given) -> None:
     for weight in weights:
-        if weight.dtype not in FLOATS:  # of other weights nothing is asked: alpha may be known only at run time
+        if weight.dtype not in FLOATS:  # otherwise alpha is not looked at: it may be known only at run time
             alpha, delta = given["alpha"], given["delta"]
             text = "must be 1 and delta False for weights of dtype {}"
             got = f"alpha {alpha:g}, delta {delta}"
@@ -380,7 +380,7 @@ def _adamw_numbers(call: Call, weights: Sequence[Tensor], given: Given) -> None:
     else:
         call.require(step >= 1, "step", "must be at least 1", got=step)
     _lr(call, weights, given)
-    for word in ("beta1", "beta2"):  # with all of a running average kept, the correction of its start divides by zero
+    for word in ("beta1", "beta2"):  # at 1 the bias correction would divide by zero
         call.require(0 <= given[word] < 1, word, "must be in [0, 1)", got=given[word])
     _finite(call, given, "eps")
     call.require(given["eps"] >= 0, "eps", "must be at least 0", got=given["eps"])
@@ -424,27 +424,29 @@ _BESIDE: dict[str, dict[str, Callable[..., None]]] = {
     "diff_": {"snapshot": _copy},
 }
 _ARITHMETIC = ("scatter_add_", "adamw_", "sgd_")
-_OPTIONAL = ("momentum_buffer",)
 _NUMBERS = {"apply_": _alpha, "switch_": _alpha, "adamw_": _adamw_numbers, "sgd_": _sgd_numbers}
 
 
 def _over_weights(op: str, names: Sequence[str]) -> tuple[Callable[[Given], None], Callable[[Given], None]]:
-    """The checks of arguments and of content. One weight is a list of one, whose names have no places."""
+    """The checks of arguments and of content, of an op over one weight as of its foreach_ form: one weight is a list of
+    one. They differ in names (`weight`, `weights[0]`)."""
     single = op.removeprefix("foreach_")
     listed = op != single
-    words = dict(zip((argument.name for argument in overload(single)._schema.arguments), names, strict=True))
-    beside = [(words[word], check, word in _OPTIONAL) for word, check in _BESIDE[single].items()]
+    schema = overload(single)._schema.arguments
+    words = dict(zip((argument.name for argument in schema), names, strict=True))
+    optional = {argument.name for argument in schema if "Optional" in str(argument.type)}
+    beside = [(words[word], check, word in optional) for word, check in _BESIDE[single].items()]
     arithmetic, numbers = single in _ARITHMETIC, _NUMBERS.get(single)
 
-    def column(word: str, given: Given, optional: bool = False) -> Sequence[Any] | None:
+    def column(given: Given, word: str, may_be_none: bool = False) -> Sequence[Any] | None:
         value = given[word]
-        return value if listed or (optional and value is None) else (value,)
+        return value if listed or (may_be_none and value is None) else (value,)
 
     def arguments(given: Given) -> None:
         granule = given["granule"]
         _granule(op, granule)
-        weights = column(words["weight"], given) or ()
-        columns = [(word, check, column(word, given, optional)) for word, check, optional in beside]
+        weights = column(given, words["weight"]) or ()
+        columns = [(word, check, column(given, word, may_be_none)) for word, check, may_be_none in beside]
         calls = [Call(op, f"weights[{t}]", t) for t in range(len(weights))] if listed else [Call(op)]
         for word, _, tensors in columns:
             if tensors is not None:
@@ -466,8 +468,8 @@ def _over_weights(op: str, names: Sequence[str]) -> tuple[Callable[[Given], None
             numbers(Call(op, "weights[0]" if listed else "weight"), weights, given)
 
     def contents(given: Given) -> None:
-        weights = column(words["weight"], given) or ()
-        lists = [(word, column(word, given) or ()) for word, check, _ in beside if check is _indices]
+        weights = column(given, words["weight"]) or ()
+        lists = [(word, column(given, word) or ()) for word, check, _ in beside if check is _indices]
         for t, weight in enumerate(weights):
             for word, indices in lists:
                 name = _name(word, t if listed else None)
@@ -636,7 +638,7 @@ def _select_random(numel: int, k: int, granule: int) -> None:
 
 
 def _count(call: Call, k: int, granules: int) -> None:
-    # One by one: an `and` would ask for the value of a size that is only known at run time.
+    # Not `0 <= k <= granules`: that would ask now for the value of a size that is known only at run time.
     call.require(k >= 0, "k", "must be in [0, {}]", granules, got=k)
     call.require(k <= granules, "k", "must be in [0, {}]", granules, got=k)
 
@@ -694,7 +696,7 @@ _CONTENT: dict[str, Callable[..., None]] = {
 
 
 def no_kernel(op: str, arguments: Sequence[tuple[str, Tensor]]) -> None:
-    """Refuses tensors for which no backend has a kernel. Without any tensor there is nothing to refuse."""
+    """Refuses tensors for which no backend has a kernel."""
     kind = ""
     for name, tensor in arguments:
         if tensor.is_quantized:
@@ -725,10 +727,10 @@ def lazy(op: str, arguments: Sequence[tuple[str, Tensor]]) -> None:
 
 
 def _memory(op: str, arguments: Sequence[tuple[str, int | None, Tensor, bool]]) -> None:
-    """Refuses memory that is not there and, where one of them is written, arguments that overlap it.
+    """Refuses tensors whose memory is missing or misaligned, and arguments that overlap one that is written.
 
-    A tensor whose storage was freed or shrunk under it still has its shape, and one made for tracing has nothing else;
-    memory that others lay out may start between two entries. `arguments` are (word, place in its list, tensor,
+    A tensor whose storage was freed or shrunk still has its shape, and a tensor made for tracing has nothing else.
+    Memory that other libraries lay out may start between two entries. `arguments` are (word, place in its list, tensor,
     whether it is written), in the order of the schema.
     """
     ranges: list[tuple[int, int, int, bool]] = []  # begin, end, which argument, written
@@ -758,8 +760,8 @@ def _memory(op: str, arguments: Sequence[tuple[str, int | None, Tensor, bool]]) 
         any_written |= written
     if not any_written:
         return
-    # By address, a clash is always with the range that ends furthest. Written and read-only ranges are kept apart,
-    # since read-only ones may coincide (a mask that several weights share).
+    # In the order of addresses, a clash is always with the range that reaches furthest. Written and read-only ranges
+    # are kept apart, since read-only ones may coincide (a mask that several weights share).
     ranges.sort()
     nowhere = (0, 0, 0, False)
     furthest = furthest_written = nowhere

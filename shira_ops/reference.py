@@ -32,7 +32,7 @@ def _op(function: _F) -> _F:
     return reference
 
 
-# A view of the bits of an entry: moves never look at what they carry.
+# Moves copy the bits of an entry, whatever number they mean.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _QUIET_NAN = {
     torch.float16: 0x7E00,
@@ -307,7 +307,7 @@ def sampled_grad(grad_output: Tensor, input: Tensor, indices: Tensor, granule: i
     result = torch.zeros(entries.numel(), dtype=dtype, device=indices.device)
     if entries.numel() == 0:
         return result
-    # A block of rows of the dense gradient at a time: it is never there as a whole.
+    # A block of rows of the dense gradient at a time: it is never in memory as a whole.
     block = max(1, 2**22 // columns)
     for row in range(0, rows, block):
         bounds = torch.tensor([row * columns, min(row + block, rows) * columns], device=indices.device)
@@ -338,9 +338,9 @@ def _divide(a: float, b: float) -> float:
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """Correctly rounded, as IEEE 754 says: torch's own CPU kernel with AVX-512 is an ulp off in one of five."""
+    """Correctly rounded, as IEEE 754 requires: torch's own CPU kernel with AVX-512 is an ulp off in one of five."""
     if x.is_cpu:
-        with np.errstate(invalid="ignore"):  # of a negative number: NaN
+        with np.errstate(invalid="ignore"):  # the root of a negative number is NaN
             return torch.from_numpy(np.sqrt(x.numpy()))
     return x.sqrt()
 
@@ -372,7 +372,7 @@ def _adamw(
     weight_decay: float,
     granule: int,
 ) -> None:
-    # Everything that is one number a call is computed in double and rounded once.
+    # What all entries share is computed in double and rounded once.
     bias1, bias2 = 1 - ipow(beta1, step), 1 - ipow(beta2, step)
     bias2_sqrt = math.sqrt(bias2) if bias2 >= 0 else math.nan
     decay, step_size = _scalar(1 - lr * weight_decay, master), _scalar(_divide(lr, bias1), master)
@@ -622,7 +622,7 @@ _ANCHOR = 16  # bytes: the block's first index, then mode << 56 | where its payl
 
 
 def _escaped(gaps: _U64, unit: type[np.unsignedinteger[Any]]) -> bytes:
-    """Gaps as little-endian units: each unit of all ones adds its value and goes on, any other ends the gap."""
+    """Gaps as little-endian units: a unit of all ones adds its value and the gap goes on; any other unit ends it."""
     most = int(np.iinfo(unit).max)
     ends = np.cumsum(gaps // np.uint64(most) + np.uint64(1), dtype=np.uint64) - np.uint64(1)
     units = np.full(int(ends[-1]) + 1 if ends.size else 0, most, dtype=unit)
@@ -703,7 +703,7 @@ def _decode_block(data: bytes, block: int, count: int, granules: int, dtype: tor
     body = data[anchors + start : anchors + end]
     gaps, begins, stop = _gaps(body, mode)
     complete, gaps = gaps.size, gaps[: n - 1]
-    # Sums wrap only after the first index that is out of range, and that one is all that is looked at.
+    # Sums wrap around only after the first index that is out of range, and nothing after that one is read.
     indices = np.uint64(first) + np.concatenate([np.zeros(1, dtype=np.uint64), (gaps + np.uint64(1)).cumsum()])
     outside = np.flatnonzero((gaps >= 2**63) | (indices[1:] >= bound))
     if outside.size:
@@ -733,7 +733,7 @@ def _decode_block(data: bytes, block: int, count: int, granules: int, dtype: tor
 def decode_indices(code: Tensor, count: int, limit: int, dtype: torch.dtype, granule: int = 1) -> Tensor:
     data = code.cpu().numpy().tobytes()
     blocks = -(-count // BLOCK)
-    # Asked before anything is allocated: no code makes more than one index a byte.
+    # Checked before anything is allocated: every index takes at least a byte of code.
     fewest = count + (_ANCHOR - 1) * blocks
     if len(data) != 0 if count == 0 else len(data) < fewest:
         least = "at least " if count else ""

@@ -134,7 +134,7 @@ class Lab:
         return [FAILED if score is None else score for score in found]
 
     def searched(self, setting: Setting) -> float:
-        """The learning rate with the best validation score at the first seed; of equal ones, the one with the lower loss.
+        """The learning rate with the best validation score at the first seed; of equals, the one with the lower loss.
 
         The search goes both ways from the method's start, until a lower and a higher rate are worse than the best, or
         the budget, the same for every method, is spent. A best rate whose score is below the untouched base's does not

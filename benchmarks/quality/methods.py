@@ -273,7 +273,7 @@ class Trained:
 
 
 def train(task: Task, method: Method, lr: float, seed: int, steps: int, fraction: float = 1.0) -> Trained:
-    """Adapt a fresh base: AdamW without weight decay. The rate rises over a tenth of the steps, then follows a cosine."""
+    """Adapt a fresh base: AdamW without decay. The rate rises over a tenth of the steps, then follows a cosine."""
     model = task.base()
     torch.manual_seed(seed)  # for LoRA's initial values; making the base may have drawn random numbers
     with method.attached(model, task, lr, seed) as attached:

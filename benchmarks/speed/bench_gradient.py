@@ -2,7 +2,7 @@
 
 dense   the whole gradient, grad_output.T @ input by torch's own GEMM in the same dtype, and then its entries
 rows    the same in blocks of rows, so that the dense gradient is never in memory as a whole
-rand    sampled_grad itself at a random mask of as many entries: no mask of another kind may take longer
+rand    sampled_grad itself with a random mask of as many entries: masks of other kinds should not take longer
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Problem:
         return run
 
     def prove(self, given: torch.Tensor, entries: torch.Tensor) -> None:
-        """Exact against fp64, at some of the entries."""
+        """Some of the entries, compared with the exact sums in fp64."""
         some = torch.linspace(0, len(entries) - 1, min(len(entries), 1000)).long()
         rows, columns = entries[some] // self.shape[1], entries[some] % self.shape[1]
         wanted = (self.grad_output[:, rows].double() * self.input[:, columns].double()).sum(0)
@@ -129,7 +129,7 @@ def bench_masks(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, m
 )
 @DTYPES
 def bench_density(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, density: float) -> None:
-    """Where the dense GEMM takes over."""
+    """At which density the dense product becomes faster."""
     problem = Problem(512, dtype)
     indices = problem.random_mask(density)
     entries = entries_of(indices)

@@ -1,4 +1,4 @@
-"""What gpu.py measures: each op beside the best plain torch and beside what the memory allows, parity first.
+"""What gpu.py measures: each op, proved first, beside the best of plain torch and beside what the memory allows.
 
 gpu_lab.py says how a comparison is measured.
 
@@ -40,7 +40,7 @@ from benchmarks.speed.gpu_ops import ADAMW, same
 shira = torch.ops.shira
 ADAPTERS = 8
 
-# Measurements, the most wanted first
+# The measurements, the most important first
 
 
 def copy(bench: Bench) -> Found:
@@ -57,7 +57,7 @@ def _swap(bench: Bench, granule: int) -> Found:
     def swap() -> None:
         shira.foreach_swap_(mask.weights, mask.indices, mask.values, granule)
 
-    # Parity of a layer of each shape, all its entries; and twice is the identity everywhere.
+    # All entries of a layer of each shape; and everywhere that twice is the identity.
     before = [weight.clone() for weight in mask.weights[:7]]
     given = [one.clone() for one in mask.values]
     swap()
@@ -118,7 +118,7 @@ def swap_granule_16(bench: Bench) -> Found:
 
 
 def adamw(bench: Bench) -> Found:
-    """1 % of the linear weights of four decoder layers; stock is AdamW(fused) on the values and index_copy_."""
+    """1 % of the linear weights of four decoder layers; stock is the fused AdamW on the values, and index_copy_."""
     parity = bench.prove("adamw_", "foreach_adamw_")
     mask = Mask.of(bench, bench.model.some)
     masters = [one.float() for one in mask.values]
@@ -187,7 +187,7 @@ def _sampled_grad(bench: Bench, weight: torch.Tensor, tokens: int) -> Found:
 
 
 def sampled_grad(bench: Bench) -> Found:
-    """A gate projection, 14336 x 4096, 8192 tokens: beside the dense weight gradient alone, and with the step."""
+    """A gate projection, 14336 x 4096, 8192 tokens: beside the dense weight gradient, alone and with the step."""
     return _sampled_grad(bench, bench.model.weights[GATE], 8192)
 
 
@@ -208,7 +208,7 @@ def sampled_grad_64_tokens(bench: Bench) -> Found:
 
 
 def select_top(bench: Bench) -> Found:
-    """1 % of 16.8 million."""
+    """1 % of 16.8 million entries."""
     weight = bench.model.weights[0]
     grad, k = bench.normal(*weight.shape), max(1, weight.numel() // 100)
 
@@ -249,7 +249,7 @@ def decode_indices(bench: Bench) -> Found:
 
 
 def fuse(bench: Bench) -> Found:
-    """Eight adapters of 1 % into a layer of 14336 x 4096; stock adds one after the other."""
+    """Eight adapters of 1 % into a layer of 14336 x 4096; stock adds them one after the other."""
     parity = bench.prove("fuse_plan", "fuse_")
     masks = [Mask.of(bench, range(GATE, GATE + 1)) for _ in range(ADAPTERS)]
     weight, values = masks[0].weights[0], [one.values[0] for one in masks]
@@ -279,7 +279,7 @@ def fuse(bench: Bench) -> Found:
 
 
 def switch(bench: Bench) -> Found:
-    """From 1 % to another 1 %, the linear weights of four decoder layers; beside a revert and an apply."""
+    """From 1 % to another 1 % of the linear weights of four decoder layers, beside a revert and an apply."""
     parity = bench.prove("switch_", "foreach_switch_")
     out, into = (Mask.of(bench, bench.model.some) for _ in range(2))
     saved = [torch.empty_like(one) for one in into.values]
@@ -319,7 +319,7 @@ def fingerprint(bench: Bench) -> Found:
 
 
 def training(bench: Bench) -> Found:
-    """A Llama of 1.2 billion parameters, 4096 tokens: steps and peak memory, beside LoRA of as many parameters."""
+    """Steps and peak memory of a Llama of 1.2 billion parameters, 4096 tokens, beside a LoRA of as many parameters."""
     bench.__dict__.pop("model", None)  # makes room
     clear()
     parity, seconds, facts = gpu_training.measure(bench)
@@ -330,7 +330,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], Found]] = {name: globals()[name] for n
 
 
 def run(bench: Bench, names: Iterable[str], write: Callable[[dict[str, Any]], None]) -> bool:
-    """Measures and tells one after the other; whether all went well."""
+    """Measures one after the other, and writes each result; returns whether all went well."""
     bandwidth, well = 0.0, True
     for name in ("copy", *(one for one in names if one != "copy")):
         start = time.perf_counter()
@@ -343,7 +343,7 @@ def run(bench: Bench, names: Iterable[str], write: Callable[[dict[str, Any]], No
             told["share of copy"] = {
                 way: moved / found.median(way) / bandwidth for way, moved in found.bytes.items() if bandwidth
             }
-        except Exception as error:  # told, and the others are measured all the same
+        except Exception as error:  # reported, and the others are measured all the same
             well = False
             told["error"] = f"{type(error).__name__}: {error}"
             told["traceback"] = traceback.format_exc(limit=-4)
@@ -352,7 +352,7 @@ def run(bench: Bench, names: Iterable[str], write: Callable[[dict[str, Any]], No
         if "error" in told and bench.cuda:
             try:
                 torch.cuda.synchronize()
-            except RuntimeError:  # nothing works in this process any more: gpu.py starts another for the rest
+            except RuntimeError:  # nothing works in this process any more, so gpu.py starts another for the rest
                 sys.exit(DEVICE_LOST)
         clear()
     return well
@@ -361,9 +361,11 @@ def run(bench: Bench, names: Iterable[str], write: Callable[[dict[str, Any]], No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny: does it run at all?")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, only to see whether everything runs")
     parser.add_argument("--only", nargs="*", choices=list(MEASUREMENTS), default=list(MEASUREMENTS))
-    parser.add_argument("--lines", type=Path, required=True, help="a JSON object a line is added for each measurement")
+    parser.add_argument(
+        "--lines", type=Path, required=True, help="a file that gets a line, a JSON object, for each measurement"
+    )
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_grad_enabled(False)

@@ -1,4 +1,4 @@
-"""Captured CUDA graphs and adapters: what a server that replays a captured model needs, proved bit for bit.
+"""Captured CUDA graphs and adapters: what a server needs that replays a captured model, proved bit for bit.
 
 - a model's inference is captured once; a Switcher changes its weights between replays, and every replay gives the bits
   of an eager forward with the same adapter
@@ -22,7 +22,7 @@ from benchmarks.speed.gpu_lab import captured
 from benchmarks.speed.gpu_ops import Arguments, calls, left, op, placed, run, same
 
 SIDE, DEVICE = 512, "cuda"
-# At the content: not for a graph.
+# These read the content on the host, so a graph cannot hold them.
 LOOKS = ("check_indices", "fuse_plan", "encode_indices", "decode_indices", "diff_", "foreach_diff_")
 
 
@@ -75,7 +75,7 @@ def tensors(own: Arguments) -> Iterator[torch.Tensor]:
 
 
 def captured_calls() -> str:
-    """A graph is replayed on the arguments as they were before its first call."""
+    """Replays each graph on the arguments as they were before its first call."""
     count = 0
     for granule in (1, 16):
         for name, given in calls(torch.bfloat16, granule, 24, 80).items():

@@ -5,7 +5,7 @@ How a comparison is measured
   which also keeps the GPU busy while the next launch is prepared. CUDA events take the time (on the CPU a clock).
 - Bytes are what a way has to move: touched 32-byte sectors in and out, indices, values and saved once each. A share is
   of the bandwidth at which `copy_` moves 2 GiB, reading and writing counted, measured in the same process.
-- "captured" is the same call replayed from a CUDA graph: what is left without the launches' cost on the CPU.
+- "captured" is the same call replayed from a CUDA graph, so without the cost of launches on the CPU.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from benchmarks.speed.gpu_ops import against_reference, calls
 from benchmarks.speed.samples import spread
 
 BF16 = torch.bfloat16
-SECTOR = 32  # bytes that a GPU's memory moves at least
+SECTOR = 32  # the least number of bytes that a GPU's memory moves
 DENSITY = 0.01
 GATE, DOWN = 4, 6  # the places of two projections among the weights of a decoder layer
 Call = Callable[[], object]
 
 
 def captured(call: Call) -> Call:
-    """The call as a CUDA graph; runs it a few times on the way."""
+    """The call as a CUDA graph. It is run a few times first."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -65,7 +65,7 @@ class Found:
 
 
 class Bench:
-    """The device, the sizes, the clock."""
+    """A device, its clock, and what is measured on it."""
 
     def __init__(self, device: str, quick: bool) -> None:
         self.device, self.quick, self.cuda = device, quick, device == "cuda"
@@ -73,7 +73,7 @@ class Bench:
         self.scratch = torch.empty(1 << 12 if quick else 512 << 20, dtype=torch.uint8, device=device)
 
     def once(self, call: Call) -> float:
-        """Seconds."""
+        """Seconds of one call."""
         self.scratch.zero_()
         if not self.cuda:
             start = time.perf_counter()
@@ -103,7 +103,7 @@ class Bench:
         return name, ways[name]
 
     def captured(self, ways: dict[str, Call]) -> dict[str, Call]:
-        """The ways, and each once more as a graph."""
+        """The ways, and on a GPU each of them once more as a graph."""
         return {**ways, **({f"{name}, captured": captured(ways[name]) for name in ways} if self.cuda else {})}
 
     def touch(self, memory: torch.Tensor, pieces: torch.Tensor, size: int) -> tuple[str, Call]:
@@ -121,7 +121,7 @@ class Bench:
         return self.fastest(ways)
 
     def mask(self, limit: int, density: float = DENSITY) -> torch.Tensor:
-        """Ascending, about `density * limit` of them."""
+        """About `density * limit` ascending indices."""
         parts = []
         for start in range(0, limit, 1 << 28):
             length = min(1 << 28, limit - start)
@@ -137,7 +137,7 @@ class Bench:
         return Model(self)
 
     def prove(self, *names: str) -> str:
-        """The ops against the references, at the size and beyond the size of one block."""
+        """Compares the ops with the references, on more than one block."""
         for granule in (1, 16):
             given = calls(BF16, granule, 96, 208 if self.quick else 2080)
             for name in names:
@@ -167,7 +167,7 @@ class Model:
             self.weights.append(self.memory[start : start + m * n].normal_(0, 0.02).view(m, n))
             self.starts.append(start)
             start += m * n
-        self.some = range(len(block) * min(4, blocks))  # the layers of the lists that need not be a whole model
+        self.some = range(len(block) * min(4, blocks))  # the layers for lists that need not be a whole model
 
 
 @dataclass
@@ -207,7 +207,7 @@ class Mask:
 
 
 def entries_of(index: torch.Tensor, granule: int) -> torch.Tensor:
-    """The entries that granules cover, in order, as stock torch wants them."""
+    """The entries that granules cover, in order, as plain torch wants them."""
     return (index.long()[:, None] * granule + torch.arange(granule).to(index)).view(-1)
 
 

@@ -39,12 +39,12 @@ def colour(way: str) -> str:
 
 
 def whiskers(results: list[dict[str, float]]) -> list[list[float]]:
-    """From the medians down and up to the quartiles."""
+    """The distances from the medians down and up to the quartiles."""
     return [[one["median"] - one["low"] for one in results], [one["high"] - one["median"] for one in results]]
 
 
 def bars(axes: Axes, names: list[str], found: list[dict[str, float]], shades: list[str]) -> None:
-    """Horizontal, logarithmic, each with its median as text."""
+    """Horizontal bars on a logarithmic axis."""
     axes.barh(names, [one["median"] for one in found], xerr=whiskers(found), color=shades, ecolor="#444", height=0.7)
     axes.set_xscale("log")
     axes.margins(y=0.01)
@@ -56,7 +56,7 @@ def bars(axes: Axes, names: list[str], found: list[dict[str, float]], shades: li
 
 
 def ways(f: texts.Figures) -> Figure | None:
-    """Milliseconds a layer of every way to put an adapter in, and touch."""
+    """Milliseconds a layer for every way to put an adapter in, beside touch."""
     infos = {info["dtype"]: info for info in f.info("bench_ways[1thread")}
     if not infos:
         return None
@@ -85,7 +85,7 @@ def ways(f: texts.Figures) -> Figure | None:
 
 
 def ratios(f: texts.Figures) -> Figure | None:
-    """The promises that are ratios, with quartiles and targets."""
+    """The lines with a target that are ratios, with quartiles and targets."""
     rows = []
     for line, kind in summary.LINES.items():
         if kind.target is None or kind.unit != "x" or not kind.at_least:
@@ -105,7 +105,7 @@ def ratios(f: texts.Figures) -> Figure | None:
 
 
 def shares(f: texts.Figures) -> Figure | None:
-    """Bytes a second of every op that knows what it has to move, beside the machine's limits."""
+    """Bytes a second of every op whose bytes are known, beside the machine's limits."""
     limits = {line.removeprefix("limit, "): one["median"] for (line, _, n), one in f.all.items()
               if line in ("limit, touch", "limit, copy", "limit, read") and n == 1}  # fmt: skip
     rates: dict[str, dict[str, float]] = {}
@@ -134,7 +134,7 @@ def shares(f: texts.Figures) -> Figure | None:
 
 
 def roofline(f: texts.Figures) -> Figure | None:
-    """What does arithmetic, beside what memory and arithmetic allow: a move of bits does none, see the limits."""
+    """Ops that do arithmetic, beside what memory and arithmetic allow. Those that only move bits are in `shares`."""
     limits = {line: one["median"] for (line, _, n), one in f.all.items() if line.startswith("limit, ") and n == 1}
     points = []  # name, dtype, floating-point operations, bytes that have to move, seconds with their quartiles
     for info in f.info("bench_swap[1thread"):
@@ -143,7 +143,7 @@ def roofline(f: texts.Figures) -> Figure | None:
         points.append(("LoRA fuse, addmm_", info["dtype"], 2 * m * n * rank, moved, info["seconds"]["fuse"]))
     for info in f.info("bench_sampled_grad[1thread"):
         tokens, size, seconds = info["tokens"], ITEM[info["dtype"]], info["seconds"]
-        rows, columns = info.get("rows", info.get("side")), info.get("columns", info.get("side"))  # earlier runs: side
+        rows, columns = (info.get(name, info.get("side")) for name in ("rows", "columns"))  # earlier runs say side
         inputs = tokens * (rows + columns) * size
         for name, key, entries, written in (
             ("sampled_grad", "sampled_grad", info["nnz"], 8 * info["nnz"]),
@@ -175,7 +175,7 @@ def roofline(f: texts.Figures) -> Figure | None:
 
 
 def growth(f: texts.Figures) -> Figure | None:
-    """The measured points of every axis, and the fitted sum."""
+    """The measured points of every axis, and the fitted costs as lines."""
     infos = f.info("bench_scaling[")
     if not infos:
         return None
@@ -207,7 +207,7 @@ def growth(f: texts.Figures) -> Figure | None:
 
 
 def paper(f: texts.Figures) -> Figure | None:
-    """Fig. 7: fuse over switch, by the weight's size."""
+    """The paper's Fig. 7: fuse over switch, by the size of the weight."""
     found: dict[tuple[str, str], list[tuple[int, dict[str, float]]]] = {}
     for (line, variant, threads), one in f.all.items():
         if line.startswith("fig. 7") and threads == 1:
@@ -234,7 +234,7 @@ def paper(f: texts.Figures) -> Figure | None:
 
 
 def best(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that no other beats in accuracy without switching slower: the front, from the fastest on."""
+    """The front, from the fastest on: the points that none beats in accuracy without switching more slowly."""
     found: list[dict[str, Any]] = []
     for point in sorted(points, key=lambda one: (one["switch_seconds"], -one["accuracy"])):
         if not found or point["accuracy"] > found[-1]["accuracy"]:
@@ -243,7 +243,7 @@ def best(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def front(points: list[dict[str, Any]]) -> Figure | None:
-    """Accuracy beside switch time, a panel for each task; a point's area is its file's size, the best have numbers."""
+    """Accuracy beside switch time, a panel for each task. A point's area is its file's size; the best are numbered."""
     if not points:
         return None
     tasks = list(dict.fromkeys(point["task"] for point in points))
@@ -286,13 +286,13 @@ PLOTS: dict[str, tuple[str, Callable[[texts.Figures], Figure | None]]] = {
 
 
 def digest(found: dict[str, Any]) -> str:
-    """Of what the README's plot shows."""
+    """A hash of the results that the README's plot shows."""
     shown = [one for one in found["benchmarks"] if one["name"].startswith("bench_ways[1thread")]
     return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
 
 
 def readme_plot(found: dict[str, Any], path: Path) -> None:
-    """The README's picture: it says in its metadata which results it was drawn from."""
+    """The README's picture. Its metadata says which results it was drawn from."""
     with plt.rc_context(STYLE):
         figure = ways(texts.Figures(found))
         if figure is None:
@@ -302,7 +302,7 @@ def readme_plot(found: dict[str, Any], path: Path) -> None:
 
 
 def draw(found: dict[str, Any], out: Path, quality: Path) -> dict[str, Path]:
-    """PNG files of the plots for which there are results, by title."""
+    """Draws every plot for which there are results; returns the PNG files by title."""
     f = texts.Figures(found)
     drawn = {}
     with plt.rc_context(STYLE):

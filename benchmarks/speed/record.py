@@ -1,4 +1,4 @@
-"""Makes a run the committed one, and writes what is told of it: the README's section, docs/speed.md and its plot.
+"""Makes a run the committed one, and writes the texts about it: the README's section, docs/speed.md and the plot.
 
 python -m benchmarks.speed.record            # latest.json becomes cpu-zen4.json; the texts and the plot follow
 python -m benchmarks.speed.record --texts    # the texts and the plot again, of the results that are committed
@@ -27,7 +27,7 @@ def write_texts(found: dict[str, Any]) -> None:
 
 
 def record(latest: Path, name: str, again: Path | None = None) -> None:
-    """Makes the committed file; where it is the one that the README tells of, also the texts and the plot.
+    """Makes the committed file; where the README is about that file, also the texts and the plot.
 
     From a second run only the medians of its ratios are kept, each beside the first run's.
     """
@@ -49,7 +49,7 @@ def main() -> int:
     parser.add_argument("--latest", type=Path, default=results.LATEST, help="JSON written by --benchmark-json")
     parser.add_argument("--again", type=Path, help="JSON of a second run")
     parser.add_argument(
-        "--name", default=results.COMMITTED, help="of the committed file, without .json: one for each machine"
+        "--name", default=results.COMMITTED, help="name of the committed file, without .json; each machine has one"
     )
     parser.add_argument("--texts", action="store_true", help="only write the texts and the plot again")
     parser.add_argument("--check", action="store_true", help="only check the texts; exit with 1 if one is out of date")

@@ -30,7 +30,7 @@ def inline(text: str) -> str:
 
 
 def to_html(markdown: str) -> str:
-    """Headings, paragraphs and tables: all that the templates use."""
+    """HTML of headings, paragraphs and tables, which is all that the templates use."""
     made = []
     for block in re.split(r"\n{2,}", markdown.strip()):
         lines = block.splitlines()
@@ -42,7 +42,7 @@ def to_html(markdown: str) -> str:
             head = "".join(f"<th>{cell}</th>" for cell in rows[0])
             body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in one)}</tr>" for one in rows[2:])
             made.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
-        else:
+        elif not lines[0].startswith("!["):  # the page has its own pictures
             made.append(f"<p>{inline(' '.join(lines))}</p>")
     return "\n".join(made)
 
@@ -53,7 +53,7 @@ text-align:left}th{background:#f5f5f5}img{max-width:100%}code{background:#f3f3f3
 
 
 def page(found: dict[str, Any], drawn: dict[str, Path]) -> str:
-    """Whole texts where the run has all that they tell of, else every result it has."""
+    """The text of docs/speed.md where the run has all its figures, else only the table of what was measured."""
     f = texts.Figures(found)
     quick = any(one["extra_info"].get("quick") for one in found["benchmarks"])
     warning = '<p class="warn">A --quick run: tiny layers, the figures mean nothing.</p>' if quick else ""

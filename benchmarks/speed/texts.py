@@ -1,4 +1,4 @@
-"""What is told of the committed results: the README's section about speed, and docs/speed.md.
+"""The texts about the committed results: the README's section about speed, and docs/speed.md.
 
 No figure is typed: the prose stands in templates/, the figures come from the results. record.py writes the texts.
 """
@@ -16,11 +16,11 @@ ROOT = Path(__file__).parent.parent.parent
 README, PAGE, PLOT = ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "speed.png"
 BEGIN, END = "<!-- speed: benchmarks/speed/texts.py writes from here -->", "<!-- speed: to here -->"
 STEPS = ("load", "fuse", "unfuse", "unload")
-MICROARCHITECTURES = {("AMD EPYC", 25, 17): "Zen 4"}  # what a brand leaves out
+MICROARCHITECTURES = {("AMD EPYC", 25, 17): "Zen 4"}  # where the brand does not name it
 
 
 def short(value: float) -> str:
-    """Two or three digits: what the spread of the rounds supports."""
+    """Two or three digits, as many as the spread of the rounds supports."""
     return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 1.995 else f"{value:.2f}"
 
 
@@ -40,12 +40,12 @@ def table(head: list[str], body: Iterable[list[str]]) -> str:
 
 
 def fill(template: str, **parts: str) -> str:
-    """The prose of templates/, with its figures and tables."""
+    """The prose of a template, with its figures and tables filled in."""
     return (Path(__file__).parent / "templates" / f"{template}.md").read_text().format(**parts)
 
 
 class Figures:
-    """The results of one file, by line, variant and threads: called, they give the text of a median."""
+    """The results of one file, by line, variant and threads. A call gives the text of a median."""
 
     def __init__(self, found: dict[str, Any]) -> None:
         self.all = results.figures(found)
@@ -61,7 +61,7 @@ class Figures:
             ) from None
 
     def __call__(self, line: str, variant: str = "", threads: int = 1) -> str:
-        """With where it lies, if that is wide."""
+        """The median, with its range where that is wide."""
         text = short(self.median(line, variant, threads)) + summary.LINES[line].unit
         result = self.all[line, variant, threads]
         if not results.is_wide(result):
@@ -69,15 +69,20 @@ class Figures:
         low, high = map(short, results.reach(result))
         return f"{text} ({low} to {high})"
 
+    def only(self, line: str) -> str:
+        """Of a line that is measured in one case, whose name depends on the sizes of the run."""
+        variants = self.variants(line)
+        return self(line, variants[0] if len(variants) == 1 else "")
+
     def both(self, line: str) -> list[str]:
-        """Of bf16 and of fp32."""
+        """The texts of bf16 and of fp32."""
         return [self(f"{line} bf16"), self(f"{line} fp32")]
 
     def variants(self, line: str) -> list[str]:
         return list(dict.fromkeys(variant for found, variant, _ in self.all if found == line))
 
     def info(self, start: str) -> list[dict[str, Any]]:
-        """extra_info of the benchmarks whose names begin so."""
+        """The extra_info of the benchmarks whose names begin with this."""
         return [one["extra_info"] for one in self.benchmarks if one["name"].startswith(start)]
 
     @property
@@ -88,20 +93,19 @@ class Figures:
 
 
 def switching(f: Figures) -> dict[str, list[str]]:
-    """What is told first about switching, by a short name: how many times as long the other way takes."""
-    square = "4096 x 4096"
-    peft = [f(f"switcher over PEFT {word}", square) for word in ("SHiRA", "LoRA")]
+    """The rows about switching, by a short name: how many times as long the other way takes."""
+    peft = [f.only(f"switcher over PEFT {word}") for word in ("SHiRA", "LoRA")]
     loads = [f("load", f"bf16, {which} adapter") for which in ("first", "later")]
     return {
         "fuse": ["`swap_` over the fastest LoRA fuse", *f.both("swap_ over best LoRA")],
-        "granules": ["the same with granules of 32 entries", f("granule 32 over fuse bf16", "r=20"), ""],
+        "granules": ["the same with granules of 32 entries", f.only("granule 32 over fuse bf16"), ""],
         "exact": ["`swap_` over the fastest other way that keeps the base", *f.both("swap_ over best exact")],
         "lossy": ["`swap_` over the fastest way that gives up the base's bits", *f.both("swap_ over best lossy")],
         "touch": ["`swap_`, share of touch", *f.both("swap_ of touch")],
         "switch": ["`switch_` to the next adapter, over revert and `apply_`", *f.both("switch_ over two")],
         "switcher": [
             "`Switcher.activate` A to B, over LoRA unfuse and fuse (`addmm_`)",
-            f("switcher over addmm_", square),
+            f.only("switcher over addmm_"),
             "",
         ],
         "peft": [
@@ -118,7 +122,7 @@ def switching(f: Figures) -> dict[str, list[str]]:
 
 
 def learning(f: Figures) -> dict[str, list[str]]:
-    """The same about training."""
+    """The rows about training."""
 
     def share(word: str) -> str:
         time, memory = f(f"training over {word}", "llama bf16"), f(f"training memory over {word}", "llama bf16")
@@ -157,7 +161,7 @@ README_ROWS = (
 
 
 def readme(f: Figures) -> str:
-    """The section between the markers: a few rows of what docs/speed.md begins with."""
+    """The section between the markers, with a few of the rows that docs/speed.md begins with."""
     rows = switching(f) | learning(f)
     return fill(
         "readme",
@@ -275,7 +279,7 @@ def training(f: Figures) -> str:
 
 
 def models(f: Figures, op: str = "swap_") -> dict[int, scaling.Model]:
-    """The fitted cost of each thread count; of fuse_ with swap_'s cost of memory."""
+    """The fitted cost for each number of threads; for fuse_ with swap_'s cost of memory."""
     points: dict[int, list[dict[str, Any]]] = {}
     for info in f.info("bench_scaling["):
         if info["op"] == op:
@@ -330,7 +334,7 @@ def predictions(f: Figures) -> str:
 
 
 def measured_beside(f: Figures) -> str:
-    """The model, fitted to single calls on square weights, beside whole models that it has not seen."""
+    """The cost that was fitted to single calls on square weights, beside whole models that it was not fitted to."""
     one = models(f)[1]
     body = []
     for info in f.info("bench_end_to_end[1thread"):
@@ -343,9 +347,8 @@ def measured_beside(f: Figures) -> str:
 def everything(f: Figures) -> str:
     threads = sorted({n for *_, n in f.all})
     order = list(summary.LINES)
-    known = dict.fromkeys(
-        (line, variant) for line, variant, _ in f.all if line in summary.LINES
-    )  # old ones have others
+    # Old results may have lines that are no longer measured.
+    known = dict.fromkeys((line, variant) for line, variant, _ in f.all if line in summary.LINES)
     keys = sorted(known, key=lambda key: order.index(key[0]))
     body = []
     for line, variant in keys:
@@ -396,29 +399,28 @@ def page(f: Figures) -> str:
     )
 
 
+SHOWN = (
+    *("limits", "swap", "granule", "exchange", "ways", "warm", "loads", "load", "switcher", "switcher_over_peft"),
+    *("sampled_grad", "adamw", "dense", "select_top", "training", "fuse", "call", "encode", "decode"),
+    *("fig7", "end_to_end", "scaling"),
+)
+"""The benchmarks whose figures the page needs."""
+
+
 def complete(f: Figures) -> bool:
-    """Whether the run has all that the page tells of."""
-    needed = (
-        "bench_limits",
-        "bench_ways",
-        "bench_warm",
-        "bench_loads",
-        "bench_fig7",
-        "bench_end_to_end",
-        "bench_training",
-    )
-    return all(f.info(name) for name in (*needed, "bench_scaling"))
+    """Whether the run has all that the page shows."""
+    return all(f.info(f"bench_{name}[") for name in SHOWN)
 
 
 def section(text: str) -> str:
-    """What stands between the markers."""
+    """The text between the markers."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"README.md must have one {BEGIN} and one {END}")
     return text.partition(f"{BEGIN}\n")[2].partition(END)[0]
 
 
 def made(f: Figures) -> dict[Path, str]:
-    """The files that tell of these results, and what stands in them."""
+    """The files about these results, and their texts."""
     text = README.read_text()
     section(text)  # refuses a README without the markers
     before, after = text.partition(f"{BEGIN}\n")[0], text.partition(END)[2]

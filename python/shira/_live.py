@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,19 @@ _records: weakref.WeakValueDictionary[int, Record] = weakref.WeakValueDictionary
 # Holds whose adapters belong to a Switcher that no longer exists, kept as long as the memory exists.
 _abandoned: dict[object, Hold] = {}
 _neighbours: weakref.WeakValueDictionary[object, Neighbours] = weakref.WeakValueDictionary()
+
+
+switchers: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Every `Switcher` that exists."""
+
+
+def base_of(tensor: Tensor) -> int | None:
+    """The fingerprint of a weight that a Switcher left at the base, if nobody has written to it since."""
+    record, hold = _records.get(id(tensor)), _holds.get(_model.memory(tensor))
+    held = hold is None or hold.holder is not None or hold.storage.expired()
+    if record is None or held or tensor.is_inference() or record.version != tensor._version:
+        return None
+    return record.base if record.pointer == tensor.data_ptr() else None
 
 
 def _hold(tensor: Tensor) -> Hold:

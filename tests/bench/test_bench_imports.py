@@ -1,10 +1,11 @@
-"""No module of the benchmarks imports itself through others: each can be read, and changed, after what it builds on."""
+"""No module of the benchmarks imports itself through others, so each can be read after what it builds on."""
 
 from __future__ import annotations
 
 import ast
 import graphlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def imports(root: Path, package: str) -> dict[str, set[str]]:
                 names += [f"{full}.{alias.name}" for alias in node.names]
         found[module] = set()
         for name in names:
-            while name and name not in files:  # a function of a module: the module
+            while name and name not in files:  # a name in a module counts as the module
                 name = name.rpartition(".")[0]
             if name and name != module:
                 found[module].add(name)
@@ -67,8 +68,28 @@ def test_speed_and_quality_do_not_import_each_other() -> None:
         assert not crossing
 
 
+def test_what_runs_on_a_gpu_needs_no_other_package() -> None:
+    """`make gpu` runs where there are torch, triton and numpy alone; others are imported where they are found."""
+    graph, wanted, seen = imports(ROOT, "benchmarks"), ["benchmarks.speed.gpu"], set()
+    wanted += [module for module in graph if module.startswith("benchmarks.speed.gpu_")]
+    while wanted:
+        module = wanted.pop()
+        if module not in seen:
+            seen.add(module)
+            wanted += graph[module]
+    assert "benchmarks.speed.samples" in seen
+    allowed = {*sys.stdlib_module_names, "benchmarks", "numpy", "shira", "shira_ops", "torch", "triton"}
+    for module in seen:
+        path = ROOT / module.replace(".", "/")
+        source = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+        for node in ast.parse(source).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert {name.partition(".")[0] for name in names} <= allowed, module
+
+
 def test_every_command_can_be_run_as_a_module() -> None:
-    """What has a main is called by `python -m`."""
+    """A module with a `main` calls it when it is run with `python -m`."""
     commands = [path for path in (ROOT / "benchmarks").rglob("*.py") if "\ndef main(" in path.read_text()]
     assert len(commands) > 8
     for path in commands:
@@ -82,7 +103,7 @@ def test_every_command_can_be_run_as_a_module() -> None:
         ("def late():\n    from . import first\n", True),
         ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import made.first\n", True),
         ("from .first import name\n", True),
-        ("import first\n", False),  # another's
+        ("import first\n", False),  # a module of someone else
         ("", False),
     ],
     ids=["from the package", "in a function", "for types", "relative", "another's", "none"],

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import shira_ops
-from shira import AdamW, Adapter, AdapterError, SparseTuner, Switcher, masks
+from shira import AdamW, Adapter, AdapterError, Entry, SparseTuner, Switcher, masks
 from shira.sync import Folder, Publisher, Receiver, SyncError, Update, compose, receiver
 
 
@@ -505,4 +505,74 @@ def test_random_walk(seed: int) -> None:
         done[what] += 1
         assert same(state(served), states[follower.version])
     assert all(done.values())
+    follower.verify()
+
+
+def adapter_for(
+    model: nn.Module, names: tuple[str, ...], *, seed: int, delta: bool = False, granule: int = 1
+) -> Adapter:
+    generator, entries = torch.Generator().manual_seed(seed), {}
+    for name in names:
+        weight = model.state_dict()[name]
+        indices = shira_ops.select_random(weight.numel(), weight.numel() // granule // 4, seed, granule=granule)
+        values = torch.randn(indices.numel() * granule, generator=generator).to(weight.dtype)
+        fingerprint = int(shira_ops.fingerprint(weight)) % 2**64
+        entries[name] = Entry(indices, values, tuple(weight.shape), weight.dtype, granule, fingerprint)
+    return Adapter(entries, delta=delta)
+
+
+@pytest.mark.parametrize(
+    "strengths", [{}, {"over": 1.0}, {"over": 0.5, "add": 0.7}, {"coarse": 0.3, "add": 1.0}], ids=str
+)
+def test_an_update_goes_under_active_adapters(strengths: dict[str, float]) -> None:
+    trained, served, base = model_of(), model_of(), model_of()
+    publisher = Publisher(trained)
+    adapters = {
+        "over": adapter_for(base, ("0.weight", "2.weight"), seed=1),
+        "add": adapter_for(base, ("0.weight", "3.weight"), seed=2, delta=True),
+        "coarse": adapter_for(base, ("2.weight",), seed=3, granule=8),
+    }
+    switcher, beside = Switcher(served), Switcher(served)
+    for name, adapter in adapters.items():
+        switcher.add(name, adapter)
+    beside.add("over", adapters["over"])
+    for known in ({"over": 1.0, "add": 0.5}, {"coarse": 1.0}):  # what the base's entries are kept for
+        switcher.activate(known)
+    switcher.deactivate()
+    beside.activate("over")
+    beside.deactivate()
+    if strengths:
+        switcher.activate(strengths)
+    follower = Receiver(served)
+    generator = torch.Generator().manual_seed(9)
+
+    def fresh(new: dict[str, float]) -> dict[str, Tensor]:
+        """The same adapters on a copy of the new base."""
+        copy = model_of()
+        copy.load_state_dict(trained.state_dict())
+        other = Switcher(copy)
+        for name, adapter in adapters.items():
+            other.add(name, adapter, verify=False)
+        if new:
+            other.activate(new)
+        return state(copy)
+
+    for _ in range(3):
+        disturb(trained, generator)
+        follower.stage(publisher.publish())
+        follower.commit()
+        assert switcher.active == strengths
+        assert same(state(served), fresh(strengths))
+    for other in ({"add": 1.0}, {"over": 0.2, "coarse": 1.0}):
+        switcher.activate(other)
+        assert same(state(served), fresh(other))
+        switcher.verify(full=True)
+    follower.verify()
+    switcher.deactivate()
+    assert same(state(served), state(trained))
+    beside.activate("over", alpha=0.5)
+    assert same(state(served), fresh({"over": 0.5}))
+    beside.deactivate()
+    assert same(state(served), state(trained))
+    follower.rollback()
     follower.verify()

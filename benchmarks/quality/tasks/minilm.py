@@ -262,9 +262,8 @@ class Classification:
         return corpus.provenance(f"{text}\n{label}" for members in rows(self.kind).values() for text, label in members)
 
     def base(self) -> nn.Module:
-        known = corpus.provenance(
-            task.provenance()["sha256"] for task in tasks(self.family)
-        )  # what the heads are fitted on
+        # Of all that the heads are fitted on.
+        known = corpus.provenance(task.provenance()["sha256"] for task in tasks(self.family))
         return cached(f"{self.family}-{known['sha256'][:8]}", make, fit_heads)
 
     def batches(self, seed: int, steps: int, fraction: float = 1.0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

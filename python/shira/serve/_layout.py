@@ -73,6 +73,17 @@ class Part:
             self.saved.copy_(base_entries(self.weight, self.indices, self.granule, active))
             self.unfilled = None
 
+    def rebase(self) -> None:
+        """The weight holds another base now: save its entries in place of the old one's, if those were saved."""
+        filled = self.has_base
+        count = self.indices.numel() if filled else 1
+        entries = shira_ops.gather(self.weight.tensor.detach(), self.indices[:count], granule=self.granule)
+        if not filled:
+            entries = _bits(entries).bitwise_not_().view(entries.dtype)
+            self.unfilled = _bits(entries)
+        self.saved[: entries.numel()].copy_(entries)  # in place: ways refer to the tensor
+        self.differences.clear()
+
     def finer(self, granule: int) -> Tensor:
         """The indices of the same entries in a granule that divides the part's; made once."""
         if granule == self.granule:

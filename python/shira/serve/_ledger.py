@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import shira_ops
-from shira import _fit, _live, _model
+from shira import _fit, _live, _model, _places
 from shira._live import SwitchError, Weight
 from shira._text import AdapterError
 from shira.adapter.adapter import Adapter
@@ -90,8 +90,7 @@ class Ledger:
                     self._read_base(weight)
             for weight in weights[1:]:
                 if weight.record.base != weights[0].record.base:
-                    both = _fit.one_in_adapter(weight.name, weights[0].name)
-                    raise AdapterError(f"{where} does not fit the model: {both} two that differ in the model")
+                    raise AdapterError(_fit.two_that_differ(where, _places.WHERE, weight.name, weights[0].name))
 
     def _take(self, places: tuple[_model.Slot, ...], verify: bool) -> Weight:
         weight = self.weight(places[0].weight) or Weight.of(places, self.me, verify)
@@ -110,10 +109,7 @@ class Ledger:
         other = [weight for weight, fingerprint in wanted.items() if weight.record.base != fingerprint]
         wrong = [weight.name for weight in other if adapter.delta or not adapter.weights[weights[weight]].whole]
         if wrong:
-            raise AdapterError(
-                f"{where} was made for another base: the content of {len(wrong)} of {len(wanted)} weights differs "
-                f"(by fingerprint): {_model.some(wrong)}"
-            )
+            raise AdapterError(_fit.made_for_another(where, wrong, len(wanted)))
         return tuple(weight.name for weight in other)
 
     # ---- whether anything has happened to them ---------------------------------------------------------------
@@ -242,6 +238,14 @@ class Ledger:
             layout.used.update(self.written)
         self.state = state
 
+    def rebase(self, bases: Mapping[object, int]) -> None:
+        """Where no adapter is active: weights, by their memory, hold another base now, with these fingerprints."""
+        for key, weight in self.weights.items():
+            if key in bases:
+                _live.refuse_first([weight], Weight.place)
+                weight.record.base = bases[key]
+                weight.note()
+
     def write_back(self, layout: Layout) -> None:
         """Put the base's entries of a layout to wherever its weights are now, whatever is there."""
         targets: list[tuple[Tensor, Part]] = []
@@ -249,7 +253,7 @@ class Ledger:
         for weight, part in layout.parts.items():
             places = {id(place.weight): place for place in weight.now() if part.has_base}
             for place in places.values():
-                problem = _fit.misfit(place, weight.shape, weight.dtype)
+                problem = _places.misfit(place, weight.shape, weight.dtype)
                 if problem is not None:
                     raise SwitchError(f"Switcher: {place.name} {problem}; {self.state.told()}")
                 targets.append((place.weight, part))
@@ -286,7 +290,7 @@ class Ledger:
             name = there.setdefault(_model.memory(found.get(weight, weight).tensor), weight.name)
             if name != weight.name:
                 raise SwitchError(f"Switcher: {weight.name} and {name} were two weights, and are one now")
-        overlap = _fit.overlap([fresh.slot for fresh in found.values()], besides=set(moved))
+        overlap = _places.overlap([fresh.slot for fresh in found.values()], besides=set(moved))
         if overlap is not None:
             raise SwitchError(f"Switcher: {overlap}")
         wrong = [weight.name for weight, fresh in found.items() if not self._has_content_of(weight, fresh)]
@@ -313,7 +317,7 @@ class Ledger:
                     f"Switcher: {places[0].name} and {place.name} were one (tied) weight and are two now; tie them"
                 )
         _live.refuse_first([weight], Weight.tuned)
-        problem = _fit.misfit(places[0], weight.shape, weight.dtype)
+        problem = _places.misfit(places[0], weight.shape, weight.dtype)
         if problem is not None:
             raise SwitchError(f"Switcher: {weight.name} {problem}")
         return Weight.of(places, self.me, False)

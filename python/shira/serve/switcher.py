@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from shira import _fit, _live, _model, _text
+from shira import _live, _model, _places, _text
 from shira._live import LOCK, SwitchError, Weight
 from shira._text import AdapterError
 from shira.adapter.adapter import Adapter
@@ -21,7 +21,7 @@ from shira.serve import _layout, _shelf
 from shira.serve._layout import BASE, EMPTY, State, Way, listed
 from shira.serve._ledger import Ledger, quiet
 from shira.serve._shelf import Added, Memory, Shelf
-from shira.serve._streams import wait
+from shira.serve._streams import mark, wait
 
 __all__ = ["Memory", "SwitchError", "Switcher"]
 
@@ -83,6 +83,7 @@ class Switcher:
         self._torn: Way | None = None
         # The open blocks of `using`, the innermost last.
         self._blocks: list[weakref.ref[_Block]] = []
+        _live.switchers.add(self)
         weakref.finalize(self, _gone, os.getpid(), self._ledger.weights, me, self._shelf.files)
 
     @property
@@ -143,7 +144,7 @@ class Switcher:
             ledger.wait()
             # Parameters may have been replaced since.
             self._slots = _model.slots(self.model, buffers=True)
-            places = _fit.places(where, adapter, self._slots, rename)
+            places = _places.places(where, adapter.weights, self._slots, rename)
             devices = [group[0].weight.device for groups in places.values() for group in groups]
             with shelf.streams.staging(devices) as ready:
                 weights = ledger.take(where, places, verify=verify)
@@ -279,6 +280,32 @@ class Switcher:
         """Bytes that each adapter keeps, by name; under ``"a + b"`` those of adapters made ready to act together."""
         with LOCK:
             return self._shelf.memory()
+
+    def knows(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether adapters were added that change any of these weights."""
+        with LOCK:
+            return not self._ledger.weights.keys().isdisjoint(map(_model.memory, tensors))
+
+    def rebase(self, bases: Mapping[Tensor, int]) -> None:
+        """Take what these weights hold now for the base, as after a `shira.sync.Receiver` wrote an update into them.
+
+        The adapters stay as they are: an overwriting one replaces the same entries, a delta is added to the new ones,
+        and taking them off gives the new base.
+
+        Args:
+            bases: the weights, as the model holds them, and the fingerprint of what each holds now (not compared).
+
+        Raises `SwitchError` where an adapter is active, with nothing changed.
+        """
+        with LOCK, quiet():
+            self._heal()
+            if self.active:
+                raise SwitchError(f"Switcher: deactivate() before the base is changed; {self._ledger.state.told()}")
+            self._ledger.wait()
+            fresh = {_model.memory(tensor): fingerprint for tensor, fingerprint in bases.items()}
+            self._ledger.rebase(fresh)
+            self._shelf.rebase(fresh)
+            self._ledger.written = mark(tensor.device for tensor in bases)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A copy would share what is known of the first one's weights, and write into them.
@@ -422,24 +449,6 @@ class Switcher:
         what = f"activating {listed(wanted)}" if wanted else "deactivating"
         told = self._ledger.state.told()
         return SwitchError(f"Switcher: {what} failed and nothing has changed: {told}. Cause: {error}")
-
-
-def fitted(
-    model: nn.Module, adapter: str | os.PathLike[str] | Adapter, check_finite: bool, rename: _text.Rename
-) -> tuple[Adapter, dict[str, _model.Slot]]:
-    """An adapter, and where its weights are in the model: with every check of `Switcher.add`, for who needs no more."""
-    switcher = Switcher(model)
-    switcher.add("", adapter, check_finite=check_finite, rename=rename)
-    added = switcher._shelf.added[""]
-    places: dict[str, _model.Slot] = {}
-    for weight, name in added.weights.items():
-        if name in places:
-            both = _fit.one_in_adapter(weight.name, places[name].name)
-            raise AdapterError(f"{both} two in the model, which training would let drift apart; tie them first")
-        if not isinstance(weight.slot.weight, nn.Parameter):
-            raise AdapterError(f"{weight.name} is a buffer, not a parameter, so it cannot be trained")
-        places[name] = weight.slot
-    return added.read(), places
 
 
 def _gone(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 import shira_ops
 from shira import _live, _model
 from shira._granules import dtype_name
+from shira._live import SwitchError
 from shira._model import VALUES_SUFFIX
 from shira._text import AdapterError, named
+from shira.serve.switcher import Switcher
 from shira.sync._weights import Weight, by_call, fingerprints, refuse_moved, weights_of
 from shira.sync.update import SyncError, Update, compose, shown_version, version_of
 
@@ -108,8 +110,10 @@ class Receiver:
                     f"Receiver: a SparseTuner trains {name.removesuffix(VALUES_SUFFIX)}; detach it first "
                     f"(shira.detach(model)), or make a Publisher of it"
                 )
-        with _live.LOCK, torch.no_grad(), _bare(self.model, "Receiver"):
-            self._weights = weights_of("Receiver", self.model, exclude, _fingerprint)
+        with _live.LOCK, torch.no_grad():
+            tensors = [slot.weight for slot in _model.slots(self.model, buffers=True).values()]
+            with _bare("the first look", tensors):
+                self._weights = weights_of("Receiver", self.model, exclude, _fingerprint)
         self._names = {slot.name: weight for weight in self._weights.values() for slot in weight.slots}
         self._version = version_of(fingerprints(self._weights))
         self.step: int | None = None
@@ -189,7 +193,7 @@ class Receiver:
 
     def verify(self) -> None:
         """Read all weights and compare them with what the updates say they are; `SyncError` names those that differ."""
-        with _live.LOCK, torch.no_grad(), _bare(self.model, "Receiver"):
+        with _live.LOCK, torch.no_grad(), _bare("verify", self._tensors()):
             refuse_moved("Receiver", self._weights.values(), _ANEW)
             different = [
                 name for name, weight in self._weights.items() if _fingerprint(weight.tensor) != weight.fingerprint
@@ -200,6 +204,9 @@ class Receiver:
                 weight.note()
 
     # ---- how ---------------------------------------------------------------------------------------------------
+
+    def _tensors(self) -> list[Tensor]:
+        return [weight.slots[0].weight for weight in self._weights.values()]
 
     def _check(self, update: Update) -> None:
         where = f"the update of step {update.step}"
@@ -238,12 +245,12 @@ class Receiver:
     def _apply(self, what: str, moves: _Moves, verify: bool, back: bool = False) -> None:
         refuse_moved("Receiver", self._weights.values(), _ANEW)
         update = moves.update
-        with _bare(self.model, what) as switchers:
+        with _bare(what, self._tensors()) as switchers:
             for weight in self._weights.values():
-                if weight.touched():
-                    if _fingerprint(weight.tensor) != weight.fingerprint:
-                        raise SyncError(f"Receiver: {what} refused: {weight.name} was changed by someone else; {_LOAD}")
-                    weight.note()
+                known = not weight.touched() or _live.base_of(weight.slots[0].weight) == weight.fingerprint
+                if not known and _fingerprint(weight.tensor) != weight.fingerprint:
+                    raise SyncError(f"Receiver: {what} refused: {weight.name} was changed by someone else; {_LOAD}")
+                weight.note()
             try:
                 shares = moves.swap(check=verify)
             except Exception as error:
@@ -306,6 +313,27 @@ def _fingerprint(tensor: Tensor) -> int:
 
 
 @contextmanager
-def _bare(model: nn.Module, what: str) -> Iterator[list[object]]:
-    """The base within the block, whatever adapters Switchers have on it; yields the Switchers that know the model."""
-    yield []
+def _bare(what: str, tensors: Sequence[Tensor]) -> Iterator[list[Switcher]]:
+    """The base within the block, whatever adapters Switchers have on these weights; yields those Switchers."""
+    known: list[Switcher] = [switcher for switcher in list(_live.switchers) if switcher.knows(tensors)]
+    active = [(switcher, switcher.active) for switcher in known if switcher.active]
+    off: list[tuple[Switcher, dict[str, float]]] = []
+    try:
+        try:
+            for switcher, strengths in active:
+                switcher.deactivate()
+                off.append((switcher, strengths))
+        except SwitchError as error:
+            raise SyncError(
+                f"Receiver: {what} refused: the adapters on the model cannot be taken off. {error}"
+            ) from error
+        yield known
+    finally:
+        for switcher, strengths in reversed(off):
+            try:
+                switcher.activate(strengths)
+            except SwitchError as error:
+                raise SyncError(
+                    f"Receiver: after {what}, done or refused as a whole, the adapters that were active could "
+                    f"not be put back: the model has the base alone. {error}"
+                ) from error
