@@ -1,8 +1,8 @@
 """The README and the site as a reader takes them: every block of every page runs, and what pages say is so.
 
 A page is read from top to bottom in an empty folder: its blocks of Python share one namespace, and the `shira` commands
-of its shell blocks work on the files that were written before. A block that needs a package that is not among the
-tests' own says so in the line above, `<!-- needs NAME -->`, and runs where that is installed.
+of its shell blocks work on the files that were written before. The line above a block may be `<!-- needs NAME -->`: of a
+package that is not among the tests' own, it runs where that is installed; or `<!-- run by TEST -->`, of tests/test_stacks.py.
 """
 
 from __future__ import annotations
@@ -36,15 +36,18 @@ class Block(NamedTuple):
     line: int
     language: str
     needs: str
+    test: str
     text: str
 
 
 def blocks(page: str) -> Iterator[Block]:
     """The fenced blocks of a page, each with the number of its first line."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    fence = r"^(?:<!-- needs (?P<needs>\w+) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$"
+    marks = r"(?:<!-- needs (?P<needs>\w+) -->\n)?(?:<!-- run by (?P<test>\w+) -->\n)?"
+    fence = rf"^{marks}```(?P<language>\w*)\n(?P<text>.*?)^```$"
     for found in re.finditer(fence, text, re.MULTILINE | re.DOTALL):
-        yield Block(text.count("\n", 0, found.start("text")) + 1, found["language"], found["needs"] or "", found["text"])
+        line = text.count("\n", 0, found.start("text")) + 1
+        yield Block(line, found["language"], found["needs"] or "", found["test"] or "", found["text"])
 
 
 RUNNING = [page for page in PAGES if any(block.language in ("python", "sh") for block in blocks(page))]
@@ -92,11 +95,13 @@ def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("page", RUNNING)
 def test_page_runs_as_it_stands(page: str, apart: Path) -> None:
-    pytest.importorskip("transformers")
-    pytest.importorskip("typer")
+    used = "".join(block.text for block in blocks(page))
+    for package, sign in (("transformers", "transformers"), ("peft", "import peft"), ("typer", "shira inspect")):
+        if sign in used:
+            pytest.importorskip(package)
     session: dict[str, Any] = {"__name__": "page"}
     for block in blocks(page):
-        if block.needs and importlib.util.find_spec(block.needs) is None:
+        if block.test or (block.needs and importlib.util.find_spec(block.needs) is None):
             continue
         if block.language == "python":
             run_python(page, block, session)
@@ -111,6 +116,10 @@ def test_few_blocks_need_what_is_not_here() -> None:
     assert {block.language for block in every} <= {"python", "sh", *SHOWN}
     assert sum(block.language == "python" for block in every) > 40
     assert [block.needs for block in every if block.needs] == ["diffusers"] * 2
+    stacks = (ROOT / "tests/test_stacks.py").read_text(encoding="utf-8")
+    tests = [block.test for block in every if block.test]
+    assert len(tests) == 2
+    assert all(f'"{test}"' in stacks for test in tests)
 
 
 # The README
@@ -153,6 +162,14 @@ def test_links_lead_somewhere(page: str) -> None:
             headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
             anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
             assert anchor in anchors, f"{page}: {target}"
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_files_that_are_named_are_there(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = re.findall(r"`((?:csrc|shira_ops|python|tests|benchmarks|docs)/[\w/.]+\.\w+)`", text)
+    assert len(named) > 5
+    assert [name for name in named if not (ROOT / name).is_file()] == []
 
 
 def test_every_page_is_in_the_navigation() -> None:
