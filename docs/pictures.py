@@ -1,163 +1,117 @@
-"""The pictures of the site, drawn while it is built: `![...](pictures/NAME.svg)` in a page shows what NAME draws."""
+"""The pictures of docs/concepts.md, drawn while the site is built, from the library itself."""
 
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable
 from typing import Any
 
-import matplotlib
-import numpy as np
-from matplotlib.axes import Axes
+import matplotlib as mpl
+import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from mkdocs.structure.files import File, Files
 
-BASE, CHANGED, LINE, INK = "#e8eaf6", "#3949ab", "#90a4ae", "#263238"
-# Text stays text, and the same page gives the same bytes.
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "shira", "font.size": 10, "font.family": "sans-serif"}
+import shira
+import shira_ops
+
+CHANGED, KEPT, LINE = "#e4572e", "#c9ccd3", "#6b7080"
+SIDE = 32
 
 
-def grid(axes: Axes, rows: int, columns: int, changed: set[tuple[int, int]]) -> None:
-    """Squares, one for each entry."""
-    rectangle = matplotlib.patches.Rectangle
-    axes.add_patch(rectangle((0, 0), columns, rows, color=BASE))
-    for row, column in sorted(changed):
-        axes.add_patch(rectangle((column, row), 1, 1, color=CHANGED))
-    axes.hlines(range(rows + 1), 0, columns, color="white", linewidth=1.2)
-    axes.vlines(range(columns + 1), 0, rows, color="white", linewidth=1.2)
-    axes.set(xlim=(-0.3, columns + 0.3), ylim=(rows + 0.3, -0.3), aspect="equal")
+def _svg(figure: Figure) -> str:
+    text = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "shira", "svg.fonttype": "none", "font.family": "sans-serif"}):
+        figure.savefig(text, format="svg", bbox_inches="tight", transparent=True, metadata={"Date": None})
+    return text.getvalue()
+
+
+def granules() -> Figure:
+    """One weight and the same share of its entries, as single entries and as granules of 8."""
+    figure = Figure(figsize=(8, 4.2))
+    for number, granule in enumerate((1, 8)):
+        axes = figure.add_subplot(1, 2, number + 1)
+        weight = torch.zeros(SIDE, SIDE)
+        mask = shira.masks.Rand(density=0.0625, granule=granule, seed=3)
+        shira_ops.scatter_(weight, mask("weight", weight), torch.ones(64), granule=granule)
+        axes.imshow(weight.numpy(), cmap=mpl.colors.ListedColormap([KEPT, CHANGED]), interpolation="nearest")
+        axes.set_xticks([x - 0.5 for x in range(0, SIDE + 1, 8)], labels=[])
+        axes.set_yticks([])
+        axes.grid(axis="x", color="white", linewidth=1.5)
+        axes.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        lines = int(weight.view(-1, 8).any(1).sum())
+        axes.set_title(
+            f"granule {granule}: 64 entries, {64 // granule} indices,\n{lines} runs of 8 entries touched",
+            color=LINE,
+            fontsize=11,
+        )
+    return figure
+
+
+def switching() -> Figure:
+    """What base, adapter, switch and revert do to a row of twelve entries."""
+    figure = Figure(figsize=(8, 3.3))
+    axes = figure.add_subplot()
+    base = torch.arange(12.0)
+    indices, values = torch.tensor([2, 5, 6, 10], dtype=torch.int32), torch.tensor([50.0, 51, 52, 53])
+    weight, saved = base.clone(), torch.empty(4)
+    rows: list[tuple[str, torch.Tensor]] = [("base", base.clone())]
+    shira_ops.apply_(weight, indices, values, saved)
+    rows.append(("after apply_", weight.clone()))
+    shira_ops.scatter_(weight, indices, saved)
+    rows.append(("after the revert", weight.clone()))
+    for y, (label, row) in enumerate(rows):
+        axes.text(-0.4, -y, label, ha="right", va="center", color=LINE)
+        for x, entry in enumerate(row.tolist()):
+            new = entry >= 50
+            box = Rectangle((x, -y - 0.36), 0.94, 0.72, facecolor=CHANGED if new else KEPT, edgecolor="none")
+            axes.add_patch(box)
+            axes.text(x + 0.47, -y, f"{entry:g}", ha="center", va="center", color="white" if new else "#222")
+    axes.set_xlim(-3.4, 12)
+    axes.set_ylim(-2.6, 0.6)
     axes.axis("off")
+    return figure
 
 
-def adapter() -> Figure:
-    """A weight, and the two lists that are an adapter for it."""
-    rows, columns = 8, 16
-    flat = np.sort(np.random.default_rng(3).choice(rows * columns, 8, replace=False))
-    values = np.random.default_rng(4).normal(size=len(flat)).round(2)
-    figure = Figure(figsize=(8, 2.9))
-    left, right = figure.subplots(1, 2, width_ratios=(2, 1.35))
-    grid(left, rows, columns, {divmod(int(at), columns) for at in flat})
-    for at in flat:
-        row, column = divmod(int(at), columns)
-        left.text(column + 0.5, row + 0.53, str(at), color="white", ha="center", va="center", fontsize=7)
-    left.set_title("weight [8, 16]: entries are numbered row by row", fontsize=10, color=INK)
-    right.axis("off")
-    table = right.table(
-        [[str(at), f"{value:+.2f}"] for at, value in zip(flat, values, strict=True)],
-        colLabels=["indices", "values"],
-        cellLoc="center",
-        loc="center",
+def fingerprints() -> Figure:
+    """How many entries of a model an update touches, and that its fingerprint follows without reading the rest."""
+    figure = Figure(figsize=(8, 2.6))
+    axes = figure.add_subplot()
+    weight = torch.arange(24, dtype=torch.int64)
+    before = int(shira_ops.fingerprint(weight))
+    indices = torch.tensor([3, 11, 19], dtype=torch.int32)
+    at_before = int(shira_ops.fingerprint_at(weight, indices))
+    shira_ops.scatter_(weight, indices, torch.tensor([7, 7, 7]))
+    at_after = int(shira_ops.fingerprint_at(weight, indices))
+    after = int(shira_ops.fingerprint(weight))
+    assert (before - at_before + at_after - after) % 2**64 == 0
+    for x in range(24):
+        touched = x in (3, 11, 19)
+        axes.add_patch(Rectangle((x, 0), 0.92, 0.9, facecolor=CHANGED if touched else KEPT, edgecolor="none"))
+    lines = (
+        f"before   {before % 2**64:016x}     its three words add   {at_before % 2**64:016x}",
+        f"after      {after % 2**64:016x}     its three words add   {at_after % 2**64:016x}",
+        "after = before - (what the words added) + (what they add now)",
     )
-    table.scale(0.85, 1.15)
-    right.set_title("the adapter", fontsize=10, color=INK)
-    return figure
-
-
-def granule() -> Figure:
-    """As many entries, single and in runs: the lines of the cache that a switch touches."""
-    lines, line, entries = 16, 32, 32
-    single = {divmod(int(at), line) for at in np.random.default_rng(0).choice(lines * line, entries, replace=False)}
-    starts = np.random.default_rng(5).choice(lines * 2, entries // 16, replace=False) * 16
-    runs = {divmod(int(start) + k, line) for start in starts for k in range(16)}
-    figure = Figure(figsize=(8, 3.1))
-    for axes, changed, name in zip(
-        figure.subplots(1, 2), (single, runs), ("32 single entries", "2 granules of 16"), strict=True
-    ):
-        grid(axes, lines, line, changed)
-        touched = {row for row, _ in changed}
-        for row in touched:
-            axes.add_patch(matplotlib.patches.Rectangle((-0.1, row), line + 0.2, 1, fill=False, edgecolor="#d81b60"))
-        some = "lines" if len(touched) > 1 else "line"
-        axes.set_title(f"{name}: {len(touched)} {some} of memory touched", fontsize=10, color=INK)
-    return figure
-
-
-def fingerprint() -> Figure:
-    """A sum over words and their places, and what a change does to it."""
-    figure = Figure(figsize=(8, 2.4))
-    axes = figure.subplots()
-    axes.set(xlim=(-1.8, 8.4), ylim=(0, 4))
+    for y, text in enumerate(lines):
+        axes.text(0, -0.7 - 0.75 * y, text, color=LINE, fontsize=11)
+    axes.set_xlim(0, 24)
+    axes.set_ylim(-2.7, 1)
     axes.axis("off")
-    for place in range(6):
-        color, ink = (CHANGED, "white") if place == 3 else (BASE, INK)
-        axes.add_patch(matplotlib.patches.Rectangle((place * 1.15, 2.9), 1, 0.8, color=color))
-        axes.text(place * 1.15 + 0.5, 3.3, f"word {place}", color=ink, ha="center", va="center", fontsize=9)
-        axes.annotate("", (place * 1.15 + 0.5, 1.95), (place * 1.15 + 0.5, 2.85), arrowprops={"arrowstyle": "->"})
-        axes.add_patch(matplotlib.patches.Rectangle((place * 1.15, 1.2), 1, 0.7, fill=False, edgecolor=LINE))
-        axes.text(place * 1.15 + 0.5, 1.55, f"mix(., {place})", color=INK, ha="center", va="center", fontsize=9)
-        if place < 5:
-            axes.text(place * 1.15 + 1.075, 1.55, "+", ha="center", va="center", fontsize=11, color=INK)
-    axes.text(-0.15, 3.3, "weight", ha="right", va="center", color=INK)
-    axes.text(-0.15, 1.55, "terms", ha="right", va="center", color=INK)
-    axes.text(7.0, 1.55, "= fingerprint", va="center", color=INK, weight="bold")
-    axes.text(3.4, 0.35, "new = old - mix(old word, 3) + mix(new word, 3)", ha="center", color=CHANGED, fontsize=11)
-    return figure
-
-
-def exactness() -> Figure:
-    """Drift of a weight in bfloat16 that is added to and subtracted from, measured here and now."""
-
-    def rounded(x: np.ndarray) -> np.ndarray:
-        bits = x.astype(np.float32).view(np.uint32)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
-
-    random = np.random.default_rng(0)
-    base = rounded(random.normal(size=20_000) * 0.02)
-    weight, wrong = base.copy(), [0.0]
-    for _ in range(100):
-        change = rounded(random.normal(size=base.size) * 0.02)
-        weight = rounded(rounded(weight + change) - change)
-        wrong.append(100 * float(np.mean(weight != base)))
-    figure = Figure(figsize=(7, 2.8))
-    axes = figure.subplots()
-    axes.plot(wrong, color="#d81b60", label="added, then subtracted")
-    axes.plot([0.0] * len(wrong), color=CHANGED, linewidth=2.5, label="kept, then written back")
-    axes.set(xlabel="adapters switched on and off", ylabel="entries with other bits, %", ylim=(-4, 104), xlim=(0, 100))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="center right")
-    return figure
-
-
-def walk() -> Figure:
-    """The layers, from the library to the kernels."""
-    layers = (
-        ("shira", "adapters, masks, tuner, switcher, updates (Python)"),
-        ("shira_ops", "public functions, fakes, autograd rules, reference, Triton"),
-        ("torch.ops.shira", "the contract: csrc/schemas.h"),
-        ("csrc/ops", "arguments of each family, checked once for CPU and CUDA"),
-        ("csrc/cpu   csrc/cuda", "kernels, which walk memory"),
-        ("csrc/core", "arithmetic and formats, without torch: once for every device"),
-    )
-    figure = Figure(figsize=(8, 3.6))
-    axes = figure.subplots()
-    axes.set(xlim=(0, 10), ylim=(-len(layers) * 1.25 + 0.2, 1.05))
-    axes.axis("off")
-    for number, (name, said) in enumerate(layers):
-        top = -number * 1.25
-        axes.add_patch(matplotlib.patches.Rectangle((0.1, top), 9.8, 0.9, color=BASE))
-        axes.text(0.35, top + 0.45, name, va="center", color=CHANGED, weight="bold")
-        axes.text(3.0, top + 0.45, said, va="center", color=INK)
-        if number:
-            axes.annotate("", (1.3, top + 0.9), (1.3, top + 1.25), arrowprops={"arrowstyle": "->"})
     return figure
 
 
 PICTURES: dict[str, Callable[[], Figure]] = {
-    one.__name__: one for one in (adapter, granule, fingerprint, exactness, walk)
+    "granules": granules,
+    "switching": switching,
+    "fingerprints": fingerprints,
 }
 
 
-def drawn(name: str) -> str:
-    """The picture as SVG, on a white ground, so that it can be read on a dark page too."""
-    with matplotlib.rc_context(STYLE):
-        figure, file = PICTURES[name](), io.StringIO()
-        figure.savefig(file, format="svg", bbox_inches="tight", facecolor="white", metadata={"Date": None})
-    return re.sub(r"<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
-
-
-def on_files(files: Files, config: Any) -> Files:
-    """MkDocs asks for this: the pictures join the files of the site."""
-    for name in PICTURES:
-        files.append(File.generated(config, f"pictures/{name}.svg", content=drawn(name)))
+def on_files(files: Files, *, config: Any) -> Files:
+    """mkdocs calls this when it has found the pages."""
+    for name, draw in PICTURES.items():
+        files.append(File.generated(config, f"pictures/{name}.svg", content=_svg(draw())))
     return files

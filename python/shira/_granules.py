@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shira._text import dtype_name as dtype_name
+
 _WORD = 2**64 - 1
 
 
@@ -53,8 +55,3 @@ def regranule(indices: Tensor, granule: int, wanted: int) -> Tensor:
         return first
     within = first[:, None] + torch.arange(int((last - first).max()) + 1, device=indices.device)
     return within[within <= last[:, None]]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """torch's name of a dtype without ``torch.``."""
-    return str(dtype).removeprefix("torch.")

@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from shira._text import clean as clean
+from shira._text import some as some
 
 # What a tuner registers on a weight's module, after the weight's own name: its trainable values, and their indices.
 VALUES_SUFFIX, INDICES_SUFFIX = "_shira_values", "_shira_indices"
@@ -97,13 +98,6 @@ def memory(weight: Tensor) -> object:
     if isinstance(weight, UninitializedParameter) or foreign(weight) is not None or not weight.data_ptr():
         return id(weight)
     return weight.device, weight.data_ptr(), weight.numel()
-
-
-def some(names: Iterable[str], most: int = 6) -> str:
-    """A few of the names, for a message."""
-    listed = [name if len(name) <= 300 else f"{name[:300]}..." for name in names]
-    more = f", ... ({len(listed)} in all)" if len(listed) > most else ""
-    return (", ".join(listed[:most]) + more) if listed else "none"
 
 
 def stride_advice(name: str, weight: Tensor) -> str:

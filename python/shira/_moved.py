@@ -17,7 +17,7 @@ NAMES = {
     "shira.merge": "shira.adapter.bake",
     "shira.merging": "shira.adapter.combine",
     "shira.optim": "shira.train.optim",
-    "shira.peft": "shira.adapter._peft",
+    "shira.peft": "shira.integrations.peft",
     "shira.switcher": "shira.serve.switcher",
     "shira.trainer": "shira.train.trainer",
     "shira.tuner": "shira.train.tuner",
@@ -33,4 +33,10 @@ class Moved(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self) if fullname in NAMES else None
 
     def exec_module(self, module: ModuleType) -> None:
-        sys.modules[module.__name__] = import_module(NAMES[module.__name__])
+        now = import_module(NAMES[module.__name__])
+        if module.__name__ == "shira.difference":
+            # The function of this name gave an adapter; what it gives today is what one is made of.
+            module.__dict__.update({name: getattr(now, name) for name in ("Lost", "Progress", "Report")})
+            module.__dict__["difference"] = import_module("shira.adapter.adapter").Adapter.from_difference
+        else:
+            sys.modules[module.__name__] = now

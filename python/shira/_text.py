@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 
@@ -34,6 +34,18 @@ def shown(value: object, most: int = 80) -> str:
 def named(name: object) -> str:
     """The name of a weight or a tensor as a message shows it."""
     return shown(name, 200)
+
+
+def some(names: Iterable[str], most: int = 6) -> str:
+    """A few of the names, for a message."""
+    listed = [name if len(name) <= 300 else f"{name[:300]}..." for name in names]
+    more = f", ... ({len(listed)} in all)" if len(listed) > most else ""
+    return (", ".join(listed[:most]) + more) if listed else "none"
+
+
+def dtype_name(dtype: object) -> str:
+    """torch's name of a dtype without ``torch.``; of a name, the name itself."""
+    return str(dtype).removeprefix("torch.")
 
 
 def hex_word(value: int | None) -> str | None:

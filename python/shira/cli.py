@@ -20,7 +20,7 @@ except ImportError as error:
     raise SystemExit("The command line needs typer and rich. Run: pip install 'shira-ops[cli]'") from error
 
 if TYPE_CHECKING:
-    from shira.adapter._file import Header, WeightHeader
+    from shira.adapter._file import Header
     from shira.adapter.adapter import Adapter
 
 _Arguments = ParamSpec("_Arguments")
@@ -344,18 +344,15 @@ def verify(
 
 def _compare(path: Path, header: Header, base: Path, rename: dict[str, str] | None) -> list[str]:
     """Refuse a base that the adapter was not made for; the whole parameters that it lacks."""
-    from shira._text import AdapterError
-    from shira.adapter._checkpoint import fit, open_checkpoint, renamed, whole_overwrites
+    from shira import _fit
+    from shira.adapter._checkpoint import open_checkpoint
 
-    weights: dict[str, WeightHeader] = renamed(header.weights, rename)
-    places, problems = fit(
-        {name: (weight.shape, weight.dtype, weight.fingerprint, weight.aliases) for name, weight in weights.items()},
-        open_checkpoint(base, "base"),
-        whole_overwrites(weights, header.delta, header.alpha),
-    )
-    if problems:
-        more = f" ({len(problems)} problems in all)" if len(problems) > 5 else ""
-        raise AdapterError(f"{path} was not made for {base}: {'; '.join(problems[:5])}{more}")
+    weights = _fit.renamed(header.weights, rename)
+    whole = _fit.indifferent(weights, header.delta, header.alpha)
+    who, where, checkpoint = str(path), str(base), open_checkpoint(base, "base")
+    advice = _fit.flags if rename is None else None
+    places = _fit.places(who, weights, checkpoint, where=where, new=whole, advice=advice)
+    _fit.check_content(who, weights, places, where=where, than=f" than {where}", anything=whole)
     return [name for name, tensors in places.items() if not tensors]
 
 
@@ -404,12 +401,12 @@ def apply(
     rules, path = _renames(rename), _find(file)
     from shira._text import strength as checked
     from shira.adapter.adapter import Adapter
-    from shira.adapter.bake import merge
+    from shira.adapter.bake import bake
 
     given = None if alpha is None else checked("--alpha", alpha)
     adapter = Adapter.load(path)
     with _progress("writing", as_json) as progress:
-        done = merge(
+        done = bake(
             adapter, base, out, alpha=given, overwrite=overwrite, rename=rules, check_finite=not allow_nonfinite,
             inputs=(path,), progress=progress,
         )  # fmt: skip

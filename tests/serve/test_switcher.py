@@ -221,7 +221,7 @@ def test_tied_and_channels_last():
     conv = nn.Conv2d(4, 4, 3)
     entry = Entry(torch.tensor([1]), torch.zeros(1), (4, 4, 3, 3), torch.float32)
     conv = conv.to(memory_format=torch.channels_last)
-    with pytest.raises(AdapterError, match=r"weight 'weight' must be contiguous; make it so with"):
+    with pytest.raises(AdapterError, match=r"model: 'weight' must be contiguous; make it so with"):
         Switcher(conv).add("a", Adapter({"weight": entry}))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from shira import _model, _text
 from shira._model import INDICES_SUFFIX, VALUES_SUFFIX
 from shira._text import AdapterError
-from shira.adapter._checkpoint import Checkpoint, Stored, equal, ties
+from shira.adapter._checkpoint import Checkpoint, Stored, ties
 
 _MOST_CONFIG_BYTES = 16 << 20
 # Buffers that older versions of transformers saved, and newer ones compute.
@@ -158,7 +158,7 @@ def _twin(name: str, tensors: dict[str, Stored], common: Iterable[str], certain:
     others = [
         other
         for other in common
-        if tensors[other].shape == own.shape and tensors[other].foreign is None and equal(tensors[other], own)
+        if tensors[other].shape == own.shape and tensors[other].foreign is None and tensors[other].equal(own)
     ]
     return others[0] if len({tensors[other].one for other in others}) == 1 else None
 

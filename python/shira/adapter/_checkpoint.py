@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Source: TypeAlias = "str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module"
 Bytes: TypeAlias = npt.NDArray[np.uint8]
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Called with a tensor's name, the bytes done so far and the bytes in all."""
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _MOST_INDEX_BYTES = 256 << 20
@@ -52,6 +54,8 @@ class Stored:
     memory: object = None
     # Why its bytes cannot be read, if so: see `_model.foreign`.
     foreign: str | None = None
+    # Of a live weight: why an adapter cannot go onto it (`_fit.Found`). A checkpoint is read, and never written to.
+    obstacle: None = field(default=None, init=False, repr=False)
 
     @property
     def numel(self) -> int:
@@ -88,6 +92,14 @@ class Stored:
         flat = self.data.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
         found: Bytes = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
         return found
+
+    def fingerprint(self) -> int:
+        """Of its bytes, as an unsigned number; one read of them."""
+        return _file.fingerprint(self.bytes())
+
+    def equal(self, other: Stored) -> bool:
+        """The same dtype, shape and bits."""
+        return self.dtype == other.dtype and self.shape == other.shape and equal_bytes(self.bytes(), other.bytes())
 
     def tensor(self) -> Tensor:
         """The tensor, flat, on the CPU; a view of the file where it is mapped and aligned."""
@@ -127,6 +139,10 @@ class Checkpoint:
     def get(self, name: str) -> Stored | None:
         """The tensor under a name, with or without the prefix of the files."""
         return self.tensors.get(name.removeprefix(self.prefix))
+
+    def names(self) -> Iterable[str]:
+        """The names that its tensors have here."""
+        return self.tensors
 
     def find(self, names: tuple[str, ...]) -> Stored | None:
         """The tensor under the first of the names that is there."""
@@ -282,124 +298,6 @@ def equal_bytes(one: Bytes, two: Bytes) -> bool:
     return len(one) == len(two) and not any(
         _codec.count_differing(one, two, 1, start, min(start + _PIECE, len(one))) for start in starts
     )
-
-
-def equal(one: Stored, two: Stored) -> bool:
-    """The same dtype, shape and bits."""
-    return one.dtype == two.dtype and one.shape == two.shape and equal_bytes(one.bytes(), two.bytes())
-
-
-Wanted: TypeAlias = tuple[tuple[int, ...], str, "int | None", tuple[str, ...]]
-
-
-class _Near:
-    """A base's tensor whose name is another one but for a prefix, for a message."""
-
-    def __init__(self, base: Checkpoint) -> None:
-        self.base = base
-        self.ends: dict[str, str] | None = None  # the base's names by each of their ends
-
-    def find(self, name: str, shape: tuple[int, ...]) -> str | None:
-        if self.ends is None:
-            self.ends = {}
-            for known in self.base.tensors:
-                rest = known
-                while rest:
-                    _, _, rest = rest.partition(".")
-                    self.ends.setdefault(rest, known)
-        near, rest = self.ends.get(name), name
-        while near is None and rest:
-            _, _, rest = rest.partition(".")
-            near = rest if rest in self.base.tensors else None
-        return near if near is not None and self.base.tensors[near].shape == shape else None
-
-
-def fit(
-    weights: Mapping[str, Wanted], base: Checkpoint, fresh: Container[str] = ()
-) -> tuple[dict[str, tuple[Stored, ...]], list[str]]:
-    """The base's tensors that an adapter's weights are, and why it cannot go onto this base, if so.
-
-    ``weights`` by name, each its shape, dtype, fingerprint and aliases. A tied weight of which the base holds several
-    copies is all of them, where they are equal. Those in ``fresh`` are overwritten as a whole: they go onto any
-    content, and into a base that has none (they get no tensors then). Without torch where the base is on disk. A weight
-    that has neither fingerprint nor copies is not read.
-    """
-    from shira import _codec
-
-    places: dict[str, tuple[Stored, ...]] = {}
-    problems = []
-    owner: dict[object, str] = {}
-    near = _Near(base)
-    for name, (shape, dtype, fingerprint, aliases) in weights.items():
-        known = {one: stored for one in (name, *aliases) if (stored := base.get(one)) is not None}
-        if not known:
-            other = near.find(name, shape)
-            if other is not None:
-                problems.append(f"{name!r} is not in the base, which has {other!r}; rename it if they are one")
-            elif name not in fresh:
-                problems.append(f"{name!r} is not in the base")
-            else:
-                places[name] = ()
-            continue
-        first, stored = next(iter(known.items()))
-        copies = list({one.one: one for one in known.values()}.values())
-        taken = next((one for one in copies if owner.setdefault(one.one, name) != name), None)
-        if stored.foreign is not None:
-            problems.append(f"{first!r} {stored.foreign}")
-        elif stored.shape != shape:
-            problems.append(f"{name!r} must have shape {list(shape)}, got {list(stored.shape)}")
-        elif stored.dtype != dtype:
-            problems.append(f"{name!r} must be {dtype}, got {stored.dtype}")
-        elif taken is not None:
-            problems.append(f"{name!r} is the same (tied) weight as {owner[taken.one]!r}")
-        elif (
-            fingerprint is not None
-            and name not in fresh
-            and _codec.fingerprint(stored.bytes()) & (2**64 - 1) != fingerprint
-        ):
-            problems.append(f"{name!r} has other content (by fingerprint)")
-        else:
-            for alias, one in known.items():
-                if one.one != stored.one and not equal(stored, one):
-                    problems.append(
-                        f"{alias!r} and {first!r} are one (tied) weight in the adapter, and two that differ in the base"
-                    )
-            places[name] = tuple(copies)
-    return places, problems
-
-
-def misfits(weights: Mapping[str, Wanted], base: Checkpoint, fresh: Container[str] = ()) -> list[str]:
-    """Why an adapter cannot go onto a base: see `fit`."""
-    return fit(weights, base, fresh)[1]
-
-
-def whole_overwrites(weights: Mapping[str, Any], delta: bool, alpha: float) -> set[str]:
-    """The names of the weights that come out the same whatever the base is: see `fit`."""
-    return set() if delta or alpha != 1 else {name for name, weight in weights.items() if weight.whole}
-
-
-class _Aliased(Protocol):
-    @property
-    def aliases(self) -> tuple[str, ...]: ...
-
-
-_Weight = TypeVar("_Weight", bound=_Aliased)
-
-
-def renamed(weights: Mapping[str, _Weight], rename: _text.Rename) -> dict[str, _Weight]:
-    """An adapter's weights, and their aliases, under other names; refuses two under one name."""
-    if rename is None:
-        return dict(weights)
-    new = _text.renamer(rename)
-    found: dict[str, _Weight] = {}
-    before: dict[str, str] = {}
-    for name, weight in weights.items():
-        for old in (name, *weight.aliases):
-            if before.setdefault(new(old), old) != old:
-                raise AdapterError(f"rename: {before[new(old)]!r} and {old!r} both become {new(old)!r}")
-        aliases = tuple(new(alias) for alias in weight.aliases)
-        found[new(name)] = replace(weight, aliases=aliases)  # type: ignore[type-var]
-    return found
 
 
 def companions(folder: str) -> Iterator[Path]:

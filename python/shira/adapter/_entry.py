@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -170,3 +170,13 @@ class Report:
         text = f"{self.changed:,} entries changed in {len(self.weights)} weights, {self.kept:,} kept"
         lost = "nothing lost" if self.exact else f"{self.lost:.3%} of the squared difference lost"
         return "; ".join([f"{text}, {lost}", *self.notes])
+
+
+class Made(NamedTuple):
+    """What an adapter is made of, and what is told about it: the arguments of `Adapter` by their names."""
+
+    weights: Mapping[str, Entry]
+    mask: Mapping[str, Any]
+    report: Report | None
+    delta: bool = False
+    provenance: Mapping[str, Any] | None = None

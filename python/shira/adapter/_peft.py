@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,9 +26,11 @@ from shira._granules import dtype_name, index_dtype
 from shira._text import AdapterError, Rename
 from shira.adapter import _file
 from shira.adapter._checkpoint import Checkpoint, Source, Stored, map_file, open_checkpoint, ties
-from shira.adapter._entry import Entry, Lost, Report
+from shira.adapter._entry import Entry, Lost, Made, Report
 from shira.adapter._patterns import Pattern
-from shira.adapter.adapter import Adapter
+
+if TYPE_CHECKING:
+    from shira.adapter.adapter import Adapter
 
 __all__ = ["from_peft", "to_peft"]
 
@@ -375,8 +377,8 @@ def from_peft(
     rename: Rename = None,
     revision: str | None = None,
     token: str | bool | None = None,
-) -> Adapter:
-    """See `Adapter.from_peft`."""
+) -> Made:
+    """What an adapter of PEFT's folder is made of: see `Adapter.from_peft`."""
     where = os.fspath(folder)
     if not os.path.isdir(where):
         from shira.adapter import hub
@@ -430,7 +432,7 @@ def from_peft(
         mask |= {"density": density, "granule": granule}
     known = {key: config.get(key) for key in ("base_model_name_or_path", "peft_version", "task_type")}
     provenance = {key: text for key, text in known.items() if text and isinstance(text, str) and _writable(text)}
-    return Adapter(entries, delta=True, mask=mask, provenance=provenance, report=Report(report) if report else None)
+    return Made(entries, mask, Report(report) if report else None, delta=True, provenance=provenance)
 
 
 def _writable(text: str) -> bool:

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 import shira_ops
-from shira import _model, _text
+from shira import _fit, _text
 from shira._granules import dtype_name, index_dtype, refine, signed
 from shira._text import AdapterError, named
 from shira.adapter import _file
-from shira.adapter._checkpoint import Checkpoint, Source, misfits, open_checkpoint, ties
+from shira.adapter._checkpoint import Checkpoint, Source, Stored, open_checkpoint, ties
 from shira.adapter._entry import Entry
 
 if TYPE_CHECKING:
+    from shira.adapter._checkpoint import Progress
     from shira.adapter._entry import Report
-    from shira.adapter.difference import Progress
 
 __all__ = ["Adapter", "AdapterError", "Entry"]
 
@@ -269,17 +269,8 @@ class Adapter:
         """
         from shira.adapter.difference import difference
 
-        return difference(
-            base,
-            tuned,
-            density=density,
-            granule=granule,
-            alpha=alpha,
-            provenance=provenance,
-            rename=rename,
-            added=added,
-            progress=progress,
-        )
+        made = difference(base, tuned, density=density, granule=granule, rename=rename, added=added, progress=progress)
+        return cls(made.weights, alpha=alpha, mask=made.mask, provenance=provenance, report=made.report)
 
     @classmethod
     def from_peft(
@@ -320,7 +311,7 @@ class Adapter:
         """
         from shira.adapter._peft import from_peft
 
-        return from_peft(
+        made = from_peft(
             folder,
             base,
             density=density,
@@ -330,6 +321,7 @@ class Adapter:
             revision=revision,
             token=token,
         )
+        return cls(**made._asdict())
 
     def to_peft(
         self,
@@ -485,7 +477,7 @@ class Adapter:
                 wanted[name] = replace(cast, fingerprint=None) if new else cast
             entries[name] = cast if stored is None else replace(cast, fingerprint=_file.fingerprint(stored.bytes()))
         if source is not None:
-            _refuse_misfits("to: the adapter does not fit this base", wanted, source)
+            _fitting("to: the adapter", wanted, source)
         was = {dtype_name(old.dtype) for name, old in self.weights.items() if entries[name].dtype != old.dtype}
         now = {dtype_name(new.dtype) for name, new in entries.items() if self.weights[name].dtype != new.dtype}
         provenance = self.provenance
@@ -554,24 +546,17 @@ class Adapter:
 def _on_base(adapter: Adapter, base: Source | Checkpoint) -> Iterator[tuple[str, Entry, Tensor]]:
     """Each weight with the base's, flat and on the CPU; refuses a base it was not made for."""
     source = base if isinstance(base, Checkpoint) else open_checkpoint(base, "base")
-    _refuse_misfits("the adapter was not made for this base", adapter.weights, source)
-    for name, entry in adapter.weights.items():
+    for name, places in _fitting("the adapter", adapter.weights, source).items():
+        entry = adapter.weights[name]
         entry.check_indices(f"weight {named(name)}")
-        stored = source.find((name, *entry.aliases))
-        assert stored is not None
-        yield name, entry, stored.tensor()
+        yield name, entry, places[0].tensor()
 
 
-def _refuse_misfits(sentence: str, weights: Mapping[str, Entry], source: Checkpoint) -> None:
-    problems = misfits(
-        {
-            name: (entry.shape, dtype_name(entry.dtype), entry.fingerprint, entry.aliases)
-            for name, entry in weights.items()
-        },
-        source,
-    )
-    if problems:
-        raise AdapterError(f"{sentence}: {_model.some(problems)}")
+def _fitting(who: str, weights: Mapping[str, Entry], source: Checkpoint) -> dict[str, tuple[Stored, ...]]:
+    """The base's tensors that these weights are; refuses a base that they do not fit, or that has other content."""
+    places = _fit.places(who, weights, source, where="this base")
+    _fit.check_content(who, weights, places, where="this base")
+    return places
 
 
 def _cast(where: str, entry: Entry, dtype: torch.dtype, delta: bool) -> Entry:

@@ -12,37 +12,30 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 import shira_ops
-from shira import _text
+from shira import _fit, _text
 from shira._granules import dtype_name
 from shira._text import AdapterError
 from shira.adapter import _file, _output
-from shira.adapter._checkpoint import (
-    Checkpoint,
-    Shard,
-    Stored,
-    companions,
-    fit,
-    open_checkpoint,
-    renamed,
-    whole_overwrites,
-)
-from shira.adapter._entry import Entry
-from shira.adapter.adapter import Adapter
+from shira.adapter._checkpoint import Checkpoint, Progress, Shard, Stored, companions, open_checkpoint
 
-Progress = Callable[[str, int, int], None]
+if TYPE_CHECKING:
+    from shira.adapter._entry import Entry
+    from shira.adapter.adapter import Adapter
+
+__all__ = ["Merged", "Progress", "bake", "merge"]
 
 _PIECE = 64 << 20
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What `merge` has written."""
+    """What `bake` has written."""
 
     nbytes: int  # of tensors
     entries: int  # that the adapter changes
@@ -115,7 +108,7 @@ def _parts(
     return parts
 
 
-def merge(
+def bake(
     adapter: Adapter,
     base: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -154,8 +147,8 @@ def merge(
         "say that it may be overwritten (--overwrite)",
     )
     strength = _text.strength("alpha", adapter.alpha if alpha is None else alpha)
-    weights = renamed(adapter.weights, rename)
-    places = _fitting(adapter, weights, source, strength, check_finite)
+    weights = _fit.renamed(adapter.weights, rename)
+    places = _fitting(adapter, weights, source, strength, check_finite, rename is None)
     changes: dict[Stored, Callable[[], Any]] = {
         stored: partial(_put_on, stored, weights[name], strength, adapter.delta, check_finite)
         for name, copies in places.items()
@@ -225,27 +218,30 @@ def _index(source: Checkpoint, added: Mapping[str, Entry]) -> dict[str, Any]:
 
 
 def _fitting(
-    adapter: Adapter, weights: Mapping[str, Entry], source: Checkpoint, alpha: float, check_finite: bool
+    adapter: Adapter, weights: Mapping[str, Entry], source: Checkpoint, alpha: float, check_finite: bool, renames: bool
 ) -> dict[str, tuple[Stored, ...]]:
     """The base's tensors that each weight is; refuses before anything is written."""
-    places, problems = fit(
-        {
-            name: (entry.shape, dtype_name(entry.dtype), entry.fingerprint, entry.aliases)
-            for name, entry in weights.items()
-        },
-        source,
-        whole_overwrites(weights, adapter.delta, alpha),
-    )
+    who, where = "the adapter", source.where
+    whole = _fit.indifferent(weights, adapter.delta, alpha)
+    advice = _advice if renames else None
+    places = _fit.places(who, weights, source, where=where, new=whole, advice=advice)
+    _fit.check_content(who, weights, places, where=where, than=f" than {where}", anything=whole)
+    codes = []
     for name, entry in weights.items():
         entry.check_indices(f"weight {name!r}")
         exact = alpha == 1 and not adapter.delta and entry.values.dtype == entry.dtype
         if not exact and dtype_name(entry.dtype) not in _file.ARITHMETIC:
-            problems.append(f"{name!r} is {dtype_name(entry.dtype)}, which takes no strength other than 1")
-    if problems:
-        from shira import _model
-
-        raise AdapterError(f"the adapter does not fit {source.where}: {_model.some(problems)}")
+            codes.append(f"{name!r} is {dtype_name(entry.dtype)}, which takes no strength other than 1")
+    if codes:
+        _fit.refuse(f"{who} does not fit {where}", codes)
     if check_finite:
         for name, entry in weights.items():
             entry.check_finite(f"weight {name!r}")
     return places
+
+
+def _advice(rule: Mapping[str, str]) -> str:
+    return f"rename={rule!r} ({_fit.flags(rule)})"
+
+
+merge = bake  # its name in version 0.1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,14 +22,10 @@ from shira import _codec, _model, _text
 from shira._text import AdapterError
 from shira.adapter import _file
 from shira.adapter._align import Aligned, align
-from shira.adapter._checkpoint import Bytes, Source, Stored, equal, equal_bytes, open_checkpoint
-from shira.adapter._entry import Entry, Lost, Report
-from shira.adapter.adapter import Adapter
+from shira.adapter._checkpoint import Bytes, Progress, Source, Stored, equal_bytes, open_checkpoint
+from shira.adapter._entry import Entry, Lost, Made, Report
 
 __all__ = ["Lost", "Progress", "Report", "difference"]
-
-Progress = Callable[[str, int, int], None]
-"""Called with a weight's name, the bytes of the base done so far and the bytes in all."""
 
 _CHUNK = 4 << 20  # bytes of one checkpoint: little enough to stay in the caches, enough to be worth a call
 _WORD = 2**64 - 1
@@ -272,7 +268,7 @@ def _matched(aligned: Aligned, added: bool) -> list[tuple[str, Stored, Stored, t
         else:
             pairs.append((name, one, two, tuple(known for known in names if known != name)))
             for other, copy in found.items():
-                if copy.one != two.one and not equal(two, copy):
+                if copy.one != two.one and not two.equal(copy):
                     problems.append(f"{first!r} and {other!r} are one (tied) weight in the base, and two in the other")
     if problems:
         more = f" ({len(problems)} problems in all)" if len(problems) > 5 else ""
@@ -280,7 +276,7 @@ def _matched(aligned: Aligned, added: bool) -> list[tuple[str, Stored, Stored, t
         if any("is only in" in one for one in problems):
             advice = "; rename= (--rename) brings names together, added=True (--added) carries new tensors along"
         raise AdapterError(f"the checkpoints do not match: {'; '.join(sorted(problems)[:5])}{more}{advice}")
-    changed = {name: one.dtype for name, one, two, _ in pairs if not one.supported and not equal(one, two)}
+    changed = {name: one.dtype for name, one, two, _ in pairs if not one.supported and not one.equal(two)}
     if changed:
         dtypes = ", ".join(sorted(set(changed.values())))
         listed = _model.some(map(repr, changed))
@@ -313,13 +309,11 @@ def difference(
     *,
     density: float | None = None,
     granule: int = 1,
-    alpha: float = 1.0,
-    provenance: Mapping[str, Any] | None = None,
     rename: _text.Rename = None,
     added: bool = False,
     progress: Progress | None = None,
-) -> Adapter:
-    """See `Adapter.from_difference`."""
+) -> Made:
+    """What an adapter of the difference is made of: see `Adapter.from_difference`."""
     if density is not None and not 0 < density <= 1:
         raise ValueError(f"from_difference: density must be above 0 and at most 1, or None, got {density!r}")
     if type(granule) is not int or granule < 1:
@@ -353,4 +347,4 @@ def difference(
             entries[name] = entry
             report[name] = Lost(entry.numel, entry.numel, entry.numel, 0.0)
     mask = {"name": "Difference", "density": density, "granule": granule}
-    return Adapter(entries, alpha=alpha, mask=mask, provenance=provenance, report=Report(report, tuple(aligned.notes)))
+    return Made(entries, mask, Report(report, tuple(aligned.notes)))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import shira_ops
-from shira import _fit, _live, _model, _text
+from shira import _fit, _live, _model, _places, _text
 from shira._granules import dtype_name
 from shira._live import LOCK, SwitchError, Weight
 from shira._text import AdapterError
@@ -222,7 +222,7 @@ class Switcher:
             _live.wait(self._written)
             # Parameters may have been replaced since.
             self._slots = _model.slots(self.model, buffers=True)
-            places = _fit.places(where, adapter, self._slots, rename)
+            places = _places.places(where, adapter.weights, self._slots, rename)
             self._refuse_moved(group for groups in places.values() for group in groups)
             devices = [group[0].weight.device for groups in places.values() for group in groups]
             with self._streams.staging(devices) as ready:
@@ -350,7 +350,7 @@ class Switcher:
                 name = there.setdefault(_model.memory(found.get(weight, weight).tensor), weight.name)
                 if name != weight.name:
                     raise SwitchError(f"Switcher: {weight.name} and {name} were two weights, and are one now")
-            overlap = _fit.overlap([fresh.slot for fresh in found.values()], besides=set(moved))
+            overlap = _places.overlap([fresh.slot for fresh in found.values()], besides=set(moved))
             if overlap is not None:
                 raise SwitchError(f"Switcher: {overlap}")
             wrong = [weight.name for weight, fresh in found.items() if not self._carried(weight, fresh)]
@@ -503,8 +503,7 @@ class Switcher:
                     self._learn(weight)
             for weight in weights[1:]:
                 if weight.ledger.base != weights[0].ledger.base:
-                    both = _fit.one_in_adapter(weight.name, weights[0].name)
-                    raise AdapterError(f"{where} does not fit the model: {both} two that differ in the model")
+                    raise AdapterError(_fit.two_that_differ(where, _places.WHERE, weight.name, weights[0].name))
 
     def _take(self, places: tuple[_model.Slot, ...], verify: bool) -> Weight:
         """The weight in these places, as we know it to be."""
@@ -528,10 +527,7 @@ class Switcher:
         other = [weight for weight, fingerprint in wanted.items() if weight.ledger.base != fingerprint]
         wrong = [weight.name for weight in other if adapter.delta or not adapter.weights[weights[weight]].whole]
         if wrong:
-            raise AdapterError(
-                f"{where} was made for another base: the content of {len(wrong)} of {len(wanted)} weights differs "
-                f"(by fingerprint): {_model.some(wrong)}"
-            )
+            raise AdapterError(_fit.made_for_another(where, wrong, len(wanted)))
         return tuple(weight.name for weight in other)
 
     # ---- weights that were moved -----------------------------------------------------------------------------
@@ -545,7 +541,7 @@ class Switcher:
                     f"Switcher: {places[0].name} and {place.name} were one (tied) weight and are two now; tie them"
                 )
         _live.refuse_first([weight], Weight.tuned)
-        problem = _fit.misfit(places[0], weight.shape, weight.dtype)
+        problem = _places.misfit(places[0], weight.shape, weight.dtype)
         if problem is not None:
             raise SwitchError(f"Switcher: {weight.name} {problem}")
         return Weight.of(places, self, False)
@@ -570,7 +566,7 @@ class Switcher:
         for weight, part in layout.parts.items():
             places = {id(place.weight): place for place in weight.now() if part.known}
             for place in places.values():
-                problem = _fit.misfit(place, weight.shape, weight.dtype)
+                problem = _places.misfit(place, weight.shape, weight.dtype)
                 if problem is not None:
                     raise SwitchError(f"Switcher: {place.name} {problem}; {_told(self._active)}")
                 targets.append((place.weight, part))
@@ -937,24 +933,6 @@ class Switcher:
     def _failed(self, wanted: Mapping[str, float], error: Exception) -> SwitchError:
         what = f"activating {_listed(wanted)}" if wanted else "deactivating"
         return SwitchError(f"Switcher: {what} failed and nothing has changed: {_told(self._active)}. Cause: {error}")
-
-
-def fitted(
-    model: nn.Module, adapter: str | os.PathLike[str] | Adapter, check_finite: bool, rename: _text.Rename
-) -> tuple[Adapter, dict[str, _model.Slot]]:
-    """An adapter, and where its weights are in the model: with every check of `Switcher.add`, for who needs no more."""
-    switcher = Switcher(model)
-    switcher.add("", adapter, check_finite=check_finite, rename=rename)
-    added = switcher._added[""]
-    places: dict[str, _model.Slot] = {}
-    for weight, name in added.weights.items():
-        if name in places:
-            both = _fit.one_in_adapter(weight.name, places[name].name)
-            raise AdapterError(f"{both} two in the model, which training would let drift apart; tie them first")
-        if not isinstance(weight.slot.weight, nn.Parameter):
-            raise AdapterError(f"{weight.name} is a buffer, not a parameter, so it cannot be trained")
-        places[name] = weight.slot
-    return added.read(), places
 
 
 @contextmanager

@@ -35,13 +35,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 import shira_ops
-from shira import _live, _model
+from shira import _fit, _live, _model, _places
 from shira._model import VALUES_SUFFIX
-from shira._text import AdapterError, Rename, hex_word
+from shira._text import AdapterError, Rename, hex_word, named
 from shira.adapter._entry import Entry
 from shira.adapter.adapter import Adapter
 from shira.masks.masks import AUTO_GRANULE, Given, Mask, default
-from shira.serve.switcher import fitted
 from shira.train import _ranks, _targets
 from shira.train._layers import Attach
 from shira.train._sites import (
@@ -363,19 +362,24 @@ class SparseTuner:
         tuner = cls.__new__(cls)
         tuner._open(model, gradient, None, None)
         names = _targets.Names(tuner.model)
-        # A switcher knows what an adapter needs of a model, and says what does not fit.
-        adapter, places = fitted(tuner.model, adapter, check_finite, rename)
+        who = "the adapter" if isinstance(adapter, Adapter) else os.fspath(adapter)
+        adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
         if not adapter.weights:
             raise AdapterError("SparseTuner: the adapter changes no weight, so nothing would train")
-        names.check_apart({names.of(slot)[0].name for slot in places.values()})
+        for name, entry in adapter.weights.items():
+            entry.check_indices(f"{who}: weight {named(name)}")
+            if check_finite:
+                entry.check_finite(f"{who}: weight {named(name)}")
+        places = _trainable_places(who, adapter, tuner.model, rename)
+        names.check_apart({names.of(place.slot)[0].name for place in places.values()})
         tuner._about, tuner._alpha = adapter.mask, adapter.alpha
         plans = []
         for name, entry in adapter.weights.items():
-            slot = places[name]
+            slot = places[name].slot
             group = names.of(slot)
             _targets.check_trainable(slot.name, group)
             indices = entry.indices.to(slot.weight.device)
-            plan = tuner._plan(group[0].name, group, indices, entry.granule, entry.seed)
+            plan = tuner._plan(group[0].name, group, indices, entry.granule, entry.seed, places[name].fingerprint())
             start = entry.values.detach().to(device=slot.weight.device, dtype=_master_dtype(slot.weight))
             plan.start = plan.saved.to(start.dtype) + start if adapter.delta else start
             plans.append(plan)
@@ -423,10 +427,20 @@ class SparseTuner:
         indices = torch.zeros(1, dtype=torch.int32, device=weight.device)
         return self._plan(name, group, indices, weight.numel(), None)
 
-    def _plan(self, name: str, group: list[_model.Slot], indices: Tensor, granule: int, seed: int | None) -> _Plan:
+    def _plan(
+        self,
+        name: str,
+        group: list[_model.Slot],
+        indices: Tensor,
+        granule: int,
+        seed: int | None,
+        fingerprint: int | None = None,
+    ) -> _Plan:
+        """``fingerprint``: the weight's, if it is known already."""
         weight = group[0].weight.detach()
         saved = shira_ops.gather(weight, indices, granule=granule)
-        return _Plan(name, group, indices, granule, saved, _live.fingerprint(weight), seed)
+        fingerprint = _live.fingerprint(weight) if fingerprint is None else fingerprint
+        return _Plan(name, group, indices, granule, saved, fingerprint, seed)
 
     def _install(self, plans: Sequence[_Plan], allow_unused: bool) -> None:
         """Everything is checked: from here on the model changes. Should this fail all the same, nothing has."""
@@ -811,6 +825,21 @@ def detach(model: nn.Module) -> None:
         for name in (_ROOT, _KEPT):
             _keep(module, name, None)
     _stop_watching()
+
+
+def _trainable_places(who: str, adapter: Adapter, model: nn.Module, rename: Rename) -> dict[str, _places.Place]:
+    """Where the adapter's weights are in the model, by the adapter's names; refuses what cannot go on training."""
+    with _live.LOCK:
+        found = _places.find(who, adapter.weights, _model.slots(model, buffers=True), rename)
+        for places in found.values():
+            if len(places) > 1:
+                both = _fit.one_in_adapter(places[1].name, places[0].name)
+                raise AdapterError(f"{both} two in the model, which training would let drift apart; tie them first")
+            if not isinstance(places[0].slot.weight, nn.Parameter):
+                raise AdapterError(f"{places[0].name} is a buffer, not a parameter, so it cannot be trained")
+        anything = _fit.indifferent(adapter.weights, adapter.delta, 1.0)
+        _fit.check_content(who, adapter.weights, found, where=_places.WHERE, kind="model", anything=anything)
+    return {name: places[0] for name, places in found.items()}
 
 
 def _keep(module: nn.Module, name: str, content: Any) -> None:
