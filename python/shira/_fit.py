@@ -143,7 +143,7 @@ def places(
         problem = misfit(known[first], wanted.shape, wanted.dtype)
         problem = None if problem is None else f"{named(first)} {problem}"
         for alias, found in known.items():
-            if problem is not None or found.one == known[first].one:
+            if problem is not None or alias == first:
                 continue
             form = (tuple(found.shape), dtype_name(found.dtype))
             if found.foreign is None and form != (tuple(wanted.shape), dtype_name(wanted.dtype)):
