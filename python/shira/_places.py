@@ -96,7 +96,7 @@ def find(
 
 
 def watched(who: str, found: Iterable[Sequence[Place]], slots: Mapping[str, Slot]) -> list[list[tuple[Slot, ...]]]:
-    """For each place all slots of the model that hold its weight, under whatever name; the place's own slot comes first."""
+    """For each place all slots of the model that hold its weight, under any name; the place's own slot comes first."""
     listed = [list(places) for places in found]
     shared: dict[object, list[Slot]] = {place.one: [] for places in listed for place in places}
     for slot in slots.values():
