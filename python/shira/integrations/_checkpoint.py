@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shira import _run
 from shira.adapter import _file
 from shira.adapter.hub import FILE
+from shira.train import _state
 from shira.train.tuner import SparseTuner
 
 STATE = "shira_tuner.pt"
@@ -20,7 +20,7 @@ STATE = "shira_tuner.pt"
 
 def state_of(tuner: SparseTuner) -> dict[str, Any]:
     """The values, and what training may change besides: persistent buffers, parameters that were unfrozen by hand."""
-    others = {name: tensor.detach().clone() for name, tensor in _run.others(tuner).items()}
+    others = {name: tensor.detach().clone() for name, tensor in _state.others(tuner).items()}
     return {"version": 1, "tuner": tuner.state_dict(), "others": others}
 
 
@@ -29,8 +29,8 @@ def take(tuner: SparseTuner, state: Any, where: str) -> None:
     try:
         if not isinstance(state, Mapping) or state.keys() != {"version", "tuner", "others"}:
             raise ValueError("this is not a state of a tuner in a checkpoint")
-        others, theirs = _run.others(tuner), state["others"]
-        _run.check_others(others, theirs)
+        others, theirs = _state.others(tuner), state["others"]
+        _state.check_others(others, theirs)
         tuner.check_state_dict(state["tuner"])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from shira import _model
+from shira import _fit, _live, _model, _places
 from shira._granules import dtype_name
 from shira._model import VALUES_SUFFIX
+from shira._text import AdapterError, Rename
+from shira.adapter.adapter import Adapter
 from shira.train import _layers
 
 ALL_LINEAR = "all-linear"
@@ -310,3 +312,18 @@ def _compiled(argument: str, text: str) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         raise ValueError(f"SparseTuner: {argument} {text!r} is not a regular expression: {error}") from error
+
+
+def of_adapter(who: str, adapter: Adapter, model: nn.Module, rename: Rename) -> dict[str, _places.Place]:
+    """Where the adapter's weights are in the model, by the adapter's names; refuses what cannot go on training."""
+    with _live.LOCK:
+        found = _places.find(who, adapter.weights, _model.slots(model, buffers=True), rename)
+        for places in found.values():
+            if len(places) > 1:
+                both = _fit.one_in_adapter(places[1].name, places[0].name)
+                raise AdapterError(f"{both} two in the model, which training would let drift apart; tie them first")
+            if not isinstance(places[0].slot.weight, nn.Parameter):
+                raise AdapterError(f"{places[0].name} is a buffer, not a parameter, so it cannot be trained")
+        anything = _fit.indifferent(adapter.weights, adapter.delta, 1.0)
+        _fit.check_content(who, adapter.weights, found, where=_places.WHERE, kind="model", anything=anything)
+    return {name: places[0] for name, places in found.items()}

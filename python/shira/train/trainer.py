@@ -6,7 +6,7 @@ import copy
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from shira import _run
+from shira import _loss
 from shira.adapter import _file
+from shira.train import _state
 from shira.train.optim import AdamW
 from shira.train.tuner import SparseTuner
 
@@ -95,7 +96,7 @@ class Trainer:
         if scaler is None and autocast == torch.float16:
             scaler = torch.amp.GradScaler(self.device.type)
         self.scaler = scaler
-        self._loss_of = _run.loss_of_model if loss is None else loss
+        self._loss_of = _loss.loss_of_model if loss is None else loss
         self.evaluate_every, self.checkpoint_every = evaluate_every, checkpoint_every
         self.checkpoint, self.callbacks = checkpoint, tuple(callbacks)
         self._show, self._log_every = progress, log_every
@@ -125,9 +126,9 @@ class Trainer:
             if isinstance(module, _BatchNorm):
                 module.eval()
         stopped = False
-        with _run.progress(self._show, self.step, total, self._log_every) as show:
+        with _progress(self._show, self.step, total, self._log_every) as show:
             while not stopped and (self.epoch < epochs if epochs is not None else self.step < (steps or 0)):
-                position, chance = self._position, _run.random_state(self.data, self.evaluation)
+                position, chance = self._position, _state.random_state(self.data, self.evaluation)
                 try:
                     group = self._next()
                     loss = self._gradients(group) if group else None
@@ -166,18 +167,18 @@ class Trainer:
             return self._batches
         self._tell_samplers()
         if not self._position:
-            self._epoch_random = _run.random_state(self.data, self.evaluation)
+            self._epoch_random = _state.random_state(self.data, self.evaluation)
             self._batches = iter(self.data)
             return self._batches
         # The same epoch again, up to the batch that comes next.
         assert self._epoch_random is not None
-        now = _run.random_state(self.data, self.evaluation)
-        _run.set_random_state(self._epoch_random, self.data, self.evaluation)
+        now = _state.random_state(self.data, self.evaluation)
+        _state.set_random_state(self._epoch_random, self.data, self.evaluation)
         batches = iter(self.data)
         found = sum(1 for _ in islice(batches, self._position))
         if found < self._position:
             raise ValueError(f"the checkpoint is {self._position} batches into an epoch, the data has only {found}")
-        _run.set_random_state(now, self.data, self.evaluation)
+        _state.set_random_state(now, self.data, self.evaluation)
         self._batches = batches
         return batches
 
@@ -190,7 +191,7 @@ class Trainer:
         """After an interrupt before the optimizer's step: as if the step had not begun."""
         self._stepping, self._position, self._batches = False, position, None
         self.optimizer.zero_grad(set_to_none=True)
-        _run.set_random_state(chance, self.data, self.evaluation)
+        _state.set_random_state(chance, self.data, self.evaluation)
 
     def _check_whole(self, what: str) -> None:
         if self._stepping:
@@ -231,8 +232,8 @@ class Trainer:
         self._stepping = False
 
     def _loss(self, batch: Any) -> Tensor:
-        found = self._loss_of(self.model, _run.to_device(batch, self.device))
-        return _run.scalar(found, "Trainer: the loss").reshape(())
+        found = self._loss_of(self.model, _to_device(batch, self.device))
+        return _loss.scalar(found, "Trainer: the loss").reshape(())
 
     def _casting(self) -> Any:
         return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
@@ -243,7 +244,7 @@ class Trainer:
         data = self.evaluation if data is None else data
         if data is None:
             raise ValueError("Trainer: there is nothing to evaluate on; give evaluation= or evaluate(data)")
-        before = _run.random_state(self.data, self.evaluation)
+        before = _state.random_state(self.data, self.evaluation)
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
@@ -255,7 +256,7 @@ class Trainer:
         finally:
             for module, training in modes:
                 module.training = training
-            _run.set_random_state(before, self.data, self.evaluation)
+            _state.set_random_state(before, self.data, self.evaluation)
         if not count:
             raise ValueError("Trainer: there was no batch to evaluate on")
         return total / count
@@ -318,10 +319,10 @@ class Trainer:
         return {
             "optimizer": {
                 "kind": type(self.optimizer).__name__,
-                "state": _run.plain(self.optimizer.state_dict(), "the optimizer's state"),
+                "state": _state.plain(self.optimizer.state_dict(), "the optimizer's state"),
             },
             **{
-                name: None if part is None else _run.plain(part.state_dict(), f"the {name}'s state")
+                name: None if part is None else _state.plain(part.state_dict(), f"the {name}'s state")
                 for name, part in (("scheduler", self.scheduler), ("scaler", self.scaler))
             },
         }
@@ -331,11 +332,11 @@ class Trainer:
             "version": 1,
             "tuner": self.tuner.state_dict(),
             **self._plain_states(),
-            "others": {name: tensor.detach().clone() for name, tensor in _run.others(self.tuner).items()},
+            "others": {name: tensor.detach().clone() for name, tensor in _state.others(self.tuner).items()},
             "progress": [self.step, self.epoch, self._position],
             "loss": self.loss,
             "evaluations": self.evaluations,
-            "random": _run.random_state(self.data, self.evaluation),
+            "random": _state.random_state(self.data, self.evaluation),
             "epoch_random": self._epoch_random,
         }
 
@@ -351,13 +352,13 @@ class Trainer:
             if (state[name] is None) != (mine[name] is None):
                 wanted, got = ("none", "one") if state[name] is None else ("one", "none")
                 raise ValueError(f"the checkpoint has {wanted} for a {name}, this trainer has {got}")
-            _run.check_form(mine[name], state[name], name)
+            _state.check_form(mine[name], state[name], name)
         for name in ("growth_interval", "_growth_tracker"):
             if name in (mine["scaler"] or {}) and type(state["scaler"][name]) is not int:
                 raise ValueError(f"the checkpoint's scaler[{name!r}] must be a count")
-        _run.check_others(mine["others"], state["others"])
+        _state.check_others(mine["others"], state["others"])
         self.tuner.check_state_dict(state["tuner"])
-        _run.check_optimizer_state(self.optimizer, state["optimizer"]["state"])
+        _state.check_optimizer_state(self.optimizer, state["optimizer"]["state"])
         progress, evaluations = state["progress"], state["evaluations"]
         if not isinstance(progress, list) or len(progress) != 3 or any(type(n) is not int or n < 0 for n in progress):
             raise ValueError("the checkpoint's progress must be three counts")
@@ -366,9 +367,9 @@ class Trainer:
         for pair in evaluations:
             if not (isinstance(pair, tuple) and len(pair) == 2 and type(pair[0]) is int and isinstance(pair[1], float)):
                 raise ValueError("the checkpoint's evaluations must be pairs of a step and a loss")
-        _run.check_random_state(state["random"], self.data, self.evaluation)
+        _state.check_random_state(state["random"], self.data, self.evaluation)
         if progress[2] or state["epoch_random"] is not None:
-            _run.check_random_state(state["epoch_random"], self.data, self.evaluation)
+            _state.check_random_state(state["epoch_random"], self.data, self.evaluation)
 
     def _take(self, state: Mapping[str, Any], open_epoch: bool = True) -> None:
         self.tuner.load_state_dict(state["tuner"])
@@ -377,11 +378,49 @@ class Trainer:
             if part is not None:
                 part.load_state_dict(state[name])
         with torch.no_grad():
-            for name, tensor in _run.others(self.tuner).items():
+            for name, tensor in _state.others(self.tuner).items():
                 tensor.copy_(state["others"][name])
         self.step, self.epoch, self._position = state["progress"]
         self.loss, self.evaluations = state["loss"], list(state["evaluations"])
         self._batches, self._epoch_random = None, state["epoch_random"] if self._position else None
         if open_epoch and self._position:
             self._open_epoch()
-        _run.set_random_state(state["random"], self.data, self.evaluation)
+        _state.set_random_state(state["random"], self.data, self.evaluation)
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on the model's device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: _to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
+        return type(batch)(_to_device(value, device) for value in batch)
+    return batch
+
+
+@contextmanager
+def _progress(show: bool, done: int, total: int | None, every: int) -> Iterator[Callable[[int, float, float], None]]:
+    """Yields a function that shows a step, its loss and its learning rate."""
+    if not show:
+        yield lambda step, loss, lr: None
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        terminal = False
+    else:
+        terminal = (console := Console(stderr=True)).is_terminal
+    if not terminal:
+        # Another line for every step would fill a log.
+        def line(step: int, loss: float, lr: float) -> None:
+            if step % every == 0 or step == total:
+                print(f"step {step}{'' if total is None else f'/{total}'}  loss {loss:.4f}  lr {lr:.3g}", flush=True)
+
+        yield line
+        return
+    columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task("train", total=total, completed=done, text="")
+        yield lambda step, loss, lr: bar.update(task, completed=step, text=f"loss {loss:.4f}  lr {lr:.3g}")

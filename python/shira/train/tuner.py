@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import shira_ops
-from shira import _fit, _live, _model, _places
+from shira import _live, _model
 from shira._model import VALUES_SUFFIX
 from shira._text import AdapterError, Rename, hex_word, named
 from shira.adapter._entry import Entry
@@ -229,7 +229,7 @@ class SparseTuner:
             entry.check_indices(f"{who}: weight {named(name)}")
             if check_finite:
                 entry.check_finite(f"{who}: weight {named(name)}")
-        places = _trainable_places(who, adapter, tuner.model, rename)
+        places = _targets.of_adapter(who, adapter, tuner.model, rename)
         names.check_apart({names.of(place.slot)[0].name for place in places.values()})
         tuner._about, tuner._alpha = adapter.mask, adapter.alpha
         plans = []
@@ -684,21 +684,6 @@ def detach(model: nn.Module) -> None:
         for name in (_ROOT, _hooks.KEPT):
             _keep(module, name, None)
     _hooks.stop_watching()
-
-
-def _trainable_places(who: str, adapter: Adapter, model: nn.Module, rename: Rename) -> dict[str, _places.Place]:
-    """Where the adapter's weights are in the model, by the adapter's names; refuses what cannot go on training."""
-    with _live.LOCK:
-        found = _places.find(who, adapter.weights, _model.slots(model, buffers=True), rename)
-        for places in found.values():
-            if len(places) > 1:
-                both = _fit.one_in_adapter(places[1].name, places[0].name)
-                raise AdapterError(f"{both} two in the model, which training would let drift apart; tie them first")
-            if not isinstance(places[0].slot.weight, nn.Parameter):
-                raise AdapterError(f"{places[0].name} is a buffer, not a parameter, so it cannot be trained")
-        anything = _fit.indifferent(adapter.weights, adapter.delta, 1.0)
-        _fit.check_content(who, adapter.weights, found, where=_places.WHERE, kind="model", anything=anything)
-    return {name: places[0] for name, places in found.items()}
 
 
 def _keep(module: nn.Module, name: str, content: Any) -> None:
