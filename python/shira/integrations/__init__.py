@@ -1,1 +1,1 @@
-"""What other libraries' trainers need to keep adapters. Each module imports its peer: import it where that is there."""
+"""Parts for other libraries' trainers, which let them keep adapters. Each module imports its library."""

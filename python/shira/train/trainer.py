@@ -1,4 +1,4 @@
-"""`Trainer`: an ordinary loop around a `SparseTuner`, which stops and goes on bit for bit."""
+"""`Trainer`: an ordinary loop around a `SparseTuner`; a run that was stopped and resumed gives the same bits."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ Loss = Callable[[nn.Module, Any], Tensor]
 class Trainer:
     """Train the values of a `SparseTuner` with an ordinary loop.
 
-    One step takes ``accumulate`` batches (fewer at the end of an epoch), whose losses are averaged, clips, steps the
+    One step takes ``accumulate`` batches (fewer at the end of an epoch) and averages their losses, clips, steps the
     optimizer and then the scheduler. The model is put into ``train()`` except for its batch normalisation, whose
     statistics belong to the base. A run that was stopped and resumed gives the same bits as one that was not, as long
-    as the data gives the same batches for the same random state (a ``DataLoader`` with torch's samplers does). So does
-    `fit` after it was interrupted, by Ctrl-C or by an error of the loss or the data: the step that was under way starts
-    anew (buffers that its forward pass changed stay changed). Only an interrupt while the optimizer itself steps leaves
-    half a step, and `fit` and `save` then ask for `resume`.
+    as the data gives the same batches for the same random state (a ``DataLoader`` with torch's samplers does). The same
+    holds for `fit` after an interrupt, by Ctrl-C or by an error of the loss or the data: the step that was under way is
+    repeated (buffers that its forward pass changed stay changed). Only an interrupt while the optimizer itself steps
+    leaves half a step; `fit` and `save` then ask for `resume`.
 
     Args:
         tuner: the tuner, attached.
-        data: batches, iterable more than once: a ``DataLoader``, a list. An epoch is one pass.
-        loss: ``loss(model, batch)`` to a scalar; None takes the model's own: ``model(**batch).loss`` as transformers'
-            models give it, or the model's output if that is a scalar.
+        data: batches that can be iterated over more than once: a ``DataLoader``, a list. An epoch is one pass.
+        loss: ``loss(model, batch)`` returns a scalar; None takes the model's own: ``model(**batch).loss`` as
+            transformers' models return it, or the model's output if that is a scalar.
         optimizer: over ``tuner.parameters()``; None is ``shira.AdamW(tuner)``.
         scheduler: stepped after every step of the optimizer.
-        model: what to call in place of ``tuner.model``: the same model compiled or wrapped.
-        accumulate: batches to a step.
-        clip: largest norm of the gradient, or None.
+        model: what to call in place of ``tuner.model``: the same model, compiled or wrapped.
+        accumulate: batches in a step.
+        clip: the largest norm of the gradient, or None.
         autocast: dtype of ``torch.autocast``, or None.
         scaler: a ``torch.amp.GradScaler``; for float16 autocast one is made.
-        evaluation: batches for `evaluate`; with ``evaluate_every`` steps between.
-        checkpoint: file to write every ``checkpoint_every`` steps and at the end of `fit`, whole or not at all.
-        callbacks: each is called as ``callback(trainer)`` after every step and stops training by returning True.
-        progress: show progress: a bar on a terminal (rich), else a line every ``log_every`` steps.
+        evaluation: batches for `evaluate`, which runs every ``evaluate_every`` steps.
+        checkpoint: a file to write every ``checkpoint_every`` steps and at the end of `fit`, whole or not at all.
+        callbacks: each is called as ``callback(trainer)`` after every step, and stops training by returning True.
+        progress: show progress: a bar on a terminal (needs rich), else a line every ``log_every`` steps.
     """
 
     def __init__(
@@ -112,12 +112,12 @@ class Trainer:
     # ---- the loop --------------------------------------------------------------------------------------------
 
     def fit(self, steps: int | None = None, *, epochs: int | None = None) -> Trainer:
-        """Train until ``steps`` steps or ``epochs`` epochs are done in all, those before a resume included."""
+        """Train until ``steps`` steps or ``epochs`` epochs are done, including those before a resume."""
         if (steps is None) == (epochs is None):
             raise ValueError(f"Trainer: give steps or epochs, one of the two, got {steps!r} and {epochs!r}")
         self._check_whole("fit")
         if self.checkpoint is not None:
-            self._plain_states()  # what cannot be saved is better known before the first step
+            self._plain_states()  # refuse what cannot be saved before the first step
         total = steps
         if epochs is not None and isinstance(self.data, Sized):
             total = epochs * math.ceil(len(self.data) / self.accumulate)
@@ -188,7 +188,7 @@ class Trainer:
                 sampler.set_epoch(self.epoch)
 
     def _start_over(self, position: int, chance: Mapping[str, Any]) -> None:
-        """After an interrupt before the optimizer's step: as if the step had not begun."""
+        """After an interrupt before the optimizer's step: go back to where the step began."""
         self._stepping, self._position, self._batches = False, position, None
         self.optimizer.zero_grad(set_to_none=True)
         _state.set_random_state(chance, self.data, self.evaluation)
@@ -264,25 +264,27 @@ class Trainer:
     # ---- stopping and going on -------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a checkpoint: values, optimizer, scheduler, scaler, random states, place in the data; whole or not.
+        """Write a checkpoint: values, optimizer, scheduler, scaler, random states, the place in the data. The file is
+        whole, or it is not written.
 
-        Raises `ValueError` for a state that could not be read again (a scheduler's, of other types than numbers, texts
-        and tensors), and `OSError` with the file where it cannot be written.
+        Raises `ValueError` for a state that could not be read again (a scheduler's, with types other than numbers,
+        strings and tensors), and `OSError` with the file's name if it cannot be written.
         """
         self._check_whole("save")
         state = self._state()
         try:
             with _file.replacing(path) as temporary:
                 torch.save(state, temporary)
-        except (OSError, RuntimeError) as error:  # of a full disk torch says that its writer failed
+        except (OSError, RuntimeError) as error:  # on a full disk torch raises a RuntimeError
             says = f"{os.fspath(path)}: the checkpoint cannot be written: {error}"
             number = getattr(error, "errno", None)
             raise (OSError(says) if number is None else OSError(number, says)) from error
 
     def resume(self, path: str | os.PathLike[str]) -> Trainer:
-        """Go on from a checkpoint as if training had never stopped; refuses another adapter's, base's or set-up's.
+        """Go on from a checkpoint as if training had never stopped.
 
-        Raises `ValueError` with the file and what is wrong with it; then nothing of the trainer has changed.
+        Raises `ValueError`, with the file and what is wrong with it, for a checkpoint that is damaged or belongs to
+        another adapter, base or set-up; then nothing of the trainer has changed.
         """
         where = os.fspath(path)
         with open(where, "rb") as file:
@@ -295,7 +297,7 @@ class Trainer:
         before = copy.deepcopy(self._state())
         try:
             self._check(state, before)
-        except Exception as error:  # of states no check has thought of, too
+        except Exception as error:  # a broken state may raise anything
             raise ValueError(f"{where}: {error}") from error
         progress = self.step, self.epoch, self._position, self._batches, self._epoch_random
         try:
@@ -306,10 +308,10 @@ class Trainer:
             self._tell_samplers()
             if not isinstance(error, Exception):
                 raise
-            # Optimizers and schedulers of others raise what they please.
+            # Other optimizers and schedulers may raise anything.
             raise ValueError(f"{where}: {error}") from error
         self._stepping = False
-        # What a step that was interrupted half-way left.
+        # A step that was interrupted half-way has left gradients.
         self.optimizer.zero_grad(set_to_none=True)
         if self.scaler is not None:
             self.scaler._per_optimizer_states.clear()
