@@ -184,7 +184,7 @@ class _Tap(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(input)
         ctx.tell = tell
-        return output.detach()  # as in `shira.tuner.Attach`: an alias that an in-place op may follow
+        return output.detach()  # as in `shira.train._layers.Attach`: an alias that an in-place op may follow
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
