@@ -39,7 +39,7 @@ def loss_of_model(model: nn.Module, batch: Any) -> Tensor:
 
 
 def scalar(loss: Any, what: str) -> Tensor:
-    """The loss, if it is a tensor of one number."""
+    """The loss, which must be a tensor of one number."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         given = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"{what} must be a scalar tensor, got {given}")

@@ -1,1 +1,1 @@
-"""Parts for other libraries' trainers, which let them keep adapters. Each module imports its library."""
+"""Adapters in other libraries. Each module imports the library that it is for, so import it where that is installed."""
