@@ -71,11 +71,23 @@ class Names:
         heads = {id(head) for head in told if isinstance(head, nn.Module)}
         return {name: module for name, module in self.modules.items() if id(module) in heads}
 
+    def added(self) -> dict[str, nn.Module]:
+        """The linear layers that PEFT has added beside the model's own, such as LoRA's A and B."""
+        added: set[int] = set()
+        for module in self.modules.values():
+            # By PEFT's convention, its modules name those of their children that belong to an adapter.
+            names = getattr(type(module), "adapter_layer_names", None)
+            for child in map(module._modules.get, names if isinstance(names, tuple) else ()):
+                added |= set() if child is None else {id(inner) for inner in child.modules()}
+        found = ((name, module) for name, module in self.modules.items() if id(module) in added)
+        return {name: module for name, module in found if _layers.is_linear(module)}
+
     def _all_linear(self) -> list[str]:
-        """Linear layers except for the output head's, and 3-D weights of experts."""
-        heads = self.heads()
+        """Linear layers except for the output head's and PEFT's, and 3-D weights of experts."""
+        heads, added = self.heads(), self.added()
         inside = {id(module) for head in heads.values() for module in head.modules()}
         linear = [(name, module) for name, module in self.modules.items() if _layers.is_linear(module)]
+        linear = [(name, module) for name, module in linear if name not in added]
         names = [_join(name, "weight") for name, module in linear if id(module) not in inside]
         names += [slot.name for slot in self.slots.values() if _is_experts(slot)]
         if not names and linear:

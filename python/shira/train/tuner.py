@@ -139,7 +139,8 @@ class SparseTuner:
             whole or their last parts (``"q_proj"``). None or ``"all-linear"``: every ``nn.Linear`` and transformers'
             ``Conv1D``, and 3-D weights of experts, but nothing of the model's output head (what
             ``get_output_embeddings()`` or timm's ``get_classifier()`` returns, and ``score`` and ``classifier`` of
-            transformers' models); with masks by name, the weights that they name.
+            transformers' models), and no layers that PEFT added, such as LoRA's; with masks by name, the weights that
+            they name.
         exclude: what to leave out of the targets: a regular expression searched in names of modules and parameters, or
             a list of such names. A module's name stands for all that is in it, any name of a tied weight for the
             weight.
@@ -196,6 +197,9 @@ class SparseTuner:
             heads = [name for name in names.heads() if not any(one.startswith(f"{name}.") for one in entire)]
             if heads:
                 self._notes.append(f"left out: {_model.some(heads)}, the output head")
+            added = names.added()
+            if added:
+                self._notes.append(f"left out: {_model.some(added)}, which PEFT added to the model's own layers")
 
     @classmethod
     def from_adapter(
