@@ -68,7 +68,7 @@ _neighbours: weakref.WeakValueDictionary[object, Neighbours] = weakref.WeakValue
 
 
 switchers: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Every `Switcher` there is."""
+"""Every `Switcher` that exists."""
 
 
 def base_of(tensor: Tensor) -> int | None:

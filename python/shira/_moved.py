@@ -1,4 +1,4 @@
-"""Modules under the names they had in version 0.1, so that old imports and pickles still find them."""
+"""Modules under their names of version 0.1, so that old imports and pickles still find them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES = {
 
 
 class Moved(MetaPathFinder, Loader):
-    """Gives the module of today for a name of `NAMES`."""
+    """Finds the module of today for a name in `NAMES`."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -74,13 +74,14 @@ class Part:
             self.unfilled = None
 
     def rebase(self) -> None:
-        """Keep the entries of the base that the weight holds now instead of those it held before."""
-        indices = self.indices if self.has_base else self.indices[:1]
-        entries = shira_ops.gather(self.weight.tensor.detach(), indices, granule=self.granule)
-        if self.unfilled is not None:
-            self.unfilled = _bits(entries).bitwise_not_()
-        # In place: ways refer to the tensor.
-        self.saved[: entries.numel()].copy_(entries)
+        """The weight holds another base now: save its entries in place of the old one's, if those were saved."""
+        filled = self.has_base
+        count = self.indices.numel() if filled else 1
+        entries = shira_ops.gather(self.weight.tensor.detach(), self.indices[:count], granule=self.granule)
+        if not filled:
+            entries = _bits(entries).bitwise_not_().view(entries.dtype)
+            self.unfilled = _bits(entries)
+        self.saved[: entries.numel()].copy_(entries)  # in place: ways refer to the tensor
         self.differences.clear()
 
     def finer(self, granule: int) -> Tensor:

@@ -238,6 +238,14 @@ class Ledger:
             layout.used.update(self.written)
         self.state = state
 
+    def rebase(self, bases: Mapping[object, int]) -> None:
+        """Where no adapter is active: weights, by their memory, hold another base now, with these fingerprints."""
+        for key, weight in self.weights.items():
+            if key in bases:
+                _live.refuse_first([weight], Weight.place)
+                weight.record.base = bases[key]
+                weight.note()
+
     def write_back(self, layout: Layout) -> None:
         """Put the base's entries of a layout to wherever its weights are now, whatever is there."""
         targets: list[tuple[Tensor, Part]] = []
@@ -266,16 +274,6 @@ class Ledger:
             weight.distrust()
         self.state = BASE
         self.written = mark(tensor.device for tensor, _ in targets)
-
-    def rebase(self, bases: Mapping[Tensor, int]) -> set[Weight]:
-        """Take what these tensors hold for the base, by the fingerprints given; returns the weights among them."""
-        self.wait()
-        found = {weight: base for tensor, base in bases.items() if (weight := self.weight(tensor)) is not None}
-        _live.refuse_first(found, Weight.place)
-        for weight, base in found.items():
-            weight.record.base = base
-            weight.note()
-        return set(found)
 
     # ---- weights that were moved -----------------------------------------------------------------------------
 

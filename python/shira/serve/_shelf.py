@@ -7,7 +7,7 @@ import platform
 import re
 import secrets
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -268,12 +268,12 @@ class Shelf:
         for layout in self.layouts.values():
             layout.rebind(moved)
 
-    def rebase(self, changed: Set[Weight]) -> None:
-        """The base of these weights has other entries now: keep those."""
+    def rebase(self, changed: Container[object]) -> None:
+        """Weights, by their memory, hold another base now: save its entries in place of the old one's."""
         for layout in self.layouts.values():
             wait(layout.ready)
             for weight, part in layout.parts.items():
-                if weight in changed:
+                if _model.memory(weight.tensor) in changed:
                     part.rebase()
 
     # ---- room ------------------------------------------------------------------------------------------------

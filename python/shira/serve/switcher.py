@@ -21,7 +21,7 @@ from shira.serve import _layout, _shelf
 from shira.serve._layout import BASE, EMPTY, State, Way, listed
 from shira.serve._ledger import Ledger, quiet
 from shira.serve._shelf import Added, Memory, Shelf
-from shira.serve._streams import wait
+from shira.serve._streams import mark, wait
 
 __all__ = ["Memory", "SwitchError", "Switcher"]
 
@@ -284,7 +284,7 @@ class Switcher:
     def knows(self, tensors: Iterable[Tensor]) -> bool:
         """Whether adapters were added that change any of these weights."""
         with LOCK:
-            return any(self._ledger.weight(tensor) is not None for tensor in tensors)
+            return not self._ledger.weights.keys().isdisjoint(map(_model.memory, tensors))
 
     def rebase(self, bases: Mapping[Tensor, int]) -> None:
         """Take what these weights hold now for the base, as after a `shira.sync.Receiver` wrote an update into them.
@@ -300,9 +300,12 @@ class Switcher:
         with LOCK, quiet():
             self._heal()
             if self.active:
-                raise SwitchError(f"Switcher: deactivate() before the base changes; {self._ledger.state.told()}")
-            changed = self._ledger.rebase(bases)
-            self._shelf.rebase(changed)
+                raise SwitchError(f"Switcher: deactivate() before the base is changed; {self._ledger.state.told()}")
+            self._ledger.wait()
+            fresh = {_model.memory(tensor): fingerprint for tensor, fingerprint in bases.items()}
+            self._ledger.rebase(fresh)
+            self._shelf.rebase(fresh)
+            self._ledger.written = mark(tensor.device for tensor in bases)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A copy would share what is known of the first one's weights, and write into them.
