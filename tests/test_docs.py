@@ -8,6 +8,7 @@ of tests/test_stacks.py runs, with results to compare.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
 import shlex
 from collections.abc import Iterator
@@ -139,9 +140,10 @@ def test_docstrings_become_markdown() -> None:
     specification = importlib.util.spec_from_file_location("docstrings", DOCS / "docstrings.py")
     docstrings = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(docstrings)
-    given = "The same::\n\n    a::b\n\n== ==\na  b\n== ==\n1  2\n== ==\n\nend"
-    wanted = "The same:\n\n    a::b\n\n    == ==\n    a  b\n    == ==\n    1  2\n    == ==\n\nend"
+    given = "The same::\n\n    a::b\n\n==== ==\nstep b\n==== ==\n1    ``2`` and 3\n4    5\n==== ==\n\nend"
+    wanted = "The same:\n\n    a::b\n\n| step | b |\n| --- | --- |\n| 1 | ``2`` and 3 |\n| 4 | 5 |\n\nend"
     assert docstrings.markdown(given) == wanted
+    assert "| trim | over all weights together |" in docstrings.markdown(inspect.getdoc(shira.combine.ties))
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
