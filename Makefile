@@ -109,7 +109,7 @@ compat-triton-%: setup
 	rm -rf $(AT)
 	$(PY) -m pip install -q --disable-pip-version-check --no-deps --target $(AT) \
 		'triton$(patsubst %,==%,$(filter-out newest,$*))'
-	PYTHONPATH=$(AT) $(PY) -m pytest -q -p no:cacheprovider tests/ops/test_triton.py
+	PYTHONPATH=$(CURDIR)/$(AT) $(PY) -m pytest -q -p no:cacheprovider tests/ops/test_triton.py
 	rm -rf $(AT)
 
 soak: setup

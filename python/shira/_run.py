@@ -150,7 +150,7 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.d
 
 
 def plain(value: Any, where: str) -> Any:
-    """The state with Python's numbers for numpy's, as ``torch.load(weights_only=True)`` reads it back.
+    """The state with Python's numbers in place of numpy's, as ``torch.load(weights_only=True)`` reads it back.
 
     Refuses what that would refuse, before it is written. Python's numbers go on as numpy's did: float32 is the
     exception, with which a schedule would give other learning rates.
@@ -180,7 +180,7 @@ def _is_number(value: Any) -> bool:
 
 
 def check_form(mine: Any, theirs: Any, where: str) -> None:
-    """Refuse a loaded state that has another form than the one it takes the place of; numbers and texts may differ."""
+    """Refuse a loaded state whose form differs from the present one. Numbers and texts may differ."""
     wrong = None
     if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
         if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
@@ -201,7 +201,7 @@ def check_form(mine: Any, theirs: Any, where: str) -> None:
             for at, (one, two) in enumerate(zip(mine, theirs, strict=True)):
                 check_form(one, two, f"{where}[{at}]")
     elif mine is None or isinstance(mine, bool):
-        # Options that are True, False or left to torch; and what is not known yet.
+        # Options that are True, False or left to torch, and values that are not known yet.
         if not (theirs is None or isinstance(theirs, bool) or (mine is None and isinstance(theirs, (int, float, str)))):
             wrong = f"must be {mine!r} or the like, got {type(theirs).__name__}"
     elif _is_number(mine) or isinstance(mine, Tensor):
@@ -215,7 +215,7 @@ def check_form(mine: Any, theirs: Any, where: str) -> None:
         raise ValueError(f"the checkpoint's {where} {wrong:.400}")
 
 
-# Entries of an optimizer's state that are as large as the parameter, by the names that everybody gives them.
+# Entries of an optimizer's state that are as large as the parameter, under their usual names.
 _OF_PARAMETERS_SIZE = frozenset(
     [
         "exp_avg",
@@ -235,7 +235,7 @@ _ADAM = frozenset(["step", "exp_avg", "exp_avg_sq"])
 
 
 def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
-    """Refuse a state that is not a state of this optimizer, which ``load_state_dict`` takes as it comes."""
+    """Refuse a state that does not belong to this optimizer; ``load_state_dict`` would accept anything."""
     mine = optimizer.state_dict()
     if not isinstance(state, dict) or state.keys() != mine.keys():
         raise ValueError("the checkpoint's optimizer has no state and param_groups")
@@ -275,7 +275,7 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on the model's device."""
+    """The batch with its tensors moved to a device."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):
@@ -287,7 +287,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 @contextmanager
 def progress(show: bool, done: int, total: int | None, every: int) -> Iterator[Callable[[int, float, float], None]]:
-    """Something to tell step, loss and learning rate to."""
+    """Yields a function that shows step, loss and learning rate: as a bar on a terminal, else as lines."""
     if not show:
         yield lambda step, loss, lr: None
         return
@@ -299,7 +299,7 @@ def progress(show: bool, done: int, total: int | None, every: int) -> Iterator[C
     else:
         terminal = (console := Console(stderr=True)).is_terminal
     if not terminal:
-        # Another line for every step would fill a log.
+        # A line for every step would fill a log.
         def line(step: int, loss: float, lr: float) -> None:
             if step % every == 0 or step == total:
                 print(f"step {step}{'' if total is None else f'/{total}'}  loss {loss:.4f}  lr {lr:.3g}", flush=True)

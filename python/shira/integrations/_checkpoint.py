@@ -1,4 +1,4 @@
-"""What a checkpoint of somebody else's trainer keeps of a tuner: all that training changes, and none of the base."""
+"""The part of another trainer's checkpoint that belongs to a tuner: all that training changes, and not the base."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ STATE = "shira_tuner.pt"
 
 
 def state_of(tuner: SparseTuner) -> dict[str, Any]:
-    """The values, and what training may change besides: persistent buffers, parameters that were unfrozen by hand."""
+    """The values, and what else training may change: persistent buffers, and parameters that were unfrozen by hand."""
     others = {name: tensor.detach().clone() for name, tensor in _run.others(tuner).items()}
     return {"version": 1, "tuner": tuner.state_dict(), "others": others}
 
 
 def take(tuner: SparseTuner, state: Any, where: str) -> None:
-    """Go back to a `state_of`; refuses that of another adapter, base or model, and then nothing has changed."""
+    """Restore a `state_of`. Refuses that of another adapter, base or model, with nothing changed."""
     try:
         if not isinstance(state, Mapping) or state.keys() != {"version", "tuner", "others"}:
             raise ValueError("this is not a state of a tuner in a checkpoint")
@@ -41,7 +41,7 @@ def take(tuner: SparseTuner, state: Any, where: str) -> None:
 
 
 def write(tuner: SparseTuner, folder: str | os.PathLike[str]) -> None:
-    """The adapter as it is now, for use, and the state to go on from."""
+    """Write the adapter as it is now, and the state to resume from."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     tuner.adapter().save(target / FILE)
@@ -50,11 +50,11 @@ def write(tuner: SparseTuner, folder: str | os.PathLike[str]) -> None:
 
 
 def read(tuner: SparseTuner, folder: str | os.PathLike[str]) -> None:
-    """Go on from what `write` wrote."""
+    """Resume from what `write` has written."""
     path = os.path.join(folder, STATE)
     with open(path, "rb") as file:
         try:
             state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises whatever the broken part of a file brings up
+        except Exception as error:  # torch may raise anything for a broken file
             raise ValueError(f"{path}: this is not a whole state of a tuner: {error}") from error
     take(tuner, state, path)

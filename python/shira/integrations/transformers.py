@@ -2,7 +2,7 @@
 
 A checkpoint of `AdapterCheckpoints` holds ``shira_adapter.safetensors``, which ``Adapter.from_pretrained(folder)``
 reads, ``shira_tuner.pt`` with the values in full precision, and what the trainer itself keeps: optimizer, scheduler,
-random states. ``train(resume_from_checkpoint=...)`` goes on from it with the bits of a run that was not interrupted.
+random states. ``train(resume_from_checkpoint=...)`` then gives the same bits as a run that was not interrupted.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
 
 
 class AdapterCheckpoints:
-    """For a trainer's first base class: its checkpoints, and what ``save_model`` writes, hold the adapter alone.
+    """The first base class for a trainer whose checkpoints, and what ``save_model`` writes, hold only the adapter.
 
     ::
 
@@ -52,7 +52,7 @@ class AdapterCheckpoints:
         trainer = Trainer(model, arguments, train_dataset=data, tuner=tuner)
         trainer.train(resume_from_checkpoint=True)
 
-    ``load_best_model_at_end`` works too. Checkpoints that hold a whole model are read as ever. Buffers and parameters
+    ``load_best_model_at_end`` works too. Checkpoints that hold a whole model can still be read. Buffers and parameters
     that were unfrozen by hand are kept with the values. Not for FSDP and DeepSpeed, which save in their own way.
 
     Args:
