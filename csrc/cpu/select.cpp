@@ -420,7 +420,7 @@ void draw(const core::Permutation& permutation, int64_t begin, int64_t end, Inde
     vector_loop(n, [=, permute = permutation, block = &block[0]](int64_t i) {
       block[i] = permute(static_cast<uint64_t>(begin + i));
     });
-    // Those outside the domain walk on together.
+    // Images outside the domain are permuted again, together.
     uint64_t walking[kBlock];
     int64_t left = 0;
     for (int64_t i = 0; i < n; ++i) {
@@ -482,27 +482,25 @@ void Cpu::random(const core::Permutation& permutation, Tensor& indices) {
              [&](auto index) { cpu::random<typename decltype(index)::type>(permutation, indices); });
 }
 
-// A GPU makes its own choice, of the same bits; any other device is given the CPU's.
+// A GPU computes the choice itself, with the same bits; any other device gets the CPU's.
 Tensor select_random(int64_t numel, int64_t k, int64_t seed, std::optional<torch::stable::Device> device,
                      int64_t granule) {
   check_select_random(numel, k, granule);
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
   const bool elsewhere = device.has_value() && !device->is_cpu();
   if (elsewhere && device->is_cuda())
-    return select_random_on("shira::_select_random", *device, numel, k, seed, granule);
-  const Tensor indices = select_random_on("shira::_select_random", cpu, numel, k, seed, granule);
+    return select_random_on(SHIRA_OP("_select_random"), *device, numel, k, seed, granule);
+  const Tensor indices = select_random_on(SHIRA_OP("_select_random"), cpu, numel, k, seed, granule);
   return elsewhere ? torch::stable::to(indices, *device) : indices;
 }
 
 }  // namespace
 }  // namespace shira::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(shira, CPU, m) {
+SHIRA_LIBRARY_IMPL(CPU, m) {
   if (shira::backend_is_reference()) return;
   shira::SelectOps<shira::cpu::Cpu>::implement(m);
 }
 
 // No tensor argument tells a device: `device` does.
-STABLE_TORCH_LIBRARY_IMPL(shira, CompositeExplicitAutograd, m) {
-  m.impl("select_random", TORCH_BOX(&shira::cpu::select_random));
-}
+SHIRA_LIBRARY_IMPL(CompositeExplicitAutograd, m) { m.impl("select_random", TORCH_BOX(&shira::cpu::select_random)); }

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from shira import _moved
 
 if TYPE_CHECKING:
-    from shira import masks, metrics
+    from shira import masks, metrics, sync
     from shira._live import SwitchError
     from shira._text import AdapterError
     from shira.adapter import combine
@@ -50,6 +50,7 @@ __all__ = [
     "masks",
     "merging",
     "metrics",
+    "sync",
 ]
 
 # Public name -> the module it lives in, and its name there (None: the module itself).
@@ -68,6 +69,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "masks": ("shira.masks", None),
     "merging": ("shira.adapter.combine", None),  # its name in version 0.1
     "metrics": ("shira.metrics", None),
+    "sync": ("shira.sync", None),
 }
 
 if not any(isinstance(finder, _moved.Moved) for finder in sys.meta_path):

@@ -321,7 +321,7 @@ def test_long_names_make_no_long_messages():
     names = [str(number) + "x" * 10**6 for number in range(9)]
     adapter = Adapter(dict.fromkeys(names, entry))
     for call, says in (
-        (lambda: adapter.to_delta({}), r"'0xx.*\.\.\., '5x.* \(9 in all\)"),
+        (lambda: adapter.to_delta({}), r"'0xx.*\.\.\..*; '4x.* \(9 problems in all\)"),
         (lambda: Adapter.fuse([(adapter, 1.0)], {name: torch.zeros(4) for name in names}), "strictly increasing"),
         (lambda: Adapter({names[0]: replace(entry, granule=3)}), "granule must divide"),
         (lambda: Adapter({names[0]: entry, "b": replace(entry, aliases=(names[0],))}), "is also a name of"),
@@ -443,7 +443,7 @@ def test_to_delta(tmp_path, dtype):
     assert delta.to_delta(base) is delta
     delta.save(tmp_path / "delta.safetensors")
     same(delta, Adapter.load(tmp_path / "delta.safetensors"))
-    with pytest.raises(AdapterError, match=r"'w' has other content \(by fingerprint\)"):
+    with pytest.raises(AdapterError, match=r"another base: .* 1 of 2 weights differs \(by fingerprint\): 'w'"):
         adapter.to_delta({**base, "w": base["w"] + 1})
     with pytest.raises(AdapterError, match="'b' is not in the base"):
         adapter.to_delta({"w": base["w"]})
@@ -471,6 +471,35 @@ def test_fused_as_the_switcher_fuses(dtype):
         shira_ops.scatter_(weight, entry.indices, entry.values, granule=entry.granule)
         assert torch.equal(weight, model.get_parameter(name).detach())
         assert entry.fingerprint == int(shira_ops.fingerprint(base[name])) & (2**64 - 1)
+
+
+def test_fusing_with_a_whole_head_where_the_base_s_is_another():
+    """As the Switcher does: at strength 1 it replaces whatever is there, if nothing else changes it."""
+    torch.manual_seed(4)
+    model = nn.Linear(3, 2)
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    head = Entry(torch.zeros(1, dtype=torch.int32), torch.randn(6), (2, 3), torch.float32, 6, fingerprint=8)
+    bias = Entry(torch.tensor([1], dtype=torch.int32), torch.randn(1), (2,), torch.float32)
+    fresh, other = Adapter({"weight": head, "bias": bias}), Adapter({"bias": bias})
+    switcher = Switcher(model)
+    switcher.add("fresh", fresh)
+    switcher.add("other", other)
+    for strengths in ((1.0, 0.5), (0.0, 0.5)):
+        switcher.activate(dict(zip(("fresh", "other"), strengths, strict=True)))
+        fused = Adapter.fuse(zip((fresh, other), strengths, strict=True), base)
+        for name, entry in fused.weights.items():
+            weight = base[name].clone()
+            shira_ops.scatter_(weight, entry.indices, entry.values, granule=entry.granule)
+            assert torch.equal(weight, model.get_parameter(name).detach())
+            assert entry.fingerprint == int(shira_ops.fingerprint(base[name])) & (2**64 - 1)
+    with pytest.raises(AdapterError, match=r"another base: the content of 1 of 1 weights differs .*'weight'"):
+        Adapter.fuse([(fresh, 0.5)], base)
+    with pytest.raises(
+        AdapterError, match=r"fuse: an adapter replaces 'weight' as a whole, .* cannot be summed with an"
+    ):
+        Adapter.fuse([(fresh, 1.0), (Adapter({"weight": replace(head, fingerprint=None)}), 0.5)], base)
+    with pytest.raises(AdapterError, match="another base"):
+        Adapter.fuse([(Adapter(fresh.weights, delta=True), 1.0)], base)
 
 
 @pytest.mark.parametrize("delta", [False, True])
@@ -580,10 +609,10 @@ def test_casting_deltas_wholes_and_what_cannot_be_cast():
         (lambda: Adapter(entries).to(torch.int8), "to: dtype must be one of float16, .* got torch.int8"),
         (lambda: Adapter(entries).to("bfloat16"), "to: dtype must be one of float16, .* got 'bfloat16'"),
         (lambda: Adapter(entries).to(None), "to: give a dtype, or a base"),
-        (lambda: Adapter(entries).to(torch.float16, base), "does not fit this base: 'w' must be float16, got float32"),
+        (lambda: Adapter(entries).to(torch.float16, base), "fit this base: 'w' must have dtype float16, got float32"),
         (
             lambda: Adapter(entries).to(torch.float16, {"w": base["w"].half(), "steps": base["steps"]}),
-            r"'steps' has other content \(by fingerprint\)",
+            r"the content of 1 of 1 weights differs \(by fingerprint\): 'steps'",
         ),
         (
             lambda: Adapter(entries).to(torch.float16, {"w": torch.zeros(5).half()}),
@@ -617,7 +646,7 @@ def test_a_new_head_needs_nothing_of_the_base():
     )
     with pytest.raises(AdapterError, match="'w' is not in the base"):
         adapter.to(torch.float16, {"head": other})
-    with pytest.raises(AdapterError, match="'head' must be float16, got float32"):
+    with pytest.raises(AdapterError, match="'head' must have dtype float16, got float32"):
         adapter.to(torch.float16, {**base, "head": other.float()})
     with pytest.raises(AdapterError, match="'head' is not in the base"):
         Adapter(adapter.weights, delta=True).to(torch.float16, base)
@@ -714,7 +743,7 @@ def test_a_checkpoint_larger_than_memory(tmp_path):
 LIMITED = """
 import ctypes, mmap, resource, sys
 import numpy
-from shira import _file
+from shira.adapter import _file
 resource.setrlimit(resource.RLIMIT_DATA, (512 << 20,) * 2)
 with _file.opened(sys.argv[1]) as file:
     assert file.map(unchanged=True)[-1] == 0

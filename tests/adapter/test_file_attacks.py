@@ -59,7 +59,8 @@ LIMITED = """
 import json, os, resource, sys
 sys.path[:0] = json.loads(os.environ["SHIRA_TEST_PATH"])
 import torch
-from shira import Adapter, AdapterError, _file
+from shira import Adapter, AdapterError
+from shira.adapter import _file
 _file.read_whole(sys.argv[1])
 Adapter.load(sys.argv[1])
 used = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
