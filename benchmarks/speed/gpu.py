@@ -434,9 +434,8 @@ def main() -> None:
     run.section("build", 60 if run.cuda else 4, lambda: build(run))
     run.section("parity, compiled", 10, lambda: parity(run))
     run.section("captured graphs", 15, lambda: graph(run))
-    # Half of the time left is kept for the rest: proofs that matter as much, and Triton.
-    share = (0.5 if run.cuda else 1) * (run.left() - 5)
-    run.section("measurements, compiled", 15, lambda: measure(run, "compiled", given.only, share))
+    # First of all that takes long: tests, sanitizers and Triton have what time is left.
+    run.section("measurements, compiled", 15, lambda: measure(run, "compiled", given.only, run.left() - 5))
     run.section("contract tests", 20, lambda: tests(run))
     run.section("sanitizer", 30, lambda: sanitizer(run))
     if run.cuda and run.told["about"]["triton"] is not None:
