@@ -18,7 +18,7 @@ PY := $(VENV)/bin/python
 # CUDA torch wheels are several GB: on a machine without a GPU the CPU build serves.
 TORCH ?= torch==2.13.0
 COMPAT ?= 2.11.0 2.12.1 newest
-COMPAT_TESTS := switch fuse gradient optimize select codec fingerprint diff refusals autograd compile threads
+COMPAT_TESTS := switch fuse gradient optimize select codec fingerprint diff overlay refusals autograd compile threads
 LATEST := benchmarks/results/latest.json
 AGAIN := benchmarks/results/again.json
 RESULTS ?= cpu-zen4

@@ -558,6 +558,14 @@ def fuse_(
 # ---- gradient ----------------------------------------------------------------------------------------------
 
 
+def _leads(op: str, name: str, tensor: Tensor, lead: Tensor) -> None:
+    """One token of the one for each of the other."""
+    text = f"must have shape {list(lead.shape[:-1])} before its last dimension"
+    _require(tensor.dim() == lead.dim(), op, name, text, _shape(tensor))
+    for size, wanted in zip(tensor.shape[:-1], lead.shape[:-1], strict=True):
+        _require(size == wanted, op, name, text, _shape(tensor))
+
+
 def sampled_grad(grad_output: Tensor, input: Tensor, indices: Tensor, granule: int) -> None:
     op = "sampled_grad"
     _granule(op, granule)
@@ -567,11 +575,7 @@ def sampled_grad(grad_output: Tensor, input: Tensor, indices: Tensor, granule: i
 
     _device(op, "input", input, "grad_output", grad_output)
     _own_dtype(op, "input", input, "grad_output", grad_output.dtype, fp32_too=False)
-    lead = list(grad_output.shape[:-1])
-    same = input.dim() == grad_output.dim()
-    _require(same, op, "input", f"must have shape {lead} before its last dimension", _shape(input))
-    for size, wanted in zip(input.shape[:-1], lead, strict=True):
-        _require(size == wanted, op, "input", f"must have shape {lead} before its last dimension", _shape(input))
+    _leads(op, "input", input, grad_output)
     _contiguous(op, "input", input)
 
     _device(op, "indices", indices, "grad_output", grad_output)
@@ -581,6 +585,97 @@ def sampled_grad(grad_output: Tensor, input: Tensor, indices: Tensor, granule: i
         shape = [grad_output.shape[-1], input.shape[-1]]
         _require(entries < 2**63, op, "weight", "must have fewer than 2^63 entries", f"shape {shape}")
     _granule_divides(op, granule, entries, f"weight's {entries} entries")
+
+
+# ---- overlay -----------------------------------------------------------------------------------------------
+
+
+def _activations(op: str, name: str, tensor: Tensor) -> None:
+    _one_of(op, name, tensor, FLOATS)
+    _require(tensor.dim() >= 1, op, name, "must have at least one dimension", _shape(tensor))
+    _contiguous(op, name, tensor)
+
+
+def _sparse_matrix(op: str, rows: int, columns: int, granule: int) -> None:
+    """The shape of the sparse matrix, which refusals call the weight: it is one's."""
+    entries = rows * columns
+    if isinstance(entries, int):
+        _require(entries < 2**63, op, "weight", "must have fewer than 2^63 entries", f"shape {[rows, columns]}")
+    _granule_divides(op, granule, entries, f"weight's {entries} entries")
+
+
+def _sparse_entries(
+    op: str, member: str, indices: Tensor, values: Tensor, owner: str, lead: Tensor, granule: int
+) -> None:
+    _device(op, f"indices{member}", indices, owner, lead)
+    _index_list(op, f"indices{member}", indices)
+    _device(op, f"values{member}", values, owner, lead)
+    _own_dtype(op, f"values{member}", values, owner, lead.dtype, fp32_too=True)
+    _nnz_entries(op, f"values{member}", values, indices, granule)
+    _contiguous(op, f"values{member}", values)
+
+
+def sparse_linear(
+    input: Tensor, indices: Tensor, values: Tensor, out_features: int, transposed: bool, granule: int
+) -> None:
+    op = "sparse_linear"
+    _granule(op, granule)
+    _activations(op, "input", input)
+    _require(out_features >= 0, op, "out_features", "must be at least 0", out_features)
+    shape = [input.shape[-1], out_features] if transposed else [out_features, input.shape[-1]]
+    _sparse_matrix(op, *shape, granule)
+    _sparse_entries(op, "", indices, values, "input", input, granule)
+
+
+def sparse_linear_add_(
+    output: Tensor,
+    input: Tensor,
+    indices: Sequence[Tensor],
+    values: Sequence[Tensor],
+    adapters: Tensor,
+    alphas: Tensor,
+    transposed: bool,
+    granule: int,
+) -> None:
+    op = "sparse_linear_add_"
+    _granule(op, granule)
+    _adapters(op, "indices", len(indices))
+    text = f"must have one tensor for each of the {len(indices)} indices"
+    _require(len(values) == len(indices), op, "values", text, len(values))
+    _activations(op, "output", output)
+    _device(op, "input", input, "output", output)
+    _own_dtype(op, "input", input, "output", output.dtype, fp32_too=False)
+    _leads(op, "input", input, output)
+    _contiguous(op, "input", input)
+    shape = [output.shape[-1], input.shape[-1]]
+    _sparse_matrix(op, *(shape[::-1] if transposed else shape), granule)
+    for k, (index, own) in enumerate(zip(indices, values, strict=True)):
+        _sparse_entries(op, f"[{k}]", index, own, "output", output, granule)
+        text = f"must have the dtype of values[0] {dtype_name(values[0].dtype)}"
+        _require(own.dtype == values[0].dtype, op, f"values[{k}]", text, dtype_name(own.dtype))
+
+    tokens = math.prod(output.shape[:-1])
+    _device(op, "adapters", adapters, "output", output)
+    _one_of(op, "adapters", adapters, (torch.int32,))
+    _one_dimensional(op, "adapters", adapters)
+    text = f"must have one entry for each of the {tokens} tokens"
+    _require(adapters.numel() == tokens, op, "adapters", text, adapters.numel())
+    _contiguous(op, "adapters", adapters)
+    _device(op, "alphas", alphas, "output", output)
+    _one_of(op, "alphas", alphas, (compute_dtype(output.dtype),))
+    _one_dimensional(op, "alphas", alphas)
+    text = f"must have one entry for each of the {len(indices)} indices"
+    _require(alphas.numel() == len(indices), op, "alphas", text, alphas.numel())
+    _contiguous(op, "alphas", alphas)
+
+
+def adapter_numbers(op: str, adapters: Tensor, count: int) -> None:
+    """Refuses a token that names an adapter that is not there. Synchronises."""
+    bad = (adapters < -1) | (adapters >= count)
+    if bool(bad.any()):
+        position = int(bad.nonzero()[0])
+        text = f"must be -1 or the number of one of the {count} indices"
+        _require(False, op, "adapters", text, f"{int(adapters[position])} at position {position}")
 
 
 # ---- optimize ----------------------------------------------------------------------------------------------

@@ -304,6 +304,30 @@ def foreach_diff_(
     return [indices for indices, _ in found], [values for _, values in found]
 
 
+# ---- overlay -----------------------------------------------------------------------------------------------
+
+
+def sparse_linear(
+    input: Tensor, indices: Tensor, values: Tensor, out_features: int, *, transposed: bool = False, granule: int = 1
+) -> Tensor:
+    checks.sparse_linear(input, indices, values, out_features, transposed, granule)
+    return input.new_empty(*input.shape[:-1], out_features)
+
+
+def sparse_linear_add_(
+    output: Tensor,
+    input: Tensor,
+    indices: Sequence[Tensor],
+    values: Sequence[Tensor],
+    adapters: Tensor,
+    alphas: Tensor,
+    *,
+    transposed: bool = False,
+    granule: int = 1,
+) -> None:
+    checks.sparse_linear_add_(output, input, indices, values, adapters, alphas, transposed, granule)
+
+
 OPS: dict[str, Callable[..., Any]] = {
     "gather": gather,
     "scatter_": scatter_,
@@ -336,6 +360,8 @@ OPS: dict[str, Callable[..., Any]] = {
     "fingerprint_at": fingerprint_at,
     "diff_": diff_,
     "foreach_diff_": foreach_diff_,
+    "sparse_linear": sparse_linear,
+    "sparse_linear_add_": sparse_linear_add_,
 }
 
 

@@ -1010,6 +1010,67 @@ def foreach_diff_(
     return [indices for indices, _ in found], [values for _, values in found]
 
 
+# ---- overlay -----------------------------------------------------------------------------------------------
+
+
+def _sparse_product(
+    input: Tensor, indices: Tensor, values: Tensor, out_features: int, transposed: bool, granule: int
+) -> Tensor:
+    """`input` [tokens, K] times the sparse matrix, in the compute dtype: an entry after the other, in their order."""
+    columns = out_features if transposed else input.shape[-1]
+    entries = (indices.to(torch.int64)[:, None] * granule + torch.arange(granule, device=indices.device)).view(-1)
+    sums = torch.zeros(out_features, input.shape[0], dtype=checks.compute_dtype(input.dtype), device=input.device)
+    wide_input, wide_values = _compute(input, input).t(), _compute(values, input)
+    for begin in range(0, entries.numel(), 2**14):
+        part = entries[begin : begin + 2**14]
+        row, column = part // columns, part % columns
+        to, of = (column, row) if transposed else (row, column)
+        sums.index_add_(0, to, wide_values[begin : begin + 2**14, None] * wide_input[of])
+    return sums.t()
+
+
+def sparse_linear(
+    input: Tensor, indices: Tensor, values: Tensor, out_features: int, *, transposed: bool = False, granule: int = 1
+) -> Tensor:
+    checks.sparse_linear(input, indices, values, out_features, transposed, granule)
+    checks.memory("sparse_linear", [("input", input), ("indices", indices), ("values", values)])
+    *lead, features = input.shape
+    checks.content("sparse_linear", "indices", indices, features * out_features // granule)
+    tokens = input.view(math.prod(lead), features)
+    product = _sparse_product(tokens, indices, values, out_features, transposed, granule)
+    return _round(product, input.dtype).view(*lead, out_features)
+
+
+def sparse_linear_add_(
+    output: Tensor,
+    input: Tensor,
+    indices: Sequence[Tensor],
+    values: Sequence[Tensor],
+    adapters: Tensor,
+    alphas: Tensor,
+    *,
+    transposed: bool = False,
+    granule: int = 1,
+) -> None:
+    op = "sparse_linear_add_"
+    checks.sparse_linear_add_(output, input, indices, values, adapters, alphas, transposed, granule)
+    lists = _members("indices", indices, False) + _members("values", values, False)
+    ends = [("adapters", adapters, False), ("alphas", alphas, False)]
+    checks.overlap(op, [("output", output, True), ("input", input, False), *lists, *ends])
+    out_features, features, tokens = output.shape[-1], input.shape[-1], adapters.numel()
+    checks.adapter_numbers(op, adapters, len(indices))
+    named = [k for k in adapters.unique().tolist() if k >= 0]
+    for k in named:
+        checks.content(op, f"indices[{k}]", indices[k], features * out_features // granule)
+    rows, given = output.view(tokens, out_features), input.view(tokens, features)
+    for k in named:
+        if float(alphas[k]) == 0:
+            continue
+        at = (adapters == k).nonzero().view(-1)
+        product = _sparse_product(given[at], indices[k], values[k], out_features, transposed, granule)
+        rows[at] = _round(_compute(rows[at], output) + alphas[k] * product, output.dtype)
+
+
 # The op each function serves, overloads as `name.overload`.
 OPS: dict[str, Callable[..., Any]] = {
     "gather": gather,
@@ -1043,4 +1104,6 @@ OPS: dict[str, Callable[..., Any]] = {
     "fingerprint_at": fingerprint_at,
     "diff_": diff_,
     "foreach_diff_": foreach_diff_,
+    "sparse_linear": sparse_linear,
+    "sparse_linear_add_": sparse_linear_add_,
 }
