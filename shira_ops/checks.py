@@ -596,8 +596,9 @@ def _activations(op: str, name: str, tensor: Tensor) -> None:
     _contiguous(op, name, tensor)
 
 
-def _sparse_matrix(op: str, rows: int, columns: int, granule: int) -> None:
-    """The shape of the sparse matrix, which refusals call the weight: it is one's."""
+def _sparse_matrix(op: str, features: int, out_features: int, transposed: bool, granule: int) -> None:
+    """The sparse matrix, which refusals call the weight."""
+    rows, columns = (features, out_features) if transposed else (out_features, features)
     entries = rows * columns
     if isinstance(entries, int):
         _require(entries < 2**63, op, "weight", "must have fewer than 2^63 entries", f"shape {[rows, columns]}")
@@ -622,8 +623,7 @@ def sparse_linear(
     _granule(op, granule)
     _activations(op, "input", input)
     _require(out_features >= 0, op, "out_features", "must be at least 0", out_features)
-    shape = [input.shape[-1], out_features] if transposed else [out_features, input.shape[-1]]
-    _sparse_matrix(op, *shape, granule)
+    _sparse_matrix(op, input.shape[-1], out_features, transposed, granule)
     _sparse_entries(op, "", indices, values, "input", input, granule)
 
 
@@ -647,8 +647,7 @@ def sparse_linear_add_(
     _own_dtype(op, "input", input, "output", output.dtype, fp32_too=False)
     _leads(op, "input", input, output)
     _contiguous(op, "input", input)
-    shape = [output.shape[-1], input.shape[-1]]
-    _sparse_matrix(op, *(shape[::-1] if transposed else shape), granule)
+    _sparse_matrix(op, input.shape[-1], output.shape[-1], transposed, granule)
     for k, (index, own) in enumerate(zip(indices, values, strict=True)):
         _sparse_entries(op, f"[{k}]", index, own, "output", output, granule)
         text = f"must have the dtype of values[0] {dtype_name(values[0].dtype)}"

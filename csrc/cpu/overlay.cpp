@@ -18,9 +18,9 @@ namespace shira::cpu {
 namespace {
 
 constexpr int64_t kLanesMost = 16;
-constexpr int64_t kRows = 64;  // of a walk, whose sums are then turned back: a multiple of kLanesMost
-constexpr int kSides = 4;      // 1, 2, 4 or 8 registers of tokens lie side by side
-constexpr int64_t kFew = 4;    // tokens an adapter up to which granules are summed across lanes
+constexpr int64_t kRows = 64;                 // of a walk, whose sums are then turned back: a multiple of kLanesMost
+constexpr int kSides = 4;                     // 1, 2, 4 or 8 registers of tokens lie side by side
+constexpr int64_t kFew = 4;                   // tokens an adapter up to which granules are summed across lanes
 constexpr int64_t kExact = int64_t{1} << 50;  // see granule_sums
 
 // Numbers of the compute type, as a dtype.
@@ -49,23 +49,23 @@ struct Kernel {
 namespace portable {
 using namespace shira::cpu::portable;
 #define SHIRA_TARGET
-#include "pack_kernel.h"
 #include "overlay_kernel.h"
+#include "pack_kernel.h"
 #undef SHIRA_TARGET
 }  // namespace portable
 #if SHIRA_X86
 namespace avx2 {
 using namespace shira::cpu::avx2;
 #define SHIRA_TARGET SHIRA_AVX2
-#include "pack_kernel.h"
 #include "overlay_kernel.h"
+#include "pack_kernel.h"
 #undef SHIRA_TARGET
 }  // namespace avx2
 namespace avx512 {
 using namespace shira::cpu::avx512;
 #define SHIRA_TARGET SHIRA_AVX512
-#include "pack_kernel.h"
 #include "overlay_kernel.h"
+#include "pack_kernel.h"
 #undef SHIRA_TARGET
 }  // namespace avx512
 #endif

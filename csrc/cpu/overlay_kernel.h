@@ -18,8 +18,7 @@ SHIRA_TARGET void rows(Walk<I, single> walk, int64_t first, int64_t count, const
       for (int64_t k = 0; k < length; ++k, from += kDepth) {
         const auto value = Registers::broadcast(*values++);
         for (int side = 0; side < kSide; ++side)
-          sum[side] =
-              Registers::multiply_add(value, Registers::load(from + side * Registers::kLanes), sum[side]);
+          sum[side] = Registers::multiply_add(value, Registers::load(from + side * Registers::kLanes), sum[side]);
       }
     }
     for (int side = 0; side < kSide; ++side) Registers::store(sums + side * Registers::kLanes, sum[side]);
@@ -69,8 +68,7 @@ SHIRA_TARGET void row_spread(Walk<I, single> walk, int64_t first, int64_t count,
   for (int64_t row = first; row < first + count; ++row, ++x) {
     int64_t column, length;
     while (walk.next(row * walk.columns, column, length))
-      for (int64_t k = 0; k < length; ++k)
-        sums[column + k] = Registers::fused(*values++, *x, sums[column + k]);
+      for (int64_t k = 0; k < length; ++k) sums[column + k] = Registers::fused(*values++, *x, sums[column + k]);
   }
 }
 

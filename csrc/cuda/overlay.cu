@@ -19,11 +19,11 @@
 namespace shira::cuda {
 namespace {
 
-constexpr int kShare = 8;                     // threads of a row
-constexpr int kSlots = kThreads / kShare;     // rows of a block at a time,
-constexpr int kEach = 4;                      // and how many times
+constexpr int kShare = 8;                  // threads of a row
+constexpr int kSlots = kThreads / kShare;  // rows of a block at a time,
+constexpr int kEach = 4;                   // and how many times
 constexpr int kBlockRows = kSlots * kEach;
-constexpr int kStagedBytes = 32 << 10;        // of the input
+constexpr int kStagedBytes = 32 << 10;  // of the input
 
 struct Delta {
   const void* values;
@@ -123,7 +123,8 @@ struct Overlay {
     int32_t at[kEach], end[kEach];
     C sum[kEach];
     const auto place = [&](int64_t line) {
-      return static_cast<int32_t>(entry_at(list, row.granule, (line < rows ? line : rows) * features, low, high) - base);
+      return static_cast<int32_t>(entry_at(list, row.granule, (line < rows ? line : rows) * features, low, high) -
+                                  base);
     };
     int32_t bound = place(first);
 #pragma unroll
@@ -140,8 +141,7 @@ struct Overlay {
 #pragma unroll 1
       for (int t = 0; t < kTokens; ++t) {
         if (names[t] != name) continue;
-        const auto* const from =
-            static_cast<const typename W::Bits*>(row.input) + (token_first + t) * features + begin;
+        const auto* const from = static_cast<const typename W::Bits*>(row.input) + (token_first + t) * features + begin;
         for (int32_t c = thread; c < columns; c += kThreads) staged[c * kTokens + t] = W::load(load_cached(from + c));
       }
       __syncthreads();
@@ -157,7 +157,8 @@ struct Overlay {
           if (inside && column >= columns) break;  // staged later
           if (inside && column >= 0) {
             const auto* const value = static_cast<const typename V::Bits*>(delta.values) + entry;
-            sum[r] = fused(static_cast<C>(V::load(load_cached(value))), staged[static_cast<int32_t>(column) * kTokens + own], sum[r]);
+            sum[r] = fused(static_cast<C>(V::load(load_cached(value))),
+                           staged[static_cast<int32_t>(column) * kTokens + own], sum[r]);
           }
           at[r] += kParts;
         }

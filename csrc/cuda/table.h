@@ -23,8 +23,7 @@ struct Put {
   static __device__ void tile(const Scalars&, const Row& row, int64_t) {
     const int thread = static_cast<int>(threadIdx.x);
     if (thread >= row.count * kWords) return;
-    store_stream(reinterpret_cast<uint64_t*>(row.table) + thread,
-                 reinterpret_cast<const uint64_t*>(row.lines)[thread]);
+    store_stream(reinterpret_cast<uint64_t*>(row.table) + thread, reinterpret_cast<const uint64_t*>(row.lines)[thread]);
   }
 };
 

@@ -59,7 +59,8 @@ for _op in (op for op in FOREACH_OPS if op.removeprefix("foreach_") in ROLES):
     ROLES[_op] = tuple(Role(member(r.name), r.kind, member(r.indices)) for r in ROLES[_op.removeprefix("foreach_")])
 
 WEIGHT_OPS = (*ROLES, "select_top", "fingerprint")
-ARITHMETIC = {"scatter_add_", "fuse_", "select_top", "sparse_linear", "sparse_linear_add_"} | {op for op in OPS if "adamw" in op or "sgd" in op}
+ARITHMETIC = {"scatter_add_", "fuse_", "select_top", "sparse_linear", "sparse_linear_add_"}
+ARITHMETIC |= {op for op in OPS if "adamw" in op or "sgd" in op}
 
 
 def weight_of(op: str) -> str:
