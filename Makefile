@@ -74,21 +74,21 @@ soak: setup
 # Each file in a process of its own; what was interrupted goes on where it stopped.
 bench bench-full: setup
 	@rm -f $(AGAIN)
-	$(PY) benchmarks/speed/suite.py --out $(LATEST) $(if $(filter %-full,$@),--full)
+	$(PY) -m benchmarks.speed.suite --out $(LATEST) $(if $(filter %-full,$@),--full)
 
 bench-twice: bench
-	$(PY) benchmarks/speed/suite.py --out $(AGAIN)
+	$(PY) -m benchmarks.speed.suite --out $(AGAIN)
 	$(MAKE) bench-agree
 
 bench-agree:
-	$(PY) benchmarks/speed/results.py agree --latest $(LATEST) --again $(AGAIN)
+	$(PY) -m benchmarks.speed.results agree --latest $(LATEST) --again $(AGAIN)
 
 # One committed file for each machine: RESULTS names it. The README's figures are those of cpu-zen4.
 bench-compare: setup
-	$(PY) benchmarks/speed/results.py compare --latest $(LATEST) --name $(RESULTS)
+	$(PY) -m benchmarks.speed.results compare --latest $(LATEST) --name $(RESULTS)
 
 bench-record: setup
-	$(PY) benchmarks/speed/results.py record --latest $(LATEST) --name $(RESULTS) $(addprefix --again ,$(wildcard $(AGAIN)))
+	$(PY) -m benchmarks.speed.record --latest $(LATEST) --name $(RESULTS) $(addprefix --again ,$(wildcard $(AGAIN)))
 
 # For example QUALITY_OPTIONS='--family digits-mlp --minutes 30'. The page and its plots are made of what there is.
 quality: setup
@@ -98,7 +98,7 @@ quality: setup
 
 # With the torch that is there: of PY from the environment, else of the .venv where there is one, else of $(PYTHON).
 gpu:
-	$(or $(GPU_PY),$(wildcard $(PY)),$(PYTHON)) benchmarks/speed/gpu.py $(GPU_OPTIONS)
+	$(or $(GPU_PY),$(wildcard $(PY)),$(PYTHON)) -m benchmarks.speed.gpu $(GPU_OPTIONS)
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -1,6 +1,6 @@
 // What an op refuses, and the sentences it says: op, argument, requirement, what was given.
-// Every compiled backend calls these before it writes; shira_ops/checks.py says the same in Python for
-// fakes and references, and tests/test_refusals.py holds the two to one text.
+// Every compiled backend calls these before it writes. shira_ops/checks.py says the same in Python, for fakes,
+// references and Triton, and tests/ops/test_refusals.py holds the two to one text.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -22,7 +22,7 @@ inline bool backend_is_reference() {
   return wanted != nullptr && std::string_view(wanted) == "reference";
 }
 
-// Whether another backend serves CUDA. The emulated build runs the CUDA sources on CPU tensors and is always asked.
+// Whether another backend serves CUDA. The emulated build, which runs the CUDA sources on CPU tensors, always serves.
 inline bool backend_skips_cuda() {
 #if defined(SHIRA_EMULATE)
   return false;
@@ -125,7 +125,7 @@ inline void check_granule(const char* op, int64_t granule) {
   SHIRA_CHECK(granule >= 1, op, ": granule must be at least 1, got ", granule);
 }
 
-// A granule is no longer than what it is a part of: of `numel` entries, where `whole` names them ("weight's 6
+// A granule is at most as long as the whole, of `numel` entries; `whole` is how a refusal names it ("weight's 6
 // entries").
 template <typename... Whole>
 inline void check_granule_fits(const char* op, int64_t granule, int64_t numel, const Whole&... whole) {
@@ -244,9 +244,9 @@ inline int64_t check_matrix(const char* op, int64_t rows, int64_t columns, int64
   return entries;
 }
 
-// A tensor whose storage was freed or shrunk under it (sharding that frees weights between uses does so) still has
-// its shape; one made for tracing has nothing else. And memory that others lay out (numpy, a mapped file) may start
-// between two entries. Asked after the shapes and before the first access. Returns where the entries start.
+// A tensor whose storage was freed or shrunk (as sharding does between uses) still has its shape, and a tensor made for
+// tracing has nothing else. Memory that other libraries lay out (numpy, a mapped file) may start between two entries.
+// Checked after the shapes and before the first access. Returns where the entries start.
 inline const char* check_memory(const char* op, Name name, const Tensor& t) {
   if (t.numel() == 0) return nullptr;
   const int64_t end = (t.storage_offset() + t.numel()) * static_cast<int64_t>(t.element_size());
@@ -262,7 +262,7 @@ inline const char* check_memory(const char* op, Name name, const Tensor& t) {
   return begin;
 }
 
-// Memory of the arguments of one call: all there, and mutated ones must not overlap any other.
+// The memory of the arguments of one call: it must be there, and a mutated argument must not overlap any other.
 class Overlap {
  public:
   explicit Overlap(const char* op) : op_(op) {}
@@ -276,8 +276,8 @@ class Overlap {
   }
 
   void check() {
-    // By address, a clash is always with one of the ranges still open: one that ends furthest. Mutated and
-    // read-only ranges are kept apart, since read-only ones may coincide (a mask that several weights share).
+    // In the order of addresses, a clash is always with the range that reaches furthest. Mutated and read-only ranges
+    // are kept apart, since read-only ones may coincide (a mask that several weights share).
     std::sort(ranges_.begin(), ranges_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
     const Range *open = nullptr, *open_mutated = nullptr;
     for (const Range& r : ranges_) {
@@ -303,7 +303,7 @@ class Overlap {
   std::vector<Range> ranges_;
 };
 
-// Of indices without a weight: only the order counts, and that none is negative.
+// The limit of indices that have no weight: they must increase and not be negative, and that is all.
 constexpr int64_t kNoLimit = -1;
 
 // Entry `position` of `indices` is out of range, or not above the one before it.

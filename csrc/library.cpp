@@ -5,7 +5,7 @@
 #include "schemas.h"
 #include "stable.h"
 
-STABLE_TORCH_LIBRARY(shira, m) {
+SHIRA_LIBRARY(m) {
   SHIRA_SCHEMAS(m);
   m.def("_build_info() -> int");
   m.def("_select_random(Tensor like, int numel, int k, int seed, int granule) -> Tensor");  // see csrc/ops/select.h
@@ -30,11 +30,13 @@ static int64_t build_info() {
   return info;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(shira, CompositeExplicitAutograd, m) { m.impl("_build_info", TORCH_BOX(&build_info)); }
+SHIRA_LIBRARY_IMPL(CompositeExplicitAutograd, m) { m.impl("_build_info", TORCH_BOX(&build_info)); }
 
-// `import shira_ops._C` loads the library; nothing is called through Python's own interface.
-PyMODINIT_FUNC PyInit__C(void) {
+// `import shira_ops._C` loads the library; nothing is called through Python's own interface. The build says what the
+// module is called (TORCH_EXTENSION_NAME: _C).
+PyMODINIT_FUNC C10_CONCATENATE(PyInit_, TORCH_EXTENSION_NAME)(void) {
+  static constexpr char kName[] = C10_STRINGIZE(TORCH_EXTENSION_NAME);
   static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+      PyModuleDef_HEAD_INIT, kName, nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

@@ -10,6 +10,17 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+// The namespace of the ops: torch.ops.shira. Two builds in one process need one each, so a build may name its own
+// (-DSHIRA_NAMESPACE=...), as the emulator of the tests does.
+#ifndef SHIRA_NAMESPACE
+#define SHIRA_NAMESPACE shira
+#endif
+// Torch's macros paste the namespace as it is written: the step in between replaces SHIRA_NAMESPACE first.
+#define SHIRA_EXPANDED(macro, ...) macro(__VA_ARGS__)
+#define SHIRA_LIBRARY(m) SHIRA_EXPANDED(STABLE_TORCH_LIBRARY, SHIRA_NAMESPACE, m)
+#define SHIRA_LIBRARY_IMPL(key, m) SHIRA_EXPANDED(STABLE_TORCH_LIBRARY_IMPL, SHIRA_NAMESPACE, key, m)
+#define SHIRA_OP(name) C10_STRINGIZE(SHIRA_NAMESPACE) "::" name
+
 namespace shira {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;

@@ -1,8 +1,9 @@
-"""Autograd is never silently wrong, also for calls straight to torch.ops.shira.
+"""Autograd is never silently wrong, even for calls that go straight to torch.ops.shira.
 
 Ops that change their arguments have no gradient: a kernel at ADInplaceOrView refuses what requires grad before the
-write, and bumps version counters after it, so that a backward over stale values is refused by torch. Inference
-tensors in inference mode skip it. `gather`, `foreach_gather`, `sampled_grad` and `sparse_linear` have formulas.
+write, and bumps version counters after it, so that torch refuses a backward over stale values. Inference tensors in
+inference mode skip that kernel. `gather`, `foreach_gather`, `sampled_grad` and `sparse_linear` have
+formulas.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
 from . import checks, reference
+from ._ops import ops as _shira
 
 _AFTER_AUTOGRAD = torch._C._after_autograd_keyset
 _AFTER_INPLACE = torch._C._after_ADInplaceOrView_keyset
@@ -30,9 +32,7 @@ _is_grad_enabled = torch.is_grad_enabled
 _requires_grad = attrgetter("requires_grad")  # faster over a list than a loop
 
 # Kernels live as long as the Library that registered them.
-_library = torch.library.Library("shira", "IMPL")
-
-_shira = torch.ops.shira
+_library = torch.library.Library(_shira.name, "IMPL")
 
 
 # ---- ops that change their arguments -----------------------------------------------------------------------
@@ -57,12 +57,12 @@ def _refuse(op: str, arguments: Sequence[tuple[str, Tensor]]) -> NoReturn:
 
 
 def _is_special(t: Tensor) -> bool:
-    """Whether a tensor may have a dispatch key that an ordinary one has not: to ask for its keys takes longer."""
+    """Whether a tensor may have a dispatch key that an ordinary one does not have: asking for its keys takes longer."""
     return type(t) is not Tensor or t.is_neg() or t.layout is not _strided or t.is_quantized or t.is_nested
 
 
 def _lazy_kernel(op: OpOverload) -> Callable[..., NoReturn]:
-    """What stands where torch would resolve lazy views into copies, write those, and fail to hand them back."""
+    """Refuses lazy views. Without it torch would resolve them into copies, and the op would write to the copies."""
 
     def kernel(*args: Any, **kwargs: Any) -> NoReturn:
         checks.lazy(checks.title(op), checks.named(op, args, kwargs))
@@ -72,7 +72,7 @@ def _lazy_kernel(op: OpOverload) -> Callable[..., NoReturn]:
 
 
 def _mutating_kernel(op: OpOverload) -> Callable[..., Any]:
-    """Runs on every call that is not in inference mode, so what can be known of the schema is worked out here."""
+    """The kernel runs on every call outside inference mode, so all that the schema tells is worked out here, once."""
     name = checks.title(op)
     arguments = [argument for argument in op._schema.arguments if "Tensor" in str(argument.type)]
     single: list[int] = []  # where the tensors are
@@ -120,7 +120,8 @@ def _mutating_kernel(op: OpOverload) -> Callable[..., Any]:
         if forward_ad._current_level >= 0 and any(map(_has_tangent, all_tensors(args, kwargs))):
             refuse(args, kwargs)
         for value in listed(args, unseen):
-            # torch chooses a kernel by every tensor but those of an optional list: fake, lazy and sparse ones too.
+            # Torch chooses the kernel by every tensor except those of an optional list, so fake, lazy and sparse ones
+            # among these are found here.
             for tensor in filter(_is_special, value):
                 keyset = keyset | (_dispatch_keys(tensor) - _dispatch_tls_local_exclude_set())
         result = redispatch(keyset & _AFTER_INPLACE, *args, **kwargs)
@@ -138,11 +139,11 @@ def _mutating_kernel(op: OpOverload) -> Callable[..., Any]:
 
 
 # ---- formulas ----------------------------------------------------------------------------------------------
-# Functions call the ops below autograd, whose keys they are registered at.
+# Registered at the keys of autograd; each calls its op below them.
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    # Tried: a single-level apply works under one transform, and nested ones give zeros without an error.
+    # Under one transform this would work, but nested ones give zeros without an error.
     torch._check(
         not torch._C._are_functorch_transforms_active(),
         lambda: f"{_NAMES[function]}: has no rule for torch.func's gradients (use torch.autograd)",
@@ -175,7 +176,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Spread(torch.autograd.Function):
-    """The transpose of gather: zeros of a shape, and `values` at `indices`."""
+    """The transpose of gather: a tensor of zeros with `values` at `indices`."""
 
     @staticmethod
     def forward(values: Tensor, indices: Tensor, shape: torch.Size, granule: int) -> Tensor:
@@ -374,8 +375,7 @@ def _sparse_linear(
 
 def register() -> None:
     for name in reference.OPS:
-        packet, _, overload = name.partition(".")
-        op = getattr(getattr(_shira, packet), overload or "default")
+        op = checks.overload(name)
         if op._schema.is_mutable:
             _library.impl(name, _mutating_kernel(op), "ADInplaceOrView", with_keyset=True)
             for key in ("Conjugate", "Negative"):

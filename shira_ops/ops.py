@@ -2,24 +2,25 @@
 
 Words used throughout:
 
-- `weight`: the dense tensor, any shape, contiguous; changed in place, its storage pointer never changes.
+- `weight`: the dense tensor: any shape, contiguous. It is changed in place; its storage pointer stays the same.
 - `indices`: 1-D int32 or int64, strictly increasing granule numbers of the flat (row-major) weight.
 - `granule`: how many consecutive entries an index selects; it divides `weight.numel()`.
-- `nnz` = `len(indices) * granule`: entries selected; `values` and all else of that size is aligned with `indices`.
-- float dtypes: float16, bfloat16, float32, float64. Arithmetic is fp32 (fp64 for fp64), each operation rounded
-  once and the result once more to the weight's dtype; NaN is stored as the canonical quiet NaN.
+- `nnz` = `len(indices) * granule`: how many entries are selected. `values`, and every other tensor of that size, is
+  aligned with `indices`.
+- float dtypes: float16, bfloat16, float32, float64. Arithmetic is in fp32 (fp64 for fp64): each operation is rounded
+  once, and the result once more to the weight's dtype. NaN is stored as the canonical quiet NaN.
 
 Rules every function keeps:
 
-- **Errors** are `RuntimeError`, with one text on every backend: op, argument, requirement, what was given. Shapes,
-  dtypes, devices, contiguity and overlapping memory are refused, never repaired, and a refused call has changed
-  nothing. On the CPU indices are checked before the first write; CUDA kernels skip what is out of range without
-  synchronising, so check once with `check_indices`.
+- **Errors** are `RuntimeError`, with one text on every backend: op, argument, requirement, what was given. Wrong
+  shapes, dtypes, devices, strides and overlapping memory are refused, never repaired, and a refused call has changed
+  nothing. On the CPU, indices are checked before the first write. CUDA kernels do not synchronise for that; they skip
+  what is out of range. So check indices once with `check_indices`.
 - **Autograd**: a function that ends in `_` bumps the version of what it changes, and refuses a tensor that requires
   grad while grad mode is on, or that carries a forward-mode tangent.
-- **Kinds**: what has no memory or no kernel (fake, sparse, nested, quantized, memory that starts between two entries)
-  is refused too; a function that ends in `_` refuses lazily conjugated and negated views. No `granule` is longer than
-  the weight, and of a weight without entries it is 1.
+- **Kinds of tensors**: tensors without memory or without a kernel (fake, sparse, nested, quantized, or memory that
+  starts between two entries) are refused too; a function that ends in `_` refuses lazily conjugated and negated views.
+  A `granule` is at most as long as the weight; for a weight without entries it is 1.
 - **Determinism**: the same bits on every device, vector width and thread count, unless said otherwise.
 - They work on real tensors, under `torch.compile(fullgraph=True)` and in inference mode.
 """
@@ -31,7 +32,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks
+from ._ops import ops as _shira
 
 __all__ = [
     "adamw_",
@@ -66,7 +67,6 @@ __all__ = [
 ]
 
 # Looked up once: a call goes straight to the dispatcher.
-_shira = torch.ops.shira
 _gather = _shira.gather.default
 _scatter_ = _shira.scatter_.default
 _swap_ = _shira.swap_.default
@@ -119,9 +119,9 @@ def gather(weight: Tensor, indices: Tensor, granule: int = 1) -> Tensor:
 
 
 def scatter_(weight: Tensor, indices: Tensor, values: Tensor, granule: int = 1) -> None:
-    """Overwrites the entries that `indices` select; also what takes an adapter out again.
+    """Overwrites the entries that `indices` select. This also takes an adapter out again.
 
-    `values`: `[nnz]`, the weight's dtype, any of 1, 2, 4 or 8 bytes an entry. Bits are moved, never computed with.
+    `values`: `[nnz]`, the weight's dtype, any of 1, 2, 4 or 8 bytes an entry. Bits are moved; nothing is computed.
 
     The same in plain PyTorch::
 
@@ -131,9 +131,9 @@ def scatter_(weight: Tensor, indices: Tensor, values: Tensor, granule: int = 1) 
 
 
 def swap_(weight: Tensor, indices: Tensor, values: Tensor, granule: int = 1) -> None:
-    """Exchanges the selected entries with `values`, both in place; twice is the identity.
+    """Exchanges the selected entries with `values`, both in place; a second call restores both.
 
-    `values`: `[nnz]`, the weight's dtype, any of 1, 2, 4 or 8 bytes an entry. Bits are moved, never computed with.
+    `values`: `[nnz]`, the weight's dtype, any of 1, 2, 4 or 8 bytes an entry. Bits are moved; nothing is computed.
 
     The same in plain PyTorch::
 
@@ -190,8 +190,8 @@ def switch_(
 ) -> None:
     """Takes one adapter out and puts the next in, in one walk over the weight.
 
-    `indices_out` and `saved_out` are those of the adapter that is in (`saved_out` only read); the other arguments
-    are as in `apply_`. The lists may differ in length and overlap in any way.
+    `indices_out` and `saved_out` belong to the adapter that is in now (`saved_out` is only read); the other arguments
+    are as in `apply_`. The two lists of indices may differ in length and overlap in any way.
 
     The same in two calls::
 
@@ -224,9 +224,6 @@ def foreach_gather(weights: Sequence[Tensor], indices: Sequence[Tensor], granule
 
         [gather(w, i, granule) for w, i in zip(weights, indices)]
     """
-    if not weights:
-        checks.foreach_gather(weights, indices, granule)
-        return []
     return _foreach_gather(weights, indices, granule)  # type: ignore[no-any-return]
 
 
@@ -238,9 +235,6 @@ def foreach_scatter_(
     All tensors on one device; everything is checked before the first write. A weight must not overlap any other
     tensor of the call; `indices` and `values` may be shared.
     """
-    if not weights:
-        checks.foreach_scatter_(weights, indices, values, granule)
-        return
     _foreach_scatter_(weights, indices, values, granule)
 
 
@@ -252,9 +246,6 @@ def foreach_swap_(
     All tensors on one device; everything is checked before the first write. Weights and values must not overlap any
     other tensor of the call; `indices` may be shared.
     """
-    if not weights:
-        checks.foreach_swap_(weights, indices, values, granule)
-        return
     _foreach_swap_(weights, indices, values, granule)
 
 
@@ -273,9 +264,6 @@ def foreach_apply_(
     All tensors on one device; everything is checked before the first write. Weights and saved must not overlap any
     other tensor of the call.
     """
-    if not weights:
-        checks.foreach_apply_(weights, indices, values, saved, alpha, delta, granule)
-        return
     _foreach_apply_(weights, indices, values, saved, alpha=alpha, delta=delta, granule=granule)
 
 
@@ -296,9 +284,6 @@ def foreach_switch_(
     All tensors on one device; everything is checked before the first write. Weights and saved_in must not overlap
     any other tensor of the call.
     """
-    if not weights:
-        checks.foreach_switch_(weights, indices_out, saved_out, indices_in, values, saved_in, alpha, delta, granule)
-        return
     _foreach_switch_(
         weights, indices_out, saved_out, indices_in, values, saved_in, alpha=alpha, delta=delta, granule=granule
     )
@@ -321,7 +306,7 @@ def check_indices(indices: Tensor, limit: int, granule: int = 1) -> None:
 
 
 def fuse_plan(indices: Sequence[Tensor], granule: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """How several adapters meet in one weight: `(indices, offsets, sources)` for `fuse_`. Made once; may synchronise.
+    """Where several adapters meet in one weight: `(indices, offsets, sources)` for `fuse_`. Made once; may synchronise.
 
     `indices`: the adapters' lists, 1 to 32767 of them, in the order in which their contributions are to be summed.
 
@@ -331,8 +316,6 @@ def fuse_plan(indices: Sequence[Tensor], granule: int = 1) -> tuple[Tensor, Tens
 
     The union alone, in plain PyTorch: `torch.cat(indices).unique()`.
     """
-    if not indices:
-        checks.fuse_plan(indices, granule)
     return _fuse_plan(indices, granule)  # type: ignore[no-any-return]
 
 
@@ -382,9 +365,10 @@ def sampled_grad(grad_output: Tensor, input: Tensor, indices: Tensor, granule: i
     """The weight gradient of a linear layer at `indices` alone (SDDMM): `[nnz]`, float32 (float64 for float64).
 
     For `output = input @ weight.T` with `weight` `[m, n]`: `grad_output` is `[..., m]`, `input` `[..., n]` with the
-    same leading dimensions and float dtype, both contiguous, and `granule` divides `m * n`. No dense gradient is
-    left: where the mask is dense enough a GPU makes it 64 MB at a time and takes the entries, by a product that
-    follows `torch.set_float32_matmul_precision` in float32. Differentiable in `grad_output` and `input`.
+    same leading dimensions and float dtype, both contiguous, and `granule` divides `m * n`. The dense gradient is never
+    in memory as a whole: where the mask is dense enough, a GPU computes at most 64 MB of it at a time and takes the
+    entries; in float32 that product follows `torch.set_float32_matmul_precision`. Differentiable in `grad_output` and
+    `input`.
 
     Deterministic on one device and vector width for any thread count; other devices sum in another order.
 
@@ -431,13 +415,13 @@ def adamw_(
     The formulas of `torch.optim.AdamW` (Loshchilov and Hutter, arXiv 1711.05101), on `[nnz]` entries only.
 
     - `weight`: a float dtype. `master`, `exp_avg`, `exp_avg_sq`: `[nnz]`, float32 (float64 for float64), updated;
-      `master` holds the entries that the weight's dtype rounds.
+      `master` holds the selected entries before they are rounded to the weight's dtype.
     - `grad`: `[nnz]`, or the weight's shape and then read at `indices` only; the weight's dtype or float32.
-    - `step` counts from 1 and is that of this call. `step` and `lr` are both numbers, or both tensors of one entry
-      on the weight's device (int64 or float32; float32 or float64): a changing number recompiles and a captured
-      graph freezes it.
+    - `step`: which step this is, counted from 1. `step` and `lr` are both numbers, or both tensors of one entry on the
+      weight's device (int64 or float32; float32 or float64). Under `torch.compile` a number that changes makes torch
+      compile again, and a captured CUDA graph keeps the one it was captured with: pass tensors there.
 
-    One entry, each operation rounded; what is one number a call is computed in double and rounded once::
+    For each entry, every operation rounded; what all entries share is computed in double and rounded once::
 
         p = p * (1 - lr * weight_decay)
         m = m + (g - m) * (1 - beta1)
@@ -485,7 +469,7 @@ def sgd_(
     above 0 and no dampening. `lr`: a number, or a tensor of one entry on the weight's device. The other arguments
     are as in `adamw_`.
 
-    One entry, each operation rounded::
+    For each entry, every operation rounded::
 
         g = g + weight_decay * p                                # if weight_decay != 0
         buffer = momentum * buffer + (1 - dampening) * g        # if momentum != 0
@@ -530,13 +514,7 @@ def foreach_adamw_(
     All tensors on one device; everything is checked before the first write. Weights and state must not overlap any
     other tensor of the call.
     """
-    tensors = _as_tensors("foreach_adamw_", step, lr)
-    if not weights:
-        checks.foreach_adamw_(
-            weights, indices, masters, exp_avgs, exp_avg_sqs, grads, step, lr, beta1, beta2, eps, weight_decay, granule
-        )
-        return
-    op = _foreach_adamw_tensor_ if tensors else _foreach_adamw_
+    op = _foreach_adamw_tensor_ if _as_tensors("foreach_adamw_", step, lr) else _foreach_adamw_
     op(
         weights,
         indices,
@@ -573,11 +551,6 @@ def foreach_sgd_(
     `momentum_buffers`: one for each weight, or None where `momentum` is 0. All tensors on one device; everything is
     checked before the first write. Weights and state must not overlap any other tensor of the call.
     """
-    if not weights:
-        checks.foreach_sgd_(
-            weights, indices, masters, momentum_buffers, grads, lr, momentum, dampening, weight_decay, nesterov, granule
-        )
-        return
     op = _foreach_sgd_tensor_ if isinstance(lr, Tensor) else _foreach_sgd_
     op(
         weights,
@@ -628,10 +601,10 @@ def select_random(
     mask. It costs time and memory in the order of `k`. int32 if there are fewer than 2^31 granules, else int64.
     `device` None is the CPU.
 
-    Method: the images of 0 to k-1 under a keyed Feistel permutation of eight splitmix64 rounds on the smallest
-    power of two that holds the domain, walked on along the cycle while outside it.
+    Method: the images of 0 to k-1 under a keyed Feistel permutation of eight splitmix64 rounds on the smallest power
+    of two that holds the domain; an image outside the domain is permuted again until it lies inside.
 
-    Alike, but not the same choice, in plain PyTorch::
+    A similar choice (not the same one) in plain PyTorch::
 
         torch.randperm(numel // granule)[:k].sort().values
     """
@@ -668,8 +641,8 @@ def fingerprint(weight: Tensor, granule: int = 1) -> Tensor:
     """A 64-bit hash of the weight's bits: an int64 scalar tensor on the weight's device.
 
     The sum mod 2^64 of splitmix64(word_p ^ (p * 0x9E3779B97F4A7C15)) over the little-endian 64-bit words, the last
-    one padded with zeros. Any dtype of 1, 2, 4 or 8 bytes; 0 for an empty weight. It finds a wrong base, not a
-    forged one. `granule` is only validated.
+    one padded with zeros. Any dtype of 1, 2, 4 or 8 bytes; 0 for an empty weight. It tells a wrong base from the right
+    one, but does not protect against a forged one. `granule` is only validated.
     """
     return _fingerprint(weight, granule)  # type: ignore[no-any-return]
 
@@ -716,9 +689,6 @@ def foreach_diff_(
     tensor of the call. Not for a compiled graph: torch cannot trace an op that writes its arguments and returns lists;
     there, call `diff_`.
     """
-    if not weights:
-        checks.foreach_diff_(snapshots, weights, granule)
-        return [], []
     return _foreach_diff_(snapshots, weights, granule)  # type: ignore[no-any-return]
 
 

@@ -1,16 +1,16 @@
 """Every op in plain torch: the executable specification, slow and obvious.
 
-One function per op, named as the op, in the order of csrc/schemas.h. Each checks everything before it
-writes anything. The arithmetic is fp32 (fp64 for fp64): one torch operation per rounding, then one rounding
-to the weight's dtype, and NaN stored as the canonical quiet NaN. Backends are tested against these functions
-bit for bit; they serve where a build has no kernel of its own.
+One function per op, named as the op, in the order of csrc/schemas.h. Its arguments are checked before it is called, by
+`checks.checked`, so what stands here are formulas. The arithmetic is fp32 (fp64 for fp64): one torch operation per
+rounding, then one rounding to the weight's dtype, and NaN stored as the canonical quiet NaN. Backends are tested
+against these functions bit for bit; they serve where a build has no kernel of its own.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +20,19 @@ from torch import Tensor
 from . import checks
 
 _U64 = npt.NDArray[np.uint64]
+_F = TypeVar("_F", bound=Callable[..., Any])
 
-# A view of the bits of an entry: moves never look at what they carry.
+OPS: dict[str, Callable[..., Any]] = {}  # the reference of each op; overloads by names such as `adamw_.tensor`
+
+
+def _op(function: _F) -> _F:
+    """The reference of the op of this name: called once every argument has been checked, and the indices read."""
+    reference = checks.checked(function.__name__, content=True)(function)
+    OPS[function.__name__] = reference
+    return reference
+
+
+# Moves copy the bits of an entry, whatever number they mean.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _QUIET_NAN = {
     torch.float16: 0x7E00,
@@ -75,17 +86,13 @@ def _take(weight: Tensor, indices: Tensor, granule: int) -> Tensor:
 # ---- switch ------------------------------------------------------------------------------------------------
 
 
+@_op
 def gather(weight: Tensor, indices: Tensor, granule: int = 1) -> Tensor:
-    checks.gather(weight, indices, granule)
-    checks.memory("gather", [("weight", weight), ("indices", indices)])
-    checks.content("gather", "indices", indices, weight.numel() // granule)
     return _take(weight, indices, granule)
 
 
+@_op
 def scatter_(weight: Tensor, indices: Tensor, values: Tensor, granule: int = 1) -> None:
-    checks.scatter_(weight, indices, values, granule)
-    checks.overlap("scatter_", [("weight", weight, True), ("indices", indices, False), ("values", values, False)])
-    checks.content("scatter_", "indices", indices, weight.numel() // granule)
     _put(weight, indices, values, granule)
 
 
@@ -95,10 +102,8 @@ def _swap(weight: Tensor, indices: Tensor, values: Tensor, granule: int) -> None
     _bits(values).copy_(_bits(old))
 
 
+@_op
 def swap_(weight: Tensor, indices: Tensor, values: Tensor, granule: int = 1) -> None:
-    checks.swap_(weight, indices, values, granule)
-    checks.overlap("swap_", [("weight", weight, True), ("indices", indices, False), ("values", values, True)])
-    checks.content("swap_", "indices", indices, weight.numel() // granule)
     _swap(weight, indices, values, granule)
 
 
@@ -128,6 +133,7 @@ def _apply(
     _mix(weight, indices, base, values, alpha, delta, granule)
 
 
+@_op
 def apply_(
     weight: Tensor,
     indices: Tensor,
@@ -138,20 +144,10 @@ def apply_(
     delta: bool = False,
     granule: int = 1,
 ) -> None:
-    checks.apply_(weight, indices, values, saved, alpha, delta, granule)
-    checks.overlap(
-        "apply_",
-        [
-            ("weight", weight, True),
-            ("indices", indices, False),
-            ("values", values, False),
-            ("saved", saved, True),
-        ],
-    )
-    checks.content("apply_", "indices", indices, weight.numel() // granule)
     _apply(weight, indices, values, saved, alpha, delta, granule)
 
 
+@_op
 def switch_(
     weight: Tensor,
     indices_out: Tensor,
@@ -164,78 +160,38 @@ def switch_(
     delta: bool = False,
     granule: int = 1,
 ) -> None:
-    checks.switch_(weight, indices_out, saved_out, indices_in, values, saved_in, alpha, delta, granule)
-    checks.overlap(
-        "switch_",
-        [
-            ("weight", weight, True),
-            ("indices_out", indices_out, False),
-            ("saved_out", saved_out, False),
-            ("indices_in", indices_in, False),
-            ("values", values, False),
-            ("saved_in", saved_in, True),
-        ],
-    )
-    checks.content("switch_", "indices_out", indices_out, weight.numel() // granule)
-    checks.content("switch_", "indices_in", indices_in, weight.numel() // granule)
     _put(weight, indices_out, saved_out, granule)
     _apply(weight, indices_in, values, saved_in, alpha, delta, granule)
 
 
+@_op
 def scatter_add_(weight: Tensor, indices: Tensor, values: Tensor, *, alpha: float = 1.0, granule: int = 1) -> None:
-    checks.scatter_add_(weight, indices, values, granule)
-    checks.overlap("scatter_add_", [("weight", weight, True), ("indices", indices, False), ("values", values, False)])
-    checks.content("scatter_add_", "indices", indices, weight.numel() // granule)
     base = _take(weight, indices, granule)
     _mix(weight, indices, base, values, alpha, True, granule)
 
 
-def _named(name: str, tensors: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
-    return [(f"{name}[{t}]", tensor) for t, tensor in enumerate(tensors)]
-
-
-def _members(name: str, tensors: Sequence[Tensor], mutated: bool) -> list[tuple[str, Tensor, bool]]:
-    return [(*named, mutated) for named in _named(name, tensors)]
-
-
-def _contents(op: str, name: str, indices: Sequence[Tensor], weights: Sequence[Tensor], granule: int) -> None:
-    for t, (index, weight) in enumerate(zip(indices, weights, strict=True)):
-        checks.content(op, f"{name}[{t}]", index, weight.numel() // granule)
-
-
+@_op
 def foreach_gather(weights: Sequence[Tensor], indices: Sequence[Tensor], granule: int = 1) -> list[Tensor]:
-    checks.foreach_gather(weights, indices, granule)
-    checks.memory("foreach_gather", _named("weights", weights) + _named("indices", indices))
-    _contents("foreach_gather", "indices", indices, weights, granule)
     return [_take(weight, index, granule) for weight, index in zip(weights, indices, strict=True)]
 
 
+@_op
 def foreach_scatter_(
     weights: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor], granule: int = 1
 ) -> None:
-    op = "foreach_scatter_"
-    checks.foreach_scatter_(weights, indices, values, granule)
-    checks.overlap(
-        op, _members("weights", weights, True) + _members("indices", indices, False) + _members("values", values, False)
-    )
-    _contents(op, "indices", indices, weights, granule)
     for arguments in zip(weights, indices, values, strict=True):
         _put(*arguments, granule)
 
 
+@_op
 def foreach_swap_(
     weights: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor], granule: int = 1
 ) -> None:
-    op = "foreach_swap_"
-    checks.foreach_swap_(weights, indices, values, granule)
-    checks.overlap(
-        op, _members("weights", weights, True) + _members("indices", indices, False) + _members("values", values, True)
-    )
-    _contents(op, "indices", indices, weights, granule)
     for arguments in zip(weights, indices, values, strict=True):
         _swap(*arguments, granule)
 
 
+@_op
 def foreach_apply_(
     weights: Sequence[Tensor],
     indices: Sequence[Tensor],
@@ -246,20 +202,11 @@ def foreach_apply_(
     delta: bool = False,
     granule: int = 1,
 ) -> None:
-    op = "foreach_apply_"
-    checks.foreach_apply_(weights, indices, values, saved, alpha, delta, granule)
-    checks.overlap(
-        op,
-        _members("weights", weights, True)
-        + _members("indices", indices, False)
-        + _members("values", values, False)
-        + _members("saved", saved, True),
-    )
-    _contents(op, "indices", indices, weights, granule)
     for arguments in zip(weights, indices, values, saved, strict=True):
         _apply(*arguments, alpha, delta, granule)
 
 
+@_op
 def foreach_switch_(
     weights: Sequence[Tensor],
     indices_out: Sequence[Tensor],
@@ -272,39 +219,21 @@ def foreach_switch_(
     delta: bool = False,
     granule: int = 1,
 ) -> None:
-    op = "foreach_switch_"
-    checks.foreach_switch_(weights, indices_out, saved_out, indices_in, values, saved_in, alpha, delta, granule)
-    checks.overlap(
-        op,
-        _members("weights", weights, True)
-        + _members("indices_out", indices_out, False)
-        + _members("saved_out", saved_out, False)
-        + _members("indices_in", indices_in, False)
-        + _members("values", values, False)
-        + _members("saved_in", saved_in, True),
-    )
-    for t, weight in enumerate(weights):
-        checks.content(op, f"indices_out[{t}]", indices_out[t], weight.numel() // granule)
-        checks.content(op, f"indices_in[{t}]", indices_in[t], weight.numel() // granule)
     for t, weight in enumerate(weights):
         _put(weight, indices_out[t], saved_out[t], granule)
         _apply(weight, indices_in[t], values[t], saved_in[t], alpha, delta, granule)
 
 
+@_op
 def check_indices(indices: Tensor, limit: int, granule: int = 1) -> None:
-    checks.check_indices(indices, limit, granule)
-    checks.memory("check_indices", [("indices", indices)])
-    checks.content("check_indices", "indices", indices, limit // granule)
+    """All that it does is the check of its content."""
 
 
 # ---- fuse --------------------------------------------------------------------------------------------------
 
 
+@_op
 def fuse_plan(indices: Sequence[Tensor], granule: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    checks.fuse_plan(indices, granule)
-    checks.memory("fuse_plan", _named("indices", indices))
-    for k, tensor in enumerate(indices):
-        checks.content("fuse_plan", f"indices[{k}]", tensor, None)
     dtype = torch.int32 if all(tensor.dtype == torch.int32 for tensor in indices) else torch.int64
     device = indices[0].device
     positions = [torch.arange(tensor.numel(), device=device) for tensor in indices]
@@ -317,28 +246,7 @@ def fuse_plan(indices: Sequence[Tensor], granule: int = 1) -> tuple[Tensor, Tens
     return union.to(dtype), offsets.to(offsets_dtype), sources[order]
 
 
-def _check_plan(offsets: Tensor, adapter: Tensor, position: Tensor, values: Sequence[Tensor], granule: int) -> None:
-    total = adapter.numel()
-    bad = torch.ones_like(offsets, dtype=torch.bool)
-    bad[0] = offsets[0] != 0
-    bad[1:] = (offsets[1:] < offsets[:-1]) | (offsets[1:] > total)
-    bad[-1] |= offsets[-1] != total
-    if bool(bad.any()):
-        at = int(bad.nonzero()[0])
-        raise RuntimeError(
-            f"fuse_: offsets must rise from 0 to the {total} sources, got {int(offsets[at])} at position {at}"
-        )
-    sizes = torch.tensor([tensor.numel() // granule for tensor in values], device=adapter.device)
-    known = (adapter >= 0) & (adapter < len(values))
-    bad = ~known | (position >= sizes[adapter.where(known, 0)])
-    if bool(bad.any()):
-        at = int(bad.nonzero()[0])
-        raise RuntimeError(
-            f"fuse_: sources must name one of the {len(values)} values and a granule of it, got adapter "
-            f"{int(adapter[at])}, granule {int(position[at])} at position {at}"
-        )
-
-
+@_op
 def fuse_(
     weight: Tensor,
     saved: Tensor,
@@ -352,23 +260,7 @@ def fuse_(
     refuse: bool = False,
     granule: int = 1,
 ) -> None:
-    checks.fuse_(weight, saved, indices, offsets, sources, values, alphas, delta, granule)
-    checks.overlap(
-        "fuse_",
-        [
-            ("weight", weight, True),
-            ("saved", saved, True),
-            ("indices", indices, False),
-            ("offsets", offsets, False),
-            ("sources", sources, False),
-            *_members("values", values, False),
-            ("alphas", alphas, False),
-        ],
-    )
-    checks.content("fuse_", "indices", indices, weight.numel() // granule)
     adapter, position = sources >> 48, sources & (2**48 - 1)
-    _check_plan(offsets, adapter, position, values, granule)
-
     if not refuse:
         _bits(saved).copy_(_bits(_take(weight, indices, granule)))
     base = _compute(_granules(saved, granule), weight)
@@ -405,11 +297,9 @@ def fuse_(
 # ---- gradient ----------------------------------------------------------------------------------------------
 
 
+@_op
 def sampled_grad(grad_output: Tensor, input: Tensor, indices: Tensor, granule: int = 1) -> Tensor:
-    checks.sampled_grad(grad_output, input, indices, granule)
-    checks.memory("sampled_grad", [("grad_output", grad_output), ("input", input), ("indices", indices)])
     rows, columns = grad_output.shape[-1], input.shape[-1]
-    checks.content("sampled_grad", "indices", indices, rows * columns // granule)
     dtype = checks.compute_dtype(grad_output.dtype)
     left = grad_output.view(-1, rows) if rows else grad_output.new_zeros(0, 0)
     right = input.view(-1, columns).to(dtype) if columns else input.new_zeros(0, 0)
@@ -417,7 +307,7 @@ def sampled_grad(grad_output: Tensor, input: Tensor, indices: Tensor, granule: i
     result = torch.zeros(entries.numel(), dtype=dtype, device=indices.device)
     if entries.numel() == 0:
         return result
-    # A block of rows of the dense gradient at a time: it is never there as a whole.
+    # A block of rows of the dense gradient at a time: it is never in memory as a whole.
     block = max(1, 2**22 // columns)
     for row in range(0, rows, block):
         bounds = torch.tensor([row * columns, min(row + block, rows) * columns], device=indices.device)
@@ -448,9 +338,9 @@ def _divide(a: float, b: float) -> float:
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """Correctly rounded, as IEEE 754 says: torch's own CPU kernel with AVX-512 is an ulp off in one of five."""
+    """Correctly rounded, as IEEE 754 requires: torch's own CPU kernel with AVX-512 is an ulp off in one of five."""
     if x.is_cpu:
-        with np.errstate(invalid="ignore"):  # of a negative number: NaN
+        with np.errstate(invalid="ignore"):  # the root of a negative number is NaN
             return torch.from_numpy(np.sqrt(x.numpy()))
     return x.sqrt()
 
@@ -482,7 +372,7 @@ def _adamw(
     weight_decay: float,
     granule: int,
 ) -> None:
-    # Everything that is one number a call is computed in double and rounded once.
+    # What all entries share is computed in double and rounded once.
     bias1, bias2 = 1 - ipow(beta1, step), 1 - ipow(beta2, step)
     bias2_sqrt = math.sqrt(bias2) if bias2 >= 0 else math.nan
     decay, step_size = _scalar(1 - lr * weight_decay, master), _scalar(_divide(lr, bias1), master)
@@ -498,10 +388,7 @@ def _adamw(
     _write_master(weight, indices, master, p, granule)
 
 
-def _scalar_tensors(**scalars: float | Tensor) -> list[tuple[str, Tensor, bool]]:
-    return [(name, scalar, False) for name, scalar in scalars.items() if isinstance(scalar, Tensor)]
-
-
+@_op
 def adamw_(
     weight: Tensor,
     indices: Tensor,
@@ -518,22 +405,6 @@ def adamw_(
     weight_decay: float,
     granule: int = 1,
 ) -> None:
-    checks.adamw_(
-        weight, indices, master, exp_avg, exp_avg_sq, grad, step, lr, beta1, beta2, eps, weight_decay, granule
-    )
-    checks.overlap(
-        "adamw_",
-        [
-            ("weight", weight, True),
-            ("indices", indices, False),
-            ("master", master, True),
-            ("exp_avg", exp_avg, True),
-            ("exp_avg_sq", exp_avg_sq, True),
-            ("grad", grad, False),
-            *_scalar_tensors(step=step, lr=lr),
-        ],
-    )
-    checks.content("adamw_", "indices", indices, weight.numel() // granule)
     _adamw(
         weight,
         indices,
@@ -551,9 +422,10 @@ def adamw_(
     )
 
 
-adamw_tensor_ = adamw_
+OPS["adamw_.tensor"] = adamw_tensor_ = adamw_
 
 
+@_op
 def foreach_adamw_(
     weights: Sequence[Tensor],
     indices: Sequence[Tensor],
@@ -570,21 +442,6 @@ def foreach_adamw_(
     weight_decay: float,
     granule: int = 1,
 ) -> None:
-    op = "foreach_adamw_"
-    checks.foreach_adamw_(
-        weights, indices, masters, exp_avgs, exp_avg_sqs, grads, step, lr, beta1, beta2, eps, weight_decay, granule
-    )
-    checks.overlap(
-        op,
-        _members("weights", weights, True)
-        + _members("indices", indices, False)
-        + _members("masters", masters, True)
-        + _members("exp_avgs", exp_avgs, True)
-        + _members("exp_avg_sqs", exp_avg_sqs, True)
-        + _members("grads", grads, False)
-        + _scalar_tensors(step=step, lr=lr),
-    )
-    _contents(op, "indices", indices, weights, granule)
     for arguments in zip(weights, indices, masters, exp_avgs, exp_avg_sqs, grads, strict=True):
         _adamw(
             *arguments,
@@ -598,7 +455,7 @@ def foreach_adamw_(
         )
 
 
-foreach_adamw_tensor_ = foreach_adamw_
+OPS["foreach_adamw_.tensor"] = foreach_adamw_tensor_ = foreach_adamw_
 
 
 def _sgd(
@@ -626,6 +483,7 @@ def _sgd(
     _write_master(weight, indices, master, master - _scalar(lr, master) * g, granule)
 
 
+@_op
 def sgd_(
     weight: Tensor,
     indices: Tensor,
@@ -640,22 +498,6 @@ def sgd_(
     nesterov: bool,
     granule: int = 1,
 ) -> None:
-    checks.sgd_(
-        weight, indices, master, momentum_buffer, grad, lr, momentum, dampening, weight_decay, nesterov, granule
-    )
-    buffers = [] if momentum_buffer is None else [("momentum_buffer", momentum_buffer, True)]
-    checks.overlap(
-        "sgd_",
-        [
-            ("weight", weight, True),
-            ("indices", indices, False),
-            ("master", master, True),
-            *buffers,
-            ("grad", grad, False),
-            *_scalar_tensors(lr=lr),
-        ],
-    )
-    checks.content("sgd_", "indices", indices, weight.numel() // granule)
     _sgd(
         weight,
         indices,
@@ -671,9 +513,10 @@ def sgd_(
     )
 
 
-sgd_tensor_ = sgd_
+OPS["sgd_.tensor"] = sgd_tensor_ = sgd_
 
 
+@_op
 def foreach_sgd_(
     weights: Sequence[Tensor],
     indices: Sequence[Tensor],
@@ -688,20 +531,6 @@ def foreach_sgd_(
     nesterov: bool,
     granule: int = 1,
 ) -> None:
-    op = "foreach_sgd_"
-    checks.foreach_sgd_(
-        weights, indices, masters, momentum_buffers, grads, lr, momentum, dampening, weight_decay, nesterov, granule
-    )
-    checks.overlap(
-        op,
-        _members("weights", weights, True)
-        + _members("indices", indices, False)
-        + _members("masters", masters, True)
-        + _members("momentum_buffers", momentum_buffers or (), True)
-        + _members("grads", grads, False)
-        + _scalar_tensors(lr=lr),
-    )
-    _contents(op, "indices", indices, weights, granule)
     for t, weight in enumerate(weights):
         _sgd(
             weight,
@@ -718,7 +547,7 @@ def foreach_sgd_(
         )
 
 
-foreach_sgd_tensor_ = foreach_sgd_
+OPS["foreach_sgd_.tensor"] = foreach_sgd_tensor_ = foreach_sgd_
 
 
 # ---- select ------------------------------------------------------------------------------------------------
@@ -737,10 +566,8 @@ def granule_scores(weight: Tensor, grad: Tensor | None, score: str, granule: int
     return total.where(~total.isnan(), -1)  # scores are never negative, so NaN comes last
 
 
+@_op
 def select_top(weight: Tensor, grad: Tensor | None, k: int, *, score: str, granule: int = 1) -> Tensor:
-    checks.select_top(weight, grad, k, score, granule)
-    read = [("weight", weight)] if grad is None or score == "magnitude" else [("weight", weight), ("grad", grad)]
-    checks.memory("select_top", read)
     total = granule_scores(weight, grad, score, granule)
     dtype = checks.index_dtype(total.numel())
     if k == 0:
@@ -771,8 +598,8 @@ def _permute(x: _U64, keys: _U64, bits: int) -> _U64:
     return (left << np.uint64(low)) | right
 
 
+@_op
 def select_random(numel: int, k: int, seed: int, *, device: torch.device | None = None, granule: int = 1) -> Tensor:
-    checks.select_random(numel, k, granule)
     domain = numel // granule
     dtype = checks.index_dtype(domain)
     if k == 0:
@@ -795,7 +622,7 @@ _ANCHOR = 16  # bytes: the block's first index, then mode << 56 | where its payl
 
 
 def _escaped(gaps: _U64, unit: type[np.unsignedinteger[Any]]) -> bytes:
-    """Gaps as little-endian units: each unit of all ones adds its value and goes on, any other ends the gap."""
+    """Gaps as little-endian units: a unit of all ones adds its value and the gap goes on; any other unit ends it."""
     most = int(np.iinfo(unit).max)
     ends = np.cumsum(gaps // np.uint64(most) + np.uint64(1), dtype=np.uint64) - np.uint64(1)
     units = np.full(int(ends[-1]) + 1 if ends.size else 0, most, dtype=unit)
@@ -807,10 +634,8 @@ def _units(gaps: _U64, most: int) -> int:
     return int((gaps // np.uint64(most)).sum(dtype=np.uint64)) + gaps.size
 
 
+@_op
 def encode_indices(indices: Tensor, granule: int = 1) -> Tensor:
-    checks.encode_indices(indices, granule)
-    checks.memory("encode_indices", [("indices", indices)])
-    checks.content("encode_indices", "indices", indices, None)
     numbers = indices.to(torch.int64).cpu().numpy().astype(np.uint64)
     anchors, payloads, start = [], [], 0
     for begin in range(0, numbers.size, BLOCK):
@@ -878,7 +703,7 @@ def _decode_block(data: bytes, block: int, count: int, granules: int, dtype: tor
     body = data[anchors + start : anchors + end]
     gaps, begins, stop = _gaps(body, mode)
     complete, gaps = gaps.size, gaps[: n - 1]
-    # Sums wrap only after the first index that is out of range, and that one is all that is looked at.
+    # Sums wrap around only after the first index that is out of range, and nothing after that one is read.
     indices = np.uint64(first) + np.concatenate([np.zeros(1, dtype=np.uint64), (gaps + np.uint64(1)).cumsum()])
     outside = np.flatnonzero((gaps >= 2**63) | (indices[1:] >= bound))
     if outside.size:
@@ -904,12 +729,11 @@ def _decode_block(data: bytes, block: int, count: int, granules: int, dtype: tor
     return indices
 
 
+@_op
 def decode_indices(code: Tensor, count: int, limit: int, dtype: torch.dtype, granule: int = 1) -> Tensor:
-    checks.decode_indices(code, count, limit, dtype, granule)
-    checks.memory("decode_indices", [("code", code)])
     data = code.cpu().numpy().tobytes()
     blocks = -(-count // BLOCK)
-    # Asked before anything is allocated: no code makes more than one index a byte.
+    # Checked before anything is allocated: every index takes at least a byte of code.
     fewest = count + (_ANCHOR - 1) * blocks
     if len(data) != 0 if count == 0 else len(data) < fewest:
         least = "at least " if count else ""
@@ -956,9 +780,8 @@ def _hash(words: Tensor, positions: Tensor) -> Tensor:
     return _splitmix64(words ^ (positions * _GOLDEN)).sum()
 
 
+@_op
 def fingerprint(weight: Tensor, granule: int = 1) -> Tensor:
-    checks.fingerprint(weight, granule)
-    checks.memory("fingerprint", [("weight", weight)])
     count, chunk = -(-weight.numel() * weight.element_size() // 8), 2**22
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
     for begin in range(0, count, chunk):
@@ -967,10 +790,8 @@ def fingerprint(weight: Tensor, granule: int = 1) -> Tensor:
     return total
 
 
+@_op
 def fingerprint_at(weight: Tensor, indices: Tensor, granule: int = 1) -> Tensor:
-    checks.fingerprint_at(weight, indices, granule)
-    checks.memory("fingerprint_at", [("weight", weight), ("indices", indices)])
-    checks.content("fingerprint_at", "indices", indices, weight.numel() // granule)
     if indices.numel() == 0:
         return torch.zeros((), dtype=torch.int64, device=weight.device)
     size = granule * weight.element_size()
@@ -993,19 +814,15 @@ def _diff(snapshot: Tensor, weight: Tensor, granule: int) -> tuple[Tensor, Tenso
     return indices, _take(weight, indices, granule)
 
 
+@_op
 def diff_(snapshot: Tensor, weight: Tensor, granule: int = 1) -> tuple[Tensor, Tensor]:
-    checks.diff_(snapshot, weight, granule)
-    checks.overlap("diff_", [("snapshot", snapshot, True), ("weight", weight, False)])
     return _diff(snapshot, weight, granule)
 
 
+@_op
 def foreach_diff_(
     snapshots: Sequence[Tensor], weights: Sequence[Tensor], granule: int = 1
 ) -> tuple[list[Tensor], list[Tensor]]:
-    checks.foreach_diff_(snapshots, weights, granule)
-    named = [(f"snapshots[{t}]", snapshot, True) for t, snapshot in enumerate(snapshots)]
-    named += [(f"weights[{t}]", weight, False) for t, weight in enumerate(weights)]
-    checks.overlap("foreach_diff_", named)
     found = [_diff(snapshot, weight, granule) for snapshot, weight in zip(snapshots, weights, strict=True)]
     return [indices for indices, _ in found], [values for _, values in found]
 
@@ -1016,7 +833,7 @@ def foreach_diff_(
 def _sparse_product(
     input: Tensor, indices: Tensor, values: Tensor, out_features: int, transposed: bool, granule: int
 ) -> Tensor:
-    """`input` [tokens, K] times the sparse matrix, in the compute dtype: an entry after the other, in their order."""
+    """`input` [tokens, K] times the sparse matrix, in the compute dtype: one entry after the other, in their order."""
     columns = out_features if transposed else input.shape[-1]
     entries = (indices.to(torch.int64)[:, None] * granule + torch.arange(granule, device=indices.device)).view(-1)
     sums = torch.zeros(out_features, input.shape[0], dtype=checks.compute_dtype(input.dtype), device=input.device)
@@ -1029,18 +846,17 @@ def _sparse_product(
     return sums.t()
 
 
+@_op
 def sparse_linear(
     input: Tensor, indices: Tensor, values: Tensor, out_features: int, *, transposed: bool = False, granule: int = 1
 ) -> Tensor:
-    checks.sparse_linear(input, indices, values, out_features, transposed, granule)
-    checks.memory("sparse_linear", [("input", input), ("indices", indices), ("values", values)])
     *lead, features = input.shape
-    checks.content("sparse_linear", "indices", indices, features * out_features // granule)
     tokens = input.view(math.prod(lead), features)
     product = _sparse_product(tokens, indices, values, out_features, transposed, granule)
     return _round(product, input.dtype).view(*lead, out_features)
 
 
+@_op
 def sparse_linear_add_(
     output: Tensor,
     input: Tensor,
@@ -1052,58 +868,11 @@ def sparse_linear_add_(
     transposed: bool = False,
     granule: int = 1,
 ) -> None:
-    op = "sparse_linear_add_"
-    checks.sparse_linear_add_(output, input, indices, values, adapters, alphas, transposed, granule)
-    lists = _members("indices", indices, False) + _members("values", values, False)
-    ends = [("adapters", adapters, False), ("alphas", alphas, False)]
-    checks.overlap(op, [("output", output, True), ("input", input, False), *lists, *ends])
-    out_features, features, tokens = output.shape[-1], input.shape[-1], adapters.numel()
-    checks.adapter_numbers(op, adapters, len(indices))
-    named = [k for k in adapters.unique().tolist() if k >= 0]
-    for k in named:
-        checks.content(op, f"indices[{k}]", indices[k], features * out_features // granule)
-    rows, given = output.view(tokens, out_features), input.view(tokens, features)
-    for k in named:
-        if float(alphas[k]) == 0:
+    out_features, tokens = output.shape[-1], adapters.numel()
+    rows, given = output.view(tokens, out_features), input.view(tokens, input.shape[-1])
+    for k in adapters.unique().tolist():
+        if k < 0 or float(alphas[k]) == 0:
             continue
         at = (adapters == k).nonzero().view(-1)
         product = _sparse_product(given[at], indices[k], values[k], out_features, transposed, granule)
         rows[at] = _round(_compute(rows[at], output) + alphas[k] * product, output.dtype)
-
-
-# The op each function serves, overloads as `name.overload`.
-OPS: dict[str, Callable[..., Any]] = {
-    "gather": gather,
-    "scatter_": scatter_,
-    "swap_": swap_,
-    "apply_": apply_,
-    "switch_": switch_,
-    "scatter_add_": scatter_add_,
-    "foreach_gather": foreach_gather,
-    "foreach_scatter_": foreach_scatter_,
-    "foreach_swap_": foreach_swap_,
-    "foreach_apply_": foreach_apply_,
-    "foreach_switch_": foreach_switch_,
-    "check_indices": check_indices,
-    "fuse_plan": fuse_plan,
-    "fuse_": fuse_,
-    "sampled_grad": sampled_grad,
-    "adamw_": adamw_,
-    "adamw_.tensor": adamw_tensor_,
-    "sgd_": sgd_,
-    "sgd_.tensor": sgd_tensor_,
-    "foreach_adamw_": foreach_adamw_,
-    "foreach_adamw_.tensor": foreach_adamw_tensor_,
-    "foreach_sgd_": foreach_sgd_,
-    "foreach_sgd_.tensor": foreach_sgd_tensor_,
-    "select_top": select_top,
-    "select_random": select_random,
-    "encode_indices": encode_indices,
-    "decode_indices": decode_indices,
-    "fingerprint": fingerprint,
-    "fingerprint_at": fingerprint_at,
-    "diff_": diff_,
-    "foreach_diff_": foreach_diff_,
-    "sparse_linear": sparse_linear,
-    "sparse_linear_add_": sparse_linear_add_,
-}

@@ -1,8 +1,8 @@
 """Accuracy beside switch time and file size, as data: ``benchmarks/results/quality.json``, drawn by the speed report.
 
-One point for every mask, granule and density of experiment 2 that is done on most tasks of its family, and LoRA beside
-them at equal parameters. ``python -m benchmarks.quality.report`` writes it; as in the page, seconds are those of a
-4096 x 4096 bfloat16 layer, measured for random masks and times the share of lines that the trained mask touches.
+One point for every mask, granule and density of experiment 2 that was run on most tasks of its family, and LoRA beside
+them at equal parameters. ``python -m benchmarks.quality.report`` writes it. As on the page, seconds are those of a
+4096 x 4096 bfloat16 layer, measured for random masks and scaled by how many cache lines the trained mask touches.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.quality.experiments import single
+from benchmarks.quality.findings import FAMILIES_SHOWN, Grid, Results, is_accuracy, mean, share_of
 from benchmarks.quality.lab import Setting
 from benchmarks.quality.methods import Lora, Shira
-from benchmarks.quality.report import FAMILIES_SHOWN, Grid, Results, is_accuracy, label, mean, percent, share_of
 from benchmarks.quality.task import ROOT
+from benchmarks.quality.words import label, percent
 
 PATH = ROOT / "benchmarks" / "results" / "quality.json"
 
 
 def points(results: Results, families: Iterable[str] = FAMILIES_SHOWN) -> list[dict[str, Any]]:
-    """A family at a time; none of those whose scores are no accuracies, and none without measured switch times."""
+    """The points of each family whose scores are accuracies; none where no switch times were measured."""
     found: list[dict[str, Any]] = []
     for family in families:
         if results.has(family) and is_accuracy(family) and results.switching:
@@ -48,7 +49,7 @@ def of_family(results: Results, family: str) -> list[dict[str, Any]]:
 
 
 def lora(results: Results, family: str, task: str, names: list[str]) -> list[dict[str, Any]]:
-    """LoRA on the same tasks, where its switch was measured: with as many parameters as one of the densities has."""
+    """LoRA on the same tasks, where a LoRA of about as many parameters was timed."""
     method = Lora(single.rank(family))
     studies = [results.study(Setting(one, method)) for one in names]
     records = [one for study in studies if study for one in study]
@@ -64,7 +65,7 @@ def lora(results: Results, family: str, task: str, names: list[str]) -> list[dic
 
 
 def name(method: Shira) -> str:
-    """For example: Rand 1 %, granule 16."""
+    """For example ``Rand 1 %, granule 16``."""
     mask, comma, rest = label(method).removeprefix("SHiRA-").partition(",")
     return f"{mask} {percent(method.density or 0)}{comma}{rest}"
 
@@ -80,7 +81,7 @@ def point(task: str, name: str, accuracy: float, milliseconds: float, size: floa
 
 
 def text(results: Results) -> str:
-    """The file: a point in a line."""
+    """The file, one point a line."""
     lines = ",\n ".join(json.dumps(one) for one in points(results))
     return f'{{"front": [\n {lines}\n]}}\n'
 

@@ -1,4 +1,4 @@
-"""What experiments are written in: runs that are done once, learning rates that are tuned, adapters that are kept."""
+"""What the experiments are built of: runs that are done once, learning rates that are tuned, adapters that are kept."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from benchmarks.quality.task import CACHE, Task
 from shira import Adapter
 
 RATES = tuple(float(f"{digit}e{power}") for power in range(-5, 1) for digit in (1, 3))
-"""Learning rates that are tried: 1e-5, 3e-5, ... 3."""
+"""The learning rates that are tried: 1e-5, 3e-5, ... 3."""
 
-FAILED = -1e9  # the score of a run that diverged: worse than every other, and it can be averaged
+FAILED = -1e9  # the score of a run that diverged: worse than every other, but finite, so that means exist
 
 SLOWER = {"minilm": 1, "gpt-s": 1, "gpt-m": 1, "gpt-l": 1}
-"""How many rates below a method's own start the search begins for a family, the same for all methods."""
+"""How many steps below a method's usual start the search begins for a family; the same for all its methods."""
 
 
 UNSTEADY = 0.03
-"""A standard deviation of the validation score over seeds (points / 100, or nats) above which a rate may have had luck
-at the first of them."""
+"""The standard deviation of validation scores over seeds (accuracy as a fraction, or nats) above which the score of the
+first seed may have been luck."""
 
 
 class Stop(Exception):
@@ -41,9 +41,9 @@ class Setting:
 
     task: str
     method: Method
-    steps: int | None = None  # None: the task's own
+    steps: int | None = None  # None: the task's own number
     fraction: float = 1.0
-    budget: int = 6  # runs to find the learning rate with
+    budget: int = 6  # runs that the search for the learning rate may take
 
     def run(self, lr: float, seed: int) -> Run:
         run: Run = {"do": "train", "task": self.task, "method": self.method.describe(), "lr": lr, "seed": seed}
@@ -85,12 +85,12 @@ class Lab:
         return found
 
     def base(self, task: str) -> dict[str, Any]:
-        """The scores of the base, untouched."""
+        """The scores of the untouched base."""
         one = tasks.task(task)
 
         def do() -> dict[str, Any]:
             model = one.base()
-            # What data a task made of an installation's own text had.
+            # Which text a task used that takes it from the Python installation.
             found = {"data": one.provenance()} if hasattr(one, "provenance") else {}
             return {split: one.score(model, split) for split in ("validation", "test")} | found
 
@@ -134,11 +134,11 @@ class Lab:
         return [FAILED if score is None else score for score in found]
 
     def searched(self, setting: Setting) -> float:
-        """The learning rate with the best validation score at the first seed; of equals, that of the lower last loss.
+        """The learning rate with the best validation score at the first seed; of equals, the one with the lower loss.
 
-        From where the method starts in both directions, until a lower and a higher rate are worse than the best, or
-        the budget, the same for every method, is spent. A best rate that is worse than the untouched base is none: the
-        search goes on below it.
+        The search goes both ways from the method's start, until a lower and a higher rate are worse than the best, or
+        the budget, the same for every method, is spent. A best rate whose score is below the untouched base's does not
+        count: the search then goes on to lower rates.
         """
         scores: dict[int, tuple[float, float]] = {}
 
@@ -166,14 +166,14 @@ class Lab:
         return RATES[max(sorted(scores), key=scores.__getitem__)]
 
     def study(self, setting: Setting) -> list[dict[str, Any]]:
-        """Tuned, and trained with every seed."""
+        """The results of every seed, at the tuned learning rate."""
         lr = self.tuned(setting)
         return [self.train(setting, lr, seed) for seed in self.seeds]
 
 
 @dataclass(frozen=True)
 class Job:
-    """Part of an experiment: ``rank`` 0 is done first; ``runs`` is about how many runs it takes."""
+    """Part of an experiment. ``rank`` 0 is done first; ``runs`` is roughly how many runs it takes."""
 
     rank: float
     runs: int

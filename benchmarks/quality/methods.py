@@ -1,7 +1,7 @@
-"""Ways to adapt a base to a task, all trained by one loop: SHiRA with its masks, LoRA and DoRA (PEFT's own), full.
+"""Ways to adapt a base to a task, trained by one loop: SHiRA with its masks, PEFT's LoRA and DoRA, full fine-tuning.
 
-A method says how it is put on a model, what trains, and what came out, as a `shira.Adapter` in every case: that of LoRA
-is the dense change of its weights. So one switcher applies, scales and fuses the adapters of every method.
+A method says how it is put on a model, what it trains, and what comes out: a `shira.Adapter` in every case, for LoRA
+the dense change of its weights. So one switcher applies, scales and fuses the adapters of every method.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ import shira
 import shira_ops
 from benchmarks.quality.task import Task
 from shira import Adapter, Entry, masks
-from shira.mask import Mask
+from shira.masks.masks import Mask
 
 LINE_ENTRIES = 32  # bfloat16 entries of a 64-byte cache line
-CALIBRATION_SEED = 1_000_003  # batches that masks look at, other than those of any training seed's first steps
+CALIBRATION_SEED = 1_000_003  # for the batches that masks look at; training uses other seeds
 
 
 @dataclass
 class Attached:
-    """A method on a model: what to train, how to step, and the adapter that it comes to."""
+    """A method on a model: what to train, how to step, and how to get the adapter."""
 
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
-    adapter: Any  # () -> Adapter, once training is over; the model may be scored before, and is used up afterwards
+    adapter: Any  # () -> Adapter, to be called once, after training and scoring: the model is not usable afterwards
 
     @property
     def trainable(self) -> int:
@@ -41,7 +41,7 @@ class Attached:
 
 @dataclass(frozen=True)
 class Method:
-    """What every method shares. ``start`` is where the search for its learning rate begins (`lab.Lab.tuned`)."""
+    """What all methods share. ``start`` is the learning rate at which the search begins (`lab.Lab.tuned`)."""
 
     kind: ClassVar[str]
     start: ClassVar[float]
@@ -60,7 +60,7 @@ class Method:
 
 
 class BalancedRand(masks.Rand):
-    """As many granules of every row."""
+    """A random mask with the same number of granules in every row."""
 
     def seed_for(self, name: str) -> int | None:
         return None
@@ -82,9 +82,9 @@ _CLASSES: dict[str, type[Mask]] = {
 class Shira(Method):
     """SHiRA by `shira.SparseTuner` and `shira.AdamW`.
 
-    The budget is ``density``, or ``r``: as many entries as a LoRA of that rank has. ``part`` tells masks of one kind
-    apart that share no entry: 0 is the mask itself, 1 the next best entries beside it, and so on. ``mixed`` gives the
-    weights different densities, and the model the same number of entries (`densities`).
+    The budget is ``density``, or ``r``: as many entries as a LoRA of that rank has parameters. ``part`` numbers masks
+    of one kind that share no entry: 0 is the mask itself, 1 has the next best entries, and so on. ``mixed`` gives the
+    weights different densities, while the model keeps the same number of entries (`densities`).
     """
 
     kind: ClassVar[str] = "shira"
@@ -98,7 +98,7 @@ class Shira(Method):
     part: int = 0
     mixed: str = ""  # or "first", "last", "magnitude"
     calibration: int = 8  # batches
-    lines: str = "rows"  # Struct's
+    lines: str = "rows"  # for Struct: rows or columns
 
     def make(self, seed: int, density: float | dict[str, float] | None = None) -> Mask:
         options: dict[str, Any] = {"granule": self.granule}
@@ -116,8 +116,8 @@ class Shira(Method):
         return kind(density or self.density, r=self.r, **options)
 
     def densities(self, model: nn.Module, task: Task) -> dict[str, float] | None:
-        """Each weight's own density: falling to a seventh from the first weight to the last, or rising as much, or by
-        where the granules with the largest magnitudes of all weights are."""
+        """Each weight's own density: falling from the first weight to the last by a factor of seven, or rising as
+        much, or following where the granules with the largest magnitudes of all weights lie."""
         if not self.mixed:
             return None
         assert self.density is not None
@@ -132,7 +132,7 @@ class Shira(Method):
             ramp = torch.linspace(1.75, 0.25, len(weights), dtype=torch.float64)
             ramp = ramp if self.mixed == "first" else ramp.flip(0)
             shares = (self.density * ramp * sizes.sum() / (ramp * sizes).sum()).clamp(max=1).tolist()
-        # A mask takes no density of 0; a single granule is then taken, as it is by every mask.
+        # Masks refuse a density of 0; with a tiny one they take a single granule.
         return {f"^{re.escape(name)}$": max(share, 1e-9) for name, share in zip(weights, shares, strict=True)}
 
     @contextmanager
@@ -155,8 +155,8 @@ class Shira(Method):
 
 
 def target_names(model: nn.Module, task: Task) -> tuple[list[str], list[str]]:
-    """The weights that adapters change, and the parameters that train whole, by name."""
-    from shira._targets import Names
+    """The names of the weights that adapters change, and of the parameters that are trained whole."""
+    from shira.train._targets import Names
 
     names = Names(model)
     whole = list(names.whole(task.whole))
@@ -164,7 +164,7 @@ def target_names(model: nn.Module, task: Task) -> tuple[list[str], list[str]]:
 
 
 def groups(parameters: Iterable[tuple[str, nn.Parameter]], task: Task, lr: float) -> list[dict[str, Any]]:
-    """For an optimizer: what adapts the model at this rate, what trains whole at the task's own."""
+    """Parameter groups: what adapts the model trains at this rate, what is trained whole at the task's."""
     rates: dict[bool, list[nn.Parameter]] = {}
     for name, parameter in parameters:
         rates.setdefault(is_whole(task, name), []).append(parameter)
@@ -172,7 +172,7 @@ def groups(parameters: Iterable[tuple[str, nn.Parameter]], task: Task, lr: float
 
 
 def dense_adapter(model: nn.Module, base: dict[str, Tensor], names: Iterable[str]) -> Adapter:
-    """The whole change of these parameters, to add to the base."""
+    """An adapter of the whole change of these parameters, to be added to the base."""
     entries = {}
     for name in names:
         before, after = base[name], model.get_parameter(name).detach()
@@ -194,7 +194,7 @@ def copies(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Lora(Method):
-    """PEFT's LoRA, on the same weights, scale 2 (``lora_alpha = 2 * r``)."""
+    """PEFT's LoRA on the same weights, with a scale of 2 (``lora_alpha = 2 * r``)."""
 
     kind: ClassVar[str] = "lora"
     start: ClassVar[float] = 1e-2
@@ -230,7 +230,7 @@ class Lora(Method):
 
 @dataclass(frozen=True)
 class Dora(Lora):
-    """PEFT's DoRA: LoRA, and a trained magnitude for every row."""
+    """PEFT's DoRA: LoRA with a trained magnitude for every row."""
 
     kind: ClassVar[str] = "dora"
     dora: ClassVar[bool] = True
@@ -238,7 +238,7 @@ class Dora(Lora):
 
 @dataclass(frozen=True)
 class Full(Method):
-    """Every parameter of the model."""
+    """Full fine-tuning: every parameter of the model."""
 
     kind: ClassVar[str] = "full"
     start: ClassVar[float] = 1e-3
@@ -256,7 +256,7 @@ KINDS: dict[str, type[Method]] = {method.kind: method for method in (Shira, Lora
 
 
 def from_description(description: dict[str, Any]) -> Method:
-    """The method that `Method.describe` told."""
+    """The method that `Method.describe` described."""
     options = dict(description)
     return KINDS[options.pop("kind")](**options)
 
@@ -266,16 +266,16 @@ def from_description(description: dict[str, Any]) -> Method:
 
 @dataclass
 class Trained:
-    """What came of one training run."""
+    """The outcome of one training run."""
 
     adapter: Adapter
     record: dict[str, Any]
 
 
 def train(task: Task, method: Method, lr: float, seed: int, steps: int, fraction: float = 1.0) -> Trained:
-    """Adapt a fresh base: AdamW without decay. Rates rise over a tenth of the steps, then fall along a cosine."""
+    """Adapt a fresh base: AdamW without decay. The rate rises over a tenth of the steps, then follows a cosine."""
     model = task.base()
-    torch.manual_seed(seed)  # for LoRA's start; the base may have drawn numbers when it was made
+    torch.manual_seed(seed)  # for LoRA's initial values; making the base may have drawn random numbers
     with method.attached(model, task, lr, seed) as attached:
         optimizer, last = attached.optimizer, math.nan
         peaks = [group["lr"] for group in optimizer.param_groups]
@@ -287,7 +287,7 @@ def train(task: Task, method: Method, lr: float, seed: int, steps: int, fraction
             loss.backward()
             last = loss.item()
             if not math.isfinite(last):
-                break  # the score tells
+                break  # the score shows it
             optimizer.step()
         model.eval()
         record = {
@@ -309,7 +309,7 @@ def factor(step: int, steps: int) -> float:
 
 
 def is_whole(task: Task, name: str) -> bool:
-    """Whether a parameter trains whole beside every method."""
+    """Whether a parameter is trained whole beside every method."""
     return task.whole is not None and re.search(task.whole, name) is not None
 
 

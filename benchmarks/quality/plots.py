@@ -1,4 +1,4 @@
-"""The plots of the page, small PNG files. Like the tables, from the kept results alone."""
+"""The plots of the page, small PNG files. Like the tables, they are made from the kept results alone."""
 
 from __future__ import annotations
 
@@ -9,27 +9,26 @@ from typing import Any
 
 from benchmarks.quality import tasks
 from benchmarks.quality.experiments import fusion, single
-from benchmarks.quality.lab import Setting
-from benchmarks.quality.report import (
+from benchmarks.quality.findings import (
     FAMILIES_SHOWN,
     Fused,
     Grid,
     Results,
     coarse,
-    fusion_name,
     is_accuracy,
-    label,
     mean,
     points,
-    what,
+    standard_error,
 )
+from benchmarks.quality.lab import Setting
+from benchmarks.quality.words import fusion_name, label, what
 
 COLORS = {1: "#4477aa", 4: "#66ccee", 8: "#228833", 16: "#ccbb44", 32: "#ee6677"}
 MARKERS = {"rand": "o", "struct": "s", "wm": "^", "grad": "v", "snip": "D"}
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """Every plot there is something to show in; returns their files."""
+    """Draws every plot that has something to show; returns their files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -94,12 +93,11 @@ def front(results: Results, family: str, pyplot: Any) -> Any:
         return None
     figure, both = pyplot.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")
     for method in found.methods(names):
-        total = mean(one["targets"] for (_, m), records in found.records.items() if m == method for one in records)
-        y = shown(family, mean(found.score(name, method) for name in names))
+        y = shown(family, found.mean_score(method))
         style = {"color": COLORS[method.granule], "marker": MARKERS[method.mask], "s": 14}
         style["facecolors"] = COLORS[method.granule] if not method.balanced else "none"
         both[0].scatter(found.milliseconds(method), y, **style)
-        both[1].scatter(100 * found.cost(method, "bytes") / (2 * total), y, **style)
+        both[1].scatter(found.price(method, "bytes"), y, **style)
     both[0].set_xlabel("ms to switch a 4096 x 4096 bfloat16 layer")
     both[1].set_xlabel("file, % of the weights' bytes")
     both[0].set_ylabel(f"{axis_name(family)}, tasks: {len(names)}")
@@ -127,7 +125,7 @@ def granules(results: Results, pyplot: Any) -> Any:
     for where in several:
         some = [one for one in every if one.where == where]
         family, _, hardest = where.partition(",")
-        errors = [100 * statistics.stdev(one.lost) / len(one.lost) ** 0.5 for one in some]
+        errors = [100 * standard_error(one.lost) for one in some]
         x, y = [one.granules for one in some], [100 * mean(one.lost) for one in some]
         style = {
             "color": f"C{families.index(family)}",

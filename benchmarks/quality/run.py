@@ -27,7 +27,7 @@ def plan(families: Sequence[str], experiments: Sequence[str], seeds: int) -> lis
 
 
 def run(jobs: Sequence[Job], lab: Lab, console: Console) -> bool:
-    """Do the jobs; False if the time was over before."""
+    """Do the jobs; False if the time ran out first."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         bar, done = progress.add_task("runs", total=sum(job.runs for job in jobs)), 0
@@ -36,10 +36,10 @@ def run(jobs: Sequence[Job], lab: Lab, console: Console) -> bool:
             try:
                 job.do(lab)
             except Stop:
-                console.print("The time is over; the same command goes on from here.")
+                console.print("The time is up. The same command goes on from here.")
                 return False
             done += job.runs
-            # A job may need fewer runs than it was thought to, or those of others.
+            # A job may need fewer runs than expected, or share some with another job.
             progress.update(bar, completed=done)
     return True
 
@@ -47,12 +47,12 @@ def run(jobs: Sequence[Job], lab: Lab, console: Console) -> bool:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.run", description=(__doc__ or "").split(":")[0])
     families, experiments = list(FAMILIES), list(EXPERIMENTS)
-    parser.add_argument("--family", action="append", choices=families, help="again for more (default: all)")
-    parser.add_argument("--experiment", action="append", choices=experiments, help="again for more (default: all)")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after as many, between two runs")
+    parser.add_argument("--family", action="append", choices=families, help="repeatable (default: all)")
+    parser.add_argument("--experiment", action="append", choices=experiments, help="repeatable (default: all)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many minutes, between two runs")
     parser.add_argument("--seeds", type=int, default=5, help="seeds for every figure (default: 5)")
     given = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # for matrices of this size, as fast as more
+    torch.set_num_threads(1)  # as fast as several, for matrices of this size
     lab = Lab(seeds=range(given.seeds), until=time.time() + 60 * given.minutes)
     jobs = plan(given.family or families, given.experiment or experiments, given.seeds)
     run(jobs, lab, Console())

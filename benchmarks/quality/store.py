@@ -19,7 +19,7 @@ def key(run: Run) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no infinities and no NaN: None stands for a number that is none. Seven digits are plenty."""
+    """JSON has neither infinities nor NaN: None stands for them. Seven digits are enough."""
     if isinstance(value, dict):
         return {name: _plain(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
@@ -32,7 +32,7 @@ def _plain(value: Any) -> Any:
 class Store:
     """The results of one family, ``results/<family>.jsonl``.
 
-    A process that was killed while it wrote leaves part of a line at the end: that is cut off, and the run done again.
+    A process that was killed while it wrote leaves part of a line at the end. It is cut off, and the run is done again.
     """
 
     def __init__(self, family: str, folder: Path = RESULTS) -> None:
@@ -49,14 +49,14 @@ class Store:
                     one = json.loads(line)
                     self._found[key(one["run"])] = one["run"], one["result"]
                 except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f"{self.path}, line {number} is no result: {error}") from error
+                    raise ValueError(f"{self.path}, line {number} is not a result: {error}") from error
 
     def get(self, run: Run) -> dict[str, Any] | None:
         found = self._found.get(key(run))
         return found[1] if found else None
 
     def add(self, run: Run, result: dict[str, Any]) -> dict[str, Any]:
-        """Keep a result; returns it as it will be read again."""
+        """Keeps a result, and returns it as it will be read later."""
         text = json.dumps({"run": run, "result": _plain(result)}, allow_nan=False)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:

@@ -1,8 +1,9 @@
 """How long a switch takes, by density and granule: ``python -m benchmarks.quality.switching``, on a quiet machine.
 
-`torch.ops.shira.swap_` on layers of 4096 x 4096 bfloat16 with random masks, caches filled with other data before every
-sweep, one thread; beside it the LoRA fuse of as many parameters (``addmm_`` in place). Medians of interleaved rounds.
-The layers of the experiments are far smaller: their results give the accuracy, this table the price at a real size.
+`torch.ops.shira.swap_` on layers of 4096 x 4096 bfloat16 with random masks, one thread, caches
+filled with other data before every sweep; beside it the fuse of a LoRA of as many parameters (``addmm_`` in place).
+Medians of interleaved rounds. The layers of the experiments are far smaller: they give the accuracy, and this table
+gives the cost at a realistic size.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def measure(side: int = SIDE, layers: int = LAYERS, rounds: int = ROUNDS) -> lis
         signs = [1.0] * layers
 
         def fuse(layer: int, b: Tensor = b, a: Tensor = a, signs: list[float] = signs) -> None:
-            # In, and out again the next time: what a server does, and the weights stay the numbers that they are.
+            # In, and out again the next time, as a server does; so the weights do not grow.
             weights[layer].addmm_(b, a, alpha=signs[layer])
             signs[layer] = -signs[layer]
 

@@ -1,7 +1,7 @@
 """What an experiment needs to know of a task: a pretrained base, data that the base has not been trained for, a score.
 
 A task is a dataset with a split into train, validation and test that never changes. Learning rates are chosen on
-``validation``; every figure that is reported is of ``test``. Tasks of one family have one base, so that their adapters
+``validation``; every reported figure is of ``test``. The tasks of a family share one base, so that their adapters
 can be fused.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "quality"
-"""What is made on first use and can be made again: pretrained bases, trained adapters."""
+"""For what is made on first use and can be made again: pretrained bases, trained adapters."""
 
 
 class Task(Protocol):
@@ -33,7 +33,7 @@ class Task(Protocol):
     whole: str | None
     """Parameters that every method trains as a whole beside its adapter (a new head), or None."""
     whole_lr: float
-    """The learning rate of those, the same beside every method."""
+    """Their learning rate, the same beside every method."""
     steps: int
     """Training steps, unless an experiment says otherwise."""
 
@@ -46,7 +46,7 @@ class Task(Protocol):
         ...
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """The scalar to train on; also for the masks that calibrate."""
+        """The loss to train on, a scalar; masks that calibrate use it too."""
         ...
 
     def score(self, model: nn.Module, split: str = "test") -> float:
@@ -64,7 +64,7 @@ _memory: dict[str, nn.Module] = {}
 def cached(name: str, make: Callable[[], nn.Module], pretrain: Callable[[nn.Module], None]) -> nn.Module:
     """A copy of a pretrained model, which ``pretrain`` trains once and ``build/quality/<name>.pt`` keeps.
 
-    ``make`` builds the model untrained. A change of either needs another name.
+    ``make`` builds the untrained model. If either changes, give it another name.
     """
     if name not in _memory:
         path, model = CACHE / f"{name}.pt", make()

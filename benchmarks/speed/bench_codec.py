@@ -1,5 +1,6 @@
-"""Indices to bytes and back: G indices a second and core, from memory to memory; beside numpy's diff and cumsum on gaps
-that are stored raw, as 16-bit numbers, and checked nowhere."""
+"""Indices to bytes and back, from memory to memory: billions of indices a second on one core.
+
+Beside it numpy's diff and cumsum on gaps that are stored as raw 16-bit numbers and never checked."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-import common
-from common import Report, compare, random_indices, settings, sweep
+from benchmarks.speed import common
+from benchmarks.speed.common import Report, compare, random_indices, settings, sweep
 
 shira = torch.ops.shira
 DENSITIES = pytest.mark.parametrize("density", [0.01, 0.02], ids=["1%", "2%"])
@@ -20,7 +21,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=["int3
 
 @functools.lru_cache(maxsize=1)
 def masks(density: float, dtype: torch.dtype, side: int) -> list[torch.Tensor]:
-    """Random masks of layers; in quick mode small ones."""
+    """Random masks of layers; small ones with `--quick`."""
     rng = np.random.default_rng(0)
     numel = side * side
     return [random_indices(rng, numel, round(density * numel)).to(dtype) for _ in range(12)]
@@ -31,7 +32,7 @@ def masks(density: float, dtype: torch.dtype, side: int) -> list[torch.Tensor]:
 def bench_encode(benchmark: BenchmarkFixture, threads: int, density: float, dtype: torch.dtype) -> None:
     some = masks(density, dtype, settings.side)
     codes = prove(some)
-    gaps(some)  # they fit
+    gaps(some)  # the gaps fit into 16 bits
     raw = sweep(raw_gaps, [(one.numpy(),) for one in some])
     run = sweep(shira.encode_indices, [(one,) for one in some])
     timing = compare(benchmark, ("encode_indices", run), {"diff": raw})

@@ -1,4 +1,6 @@
-"""What changed since a snapshot, which follows: on layers of 4096 x 4096 of which a share changes with every call.
+"""What changed since a snapshot, which is brought up to date, on layers of 4096 x 4096.
+
+A share of the layer changes with every call.
 
 read    reads the weight and the snapshot once, as fast as a plain loop can
 torch   the same in plain torch: bits compared, `nonzero`, the entries by `index_select`, the snapshot by `index_copy_`
@@ -12,8 +14,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-import common
-from common import BF16, FP32, Report, compare, settings, sweep, weights
+from benchmarks.speed import common
+from benchmarks.speed.common import BF16, FP32, Report, compare, settings, sweep, weights
 
 shira, machine = torch.ops.shira, torch.ops.shira_bench
 READ = {"read, plain": False, "read, fetching ahead": True}
@@ -22,7 +24,7 @@ BITS = {2: torch.int16, 4: torch.int32}
 
 @dataclass
 class Followed:
-    """A weight that has two states, a snapshot of it, and which state it is in."""
+    """A weight with two states, a snapshot of it, and which state it is in."""
 
     states: tuple[torch.Tensor, torch.Tensor]
     snapshot: torch.Tensor

@@ -1,9 +1,10 @@
-"""Files as a whole: an adapter from two checkpoints, and a large model's share of one from its file onto the model.
+"""Whole files: an adapter made from two checkpoints, and part of a large model's adapter from its file onto the model.
 
 difference   1 GB of bf16 weights and the same with 1 % changed, both in the page cache and mapped anew each time,
-             beside the fastest plain loop that reads both files, mapped anew too. Also: memory beside the files' pages.
-load         16 layers of 4096 x 4096, 1 %, bf16, onto a model whose base is known, beside what it cannot do without:
-             the file's bytes read once and the weights' lines touched once.
+             beside the fastest plain loop that reads both files, mapped anew too. Also the memory it takes
+             in addition to the files' pages.
+load         16 layers of 4096 x 4096, 1 %, bf16, onto a model whose base is known, beside what has to be done in
+             any case: the file's bytes read once and the weights' cache lines touched once.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from safetensors.torch import save_file
 from torch import nn
 
-import common
 import shira
 import shira_ops
-from common import BF16, Report, compare, settings
-from shira import _checkpoint
+from benchmarks.speed import common
+from benchmarks.speed.common import BF16, Report, compare, settings
+from shira.adapter import _checkpoint
 
 machine = torch.ops.shira_bench
 READ = {"read, plain": False, "read, fetching ahead": True}
@@ -51,7 +52,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path
 
 
 def anonymous() -> int:
-    """Bytes of this process that are no file's pages."""
+    """Bytes of this process that are not pages of files."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) << 10
@@ -60,7 +61,8 @@ def anonymous() -> int:
 
 def peak_memory(call: Callable[[], object]) -> int:
     """How far `call` raises this process's own memory, watched every 2 ms."""
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left in the heap would hide what this one takes
+    # Memory that earlier calls left in the heap would hide what this one takes.
+    ctypes.CDLL(None).malloc_trim(0)
     done, seen, before = threading.Event(), [0], anonymous()
 
     def watch() -> None:

@@ -1,4 +1,4 @@
-"""The fingerprint of weights that lie in memory, beside the fastest plain loop that reads them."""
+"""The fingerprint of weights in memory, beside the fastest plain loop that reads them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-import common
 import shira_ops.reference
-from common import BF16, FP32, Report, compare, settings, sweep, weights
+from benchmarks.speed import common
+from benchmarks.speed.common import BF16, FP32, Report, compare, settings, sweep, weights
 
 shira, machine = torch.ops.shira, torch.ops.shira_bench
 READ = {"read, plain": False, "read, fetching ahead": True}
@@ -17,7 +17,7 @@ READ = {"read, plain": False, "read, fetching ahead": True}
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=common.dtype_name)
 def bench_fingerprint(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) -> None:
     some = weights(dtype, settings.side, settings.working_set)
-    part = some[0][:64]  # the reference is slow: a part of a weight, and a tail that is no whole word
+    part = some[0][:64]  # the reference is slow, so a part of a weight, with a tail that is not a whole word
     for one in (part, part.reshape(-1)[: part.numel() - 3]):
         assert torch.equal(shira.fingerprint(one), shira_ops.reference.fingerprint(one))
     for ahead in READ.values():

@@ -1,10 +1,10 @@
 """Eight adapters of 1 % each at once on layers of 4096 x 4096: one pass over their union, and the plan it follows.
 
-touch   reads and writes each cache line of the union once: see bench_switch.py. The plan's 21 MB come on top
-bytes   what no fuse_ can do without: the plan read once to check it before the first write and once to follow it, the
+touch   reads and writes each cache line of the union once: see bench_switch.py. The plan's 21 MB are not in it
+bytes   what every fuse_ has to move: the plan read once to check it before the first write and once to follow it, the
         values read, `saved` written, the union touched
 eight   scatter_add_ for one adapter after the other
-torch   the union and its counts by torch.cat and torch.unique: less than a plan says, and what there is otherwise
+torch   the union and its counts by torch.cat and torch.unique: less than a plan holds, but the closest in plain torch
 """
 
 from __future__ import annotations
@@ -17,10 +17,21 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-import common
 import shira_ops.reference
-from bench_switch import TOUCH
-from common import BF16, FP32, LINE, Report, compare, line_numbers, random_indices, settings, sweep, weights
+from benchmarks.speed import common
+from benchmarks.speed.bench_switch import TOUCH
+from benchmarks.speed.common import (
+    BF16,
+    FP32,
+    LINE,
+    Report,
+    compare,
+    line_numbers,
+    random_indices,
+    settings,
+    sweep,
+    weights,
+)
 
 shira, machine = torch.ops.shira, torch.ops.shira_bench
 ADAPTERS, LAYERS = 8, 4
@@ -67,7 +78,7 @@ class Stack:
 
 
 def whole_lines(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bytes, but for those of a last line that it does not fill."""
+    """The tensor's bytes, without those of a last cache line that it does not fill."""
     flat = tensor.view(torch.uint8)
     return flat[: len(flat) // LINE * LINE]
 
@@ -89,7 +100,7 @@ def stacks(dtype: torch.dtype) -> list[Stack]:
 
 
 def prove(stack: Stack) -> None:
-    """The reference's bits, first and again; what eight passes give, but for their roundings; touch changes nothing."""
+    """The reference's bits, both times; eight passes agree up to their roundings; touch changes nothing."""
     base = stack.weight.clone()
     stack.fuse()
     fused = stack.weight.clone()

@@ -1,8 +1,8 @@
-"""What the machine can do at best: the limits that the other benchmarks' shares are of, on torch's own threads.
+"""What the machine can do at best, on torch's own threads: the other benchmarks report shares of these limits.
 
 touch   reads and writes the cache lines that a random 1 % of bf16 entries lies in: see bench_switch.py
-read    reads the weights whole; copy also writes them, the faster of through and past the caches
-GEMM    a product of two square matrices of torch: what a LoRA fuse and a dense gradient are made of
+read    reads whole weights; copy also writes them, through the caches or past them, whichever is faster
+GEMM    torch's product of two square matrices: what a LoRA fuse and a dense gradient consist of
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-import common
-from bench_fingerprint import READ
-from bench_switch import COPY, TOUCH, copy, touch
-from common import BF16, FP32, LINE, Report, compare, layers, settings, sweep
+from benchmarks.speed import common
+from benchmarks.speed.bench_fingerprint import READ
+from benchmarks.speed.bench_switch import COPY, TOUCH, copy, touch
+from benchmarks.speed.common import BF16, FP32, LINE, Report, compare, layers, settings, sweep
 
 machine = torch.ops.shira_bench
 

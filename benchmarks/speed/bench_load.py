@@ -1,9 +1,9 @@
-"""From a file to a switched model: shira beside PEFT's own SHiRA, the same adapter, the same layers.
+"""From a file to a switched model: shira beside PEFT's own SHiRA, with the same adapter on the same layers.
 
-Both find their file in the page cache and their model in place. Ours reads, checks (file, indices and, for the first
-adapter, the base's fingerprint) and switches on; PEFT loads and merges. The plain line is what remains when nothing is
-checked: stock safetensors with int64 indices, and index_copy_. The bound of the first adapter is what it cannot do
-without: the file's bytes and the base read once, and the weights' lines touched once.
+Both find their file in the page cache and their model in memory. shira reads, checks (the file, its indices and, for
+the first adapter, the base's fingerprint) and switches on; PEFT loads and merges. The plain way checks nothing: stock
+safetensors with int64 indices, and index_copy_. The bound of the first adapter is what has to be done in any case: the
+file's bytes and the base read once, and the weights' cache lines touched once.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import common
-from common import BF16, FP32, Report, chill, settings, warm_up
+from benchmarks.speed import common
+from benchmarks.speed.common import BF16, FP32, Report, chill, settings, warm_up
 
 peft = pytest.importorskip("peft")
 shira = pytest.importorskip("shira")
@@ -83,7 +83,7 @@ class Peft:
     def reset(self) -> None:
         for layer, base in zip(self.tuned, self.base, strict=True):
             layer.merged_adapters.clear()
-            layer.get_base_layer().weight.data.copy_(base)  # unmerge() would leave rounding errors
+            layer.get_base_layer().weight.data.copy_(base)  # since unmerge() leaves rounding errors
         self.model.delete_adapter("other")
 
 
@@ -108,7 +108,7 @@ def plain_file(merged: list[torch.Tensor], indices: list[torch.Tensor], path: Pa
 
 
 def plain_switch(model: nn.Module, path: Path) -> list[torch.Tensor]:
-    """Keeps the base's entries, as a switch that is to be taken back must."""
+    """Keeps the base's entries, as every switch that can be taken back must."""
     tensors = load_file(str(path))
     saved = []
     with torch.no_grad():
@@ -122,7 +122,7 @@ def plain_switch(model: nn.Module, path: Path) -> list[torch.Tensor]:
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize("dtype", [BF16, pytest.param(FP32, marks=pytest.mark.full)], ids=common.dtype_name)
 def bench_load(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, tmp_path: Path) -> None:
-    """The first adapter makes the Switcher and reads the base for its fingerprint; a later one finds both there."""
+    """The first adapter makes the Switcher and reads the base for its fingerprint; later ones find both there."""
     theirs = Peft(dtype, tmp_path / "peft")
     theirs.switch()
     merged, indices = theirs.entries()
@@ -133,7 +133,7 @@ def bench_load(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, tm
     our_file(model, merged, indices, ours)
     plain_file(merged, indices, plain)
 
-    # A Switcher remembers the base's fingerprints as long as one is alive, so the later adapter has a model of its own.
+    # Fingerprints of a base are remembered while a Switcher on it is alive, so the later adapter has its own model.
     served = Layers(dtype)
     kept = shira.Switcher(served)
     kept.add("before", ours)
@@ -159,7 +159,7 @@ def bench_load(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, tm
     def is_now(expected: list[torch.Tensor], where: nn.Module = model) -> bool:
         return all(torch.equal(weight, one) for weight, one in zip(where.parameters(), expected, strict=True))
 
-    for way, where in ((first, model), (later, served)):  # the same weights as PEFT's, and the base again
+    for way, where in ((first, model), (later, served)):  # the same weights as PEFT's, and then the base again
         way()
         assert is_now(merged, where)
         back()

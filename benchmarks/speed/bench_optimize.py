@@ -1,10 +1,11 @@
-"""AdamW on 1 % of layers of 4096 x 4096, in the weights: beside plain torch on the values alone, and on whole weights.
+"""AdamW on 1 % of layers of 4096 x 4096, in place: beside plain torch on the values alone, and on whole weights.
 
 stock   torch.optim.AdamW(fused=True) over the values of all layers, then a cast and index_copy_ or put_
 dense   torch.optim.AdamW(fused=True) over the weights, after each dense gradient was multiplied by its mask: masked
         training as the paper describes it
-masked  the same with gradients that were masked beforehand: its step alone
-touch   reads and writes each cache line of the weights once: see bench_switch.py. State and gradient come on top
+masked  the step of that alone, with gradients that were masked beforehand
+touch   reads and writes each needed cache line of the weights once: see bench_switch.py. State and gradient are not
+        in it
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-import common
 import shira_ops.reference
-from bench_switch import TOUCH, about, touch
-from common import BF16, FP32, LINE, Layer, Report, compare, layers, settings, sweep
+from benchmarks.speed import common
+from benchmarks.speed.bench_switch import TOUCH, about, touch
+from benchmarks.speed.common import BF16, FP32, LINE, Layer, Report, compare, layers, settings, sweep
 
 shira = torch.ops.shira
 DTYPES = pytest.mark.parametrize("dtype", [BF16, FP32], ids=common.dtype_name)
-# No decay: it would pull the whole weight in the dense way, and the three ways could not be compared.
+# No decay: in the dense way it would change the whole weight, and the three ways could not be compared.
 OPTIONS = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
 TORCH = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "fused": True}
 
 
 @dataclass
 class State:
-    """The optimizer's own of one layer, as training keeps it: fp32, [nnz]."""
+    """What the optimizer keeps of one layer: fp32, [nnz]."""
 
     master: torch.Tensor
     exp_avg: torch.Tensor
@@ -76,7 +77,7 @@ def stock(some: list[Layer], write: str) -> Callable[[], None]:
 
 
 def dense(some: list[Layer], *, masks: bool) -> Callable[[], None]:
-    """With `masks` the gradients are dense when the step begins."""
+    """With `masks`, the gradients are dense when the step begins, and the step masks them."""
     gradients, factors, parameters = [], [], []
     for one in some:
         factors.append(torch.zeros_like(one.weight))
@@ -102,7 +103,7 @@ def clones(some: list[Layer]) -> list[Layer]:
 
 
 def prove(some: list[Layer]) -> None:
-    """The first step of all ways: the reference's bits, and torch's numbers."""
+    """The first step of all ways: ours gives the reference's bits, and torch's agree with it."""
     ours, same, theirs, put, whole, masked = (clones(some[:1]) for _ in range(6))
     ((weight, *given),) = arguments(ours)
     adamw(weight, *given)
@@ -115,7 +116,7 @@ def prove(some: list[Layer]) -> None:
     dense(whole, masks=True)()
     dense(masked, masks=False)()
     for layer in (theirs, put, whole, masked):
-        # Narrow weights show no more than their own ulp of a step of 1e-3.
+        # A step of 1e-3 shows in a narrow weight only to its own precision.
         torch.testing.assert_close(layer[0].weight, weight, atol=1e-3 * 2.0**-5, rtol=2.0**-8)
     untouched = torch.ones(weight.numel(), dtype=torch.bool).index_fill_(0, some[0].indices64, False)
     for layer in (ours, theirs, put, whole, masked):
@@ -123,7 +124,7 @@ def prove(some: list[Layer]) -> None:
 
 
 def stepped_bytes(some: list[Layer]) -> int:
-    """Touched lines and state in and out, gradient and indices once."""
+    """Touched cache lines and state are read and written, gradient and indices are read."""
     return sum(2 * LINE * len(one.lines) + one.values.numel() * (2 * 3 * 4 + 4 + 4) for one in some)
 
 
@@ -147,7 +148,7 @@ def bench_adamw(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) -
 
 @DTYPES
 def bench_dense(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) -> None:
-    """Few layers: the dense way holds a gradient and two averages of each."""
+    """Few layers, since the dense way holds a gradient and two averages of each."""
     some = layers(dtype)[:3]
     prove(some)
     some = clones(some)

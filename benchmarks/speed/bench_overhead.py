@@ -10,21 +10,21 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import shira_ops
-from common import Report, compare, settings
+from benchmarks.speed.common import Report, compare, settings
 
 ENTRIES = 64
-SIZE = 4096  # entries of a weight
+SIZE = 4096  # entries that a call changes
 
 
 @pytest.fixture(params=["normal", "inference"])
 def mode(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Tensors made and used as ever, or made and used in inference mode."""
+    """Tensors are made and used as usual, or made and used in inference mode."""
     with torch.inference_mode() if request.param == "inference" else nullcontext():
         yield request.param
 
 
 def operands(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weights, indices and values of `count` small adapters, a row each."""
+    """Weights, indices and values of `count` small adapters; each is a row of one tensor."""
     indices = torch.stack([torch.randperm(SIZE)[:ENTRIES].sort().values for _ in range(count)]).to(torch.int32)
     return torch.randn(count, SIZE), indices, torch.randn(count, ENTRIES)
 
@@ -49,7 +49,7 @@ def many(call: Callable[..., object], *arguments: object) -> Callable[[], None]:
 def bench_call(
     benchmark: BenchmarkFixture, threads: int, mode: str, call: Callable[..., None], request: pytest.FixtureRequest
 ) -> None:
-    """Beside it, what torch itself takes for the same switch in two calls."""
+    """Beside it the same switch in two calls of plain torch."""
     weights, indices, values = operands(1)
     weight, index, value = weights[0], indices[0], values[0]
     long, saved = index.to(torch.int64), torch.empty_like(value)
@@ -76,7 +76,7 @@ def bench_call(
 
 @pytest.mark.parametrize("count", [64, 256])
 def bench_foreach(benchmark: BenchmarkFixture, threads: int, mode: str, count: int) -> None:
-    """A list beside one tensor that holds the list's entries in the same memory: the rest is the list's own cost."""
+    """A list beside one tensor with the same entries in the same memory: the difference is the list's own cost."""
     weights, indices, values = operands(count)
     lists = [list(one.unbind()) for one in (weights, indices, values)]
     joined = (indices.to(torch.int64) + SIZE * torch.arange(count).unsqueeze(1)).view(-1).to(torch.int32)

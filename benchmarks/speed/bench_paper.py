@@ -1,11 +1,11 @@
-"""The paper's figures again (arXiv 2406.13175v2): its Fig. 7 and its Tables 5 and 6. Table 7 is bench_training.py.
+"""The paper's figures measured again (arXiv 2406.13175v2): Fig. 7, Tables 5 and 6. For Table 7 see bench_training.py.
 
-Fig. 7: fusing a LoRA over switching, weights of 512 to 8192 square, the mean of many weights a size. The paper's pair
-is W + A B over Tensor.scatter_; beside it the fast pair, addmm_ over swap_.
+Fig. 7: the time to fuse a LoRA over the time to switch, for square weights from 512 to 8192, the mean of many weights
+of a size. The paper's pair is W + A B over Tensor.scatter_; the fast pair beside it is addmm_ over swap_.
 
 Tables 5 and 6: load, fuse, unfuse and unload on the shapes of SDXL's attention (560 weights) and of LLaMA2-7B's q, k,
-v, up and down (160 weights), in bf16, the adapter's file in the page cache. A share of the layers is measured, and a
-larger share beside it shows that seconds grow with it.
+v, up and down (160 weights), in bf16, the adapter's file in the page cache. A share of the layers is measured, and
+larger shares beside it show that the seconds grow in proportion.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-import common
-from bench_peers import switched_on
-from common import BF16, FP32, Report, Steps, compare, settings, sweep
+from benchmarks.speed import common
+from benchmarks.speed.bench_peers import switched_on
+from benchmarks.speed.common import BF16, FP32, Report, Steps, compare, settings, sweep
 
 pytest.importorskip("peft")
-import peers
+from benchmarks.speed import peers
 
 shira = torch.ops.shira
 DTYPES = pytest.mark.parametrize("dtype", [BF16, FP32], ids=common.dtype_name)
-MOST = 50  # weights of a size: the paper's number
+MOST = 50  # weights of each size, as many as in the paper
 DENSITY, RANK = 0.01, 32
 
 
@@ -50,7 +50,7 @@ class Square:
 
         numel = side * side
         self.weight = normal(side, side)
-        self.fused = self.weight.clone()  # a LoRA is never taken out of it: it drifts
+        self.fused = self.weight.clone()  # a weight of its own: a LoRA is never taken out again, so it drifts
         self.indices = {
             density: shira.select_random(numel, max(1, round(density * numel)), seed) for density in densities()
         }
@@ -135,7 +135,7 @@ def llama() -> list[tuple[int, int]]:
     return [(4096, 4096)] * 3 + [(11008, 4096), (4096, 11008)]
 
 
-# What a share of the whole is made of, how many there are, and the rank: the paper's for pictures and for text.
+# The layers of one share, how many shares make up the model, and the rank: those of the paper for pictures and text.
 MODELS = {"SDXL": (sdxl, 10, 64), "LLaMA2-7B": (llama, 32, 32)}
 CASES = [
     pytest.param(model, parts, id=f"{model}-{parts} of {MODELS[model][1]}", marks=[pytest.mark.full] if full else [])
@@ -160,8 +160,8 @@ def bench_end_to_end(benchmark: BenchmarkFixture, threads: int, model: str, part
         torch.empty(m // shrunk, n // shrunk, dtype=BF16).normal_(0, 0.02, generator=generator)
         for m, n in shapes * parts
     ]
-    # A Switcher remembers what it has read of a base and reads it again if anyone else has written there, and a LoRA
-    # does not leave it as it was: each has its own.
+    # A Switcher reads a base again if anyone else has written to it, and a LoRA does not leave a base as it was: each
+    # way has its own.
     fresh, others_own = ([weight.clone() for weight in weights] for _ in range(2))
     made = peers.adapter(weights)
     wanted = peers.adapted(weights, made)

@@ -1,13 +1,13 @@
-"""Every other way to put an adapter into weights, beside `swap_`: each is named as what it is, and is run for real.
+"""Every other way to put an adapter into weights, beside `swap_`: each by its name, and each actually run.
 
 A mask of 1 % on layers of 4096 x 4096, or a LoRA of as many parameters. Those of plain torch keep the base's entries,
-as swap_ does, and can bring them back. All the others add to the base, and no subtraction brings its bits back: they do
-less, and are told apart.
+as swap_ does, and can bring them back. All others add to the base, and no subtraction brings its bits back: they do
+less, and are listed separately.
 
-index_copy_, put_, index_put_, scatter_    plain torch: index_select keeps what they overwrite
-W += COO, W += CSR    adding a sparse tensor of torch's that holds the difference
-addmm_                W.addmm_(B, A, alpha=s): the LoRA fuse of someone who knows torch
-W += s * (B @ A)      the LoRA fuse of the textbooks
+index_copy_, put_, index_put_, scatter_    plain torch; index_select keeps what they overwrite
+W += COO, W += CSR    adding one of torch's sparse tensors, which holds the difference
+addmm_                W.addmm_(B, A, alpha=s): the LoRA fuse in place, without a temporary
+W += s * (B @ A)      the LoRA fuse as it is usually written
 PEFT ...              merge_adapter and unmerge_adapter of its LoRA, its SHiRA and its Super-Tuning
 """
 
@@ -20,16 +20,16 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-import common
-from bench_switch import touch
-from common import BF16, FP32, Layer, Report, Steps, compare, settings, sweep
+from benchmarks.speed import common
+from benchmarks.speed.bench_switch import touch
+from benchmarks.speed.common import BF16, FP32, Layer, Report, Steps, compare, settings, sweep
 
 pytest.importorskip("peft")
-import peers
+from benchmarks.speed import peers
 
 shira = torch.ops.shira
 DTYPES = pytest.mark.parametrize("dtype", [BF16, FP32], ids=common.dtype_name)
-LAYERS = 4  # PEFT takes its time, and each of its models has weights of its own
+LAYERS = 4  # PEFT is slow, and each of its models needs its own weights
 SCALE = 0.01  # of a LoRA
 LORA_WAYS = ["addmm_", "W += s * (B @ A)", f"{peers.LORA}: merge"]
 
@@ -63,7 +63,7 @@ def sparse(layer: Layer) -> torch.Tensor:
 
 
 def prove(layer: Layer, differences: dict[str, torch.Tensor]) -> None:
-    """swap_'s bits by all of plain torch; the sparse sums and the textbook's LoRA within their roundings."""
+    """All of plain torch gives swap_'s bits; the sparse sums and the usual LoRA fuse agree up to their roundings."""
     base, values = layer.weight.clone(), layer.values.clone()
     shira.swap_(layer.weight, layer.indices, layer.values)
     wanted, kept = layer.weight.clone(), layer.values.clone()
@@ -88,7 +88,7 @@ def prove(layer: Layer, differences: dict[str, torch.Tensor]) -> None:
 @pytest.mark.filterwarnings("ignore:Sparse")
 @DTYPES
 def bench_ways(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) -> None:
-    # Other values for each number of threads: the layers' own, and those of the case before, may be in the weights.
+    # Other values for each number of threads: those of the case before may still be in the weights.
     generator = torch.Generator().manual_seed(threads)
     some = [
         Layer(**{**vars(one), "values": torch.empty_like(one.values).normal_(0, 0.02, generator=generator)})
@@ -99,7 +99,7 @@ def bench_ways(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) ->
     prove(some[0], {"COO": coo[0], "CSR": csr[0]})
     ways: dict[str, Callable[[], None]] = {name: sweep(way, [(one,) for one in some]) for name, way in PLAIN.items()}
     for name, differences in (("W += COO", coo), ("W += CSR", csr)):
-        # Its own weights, since it does not take back what it adds.
+        # It has its own weights, since it does not take back what it adds.
         weights = [one.weight.clone() for one in some]
         ways[name] = sweep(torch.Tensor.add_, list(zip(weights, differences, strict=True)))
     drifting = [Layer(**{**vars(one), "weight": one.weight.clone()}) for one in some]
@@ -131,7 +131,7 @@ def bench_ways(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) ->
 
 @DTYPES
 def bench_warm(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) -> None:
-    """A layer so small that the caches hold it, switched again and again: everything else here is cold."""
+    """A layer so small that the caches hold it, switched again and again. All other cases here are on cold caches."""
     side, calls = 512, settings.calls // 10
     generator = torch.Generator().manual_seed(0)
 
@@ -168,9 +168,9 @@ def bench_warm(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) ->
 
 @pytest.mark.filterwarnings("ignore:Sparse")
 def bench_loads(benchmark: BenchmarkFixture, threads: int, tmp_path: Path) -> None:
-    """From a file onto the weights, and off again, in bf16. PEFT's SHiRA: see bench_load.py.
+    """From a file onto the weights and off again, in bf16. For PEFT's SHiRA see bench_load.py.
 
-    Hotswapping replaces the adapter of a LoRA that is not merged: its forward goes on paying for two more products.
+    Hotswapping replaces the adapter of a LoRA that is not merged: each forward pass still pays for two more products.
     """
     from peft.utils.hotswap import hotswap_adapter
 

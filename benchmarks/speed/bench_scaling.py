@@ -1,8 +1,8 @@
-"""How the cost of a switch grows: with density, granule, weight, dtype, number of adapters and threads.
+"""How the cost of a switch grows with density, granule, weight, dtype, number of adapters and threads.
 
 Every point of an axis is a sweep over layers, and the points take turns in every round. What each point has to move is
 kept beside its seconds: cache lines, which are read and written, and indices, values and base entries, which stream.
-The model in scaling.py is fitted to all points of a thread count at once, and report.py draws it beside them.
+The model in scaling.py is fitted to all points of a number of threads at once, and plots.py draws it beside them.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-import common
-from common import BF16, FP32, Report, compare, line_numbers, settings, sweep
+from benchmarks.speed import common
+from benchmarks.speed.common import BF16, FP32, Report, compare, line_numbers, settings, sweep
 
 shira = torch.ops.shira
-ENOUGH = 128 << 20  # bytes of weights in a point's sweep: no cache holds them; one weight of 8192 x 8192 in bf16
+ENOUGH = 128 << 20  # bytes of weights in a point's sweep, more than caches hold: one weight of 8192 x 8192 in bf16
 
 
 @dataclass
@@ -34,19 +34,19 @@ class Point:
 
 @functools.cache
 def arena(size: int) -> torch.Tensor:
-    """The memory of every point's weights, so that no axis has luckier pages than another."""
+    """The memory that the weights of all points share, so that no axis is luckier with its pages than another."""
     return normal(size // 2, BF16, 0)
 
 
 def weights_of(side: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """As many as the arena holds; pairs of bf16 values are fp32 values of the same size."""
+    """As many weights as the arena holds."""
     size = side * side * dtype.itemsize
     whole = arena(2 * size if settings.quick else ENOUGH).view(torch.uint8)
     return [one.view(dtype).view(side, side) for one in whole.split(size) if len(one) == size]
 
 
 def normal(count: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """bf16 values; of fp32 pairs of them, since the same memory is read as either."""
+    """bf16 values, or pairs of them as fp32 values, since the same memory is read as either."""
     wide = dtype.itemsize // BF16.itemsize
     made = torch.empty(count * wide, dtype=BF16).normal_(0, 0.02, generator=torch.Generator().manual_seed(seed))
     return made.view(dtype)
@@ -160,7 +160,7 @@ def bench_scaling(benchmark: BenchmarkFixture, threads: int, axis: str) -> None:
         {"x": point.x, "seconds": report.info["seconds"][name], **point.about}
         for name, point in zip(names, points, strict=True)
     ]
-    # What one unit of memory costs at the axis's end, of what it costs at its middle: 1 where cost is in proportion.
+    # What a unit of memory costs at the end of the axis, as a share of its middle: 1 where the cost is in proportion.
     a, b = (points[at].about["lines"] * 2 * common.LINE + points[at].about["streamed"] for at in (len(points) // 2, -1))
     ratios = [one * a / b for one in timing.ratios(subject, of=names[len(points) // 2])]
     report.result("scaling", axis, ratios, min(ratios))

@@ -9,9 +9,9 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-import common
 import shira_ops
-from common import BF16, FP32, Report, compare, settings, sweep, weights
+from benchmarks.speed import common
+from benchmarks.speed.common import BF16, FP32, Report, compare, settings, sweep, weights
 from shira import masks
 
 shira = torch.ops.shira
@@ -20,7 +20,7 @@ shira = torch.ops.shira
 @pytest.mark.parametrize("score", ["magnitude", "snip"])
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=common.dtype_name)
 def bench_select_top(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, score: str) -> None:
-    """1 % of a layer. Stock topk leaves its answer unsorted, which is no slower, and costs a tensor of scores."""
+    """1 % of a layer. topk's answer is left unsorted, which makes it no slower; it needs a tensor of scores."""
     weight, grad = weights(dtype, settings.side, settings.working_set)[:2]
     k = weight.numel() // 100
 
@@ -33,7 +33,7 @@ def bench_select_top(benchmark: BenchmarkFixture, threads: int, dtype: torch.dty
 
     chosen, stock = ours(), topk()
     scores = (weight.float() if score == "magnitude" else weight.float() * grad.float()).abs().view(-1)
-    for one in (chosen, stock):  # which of equal scores stock takes is its own affair
+    for one in (chosen, stock):  # topk may take any of equal scores
         assert torch.equal(scores[one.long()].sort().values, scores.topk(k).values.flip(0))
     baselines = {"topk": topk, "topk, sorted": lambda: topk(True)}
     timing = compare(benchmark, ("select_top", ours), baselines, rounds=settings.few(7))
@@ -67,7 +67,7 @@ def bench_select_random(benchmark: BenchmarkFixture, threads: int) -> None:
 
 
 class Block(nn.Module):
-    """A decoder layer as Llama has it, without rotary positions."""
+    """Llama's decoder layer, without rotary positions."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -92,9 +92,10 @@ class Block(nn.Module):
 def bench_snip_calibration(
     benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, layers: int, tokens: int
 ) -> None:
-    """Snip over two batches, selection and all, beside two plain forward and backward passes of the same model.
+    """Snip over two batches, including the selection, beside two plain forward and backward passes of the same model.
 
-    128 tokens are kept until the last batch; what 1280 tokens need would be larger than the gradient, and is added up.
+    With 128 tokens the activations are kept until the last batch; with 1280 they would be larger than the gradient, so
+    gradients are added up.
     """
     width = 64 if settings.quick else 2048
     torch.manual_seed(0)
@@ -125,7 +126,7 @@ def bench_snip_calibration(
         assert len(indices) == k
         shared += int(torch.isin(indices, wanted).sum())
         total += k
-    # Sums in another order move a few at the edge; in bfloat16 autograd rounds every gradient to 8 bits.
+    # Sums in another order change a few entries at the edge; in bfloat16 autograd rounds every gradient to 8 bits.
     assert shared >= (0.999 if dtype == FP32 else 0.97) * total
     timing = compare(benchmark, ("snip", snip), {"plain": plain}, cold=False, rounds=settings.few(5))
     report = Report(benchmark, threads, dtype=common.dtype_name(dtype), layers=layers, tokens=tokens)

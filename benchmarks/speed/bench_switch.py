@@ -1,11 +1,11 @@
 """Switching layers of 4096 x 4096 at 1 %: the ops beside touch, stock torch, and a LoRA fuse of equal parameters.
 
 touch   reads and writes each cache line that a switch needs once, in the fastest of a plain loop and loops that
-        fetch ahead: the memory's bound
+        fetch ahead: what the memory allows
 stock   the fastest exact switch of plain torch: index_select keeps the old entries, and the new ones are written by
         index_copy_, put_ or scatter_ (which takes 80 ms in bf16 and is left out there)
 fuse    the fastest way to fold a LoRA adapter in: W.addmm_(B, A, alpha=s), of rank r with r * (m + n) <= nnz
-copy    the faster of plain and cache-bypassing copies of the same weights: what bandwidth there is
+copy    a copy of the same weights, through the caches or past them, whichever is faster: the bandwidth
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-import common
-from common import BF16, FP32, Layer, Report, compare, layers, random_indices, settings, sweep
+from benchmarks.speed import common
+from benchmarks.speed.common import BF16, FP32, Layer, Report, compare, layers, random_indices, settings, sweep
 
 shira, machine = torch.ops.shira, torch.ops.shira_bench
 TOUCH = {"touch, plain": 0, "touch, 64 ahead": 64, "touch, 96 ahead": 96, "touch, 128 ahead": 128}
@@ -75,7 +75,7 @@ def copy(some: list[Layer]) -> dict[str, Callable[[], None]]:
 
 
 def prove(layer: Layer, op: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
-    """`op` (weight, indices, values, saved) leaves the weight and returns the old entries as plain torch does."""
+    """`op` (weight, indices, values, saved) changes the weight, and returns the old entries, as plain torch does."""
     weight, values, saved = layer.weight.clone(), layer.values.clone(), layer.saved.clone()
     old = op(weight, layer.indices, values, saved)
     expected, kept = layer.weight.clone(), torch.empty_like(layer.saved)
@@ -89,7 +89,7 @@ def prove(layer: Layer, op: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, 
     for ahead in TOUCH.values():
         machine.touch_(weight, layer.lines, ahead)
     assert torch.equal(weight, before)
-    rows.view(-1)[:] = 0  # every changed entry lies in a touched line, and no touched line is without one
+    rows.view(-1)[:] = 0  # every changed entry lies in a touched line, and every touched line has one
     rows.index_fill_(0, layer.indices64, 1)
     touched = expected.view(-1, common.LINE // expected.element_size()).any(1).nonzero().view(-1)
     assert torch.equal(touched.to(torch.int32), layer.lines)

@@ -1,11 +1,11 @@
 """`Switcher.activate` from one adapter to another on a live model, beside the ways of LoRA and of PEFT.
 
 addmm_ twice   a LoRA switch: take one adapter out of the weights and fold the next in, W.addmm_(B, A) each, of rank r
-               with r * (m + n) <= nnz. It does not restore the base's bits; we do
+               with r * (m + n) <= nnz. It does not restore the base's bits, as `Switcher` does
 addmm_ once    both in one pass over the weight: addmm_ of the two adapters side by side, of rank 2 r
 PEFT LoRA      unmerge_adapter and merge_adapter, the same rank
-PEFT SHiRA     the same calls, as many entries as ours
-fingerprint    `Switcher.fingerprint` of every weight after the switch: what knowing it adds
+PEFT SHiRA     the same calls, with as many entries
+fingerprint    `Switcher.fingerprint` of every weight after the switch: what keeping them known costs
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import nn
 
-import common
-from common import BF16, Layer, Report, compare, settings
+from benchmarks.speed import common
+from benchmarks.speed.common import BF16, Layer, Report, compare, settings
 
 pytest.importorskip("peft")
 shira = pytest.importorskip("shira")
-import peers  # noqa: E402
-from peers import Layers  # noqa: E402
+from benchmarks.speed import peers  # noqa: E402
+from benchmarks.speed.peers import Layers  # noqa: E402
 
 TWICE, ONCE = "addmm_ twice", "addmm_ once"
 PEFT_LAYERS = 4
@@ -50,7 +50,7 @@ def switcher_of(some: list[Layer]) -> Any:
 
 
 def to_and_fro(switch: Callable[[str, str], object]) -> Callable[[], None]:
-    """Switches from the one to the other, turn by turn."""
+    """Switches from one to the other and back, in turns."""
     names = ["a", "b"]
 
     def run() -> None:
@@ -61,7 +61,7 @@ def to_and_fro(switch: Callable[[str, str], object]) -> Callable[[], None]:
 
 
 def prove(switcher: Any, some: list[Layer]) -> None:
-    """Each state is the base with the adapter's values, and the base comes back."""
+    """Each state is the base with the adapter's values, and in the end the base comes back."""
     base = [one.weight.clone() for one in some]
     for name in ("a", "b", "a"):
         switcher.activate(name)
@@ -100,7 +100,7 @@ def bench_switcher(benchmark: BenchmarkFixture, threads: int) -> None:
         known()
         assert switcher.fingerprint(names[0]) == int(torch.ops.shira.fingerprint(some[0].weight)) % 2**64
 
-    def twice() -> None:  # on weights of their own: they drift
+    def twice() -> None:  # on their own weights, since they drift
         for one, weight in zip(some, drifting, strict=True):
             weight.addmm_(one.lora_b, one.lora_a, alpha=-0.01)
             weight.addmm_(one.lora_b, one.lora_a, alpha=0.01)

@@ -2,12 +2,12 @@
 
 The paper's Table 7 has LoRA, DoRA and SHiRA. All train as many parameters, r * (m + n) a layer, on the same frozen
 weights: four linear layers of 4096 x 4096, and a Llama of two layers, 2048 wide, with LoRA's usual targets. (DoRA also
-trains a magnitude for each row, and Super-Tuning the same share of every weight.) Ours steps with `shira.AdamW`, PEFT's
-with the fused AdamW of torch. Time is of interleaved steps on warm caches: a step moves more than any cache holds.
-Memory is the largest resident size from before the model was made to the end of its third step.
+trains a magnitude for each row, and Super-Tuning the same share of every weight.) shira steps with `shira.AdamW`,
+PEFT with torch's fused AdamW. Steps are interleaved and not preceded by other data: a step moves more than any cache
+holds. Memory is the largest resident size from before the model was made to the end of its third step.
 
-The frozen model is the bound of all three: its own forward, and its backward from the loss to the first layer that is
-trained, with no parameters there.
+The bound of all of them is the frozen model: its own forward pass, and its backward pass from the loss to the first
+trained layer, without any trained parameters.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import nn
 
-import common
-from common import BF16, FP32, Report, compare, settings
+from benchmarks.speed import common
+from benchmarks.speed.common import BF16, FP32, Report, compare, settings
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 shira = pytest.importorskip("shira")
-import peers  # noqa: E402
+from benchmarks.speed import peers  # noqa: E402
 
 TOKENS = 128
 TARGETS = {
@@ -94,7 +94,8 @@ class Trained:
         elif way == FROZEN:
             made.requires_grad_(False)
             first = next(one for name, one in made.named_modules() if re.fullmatch(targets, name))
-            start = nn.Parameter(torch.zeros((), dtype=dtype))  # a gradient has to come as far as here
+            # So that the gradient has to come as far as the first trained layer.
+            start = nn.Parameter(torch.zeros((), dtype=dtype))
             first.register_forward_hook(lambda module, args, output: output + start)
             first.register_parameter("start", start)
             self.optimizer = torch.optim.SGD([start], lr=0.0)
@@ -140,7 +141,7 @@ def peak(way: str, model: str, dtype: torch.dtype) -> int:
     ctypes.CDLL(None).malloc_trim(0)
     before = resident("VmRSS")
     trained = Trained(way, model, dtype)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is recorded anew
     for _ in range(3):
         trained.step()
     return resident("VmHWM") - before
@@ -148,20 +149,19 @@ def peak(way: str, model: str, dtype: torch.dtype) -> int:
 
 @functools.cache
 def peak_alone(way: str, model: str, dtype: torch.dtype) -> int:
-    """In a process of its own: what another model has freed stays with the allocator and would not count again.
-
-    Threads are all there are: they hold next to nothing, and memory is measured once for every number of them.
+    """Measured in a process of its own: memory that another model has freed stays with the allocator and would not
+    count again. It uses all threads: they take next to no memory, so one measurement serves every number of them.
     """
     if settings.quick:
         return peak(way, model, dtype)
     context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # each process begins where the imports are done
+    context.set_forkserver_preload([__name__])  # each process starts with the imports done
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(peak, way, model, dtype).result()
 
 
 def prove(ours: Trained, others: dict[str, Trained], plain: nn.Module) -> None:
-    """The same number of parameters, the same loss at first, and the dense gradient of a plain model at our indices."""
+    """The same number of parameters, the same first loss, and at our indices the gradient of a plain model."""
     count = sum(one.numel() for one in ours.parameters)
     for way, other in others.items():
         theirs = sum(one.numel() for one in other.parameters)

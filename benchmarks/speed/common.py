@@ -2,12 +2,12 @@
 
 How a comparison is measured
 - The op and what it is compared with run in the same process, on torch's own threads, one after the other in every
-  round, so that a shared machine's drift hits both. The ratio is the median of the rounds' own ratios.
-- One sample is a sweep over several layers, all with their own mask, together over 300 MB of weights. Before every
-  sweep the caches are filled with dirty lines of a buffer twice their size, so that each call finds its weight,
-  indices and values in memory, and the caches as the layer before leaves them.
-- Before anything is timed, the answer of the op is compared with plain torch's, bit for bit, and rounds are run that
-  do not count until the heap has grown to what all of them need: see heap.py.
+  round, so that a change of the machine's speed hits both. The ratio is the median of the rounds' own ratios.
+- One sample is a sweep over several layers with a mask each, together over 300 MB of weights. Before every sweep the
+  caches are filled with modified lines of a buffer twice their size, so that each call finds its weight, indices and
+  values in memory, and the caches as the layer before left them.
+- Before anything is timed, the answer of the op is compared with plain torch's, bit for bit, and uncounted rounds
+  are run until the heap has grown to what all ways need: see heap.py.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-import heap
-import native
 import shira_ops  # noqa: F401  (registers torch.ops.shira)
-from samples import spread
+from benchmarks.speed import heap, native
+from benchmarks.speed.samples import spread
 
 native.load()
 
@@ -43,15 +42,15 @@ class Settings:
 
     quick: bool = False
     full: bool = False
-    samples: int | None = None  # what the command line says
+    samples: int | None = None  # from the command line
 
     @property
     def rounds(self) -> int:
-        """Samples of a comparison, at least."""
+        """The least number of samples of a comparison."""
         return self.few(19)
 
     def few(self, count: int) -> int:
-        """Samples of a comparison that takes long: `count`, unless the command line says how many."""
+        """The number of samples of a slow comparison: `count`, unless the command line says how many."""
         return self.samples or (min(3, count) if self.quick else count)
 
     @property
@@ -61,7 +60,7 @@ class Settings:
 
     @property
     def working_set(self) -> int:
-        """Bytes of weights in one sweep, at least."""
+        """The least number of bytes of weights in one sweep."""
         return 1 << 20 if self.quick else 384 << 20
 
     @property
@@ -84,11 +83,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass
 class Layer:
-    """A weight, one adapter for it, and what the baselines need of the same size."""
+    """A weight, an adapter for it, and what the baselines need: a LoRA of the same size and the cache lines."""
 
     weight: torch.Tensor
     indices: torch.Tensor  # int32, of granules
-    indices64: torch.Tensor  # the same for stock torch, which takes int64 alone
+    indices64: torch.Tensor  # the same for plain torch, which takes only int64
     values: torch.Tensor
     saved: torch.Tensor
     lines: torch.Tensor  # int32: the cache lines that the entries lie in
@@ -98,7 +97,7 @@ class Layer:
 
     @property
     def granules(self) -> torch.Tensor:
-        """The weight as stock torch wants it: a vector, or a row for each granule."""
+        """The weight as plain torch wants it: a vector, or a row for each granule."""
         return self.weight.view(-1) if self.granule == 1 else self.weight.view(-1, self.granule)
 
     def shaped(self, entries: torch.Tensor) -> torch.Tensor:
@@ -127,7 +126,7 @@ def weights(dtype: torch.dtype, side: int, working_set: int) -> list[torch.Tenso
 
 @functools.cache
 def layers(dtype: torch.dtype, granule: int = 1, density: float = 0.01) -> list[Layer]:
-    """Layers of together more than `settings.working_set` bytes, each with a random mask of its own."""
+    """Layers with together at least `settings.working_set` bytes of weights, each with a random mask of its own."""
     rng = np.random.default_rng(granule)
     generator = torch.Generator().manual_seed(granule)
     side = settings.side
@@ -154,12 +153,12 @@ def layers(dtype: torch.dtype, granule: int = 1, density: float = 0.01) -> list[
 
 
 def lora_rank(density: float = 0.01) -> int:
-    """The LoRA rank of at most as many parameters: r * (m + n) <= density * m * n. 20 for 1 % of 4096 x 4096."""
+    """The largest LoRA rank with no more parameters, r * (m + n) <= density * m * n: 20 for 1 % of 4096 x 4096."""
     return max(1, int(density * settings.side / 2))
 
 
 def switched_bytes(some: list[Layer]) -> int:
-    """What a switch of these layers has to move: touched lines in and out, indices, values and saved once each."""
+    """The bytes that a switch of these layers has to move: touched lines in and out; indices, values and saved once."""
     return sum(
         2 * LINE * len(layer.lines)
         + sum(t.numel() * t.element_size() for t in (layer.indices, layer.values, layer.saved))
@@ -172,7 +171,7 @@ def switched_bytes(some: list[Layer]) -> int:
 
 @functools.cache
 def cache_bytes() -> int:
-    """The size of the last cache that one core reaches; 32 MB where the machine does not say."""
+    """The size of the largest cache that a core can use; 32 MB where the machine does not say."""
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text().strip()
@@ -187,7 +186,7 @@ def scratch() -> torch.Tensor:
 
 
 def chill() -> None:
-    """Fills every cache with dirty lines of something else."""
+    """Fills every cache with modified lines of other data."""
     torch.ops.shira_bench.chill_(scratch())
 
 
@@ -204,7 +203,7 @@ def sweep(call: Callable[..., object], arguments: Iterable[tuple[Any, ...]]) -> 
 
 @dataclass
 class Steps:
-    """Calls that follow one another, timed as a whole and each by itself: load, then fuse, then take it out again."""
+    """Calls that follow one another, timed together and one by one: load, then fuse, then take it out again."""
 
     calls: dict[str, Callable[[], object]]
     seconds: dict[str, list[float]] = field(init=False)
@@ -221,19 +220,19 @@ class Steps:
 
 @dataclass
 class Timing:
-    """Seconds of the interleaved samples of one comparison; round i of every name ran next to each other."""
+    """Seconds of the interleaved samples of one comparison: the i-th samples of all names are of the same round."""
 
     samples: dict[str, list[float]]
     subject: str
     faults: dict[str, list[int]] = field(default_factory=dict)
-    on_cpu: dict[str, list[float]] = field(default_factory=dict)  # share of its time that a sample was running
+    on_cpu: dict[str, list[float]] = field(default_factory=dict)  # the share of its time that a sample was running
     aliases: dict[str, str] = field(default_factory=dict)
 
     def of(self, name: str) -> list[float]:
         return self.samples[self.aliases.get(name, name)]
 
     def best(self, name: str, candidates: list[str]) -> None:
-        """`name` means the fastest of the candidates."""
+        """From now on `name` means the fastest of the candidates."""
         fastest = min(candidates, key=lambda one: statistics.median(self.samples[one]))
         self.aliases[name] = fastest
 
@@ -242,16 +241,16 @@ class Timing:
         return [a / b for a, b in zip(self.of(name), self.of(of or self.subject), strict=True)]
 
 
-WARM_UPS = 6  # rounds that do not count, at most
-FAULT = 2e-6  # seconds that a page costs which is not there yet
-CHEAP, MOST = 1.0, 49  # what takes next to no time gets as many samples as a second holds, and no more than that
+WARM_UPS = 6  # the most rounds that do not count
+FAULT = 2e-6  # seconds that a page fault costs
+CHEAP, MOST = 1.0, 49  # quick comparisons get as many samples as fit into a second, up to MOST
 
 
 def warm_up(one_round: Callable[[], object]) -> float:
-    """Rounds that do not count, until page faults are less than a hundredth of one: the heap has grown.
+    """Rounds that do not count, until page faults take less than a hundredth of one: then the heap has grown.
 
-    What maps a file anew each time has faults in every round: there the last is as good as the ones before.
-    Returns the seconds of the last.
+    A way that maps a file anew each time has faults in every round; it gets all of these rounds. Returns the seconds
+    of the last one.
     """
     seconds = 0.0
     for _ in range(1 if settings.quick else min(WARM_UPS, settings.samples or WARM_UPS)):
@@ -272,9 +271,9 @@ def compare(
     rounds: int | None = None,
     reset: Callable[[], None] | None = None,
 ) -> Timing:
-    """Runs the subject under pytest-benchmark with the baselines interleaved: each round's set-up times them.
+    """Runs the subject under pytest-benchmark; the baselines are timed in the set-up of each round, so all take turns.
 
-    `reset`, untimed, takes back what the subject did. Of a way that is `Steps`, each step is timed too, as "way: step".
+    `reset`, untimed, takes back what the subject did. Where a way is `Steps`, each step is timed too, as "way: step".
     """
     name, run = subject
     ways = {name: run, **baselines}
@@ -292,7 +291,7 @@ def compare(
     def baselines_first() -> None:
         if reset is not None:
             reset()
-        order.append(order.pop(0)) if order else None  # nobody always follows the same neighbour
+        order.append(order.pop(0)) if order else None  # so that none always follows the same one
         for one in order:
             if cold:
                 chill()
@@ -324,7 +323,7 @@ def compare(
 
 
 class Report:
-    """What a benchmark found, kept in its `extra_info` and so in the JSON: see summary.py."""
+    """What a benchmark found. It is kept in `extra_info`, and so in the JSON: see summary.py."""
 
     def __init__(self, benchmark: BenchmarkFixture, threads: int, **about: object) -> None:
         self.info = benchmark.extra_info
@@ -346,13 +345,13 @@ class Report:
         self.info.setdefault("gigabytes_per_second", {})[name] = moved / statistics.median(timing.of(name)) / 1e9
 
     def ratio(self, line: str, variant: str, timing: Timing, name: str, of: str | None = None) -> None:
-        """How many times as long as the subject (or `of`) `name` took. Also from the fastest round of each, which
-        is what remains undisturbed on a busy machine."""
+        """How many times as long as the subject (or `of`) `name` took. Also the ratio of the
+        fastest rounds, which are the least disturbed on a busy machine."""
         best = min(timing.of(name)) / min(timing.of(of or timing.subject))
         self.result(line, variant, timing.ratios(name, of), best)
 
     def share(self, line: str, variant: str, timing: Timing, whole: str) -> None:
-        """The subject in per cent of `whole`."""
+        """The subject in percent of `whole`."""
         best = 100 * min(timing.of(timing.subject)) / min(timing.of(whole))
         self.result(line, variant, [100 / ratio for ratio in timing.ratios(whole)], best)
 

@@ -1,4 +1,4 @@
-"""Options and fixtures of the speed benchmarks; the table at the end is summary.py's."""
+"""Options and fixtures of the speed benchmarks. summary.py makes the table at the end."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import common
-import heap
-import summary
+from benchmarks.speed import common, heap, summary
 
 FOUND = pytest.StashKey[list[dict]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("speed")
-    group.addoption("--quick", action="store_true", help="tiny layers and few rounds: does it run at all?")
+    group.addoption(
+        "--quick", action="store_true", help="tiny layers and few rounds, only to see whether everything runs"
+    )
     group.addoption("--details", action="store_true", help="print what every benchmark timed, in microseconds")
-    group.addoption("--full", action="store_true", help="all cases and thread counts, not the selection")
-    group.addoption("--rounds", type=int, default=None, help="samples of each comparison")
+    group.addoption("--full", action="store_true", help="all cases and numbers of threads, not only the selection")
+    group.addoption("--rounds", type=int, default=None, help="number of samples of each comparison")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     common.settings.quick = config.getoption("--quick")
     common.settings.full = config.getoption("--full")
     common.settings.samples = config.getoption("--rounds")
-    config.addinivalue_line("markers", "full: a case that is measured with --full alone")
-    config.addinivalue_line("markers", "every_thread_count: without --full too; the others then run on one thread")
+    config.addinivalue_line("markers", "full: a case that is measured only with --full")
+    config.addinivalue_line("markers", "every_thread_count: on every number of threads, also without --full")
     config.stash[FOUND] = []
     heap.keep()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without --full, a selection that takes less than ten minutes."""
+    """Without --full, selects cases that together take about ten minutes."""
     if config.getoption("--full"):
         return
 

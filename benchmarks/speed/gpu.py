@@ -1,14 +1,14 @@
 """One command on a machine with an NVIDIA GPU and no network: builds, proves, measures, and writes what it found.
 
-python benchmarks/speed/gpu.py        (or: make gpu)
+python -m benchmarks.speed.gpu        (or: make gpu)
 
-Sections, each in processes of its own, so that nothing that fails there ends the run, the most wanted first: build
-(where the package is not built for this torch yet), parity of every op with the references, captured graphs,
-measurements (gpu_bench.py) of the compiled kernels, contract tests, compute-sanitizer, parity, captured graphs and
-measurements of Triton's kernels. A section that does not fit the time left is told as skipped. What is found is
-written as it is found. The exit status is 1 where something failed.
+The sections, the most important first, are: build (unless the package is already built for this torch), parity of every
+op with the references, captured graphs, measurements (gpu_bench.py) of the compiled kernels, contract tests,
+compute-sanitizer; then parity, captured graphs and measurements of Triton's kernels. Each runs in processes of its own,
+so that a failure there does not end the run. A section that does not fit into the time left is reported as skipped.
+Results are written as they come. The exit status is 1 where something failed.
 
-`--device cpu --quick` runs all that a CPU can, at tiny sizes: does it work at all? The figures mean nothing then.
+`--device cpu --quick` runs, at tiny sizes, all that a CPU can, to see whether it works. The figures mean nothing then.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = ("switch", "fuse", "gradient", "optimize", "select", "fingerprint", "codec", "diff", "refusals")
 COLD = 180  # seconds that a first import of torch may take
 DEVICE_LOST = 3  # the exit status of gpu_bench.py
-# The measurements, functions of gpu_bench.py, the most wanted first.
+# The measurements, functions of gpu_bench.py, the most important first.
 NAMES = (
-    *("copy", "swap", "swap_granule_16", "adamw", "sampled_grad", "select_top"),
-    *("decode_indices", "fuse", "switch", "fingerprint", "training"),
+    *("copy", "swap", "swap_granule_16", "adamw", "sampled_grad", "sampled_grad_14336_columns", "select_top"),
+    *("sampled_grad_3072_columns", "sampled_grad_64_tokens", "decode_indices", "fuse", "switch", "fingerprint"),
+    "training",
 )
 Told = dict[str, Any]
 
-# What is asked of torch in a process of its own, so that this one holds no memory of the GPU.
+# Run in a process of its own, so that this one holds no memory of the GPU.
 ABOUT = """
 import json, platform, torch
 from importlib.metadata import PackageNotFoundError, version
@@ -71,9 +71,9 @@ print(json.dumps({"cuda kernels": bool(torch.ops.shira._build_info() & 1),
 
 @dataclass
 class Done:
-    """A process that ended, or was ended."""
+    """A process that ended, or that was stopped."""
 
-    code: int | None  # None: it did not end in time
+    code: int | None  # None: it was stopped at its time limit
     output: str
     took: float
 
@@ -84,7 +84,7 @@ class Done:
 
 @dataclass
 class Run:
-    """The time left, the environment of every process, and what is told so far."""
+    """The time left, the environment of every process, and the results so far."""
 
     device: str
     quick: bool
@@ -104,13 +104,13 @@ class Run:
         return self.budget - (time.monotonic() - self.start)
 
     def environment(self, **more: str) -> dict[str, str]:
-        # A worker of pytest-xdist says so to its children too, and they would wait for a master.
+        # Children of a pytest-xdist worker would take themselves for workers, and wait for a controller.
         own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
         paths = [str(ROOT), str(ROOT / "python"), own.get("PYTHONPATH", "")]
         return {**own, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
 
     def all(self, commands: dict[str, Sequence[str]], limit: float, **environment: str) -> dict[str, Done]:
-        """Runs commands side by side; those that take longer than `limit` seconds are ended."""
+        """Runs commands side by side; those that take longer than `limit` seconds are stopped."""
         start, running, found = time.monotonic(), {}, {}
         with tempfile.TemporaryDirectory() as folder:
             for name, command in commands.items():
@@ -140,14 +140,14 @@ class Run:
         return self.all({"one": command}, limit, **environment)["one"]
 
     def section(self, name: str, needs: float, body: Callable[[], Told]) -> None:
-        """Runs a section and keeps what it tells; nothing it raises ends the run."""
+        """Runs a section and keeps its results; nothing that it raises ends the run."""
         begun = time.monotonic()
         if self.left() < needs:
             told: Told = {"state": "skipped", "why": f"{self.left():.0f} s were left, it needs {needs:.0f} s"}
         else:
             try:
                 told = body()
-            except Exception as error:  # recorded: the other sections are still worth having
+            except Exception as error:  # recorded, since the other sections are still worth having
                 told = {"state": "failed", "why": f"{type(error).__name__}: {error}"}
         told["seconds"] = round(time.monotonic() - begun, 1)
         self.told["sections"][name] = told
@@ -168,7 +168,7 @@ def python(*arguments: str) -> list[str]:
 
 
 def judged(done: Done, why: str = "") -> Told:
-    """A section of one process: it passed if that ended with 0."""
+    """The result of a section of one process, which passed if its exit status is 0."""
     if done.code == 0:
         lines = done.output.strip().splitlines()
         return {"state": "passed", "why": why or (lines[-1] if lines else "")}
@@ -192,9 +192,10 @@ def last_line(done: Done) -> Told:
 
 def first_import(run: Run, code: str) -> Done:
     """A process that imports torch. On a machine that has just started this may take minutes, and the first process may
-    be ended while the files come; a second one finds them."""
-    done = run.one(python("-c", code), min(COLD, run.left()))
-    return done if done.code is not None else run.one(python("-c", code), min(COLD, run.left()))
+    be stopped while the files are still being read; a second one finds them. It may take longer than the budget: what
+    does not fit afterwards is skipped."""
+    done = run.one(python("-c", code), COLD)
+    return done if done.code is not None else run.one(python("-c", code), COLD)
 
 
 def about(run: Run) -> Told:
@@ -230,12 +231,12 @@ def build(run: Run) -> Told:
     environment = {
         "TORCH_CUDA_ARCH_LIST": run.told["about"]["capability"],
         "MAX_JOBS": str(max(1, os.cpu_count() or 1)),
-        "NVCC_APPEND_FLAGS": "-lineinfo",  # the sanitizer then names lines; the code is the same
+        "NVCC_APPEND_FLAGS": "-lineinfo",  # so that the sanitizer names lines; the machine code is the same
     }
     pip = ["-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-index", "--no-build-isolation"]
     attempts = {
         "pip install -e .": python(*pip, "--no-deps", "-e", "."),
-        # Where this Python must not be installed into.
+        # Where nothing may be installed into this Python.
         "setup.py build_ext --inplace": python("setup.py", "-q", "build_ext", "--inplace"),
     }
     said = ""
@@ -244,13 +245,13 @@ def build(run: Run) -> Told:
         if done.code == 0 and built():
             return {"state": "passed", "why": name}
         said += f"{name}: {done.tail}\n"
-    return {"state": "failed", "why": "without CUDA kernels the rest tells of Triton alone", "output": said}
+    return {"state": "failed", "why": "without CUDA kernels the rest is about Triton alone", "output": said}
 
 
 def tests(run: Run) -> Told:
     """The contract tests of every family on the device, the families side by side."""
     if not find_spec("pytest"):
-        return skipped("pytest is not installed: the parity sections stand alone")
+        return skipped("pytest is not installed, so parity is all that is proved")
     families = ("switch",) if run.quick else FAMILIES
     chosen = "cuda" if run.cuda else "test_twice and dispatcher and float32"
     options = ["-q", "-k", chosen, "--maxfail=5", "-W", "default", "-p", "no:cacheprovider"]
@@ -276,13 +277,13 @@ def tests(run: Run) -> Told:
 
 
 def parity(run: Run, **environment: str) -> Told:
-    command = python(str(HERE / "gpu_ops.py"), "--device", run.device)
+    command = python("-m", "benchmarks.speed.gpu_ops", "--device", run.device)
     return judged(run.one([*command, *["--once"] * run.quick], min(90, run.left()), **environment))
 
 
 def ours(reports: str) -> int:
-    """How many reports of initcheck are of our kernels: the line after `Uninitialized` names what reads, and where that
-    was inlined, `Device Frame` lines name what it was inlined into. Frames of the host follow."""
+    """How many reports of initcheck are about our kernels. The line after `Uninitialized` names the code that reads;
+    where it was inlined, `Device Frame` lines name the code that it was inlined into. Frames of the host follow."""
     found = 0
     for report in re.split(r"^=+ +(?=Uninitialized )", reports, flags=re.MULTILINE)[1:]:
         device = re.split(r"^=+ +Saved host backtrace|^=+\s*$", report, maxsplit=1, flags=re.MULTILINE)[0]
@@ -297,14 +298,14 @@ def sanitizer(run: Run) -> Told:
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=folders)
     if tool is None:
         return skipped("there is no compute-sanitizer")
-    program = python(str(HERE / "gpu_ops.py"), "--once")
+    program = python("-m", "benchmarks.speed.gpu_ops", "--once")
     options = {
-        # Of everything; torch itself makes calls that fail and are meant to.
+        # Watches everything but API errors: torch itself makes calls that are meant to fail.
         "memcheck": ["--report-api-errors", "no", "--error-exitcode", "9"],
-        # Of our kernels, whose names say shira.
+        # Watches our kernels, whose names contain shira.
         "racecheck": ["--kernel-name", "kernel_substring=shira", "--error-exitcode", "9"],
-        # It must see all that writes; torch's kernels may read what nobody wrote, so only what ours do is told, and
-        # however often theirs do.
+        # Has to see everything that writes. torch's kernels may read memory that nobody wrote, however often; only
+        # reports about ours count.
         "initcheck": ["--print-limit", "0"],
     }
     commands = {name: [tool, "--tool", name, *own, *program] for name, own in options.items()}
@@ -329,12 +330,12 @@ def sanitizer(run: Run) -> Told:
 def graph(run: Run, **environment: str) -> Told:
     if not run.cuda:
         return skipped("CUDA graphs need a GPU")
-    done = run.one(python(str(HERE / "gpu_graph.py")), min(60, run.left()), **environment)
+    done = run.one(python("-m", "benchmarks.speed.gpu_graph"), min(60, run.left()), **environment)
     return judged(done, "; ".join(done.output.strip().splitlines()[-3:]))
 
 
 def written(lines: Path) -> dict[str, Told]:
-    """The measurements that a process wrote; it may have been ended within a line."""
+    """The measurements that a process wrote; it may have been stopped in the middle of a line."""
     found = {}
     for line in lines.read_text().splitlines() if lines.exists() else []:
         try:
@@ -346,15 +347,15 @@ def written(lines: Path) -> dict[str, Told]:
 
 
 def measure(run: Run, backend: str, names: Sequence[str], limit: float, **environment: str) -> Told:
-    """Measures what there is time for; a process that is lost is started again for the rest."""
+    """Measures what there is time for; where a process is lost, another is started for the rest."""
     found: dict[str, Told] = run.told["measurements"].setdefault(backend, {})
     end, waiting = time.monotonic() + limit, list(names)
-    # Beside the result, so that what was measured is there even if this process is ended.
+    # Beside the result, so that measurements are kept even if this process is stopped.
     lines = run.out.with_suffix(f".{backend}.lines")
     while waiting and (rest := end - time.monotonic()) > 5:
         lines.parent.mkdir(parents=True, exist_ok=True)
         lines.unlink(missing_ok=True)
-        command = python(str(HERE / "gpu_bench.py"), "--device", run.device, "--lines", str(lines))
+        command = python("-m", "benchmarks.speed.gpu_bench", "--device", run.device, "--lines", str(lines))
         done = run.one([*command, *["--quick"] * run.quick, "--only", *waiting], rest, **environment)
         found.update(written(lines))
         run.write()
@@ -362,7 +363,7 @@ def measure(run: Run, backend: str, names: Sequence[str], limit: float, **enviro
         before, waiting = len(waiting), [name for name in waiting if name not in found]
         if done.code is None:
             break
-        # Where the device was lost, the measurement that lost it is told already.
+        # Where the device was lost, the measurement that lost it has been reported already.
         if waiting and (done.code != DEVICE_LOST or len(waiting) == before):
             lost = waiting.pop(0)
             found[lost] = {"name": lost, "error": f"its process ended with {done.code}", "traceback": done.tail}
@@ -433,7 +434,7 @@ def main() -> None:
     run.section("build", 60 if run.cuda else 4, lambda: build(run))
     run.section("parity, compiled", 10, lambda: parity(run))
     run.section("captured graphs", 15, lambda: graph(run))
-    # Half of what is left is for the rest: proofs that are wanted as much, and Triton's.
+    # Half of the time left is kept for the rest: proofs that matter as much, and Triton.
     share = (0.5 if run.cuda else 1) * (run.left() - 5)
     run.section("measurements, compiled", 15, lambda: measure(run, "compiled", given.only, share))
     run.section("contract tests", 20, lambda: tests(run))

@@ -1,231 +1,46 @@
-"""What gpu.py measures: each op beside the best plain torch and beside what the memory allows, parity first.
+"""What gpu.py measures: each op, proved first, beside the best of plain torch and beside what the memory allows.
 
-How a comparison is measured
-- All ways of one comparison take turns in every round. Before each, untimed, more than the L2 cache holds is written,
-  which also keeps the GPU busy while the next launch is prepared. CUDA events take the time (on the CPU a clock).
-- Bytes are what a way has to move: touched 32-byte sectors in and out, indices, values and saved once each. A share is
-  of the bandwidth at which `copy_` moves 2 GiB, reading and writing counted, measured in the same process.
-- "captured" is the same call replayed from a CUDA graph: what is left without the launches' cost on the CPU.
+gpu_lab.py says how a comparison is measured.
 
-python benchmarks/speed/gpu_bench.py --lines FILE [--device cpu --quick] [--only swap copy ...]
+python -m benchmarks.speed.gpu_bench --lines FILE [--device cpu --quick] [--only swap copy ...]
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import gc
-import itertools
 import json
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import shira_ops
-from gpu import DEVICE_LOST, NAMES
-from gpu_ops import ADAMW, against_reference, calls, same
-from samples import spread
+from benchmarks.speed import gpu_training
+from benchmarks.speed.gpu import DEVICE_LOST, NAMES
+from benchmarks.speed.gpu_lab import (
+    BF16,
+    DENSITY,
+    DOWN,
+    GATE,
+    SECTOR,
+    Bench,
+    Call,
+    Found,
+    Mask,
+    captured,
+    clear,
+    entries_of,
+)
+from benchmarks.speed.gpu_ops import ADAMW, same
 
 shira = torch.ops.shira
-BF16 = torch.bfloat16
-SECTOR = 32  # bytes that a GPU's memory moves at least
-DENSITY = 0.01
 ADAPTERS = 8
-Call = Callable[[], object]
 
-
-def captured(call: Call) -> Call:
-    """The call as a CUDA graph; runs it a few times on the way."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
-@dataclass
-class Found:
-    """One measurement: seconds of every way, the bytes it moves, what was proved first."""
-
-    parity: str
-    seconds: dict[str, dict[str, float]]
-    bytes: dict[str, int] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    def median(self, way: str) -> float:
-        return self.seconds[way]["median"]
-
-    def over(self, subject: str, *ways: str) -> Found:
-        """Adds how many times as long as the subject the ways took."""
-        ratios = self.facts.setdefault("times as long", {})
-        ratios.update({f"{way} / {subject}": self.median(way) / self.median(subject) for way in ways})
-        return self
-
-
-class Bench:
-    """The device, the sizes, the clock."""
-
-    def __init__(self, device: str, quick: bool) -> None:
-        self.device, self.quick, self.cuda = device, quick, device == "cuda"
-        self.rounds = 3 if quick else 21
-        self.scratch = torch.empty(1 << 12 if quick else 512 << 20, dtype=torch.uint8, device=device)
-
-    def once(self, call: Call) -> float:
-        """Seconds."""
-        self.scratch.zero_()
-        if not self.cuda:
-            start = time.perf_counter()
-            call()
-            return time.perf_counter() - start
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        call()
-        last.record()
-        last.synchronize()
-        return first.elapsed_time(last) * 1e-3
-
-    def time(self, ways: dict[str, Call], rounds: int | None = None) -> dict[str, dict[str, float]]:
-        samples: dict[str, list[float]] = {name: [] for name in ways}
-        order = list(ways)
-        for number in range(2 + (rounds or self.rounds)):  # the first two warm up
-            order.append(order.pop(0))  # nobody always follows the same neighbour
-            for name in order:
-                took = self.once(ways[name])
-                if number >= 2:
-                    samples[name].append(took)
-        return {name: spread(one) for name, one in samples.items()}
-
-    def fastest(self, ways: dict[str, Call]) -> tuple[str, Call]:
-        took = self.time(ways, rounds=3)
-        name = min(ways, key=lambda one: took[one]["median"])
-        return name, ways[name]
-
-    def captured(self, ways: dict[str, Call]) -> dict[str, Call]:
-        """The ways, and each once more as a graph."""
-        return {**ways, **({f"{name}, captured": captured(ways[name]) for name in ways} if self.cuda else {})}
-
-    def touch(self, memory: torch.Tensor, pieces: torch.Tensor, size: int) -> tuple[str, Call]:
-        """The fastest way to read and write pieces of memory, each once."""
-        if not self.cuda or not find_spec("triton"):
-            words = memory.view(torch.int64).view(-1, size // 8)
-            wide = pieces.long()
-            return "index_copy_", lambda: words.index_copy_(0, wide, words.index_select(0, wide))
-        from gpu_touch import touch
-
-        ways: dict[str, Call] = {
-            f"{words} words, block {block}": functools.partial(touch, memory, pieces, size, words, block)
-            for words, block in itertools.product((1, size // 8), (256, 512, 1024, 2048))
-        }
-        return self.fastest(ways)
-
-    def mask(self, limit: int, density: float = DENSITY) -> torch.Tensor:
-        """Ascending, about `density * limit` of them."""
-        parts = []
-        for start in range(0, limit, 1 << 28):
-            length = min(1 << 28, limit - start)
-            drawn = torch.rand(length, device=self.device) < density
-            parts.append((drawn.nonzero().view(-1) + start).to(torch.int32))
-        return torch.cat(parts)
-
-    def normal(self, *shape: int, scale: float = 0.02) -> torch.Tensor:
-        return torch.empty(*shape, dtype=BF16, device=self.device).normal_(0, scale)
-
-    @functools.cached_property
-    def model(self) -> Model:
-        return Model(self)
-
-    def prove(self, *names: str) -> str:
-        """The ops against the references, at the size and beyond the size of one block."""
-        for granule in (1, 16):
-            given = calls(BF16, granule, 96, 208 if self.quick else 2080)
-            for name in names:
-                against_reference(name, given[name], self.device)
-        return "the references' bits"
-
-
-class Model:
-    """The linear weights of Llama-3-8B (quick: 64 times narrower, two layers), as views of one piece of memory."""
-
-    def __init__(self, bench: Bench) -> None:
-        small, blocks = (64, 2) if bench.quick else (1, 32)
-        wide, narrow, inner = 4096 // small, 1024 // small, 14336 // small
-        block = [
-            (wide, wide),
-            (narrow, wide),
-            (narrow, wide),
-            (wide, wide),
-            (inner, wide),
-            (inner, wide),
-            (wide, inner),
-        ]
-        self.shapes = block * blocks
-        self.memory = torch.empty(sum(m * n for m, n in self.shapes), dtype=BF16, device=bench.device)
-        self.weights, self.starts, start = [], [], 0
-        for m, n in self.shapes:
-            self.weights.append(self.memory[start : start + m * n].normal_(0, 0.02).view(m, n))
-            self.starts.append(start)
-            start += m * n
-        self.some = range(len(block) * min(4, blocks))  # the layers of the lists that need not be a whole model
-
-    @property
-    def largest(self) -> torch.Tensor:
-        return max(self.weights[:7], key=torch.numel)
-
-
-@dataclass
-class Mask:
-    """An adapter for some of the model's layers."""
-
-    layers: range
-    weights: list[torch.Tensor]
-    indices: list[torch.Tensor]
-    values: list[torch.Tensor]
-    granule: int
-
-    @classmethod
-    def of(cls, bench: Bench, layers: range, granule: int = 1) -> Mask:
-        weights = [bench.model.weights[i] for i in layers]
-        indices = [bench.mask(weight.numel() // granule) for weight in weights]
-        values = [bench.normal(len(one) * granule) for one in indices]
-        return cls(layers, weights, indices, values, granule)
-
-    @property
-    def nnz(self) -> int:
-        return sum(map(torch.numel, self.values))
-
-    @property
-    def lists(self) -> int:
-        """Bytes of the indices."""
-        return sum(one.nbytes for one in self.indices)
-
-    def pieces(self, bench: Bench, size: int, *more: Mask) -> torch.Tensor:
-        """The pieces of the model's memory, of `size` bytes each, that this mask (and more of them) touches."""
-        found = []
-        for at, layer in enumerate(self.layers):
-            first = bench.model.starts[layer] * BF16.itemsize
-            own = [(one.indices[at].long() * one.granule * BF16.itemsize + first) // size for one in (self, *more)]
-            found.append((own[0].unique_consecutive() if not more else torch.cat(own).unique()).to(torch.int32))
-        return torch.cat(found)
-
-
-def entries_of(index: torch.Tensor, granule: int) -> torch.Tensor:
-    """The entries that granules cover, in order, as stock torch wants them."""
-    return (index.long()[:, None] * granule + torch.arange(granule).to(index)).view(-1)
-
-
-# Measurements, the most wanted first
+# The measurements, the most important first
 
 
 def copy(bench: Bench) -> Found:
@@ -242,7 +57,7 @@ def _swap(bench: Bench, granule: int) -> Found:
     def swap() -> None:
         shira.foreach_swap_(mask.weights, mask.indices, mask.values, granule)
 
-    # Parity of a layer of each shape, all its entries; and twice is the identity everywhere.
+    # All entries of a layer of each shape; and everywhere that twice is the identity.
     before = [weight.clone() for weight in mask.weights[:7]]
     given = [one.clone() for one in mask.values]
     swap()
@@ -303,7 +118,7 @@ def swap_granule_16(bench: Bench) -> Found:
 
 
 def adamw(bench: Bench) -> Found:
-    """1 % of the linear weights of four decoder layers; stock is AdamW(fused) on the values and index_copy_."""
+    """1 % of the linear weights of four decoder layers; stock is the fused AdamW on the values, and index_copy_."""
     parity = bench.prove("adamw_", "foreach_adamw_")
     mask = Mask.of(bench, bench.model.some)
     masters = [one.float() for one in mask.values]
@@ -332,10 +147,8 @@ def adamw(bench: Bench) -> Found:
     return found.over("foreach_adamw_, captured", "stock, captured") if bench.cuda else found
 
 
-def sampled_grad(bench: Bench) -> Found:
-    """A layer of 14336 x 4096, 8192 tokens: beside the dense weight gradient alone, and with the step."""
-    weight = bench.model.largest
-    (rows, columns), tokens = weight.shape, 32 if bench.quick else 8192
+def _sampled_grad(bench: Bench, weight: torch.Tensor, tokens: int) -> Found:
+    (rows, columns), tokens = weight.shape, 32 if bench.quick else tokens
     # Small integers: their products add up exactly, in any order.
     grad_output, x = (torch.randint(-4, 5, (tokens, n), device=bench.device).to(BF16) for n in (rows, columns))
     indices = bench.mask(weight.numel())
@@ -373,8 +186,29 @@ def sampled_grad(bench: Bench) -> Found:
     return found.over("dense gradient", *(way for way in ways if way != "dense gradient"))
 
 
+def sampled_grad(bench: Bench) -> Found:
+    """A gate projection, 14336 x 4096, 8192 tokens: beside the dense weight gradient, alone and with the step."""
+    return _sampled_grad(bench, bench.model.weights[GATE], 8192)
+
+
+def sampled_grad_14336_columns(bench: Bench) -> Found:
+    """A down projection, 4096 x 14336: its width is not a power of two."""
+    return _sampled_grad(bench, bench.model.weights[DOWN], 8192)
+
+
+def sampled_grad_3072_columns(bench: Bench) -> Found:
+    """A gate projection of Llama-3.2-3B, 8192 x 3072."""
+    shape = (128, 48) if bench.quick else (8192, 3072)
+    return _sampled_grad(bench, bench.normal(*shape), 8192)
+
+
+def sampled_grad_64_tokens(bench: Bench) -> Found:
+    """The gate projection with so few tokens that reading the entries' rows and columns may beat the dense product."""
+    return _sampled_grad(bench, bench.model.weights[GATE], 64)
+
+
 def select_top(bench: Bench) -> Found:
-    """1 % of 16.8 million."""
+    """1 % of 16.8 million entries."""
     weight = bench.model.weights[0]
     grad, k = bench.normal(*weight.shape), max(1, weight.numel() // 100)
 
@@ -415,10 +249,9 @@ def decode_indices(bench: Bench) -> Found:
 
 
 def fuse(bench: Bench) -> Found:
-    """Eight adapters of 1 % into a layer of 14336 x 4096; stock adds one after the other."""
+    """Eight adapters of 1 % into a layer of 14336 x 4096; stock adds them one after the other."""
     parity = bench.prove("fuse_plan", "fuse_")
-    gate = 4  # the gate projection of the first layer
-    masks = [Mask.of(bench, range(gate, gate + 1)) for _ in range(ADAPTERS)]
+    masks = [Mask.of(bench, range(GATE, GATE + 1)) for _ in range(ADAPTERS)]
     weight, values = masks[0].weights[0], [one.values[0] for one in masks]
     indices, offsets, sources = shira.fuse_plan([one.indices[0] for one in masks])
     saved = torch.empty_like(weight.view(-1)[indices.long()])
@@ -446,7 +279,7 @@ def fuse(bench: Bench) -> Found:
 
 
 def switch(bench: Bench) -> Found:
-    """From 1 % to another 1 %, the linear weights of four decoder layers; beside a revert and an apply."""
+    """From 1 % to another 1 % of the linear weights of four decoder layers, beside a revert and an apply."""
     parity = bench.prove("switch_", "foreach_switch_")
     out, into = (Mask.of(bench, bench.model.some) for _ in range(2))
     saved = [torch.empty_like(one) for one in into.values]
@@ -486,26 +319,18 @@ def fingerprint(bench: Bench) -> Found:
 
 
 def training(bench: Bench) -> Found:
-    """A Llama of 1.2 billion parameters, 4096 tokens: steps and peak memory, beside LoRA of as many parameters."""
-    from gpu_training import measure
-
+    """Steps and peak memory of a Llama of 1.2 billion parameters, 4096 tokens, beside a LoRA of as many parameters."""
     bench.__dict__.pop("model", None)  # makes room
     clear()
-    parity, seconds, facts = measure(bench)
+    parity, seconds, facts = gpu_training.measure(bench)
     return Found(parity, seconds, facts=facts)
 
 
 MEASUREMENTS: dict[str, Callable[[Bench], Found]] = {name: globals()[name] for name in NAMES}
 
 
-def clear() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def run(bench: Bench, names: Iterable[str], write: Callable[[dict[str, Any]], None]) -> bool:
-    """Measures and tells one after the other; whether all went well."""
+    """Measures one after the other, and writes each result; returns whether all went well."""
     bandwidth, well = 0.0, True
     for name in ("copy", *(one for one in names if one != "copy")):
         start = time.perf_counter()
@@ -518,7 +343,7 @@ def run(bench: Bench, names: Iterable[str], write: Callable[[dict[str, Any]], No
             told["share of copy"] = {
                 way: moved / found.median(way) / bandwidth for way, moved in found.bytes.items() if bandwidth
             }
-        except Exception as error:  # told, and the others are measured all the same
+        except Exception as error:  # reported, and the others are measured all the same
             well = False
             told["error"] = f"{type(error).__name__}: {error}"
             told["traceback"] = traceback.format_exc(limit=-4)
@@ -527,7 +352,7 @@ def run(bench: Bench, names: Iterable[str], write: Callable[[dict[str, Any]], No
         if "error" in told and bench.cuda:
             try:
                 torch.cuda.synchronize()
-            except RuntimeError:  # nothing works in this process any more: gpu.py starts another for the rest
+            except RuntimeError:  # nothing works in this process any more, so gpu.py starts another for the rest
                 sys.exit(DEVICE_LOST)
         clear()
     return well
@@ -536,9 +361,11 @@ def run(bench: Bench, names: Iterable[str], write: Callable[[dict[str, Any]], No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny: does it run at all?")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, only to see whether everything runs")
     parser.add_argument("--only", nargs="*", choices=list(MEASUREMENTS), default=list(MEASUREMENTS))
-    parser.add_argument("--lines", type=Path, required=True, help="a JSON object a line is added for each measurement")
+    parser.add_argument(
+        "--lines", type=Path, required=True, help="a file that gets a line, a JSON object, for each measurement"
+    )
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_grad_enabled(False)

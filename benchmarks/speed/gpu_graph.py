@@ -1,11 +1,11 @@
-"""Captured CUDA graphs and adapters: what a server that replays a captured model needs, proved bit for bit.
+"""Captured CUDA graphs and adapters: what a server needs that replays a captured model, proved bit for bit.
 
 - a model's inference is captured once; a Switcher changes its weights between replays, and every replay gives the bits
   of an eager forward with the same adapter
 - every op that a graph can hold is captured and replayed: the bits of an eager call
 - across replays: swap_ twice is the identity, and fuse_ follows strengths changed between replays
 
-python benchmarks/speed/gpu_graph.py
+python -m benchmarks.speed.gpu_graph
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import nn
 
 import shira
 import shira_ops
-from gpu_bench import captured
-from gpu_ops import Arguments, calls, left, op, placed, run, same
+from benchmarks.speed.gpu_lab import captured
+from benchmarks.speed.gpu_ops import Arguments, calls, left, op, placed, run, same
 
 SIDE, DEVICE = 512, "cuda"
-# At the content: not for a graph.
+# These read the content on the host, so a graph cannot hold them.
 LOOKS = ("check_indices", "fuse_plan", "encode_indices", "decode_indices", "diff_", "foreach_diff_")
 
 
@@ -75,7 +75,7 @@ def tensors(own: Arguments) -> Iterator[torch.Tensor]:
 
 
 def captured_calls() -> str:
-    """A graph is replayed on the arguments as they were before its first call."""
+    """Replays each graph on the arguments as they were before its first call."""
     count = 0
     for granule in (1, 16):
         for name, given in calls(torch.bfloat16, granule, 24, 80).items():

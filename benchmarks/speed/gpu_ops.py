@@ -1,8 +1,8 @@
-"""Every op on a device: its results and all it changed compared with the references on the CPU, bit for bit.
+"""Every op on a device: its results and all that it changed, compared bit for bit with the references on the CPU.
 
-Small enough to run under compute-sanitizer, and without pytest: what gpu.py proves first.
+Small enough to run under compute-sanitizer, and without pytest. gpu.py proves this first.
 
-python benchmarks/speed/gpu_ops.py --device cuda
+python -m benchmarks.speed.gpu_ops --device cuda
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def op(name: str) -> Callable[..., Any]:
 
 
 def calls(dtype: torch.dtype, granule: int, rows: int, columns: int) -> dict[str, Arguments]:
-    """A valid call of every op, on the CPU; behind a comma stands what is special about one more."""
+    """A valid call of every op, on the CPU. Further calls of an op have a comma in their name, and what is special."""
     random = torch.Generator().manual_seed(granule)
 
     def numbers(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -50,7 +50,7 @@ def calls(dtype: torch.dtype, granule: int, rows: int, columns: int) -> dict[str
     def of(indices: torch.Tensor, dtype: torch.dtype = dtype) -> torch.Tensor:
         return numbers(entries[id(indices)], dtype=dtype)
 
-    # A block of the code in each of its modes.
+    # One block of the code for each of its modes.
     scales = torch.tensor([40, 5000, 2**40]).repeat_interleave(4096)[: 2 * 4096 + 500]
     coded = (torch.rand(len(scales), generator=random, dtype=torch.float64) * scales).long().add(1).cumsum(0)
     fp32 = torch.float32
@@ -113,7 +113,7 @@ def calls(dtype: torch.dtype, granule: int, rows: int, columns: int) -> dict[str
             else value
             for a, value in zip(given, one.values(), strict=True)
         }
-    # So sparse that the entries are sampled, of tokens that suit wide accesses and of some that do not.
+    # So sparse that the entries are sampled; with a number of tokens that suits wide accesses, and one that does not.
     sparse = torch.arange(0, 300 * 1040 // granule, 600)
     for tokens in (40, 33):
         given = {"grad_output": small(tokens, 300), "input": small(tokens, 1040), "indices": sparse}
@@ -134,7 +134,7 @@ def placed(given: Arguments, device: str) -> Arguments:
 
 
 def left(result: Any, own: Arguments) -> list[torch.Tensor]:
-    """The results and then every tensor argument as the call left it."""
+    """The results, and then every tensor argument as the call left it."""
     tensors: list[torch.Tensor] = []
     for value in (result, *own.values()):
         tensors += [one for one in (value if isinstance(value, (list, tuple)) else [value]) if torch.is_tensor(one)]
@@ -180,7 +180,7 @@ def main() -> None:
                     count += 1
                     try:
                         against_reference(name, given, arguments.device)
-                    except Exception:  # all are told, whatever each one's failure is
+                    except Exception:  # all failures are reported
                         failed.append(f"{name}, {dtype}, granule {granule}, {rows} x {columns}")
                         print(failed[-1], traceback.format_exc(limit=3), sep="\n")
     served = sorted({devices[arguments.device].name for devices in shira_ops.backends().values()})

@@ -1,7 +1,7 @@
 """Touch on a GPU: a Triton kernel that reads and writes each listed piece of memory once, and nothing else.
 
-A piece is a 32-byte sector, or a pair of them. `words` are the 64-bit words of it that are moved: one (the memory
-moves the whole sector all the same) or all.
+A piece is a 32-byte sector, or a pair of them. `words` is how many of its 64-bit words are moved: one (the memory moves
+the whole sector all the same) or all.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def touch_kernel(memory, pieces, n, flip, WIDE: tl.constexpr, WORDS: tl.constexp
     piece = tl.load(pieces + lane, mask=inside, other=0).to(tl.int64)
     at = memory + piece[:, None] * WIDE + (tl.arange(0, WORDS) * (WIDE // WORDS))[None, :]
     old = tl.load(at, mask=inside[:, None], other=0)
-    # By zero, which the compiler cannot know: the memory stays as it is, and the store has to happen.
+    # `flip` is zero, which the compiler cannot know: the memory stays as it is, but the store has to happen.
     tl.store(at, old ^ flip, mask=inside[:, None])
 
 

@@ -1,29 +1,24 @@
 """A training step of a Llama in plain torch, random weights: SparseTuner and shira.AdamW beside LoRA.
 
-LoRA is PEFT's where PEFT is installed, and always a plain one: a frozen linear layer and two factors, of as many
-parameters in all, stepped by the fused AdamW of torch.
+LoRA is a plain one (a frozen linear layer and two factors, with as many parameters, stepped by torch's fused AdamW),
+and where PEFT is installed also PEFT's.
 """
 
 from __future__ import annotations
 
 import functools
-import gc
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import shira
+from benchmarks.speed.gpu_lab import BF16, DENSITY, Bench, clear
 
-if TYPE_CHECKING:
-    from gpu_bench import Bench
-
-BF16 = torch.bfloat16
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-DENSITY = 0.01
 
 
 class Sizes:
@@ -134,7 +129,7 @@ def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, words: Tensor) 
 
 @torch.enable_grad()
 def prove(model: nn.Module, words: Tensor) -> None:
-    """The values' gradient is the dense one at the mask, in a layer that all of backward comes through."""
+    """The values' gradient is the dense one at the mask, in a layer that the whole backward pass goes through."""
     layer = model.blocks[0].q_proj
     met: dict[str, Tensor] = {}
 
@@ -152,7 +147,7 @@ def prove(model: nn.Module, words: Tensor) -> None:
 
 
 def measure(bench: Bench) -> tuple[str, dict[str, dict[str, float]], dict[str, Any]]:
-    """Every way on a model of its own, one after the other, so that the peak of each is its own."""
+    """Each way has a model of its own, one after the other, so that each has its own peak."""
     sizes = Sizes(bench.quick)
     ways: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {"shira": with_shira, "plain LoRA": with_plain_lora}
     if find_spec("peft"):
@@ -182,9 +177,7 @@ def measure(bench: Bench) -> tuple[str, dict[str, dict[str, float]], dict[str, A
         if way == "shira":
             prove(model, words)
         del model, optimizer, words, step, trained, before
-        gc.collect()
-        if bench.cuda:
-            torch.cuda.empty_cache()
+        clear()
     if max(first_losses.values()) - min(first_losses.values()) > 0.05:
         raise AssertionError(f"the first losses differ: {first_losses}")
     facts["times as long"] = {

@@ -1,4 +1,4 @@
-"""The other ways to an adapted weight: PEFT's adapters on layers of given weights, and a LoRA folded in by hand."""
+"""Other ways to an adapted weight: PEFT's adapters on layers with given weights, and a LoRA folded in by hand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LINEARS = r"layers\.\d+"
 
 
 class Layers(nn.Module):
-    """Linear layers that hold the given weights, nothing copied."""
+    """Linear layers that hold the given weights without copying them."""
 
     def __init__(self, weights: list[torch.Tensor]) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Layers(nn.Module):
 
 
 def config(kind: str, rank: int, seed: int = 1, targets: str = LINEARS, density: float = 0.01) -> Any:
-    """Adapters that change something: none of PEFT's are left at zero."""
+    """Gives the adapters random values: PEFT's start at zero and would change nothing."""
     if kind in (LORA, DORA):
         return peft.LoraConfig(r=rank, target_modules=targets, init_lora_weights=False, use_dora=kind == DORA)
     if kind == SHIRA:
@@ -41,17 +41,17 @@ def config(kind: str, rank: int, seed: int = 1, targets: str = LINEARS, density:
 
 
 def model(kind: str, weights: list[torch.Tensor], rank: int) -> Any:
-    """With one adapter, in the weights' dtype: PEFT's default of fp32 makes merging into bf16 no faster."""
+    """A model with one adapter, in the weights' dtype: PEFT's default of fp32 makes merging into bf16 no faster."""
     return peft.get_peft_model(Layers(weights), config(kind, rank), autocast_adapter_dtype=False)
 
 
 def linears(made: Any) -> list[Any]:
-    """PEFT's layers, in order."""
+    """PEFT's adapted layers, in order."""
     return [layer for layer in made.modules() if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer)]
 
 
 def shrink(made: Any, scale: float = 0.01) -> None:
-    """Brings random adapters to the size of trained ones."""
+    """Scales random adapters to the size of trained ones."""
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.requires_grad:
@@ -59,7 +59,7 @@ def shrink(made: Any, scale: float = 0.01) -> None:
 
 
 def prove_merge(made: Any) -> None:
-    """What it merges is what it says it adds, and not nothing; unmerging brings the base back, but for roundings."""
+    """Merging adds what PEFT says it adds, and not nothing; unmerging brings the base back up to roundings."""
     layer = linears(made)[0]
     name = layer.active_adapters[0]
     before, delta = layer.get_base_layer().weight.detach().clone(), layer.get_delta_weight(name).detach()
@@ -112,7 +112,7 @@ def peft_cycle(kind: str, weights: list[torch.Tensor], rank: int, folder: Path) 
 
 
 def addmm_cycle(weights: list[torch.Tensor], rank: int, folder: Path) -> Cycle:
-    """The fastest LoRA: stock safetensors, and addmm_ in place. Taking it out again does not bring the base's bits."""
+    """The fastest LoRA: safetensors, and addmm_ in place. Taking it out again does not bring back the base's bits."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for i, weight in enumerate(weights):
@@ -134,7 +134,7 @@ def addmm_cycle(weights: list[torch.Tensor], rank: int, folder: Path) -> Cycle:
 
 
 def adapter(weights: list[torch.Tensor], density: float = 0.01) -> shira.Adapter:
-    """Ours, for `Layers(weights)`: a Rand mask, values beside the base's own."""
+    """shira's adapter for `Layers(weights)`: a Rand mask, with values close to the base's."""
     mask, generator = shira.masks.Rand(density=density, seed=1), torch.Generator().manual_seed(1)
     entries = {}
     for name, weight in Layers(weights).named_parameters():
@@ -146,7 +146,7 @@ def adapter(weights: list[torch.Tensor], density: float = 0.01) -> shira.Adapter
 
 
 def plain_cycle(weights: list[torch.Tensor], made: shira.Adapter, folder: Path) -> Cycle:
-    """The same adapter by stock safetensors and index_copy_: nothing checked, the base's entries kept."""
+    """The same adapter by stock safetensors and index_copy_: nothing is checked, and the base's entries are kept."""
     tensors = {}
     for i, entry in enumerate(made.weights.values()):
         tensors[f"{i}.indices"], tensors[f"{i}.values"] = entry.indices.to(torch.int64), entry.values
@@ -168,8 +168,8 @@ def plain_cycle(weights: list[torch.Tensor], made: shira.Adapter, folder: Path) 
 
 
 def our_cycle(weights: list[torch.Tensor], made: shira.Adapter, folder: Path, *, first: bool = False) -> Cycle:
-    """Switcher.add, activate, deactivate, remove. The base is known, unless it is the `first` adapter of each Switcher,
-    which reads all of the base to prove that the adapter is for it."""
+    """Switcher.add, activate, deactivate, remove. The base is known, except with `first`: then each adapter is the
+    first of its Switcher, which reads all of the base to prove that the adapter is for it."""
     folder.mkdir()
     path = folder / "adapter.safetensors"
     made.save(path)
@@ -193,7 +193,7 @@ def our_cycle(weights: list[torch.Tensor], made: shira.Adapter, folder: Path, *,
 
 
 def prove_cycle(cycle: Cycle, weights: list[torch.Tensor], wanted: list[torch.Tensor] | None) -> None:
-    """Ours and plain torch's: the wanted bits, and the base's. The others: a change, and the base within roundings."""
+    """shira and plain torch give the wanted bits, then the base's; the others bring it back up to roundings."""
     base = [weight.clone() for weight in weights]
     cycle.load()
     cycle.fuse()

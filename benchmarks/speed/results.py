@@ -1,8 +1,9 @@
-"""The committed results: made from pytest-benchmark's output, looked up by line, compared with a new run.
+"""Results of runs: read, looked up by line, compared with the committed ones or with a second run.
 
-python benchmarks/speed/results.py record            # latest.json -> cpu-zen4.json, the texts, the plot
-python benchmarks/speed/results.py compare           # latest.json beside cpu-zen4.json: what got worse?
-python benchmarks/speed/results.py agree             # latest.json beside again.json: which ratios came out the same?
+python -m benchmarks.speed.results compare   # latest.json beside cpu-zen4.json: what got worse?
+python -m benchmarks.speed.results agree     # latest.json beside again.json: which ratios came out the same?
+
+record.py makes a run the committed one.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import summary
+from benchmarks.speed import summary
 
 FOLDER = Path(__file__).parent.parent / "results"
 LATEST, AGAIN = FOLDER / "latest.json", FOLDER / "again.json"
 COMMITTED = "cpu-zen4"
 WORSE = 1.2  # a ratio this many times as bad as it was is a regression
-SAME = 1.1  # two medians that are no further apart agree, and quartiles that are no further from theirs are narrow
+SAME = 1.1  # medians that are no further apart agree; quartiles further than this from their median lie wide
 CPU = ("brand_raw", "family", "model", "stepping", "count", "hz_actual_friendly", "l2_cache_size", "l3_cache_size")
 
 
 def trim(raw: dict[str, Any], *, quick: bool = False) -> dict[str, Any]:
     """What is kept of pytest-benchmark's output: the machine (not its name), and what each benchmark reported.
 
-    Refuses a `--quick` run, whose figures mean nothing, unless `quick`. What is trimmed already stays as it is.
+    Refuses a `--quick` run, whose figures mean nothing, unless `quick`. Trimming twice changes nothing more.
     """
     found = [one for one in raw["benchmarks"] if one["extra_info"]]
     if not found:
@@ -91,8 +92,8 @@ class Comparison:
 
 
 def compare(before: dict[str, Any], now: dict[str, Any]) -> Comparison:
-    """The guarded ratios that got worse by more than WORSE, in the median and in the fastest rounds: a disturbed round
-    moves the one and not the other. Seconds, rates and bytes differ from day to day."""
+    """The guarded ratios that got worse by more than WORSE, both in the median and in the fastest rounds: disturbed
+    rounds move only one of them. Seconds, rates and bytes are left out, since they differ from day to day."""
     then, fresh = figures(before), figures(now)
     worse, compared, missing = [], 0, []
     for key, result in then.items():
@@ -128,13 +129,13 @@ def apart(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[float, Key]
 
 
 def reach(result: dict[str, Any]) -> tuple[float, float]:
-    """From where to where a figure lies: the quartiles of its rounds, and a second run's median if there was one."""
+    """The range of a figure: the quartiles of its rounds, and a second run's median if there was one."""
     again = result.get("again", result["median"])
     return min(result["low"], again), max(result["high"], again)
 
 
 def is_wide(result: dict[str, Any]) -> bool:
-    """Whether that is further than SAME from the median: then its second digit is not known."""
+    """Whether the range reaches further than SAME from the median: then the second digit is uncertain."""
     return any(distance(result["median"], end) > SAME for end in reach(result))
 
 
@@ -143,7 +144,7 @@ def told(result: dict[str, Any]) -> str:
 
 
 def agree(one: dict[str, Any], two: dict[str, Any]) -> tuple[list[str], int]:
-    """The ratios on which two runs disagree, a sentence each; and how many they have in common."""
+    """A sentence for each ratio on which two runs disagree; and how many ratios they have in common."""
     first, second = figures(one), figures(two)
     found, said = apart(one, two), []
     for factor, key in found:
@@ -156,36 +157,15 @@ def agree(one: dict[str, Any], two: dict[str, Any]) -> tuple[list[str], int]:
     return said, len(found)
 
 
-def record(latest: Path, name: str, again: Path | None = None) -> None:
-    """Makes the committed file; where it is the README's, also the texts and the plot, which need all of a run.
-
-    Of a second run the medians of the ratios are kept, each beside the first run's.
-    """
-    found = trim(read(latest))
-    if again is not None:
-        second = figures(trim(read(again)))
-        for key, result in figures(found).items():
-            if is_ratio(key) and key in second:
-                result["again"] = second[key]["median"]
-    if name == COMMITTED:
-        import texts
-
-        texts.write(found)
-    path = FOLDER / f"{name}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{path.name}: written")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["record", "compare", "agree"])
+    parser.add_argument("what", choices=["compare", "agree"])
     parser.add_argument("--latest", type=Path, default=LATEST, help="JSON written by --benchmark-json")
-    parser.add_argument("--again", type=Path, help="JSON of a second run, for record and agree")
-    parser.add_argument("--name", default=COMMITTED, help="of the committed file, without .json: one for each machine")
+    parser.add_argument("--again", type=Path, help="JSON of a second run, for agree")
+    parser.add_argument(
+        "--name", default=COMMITTED, help="name of the committed file, without .json; each machine has one"
+    )
     arguments = parser.parse_args()
-    if arguments.what == "record":
-        record(arguments.latest, arguments.name, arguments.again)
-        return 0
     if arguments.what == "agree":
         said, count = agree(*(trim(read(path)) for path in (arguments.latest, arguments.again or AGAIN)))
         for one in said:
@@ -193,12 +173,12 @@ def main() -> int:
         for path in (arguments.latest, arguments.again or AGAIN):
             infos = [one["extra_info"] for one in trim(read(path))["benchmarks"]]
             if disturbed := sum(map(summary.is_disturbed, infos)):
-                print(f"{path.name}: others had the processor in {disturbed} of {len(infos)} benchmarks")
+                print(f"{path.name}: other processes had the processor in {disturbed} of {len(infos)} benchmarks")
         print(f"{count - len(said)} of {count} ratios agree within {SAME - 1:.0%}")
         return 1 if said else 0
     before, now = read(FOLDER / f"{arguments.name}.json"), trim(read(arguments.latest))
     if before["machine_info"]["cpu"].get("model") != now["machine_info"]["cpu"].get("model"):
-        print(f"another processor than that of {arguments.name}.json: ratios depend on it too")
+        print(f"this is not the processor of {arguments.name}.json, and ratios depend on the processor too")
     found = compare(before, now)
     for one in found.worse:
         print(f"worse: {one}")

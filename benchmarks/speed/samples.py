@@ -1,4 +1,4 @@
-"""What is said of a list of samples. Needs nothing but Python, so that the GPU's driver can use it before a build."""
+"""The spread of a list of samples. Needs nothing but Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a switch costs, as a sum of what it moves; fitted to measured points.
+"""The cost of a switch as a sum over what it moves, fitted to measured points.
 
     seconds = calls + min(scattered * lines touched, runs * lines of the weight) + streamed * bytes + entries * entries
 
@@ -22,8 +22,8 @@ TERMS = ("calls", "scattered", "runs", "streamed", "entries")
 class Work:
     """What one call has to do."""
 
-    lines: float  # cache lines that it reads and writes
-    weight_lines: float  # all that the weight has
+    lines: float  # cache lines that the call reads and writes
+    weight_lines: float  # all cache lines of the weight
     streamed: float  # bytes of indices, values and base entries
     entries: float
 
@@ -33,7 +33,7 @@ class Work:
 
     @classmethod
     def random(cls, numel: int, itemsize: int, density: float) -> Work:
-        """A switch by a random mask of single entries, int32 indices."""
+        """A switch by a random mask of single entries, with int32 indices."""
         entries, a_line = density * numel, LINE // itemsize
         lines = numel / a_line * (1 - (1 - density) ** a_line)
         return cls(lines, numel / a_line, entries * (4 + 2 * itemsize), entries)
@@ -41,7 +41,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Model:
-    """Seconds of each term: a call, a line by itself, a line in a run, a streamed byte, an entry; 0 is none found."""
+    """Seconds a term: a call, a line by itself, a line in a run, a streamed byte, an entry. 0: no more cost."""
 
     calls: float
     scattered: float
@@ -59,7 +59,7 @@ class Model:
         return self.calls + lines + self.streamed * work.streamed + self.entries * work.entries
 
     def bandwidth(self, term: str) -> float:
-        """Bytes a second of `scattered` or `runs` (in and out) or of what is `streamed`."""
+        """Bytes a second of `scattered`, of `runs` (both in and out) or of `streamed`."""
         cost = getattr(self, term) / (1 if term == "streamed" else 2 * LINE)
         return 1 / cost if cost else float("inf")
 
@@ -87,7 +87,7 @@ def fit(points: list[dict[str, Any]], memory: Model | None = None) -> Model:
 
 
 def _positive(rows: np.ndarray, wanted: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """The terms that come nearest, none below zero: the most negative one is left out until there is none."""
+    """The best terms that are not negative: the most negative one is left out until none is."""
     scaled, goal = rows / scale[:, None], wanted / scale
     sizes = np.abs(scaled).max(axis=0)
     kept = [at for at in range(rows.shape[1]) if sizes[at] > 0]

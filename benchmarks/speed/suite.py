@@ -1,10 +1,10 @@
-"""The benchmarks, each file in a process of its own: none finds what another left, and a run goes on where it stopped.
+"""Runs the benchmarks, each file in a process of its own, so that none is affected by another; a stopped run goes on.
 
-python benchmarks/speed/suite.py --out benchmarks/results/latest.json            # a selection; --full: all cases
-python benchmarks/speed/suite.py --out latest.json --only scaling paper          # of these files alone
+python -m benchmarks.speed.suite --out benchmarks/results/latest.json            # a selection; --full: all cases
+python -m benchmarks.speed.suite --out latest.json --only scaling paper          # these files alone
 
-The results of each file that is done lie in a folder beside `--out` until all are: then they become one file, and the
-folder goes. What was stopped begins again with the file it was at, unless the arguments or the code have changed since.
+The results of each finished file are kept in a folder beside `--out`. When all files are done they become one file, and
+the folder is removed. A stopped run goes on with the file it was at, unless the arguments or the code have changed.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.speed import summary
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-NOTHING_CHOSEN = 5  # pytest's exit status where no case was chosen
+NOTHING_CHOSEN = 5  # pytest's exit status where no case was selected
 CODE = (
     "benchmarks/speed/**/*.py",
     "benchmarks/speed/**/*.cpp",
@@ -34,7 +36,7 @@ CODE = (
 
 
 def stamp(arguments: Sequence[str]) -> str:
-    """Of what decides a result: kept results of another stamp are not gone on with."""
+    """A hash of what decides a result; results that were kept under another stamp are not used."""
     digest = hashlib.sha256(json.dumps(list(arguments)).encode())
     for path in sorted(path for pattern in CODE for path in ROOT.glob(pattern)):
         digest.update(path.read_bytes())
@@ -56,7 +58,7 @@ def measure(file: Path, part: Path, arguments: Sequence[str]) -> tuple[int, floa
     code = os.waitstatus_to_exitcode(status)
     process.returncode = code
     if code == 0:
-        fresh.rename(part)  # whole or not there
+        fresh.rename(part)  # so that the file is whole, or not there
     elif code == NOTHING_CHOSEN:
         part.write_text("null")
     return code, usage.ru_maxrss / 2**20, log.read_text()
@@ -67,7 +69,7 @@ def clock(seconds: float) -> str:
 
 
 def run(files: Iterable[Path], out: Path, arguments: Sequence[str]) -> bool:
-    """Measures what is not there yet. Writes `out` and returns True if all of it went well."""
+    """Measures what is still missing. Writes `out` and returns True if everything went well."""
     files, parts = list(files), out.with_suffix(".parts")
     mark = stamp([*arguments, *(file.name for file in files)])
     if not (parts / "stamp").exists() or (parts / "stamp").read_text() != mark:
@@ -78,7 +80,7 @@ def run(files: Iterable[Path], out: Path, arguments: Sequence[str]) -> bool:
     for number, file in enumerate(files, 1):
         part, name = parts / f"{file.stem}.json", f"[{number}/{len(files)}] {file.stem}"
         if part.exists():
-            print(f"{name}: is there", flush=True)
+            print(f"{name}: already done", flush=True)
             continue
         began = time.monotonic()
         code, memory, text = measure(file, part, arguments)
@@ -86,10 +88,10 @@ def run(files: Iterable[Path], out: Path, arguments: Sequence[str]) -> bool:
         if code not in (0, NOTHING_CHOSEN):
             failed.append(file.stem)
             print(text)
-        done = {0: "done", NOTHING_CHOSEN: "nothing chosen"}.get(code, "FAILED")
+        done = {0: "done", NOTHING_CHOSEN: "nothing selected"}.get(code, "FAILED")
         print(f"{name}: {done}, {clock(now - began)} of {clock(now - start)}, {memory:.1f} GB at most", flush=True)
     if failed:
-        print(f"not written: {out}. Failed: {', '.join(failed)}; the same command goes on with them")
+        print(f"not written: {out}. Failed: {', '.join(failed)}; run the same command again to go on with them")
         return False
     found = [json.loads((parts / f"{file.stem}.json").read_text()) for file in files]
     out.write_text(json.dumps(joined(one for one in found if one is not None)))
@@ -99,15 +101,17 @@ def run(files: Iterable[Path], out: Path, arguments: Sequence[str]) -> bool:
 
 
 def joined(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """One of pytest-benchmark's files out of several of one machine."""
+    """Several of pytest-benchmark's files, of one machine, as one."""
     first, *others = found
     return {**first, "benchmarks": [*first["benchmarks"], *(one for other in others for one in other["benchmarks"])]}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON of all, as --benchmark-json writes it")
-    parser.add_argument("--only", nargs="+", metavar="FAMILY", help="of bench_FAMILY.py alone")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the JSON file of all results, as --benchmark-json writes it"
+    )
+    parser.add_argument("--only", nargs="+", metavar="FAMILY", help="run bench_FAMILY.py alone")
     known, arguments = parser.parse_known_args()  # the rest is pytest's
     files = sorted(HERE.glob("bench_*.py"))
     if known.only:
@@ -118,8 +122,6 @@ def main() -> int:
         files = [names[name] for name in known.only]
     if not run(files, known.out, arguments):
         return 1
-    import summary
-
     summary.show(json.loads(known.out.read_text())["benchmarks"])
     return 0
 

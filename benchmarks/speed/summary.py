@@ -1,6 +1,6 @@
-"""The table at the end of the benchmarks: every line that must be reached, its target, and what was measured.
+"""The table at the end of the benchmarks: every line with its target, and what was measured.
 
-python benchmarks/speed/summary.py benchmarks/results/latest.json
+python -m benchmarks.speed.summary benchmarks/results/latest.json
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Line:
-    """A promise about speed. Without a target it is told and not judged. One that is not `guarded` says how slow others
-    are, and may change without a change of ours: make bench-compare leaves it alone."""
+    """Something that is measured, and its target. Without a target it is shown and not judged. A line that is not
+    `guarded` says how slow others are, and may change without a change here, so `make bench-compare` ignores it."""
 
     text: str
     target: float | None
@@ -28,7 +28,7 @@ class Line:
 
     @property
     def is_ratio(self) -> bool:
-        """Measured against something else of the same run, and so comparable with another day's."""
+        """Whether it is measured against something else of the same run, and so can be compared with another day's."""
         return self.unit in ("x", "", " %")
 
     def met(self, value: float) -> bool | None:
@@ -64,7 +64,9 @@ LINES = {
     "switch_ over two bf16": Line("switch_ 1 % to 1 % bf16, over revert + apply_", 1.1),
     "switch_ over two fp32": Line("switch_ 1 % to 1 % fp32, over revert + apply_", 1.05),
     "switch_ over two, one mask": Line("switch_ within one mask, over revert + apply_", 1.8),
-    "touch over two, one mask": Line("the same of touch: what no switch_ within one mask passes", None),
+    "touch over two, one mask": Line(
+        "touch within one mask, over revert + apply_: the most that switch_ can reach", None
+    ),
     "switch_ of touch, one mask": Line("switch_ within one mask, of touch", None, ""),
     "check share bf16": Line("index checking, share of swap_ bf16", 10.0, " %", at_least=False),
     "check share fp32": Line("index checking, share of swap_ fp32", 10.0, " %", at_least=False),
@@ -159,8 +161,8 @@ def figures(result: dict[str, float]) -> str:
 
 
 def is_disturbed(info: dict[str, Any]) -> bool:
-    """Whether something else ran where this one should have, to a measurable extent. Of several threads nobody knows:
-    one waits for the other, and sleeps."""
+    """Whether other processes ran for a measurable time where this benchmark should have. Not known of several threads,
+    since they wait for each other."""
     return info["threads"] == 1 and info.get("on_cpu", 1.0) < 0.97
 
 
@@ -178,15 +180,16 @@ def show(found: Sequence[dict[str, Any]], console: Console | None = None) -> Non
         for result in info.get("results", []):
             rows.setdefault((result["line"], result["variant"]), {})[info["threads"]] = result
     title = "Speed" + (" (--quick: tiny layers, the figures mean nothing)" if quick else "")
-    caption = "median of the rounds, its quartiles, and in brackets the fastest rounds compared"
+    caption = "median of the rounds, their quartiles, and in brackets the ratio of the fastest rounds"
     if load > 3:
         caption += (
-            f"\n[red]the machine was busy (load {load:.1f}): figures of 2 threads above all are not to be trusted"
+            f"\n[red]the machine was busy (load {load:.1f}): these figures are unreliable, above all of 2 threads"
         )
     if disturbed:
+        which = f"{len(disturbed)} benchmark{'s' * (len(disturbed) > 1)}"
         caption += (
-            f"\n[red]others had the processor: {len(disturbed)} benchmarks were not running all of the time that was "
-            f"taken, one only {min(disturbed):.0%} of it"
+            f"\n[red]other processes had the processor: {which} did not run all of the time, "
+            f"one of them only {min(disturbed):.0%} of it"
         )
     table = Table(title=title, caption=caption)
     threads = sorted({n for row in rows.values() for n in row})
@@ -207,7 +210,7 @@ def show(found: Sequence[dict[str, Any]], console: Console | None = None) -> Non
 
 
 def show_seconds(found: Sequence[dict[str, Any]], console: Console | None = None) -> None:
-    """What every benchmark timed: median microseconds a call, and bandwidths where they are known."""
+    """Everything that the benchmarks timed: median microseconds a call, and bandwidths where they are known."""
     console = console or Console(width=150)
     table = Table(title="Microseconds a call (medians)")
     table.add_column("benchmark")

@@ -1,31 +1,26 @@
-"""The README's section about speed, docs/speed.md and the README's plot: all made from the committed results.
+"""The texts about the committed results: the README's section about speed, and docs/speed.md.
 
-python benchmarks/speed/texts.py            # rewrites all three
-python benchmarks/speed/texts.py --check    # or says which of the two texts is not what the results say
+No figure is typed: the prose stands in templates/, the figures come from the results. record.py writes the texts.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import results
-import scaling
-import summary
+from benchmarks.speed import results, scaling, summary
 
 ROOT = Path(__file__).parent.parent.parent
 README, PAGE, PLOT = ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "speed.png"
 BEGIN, END = "<!-- speed: benchmarks/speed/texts.py writes from here -->", "<!-- speed: to here -->"
 STEPS = ("load", "fuse", "unfuse", "unload")
-MICROARCHITECTURES = {("AMD EPYC", 25, 17): "Zen 4"}  # what a brand leaves out
+MICROARCHITECTURES = {("AMD EPYC", 25, 17): "Zen 4"}  # where the brand does not name it
 
 
 def short(value: float) -> str:
-    """Two or three digits: what the spread of the rounds supports."""
+    """Two or three digits, as many as the spread of the rounds supports."""
     return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 1.995 else f"{value:.2f}"
 
 
@@ -45,12 +40,12 @@ def table(head: list[str], body: Iterable[list[str]]) -> str:
 
 
 def fill(template: str, **parts: str) -> str:
-    """The prose of templates/, with its figures and tables."""
+    """The prose of a template, with its figures and tables filled in."""
     return (Path(__file__).parent / "templates" / f"{template}.md").read_text().format(**parts)
 
 
 class Figures:
-    """The results of one file, by line, variant and threads: called, they give the text of a median."""
+    """The results of one file, by line, variant and threads. A call gives the text of a median."""
 
     def __init__(self, found: dict[str, Any]) -> None:
         self.all = results.figures(found)
@@ -66,7 +61,7 @@ class Figures:
             ) from None
 
     def __call__(self, line: str, variant: str = "", threads: int = 1) -> str:
-        """With where it lies, if that is wide."""
+        """The median, with its range where that is wide."""
         text = short(self.median(line, variant, threads)) + summary.LINES[line].unit
         result = self.all[line, variant, threads]
         if not results.is_wide(result):
@@ -74,15 +69,20 @@ class Figures:
         low, high = map(short, results.reach(result))
         return f"{text} ({low} to {high})"
 
+    def only(self, line: str) -> str:
+        """Of a line that is measured in one case, whose name depends on the sizes of the run."""
+        variants = self.variants(line)
+        return self(line, variants[0] if len(variants) == 1 else "")
+
     def both(self, line: str) -> list[str]:
-        """Of bf16 and of fp32."""
+        """The texts of bf16 and of fp32."""
         return [self(f"{line} bf16"), self(f"{line} fp32")]
 
     def variants(self, line: str) -> list[str]:
         return list(dict.fromkeys(variant for found, variant, _ in self.all if found == line))
 
     def info(self, start: str) -> list[dict[str, Any]]:
-        """extra_info of the benchmarks whose names begin so."""
+        """The extra_info of the benchmarks whose names begin with this."""
         return [one["extra_info"] for one in self.benchmarks if one["name"].startswith(start)]
 
     @property
@@ -92,77 +92,84 @@ class Figures:
         return cpu["brand_raw"] + (f" ({name})" if name else "")
 
 
-def readme(f: Figures) -> str:
-    """The section between the markers."""
-    switching = table(
-        ["switching", "bfloat16", "float32"],
-        [
-            ["`swap_` over the fastest LoRA fuse", *f.both("swap_ over best LoRA")],
-            ["`swap_` with granules of 32 over it", f("granule 32 over fuse bf16", "r=20"), ""],
-            ["`swap_` over the fastest other way that keeps the base", *f.both("swap_ over best exact")],
-            ["`swap_` over the fastest way that gives the base's bits up", *f.both("swap_ over best lossy")],
-            ["`swap_`, share of touch", *f.both("swap_ of touch")],
-            ["`switch_` to the next adapter, over revert and `apply_`", *f.both("switch_ over two")],
-            [
-                "`Switcher.activate` A to B, over LoRA unfuse and fuse (`addmm_`)",
-                f("switcher over addmm_", "4096 x 4096"),
-                "",
-            ],
-            [
-                "`Switcher.activate` A to B, over PEFT's unmerge and merge: SHiRA / LoRA",
-                f"{f('switcher over PEFT SHiRA', '4096 x 4096')} / {f('switcher over PEFT LoRA', '4096 x 4096')}",
-                "",
-            ],
-            [
-                "load a file and switch it on, over PEFT SHiRA's load and merge: first / later adapter",
-                f"{f('load', 'bf16, first adapter')} / {f('load', 'bf16, later adapter')}",
-                "",
-            ],
+def switching(f: Figures) -> dict[str, list[str]]:
+    """The rows about switching, by a short name: how many times as long the other way takes."""
+    peft = [f.only(f"switcher over PEFT {word}") for word in ("SHiRA", "LoRA")]
+    loads = [f("load", f"bf16, {which} adapter") for which in ("first", "later")]
+    return {
+        "fuse": ["`swap_` over the fastest LoRA fuse", *f.both("swap_ over best LoRA")],
+        "granules": ["the same with granules of 32 entries", f.only("granule 32 over fuse bf16"), ""],
+        "exact": ["`swap_` over the fastest other way that keeps the base", *f.both("swap_ over best exact")],
+        "lossy": ["`swap_` over the fastest way that gives up the base's bits", *f.both("swap_ over best lossy")],
+        "touch": ["`swap_`, share of touch", *f.both("swap_ of touch")],
+        "switch": ["`switch_` to the next adapter, over revert and `apply_`", *f.both("switch_ over two")],
+        "switcher": [
+            "`Switcher.activate` A to B, over LoRA unfuse and fuse (`addmm_`)",
+            f.only("switcher over addmm_"),
+            "",
         ],
-    )
+        "peft": [
+            "`Switcher.activate` A to B, over PEFT's unmerge and merge: SHiRA / LoRA",
+            " / ".join(peft),
+            "",
+        ],
+        "load": [
+            "load a file and switch it on, over PEFT SHiRA's load and merge: first / later adapter",
+            " / ".join(loads),
+            "",
+        ],
+    }
+
+
+def learning(f: Figures) -> dict[str, list[str]]:
+    """The rows about training."""
 
     def share(word: str) -> str:
         time, memory = f(f"training over {word}", "llama bf16"), f(f"training memory over {word}", "llama bf16")
         return f"{time} / {memory}".replace("x", "")
 
-    training = table(
-        ["training", "bfloat16", "float32"],
-        [
-            [
-                "`sampled_grad`, 512 tokens, over the dense gradient and a gather",
-                *(f(f"sampled_grad {dtype}", "512 tokens") for dtype in ("bf16", "fp32")),
-            ],
-            ["`adamw_` over fused AdamW on the values, a cast and a write-back", *f.both("adamw_ over stock")],
-            ["`adamw_` over a masked dense AdamW, the paper's own way", *f.both("adamw_ over dense")],
-            ["`select_top` over `abs().topk()`", *f.both("select_top magnitude")],
-            [
-                "a step of a Llama (2 layers, 2048 wide, 128 tokens), share of PEFT LoRA's time / peak memory",
-                share("LoRA"),
-                "",
-            ],
-            *([f"the same, share of PEFT {word}'s", share(word), ""] for word in ("DoRA", "SHiRA", "Super-Tuning")),
+    gradient = [f(f"sampled_grad {dtype}", "512 tokens") for dtype in ("bf16", "fp32")]
+    steps = {word: [f"the same, share of PEFT {word}'s", share(word), ""] for word in ("DoRA", "SHiRA", "Super-Tuning")}
+    return {
+        "gradient": ["`sampled_grad`, 512 tokens, over the dense gradient and a gather", *gradient],
+        "stock": ["`adamw_` over fused AdamW on the values, a cast and a write-back", *f.both("adamw_ over stock")],
+        "dense": ["`adamw_` over a masked dense AdamW, the paper's own way", *f.both("adamw_ over dense")],
+        "select": ["`select_top` over `abs().topk()`", *f.both("select_top magnitude")],
+        "LoRA": [
+            "a step of a Llama (2 layers, 2048 wide, 128 tokens), share of PEFT LoRA's time / peak memory",
+            share("LoRA"),
+            "",
         ],
-    )
+        **steps,
+    }
 
-    bound = 100 * f.median("training, bound", "llama bf16, of shira's")
 
-    def rates(line: str) -> str:
-        every = [result["median"] for (found, _, threads), result in f.all.items() if found == line and threads == 1]
-        return f"{min(every):.1f} to {max(every):.1f}"
+README_ROWS = (
+    "fuse",
+    "granules",
+    "exact",
+    "touch",
+    "switch",
+    "peft",
+    "load",
+    "gradient",
+    "dense",
+    "select",
+    "LoRA",
+    "SHiRA",
+)
 
+
+def readme(f: Figures) -> str:
+    """The section between the markers, with a few of the rows that docs/speed.md begins with."""
+    rows = switching(f) | learning(f)
     return fill(
         "readme",
         processor=f.processor,
         torch=f.machine["torch"],
-        switching=switching,
-        training=training,
-        bound=f"{bound:.0f}",
+        table=table(["", "bfloat16", "float32"], [rows[name] for name in README_ROWS]),
         fuse_touches=f("fuse_ in touches bf16").replace("x", ""),
         fuse_over_add=f("fuse_ over scatter_add_ bf16"),
-        call=f("call", "torch.ops.shira.swap_"),
-        inference_call=f("call, inference tensors", "torch.ops.shira.swap_"),
-        encode=rates("encode"),
-        decode=rates("decode"),
     )
 
 
@@ -272,7 +279,7 @@ def training(f: Figures) -> str:
 
 
 def models(f: Figures, op: str = "swap_") -> dict[int, scaling.Model]:
-    """The fitted cost of each thread count; of fuse_ with swap_'s cost of memory."""
+    """The fitted cost for each number of threads; for fuse_ with swap_'s cost of memory."""
     points: dict[int, list[dict[str, Any]]] = {}
     for info in f.info("bench_scaling["):
         if info["op"] == op:
@@ -327,7 +334,7 @@ def predictions(f: Figures) -> str:
 
 
 def measured_beside(f: Figures) -> str:
-    """The model, fitted to single calls on square weights, beside whole models that it has not seen."""
+    """The cost that was fitted to single calls on square weights, beside whole models that it was not fitted to."""
     one = models(f)[1]
     body = []
     for info in f.info("bench_end_to_end[1thread"):
@@ -340,9 +347,8 @@ def measured_beside(f: Figures) -> str:
 def everything(f: Figures) -> str:
     threads = sorted({n for *_, n in f.all})
     order = list(summary.LINES)
-    known = dict.fromkeys(
-        (line, variant) for line, variant, _ in f.all if line in summary.LINES
-    )  # old ones have others
+    # Old results may have lines that are no longer measured.
+    known = dict.fromkeys((line, variant) for line, variant, _ in f.all if line in summary.LINES)
     keys = sorted(known, key=lambda key: order.index(key[0]))
     body = []
     for line, variant in keys:
@@ -357,8 +363,22 @@ def everything(f: Figures) -> str:
 
 
 def page(f: Figures) -> str:
+    def rates(line: str) -> str:
+        every = [result["median"] for (found, _, threads), result in f.all.items() if found == line and threads == 1]
+        return f"{min(every):.1f} to {max(every):.1f}"
+
+    own = 100 * f.median("training, bound", "llama bf16, of shira's")
     return fill(
         "page",
+        switching=table(["switching", "bfloat16", "float32"], switching(f).values()),
+        learning=table(["training", "bfloat16", "float32"], learning(f).values()),
+        bound=f"{own:.0f}",
+        fuse_touches=f("fuse_ in touches bf16").replace("x", ""),
+        fuse_over_add=f("fuse_ over scatter_add_ bf16"),
+        call=f("call", "torch.ops.shira.swap_"),
+        inference_call=f("call, inference tensors", "torch.ops.shira.swap_"),
+        encode=rates("encode"),
+        decode=rates("decode"),
         committed=results.COMMITTED,
         processor=f.processor,
         torch=f.machine["torch"],
@@ -379,62 +399,37 @@ def page(f: Figures) -> str:
     )
 
 
+SHOWN = (
+    *("limits", "swap", "granule", "exchange", "ways", "warm", "loads", "load", "switcher", "switcher_over_peft"),
+    *("sampled_grad", "adamw", "dense", "select_top", "training", "fuse", "call", "encode", "decode"),
+    *("fig7", "end_to_end", "scaling"),
+)
+"""The benchmarks whose figures the page needs."""
+
+
 def complete(f: Figures) -> bool:
-    """Whether the run has all that the page tells of."""
-    needed = (
-        "bench_limits",
-        "bench_ways",
-        "bench_warm",
-        "bench_loads",
-        "bench_fig7",
-        "bench_end_to_end",
-        "bench_training",
-    )
-    return all(f.info(name) for name in (*needed, "bench_scaling"))
+    """Whether the run has all that the page shows."""
+    return all(f.info(f"bench_{name}[") for name in SHOWN)
 
 
 def section(text: str) -> str:
-    """What stands between the markers."""
+    """The text between the markers."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"README.md must have one {BEGIN} and one {END}")
     return text.partition(f"{BEGIN}\n")[2].partition(END)[0]
 
 
+def made(f: Figures) -> dict[Path, str]:
+    """The files about these results, and their texts."""
+    text = README.read_text()
+    section(text)  # refuses a README without the markers
+    before, after = text.partition(f"{BEGIN}\n")[0], text.partition(END)[2]
+    return {README: f"{before}{BEGIN}\n{readme(f)}{END}{after}", PAGE: page(f)}
+
+
 def stale(found: dict[str, Any]) -> list[str]:
     """Which of the texts do not say what the results say."""
-    f = Figures(found)
-    there = {"README.md": section(README.read_text()), "docs/speed.md": PAGE.read_text() if PAGE.exists() else ""}
-    wanted = {"README.md": readme(f), "docs/speed.md": page(f)}
-    return [name for name, text in wanted.items() if there[name] != text]
-
-
-def write(found: dict[str, Any]) -> None:
-    """Texts and plot of these results; nothing, if they lack a figure."""
-    import report
-
-    f = Figures(found)
-    section(README.read_text())
-    start, _, rest = README.read_text().partition(f"{BEGIN}\n")
-    made = {README: f"{start}{BEGIN}\n{readme(f)}{END}{rest.partition(END)[2]}", PAGE: page(f)}
-    for path, text in made.items():
-        path.write_text(text)
-    report.readme_plot(found, PLOT)
-    for path in (README, PAGE, PLOT):
-        print(f"{path.relative_to(ROOT)}: written")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a text is stale")
-    found = results.read(results.FOLDER / f"{results.COMMITTED}.json")
-    if not parser.parse_args().check:
-        write(found)
-        return 0
-    old = stale(found)
-    for name in old:
-        print(f"{name} does not say what {results.COMMITTED}.json says: make bench-record, or texts.py")
-    return 1 if old else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    wanted = made(Figures(found))
+    return [
+        str(path.relative_to(ROOT)) for path, text in wanted.items() if not path.exists() or path.read_text() != text
+    ]

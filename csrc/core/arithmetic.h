@@ -70,7 +70,7 @@ struct Float64 {
   static SHIRA_HD uint64_t store(double x) { return x != x ? 0x7FF8000000000000ull : bits_to<uint64_t>(x); }
 };
 
-// A value of dtype V as a weight of dtype W: its bits where the dtypes agree, one rounding where not.
+// A value of dtype V as an entry of a weight of dtype W: its own bits where the dtypes agree, rounded once where not.
 template <typename W, typename V>
 SHIRA_HD typename W::Bits convert(typename V::Bits value) {
   if constexpr (std::is_same_v<W, V>)
@@ -80,7 +80,7 @@ SHIRA_HD typename W::Bits convert(typename V::Bits value) {
 }
 
 // weight = base + alpha*values (delta) or base + alpha*(values - base). Alpha 0 and the overwrite at
-// alpha 1 are exact by definition, so they are moves, decided once a call and not once an entry.
+// alpha 1 are exact by definition, so they are moves. That is decided once a call, not for every entry.
 enum class Rule { Keep, Overwrite, Blend, Delta };
 
 SHIRA_HD Rule rule_of(double alpha, bool delta) {

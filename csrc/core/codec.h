@@ -1,5 +1,5 @@
-// The code of a list of indices: strictly increasing numbers as bytes, a byte an index where the mask is dense
-// enough. The one encoder and the one decoder; docs/format.md says the same in prose.
+// The code of a list of indices: strictly increasing numbers as bytes, one byte an index where the mask is dense
+// enough. This is the only encoder and the only decoder; docs/format.md describes the format in prose.
 //
 // Blocks of 4096 indices, the last one shorter. The code is an anchor of 16 bytes for each block, then the
 // payloads of the blocks back to back, so that blocks decode side by side:
@@ -12,7 +12,7 @@
 // The encoder takes mode 0 if its payload has at most 2 bytes an index of the block, else mode 1 if at most 8,
 // else mode 2. Everything is little-endian.
 //
-// The decoder trusts nothing. What it writes is bounded by `count`, and `count` by the code's own size.
+// The decoder trusts nothing: what it writes is bounded by `count`, and `count` by the size of the code.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -96,8 +96,8 @@ struct Code {
 };
 constexpr uint64_t kStartMask = (uint64_t{1} << 56) - 1;
 
-// The fewest bytes that hold `count` indices: an anchor a block, and a byte for each other index. Asked before
-// anything is allocated, it keeps the result at one index a byte of code.
+// The fewest bytes that hold `count` indices: an anchor for each block, and a byte for each other index. Checked before
+// anything is allocated, so that a code cannot ask for more than one index for each of its bytes.
 inline uint64_t fewest_bytes(int64_t count) {
   return static_cast<uint64_t>(count) +
          static_cast<uint64_t>(kAnchorBytes - 1) * static_cast<uint64_t>(block_count(count));
@@ -107,7 +107,7 @@ inline bool holds(const Code& code) {
 }
 
 // What is wrong with a code's size, or with the first block that decode_block refuses: what was given, and at which
-// byte. The slow and obvious decoder, which stops at the first thing that is not right.
+// byte. This is the slow and obvious decoder, which stops at the first fault.
 inline std::string explain_size(const Code& code) {
   std::ostringstream text;
   text << "decode_indices: code must have " << (code.count == 0 ? "" : "at least ") << fewest_bytes(code.count)
@@ -192,7 +192,7 @@ inline std::string explain_block(const Code& code, int64_t block) {
   return "decode_indices: code changed while it was decoded";
 }
 
-// The rest is the host's: nvcc would compile it without the vector paths, and the linker keep either one.
+// The rest is for the host alone: nvcc would compile it without the vector paths, and the linker might keep that one.
 #if !defined(__CUDACC__)
 
 // ---------------------------------------------------------------------------------------------- encoder
@@ -228,7 +228,7 @@ inline Payload::Result write_gaps(const Index* indices, int64_t i, int64_t stop,
     }
     if (gap >= kEscape<Unit>) {
       const int64_t escapes = static_cast<int64_t>(gap / kEscape<Unit>);
-      // Compared as counts: the run of a hostile gap has more bytes than a pointer can be moved by.
+      // Compared as counts: a hostile gap can need more bytes than a pointer can be moved by.
       if (escapes >= (end - at) / static_cast<int64_t>(sizeof(Unit))) return Payload::TooLong;
       memset(at, 0xFF, static_cast<size_t>(escapes) * sizeof(Unit));
       at += escapes * static_cast<int64_t>(sizeof(Unit));
@@ -478,7 +478,7 @@ inline Payload encode_block(const Index* indices, int64_t n, uint8_t* out, Width
   if (first < 0 || last < first) return {Payload::Unordered, kBytes, 0};
   const uint64_t gaps = static_cast<uint64_t>(n - 1), span = static_cast<uint64_t>(last) - static_cast<uint64_t>(first);
   if (span < gaps) return {Payload::Unordered, kBytes, 0};
-  // A mode that cannot fit is not tried.
+  // Modes that cannot fit are skipped.
   Payload::Result result = Payload::TooLong;
   uint8_t* end = out;
   if (detail::fewest_units<uint8_t>(gaps, span - gaps) <= static_cast<uint64_t>(2 * n)) {
@@ -587,7 +587,8 @@ struct Cursor {
   const uint8_t* at;
 };
 
-// One unit a step, no branch on it. Stops at n indices or at the end of the payload; what is left is an error.
+// One unit at a time, without a branch on it. Stops at n indices or at the end of the payload; anything left over is an
+// error.
 template <typename Unit, typename Index>
 inline void read_units(Cursor& cursor, int64_t n, const uint8_t* end, Index* out) {
   uint64_t index = cursor.index;
@@ -604,7 +605,7 @@ inline void read_units(Cursor& cursor, int64_t n, const uint8_t* end, Index* out
   cursor = {index, k, at};
 }
 
-// A gap of a word each. False where an index would reach `bound`.
+// Each gap is one word. False where an index would reach `bound`.
 template <typename Index>
 inline bool read_words(Cursor& cursor, int64_t n, const uint8_t* end, uint64_t bound, Index* out) {
   if (end - cursor.at != 8 * (n - cursor.written)) return false;

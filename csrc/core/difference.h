@@ -1,4 +1,4 @@
-// Where two buffers of one length differ, entry by entry, by their bits: so NaNs with other payloads differ, and so
+// Where two buffers of one length differ. Entries are compared by their bits: NaNs with other payloads differ, and so
 // do 0.0 and -0.0.
 #pragma once
 #include <cstdint>
@@ -144,7 +144,7 @@ inline int64_t differing(const uint8_t* one, const uint8_t* two, int64_t begin, 
 }
 
 // How far apart two buffers of floats are, granule by granule: the sum of |two - one| in entry order, as the integer
-// with its bits. Sums are never negative, so ranks have their order; what is no number is infinitely far.
+// with its bits. Sums are never negative, so ranks are in their order; NaN counts as infinitely far.
 template <typename F>
 struct Ranks {
   using Rank = typename F::Bits;
@@ -201,7 +201,7 @@ struct Ranks {
     }
   }
 
-  // Calls `above` with each granule whose rank is above `last`, and `equal` with each where it is that.
+  // Calls `above` with each granule whose rank is above `last`, and `equal` with each whose rank is `last`.
   template <typename Above, typename Equal>
   void take(int64_t granules, uint64_t last, const Above& above, const Equal& equal) const {
     Wide ranks[kBlock];
@@ -218,13 +218,13 @@ struct Ranks {
     }
   }
 
-  // The sum of the squared differences that are numbers.
+  // The sum of the squared differences, without those that are NaN or infinite.
   double squares(int64_t entries) const {
     double lanes[8] = {};
     int64_t i = 0;
     const auto square = [&](int64_t k) {
       const double d = static_cast<double>(step(k)), s = d * d;
-      return s - s == 0 ? s : 0.0;  // not so for what is no finite number
+      return s - s == 0 ? s : 0.0;  // s - s is NaN where s is NaN or infinite
     };
     for (; i + 8 <= entries; i += 8)
       for (int64_t k = 0; k < 8; ++k) lanes[k] += square(i + k);

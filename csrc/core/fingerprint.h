@@ -1,6 +1,6 @@
 // The fingerprint of a tensor: the sum mod 2^64, over its bytes as little-endian 64-bit words (the last one
 // padded with zeros), of splitmix64(word ^ position * kGolden). A sum, so any order of words gives the same
-// bits, and the words that changed can be taken out and put in: new = old - at(before) + at(after).
+// bits, and the words that changed can be replaced in it: new = old - at(before) + at(after).
 #pragma once
 #include <cstring>
 
@@ -28,10 +28,10 @@ SHIRA_HD uint64_t load_word(const uint8_t* data, int64_t bytes, int64_t position
   return word;
 }
 
-// The rest is the host's: nvcc would compile it without the vector paths, and the linker keep either one.
+// The rest is for the host alone: nvcc would compile it without the vector paths, and the linker might keep that one.
 #if !defined(__CUDACC__)
 
-// Whole words [begin, end) alone: the padded one is the caller's.
+// Whole words [begin, end) only; a last word that is padded is left to the caller.
 inline uint64_t sum_words_portable(const uint8_t* data, int64_t begin, int64_t end) {
   uint64_t sum = 0, position = static_cast<uint64_t>(begin) * kGolden;
   for (int64_t p = begin; p < end; ++p, position += kGolden) {

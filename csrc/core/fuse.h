@@ -30,8 +30,8 @@ SHIRA_HD typename W::Bits mix_by(Rule rule, typename W::Bits base, typename V::B
   return rule == Rule::Keep ? base : rule == Rule::Overwrite ? exact : mixed;
 }
 
-// An entry that any number of adapters change, added in their order. Those of strength 0 do not count; one alone is
-// exact where apply_ is.
+// An entry that any number of adapters change, added in their order. Those of strength 0 are left out, and one alone is
+// exact where apply_ is exact.
 template <typename W, typename V>
 class FusedEntry {
  public:

@@ -1,5 +1,5 @@
 // The steps of the optimize family, once for every device: fp32 (fp64 for fp64), each operation rounded on its own.
-// Whatever is one number a call (bias corrections, 1 - beta, lr / bias) is computed in double and rounded once.
+// What all entries share (bias corrections, 1 - beta, lr / bias) is computed in double and rounded once.
 #pragma once
 #include <cmath>
 
@@ -21,7 +21,7 @@ struct Number {
     if constexpr (std::is_floating_point_v<T>) {
       return x;
     } else {
-      // Towards zero. What no int64 holds would be undefined: it becomes the nearest one, and NaN 0.
+      // Rounded towards zero. Outside int64 that is undefined: there it becomes the nearest int64, and NaN becomes 0.
       if (!(x > -9.2233720368547758e18f)) return x < 0 ? INT64_MIN : 0;
       return x < 9.2233720368547758e18f ? static_cast<T>(x) : INT64_MAX;
     }

@@ -22,8 +22,8 @@ SHIRA_HD typename W::Compute entry_score(const typename W::Bits* weight, const t
   }
 }
 
-// Scores are never negative, so their bits are in their order. NaN is key 0: behind a score of zero, and one NaN
-// ties with another. Keys are never negative either, so signed comparisons (all that AVX2 has) will do.
+// Scores are never negative, so the order of their bits is their own. NaN has key 0: it comes after a score of zero,
+// and NaNs tie with each other. Keys are never negative either, so signed comparisons (all that AVX2 has) are enough.
 SHIRA_HD int32_t score_key(float score) {
   const int32_t bits = bits_to<int32_t>(score) & 0x7FFFFFFF;
   return bits > 0x7F800000 ? 0 : bits + 1;
@@ -36,8 +36,9 @@ template <typename Compute>
 using Key = decltype(score_key(Compute{}));
 
 // A keyed permutation of [0, 2^bits), the smallest power of two that holds the domain (at least 4): a Feistel
-// network of eight splitmix64 rounds over a high and a low half. Walking on along the cycle while outside makes it
-// one of the domain, and the images of 0 .. k-1 are k distinct granules. Frozen: a seed may stand for a mask in a file.
+// network of eight splitmix64 rounds over a high and a low half. An image outside the domain is permuted again until it
+// lies inside; that makes it a permutation of the domain, and the images of 0 .. k-1 are k distinct granules. It is
+// frozen: a seed may stand for a mask in a file.
 struct Permutation {
   static constexpr int kRounds = 8;
   uint64_t keys[kRounds], domain;

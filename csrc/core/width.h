@@ -1,5 +1,5 @@
 // Which vector instructions hand-written loops may use: decided at run time, so that one build serves every
-// x86-64. A loop takes its width as an argument, and so tests can run the narrow ones on a wide machine.
+// x86-64. A loop takes its width as an argument, so that tests can run the narrow ones on a wide machine.
 #pragma once
 #include <string_view>
 

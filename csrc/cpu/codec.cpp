@@ -10,7 +10,7 @@ namespace {
 
 namespace codec = shira::core::codec;
 
-// A block of 4096 takes about a microsecond: a thread is worth waking for a few of them.
+// A block of 4096 takes about a microsecond, so it takes a few of them to make another thread worth its while.
 constexpr int64_t kBlocksAThread = 16;
 
 struct Cpu {
@@ -62,6 +62,6 @@ struct Cpu {
 }  // namespace
 }  // namespace shira::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(shira, CPU, m) {
+SHIRA_LIBRARY_IMPL(CPU, m) {
   if (!shira::backend_is_reference()) shira::CodecOps<shira::cpu::Cpu>::implement(m);
 }

@@ -17,8 +17,8 @@
 namespace shira::cpu {
 namespace {
 
-constexpr int64_t kChunkBytes = 64 << 10;  // also the most units of a chunk that are told apart
-constexpr int64_t kWideGranule = 64;       // bytes from which on a granule is compared as a whole
+constexpr int64_t kChunkBytes = 64 << 10;  // a chunk has at most as many units
+constexpr int64_t kWideGranule = 64;       // a granule of at least so many bytes is compared as a whole
 
 // A range of granules of one weight, and what was found there.
 struct Chunk {
@@ -63,7 +63,7 @@ int64_t differing(const uint8_t* snapshot, const uint8_t* weight, int64_t granul
   }
 }
 
-// A copy of `bytes` for each of `count`, to and from where `place(k)` says; without a call where the size is known.
+// Copies `bytes` for each k of `count`, to and from where `place(k)` says; a size that is known here needs no call.
 template <typename Place>
 void copy_each(int64_t count, int64_t bytes, const Place& place) {
   const auto all = [&](auto size) {
@@ -96,7 +96,8 @@ void each(std::vector<Chunk>& chunks, const F& f) {
   });
 }
 
-// Keeps what differs in a chunk, and refreshes the snapshot there: in this order, since there may be no memory for it.
+// Keeps what differs in a chunk, then refreshes the snapshot there: in this order, since there may be no memory to keep
+// it.
 void compare(Chunk& chunk, char* snapshot, const char* weight, int64_t bytes, int32_t* found) {
   char* const old = snapshot + chunk.begin * bytes;
   const char* const now = weight + chunk.begin * bytes;
@@ -194,6 +195,6 @@ struct Cpu {
 }  // namespace
 }  // namespace shira::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(shira, CPU, m) {
+SHIRA_LIBRARY_IMPL(CPU, m) {
   if (!shira::backend_is_reference()) shira::DiffOps<shira::cpu::Cpu>::implement(m);
 }

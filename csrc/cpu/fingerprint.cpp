@@ -54,6 +54,6 @@ struct Cpu {
 }  // namespace
 }  // namespace shira::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(shira, CPU, m) {
+SHIRA_LIBRARY_IMPL(CPU, m) {
   if (!shira::backend_is_reference()) shira::FingerprintOps<shira::cpu::Cpu>::implement(m);
 }

@@ -18,12 +18,12 @@ namespace {
 
 constexpr int64_t kShare = 8192;  // entries that are merged at a time: the two buffers of a share stay in L2
 
-// An entry of a list as one number: above, its index from the share's lowest on; below, where it stands among the
-// share's entries, list after list. So a comparison keeps the adapters' order, and all keys differ.
+// An entry of a list as one number. The high half is its index, counted from the share's lowest; the low half is its
+// place among the share's entries, list after list. So a comparison keeps the adapters' order, and all keys differ.
 template <typename Key>
 constexpr int kHalf = 4 * sizeof(Key);  // bits
 using Narrow = uint64_t;
-using Wide = unsigned __int128;  // a share whose indices lie further apart than 32 bits tell
+using Wide = unsigned __int128;  // for a share whose indices lie further apart than 32 bits hold
 
 // Merges two runs, from both ends at once: each comparison waits for the one before, so two chains take half the time.
 template <typename Key>
@@ -131,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> make_plan(const Tensors& lists, int64_t total
 
   Tensor sources = torch::stable::new_empty(lists[0], {total}, ScalarType::Long);
   int64_t* const out = sources.mutable_data_ptr<int64_t>();
-  // As long as the sources: how many of them belong to one entry is known when they are merged.
+  // As long as the sources: only the merge tells how many of them belong to one entry.
   const auto entries = room<I>(total);
   const auto ends = room<O>(total);
   torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
@@ -215,10 +215,10 @@ void plan_content(const Tensor& offsets, const Tensor& sources, const Tensors& v
   sizes.reserve(values.size());
   for (const Tensor& own : values) sizes.push_back(own.numel() / granule);
   const int64_t *p = sources.const_data_ptr<int64_t>(), *of = sizes.data();
-  // What fits the smallest adapter fits them all, which vectors can ask; a table read by their lanes is slower than one
-  // source after the other.
+  // What fits the smallest adapter fits all, and vectors can check that. Where it does not, one source after the other
+  // is faster than lanes that look up a table.
   const int64_t smallest = *std::min_element(sizes.begin(), sizes.end());
-  constexpr int64_t kSources = 512;  // stay in L1 for the second question
+  constexpr int64_t kSources = 512;  // stay in L1 for the second check
   const bool fit = all_of(total, [=](int64_t begin, int64_t end) {
     for (int64_t from = begin; from < end; from += kSources) {
       const int64_t* const part = p + from;
@@ -253,7 +253,7 @@ void mix_each(int64_t n, const typename W::Bits* base, const typename V::Bits* v
   vector_loop(n, [=](int64_t i) { mixed[i] = core::mix_by<W, V>(rules[i], base[i], values[i], alphas[i]); });
 }
 
-// The adapters of one call, each thing in a table of its own: an entry looks up what its block's loop reads, no more.
+// The adapters of one call, with a table for each property: an entry looks up only what the loop of its block reads.
 template <typename W, typename V>
 struct Adapters {
   std::vector<const typename V::Bits*> values;
@@ -285,8 +285,8 @@ struct FuseTask {
   int64_t total;
 };
 
-// Single entries. Most have one source: its value and strength are picked up for a whole block, which is then mixed
-// in one vector loop. The others, few, are summed one by one.
+// Single entries. Most have one source: its value and strength are gathered for a whole block, which is then mixed in
+// one vector loop. The few others are summed one by one.
 template <typename W, typename V, typename I, typename O>
 void fuse_entries(const FuseTask& task, int64_t begin, int64_t end) {
   using WB = typename W::Bits;
@@ -454,6 +454,6 @@ struct Cpu {
 }  // namespace
 }  // namespace shira::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(shira, CPU, m) {
+SHIRA_LIBRARY_IMPL(CPU, m) {
   if (!shira::backend_is_reference()) shira::FuseOps<shira::cpu::Cpu>::implement(m);
 }

@@ -306,7 +306,7 @@ Tensor sampled_grad_in(const Tensor& grad_output, const Tensor& input, const Ten
 }  // namespace
 }  // namespace shira::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(shira, CPU, m) {
+SHIRA_LIBRARY_IMPL(CPU, m) {
   if (!shira::backend_is_reference()) shira::GradientOps<shira::cpu::Cpu<shira::core::widest>>::implement(m);
   m.impl("_sampled_grad", TORCH_BOX(&shira::cpu::sampled_grad_in));
 }

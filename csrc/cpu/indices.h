@@ -1,4 +1,4 @@
-// Content of `indices`: checked once a call, before the first write (rule 2).
+// The content of `indices`: checked once a call, before the first write.
 #pragma once
 #include <atomic>
 
@@ -9,7 +9,7 @@ namespace shira::cpu {
 
 constexpr int64_t kGrain = 4096;  // work units below which a second thread costs more than it saves
 
-// Strictly increasing and both ends in range is all in range, so the pass is one comparison a pair.
+// If indices increase strictly and both ends are in range, all are: so the pass is one comparison for each pair.
 template <typename I>
 inline bool increasing(const I* p, int64_t begin, int64_t end) {
   return !vector_any<I>(end - begin, [p = p + begin](int64_t i) { return p[i] >= p[i + 1]; });
@@ -31,7 +31,7 @@ inline void check_content(const char* op, Name name, const I* p, int64_t n, int6
   if (!good) refuse_content(op, name, p, n, limit);
 }
 
-// `limit` counts granules; kNoLimit where there is no weight.
+// `limit` counts granules; it is kNoLimit where there is no weight.
 inline void check_indices_content(const char* op, Name name, const Tensor& indices, int64_t limit) {
   if (indices.scalar_type() == ScalarType::Int)
     check_content(op, name, indices.const_data_ptr<int32_t>(), indices.numel(), limit);

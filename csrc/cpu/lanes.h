@@ -3,6 +3,7 @@
 // A type of registers has
 //   Value                   what a lane holds: float or double
 //   Register, kLanes        a register and its number of lanes
+//   kSums                   how many sums stay in registers, beside what is added to them
 //   load(p)                 kLanes numbers of a dtype, as `Value`: exact
 //   store, zero, multiply, multiply_add
 //   broadcast(x)            a number in every lane
@@ -39,7 +40,7 @@ namespace portable {
 template <typename T>
 struct Lanes {
   using Value = T;
-  static constexpr int kLanes = 4;
+  static constexpr int kLanes = 4, kSums = 8;
   struct Register {
     T lane[kLanes];
   };
@@ -92,7 +93,7 @@ namespace avx2 {
 struct Floats {
   using Value = float;
   using Register = __m256;
-  static constexpr int kLanes = 8;
+  static constexpr int kLanes = 8, kSums = 8;
   SHIRA_AVX2 static __m256 load(const float* from) { return _mm256_loadu_ps(from); }
   SHIRA_AVX2 static __m256 load(Source<core::Float32> from) {
     return _mm256_loadu_ps(reinterpret_cast<const float*>(from.data));
@@ -139,7 +140,7 @@ struct Floats {
 struct Doubles {
   using Value = double;
   using Register = __m256d;
-  static constexpr int kLanes = 4;
+  static constexpr int kLanes = 4, kSums = 8;
   SHIRA_AVX2 static __m256d load(const double* from) { return _mm256_loadu_pd(from); }
   SHIRA_AVX2 static __m256d load(Source<core::Float64> from) {
     return _mm256_loadu_pd(reinterpret_cast<const double*>(from.data));
@@ -176,7 +177,7 @@ namespace avx512 {
 struct Floats {
   using Value = float;
   using Register = __m512;
-  static constexpr int kLanes = 16;
+  static constexpr int kLanes = 16, kSums = 16;
   SHIRA_AVX512 static __m512 load(const float* from) { return _mm512_loadu_ps(from); }
   SHIRA_AVX512 static __m512 load(Source<core::Float32> from) { return _mm512_loadu_ps(from.data); }
   SHIRA_AVX512 static __m512 load(Source<core::Float16> from) {
@@ -235,7 +236,7 @@ struct Floats {
 struct Doubles {
   using Value = double;
   using Register = __m512d;
-  static constexpr int kLanes = 8;
+  static constexpr int kLanes = 8, kSums = 16;
   SHIRA_AVX512 static __m512d load(const double* from) { return _mm512_loadu_pd(from); }
   SHIRA_AVX512 static __m512d load(Source<core::Float64> from) { return _mm512_loadu_pd(from.data); }
   SHIRA_AVX512 static __m512d load(Source<core::Float32> from) {

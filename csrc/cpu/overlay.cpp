@@ -18,14 +18,21 @@ namespace shira::cpu {
 namespace {
 
 constexpr int64_t kLanesMost = 16;
-constexpr int64_t kRows = 64;                 // of a walk, whose sums are then turned back: a multiple of kLanesMost
+constexpr int64_t kRows = 64;  // of a walk, whose sums are then turned back: a multiple of kLanesMost
+constexpr int64_t kPackedBytes = 1 << 20;
 constexpr int kSides = 4;                     // 1, 2, 4 or 8 registers of tokens lie side by side
+constexpr int64_t kColumnGranule = 8;         // from which on packed granules are taken column by column
 constexpr int64_t kFew = 4;                   // tokens an adapter up to which granules are summed across lanes
 constexpr int64_t kExact = int64_t{1} << 50;  // see granule_sums
 
 // Numbers of the compute type, as a dtype.
 template <typename C>
 using Wide = std::conditional_t<std::is_same_v<C, double>, core::Float64, core::Float32>;
+
+// A granule of a mask by its number in the list, and its row among those of a share.
+struct Placed {
+  int64_t number, row;
+};
 
 // What csrc/cpu/overlay_kernel.h has for each vector width: the loops over a mask of single entries or of granules,
 template <typename C, typename I, bool single>
@@ -40,8 +47,10 @@ struct Kernel {
   int64_t lanes;
   void (*pack)(const typename W::Bits*, int64_t stride, int64_t tokens, int64_t columns, C* to, int64_t depth);
   void (*turn)(const typename Wide<C>::Bits*, int64_t stride, int64_t tokens, int64_t columns, C* to, int64_t depth);
-  void (*granule_sums)(const I*, int64_t n, int64_t granule, int64_t a_row, double inverse, const typename V::Bits*,
-                       const C* x, C* sums);
+  void (*granule_sums)(const I*, int64_t n, int64_t granule, int64_t a_row, double inverse, int64_t first,
+                       const typename V::Bits*, const C* x, C* sums);
+  void (*columns[2])(const Placed*, const int64_t* starts, int64_t count, int64_t granule, const C* values, const C* x,
+                     C* sums);
   Loops<C, I, true> entries;
   Loops<C, I, false> granules;
 };
@@ -50,7 +59,6 @@ namespace portable {
 using namespace shira::cpu::portable;
 #define SHIRA_TARGET
 #include "overlay_kernel.h"
-#include "pack_kernel.h"
 #undef SHIRA_TARGET
 }  // namespace portable
 #if SHIRA_X86
@@ -58,14 +66,12 @@ namespace avx2 {
 using namespace shira::cpu::avx2;
 #define SHIRA_TARGET SHIRA_AVX2
 #include "overlay_kernel.h"
-#include "pack_kernel.h"
 #undef SHIRA_TARGET
 }  // namespace avx2
 namespace avx512 {
 using namespace shira::cpu::avx512;
 #define SHIRA_TARGET SHIRA_AVX512
 #include "overlay_kernel.h"
-#include "pack_kernel.h"
 #undef SHIRA_TARGET
 }  // namespace avx512
 #endif
@@ -111,10 +117,7 @@ class Product {
         adds_(adds) {}
 
   // Whether a granule's entries fill registers and lie in one row.
-  bool fills() const {
-    return !problem_.transposed && problem_.granule % kernel_.lanes == 0 && mask_.columns % problem_.granule == 0 &&
-           problem_.limit() < kExact;
-  }
+  bool fills() const { return !problem_.transposed && aligned() && problem_.granule % kernel_.lanes == 0; }
 
   // Rows [begin, end) of the sums of one token; transposed, all rows.
   void alone(int64_t token, bool across, int64_t begin, int64_t end) const {
@@ -125,9 +128,9 @@ class Product {
     std::fill_n(sums.get(), outs, C{0});
     if (across) {
       const int64_t first = mask_.row_start(begin) / problem_.granule;
-      const int64_t count = mask_.row_start(end) / problem_.granule - first, a_row = mask_.columns / problem_.granule;
-      kernel_.granule_sums(mask_.indices + first, count, problem_.granule, a_row, 1.0 / static_cast<double>(a_row),
-                           values_ + first * problem_.granule, x.get(), sums.get() - begin);
+      const int64_t count = mask_.row_start(end) / problem_.granule - first;
+      kernel_.granule_sums(mask_.indices + first, count, problem_.granule, a_row(), inverse(), begin,
+                           values_ + first * problem_.granule, x.get(), sums.get());
     } else {
       with_loops([&](const auto& loops, auto walk) {
         Numbers numbers;
@@ -145,7 +148,8 @@ class Product {
   }
 
   void packed(const Tokens& tokens) const {
-    const int64_t most = kernel_.lanes << (kSides - 1);
+    if (!problem_.transposed && aligned() && problem_.granule >= kColumnGranule) return by_column(tokens);
+    const int64_t most = kernel_.lanes << deepest();
     if (problem_.transposed) {
       const int64_t blocks = (tokens.count + most - 1) / most;
       torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
@@ -159,6 +163,11 @@ class Product {
   }
 
  private:
+  // Whether a row is so many granules: of number n, row = (n + 0.5) * inverse().
+  bool aligned() const { return mask_.columns % problem_.granule == 0 && problem_.limit() < kExact; }
+  int64_t a_row() const { return mask_.columns / problem_.granule; }
+  double inverse() const { return 1.0 / static_cast<double>(a_row()); }
+
   // The values of some rows, in the compute type.
   struct Numbers {
     std::vector<C> room;
@@ -184,6 +193,15 @@ class Product {
       f(kernel_.granules, [this](int64_t entry) { return Walk<I, false>(mask_, entry); });
   }
 
+  // The most registers of tokens side by side with which what is packed stays in the second-level cache, as a power
+  // of 2.
+  int deepest() const {
+    const int64_t bytes = (problem_.transposed ? problem_.out_features : problem_.features) * kernel_.lanes * sizeof(C);
+    int side = 0;
+    while (side + 1 < kSides && bytes << (side + 1) <= kPackedBytes) ++side;
+    return side;
+  }
+
   // How many registers of tokens there are side by side, as a power of 2.
   int side(int64_t tokens) const {
     int side = 0;
@@ -200,17 +218,86 @@ class Product {
     return room.data();
   }
 
-  void block_of_rows(const Tokens& tokens) const {
-    const int log = side(tokens.count);
-    const int64_t depth = kernel_.lanes << log;
+  // The input of some tokens, packed.
+  void pack(const Tokens& tokens, int64_t depth, C* x) const {
     std::vector<Bits> room;
     const Bits* const from = gathered(tokens, room);
-    const auto x = allocate<C>(problem_.features * depth);
     const int64_t squares = (problem_.features + kLanesMost - 1) / kLanesMost;
     torch::stable::parallel_for(0, squares, kGrain / (kLanesMost * depth) + 1, [&](int64_t begin, int64_t end) {
       const int64_t first = begin * kLanesMost, last = std::min(problem_.features, end * kLanesMost);
-      kernel_.pack(from + first, problem_.features, tokens.count, last - first, x.get() + first * depth, depth);
+      kernel_.pack(from + first, problem_.features, tokens.count, last - first, x + first * depth, depth);
     });
+  }
+
+  // Some rows, and their granules by column.
+  struct Share {
+    int64_t begin, end;
+    std::vector<int64_t> starts;
+    std::vector<Placed> placed;
+  };
+
+  // A counting sort.
+  void sort(Share& share) const {
+    const int64_t first = mask_.row_start(share.begin) / problem_.granule;
+    const int64_t last = mask_.row_start(share.end) / problem_.granule, wide = a_row();
+    const double inverse = this->inverse();
+    const auto row_of = [=](int64_t index) {
+      return static_cast<int64_t>((static_cast<double>(index) + 0.5) * inverse);
+    };
+    share.starts.assign(wide + 2, 0);
+    share.placed.resize(last - first);
+    for (int64_t number = first; number < last; ++number) {
+      const int64_t index = mask_.indices[number];
+      ++share.starts[index - row_of(index) * wide + 2];
+    }
+    for (int64_t column = 2; column <= wide + 1; ++column) share.starts[column] += share.starts[column - 1];
+    for (int64_t number = first; number < last; ++number) {
+      const int64_t index = mask_.indices[number], row = row_of(index);
+      share.placed[share.starts[index - row * wide + 1]++] = {number, row - share.begin};
+    }
+  }
+
+  void by_column(const Tokens& tokens) const {
+    const int64_t work = mask_.n * problem_.granule / kGrain, groups = (problem_.out_features + kRows - 1) / kRows;
+    const int64_t most = std::min<int64_t>(groups, torch::stable::get_num_threads());
+    std::vector<Share> shares(std::clamp<int64_t>(work, 1, most));
+    const int64_t count = shares.size(), rows = (groups + count - 1) / count * kRows;
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        shares[k].begin = std::min(problem_.out_features, k * rows);
+        shares[k].end = std::min(problem_.out_features, (k + 1) * rows);
+        sort(shares[k]);
+      }
+    });
+    Numbers numbers;
+    const C* const values = numbers(*this, 0, problem_.out_features);
+    const int64_t block = 2 * kernel_.lanes;
+    const auto x = allocate<C>(problem_.features * block);
+    for (int64_t first = 0; first < tokens.count; first += block) {
+      const Tokens some = tokens.part(first, std::min(block, tokens.count - first));
+      const int log = side(some.count);
+      const int64_t depth = kernel_.lanes << log;
+      pack(some, depth, x.get());
+      torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+        const auto sums = allocate<C>(rows * depth), turned = allocate<C>(kRows * depth);
+        for (int64_t k = begin; k < end; ++k) {
+          const Share& share = shares[k];
+          std::fill_n(sums.get(), (share.end - share.begin) * depth, C{0});
+          kernel_.columns[log](share.placed.data(), share.starts.data(), a_row(), problem_.granule, values, x.get(),
+                               sums.get());
+          for (int64_t row = share.begin; row < share.end; row += kRows)
+            turn_back(some, row, std::min(kRows, share.end - row), depth, sums.get() + (row - share.begin) * depth,
+                      turned.get());
+        }
+      });
+    }
+  }
+
+  void block_of_rows(const Tokens& tokens) const {
+    const int log = side(tokens.count);
+    const int64_t depth = kernel_.lanes << log;
+    const auto x = allocate<C>(problem_.features * depth);
+    pack(tokens, depth, x.get());
     const int64_t groups = (problem_.out_features + kRows - 1) / kRows;
     torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
       const auto sums = allocate<C>(kRows * depth), turned = allocate<C>(kRows * depth);
@@ -362,7 +449,7 @@ Tensor sparse_linear_in(const Tensor& input, const Tensor& indices, const Tensor
 }  // namespace
 }  // namespace shira::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(shira, CPU, m) {
+SHIRA_LIBRARY_IMPL(CPU, m) {
   if (!shira::backend_is_reference()) shira::OverlayOps<shira::cpu::Cpu<shira::core::widest>>::implement(m);
   m.impl("_sparse_linear", TORCH_BOX(&shira::cpu::sparse_linear_in));
 }

@@ -1,10 +1,10 @@
 // The select family on the CPU: exact top-k without a score tensor, and the random choice.
 //
-// select_top: a sample of the scores tells a threshold that a little more than k granules reach; one pass over the
-// weight keeps those, in order; the exact cut is then found among them alone. Where the guess fails (many equal
+// select_top: a sample of the scores gives a threshold that a little more than k granules reach. One pass over the
+// weight keeps those, in order, and the exact cut is then found among them alone. Where the guess fails (many equal
 // scores, or too few above it) or the weight is small, the same search runs over the weight itself: a histogram of
-// the keys' leading bits, then of the next bits within the bin that holds the cut. Whichever way, the result is the
-// same; extra memory is O(k), and scores exist a block at a time.
+// the keys' leading bits, then of the next bits within the bin that holds the cut. Both ways give the same result;
+// extra memory is O(k), and scores exist a block at a time.
 #include <atomic>
 #include <cmath>
 #include <mutex>
@@ -353,7 +353,7 @@ void draw(const core::Permutation& permutation, int64_t begin, int64_t end, Inde
     vector_loop(n, [=, permute = permutation, block = &block[0]](int64_t i) {
       block[i] = permute(static_cast<uint64_t>(begin + i));
     });
-    // Those outside the domain walk on together.
+    // Images outside the domain are permuted again, together.
     uint64_t walking[kBlock];
     int64_t left = 0;
     for (int64_t i = 0; i < n; ++i) {
@@ -415,27 +415,25 @@ void Cpu::random(const core::Permutation& permutation, Tensor& indices) {
              [&](auto index) { cpu::random<typename decltype(index)::type>(permutation, indices); });
 }
 
-// A GPU makes its own choice, of the same bits; any other device is given the CPU's.
+// A GPU computes the choice itself, with the same bits; any other device gets the CPU's.
 Tensor select_random(int64_t numel, int64_t k, int64_t seed, std::optional<torch::stable::Device> device,
                      int64_t granule) {
   check_select_random(numel, k, granule);
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
   const bool elsewhere = device.has_value() && !device->is_cpu();
   if (elsewhere && device->is_cuda())
-    return select_random_on("shira::_select_random", *device, numel, k, seed, granule);
-  const Tensor indices = select_random_on("shira::_select_random", cpu, numel, k, seed, granule);
+    return select_random_on(SHIRA_OP("_select_random"), *device, numel, k, seed, granule);
+  const Tensor indices = select_random_on(SHIRA_OP("_select_random"), cpu, numel, k, seed, granule);
   return elsewhere ? torch::stable::to(indices, *device) : indices;
 }
 
 }  // namespace
 }  // namespace shira::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(shira, CPU, m) {
+SHIRA_LIBRARY_IMPL(CPU, m) {
   if (shira::backend_is_reference()) return;
   shira::SelectOps<shira::cpu::Cpu>::implement(m);
 }
 
 // No tensor argument tells a device: `device` does.
-STABLE_TORCH_LIBRARY_IMPL(shira, CompositeExplicitAutograd, m) {
-  m.impl("select_random", TORCH_BOX(&shira::cpu::select_random));
-}
+SHIRA_LIBRARY_IMPL(CompositeExplicitAutograd, m) { m.impl("select_random", TORCH_BOX(&shira::cpu::select_random)); }

@@ -124,11 +124,11 @@ Task move_task(const Tensor& weight, const Tensor& indices, const Tensor& values
 
 // ---- arithmetic ----------------------------------------------------------------------------------------
 
-// Entries whose lines and buffers stay in the near caches together. Measured from 32 to 4096, and beside one fused
-// pass over single entries, and with the fetching spread over both passes: this is the fastest.
+// Entries whose lines and buffers stay in the near caches together. The fastest of 32 to 4096, and faster than one
+// fused pass over single entries and than prefetching in both passes.
 constexpr int64_t kBlock = 256;
 
-// Where the base of a mix comes from: the weight, which `saved` keeps (apply_) or nobody does (scatter_add_), or
+// Where the base of a mix comes from: the weight, which is kept in `saved` (apply_) or not kept (scatter_add_), or
 // `saved`.
 enum class Base { Kept, Dropped, Saved };
 
@@ -171,7 +171,7 @@ Task mix_task(const Tensor& weight, const Tensor& indices, const Tensor& values,
   with_dtypes(weight.scalar_type(), values.scalar_type(), [&](auto w, auto v) {
     using W = typename decltype(w)::type;
     using V = typename decltype(v)::type;
-    // Alpha rounds to the compute type before anything is decided by it.
+    // Alpha is rounded to the compute type before anything depends on it.
     with_rule(core::rule_of(static_cast<typename W::Compute>(alpha), delta), [&](auto rule) {
       with_index(indices.scalar_type(), [&](auto index) {
         task.chunk = mix_chunk<W, V, typename decltype(index)::type, decltype(rule)::value, origin>;
@@ -181,7 +181,7 @@ Task mix_task(const Tensor& weight, const Tensor& indices, const Tensor& values,
   return task;
 }
 
-// apply_ or, where `saved` holds the base already, what is left of it.
+// apply_ or, where `saved` already holds the base, the rest of it.
 template <Base origin>
 Task apply_task(const Tensor& weight, const Tensor& indices, const Tensor& values, const Tensor& saved, double alpha,
                 bool delta, int64_t granule) {
@@ -195,7 +195,7 @@ Task apply_task(const Tensor& weight, const Tensor& indices, const Tensor& value
 // ---- switch: a block of what goes out, then what comes in over the same part of the weight -----------------
 //
 // Lines that both touch come from memory once, and the loops are those of scatter_ and apply_. One merged walk has to
-// guess at every entry which list goes on: it was slower than the two passes, 1.3x in bf16 and 1.5x in fp32.
+// guess at every entry which list comes next: it was slower than the two passes, 1.3x in bf16 and 1.5x in fp32.
 //
 // Where both lists name the same entries, what goes out is the base of what comes in: the weight is not read at all.
 
@@ -223,7 +223,7 @@ void switch_chunk(const SwitchTask& task, int64_t begin, int64_t end) {
   const I* const in = static_cast<const I*>(task.in.indices);
   const int64_t n_out = task.out.count, n_in = task.in.count;
   const bool in_leads = n_in >= n_out;
-  // Where the list that follows stands when the other one is at `at`.
+  // The place in the following list when the other one is at `at`.
   const auto follow = [](const auto* list, int64_t n, const auto* leading, int64_t n_leading, int64_t at) {
     if (at == 0 || at == n_leading) return at == 0 ? 0 : n;
     return static_cast<int64_t>(std::lower_bound(list, list + n, int64_t{leading[at]}) - list);
@@ -318,6 +318,6 @@ struct Cpu {
 }  // namespace
 }  // namespace shira::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(shira, CPU, m) {
+SHIRA_LIBRARY_IMPL(CPU, m) {
   if (!shira::backend_is_reference()) shira::SwitchOps<shira::cpu::Cpu>::implement(m);
 }

@@ -6,12 +6,12 @@
 
 namespace shira::cpu {
 
-// A body that a caller compiles for its own instruction set has to be inlined there.
+// A body that the caller compiles for its own instruction set must be inlined there.
 #define SHIRA_INLINE __attribute__((always_inline)) inline
 #define SHIRA_INLINE_LAMBDA __attribute__((always_inline))
 
 #define SHIRA_LOOP_AVX2 __attribute__((target("avx2")))
-#if defined(__clang__)  // would ignore the whole target for the name of gcc's option
+#if defined(__clang__)  // which would ignore the whole target because of the name of gcc's option
 #define SHIRA_LOOP_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"), min_vector_width(512)))
 #else
 #define SHIRA_LOOP_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")))

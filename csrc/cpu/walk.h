@@ -1,4 +1,4 @@
-// The walk over (indices, values) that every CPU kernel is: which memory comes next, fetched ahead.
+// Every CPU kernel is a walk over (indices, values): this is the walk, which fetches ahead the memory that comes next.
 //
 // Work is counted in entries of the flat values, so that one huge granule (a whole parameter) spreads over
 // threads as well as many small ones. A list of tensors is one walk: a whole model in one parallel region.
@@ -81,7 +81,7 @@ struct Task {
   int64_t count;  // indices
 };
 
-// A family with other arguments has a Task of its own: `chunk` and `total` are what is asked of it.
+// A family with other arguments has a Task of its own; it needs `chunk` and `total`.
 template <typename AnyTask>
 inline void run(const AnyTask& task) {
   if (task.total <= kGrain) {

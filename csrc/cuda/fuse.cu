@@ -377,6 +377,6 @@ struct Cuda {
 }  // namespace
 }  // namespace shira::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(SHIRA_LIB, SHIRA_KEY, m) {
+SHIRA_LIBRARY_IMPL(SHIRA_KEY, m) {
   if (!shira::backend_skips_cuda()) shira::FuseOps<shira::cuda::Cuda>::implement(m);
 }

@@ -249,7 +249,7 @@ Tensor sampled_grad_by(const Tensor& grad_output, const Tensor& input, const Ten
 }  // namespace
 }  // namespace shira::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(SHIRA_LIB, SHIRA_KEY, m) {
+SHIRA_LIBRARY_IMPL(SHIRA_KEY, m) {
   if (shira::backend_skips_cuda()) return;
   shira::GradientOps<shira::cuda::Cuda<shira::cuda::Way::Faster>>::implement(m);
   m.impl("_sampled_grad", TORCH_BOX(&shira::cuda::sampled_grad_by));

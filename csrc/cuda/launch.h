@@ -12,8 +12,7 @@
 #include "../core/hd.h"
 
 #if defined(SHIRA_EMULATE)
-#include "cuda_emul.h"  // on the include path of the emulated build only
-#define SHIRA_LIB shira_emul
+#include "cuda_emul.h"                       // on the include path of the emulated build only
 #define SHIRA_KEY CompositeExplicitAutograd  // CPU tensors, and those of other devices that an op must refuse
 
 namespace shira::cuda {
@@ -25,7 +24,6 @@ inline cudaStream_t current_stream(int32_t) { return nullptr; }
 
 #else
 #include <cuda_runtime.h>
-#define SHIRA_LIB shira
 #define SHIRA_KEY CUDA
 
 // A kernel's parameter that is too large for a copy a thread; the type comes last, since it may have commas.

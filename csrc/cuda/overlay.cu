@@ -297,6 +297,6 @@ struct Cuda {
 }  // namespace
 }  // namespace shira::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(SHIRA_LIB, SHIRA_KEY, m) {
+SHIRA_LIBRARY_IMPL(SHIRA_KEY, m) {
   if (!shira::backend_skips_cuda()) shira::OverlayOps<shira::cuda::Cuda>::implement(m);
 }

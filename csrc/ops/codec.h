@@ -1,6 +1,7 @@
 // The ops of the codec family, once for every compiled backend: checked first, then the backend encodes or decodes.
 //
-// A backend has static functions, whose arguments are already checked; both refuse content, so both may synchronise:
+// A backend has static functions, whose arguments are already checked. Both look at the content and may refuse it, so
+// both may synchronise:
 //   encode<Index>(indices) and decode<Index>(code, count, granules, dtype)
 #pragma once
 #include "../checks.h"

@@ -1,8 +1,8 @@
 // The ops of the diff family, once for every compiled backend: everything is checked before the first write, then the
-// backend compares, refreshes the snapshots and gives what it found.
+// backend compares, refreshes the snapshots and returns what it found.
 //
-// A backend has a static function over lists of one length, whose arguments are already checked; results' sizes
-// depend on the content, so it may synchronise:
+// A backend has a static function over lists of one length, whose arguments are already checked. The sizes of its
+// results depend on the content, so it may synchronise:
 //   diff(op, snapshots, weights, granule) -> (indices, values)
 #pragma once
 #include <tuple>

@@ -14,7 +14,7 @@ struct FingerprintOps {
   static Tensor fingerprint(const Tensor& weight, int64_t granule) {
     const char* op = "fingerprint";
     check_granule(op, granule);
-    check_weight(op, weight, 1, Kind::Moves);  // it walks the weight whole, whatever the granule
+    check_weight(op, weight, 1, Kind::Moves);  // it reads the whole weight, whatever the granule
     check_granule_fits(op, granule, weight.numel(), "weight's ", weight.numel(), " entries");
     check_memory(op, {"weight"}, weight);
     return Backend::whole(weight);

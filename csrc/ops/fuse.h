@@ -97,7 +97,7 @@ struct FuseOps {
 
 // ---- the sentences of a plan's content, for backends that read it ------------------------------------------
 
-// The first of `offsets` that breaks the rise from 0 to `total`.
+// Names the first of `offsets` that does not fit into a rise from 0 to `total`.
 template <typename O>
 [[noreturn]] inline void refuse_offsets(const O* offsets, int64_t n, int64_t total) {
   for (int64_t i = 0; i < n; ++i) {
@@ -118,7 +118,7 @@ inline bool source_fits(int64_t source, int64_t size, int64_t adapters) {
   return (adapter >= 0) & (adapter < adapters) & (core::position_of(source) < size);  // no branch: loops vectorise
 }
 
-// The first of `sources` that names none of the adapters, of `sizes` granules each.
+// Names the first of `sources` that does not name an adapter and one of its granules, of which there are `sizes`.
 [[noreturn]] inline void refuse_sources(const int64_t* sources, int64_t n, const int64_t* sizes, int64_t adapters) {
   for (int64_t i = 0; i < n; ++i)
     if (!source_fits(sources[i], sizes, adapters))

@@ -6,7 +6,7 @@
 //                                       where that needs no synchronisation
 //   adamw (weights, indices, masters, exp_avgs, exp_avg_sqs, grads, options, granule)
 //   sgd (weights, indices, masters, momentum_buffers, grads, options, granule): without buffers that list is empty
-// A gradient for which `is_dense` has the weight's shape and is read at the indices; any other is [nnz].
+// A gradient for which `is_dense` holds has the weight's shape and is read at the indices; any other is [nnz].
 #pragma once
 #include <cmath>
 #include <optional>
@@ -16,7 +16,7 @@
 
 namespace shira {
 
-// A shape that is [nnz] too means [nnz].
+// Where the weight's own shape is [nnz], the gradient is taken for [nnz].
 inline bool is_dense(const Tensor& grad, const Tensor& weight, int64_t nnz) {
   return !(grad.dim() == 1 && grad.numel() == nnz) && same_shape(grad, weight);
 }
@@ -148,7 +148,7 @@ struct OptimizeOps {
   static void finite(const Call& call, const char* word, double number) {
     SHIRA_CHECK(std::isfinite(number), call.op, ": ", word, " must be finite, got ", printed(number));
   }
-  // How much of a running average a step keeps: with all of it, the correction of its start divides by zero.
+  // How much of a running average a step keeps. At 1 the bias correction would divide by zero.
   static void decay(const Call& call, const char* word, double kept) {
     SHIRA_CHECK(kept >= 0 && kept < 1, call.op, ": ", word, " must be in [0, 1), got ", printed(kept));
   }

@@ -29,8 +29,8 @@ inline void check_select_random(int64_t numel, int64_t k, int64_t granule) {
   check_count(op, k, numel / granule);
 }
 
-// select_random has no tensor that tells its device: for a GPU `op`, "<library>::_select_random", is asked again with
-// an empty one that does.
+// select_random has no tensor that tells its device. For a GPU, `op` ("<library>::_select_random") is called with an
+// empty tensor that does.
 inline Tensor select_random_on(const char* op, const torch::stable::Device& device, int64_t numel, int64_t k,
                                int64_t seed, int64_t granule) {
   using torch::stable::detail::from;
@@ -65,7 +65,7 @@ struct SelectOps {
     return Backend::top(weight, reads ? &*grad : nullptr, k, how, granule);
   }
 
-  // On the device of `like`, which is for nothing else.
+  // `like` is there for its device alone.
   static Tensor select_random(const Tensor& like, int64_t numel, int64_t k, int64_t seed, int64_t granule) {
     check_select_random(numel, k, granule);
     const int64_t domain = numel / granule;

@@ -17,17 +17,23 @@ Everything here is imported on first use, so ``import shira`` is fast and needs 
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
+from shira import _moved
+
 if TYPE_CHECKING:
-    from shira import mask as masks
-    from shira import merging, metrics
-    from shira._file import AdapterError
-    from shira.adapter import Adapter, Entry
-    from shira.optim import SGD, AdamW
-    from shira.switcher import Switcher, SwitchError
-    from shira.trainer import Trainer
-    from shira.tuner import SparseTuner, detach
+    from shira import masks, metrics, sync
+    from shira._live import SwitchError
+    from shira._text import AdapterError
+    from shira.adapter import combine
+    from shira.adapter import combine as merging
+    from shira.adapter._entry import Entry
+    from shira.adapter.adapter import Adapter
+    from shira.serve.switcher import Switcher
+    from shira.train.optim import SGD, AdamW
+    from shira.train.trainer import Trainer
+    from shira.train.tuner import SparseTuner, detach
 
 __all__ = [
     "SGD",
@@ -39,28 +45,35 @@ __all__ = [
     "SwitchError",
     "Switcher",
     "Trainer",
+    "combine",
     "detach",
     "masks",
     "merging",
     "metrics",
+    "sync",
 ]
 
 # Public name -> the module it lives in, and its name there (None: the module itself).
 _HOMES: dict[str, tuple[str, str | None]] = {
-    "Adapter": ("shira.adapter", "Adapter"),
-    "AdapterError": ("shira._file", "AdapterError"),
-    "AdamW": ("shira.optim", "AdamW"),
-    "Entry": ("shira.adapter", "Entry"),
-    "SGD": ("shira.optim", "SGD"),
-    "SparseTuner": ("shira.tuner", "SparseTuner"),
-    "SwitchError": ("shira.switcher", "SwitchError"),
-    "Switcher": ("shira.switcher", "Switcher"),
-    "Trainer": ("shira.trainer", "Trainer"),
-    "detach": ("shira.tuner", "detach"),
-    "masks": ("shira.mask", None),
-    "merging": ("shira.merging", None),
+    "Adapter": ("shira.adapter.adapter", "Adapter"),
+    "AdapterError": ("shira._text", "AdapterError"),
+    "AdamW": ("shira.train.optim", "AdamW"),
+    "Entry": ("shira.adapter._entry", "Entry"),
+    "SGD": ("shira.train.optim", "SGD"),
+    "SparseTuner": ("shira.train.tuner", "SparseTuner"),
+    "SwitchError": ("shira._live", "SwitchError"),
+    "Switcher": ("shira.serve.switcher", "Switcher"),
+    "Trainer": ("shira.train.trainer", "Trainer"),
+    "combine": ("shira.adapter.combine", None),
+    "detach": ("shira.train.tuner", "detach"),
+    "masks": ("shira.masks", None),
+    "merging": ("shira.adapter.combine", None),  # its name in version 0.1
     "metrics": ("shira.metrics", None),
+    "sync": ("shira.sync", None),
 }
+
+if not any(isinstance(finder, _moved.Moved) for finder in sys.meta_path):
+    sys.meta_path.append(_moved.Moved())
 
 
 def __getattr__(name: str) -> Any:

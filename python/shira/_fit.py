@@ -9,21 +9,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from shira import _checkpoint, _file, _live, _model
+from shira import _live, _model, _text
+from shira._granules import dtype_name
 from shira._live import Weight
 from shira._model import Slot
-from shira.adapter import Adapter, AdapterError, dtype_name
+from shira._text import AdapterError
+from shira.adapter import _checkpoint
+from shira.adapter.adapter import Adapter
 
 
 def places(
-    where: str, adapter: Adapter, slots: Mapping[str, Slot], rename: _file.Rename
+    where: str, adapter: Adapter, slots: Mapping[str, Slot], rename: _text.Rename
 ) -> dict[str, list[tuple[Slot, ...]]]:
     """Find each of the adapter's weights in the model; all that does not fit is said in one error.
 
     Gives the places of one weight for each; of several, where one that is tied in the adapter is not in the model.
     """
     _checkpoint.renamed(adapter.weights, rename)  # refuses two under one name
-    renamed = _file.renamer(rename)
+    renamed = _text.renamer(rename)
     problems: list[str] = []
     absent = False
     firsts: dict[str, list[Slot]] = {}
@@ -128,7 +131,7 @@ _WRAPPED = ".base_layer."
 
 def _into_wrapped(rule: dict[str, str], adapter: Adapter, bare: Mapping[str, str]) -> list[dict[str, str]]:
     """The rule, and with it whatever leads to the wrapped layers among those it leads to: all, or some kinds."""
-    rename = _file.renamer(rule)
+    rename = _text.renamer(rule)
     there = [name for name in map(rename, adapter.weights) if name in bare]
     kinds: tuple[set[str], set[str]] = set(), set()  # as they are, and wrapped
     for name in there:
@@ -163,7 +166,7 @@ def _renaming(adapter: Adapter, slots: Mapping[str, Slot]) -> dict[str, str] | N
     longest = max(rules.values(), default=0)
 
     def fits(rule: dict[str, str]) -> bool:
-        rename = _file.renamer(rule)
+        rename = _text.renamer(rule)
         for name, entry in adapter.weights.items():
             found = next((other for other in map(rename, (name, *entry.aliases)) if other in slots), None)
             if found is None or misfit(slots[found], entry.shape, entry.dtype) is not None:

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import shira_ops
 from shira import _model
-from shira._targets import VALUES_SUFFIX
-from shira.adapter import dtype_name
+from shira._granules import dtype_name
+from shira._model import VALUES_SUFFIX
 
 LOCK = threading.RLock()
 """Held by every call that reads or writes weights or ledgers: two Switchers may share a model."""
@@ -62,6 +62,19 @@ _ledgers: weakref.WeakValueDictionary[int, Ledger] = weakref.WeakValueDictionary
 # Those with adapters of Switchers that are gone, as long as there is the memory.
 _abandoned: dict[object, Hold] = {}
 _neighbours: weakref.WeakValueDictionary[object, Neighbours] = weakref.WeakValueDictionary()
+
+
+switchers: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Every `Switcher` there is."""
+
+
+def base_of(tensor: Tensor) -> int | None:
+    """The fingerprint of a weight that a Switcher left at the base, if nobody has written to it since."""
+    ledger, hold = _ledgers.get(id(tensor)), _holds.get(_model.memory(tensor))
+    held = hold is None or hold.holder is not None or hold.storage.expired()
+    if ledger is None or held or tensor.is_inference() or ledger.version != tensor._version:
+        return None
+    return ledger.base if ledger.pointer == tensor.data_ptr() else None
 
 
 def _hold(tensor: Tensor) -> Hold:

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from shira._file import clean as clean
+from shira._text import clean as clean
+
+# What a tuner registers on a weight's module, after the weight's own name: its trainable values, and their indices.
+VALUES_SUFFIX, INDICES_SUFFIX = "_shira_values", "_shira_indices"
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from shira.tuner import SparseTuner
+    from shira.train.tuner import SparseTuner
 
 
 def loss_of_model(model: nn.Module, batch: Any) -> Tensor:

@@ -20,8 +20,8 @@ except ImportError as error:
     raise SystemExit("The command line needs typer and rich. Run: pip install 'shira-ops[cli]'") from error
 
 if TYPE_CHECKING:
-    from shira._file import Header, WeightHeader
-    from shira.adapter import Adapter
+    from shira.adapter._file import Header, WeightHeader
+    from shira.adapter.adapter import Adapter
 
 _Arguments = ParamSpec("_Arguments")
 
@@ -156,8 +156,8 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 def _find(adapter: str) -> Path:
     """The adapter's file: the path itself, the one in a folder, or the one in a repository on the Hub."""
-    from shira import hub
-    from shira._file import AdapterError
+    from shira._text import AdapterError
+    from shira.adapter import hub
 
     if not adapter:
         raise ValueError("an adapter needs a name, got an empty one")
@@ -195,13 +195,13 @@ def _renames(rules: list[str]) -> dict[str, str] | None:
 
 def _adapter_out(out: Path, overwrite: bool, *inputs: str | Path | None) -> Path:
     """Where an adapter file goes; refuses before any work is done."""
-    from shira import _output
+    from shira.adapter import _output
 
     return _output.destination(out, overwrite, [one for one in inputs if one], _output.no_adapter, _HOW)
 
 
 def _save(adapter: Adapter, out: Path) -> None:
-    from shira import _output
+    from shira.adapter import _output
 
     with _output.named(out):
         adapter.save(out)
@@ -266,7 +266,7 @@ def _wrote(out: Path, adapter: Adapter, as_json: bool) -> None:
 @command
 def inspect(file: AdapterFile, as_json: Json = False) -> None:
     """Say what an adapter file holds. Its header is checked; torch is not needed."""
-    from shira._file import read_header
+    from shira.adapter._file import read_header
 
     path = _find(file)
     facts = _facts(path, read_header(path))
@@ -320,7 +320,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check an adapter file: all of it, or its header alone, or also against the content of a base."""
-    from shira._file import read_header, read_whole
+    from shira.adapter._file import read_header, read_whole
 
     if base is None and rename:
         raise ValueError("--rename is for names in a base, and none is given")
@@ -344,8 +344,8 @@ def verify(
 
 def _compare(path: Path, header: Header, base: Path, rename: dict[str, str] | None) -> list[str]:
     """Refuse a base that the adapter was not made for; the whole parameters that it lacks."""
-    from shira._checkpoint import fit, open_checkpoint, renamed, whole_overwrites
-    from shira._file import AdapterError
+    from shira._text import AdapterError
+    from shira.adapter._checkpoint import fit, open_checkpoint, renamed, whole_overwrites
 
     weights: dict[str, WeightHeader] = renamed(header.weights, rename)
     places, problems = fit(
@@ -377,7 +377,7 @@ def extract(
     """Make an adapter of what fine-tuning changed: exactly, or its largest part."""
     rules = _renames(rename)
     target = _adapter_out(out, overwrite, base, tuned)
-    from shira.adapter import Adapter
+    from shira.adapter.adapter import Adapter
 
     with _progress("comparing", as_json) as progress:
         adapter = Adapter.from_difference(
@@ -402,9 +402,9 @@ def apply(
 ) -> None:
     """Write the base with an adapter on, sharded as the base is; whole or not at all."""
     rules, path = _renames(rename), _find(file)
-    from shira._file import strength as checked
-    from shira.adapter import Adapter
-    from shira.merge import merge
+    from shira._text import strength as checked
+    from shira.adapter.adapter import Adapter
+    from shira.adapter.bake import merge
 
     given = None if alpha is None else checked("--alpha", alpha)
     adapter = Adapter.load(path)
@@ -428,7 +428,7 @@ def apply(
 
 def _with_strength(text: str) -> tuple[Path, float | None]:
     """``FILE`` or ``FILE=STRENGTH``."""
-    from shira._file import strength
+    from shira._text import strength
 
     path, sign, number = text.rpartition("=")
     if not sign or Path(text).exists():
@@ -454,7 +454,7 @@ def fuse(
     """Make one adapter of several: base + the sum of strength x change."""
     given = [_with_strength(text) for text in adapters]
     target = _adapter_out(out, overwrite, base, *(path for path, _ in given))
-    from shira.adapter import Adapter
+    from shira.adapter.adapter import Adapter
 
     pairs, origin = [], []
     for path, strength in given:
@@ -486,7 +486,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Turn a PEFT folder (SHiRA or LoRA) into an adapter file, an adapter into a PEFT folder, or its dtype."""
-    from shira import _output, hub
+    from shira.adapter import _output, hub
 
     if dtype is not None:
         if density is not None or granule != 1 or base_model is not None:
@@ -500,7 +500,7 @@ def convert(
     # A name on the Hub says nothing of what it holds, and the result's name does.
     if folder or (not os.path.lexists(source) and _HUB_NAME.fullmatch(source) and out.suffix == ".safetensors"):
         target = _adapter_out(out, overwrite, source, base)
-        from shira.adapter import Adapter
+        from shira.adapter.adapter import Adapter
 
         adapter = Adapter.from_peft(source, base, density=density, granule=granule)
         _save(adapter, target)
@@ -510,7 +510,7 @@ def convert(
         path = _find(source)
         inputs: Iterable[str | Path] = [path] if base is None else [path, base]
         target = _output.destination(out, overwrite, inputs, _output.no_peft_folder, _HOW)
-        from shira.adapter import Adapter
+        from shira.adapter.adapter import Adapter
 
         adapter = Adapter.load(path)
         with _output.named(target):
@@ -524,8 +524,8 @@ def _recast(source: str, out: Path, base: Path | None, dtype: str, overwrite: bo
     target = _adapter_out(out, overwrite, path, base)
     import torch
 
-    from shira._file import ARITHMETIC
-    from shira.adapter import Adapter
+    from shira.adapter._file import ARITHMETIC
+    from shira.adapter.adapter import Adapter
 
     if dtype not in ARITHMETIC:
         raise ValueError(f"--dtype must be one of {', '.join(ARITHMETIC)}, got {dtype!r}")
@@ -580,8 +580,10 @@ def bench(
         code = subprocess.call([sys.executable, "-m", "pytest", str(folder), *arguments])
         if code or report is None:
             raise typer.Exit(code)
-    page = [sys.executable, str(folder / "report.py"), str(results), "--out", str(report)]
-    raise typer.Exit(subprocess.call(page))
+    assert report is not None
+    assert results is not None
+    page = [sys.executable, "-m", "benchmarks.speed.report", str(results.resolve()), "--out", str(report.resolve())]
+    raise typer.Exit(subprocess.call(page, cwd=folder.parents[1]))
 
 
 def main() -> None:

@@ -31,10 +31,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from shira import _model
-from shira._checkpoint import Source
-from shira.adapter import Adapter, AdapterError, Entry
-from shira.mask import refine
-from shira.switcher import Switcher
+from shira._granules import refine
+from shira._text import AdapterError
+from shira.adapter._checkpoint import Source
+from shira.adapter._entry import Entry
+from shira.adapter.adapter import Adapter
+from shira.serve.switcher import Switcher
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

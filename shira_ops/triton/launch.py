@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import inspect
+import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -58,33 +58,17 @@ def number_bits(value: float, dtype: tl.dtype) -> int:
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The op, after what every backend refuses and on the device of its arguments.
+    """The op of this name, after what every backend refuses and on the device of its arguments.
 
     The content of indices is not looked at: that would synchronise. Kernels guard each access.
     """
-    op = function.__name__
-    arguments = getattr(torch.ops.shira, op).default._schema.arguments
-    names = [a.name for a in arguments]
-    defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
-    mutated = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
-    check = getattr(checks, op)
-    looked_at = list(inspect.signature(check).parameters)
 
-    def tensors(given: dict[str, Any]) -> Iterator[tuple[str, Tensor, bool]]:
-        for argument in names:
-            for name, tensor in checks.tensors(argument, given[argument]):
-                yield name, tensor, argument in mutated
-
+    @checks.checked(function.__name__)
     @functools.wraps(function)
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
-        check(**{name: given[name] for name in looked_at})
-        found = list(tensors(given))
-        if mutated:
-            checks.overlap(op, found)
-        else:
-            checks.memory(op, [(name, tensor) for name, tensor, _ in found])
-        device = found[0][1].device if found else given.get("device")
+    def kernel(**given: Any) -> Any:
+        lists = (value if isinstance(value, (list, tuple)) else (value,) for value in given.values())
+        devices = (value.device for value in itertools.chain.from_iterable(lists) if isinstance(value, Tensor))
+        device = next(devices, given.get("device"))
         with torch.cuda.device(device) if device is not None and device.type == "cuda" else nullcontext():
             return function(**given)
 

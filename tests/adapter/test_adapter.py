@@ -20,8 +20,9 @@ from torch import nn
 
 import shira
 import shira_ops
-from shira import Adapter, AdapterError, Entry, SparseTuner, Switcher, _file, masks
-from shira._checkpoint import map_file
+from shira import Adapter, AdapterError, Entry, SparseTuner, Switcher, masks
+from shira.adapter import _file
+from shira.adapter._checkpoint import map_file
 
 
 def model_of(dtype=torch.bfloat16):
@@ -713,7 +714,7 @@ def test_a_checkpoint_larger_than_memory(tmp_path):
 LIMITED = """
 import ctypes, mmap, resource, sys
 import numpy
-from shira import _file
+from shira.adapter import _file
 resource.setrlimit(resource.RLIMIT_DATA, (512 << 20,) * 2)
 with _file.opened(sys.argv[1]) as file:
     assert file.map(unchanged=True)[-1] == 0

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from shira import Adapter, AdapterError, SparseTuner, Switcher, masks
-from shira.merge import merge
+from shira.adapter.bake import merge
 
 
 class Body(nn.Module):

@@ -13,8 +13,8 @@ from torch import nn
 
 import shira_ops
 from shira import Adapter, AdapterError, Switcher, _codec
-from shira import difference as difference_module
-from shira.difference import difference
+from shira.adapter import difference as difference_module
+from shira.adapter.difference import difference
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int8, torch.int64, torch.float8_e4m3fn]
 

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attacks import generate
-from shira import Adapter, AdapterError, Entry, Switcher, _file
+from shira import Adapter, AdapterError, Entry, Switcher, _text
+from shira.adapter import _file
 
 GOOD = generate.good().bytes()
 HEADER = 8 + int.from_bytes(GOOD[:8], "little")
@@ -58,7 +59,8 @@ LIMITED = """
 import json, os, resource, sys
 sys.path[:0] = json.loads(os.environ["SHIRA_TEST_PATH"])
 import torch
-from shira import Adapter, AdapterError, _file
+from shira import Adapter, AdapterError
+from shira.adapter import _file
 _file.read_whole(sys.argv[1])
 Adapter.load(sys.argv[1])
 used = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
@@ -348,13 +350,13 @@ def test_what_would_not_be_read_is_not_written(tmp_path: Path, monkeypatch: pyte
 
 
 def test_messages_show_the_beginning() -> None:
-    assert _file.shown("x" * 80) == repr("x" * 80)
-    assert _file.shown("x" * 10**7) == f"'{'x' * 80}'... (10,000,000 characters)"
-    assert _file.shown(10**5000) == "an int of 16,610 bits"
-    assert _file.shown([10**5000]) == "a list"
-    assert len(_file.shown([["x" * 10**6] * 10**6] * 100)) < 100
-    assert len(_file.named("\0" * 10**7)) < 900
-    assert _file.shown([300]) == "[300]"
+    assert _text.shown("x" * 80) == repr("x" * 80)
+    assert _text.shown("x" * 10**7) == f"'{'x' * 80}'... (10,000,000 characters)"
+    assert _text.shown(10**5000) == "an int of 16,610 bits"
+    assert _text.shown([10**5000]) == "a list"
+    assert len(_text.shown([["x" * 10**6] * 10**6] * 100)) < 100
+    assert len(_text.named("\0" * 10**7)) < 900
+    assert _text.shown([300]) == "[300]"
 
 
 def test_a_pipe_in_place_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

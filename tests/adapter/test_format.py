@@ -11,7 +11,7 @@ import torch
 
 import shira_ops
 from shira import Adapter, Entry
-from shira.mask import signed
+from shira._granules import signed
 
 PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 WORD = 2**64 - 1

@@ -17,7 +17,7 @@ from torch import nn
 
 import shira_ops
 from shira import Adapter, AdapterError, Entry
-from shira import hub as hub_module
+from shira.adapter import hub as hub_module
 
 hub = pytest.importorskip("huggingface_hub")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

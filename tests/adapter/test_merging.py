@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from shira import Adapter, AdapterError, Entry, Switcher, merging
-from shira.mask import fnv1a64, splitmix64
+from shira import Adapter, AdapterError, Entry, Switcher
+from shira._granules import fnv1a64, splitmix64
+from shira.adapter import combine as merging
 
 PARTS = {"0.weight": (1, 0.3), "1.weight": (4, 0.4), "1.bias": (1, 1.0)}
 

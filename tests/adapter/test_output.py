@@ -13,8 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from shira import Adapter, AdapterError, Entry, _output
-from shira.merge import merge
+from shira import Adapter, AdapterError, Entry
+from shira.adapter import _output
+from shira.adapter.bake import merge
 
 FLOAT = torch.float32
 
@@ -292,7 +293,8 @@ KILLS = """
 import json, os, resource, shutil, signal, sys
 from pathlib import Path
 from safetensors.torch import load_file
-from shira import Adapter, _file, _output
+from shira import Adapter
+from shira.adapter import _file, _output
 from shira.merge import merge
 
 folder = Path(sys.argv[1])

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from shira._patterns import Pattern
+from shira.adapter._patterns import Pattern
 
 
 def wanted(pattern: str, name: str) -> bool:

@@ -14,14 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "speed"))
-
 pytest.importorskip("rich", reason="pip install -e '.[bench]'")
-import results
-import scaling
-import suite
-import summary
-import texts
+pytest.importorskip("matplotlib", reason="pip install -e '.[bench]'")
+from benchmarks.speed import plots, record, results, scaling, suite, summary, texts
 
 COMMITTED = results.FOLDER / f"{results.COMMITTED}.json"
 
@@ -109,8 +104,8 @@ def test_the_command_fails_where_something_got_worse(
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     latest = tmp_path / "latest.json"
     latest.write_text(json.dumps(run(case(FASTER, 2.0), case(SMALLER, 1.0))))
-    monkeypatch.setattr(sys, "argv", ["results.py", "record", "--latest", str(latest), "--name", "mine"])
-    assert results.main() == 0
+    monkeypatch.setattr(sys, "argv", ["record.py", "--latest", str(latest), "--name", "mine"])
+    assert record.main() == 0
     assert "/a/path" not in (tmp_path / "mine.json").read_text()
     monkeypatch.setattr(sys, "argv", ["results.py", "compare", "--latest", str(latest), "--name", "mine"])
     assert results.main() == 0
@@ -144,7 +139,7 @@ def test_two_runs_agree_or_it_is_said_where_not(
 
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     again.write_text(json.dumps(two))
-    results.record(latest, "mine", again)
+    record.record(latest, "mine", again)
     kept = results.figures(results.read(tmp_path / "mine.json"))
     assert kept[FASTER, "", 1]["again"] == 1.5
     assert "again" not in kept["call", "", 1]
@@ -158,13 +153,13 @@ def test_it_is_said_where_others_had_the_processor(
         one["extra_info"]["on_cpu"] = share
     console = summary.Console(width=150, record=True)
     summary.show(found["benchmarks"], console)
-    assert "others had the processor: 1 benchmarks" in console.export_text()
+    assert "other processes had the processor: 1 benchmark" in console.export_text()
     for name in ("latest", "again"):
         (tmp_path / f"{name}.json").write_text(json.dumps(found))
     command = ["results.py", "agree", *(f"--{name}={tmp_path / name}.json" for name in ("latest", "again"))]
     monkeypatch.setattr(sys, "argv", command)
     assert results.main() == 0
-    assert "again.json: others had the processor in 1 of 3 benchmarks" in capsys.readouterr().out
+    assert "again.json: other processes had the processor in 1 of 3 benchmarks" in capsys.readouterr().out
 
 
 def test_a_wide_figure_stands_with_where_it_lies() -> None:
@@ -214,7 +209,7 @@ def test_a_run_goes_on_where_it_stopped(
     assert "[2/2] test_two: FAILED" in capsys.readouterr().out
     fixed.touch()
     assert suite.run(files, out, arguments)
-    assert "[1/2] test_one: is there" in capsys.readouterr().out
+    assert "[1/2] test_one: already done" in capsys.readouterr().out
     assert times() == [1, 2]
     found = json.loads(out.read_text())
     assert [one["extra_info"]["it"] for one in found["benchmarks"]] == ["test_one", "test_two"]
@@ -223,7 +218,7 @@ def test_a_run_goes_on_where_it_stopped(
 
 
 def test_the_texts_are_those_of_the_committed_results() -> None:
-    assert texts.stale(results.read(COMMITTED)) == [], "python benchmarks/speed/texts.py writes them again"
+    assert texts.stale(results.read(COMMITTED)) == [], "python -m benchmarks.speed.record --texts writes them"
 
 
 def test_another_figure_makes_the_texts_stale() -> None:
@@ -236,15 +231,28 @@ def test_another_figure_makes_the_texts_stale() -> None:
 
 
 def test_part_of_a_run_makes_no_text_and_is_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     latest = tmp_path / "latest.json"
     latest.write_text(json.dumps(run(case(FASTER, 2.0))))
     before = texts.README.read_text()
     with pytest.raises(ValueError, match=r"the results have no '.*' with 1 thread"):
-        results.record(latest, results.COMMITTED)
+        record.record(latest, results.COMMITTED)
     assert texts.README.read_text() == before
     assert not (tmp_path / f"{results.COMMITTED}.json").exists()
+
+
+def test_a_run_without_a_benchmark_that_the_page_shows_is_not_complete() -> None:
+    """The HTML page of such a run is only the table of what was measured."""
+    found = results.read(COMMITTED)
+    names = dict.fromkeys(one["name"].partition("[")[0] for one in found["benchmarks"])
+    assert texts.complete(texts.Figures(found))
+    for name in names:
+        rest = [one for one in found["benchmarks"] if one["name"].partition("[")[0] != name]
+        f = texts.Figures({**found, "benchmarks": rest})
+        try:
+            texts.page(f)
+        except (ValueError, KeyError):
+            assert not texts.complete(f), name
 
 
 def test_the_readme_has_its_markers_once() -> None:
@@ -262,16 +270,14 @@ def test_figures_have_the_digits_that_their_spread_supports(value: float, text: 
     assert texts.short(value) == text
 
 
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="pip install -e '.[bench]'")
 def test_the_plot_is_that_of_the_committed_results() -> None:
     image = pytest.importorskip("PIL.Image")
-    report = pytest.importorskip("report")
     assert texts.PLOT.stat().st_size < 100_000
     with image.open(texts.PLOT) as picture:
-        assert picture.text["Source"] == report.digest(results.read(COMMITTED))
+        assert picture.text["Source"] == plots.digest(results.read(COMMITTED))
 
 
-@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("matplotlib", "typer"))), reason="pip install -e '.[bench]'")
+@pytest.mark.skipif(importlib.util.find_spec("typer") is None, reason="pip install -e '.[bench]'")
 def test_a_page_from_results_without_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
@@ -291,13 +297,12 @@ def test_a_page_from_results_without_a_run(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_front_of_quality_is_drawn_where_there_is_one(tmp_path: Path) -> None:
-    report = pytest.importorskip("report", exc_type=ImportError)
     quality = tmp_path / "quality.json"
     point = {"name": "Rand", "task": "digits", "accuracy": 0.8, "switch_seconds": 1e-3, "file_bytes": 30_000}
     found = run(case(FASTER, 2.0))
-    assert "front.png" not in [path.name for path in report.draw(found, tmp_path, quality).values()]
+    assert "front.png" not in [path.name for path in plots.draw(found, tmp_path, quality).values()]
     quality.write_text(json.dumps({"front": [point, {**point, "name": "LoRA", "accuracy": 0.7}]}))
-    assert "front.png" in [path.name for path in report.draw(found, tmp_path, quality).values()]
+    assert "front.png" in [path.name for path in plots.draw(found, tmp_path, quality).values()]
 
 
 def made_up(rng: np.random.Generator, density: float, side: int, cost: scaling.Model) -> dict[str, Any]:

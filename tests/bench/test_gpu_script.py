@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -10,33 +9,27 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.speed import gpu, gpu_graph
+
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "benchmarks" / "speed" / "gpu.py"
 NEEDS_A_GPU = (
     *("sanitizer", "captured graphs"),
     *("parity, triton", "captured graphs, triton", "measurements, triton"),
 )
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module; importing it imports no torch."""
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    return importlib.import_module("gpu")
-
-
 def told(tmp_path: Path, *options: str) -> dict[str, Any]:
     out = tmp_path / "told.json"
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--device", "cpu", "--quick", "--out", str(out), *options],
+        [sys.executable, "-m", "benchmarks.speed.gpu", "--device", "cpu", "--quick", "--out", str(out), *options],
         capture_output=True,
         text=True,
+        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )
@@ -47,7 +40,7 @@ def told(tmp_path: Path, *options: str) -> dict[str, Any]:
     return found
 
 
-def test_everything_that_a_cpu_can(gpu: ModuleType, tmp_path: Path) -> None:
+def test_everything_that_a_cpu_can(tmp_path: Path) -> None:
     found = told(tmp_path)
     assert set(NEEDS_A_GPU) < set(found["sections"])
     for name, section in found["sections"].items():
@@ -70,7 +63,7 @@ def test_what_does_not_fit_the_time_is_told(tmp_path: Path) -> None:
     assert not found["measurements"]
 
 
-def test_a_lost_process_costs_one_measurement(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_lost_process_costs_one_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A process that dies, one that says that it lost the device, and one that ends well."""
     run = gpu.Run("cpu", True, 100.0, tmp_path / "told.json")
     lives = iter([([], 1), (["swap"], gpu.DEVICE_LOST), (["adamw", "fuse"], 0)])
@@ -90,30 +83,29 @@ def test_a_lost_process_costs_one_measurement(gpu: ModuleType, monkeypatch: pyte
     assert set(found) == {"copy", "swap", "adamw", "fuse"}
 
 
-def test_what_was_measured_survives_a_process_that_was_ended(gpu: ModuleType, tmp_path: Path) -> None:
+def test_what_was_measured_survives_a_process_that_was_ended(tmp_path: Path) -> None:
     lines = tmp_path / "lines"
     assert gpu.written(lines) == {}
     lines.write_text('{"name": "copy", "seconds": {}}\n{"name": "sw')
     assert gpu.written(lines) == {"copy": {"name": "copy", "seconds": {}}}
 
 
-def test_captured_graphs_without_a_gpu(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_graphs_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The script's own logic: where a graph would be made and replayed, the call is made."""
-    graph = importlib.import_module("gpu_graph")
 
     def captured(call: Callable[[], object]) -> Callable[[], object]:
         call(), call()
         return call
 
-    monkeypatch.setattr(graph, "DEVICE", "cpu")
-    monkeypatch.setattr(graph, "captured", captured)
+    monkeypatch.setattr(gpu_graph, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_graph, "captured", captured)
     with torch.no_grad():
-        assert graph.captured_calls().startswith("54 calls")
-        assert graph.captured_inference()
-        assert graph.captured_ops()
-        monkeypatch.setattr(graph, "captured", lambda call: call() or (lambda: None))  # a graph that holds nothing
+        assert gpu_graph.captured_calls().startswith("54 calls")
+        assert gpu_graph.captured_inference()
+        assert gpu_graph.captured_ops()
+        monkeypatch.setattr(gpu_graph, "captured", lambda call: call() or (lambda: None))  # a graph that holds nothing
         with pytest.raises(AssertionError, match="a replay differs from an eager call"):
-            graph.captured_calls()
+            gpu_graph.captured_calls()
 
 
 UNINITIALIZED = """\
@@ -142,7 +134,7 @@ UNINITIALIZED = """\
 """
 
 
-def test_reads_of_what_nobody_wrote(gpu: ModuleType) -> None:
+def test_reads_of_what_nobody_wrote() -> None:
     """Those of our kernels are told from torch's, which our host code may have started, also where they are inlined."""
     assert gpu.ours(UNINITIALIZED) == 2
     assert gpu.ours("========= ERROR SUMMARY: 0 errors\n") == 0
@@ -162,4 +154,4 @@ def test_make_takes_the_python_it_is_given(tmp_path: Path, chosen: str) -> None:
     # An empty folder has no .venv.
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
     wanted = "python3" if chosen == "neither" else "python-of-mine"
-    assert done.stdout.split()[:2] == [wanted, "benchmarks/speed/gpu.py"]
+    assert done.stdout.split()[:3] == [wanted, "-m", "benchmarks.speed.gpu"]

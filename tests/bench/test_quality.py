@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,17 +16,16 @@ pytest.importorskip("sklearn", reason="pip install -e '.[test]'")
 pytest.importorskip("peft", reason="pip install -e '.[test]'")
 pytest.importorskip("rich", reason="pip install -e '.[test]'")
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.quality import front, methods, report, store, tasks  # noqa: E402
-from benchmarks.quality import task as task_module  # noqa: E402
-from benchmarks.quality.experiments import EXPERIMENTS, fusion, masks, size  # noqa: E402
-from benchmarks.quality.lab import RATES, Lab, Setting, Stop  # noqa: E402
-from benchmarks.quality.methods import Dora, Full, Lora, Shira, from_description, train  # noqa: E402
-from benchmarks.quality.run import plan  # noqa: E402
-from benchmarks.quality.tasks import digits  # noqa: E402
-from shira import Switcher  # noqa: E402
+from benchmarks.quality import front, methods, report, store, tables, tasks, verdict
+from benchmarks.quality import task as task_module
+from benchmarks.quality.experiments import EXPERIMENTS, fusion, masks, size
+from benchmarks.quality.findings import Fused, Results
+from benchmarks.quality.lab import RATES, Lab, Setting, Stop
+from benchmarks.quality.methods import Dora, Full, Lora, Shira, from_description, train
+from benchmarks.quality.run import plan
+from benchmarks.quality.tasks import digits
+from benchmarks.quality.verdict import VERDICT
+from shira import Switcher
 
 FAMILY = "digits-mlp-128"
 
@@ -74,15 +72,13 @@ def test_every_experiment_runs_and_the_report_tells_it(tiny, tmp_path):
         job.do(again)
     assert (tiny.folder / f"{FAMILY}.jsonl").read_bytes() == kept
 
-    results = report.Results(tiny.folder, seeds=2)
+    results = Results(tiny.folder, seeds=2)
     template = (report.HERE / "page.md").read_text()
     names = [match.split() for match in re.findall(r"^\{\{(.+?)\}\}$", template, flags=re.MULTILINE)]
-    assert {name for name, *_ in names} <= set(report.TABLES)
-    for name in report.TABLES:
-        if name == "plot":
-            continue
+    assert {name for name, *_ in names} <= set(report.MAKERS)
+    for name in set(report.MAKERS) - {"plot"}:
         arguments = {"compared": ["granules"], "front": ["switch"], "switching": []}.get(name, [])
-        families = [] if name in ("switching", "coarse") else [FAMILY]
+        families = [] if name in ("switching", "coarse", "verdict-granules") else [FAMILY]
         text = report.page(f"{{{{{' '.join([name, *families, *arguments])}}}}}", results)
         assert text.startswith(("|", "Mean over", "Over")), (name, text)
         assert "nan" not in text
@@ -102,22 +98,22 @@ def test_large_models_fuse_at_few_strengths_and_the_report_tells_it(tiny, monkey
     monkeypatch.setattr(fusion, "FEW_ALPHAS", (0.5, 1.0))
     for job in plan([FAMILY], ["fusion"], 2):
         job.do(tiny)
-    results = report.Results(tiny.folder, seeds=2)
-    fused = report.Fused(results, FAMILY)
+    results = Results(tiny.folder, seeds=2)
+    fused = Fused(results, FAMILY)
     assert fused.groups() == [tuple(list(tasks.tasks(FAMILY))[:2])]
     several = ["lora", "rand, one mask", "snip, own masks"]
     slower = [f"{name}, {text}" for text in fusion.SLOWER for name in several]
     assert fused.variants() == [*several, *slower, "rand, disjoint"]
     assert all(list(run["together"]) == ["sum"] for runs in fused.runs.values() for run in runs)
     assert all(list(run["together"]["sum"]) == ["0.5", "1"] for runs in fused.runs.values() for run in runs)
-    assert "sum, best strength" in report.merges_table(results, FAMILY)
-    assert "DARE" not in report.merges_table(results, FAMILY)
-    assert "rand" not in report.metrics_table(results, FAMILY)
-    assert report.fusion_table(results, FAMILY).count("SHiRA-Rand") == 4
+    assert "sum, best strength" in tables.merges_table(results, FAMILY)
+    assert "DARE" not in tables.merges_table(results, FAMILY)
+    assert "rand" not in tables.metrics_table(results, FAMILY)
+    assert tables.fusion_table(results, FAMILY).count("SHiRA-Rand") == 4
 
 
 def test_what_was_not_run_is_said(tmp_path):
-    text = report.page("before\n{{single digits-mlp}}\nafter", report.Results(tmp_path))
+    text = report.page("before\n{{single digits-mlp}}\nafter", Results(tmp_path))
     assert text == "before\n*Not yet run.*\nafter"
 
 
@@ -245,7 +241,7 @@ def test_results_survive_a_cut_line(tmp_path):
         assert again.add({"task": "x/b", "lr": 0.1}, {"test": 1 / 3}) == {"test": 0.3333333}
         assert first.path.read_bytes() == whole
     first.path.write_bytes(b'{"run": 1}\n' + whole)
-    with pytest.raises(ValueError, match="line 1 is no result"):
+    with pytest.raises(ValueError, match="line 1 is not a result"):
         store.Store("x", tmp_path)
 
 
@@ -281,17 +277,57 @@ def test_a_result_belongs_to_all_that_was_run():
     assert methods.Shira().describe() == {"kind": "shira"}
 
 
-def test_the_page_is_what_the_results_say():
+@pytest.fixture(scope="module")
+def kept():
+    """The committed results."""
+    return Results()
+
+
+def test_the_page_is_what_the_results_say(kept):
     template = (report.HERE / "page.md").read_text(encoding="utf-8")
-    assert report.PAGE.read_text(encoding="utf-8") == report.page(template, report.Results()), (
+    assert report.PAGE.read_text(encoding="utf-8") == report.page(template, kept), (
         "python -m benchmarks.quality.report writes it"
     )
     text = report.README.read_text(encoding="utf-8")
-    assert report.readme(text, report.Results()) == text
+    assert report.readme(text, kept) == text
     assert all(text.count(mark) == 1 for mark in report.MARKS)
 
 
-def test_the_front_is_what_the_results_say():
-    assert front.PATH.read_text(encoding="utf-8") == front.text(report.Results()), (
-        "python -m benchmarks.quality.report writes it"
-    )
+def test_no_figure_of_the_verdict_is_typed():
+    """Its figures are in tables that are made of the results; the prose names none that was measured."""
+    template = (report.HERE / "page.md").read_text(encoding="utf-8")
+    _, _, rest = template.partition("## Verdict")
+    section, found, _ = rest.partition("## How it was measured")
+    assert found
+    assert section.count("{{verdict-") == len(VERDICT)
+    prose = re.sub(r"`[^`]*`", "", section)
+    assert re.findall(r"\S*\d\.\d\S*|\d+ (?:points|nats)|±", prose) == []
+
+
+def test_the_verdict_takes_the_mask_that_validation_prefers(kept):
+    mask = verdict.best_mask(kept, "digits-vit/inverted")
+    scores = {one: kept.study(Setting("digits-vit/inverted", Shira(one, r=1))) for one in methods.MASKS}
+    means = {one: sum(run["validation"] for run in runs) for one, runs in scores.items()}
+    assert mask.mask == max(means, key=means.get)
+    gain = verdict.ahead(kept, "digits-vit/inverted", mask)
+    lora = kept.scores(Setting("digits-vit/inverted", Lora(1)))
+    ours = [run["test"] for run in scores[mask.mask]]
+    assert gain.startswith(f"{100 * (sum(ours) - sum(lora)) / len(lora):+.1f} ±")
+
+
+def test_the_links_of_the_page_lead_to_its_headings():
+    text = report.PAGE.read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    slugs = {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+    links = re.findall(r"\]\(#([^)]+)\)", text)
+    assert links
+    assert set(links) <= slugs
+    levels = [len(mark) for mark in re.findall(r"^(#+) ", text, flags=re.MULTILINE)]
+    assert levels[0] == 1
+    assert all(1 < now <= before + 1 for before, now in itertools.pairwise(levels))
+    for image in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+        assert (report.PAGE.parent / image).exists()
+
+
+def test_the_front_is_what_the_results_say(kept):
+    assert front.PATH.read_text(encoding="utf-8") == front.text(kept), "python -m benchmarks.quality.report writes it"

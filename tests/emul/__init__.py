@@ -25,6 +25,7 @@ BUILD = HERE / "build"
 # -O1: most of the time goes into compiling. Contractions would give other bits, as everywhere.
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DSHIRA_EMULATE=1"]
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020B000000000000", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+FLAGS += ["-DSHIRA_NAMESPACE=shira_emul"]  # beside torch.ops.shira
 # SHIRA_SANITIZE=1: under the address sanitizer, which must be preloaded. It does not look at stacks: the emulator gives
 # its threads their own.
 SANITIZE = os.environ.get("SHIRA_SANITIZE") == "1"

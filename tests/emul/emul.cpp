@@ -3,7 +3,7 @@
 #include "../../csrc/schemas.h"
 #include "cuda_emul.h"
 
-STABLE_TORCH_LIBRARY(shira_emul, m) {
+SHIRA_LIBRARY(m) {
   SHIRA_SCHEMAS(m);
   m.def("_select_random(Tensor like, int numel, int k, int seed, int granule) -> Tensor");
   m.def("_sampled_grad(Tensor grad_output, Tensor input, Tensor indices, int granule, str how) -> Tensor");
@@ -17,10 +17,10 @@ static shira::Tensor select_random(int64_t numel, int64_t k, int64_t seed, std::
                                    int64_t granule) {
   shira::check_select_random(numel, k, granule);  // a refusal from within a dispatched call loses its words
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  return shira::select_random_on("shira_emul::_select_random", cpu, numel, k, seed, granule);
+  return shira::select_random_on(SHIRA_OP("_select_random"), cpu, numel, k, seed, granule);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(shira_emul, CompositeExplicitAutograd, m) {
+SHIRA_LIBRARY_IMPL(CompositeExplicitAutograd, m) {
   m.impl("select_random", TORCH_BOX(&select_random));
   m.impl("_order", TORCH_BOX(&shira::emul::set_order));
   m.impl("_capturing", TORCH_BOX(&shira::emul::set_capturing));

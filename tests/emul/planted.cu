@@ -52,4 +52,4 @@ Tensor planted(const Tensor& x, std::string name) {
 }  // namespace
 }  // namespace shira::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(SHIRA_LIB, SHIRA_KEY, m) { m.impl("_planted", TORCH_BOX(&shira::cuda::planted)); }
+SHIRA_LIBRARY_IMPL(SHIRA_KEY, m) { m.impl("_planted", TORCH_BOX(&shira::cuda::planted)); }

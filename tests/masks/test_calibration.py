@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import shira
-from shira import calibration, masks
+from shira import masks
+from shira.masks import calibration
 
 
 def mlp(*widths, dtype=torch.float32):

@@ -10,7 +10,8 @@ import torch
 import shira
 import shira_ops
 from shira import masks
-from shira.mask import fnv1a64, from_description, signed, splitmix64
+from shira._granules import fnv1a64, signed, splitmix64
+from shira.masks.masks import from_description
 
 SHAPES = [(8, 8), (24, 16), (16, 48), (1, 16), (64, 8)]
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import cases
+import shira_ops
 from cases import DISPATCHER, MUTATING_OPS, OPS, Case, Setup, assert_same, build, of_namespace
 
 # torch's own: compiling imports modules that still use what torch deprecates.
@@ -97,6 +98,19 @@ def same_as_eager(op: str, case: Case, backend: str) -> None:
 @pytest.mark.parametrize("op", [op for op in OPS if op not in EAGER])
 def test_compile(op: str) -> None:
     same_as_eager(op, build(op, Setup(granule=2)), "aot_eager")
+
+
+@pytest.mark.subset
+@pytest.mark.parametrize("op", [op for op in cases.FOREACH_OPS if op not in EAGER])
+def test_empty_lists(op: str) -> None:
+    """A model without targets: the public function takes it, in a graph too, and still checks the other arguments."""
+    args = {k: [] if isinstance(v, list) else v for k, v in build(op).args.items()}
+    function = getattr(shira_ops, op.partition(".")[0])
+    compiled = torch.compile(lambda **given: function(**given), fullgraph=True, backend="aot_eager")
+    for call in (function, compiled):
+        assert call(**args) in ([], None)
+        with pytest.raises(RuntimeError, match="granule must be at least 1, got 0"):
+            call(**{**args, "granule": 0})
 
 
 def test_compile_for_real() -> None:

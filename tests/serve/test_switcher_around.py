@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import shira_ops
-from shira import Adapter, AdapterError, Entry, SparseTuner, Switcher, SwitchError, _live, _model, _shelf, masks
+from shira import Adapter, AdapterError, Entry, SparseTuner, Switcher, SwitchError, _live, _model, masks
+from shira.serve import _shelf
 from switcher_walk import adapter_of, bits, differing, model_of, restore
 
 

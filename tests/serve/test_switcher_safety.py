@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 import shira_ops
-from shira import Adapter, AdapterError, Entry, SparseTuner, Switcher, SwitchError, _layout, _live, _model, masks
+from shira import Adapter, AdapterError, Entry, SparseTuner, Switcher, SwitchError, _live, _model, masks
 from shira._live import Weight
+from shira.serve import _layout
 from shira_ops import reference
 from switcher_walk import NAMES, PLANS, adapter_of, bits, differing, model_of, restore
 

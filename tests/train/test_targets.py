@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import shira
-from shira import AdamW, SparseTuner, Switcher, _model, calibration, masks
+from shira import AdamW, SparseTuner, Switcher, _model, masks
+from shira.masks import calibration
 from tuning import VALUES, bits, same_bits
 
 RAND = masks.Rand(density=0.2)

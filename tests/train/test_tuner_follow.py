@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shira import SGD, AdamW, SparseTuner, _sites, masks
+from shira import SGD, AdamW, SparseTuner, masks
+from shira.train import _sites
 from tuning import VALUES, bits, check_gradients, dense_gradients, indices_of, randomize, same_bits
 
 GRADIENTS = pytest.mark.parametrize("gradient", ["sampled", "dense"])

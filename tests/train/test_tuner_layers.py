@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 import shira_ops
 from shira import SGD, SparseTuner, masks
-from shira._layers import Attach, _options
+from shira.train._layers import Attach, _options
 from tuning import bits, check_gradients, dense_gradients, indices_of, randomize, same_bits
 
 

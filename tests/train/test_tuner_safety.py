@@ -542,7 +542,7 @@ def test_a_constructor_that_fails_has_changed_nothing(
     state = [(dict(m.__dict__), [p.requires_grad for p in m._parameters.values()]) for m in model.modules()]
     hooks = [[dict(found) for name, found in vars(m).items() if name.endswith("_hooks")] for m in model.modules()]
     before = bits(model)
-    home = {"ignore": "shira._ranks", "follow": "shira.tuner", "_watch_optimizers": "shira.tuner"}
+    home = {"ignore": "shira.train._ranks", "follow": "shira.train.tuner", "_watch_optimizers": "shira.train.tuner"}
     calls = 0
 
     def fail(*args: object, **options: object) -> None:
@@ -557,7 +557,7 @@ def test_a_constructor_that_fails_has_changed_nothing(
         elif late == "follow":
             patch.setattr(nn.Sequential, "register_forward_hook", fail)
         else:
-            patch.setattr(f"{home.get(late, 'shira._sites')}.{late}", fail)
+            patch.setattr(f"{home.get(late, 'shira.train._sites')}.{late}", fail)
         with pytest.raises(MemoryError, match="as it happens"):
             tune(model, gradient)
     assert same_bits(model, before)

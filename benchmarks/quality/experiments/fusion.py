@@ -1,8 +1,8 @@
-"""Experiment 3: fusion. What two or three adapters keep of their tasks when they are on together.
+"""Experiment 3, fusion: what two or three adapters keep of their tasks when they are switched on together.
 
 Every adapter was trained for its own task alone, with the learning rate that experiment 1 found. All are switched on at
-one strength, which is swept; the strength that a method is judged at is chosen on validation. A new head is a task's
-own: it is on at full strength where its task is scored, and not fused.
+the same strength, for a range of strengths; the one that a method is judged by is chosen on validation. A new head
+belongs to one task: it is on at full strength where that task is scored, and is not fused.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from benchmarks.quality.experiments.single import rank
 from benchmarks.quality.lab import RATES, Job, Lab, Setting
 from benchmarks.quality.methods import Lora, Method, Shira, is_whole
 from benchmarks.quality.task import Task
-from shira import Adapter, Entry, Switcher, merging, metrics
+from shira import Adapter, Entry, Switcher, metrics
+from shira.adapter import combine as merging
 
 LARGE = ("minilm",)
-"""Families whose scores take longer than their training: fewer groups, variants and strengths, and no merges."""
+"""Families that take longer to score than to train: they get fewer groups, variants and strengths, and no merges."""
 
 ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5)
 FEW_ALPHAS = (0.3, 0.5, 0.7, 1.0)
 
 
 def groups(family: str) -> list[tuple[str, ...]]:
-    """Neighbours in the gradation, its ends, and three in a row from the middle."""
+    """Pairs of neighbouring tasks, the nearest with the farthest, and three in a row from the middle."""
     names = list(tasks.tasks(family))
     pairs: list[tuple[str, ...]] = [*itertools.pairwise(names)]
     if len(names) > 2 and family not in LARGE:
@@ -39,7 +40,7 @@ def groups(family: str) -> list[tuple[str, ...]]:
 
 
 SLOWER = {"a third of the rate": 1, "a tenth of the rate": 2}
-"""Adapters that move less far from the base, and how many of the rates that are tried below the best one."""
+"""Gentler training, so that adapters move less far from the base: how many steps of `RATES` below the best rate."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Variant:
 
 
 def variants(family: str, count: int) -> list[Variant]:
-    """Every way to train ``count`` adapters that is compared."""
+    """Every compared way to train ``count`` adapters."""
     r = rank(family)
     several = {"lora": Lora(r), "rand, one mask": Shira("rand", r=r)}
     if family in LARGE:
@@ -156,7 +157,7 @@ def measure(group: Sequence[str], adapters: Sequence[Adapter]) -> dict[str, Any]
 
 
 def split(task: str, adapter: Adapter) -> tuple[Adapter, Adapter]:
-    """What is fused, and the parameters that are the task's own."""
+    """The part of an adapter that is fused, and the parameters that belong to the task."""
     mine = {name for name in adapter.weights if is_whole(tasks.task(task), name)}
 
     def part(keep: bool) -> Adapter:
@@ -167,7 +168,7 @@ def split(task: str, adapter: Adapter) -> tuple[Adapter, Adapter]:
 
 
 def pairs(group: Sequence[str], bodies: Sequence[Adapter]) -> dict[str, list[Any]]:
-    """The metrics, for every pair; interference for every ordered pair: of the second's on the first's data."""
+    """The metrics of every pair, and for every ordered pair the interference of the second on the first's data."""
     base = tasks.task(group[0]).base()
     found: dict[str, list[Any]] = {"overlap": [], "awor": [], "awom": [], "awom_relative": [], "interference": []}
     for one, two in itertools.combinations(range(len(group)), 2):
@@ -191,7 +192,7 @@ def sparse_products(a: Adapter, b: Adapter, base: torch.nn.Module) -> dict[str, 
 
 
 def products(a: Adapter, b: Adapter) -> dict[str, float]:
-    """The same numbers for whole changes, where the dense product is the quickest way."""
+    """The same numbers for dense changes, for which the dense product is quickest."""
 
     def dense(weights: Mapping[str, Entry], name: str) -> torch.Tensor:
         entry = weights[name]

@@ -1,8 +1,8 @@
-"""Experiment 2: masks. Five, by density, granule, and with the same number of granules in every row or not; and
-granules of which some weights get more than others.
+"""Experiment 2, masks: the five of them by density and granule, with and without the same number of granules in every
+row; and granules of which some weights get more than others.
 
-What a run costs (lines touched, bytes) is kept beside its scores, so the front accuracy / switch time / file size can
-be drawn from the results alone.
+What a run costs (cache lines touched, bytes) is kept beside its scores, so that accuracy can be drawn beside switch
+time and file size from the results alone.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from benchmarks.quality.tasks import tasks
 
 DENSITIES = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
 GRANULES = (1, 4, 8, 16, 32)
-COARSE = 16  # granules of as many entries and more are chosen in every way that there is
+COARSE = 16  # granules of at least so many entries are placed in every way that is compared
 MIXED = ("first", "last", "magnitude")
 
 
 def rank(far: int, method: Shira) -> float:
-    """What is done first: few densities and granules, on every task with the two masks that need no data, then of all
-    five, then the rest of the two's."""
+    """The order of the runs: first few densities and granules, on every task, for the two masks that need no data; then
+    the same for all five; then the rest for the two."""
     core = method.density in (0.01, 0.04) and method.granule in (1, 16, 32)
     cheap = method.mask in ("rand", "wm") and method.granule in (1, 16, 32)
     if core and cheap and not method.balanced:
@@ -38,7 +38,7 @@ def jobs(family: str, seeds: int) -> list[Job]:
     found = []
     for far, name in enumerate(reversed(list(tasks(family)))):
         for mask, balanced, granule, density in itertools.product(MASKS, (False, True), GRANULES, DENSITIES):
-            if (mask, balanced) != ("struct", True):  # which is what it is
+            if (mask, balanced) != ("struct", True):  # Struct is balanced by itself
                 method = Shira(mask, density=density, granule=granule, balanced=balanced)
                 found.append(study(rank(far, method), Setting(name, method, budget=5), seeds))
         for mask, mixed, granule in itertools.product(("rand", "wm"), MIXED, coarse()):

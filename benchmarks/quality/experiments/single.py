@@ -1,8 +1,8 @@
-"""Experiment 1: one adapter. SHiRA with each mask against LoRA, DoRA and full fine-tuning, at equal parameters.
+"""Experiment 1, one adapter: SHiRA with each mask against LoRA, DoRA and full fine-tuning, at equal parameters.
 
-SHiRA has as many entries of every weight as LoRA of the same rank has parameters; DoRA has a magnitude for every row
-more; full fine-tuning trains everything. Beside it, on the farthest tasks: four times as many steps, masks that have
-seen more batches or fewer, and how far a mask's entries crowd into few rows and columns.
+SHiRA trains as many entries of every weight as LoRA of the same rank has parameters; DoRA has a magnitude for every row
+in addition; full fine-tuning trains everything. On the farthest tasks also: four times as many steps, masks that have
+seen more or fewer batches, and how far a mask's entries crowd into few rows and columns.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.quality.lab import Job, Lab, Setting, bases, study
 from benchmarks.quality.methods import MASKS, Dora, Full, Lora, Method, Shira, is_whole
 from benchmarks.quality.tasks import task, tasks
-from shira.mask import refine
+from shira._granules import refine
 
 RANKS = {"digits-mlp": 2, "digits-vit": 1, "minilm": 4}
 
@@ -32,7 +32,7 @@ def methods(family: str) -> list[Method]:
 
 def jobs(family: str, seeds: int) -> list[Job]:
     names = list(tasks(family))
-    # Task by task, so that what was stopped early compares methods.
+    # Task by task, so that what was done before a stop still compares methods.
     settings = [Setting(name, method) for name in names for method in methods(family)]
     found: list[Job] = [*bases(0, names)]
     r = rank(family)
@@ -56,7 +56,7 @@ def far(family: str) -> list[str]:
 
 
 def longer(family: str) -> list[Setting]:
-    """Four times the steps: is what a method lacks time?"""
+    """Four times the steps: does a method only need more time?"""
     r = rank(family)
     several = (Shira("rand", r=r), Shira("wm", r=r), Shira("snip", r=r), Lora(r), Full())
     return [Setting(name, method, steps=4 * task(name).steps) for name in far(family) for method in several]
@@ -66,7 +66,7 @@ CALIBRATIONS = (1, 8, 31)
 
 
 def calibrated(family: str) -> list[Setting]:
-    """Masks by gradients over other numbers of batches than 8."""
+    """Masks chosen by gradients over other numbers of batches than the usual 8."""
     several = [Shira(mask, r=rank(family), calibration=n) for mask in ("grad", "snip") for n in CALIBRATIONS if n != 8]
     return [Setting(name, method) for name in far(family) for method in several]
 
@@ -98,6 +98,6 @@ def crowding(lab: Lab, setting: Setting) -> dict[str, Any]:
 
 
 def fullest(counts: Tensor) -> float:
-    """The share of all that the fullest tenth of the lines has."""
+    """The share of all entries that lies in the fullest tenth of the rows (or columns)."""
     most = counts.sort(descending=True).values[: max(1, len(counts) // 10)]
     return float(most.sum() / counts.sum())

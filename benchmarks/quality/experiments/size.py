@@ -18,7 +18,7 @@ def jobs(family: str, seeds: int) -> list[Job]:
     names = list(tasks.tasks(family))
     middle = names[len(names) // 2]
     found = []
-    # Data: from the middle of the gradation.
+    # Data: on the task in the middle.
     for fraction in FRACTIONS:
         for mask in ("rand", "wm"):
             for density in DENSITIES:
@@ -47,15 +47,15 @@ def transferring(family: str) -> list[Method]:
 
 
 def growing(family: str) -> list[Method]:
-    """Growth: the same density in every size, of entries and of granules (a small weight has few); and as many entries
-    as a LoRA of the same rank has parameters, beside it."""
+    """Growth: the same density in every size, of single entries and of granules (a small weight has few of them); and
+    beside LoRA as many entries as it has parameters."""
     r = rank(family)
     granules = Shira("rand", density=0.01, granule=16)
     return [Shira("rand", density=0.01), granules, Shira("wm", density=0.01), Shira("rand", r=r), Lora(r), Full()]
 
 
 def transfer(lab: Lab, setting: Setting, names: list[str], seed: int) -> dict[str, Any]:
-    """One adapter's score on every task of its family that has no parameters of its own."""
+    """One adapter's scores on the tasks of its family; where tasks have parameters of their own, on its task alone."""
     lr = lab.tuned(setting)
     run = {**setting.run(lr, seed), "do": "transfer"}
 

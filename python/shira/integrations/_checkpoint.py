@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shira import _file, _run
-from shira.hub import FILE
-from shira.tuner import SparseTuner
+from shira import _run
+from shira.adapter import _file
+from shira.adapter.hub import FILE
+from shira.train.tuner import SparseTuner
 
 STATE = "shira_tuner.pt"
 

@@ -23,7 +23,7 @@ except ImportError:
         ) from error
 
 from shira.integrations import _checkpoint
-from shira.tuner import SparseTuner
+from shira.train.tuner import SparseTuner
 
 __all__ = ["AdapterCheckpoint"]
 

@@ -20,7 +20,7 @@ except ImportError as error:
     ) from error
 
 from shira.integrations import _checkpoint
-from shira.tuner import SparseTuner
+from shira.train.tuner import SparseTuner
 
 __all__ = ["AdapterCallback", "AdapterCheckpoints"]
 

@@ -18,10 +18,22 @@ import torch
 from torch import Tensor
 
 import shira_ops
-from shira import _file, _output
-from shira._checkpoint import Checkpoint, Shard, Stored, companions, fit, open_checkpoint, renamed, whole_overwrites
-from shira._file import AdapterError
-from shira.adapter import Adapter, Entry, dtype_name
+from shira import _text
+from shira._granules import dtype_name
+from shira._text import AdapterError
+from shira.adapter import _file, _output
+from shira.adapter._checkpoint import (
+    Checkpoint,
+    Shard,
+    Stored,
+    companions,
+    fit,
+    open_checkpoint,
+    renamed,
+    whole_overwrites,
+)
+from shira.adapter._entry import Entry
+from shira.adapter.adapter import Adapter
 
 Progress = Callable[[str, int, int], None]
 
@@ -110,7 +122,7 @@ def merge(
     *,
     alpha: float | None = None,
     overwrite: bool = False,
-    rename: _file.Rename = None,
+    rename: _text.Rename = None,
     check_finite: bool = True,
     inputs: tuple[str | os.PathLike[str], ...] = (),
     progress: Progress | None = None,
@@ -141,7 +153,7 @@ def merge(
         _output.no_merged_file if source.folder is None else _output.no_merged_folder,
         "say that it may be overwritten (--overwrite)",
     )
-    strength = _file.strength("alpha", adapter.alpha if alpha is None else alpha)
+    strength = _text.strength("alpha", adapter.alpha if alpha is None else alpha)
     weights = renamed(adapter.weights, rename)
     places = _fitting(adapter, weights, source, strength, check_finite)
     changes: dict[Stored, Callable[[], Any]] = {

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 import shira_ops
-from shira import _codec, _file, _model
-from shira._checkpoint import Checkpoint, Source, Stored, map_file, open_checkpoint, ties
-from shira._file import AdapterError, Rename
-from shira._patterns import Pattern
-from shira.adapter import Adapter, Entry, dtype_name
-from shira.difference import Lost, Report
-from shira.mask import index_dtype
+from shira import _codec, _model, _text
+from shira._granules import dtype_name, index_dtype
+from shira._text import AdapterError, Rename
+from shira.adapter import _file
+from shira.adapter._checkpoint import Checkpoint, Source, Stored, map_file, open_checkpoint, ties
+from shira.adapter._entry import Entry, Lost, Report
+from shira.adapter._patterns import Pattern
+from shira.adapter.adapter import Adapter
 
 __all__ = ["from_peft", "to_peft"]
 
@@ -306,7 +307,7 @@ def _alpha(where: str, config: Mapping[str, Any], patterns: Mapping[str, Pattern
         if found:
             alpha = config["alpha_pattern"][text]
             break
-    return _file.strength(f"{where}: lora_alpha", alpha)
+    return _text.strength(f"{where}: lora_alpha", alpha)
 
 
 def _patterns(where: str, config: Mapping[str, Any]) -> dict[str, Pattern]:
@@ -378,7 +379,7 @@ def from_peft(
     """See `Adapter.from_peft`."""
     where = os.fspath(folder)
     if not os.path.isdir(where):
-        from shira import hub
+        from shira.adapter import hub
 
         where = hub.snapshot(where, [CONFIG, WEIGHTS], revision=revision, token=token)
     config = _config(where)
@@ -395,7 +396,7 @@ def from_peft(
         _check_plain_lora(where, config)
     modules, others = _by_module(where, kind, _tensors(where))
     source = _base(where, config, base)
-    renamed = _file.renamer(rename)
+    renamed = _text.renamer(rename)
     weights = _Weights(source, config.get("fan_in_fan_out"), renamed)
     places: dict[str, Stored] = {}
     for module in modules:

@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shira import _file
-from shira._file import AdapterError
+from shira._text import AdapterError
+from shira.adapter import _file
 
 if TYPE_CHECKING:
-    from shira.adapter import Adapter
+    from shira.adapter.adapter import Adapter
 
 FILE = "shira_adapter.safetensors"
 CARD = "README.md"

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from shira import _layers, _model
-from shira.adapter import dtype_name
+from shira import _model
+from shira._granules import dtype_name
+from shira._model import VALUES_SUFFIX
+from shira.train import _layers
 
-VALUES_SUFFIX, INDICES_SUFFIX = "_shira_values", "_shira_indices"
 ALL_LINEAR = "all-linear"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 import shira_ops
 from shira import _live
-from shira._file import ARITHMETIC
+from shira._granules import dtype_name, refine
 from shira._live import Watch, Weight
-from shira.adapter import Adapter, dtype_name
-from shira.mask import refine
+from shira.adapter._file import ARITHMETIC
+from shira.adapter.adapter import Adapter
 
 
 @dataclass(eq=False)
@@ -69,6 +69,16 @@ class Part:
             # In place: ways have the tensor.
             self.saved.copy_(base_entries(self.weight, self.indices, self.granule, active))
             self.blank = None
+
+    def rebase(self) -> None:
+        """Keep the entries of the base that the weight holds now instead of those it held before."""
+        known, count = self.known, self.indices.numel() if self.known else 1
+        entries = shira_ops.gather(self.weight.tensor.detach(), self.indices[:count], granule=self.granule)
+        if not known:
+            entries = _bits(entries).bitwise_not_().view(entries.dtype)
+            self.blank = _bits(entries)
+        self.saved[: entries.numel()].copy_(entries)  # in place: ways have the tensor
+        self.differences.clear()
 
     def finer(self, granule: int) -> Tensor:
         """The indices for a divisor of the granule; made once."""

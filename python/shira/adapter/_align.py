@@ -14,10 +14,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from shira import _file, _model
-from shira._checkpoint import Checkpoint, Stored, equal, ties
-from shira._file import AdapterError
-from shira._targets import INDICES_SUFFIX, VALUES_SUFFIX
+from shira import _model, _text
+from shira._model import INDICES_SUFFIX, VALUES_SUFFIX
+from shira._text import AdapterError
+from shira.adapter._checkpoint import Checkpoint, Stored, equal, ties
 
 _MOST_CONFIG_BYTES = 16 << 20
 # Buffers that older versions of transformers saved, and newer ones compute.
@@ -37,7 +37,7 @@ class Aligned:
     notes: list[str] = field(default_factory=list)
 
 
-def align(base: Checkpoint, tuned: Checkpoint, rename: _file.Rename) -> Aligned:
+def align(base: Checkpoint, tuned: Checkpoint, rename: _text.Rename) -> Aligned:
     """Bring the names together; what then is in one of the two alone is still there."""
     notes: list[str] = []
     one, two = _own(base, "base", notes), _own(tuned, "tuned", notes)
@@ -65,8 +65,8 @@ def _own(checkpoint: Checkpoint, role: str, notes: list[str]) -> dict[str, Store
     return {name: stored for name, stored in checkpoint.tensors.items() if name not in gone}
 
 
-def _renamed(tensors: dict[str, Stored], rename: _file.Rename) -> dict[str, Stored]:
-    new = _file.renamer(rename)
+def _renamed(tensors: dict[str, Stored], rename: _text.Rename) -> dict[str, Stored]:
+    new = _text.renamer(rename)
     before: dict[str, str] = {}
     for name in tensors:
         if before.setdefault(new(name), name) != name:

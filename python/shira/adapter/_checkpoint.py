@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from shira import _file
-from shira._file import AdapterError
+from shira import _text
+from shira._text import AdapterError
+from shira.adapter import _file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -180,7 +181,7 @@ def _named(where: str, tensors: Mapping[str, Stored], **rest: Any) -> Checkpoint
     found: dict[str, Stored] = {}
     before: dict[str, str] = {}
     for name, stored in tensors.items():
-        stored.name = _file.clean(name).removeprefix(prefix)
+        stored.name = _text.clean(name).removeprefix(prefix)
         if before.setdefault(stored.name, name) != name:
             raise AdapterError(f"{where}: {before[stored.name]!r} and {name!r} are two names for {stored.name!r}")
         found[stored.name] = stored
@@ -240,7 +241,7 @@ def _in_memory(where: str, tensors: Mapping[str, Any], model: object) -> Checkpo
         stored[key] = Stored(key, dtype, shape, tensor.nbytes, tensor, memory)
     if model is not None:
         for name, one in stored.items():
-            one.name = _file.clean(name)
+            one.name = _text.clean(name)
         return Checkpoint(where, {one.name: one for one in stored.values()}, model=model)
     return _named(where, stored)
 
@@ -385,11 +386,11 @@ class _Aliased(Protocol):
 _Weight = TypeVar("_Weight", bound=_Aliased)
 
 
-def renamed(weights: Mapping[str, _Weight], rename: _file.Rename) -> dict[str, _Weight]:
+def renamed(weights: Mapping[str, _Weight], rename: _text.Rename) -> dict[str, _Weight]:
     """An adapter's weights, and their aliases, under other names; refuses two under one name."""
     if rename is None:
         return dict(weights)
-    new = _file.renamer(rename)
+    new = _text.renamer(rename)
     found: dict[str, _Weight] = {}
     before: dict[str, str] = {}
     for name, weight in weights.items():

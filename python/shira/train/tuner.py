@@ -3,7 +3,7 @@
 The weight itself holds the trained entries, so forward computes nothing more than before. The trainable parameters are
 the ``values``: one 1-D parameter for each weight, fp32 (fp64 for fp64 weights), registered on the module that owns the
 weight as ``<weight>_shira_values``. They are the truth and the weight follows: after every optimizer step a hook writes
-them, and a forward writes what was edited otherwise (see `shira._sites`).
+them, and a forward writes what was edited otherwise (see `shira.train._sites`).
 
 Their gradients come in one of two ways, chosen for each weight:
 
@@ -35,10 +35,16 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 import shira_ops
-from shira import _live, _model, _ranks, _targets
-from shira._file import Rename, hex_word
-from shira._layers import Attach
-from shira._sites import (
+from shira import _live, _model
+from shira._model import VALUES_SUFFIX
+from shira._text import AdapterError, Rename, hex_word
+from shira.adapter._entry import Entry
+from shira.adapter.adapter import Adapter
+from shira.masks.masks import AUTO_GRANULE, Given, Mask, default
+from shira.serve.switcher import fitted
+from shira.train import _ranks, _targets
+from shira.train._layers import Attach
+from shira.train._sites import (
     Group,
     Place,
     Site,
@@ -59,10 +65,6 @@ from shira._sites import (
     uncover,
     write,
 )
-from shira._targets import VALUES_SUFFIX
-from shira.adapter import Adapter, AdapterError, Entry
-from shira.mask import AUTO_GRANULE, Given, Mask, default
-from shira.switcher import fitted
 
 __all__ = ["Attach", "SparseTuner", "Target", "detach", "is_detached", "mark_written", "target_of"]
 

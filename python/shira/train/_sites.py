@@ -30,9 +30,10 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import shira_ops
-from shira import _layers, _live, _model
-from shira._targets import INDICES_SUFFIX, VALUES_SUFFIX
-from shira.adapter import dtype_name
+from shira import _live, _model
+from shira._granules import dtype_name
+from shira._model import INDICES_SUFFIX, VALUES_SUFFIX
+from shira.train import _layers
 
 # A module's own dictionary of the sites on it, by attribute.
 SITES = "_shira_sites"

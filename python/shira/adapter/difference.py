@@ -18,11 +18,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from shira import _codec, _file, _model
-from shira._align import Aligned, align
-from shira._checkpoint import Bytes, Source, Stored, equal, equal_bytes, open_checkpoint
-from shira._file import AdapterError
-from shira.adapter import Adapter, Entry
+from shira import _codec, _model, _text
+from shira._text import AdapterError
+from shira.adapter import _file
+from shira.adapter._align import Aligned, align
+from shira.adapter._checkpoint import Bytes, Source, Stored, equal, equal_bytes, open_checkpoint
+from shira.adapter._entry import Entry, Lost, Report
+from shira.adapter.adapter import Adapter
 
 __all__ = ["Lost", "Progress", "Report", "difference"]
 
@@ -33,56 +35,6 @@ _CHUNK = 4 << 20  # bytes of one checkpoint: little enough to stay in the caches
 _WORD = 2**64 - 1
 _T = TypeVar("_T")
 _R = TypeVar("_R")
-
-
-@dataclass(frozen=True)
-class Lost:
-    """One weight of a `Report`.
-
-    ``entries`` it has, ``changed`` by what was given, ``kept`` in the adapter (at least the changed ones where granules
-    complete them), and ``lost``: the share of the squared difference, in [0, 1], that the adapter leaves out.
-    """
-
-    entries: int
-    changed: int
-    kept: int
-    lost: float
-    # The sum of the squared differences, so that shares add up over weights.
-    squared: float = 0.0
-
-
-@dataclass(frozen=True)
-class Report:
-    """What making an adapter left out, weight by weight and in all; ``notes``: how names were brought together."""
-
-    weights: Mapping[str, Lost]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def changed(self) -> int:
-        """Entries that differ, over all weights."""
-        return sum(weight.changed for weight in self.weights.values())
-
-    @property
-    def kept(self) -> int:
-        """Entries in the adapter, over all weights."""
-        return sum(weight.kept for weight in self.weights.values())
-
-    @property
-    def lost(self) -> float:
-        """Share of the squared difference of all weights that the adapter leaves out, in [0, 1]."""
-        whole = math.fsum(weight.squared for weight in self.weights.values())
-        return math.fsum(weight.lost * weight.squared for weight in self.weights.values()) / whole if whole else 0.0
-
-    @property
-    def exact(self) -> bool:
-        """Whether the adapter holds every changed entry."""
-        return self.lost == 0.0 and all(weight.kept >= weight.changed for weight in self.weights.values())
-
-    def __str__(self) -> str:
-        text = f"{self.changed:,} entries changed in {len(self.weights)} weights, {self.kept:,} kept"
-        lost = "nothing lost" if self.exact else f"{self.lost:.3%} of the squared difference lost"
-        return "; ".join([f"{text}, {lost}", *self.notes])
 
 
 def _in_order(pool: Executor, ahead: int, function: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
@@ -363,7 +315,7 @@ def difference(
     granule: int = 1,
     alpha: float = 1.0,
     provenance: Mapping[str, Any] | None = None,
-    rename: _file.Rename = None,
+    rename: _text.Rename = None,
     added: bool = False,
     progress: Progress | None = None,
 ) -> Adapter:

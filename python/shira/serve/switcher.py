@@ -16,10 +16,14 @@ import torch
 from torch import Tensor, nn
 
 import shira_ops
-from shira import _file, _fit, _layout, _live, _model, _shelf
-from shira._layout import EMPTY, Alphas, Layout, Part, Way
+from shira import _fit, _live, _model, _text
+from shira._granules import dtype_name
 from shira._live import LOCK, SwitchError, Weight
-from shira.adapter import Adapter, AdapterError, dtype_name
+from shira._text import AdapterError
+from shira.adapter import _file
+from shira.adapter.adapter import Adapter
+from shira.serve import _layout, _shelf
+from shira.serve._layout import EMPTY, Alphas, Layout, Part, Way
 
 __all__ = ["Memory", "SwitchError", "Switcher"]
 
@@ -158,6 +162,7 @@ class Switcher:
         self._blocks: list[weakref.ref[_Block]] = []
         self._spilled: set[Path] = set()
         self._self: weakref.ref[object] = weakref.ref(self)
+        _live.switchers.add(self)
         weakref.finalize(self, _gone, os.getpid(), self._weights, self._self, self._spilled)
 
     @property
@@ -178,7 +183,7 @@ class Switcher:
         *,
         verify: bool = True,
         check_finite: bool = True,
-        rename: _file.Rename = None,
+        rename: _text.Rename = None,
     ) -> None:
         """Make an adapter ready under a name; refuses one that was made for another base. Only reads the weights.
 
@@ -205,7 +210,7 @@ class Switcher:
             file = Path(adapter).absolute()
             where, stamp = os.fspath(adapter), _shelf.stamp_of(file)
             adapter = _shelf.load(file, stamp)
-        alpha = _file.strength(f"{where}: alpha", adapter.alpha)
+        alpha = _text.strength(f"{where}: alpha", adapter.alpha)
         for weight_name, entry in adapter.weights.items():
             entry.check_indices(f"{where}: weight {weight_name!r}")
             if check_finite:
@@ -438,6 +443,40 @@ class Switcher:
                 if len(names) > 1:
                     found[" + ".join(names)] = Memory(layout.nbytes, 0, 0)
             return found
+
+    def knows(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether adapters were added that change any of these weights."""
+        with LOCK:
+            return not self._weights.keys().isdisjoint(map(_model.memory, tensors))
+
+    def rebase(self, bases: Mapping[Tensor, int]) -> None:
+        """Take what these weights hold now for the base, as after a `shira.sync.Receiver` wrote an update into them.
+
+        The adapters stay as they are: an overwriting one replaces the same entries, a delta is added to the new ones,
+        and taking them off gives the new base.
+
+        Args:
+            bases: the weights, as the model holds them, and the fingerprint of what each holds now (not compared).
+
+        Raises `SwitchError` where an adapter is active, with nothing changed.
+        """
+        with LOCK, _quiet():
+            self._heal()
+            if self._active:
+                raise SwitchError(f"Switcher: deactivate() before the base is changed; {_told(self._active)}")
+            _live.wait(self._written)
+            fresh = {_model.memory(tensor): fingerprint for tensor, fingerprint in bases.items()}
+            for key, weight in self._weights.items():
+                if key in fresh:
+                    _live.refuse_first([weight], Weight.place)
+                    weight.ledger.base = fresh[key]
+                    weight.note()
+            for layout in self._layouts.values():
+                _live.wait(layout.ready)
+                for weight, part in layout.parts.items():
+                    if _model.memory(weight.tensor) in fresh:
+                        part.rebase()
+            self._written = _live.mark(tensor.device for tensor in bases)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A copy would share what is known of the first one's weights, and write into them.
@@ -786,7 +825,7 @@ class Switcher:
                 self._known(name)
             # In the order they were added, whatever the mapping's: the sum is then always the same bits.
             strengths = {name: which[name] for name in self._added if name in which}
-        return {name: _file.strength(f"the strength of {name!r}", value) for name, value in strengths.items()}
+        return {name: _text.strength(f"the strength of {name!r}", value) for name, value in strengths.items()}
 
     def _way(self, before: Layout, after: Layout) -> Way:
         key = (before, after)
@@ -901,7 +940,7 @@ class Switcher:
 
 
 def fitted(
-    model: nn.Module, adapter: str | os.PathLike[str] | Adapter, check_finite: bool, rename: _file.Rename
+    model: nn.Module, adapter: str | os.PathLike[str] | Adapter, check_finite: bool, rename: _text.Rename
 ) -> tuple[Adapter, dict[str, _model.Slot]]:
     """An adapter, and where its weights are in the model: with every check of `Switcher.add`, for who needs no more."""
     switcher = Switcher(model)

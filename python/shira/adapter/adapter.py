@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -14,126 +14,18 @@ import torch
 from torch import Tensor
 
 import shira_ops
-from shira import _file, _model
-from shira._checkpoint import Checkpoint, Source, misfits, open_checkpoint, ties
-from shira._file import AdapterError, named
-from shira.mask import index_dtype, refine, signed
+from shira import _model, _text
+from shira._granules import dtype_name, index_dtype, refine, signed
+from shira._text import AdapterError, named
+from shira.adapter import _file
+from shira.adapter._checkpoint import Checkpoint, Source, misfits, open_checkpoint, ties
+from shira.adapter._entry import Entry
 
 if TYPE_CHECKING:
-    from shira.difference import Progress, Report
+    from shira.adapter._entry import Report
+    from shira.adapter.difference import Progress
 
 __all__ = ["Adapter", "AdapterError", "Entry"]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """torch's name of a dtype without ``torch.``."""
-    return str(dtype).removeprefix("torch.")
-
-
-def check_finite(where: str, values: Tensor) -> None:
-    """Refuse values with NaN or infinity among them; `where` begins the sentence. Whole numbers are always finite."""
-    if not values.is_floating_point() or not values.numel():
-        return
-    values = values.detach()
-    if values.itemsize == 1:  # 8-bit floats have few operations of their own, and fit
-        values = values.to(torch.float32)
-    # Both ends are NaN if anything is: one pass, where isfinite takes three and memory of its own.
-    if all(map(math.isfinite, torch.stack(values.aminmax()).tolist())):
-        return
-    nan, infinite = int(values.isnan().sum()), int(values.isinf().sum())
-    found = " and ".join(f"{count:,} {what}" for count, what in ((nan, "NaN"), (infinite, "infinite")) if count)
-    raise AdapterError(
-        f"{where}: {nan + infinite:,} of its {values.numel():,} values are not finite ({found}); "
-        f"check_finite=False (--allow-nonfinite) lets them through"
-    )
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """The tensor without what else lies in its memory, such as the mapped file that it is a part of."""
-    if tensor.untyped_storage().nbytes() == tensor.nbytes:
-        return tensor
-    return tensor.detach().clone()
-
-
-@dataclass(frozen=True, eq=False)
-class Entry:
-    """What an adapter changes of one weight.
-
-    ``indices`` are granule numbers, ``values`` the ``len(indices) * granule`` entries they become (or, for a
-    ``delta`` adapter, what is added to them). ``shape`` and ``dtype`` are the weight's; ``fingerprint`` is that of the
-    base it was made for (`shira_ops.fingerprint` as an unsigned number); ``seed`` stands for the indices of a drawn
-    mask; ``aliases`` are further names of the same (tied) weight. A whole parameter is one granule of all its entries,
-    indices ``[0]``.
-    """
-
-    indices: Tensor
-    values: Tensor
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    granule: int = 1
-    fingerprint: int | None = None
-    seed: int | None = None
-    aliases: tuple[str, ...] = ()
-    # Whether the content of the indices is known to be good, as decoding proves it.
-    checked: bool = field(default=False, repr=False)
-
-    @property
-    def numel(self) -> int:
-        """Entries of the weight."""
-        return math.prod(self.shape)
-
-    @property
-    def nnz(self) -> int:
-        """Entries that change."""
-        return self.values.numel()
-
-    @property
-    def whole(self) -> bool:
-        """Whether the entry replaces the parameter as a whole."""
-        return self.granule == self.numel and self.indices.numel() == 1
-
-    def check(self, where: str) -> None:
-        """Refuse what contradicts itself: shapes, dtypes, counts. The indices' content is `check_indices`' affair."""
-        if self.granule < 1 or self.numel % self.granule or self.granule > max(self.numel, 1):
-            raise AdapterError(f"{where}: granule must divide its {self.numel} entries, got {self.granule}")
-        if dtype_name(self.dtype) not in _file.DTYPES:
-            raise AdapterError(f"{where}: dtype must be one of {', '.join(_file.DTYPES)}, got {dtype_name(self.dtype)}")
-        if self.indices.dtype not in (torch.int32, torch.int64) or self.indices.dim() != 1:
-            raise AdapterError(
-                f"{where}: indices must be 1-D and int32 or int64, "
-                f"got shape {list(self.indices.shape)} of {dtype_name(self.indices.dtype)}"
-            )
-        nnz = self.indices.numel() * self.granule
-        if self.values.dim() != 1 or self.values.numel() != nnz:
-            raise AdapterError(
-                f"{where}: values must have {nnz} entries ({self.indices.numel()} indices of granule {self.granule}), "
-                f"got shape {list(self.values.shape)}"
-            )
-        if nnz > self.numel:
-            raise AdapterError(f"{where}: values must be at most its {self.numel} entries, got {nnz}")
-        full = dtype_name(self.dtype) in _file.ARITHMETIC and self.values.dtype == torch.float32
-        if self.values.dtype != self.dtype and not full:
-            raise AdapterError(
-                f"{where}: values must have the weight's dtype {dtype_name(self.dtype)} or, for floats, float32, "
-                f"got {dtype_name(self.values.dtype)}"
-            )
-
-    def check_indices(self, where: str) -> None:
-        """Refuse indices that are not strictly increasing below the weight's number of granules."""
-        if self.checked:
-            return
-        try:
-            shira_ops.check_indices(self.indices, self.numel, granule=self.granule)
-        except RuntimeError as error:
-            raise AdapterError(f"{where}: {error}") from error
-
-    def check_finite(self, where: str) -> None:
-        """Refuse NaN and infinity among the values, with their numbers; `where` begins the sentence."""
-        check_finite(where, self.values)
-
-    # The values of a loaded adapter are views of its file, and a view is pickled with all that it is a view of.
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "indices": _own(self.indices), "values": _own(self.values)}
 
 
 class Adapter:
@@ -166,7 +58,7 @@ class Adapter:
             entry.check(f"weight {named(name)}")
         _file.check_names("", {name: entry.aliases for name, entry in weights.items()})
         self.weights: Mapping[str, Entry] = MappingProxyType(dict(weights))
-        self.alpha = _file.strength("alpha", alpha)
+        self.alpha = _text.strength("alpha", alpha)
         self.delta = bool(delta)
         self.mask = None if mask is None else _file.json_object("mask", mask)
         self.provenance = _file.json_object("provenance", provenance)
@@ -212,7 +104,7 @@ class Adapter:
         )
 
     def save(self, path: str | os.PathLike[str], *, seeds: bool = False) -> None:
-        """Write the adapter as one safetensors file (see the module `shira._file` for what stands where).
+        """Write the adapter as one safetensors file (docs/format.md says what stands where).
 
         The file is written beside its final place and renamed, so that a reader never sees half of one.
 
@@ -224,6 +116,11 @@ class Adapter:
         path = Path(path)
         if not path.parent.is_dir():
             raise FileNotFoundError(f"the folder {str(path.parent)!r} to write {path.name!r} into does not exist")
+        with _file.replacing(path) as temporary:
+            self.write(temporary, seeds=seeds)
+
+    def write(self, path: Path, *, seeds: bool = False) -> None:
+        """Write the bytes of `save` to this path itself, which may hold half of them if that is interrupted."""
         parts: list[tuple[str, _file.Part]] = []
         weights: dict[str, Any] = {}
         prints: list[tuple[int, int]] = []
@@ -249,8 +146,8 @@ class Adapter:
                 "granule": entry.granule,
                 "count": entry.indices.numel(),
                 "indices": kind,
-                "seed": _file.hex_word(entry.seed),
-                "fingerprint": _file.hex_word(entry.fingerprint),
+                "seed": _text.hex_word(entry.seed),
+                "fingerprint": _text.hex_word(entry.fingerprint),
                 **({"aliases": list(entry.aliases)} if entry.aliases else {}),
             }
             values = entry.values.detach().cpu().contiguous()
@@ -271,8 +168,7 @@ class Adapter:
         metadata[_file.CHECKSUMS_KEY] = _file.checksums(metadata, prints)
         # Large entries first, so that every tensor lies at a multiple of its own; else in the adapter's order.
         parts.sort(key=lambda one: -_file.ITEM_BYTES[one[1].dtype])
-        with _file.replacing(path) as temporary:
-            _file.write_safetensors(temporary, dict(parts), metadata, _file.MAX_ADAPTER_HEADER)
+        _file.write_safetensors(path, dict(parts), metadata, _file.MAX_ADAPTER_HEADER)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, checksums: bool = True) -> Adapter:
@@ -340,7 +236,7 @@ class Adapter:
         granule: int = 1,
         alpha: float = 1.0,
         provenance: Mapping[str, Any] | None = None,
-        rename: _file.Rename = None,
+        rename: _text.Rename = None,
         added: bool = False,
         progress: Progress | None = None,
     ) -> Adapter:
@@ -371,7 +267,7 @@ class Adapter:
         The adapter's ``report`` says, for each weight and in all, how many entries changed and were kept, and what
         share of the squared difference was lost. Raises `AdapterError` with all names, shapes and dtypes that differ.
         """
-        from shira.difference import difference
+        from shira.adapter.difference import difference
 
         return difference(
             base,
@@ -394,7 +290,7 @@ class Adapter:
         density: float | None = None,
         granule: int = 1,
         autocast_adapter_dtype: bool = True,
-        rename: _file.Rename = None,
+        rename: _text.Rename = None,
         revision: str | None = None,
         token: str | bool | None = None,
     ) -> Adapter:
@@ -422,7 +318,7 @@ class Adapter:
         LoftQ and LoRA-GA), for a weight that is tied to another, and for a square matrix that may be a ``Conv1D``'s or
         a ``Linear``'s, which the model itself as ``base`` would tell.
         """
-        from shira.peft import from_peft
+        from shira.adapter._peft import from_peft
 
         return from_peft(
             folder,
@@ -466,7 +362,7 @@ class Adapter:
         Raises `AdapterError` for what PEFT cannot hold: whole parameters, weights that are no linear layer's, tied
         weights; and `FileExistsError` for a folder that holds an adapter already.
         """
-        from shira.peft import to_peft
+        from shira.adapter._peft import to_peft
 
         to_peft(self, folder, base, base_model=base_model, task_type=task_type, overwrite=overwrite)
 
@@ -486,7 +382,7 @@ class Adapter:
             filename: the file's name in it.
             revision, token: a repository's branch, tag or commit, and the right to read it.
         """
-        from shira import hub
+        from shira.adapter import hub
 
         return cls.load(hub.locate(os.fspath(where), filename=filename, revision=revision, token=token))
 
@@ -511,7 +407,7 @@ class Adapter:
 
         Returns the commit's address.
         """
-        from shira import hub
+        from shira.adapter import hub
 
         return hub.push(
             self,
@@ -528,7 +424,7 @@ class Adapter:
         self, folder: str | os.PathLike[str], *, base_model: str | None = None, seeds: bool = False
     ) -> None:
         """Write the file and its model card into a folder, as `push_to_hub` uploads them."""
-        from shira import hub
+        from shira.adapter import hub
 
         base_model = base_model or self.provenance.get("base_model_name_or_path")
         hub.save(self, Path(folder), Path(folder).resolve().name, base_model, seeds)
@@ -576,7 +472,7 @@ class Adapter:
         if dtype is None and base is None:
             raise AdapterError("to: give a dtype, or a base whose dtypes to take")
         if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype_name(dtype) not in _file.ARITHMETIC):
-            raise AdapterError(f"to: dtype must be one of {', '.join(_file.ARITHMETIC)}, got {_file.shown(dtype)}")
+            raise AdapterError(f"to: dtype must be one of {', '.join(_file.ARITHMETIC)}, got {_text.shown(dtype)}")
         source = None if base is None else open_checkpoint(base, "base")
         entries, wanted = {}, {}
         for name, entry in self.weights.items():
@@ -623,7 +519,7 @@ class Adapter:
             check_finite: refuse NaN and infinity in the adapters and in what comes out.
         """
         given = [
-            (adapter, _file.strength(f"fuse: the strength of adapter {number}", strength))
+            (adapter, _text.strength(f"fuse: the strength of adapter {number}", strength))
             for number, (adapter, strength) in enumerate(adapters, 1)
         ]
         source = open_checkpoint(base, "base")

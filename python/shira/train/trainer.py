@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from shira import _file, _run
-from shira.optim import AdamW
-from shira.tuner import SparseTuner
+from shira import _run
+from shira.adapter import _file
+from shira.train.optim import AdamW
+from shira.train.tuner import SparseTuner
 
 __all__ = ["Trainer"]
 

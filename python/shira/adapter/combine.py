@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 import shira_ops
-from shira._checkpoint import Source
-from shira._file import named, shown, strength
-from shira.adapter import Adapter, Entry
-from shira.mask import fnv1a64, refine, splitmix64
+from shira._granules import fnv1a64, refine, splitmix64
+from shira._text import named, shown, strength
+from shira.adapter._checkpoint import Source
+from shira.adapter._entry import Entry
+from shira.adapter.adapter import Adapter
 
 __all__ = ["dare", "magnitude_prune", "ties"]
 

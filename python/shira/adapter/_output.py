@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shira import _file
-from shira._file import AdapterError
+from shira._text import AdapterError
+from shira.adapter import _file
 
 MARK = ".shira-merged.json"
 """In a merged folder: the names of the files that were written, so that it is known again as ours, and as untouched."""

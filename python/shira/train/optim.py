@@ -19,7 +19,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 import shira_ops
-from shira.tuner import SparseTuner, Target, is_detached, mark_written, target_of
+from shira.train.tuner import SparseTuner, Target, is_detached, mark_written, target_of
 
 __all__ = ["SGD", "AdamW"]
 

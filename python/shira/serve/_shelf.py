@@ -10,8 +10,9 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from shira import _file
-from shira.adapter import Adapter, AdapterError
+from shira._text import AdapterError
+from shira.adapter import _file
+from shira.adapter.adapter import Adapter
 
 Stamp = tuple[int, int, int, int]
 

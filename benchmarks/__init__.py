@@ -1,0 +1,1 @@
+"""Benchmarks: ``speed`` measures how long things take, ``quality`` whether adapters learn."""

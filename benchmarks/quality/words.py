@@ -1,0 +1,76 @@
+"""How the page writes things: numbers, the names of methods and tasks, tables."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+
+from benchmarks.quality.findings import is_accuracy, mean, standard_error
+from benchmarks.quality.methods import Method, Shira
+
+NAMES = {"rand": "Rand", "struct": "Struct", "wm": "WM", "grad": "Grad", "snip": "Snip"}
+
+MIXED = {"first": "more in the first weights", "last": "more in the last", "magnitude": "by magnitude over all weights"}
+
+
+def number(family: str, score: float) -> str:
+    """A mean, as the tables show it: accuracy in percent, or the loss in nats."""
+    if not math.isfinite(score):
+        return "diverged"
+    return f"{100 * score:.1f}" if is_accuracy(family) else f"{-score:.3f}"
+
+
+def spread(family: str, scores: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    if not all(map(math.isfinite, scores)):
+        return "diverged"
+    deviation = statistics.stdev(scores) if len(scores) > 1 else 0.0
+    digits = f"{100 * deviation:.1f}" if is_accuracy(family) else f"{deviation:.3f}"
+    return f"{number(family, statistics.fmean(scores))} ± {digits}"
+
+
+def difference(family: str, values: Sequence[float]) -> str:
+    """The mean of differences, in points (or nats), and its standard error."""
+    factor = 100 if is_accuracy(family) else 1
+    digits = 1 if is_accuracy(family) else 3
+    return f"{factor * mean(values):+.{digits}f} ± {factor * standard_error(values):.{digits}f}"
+
+
+def label(method: Method) -> str:
+    """A method as the tables call it."""
+    if not isinstance(method, Shira):
+        return {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tuning"}[method.kind]
+    parts = [f"SHiRA-{NAMES[method.mask]}"]
+    if method.granule > 1:
+        parts.append(f"granule {method.granule}")
+    if method.balanced:
+        parts.append("balanced")
+    if method.mixed:
+        parts.append(MIXED[method.mixed])
+    return ", ".join(parts)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.4g} %"
+
+
+def share(values: Sequence[float]) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{100 * mean(values):.0f} ± {100 * deviation:.0f}"
+
+
+def what(task: str) -> str:
+    return task.partition("/")[2]
+
+
+def fusion_name(variant: str) -> str:
+    first, comma, rest = variant.partition(",")
+    name, _, granule = first.partition(" ")
+    text = "LoRA" if name == "lora" else f"SHiRA-{NAMES[name]}" + (f" granule {granule}" if granule else "")
+    return text + comma + rest
+
+
+def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(heading) + " |", "|---" * len(heading) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])

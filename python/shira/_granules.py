@@ -1,0 +1,60 @@
+"""The arithmetic that everything here shares: 64-bit words, dtypes of indices, granules in other sizes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_WORD = 2**64 - 1
+
+
+def splitmix64(x: int) -> int:
+    """The mixer of 64-bit words that the ops use too."""
+    z = (x + 0x9E3779B97F4A7C15) & _WORD
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _WORD
+    return z ^ (z >> 31)
+
+
+def fnv1a64(text: str) -> int:
+    """FNV-1a of the text's UTF-8 bytes, 64 bits."""
+    value = 0xCBF29CE484222325
+    for byte in text.encode():
+        value = ((value ^ byte) * 0x100000001B3) & _WORD
+    return value
+
+
+def signed(word: int) -> int:
+    """A 64-bit word as the int64 that an op's argument holds."""
+    return word - 2**64 if word >= 2**63 else word
+
+
+def index_dtype(granules: int) -> torch.dtype:
+    """int32 while every granule number fits, else int64."""
+    return torch.int32 if granules < 2**31 else torch.int64
+
+
+def refine(indices: Tensor, granule: int, finer: int, numel: int) -> Tensor:
+    """The same entries of a weight of ``numel`` as granules of a divisor of the granule."""
+    parts = granule // finer
+    if parts == 1:
+        return indices
+    dtype = index_dtype(numel // finer)
+    steps = torch.arange(parts, dtype=dtype, device=indices.device)
+    return (indices.to(dtype).unsqueeze(1) * parts + steps).view(-1)
+
+
+def regranule(indices: Tensor, granule: int, wanted: int) -> Tensor:
+    """The granules of ``wanted`` entries that hold an entry of the given granules, not yet distinct; int64."""
+    first = indices.to(torch.int64) * granule
+    last = (first + granule - 1) // wanted
+    first = first // wanted
+    if granule == 1 or indices.numel() == 0:
+        return first
+    within = first[:, None] + torch.arange(int((last - first).max()) + 1, device=indices.device)
+    return within[within <= last[:, None]]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch's name of a dtype without ``torch.``."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""Adapters on a live model: switched, mixed, taken back."""

@@ -1,0 +1,132 @@
+"""The weights of a live model that updates are about: each once, whatever names it has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from shira import _model
+from shira._granules import dtype_name
+from shira._model import INDICES_SUFFIX, VALUES_SUFFIX
+from shira.adapter import _file
+from shira.sync.update import SyncError
+
+
+@dataclass(eq=False)
+class Weight:
+    """A weight, and what is known of it."""
+
+    slots: tuple[_model.Slot, ...]
+    pointer: int
+    # Of the content that it is known to have, and its version then (inference tensors have none).
+    fingerprint: int
+    version: int | None
+
+    @property
+    def name(self) -> str:
+        return self.slots[0].name
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        return tuple(slot.name for slot in self.slots[1:])
+
+    @property
+    def tensor(self) -> Tensor:
+        """What its place holds now."""
+        return self.slots[0].weight.detach()
+
+    def note(self) -> None:
+        """The content is what the fingerprint says."""
+        self.version = version_of(self.slots[0].weight)
+
+    def touched(self) -> bool:
+        """Whether somebody wrote to it since, as far as versions tell."""
+        now = version_of(self.slots[0].weight)
+        return now is None or now != self.version
+
+    def moved(self) -> str | None:
+        """Why it is not the weight it was any more, as the rest of a sentence after its name; or None."""
+        for slot in self.slots:
+            if not slot.holds():
+                return "is no longer the parameter it was"
+        if self.slots[0].weight.data_ptr() != self.pointer:
+            return "lies in other memory than it did (moved or cast, by .to(), say)"
+        return None
+
+
+def version_of(weight: Tensor) -> int | None:
+    return None if weight.is_inference() else weight._version
+
+
+def weights_of(
+    who: str, model: nn.Module, exclude: str | None, fingerprint: Callable[[Tensor], int]
+) -> dict[str, Weight]:
+    """The model's parameters and persistent buffers by their first names; refuses what cannot be followed in place.
+
+    A tuner's values and indices are not weights. Those whose names `exclude` is found in are left out.
+    """
+    pattern = None if exclude is None else re.compile(exclude)
+    groups: dict[object, list[_model.Slot]] = {}
+    for name, slot in _model.slots(model, buffers=True).items():
+        if name.endswith((VALUES_SUFFIX, INDICES_SUFFIX)) or (pattern is not None and pattern.search(name)):
+            continue
+        groups.setdefault(_model.memory(slot.weight), []).append(slot)
+    for first, second in _model.overlaps([slots[0] for slots in groups.values()]):
+        raise SyncError(
+            f"{who}: {first.name} and {second.name} are different weights in overlapping memory; leave one out with "
+            f"exclude="
+        )
+    found: dict[str, Weight] = {}
+    for slots in groups.values():
+        weight = slots[0].weight
+        problem = _problem(slots, weight)
+        if problem is not None:
+            raise SyncError(f"{who}: {slots[0].name} {problem}; leave it out with exclude= if it does not change")
+        found[slots[0].name] = Weight(tuple(slots), weight.data_ptr(), fingerprint(weight), version_of(weight))
+    if not found:
+        raise SyncError(f"{who}: the model must have a parameter or persistent buffer, and has none that counts")
+    return found
+
+
+def _problem(slots: list[_model.Slot], weight: Tensor) -> str | None:
+    if isinstance(weight, UninitializedParameter):
+        return "has no shape yet; run the model once first"
+    if weight.is_meta:
+        return "is on the meta device, so it has no content"
+    foreign = _model.foreign(weight)
+    if foreign is not None:
+        return foreign
+    for slot in slots:
+        if (slot.weight.shape, slot.weight.dtype) != (weight.shape, weight.dtype):
+            return f"has the memory of {slot.name}, in another shape or dtype"
+    if not weight.is_contiguous():
+        return f"must be contiguous; {_model.stride_advice(slots[0].name, weight)}"
+    if dtype_name(weight.dtype) not in _file.DTYPES:
+        return f"must be one of {', '.join(_file.DTYPES)}, got {dtype_name(weight.dtype)}"
+    return None
+
+
+def by_call(weights: Iterable[tuple[Weight, int]]) -> Iterator[tuple[list[Weight], int]]:
+    """Weights and granules, in groups that one foreach op takes: one device, one granule."""
+
+    def key(item: tuple[Weight, int]) -> tuple[str, int]:
+        return str(item[0].tensor.device), item[1]
+
+    for (_, granule), group in groupby(sorted(weights, key=key), key):
+        yield [weight for weight, _ in group], granule
+
+
+def refuse_moved(who: str, weights: Iterable[Weight], advice: str) -> None:
+    for weight in weights:
+        problem = weight.moved()
+        if problem is not None:
+            raise SyncError(f"{who}: {weight.name} {problem}; {advice}")
+
+
+def fingerprints(weights: Mapping[str, Weight]) -> dict[str, int]:
+    return {name: weight.fingerprint for name, weight in weights.items()}

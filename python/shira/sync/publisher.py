@@ -1,0 +1,209 @@
+"""`Publisher`: what has changed in a model's weights since it was asked last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+import shira_ops
+from shira import _model
+from shira._granules import index_dtype
+from shira.adapter._entry import Entry
+from shira.sync._weights import Weight, by_call, fingerprints, refuse_moved, weights_of
+from shira.sync.update import SyncError, Update, bits, shown_version, version_of
+from shira.train.tuner import SparseTuner
+
+_WORD = 2**64 - 1
+# Indices, values, their granule, and the weight's fingerprint now.
+_Change = tuple[Tensor, Tensor, int, int]
+_ANEW = "make a new Publisher, whose receivers start from a copy of the model"
+
+
+@dataclass(eq=False)
+class _Sent:
+    """Of a weight whose changing entries are known: where they are, and what was sent of them."""
+
+    indices: Tensor
+    values: Tensor
+    granule: int
+    # What the words that they touch added to the weight's fingerprint.
+    share: int
+
+
+class Publisher:
+    """Tells what has changed in a model's weights since it told last, as an `Update`.
+
+    Of a **model**, whatever trains it: a copy of every weight is kept (the snapshot), and `publish` compares both, bit
+    by bit, and brings the copy up to date in the same pass (`shira_ops.diff_`), at the speed at which memory is read.
+    Of a **SparseTuner**, whose entries are known: there is no copy of the model, and `publish` looks at these entries
+    alone. What else may change then (persistent buffers, parameters that were unfrozen) is compared as above; weights
+    that are frozen must stay as they are, and one that was written to is refused.
+
+    Entries whose bits did not change are not sent: in bfloat16 that is almost all of them after one step.
+
+    Call it between two steps. A receiver must start from the same weights: both sides compute the first `version` from
+    them, so nothing has to be exchanged for that.
+
+    Args:
+        source: the model, or the tuner on it.
+        granule: entries that are sent together where one of them changed; 1 sends the fewest bytes. It must divide the
+            number of entries of every weight. A tuner's entries are sent one by one.
+        snapshot: the device to keep the copy on, such as ``"cpu"`` where an accelerator has no room for it; each
+            weight's own unless given.
+        exclude: a regular expression; weights whose names it is found in are left out, here and at the receivers.
+    """
+
+    def __init__(
+        self,
+        source: nn.Module | SparseTuner,
+        *,
+        granule: int = 1,
+        snapshot: str | torch.device | None = None,
+        exclude: str | None = None,
+    ) -> None:
+        self._tuner = source if isinstance(source, SparseTuner) else None
+        if self._tuner is None and not isinstance(source, nn.Module):
+            raise TypeError(
+                f"Publisher: source must be a torch.nn.Module or a SparseTuner, got {type(source).__name__}"
+            )
+        if type(granule) is not int or granule < 1:
+            raise ValueError(f"Publisher: granule must be a whole number of at least 1, got {granule!r}")
+        self.model = _model.unwrap(self._tuner.model if self._tuner is not None else source)  # type: ignore[arg-type]
+        self._device = None if snapshot is None else torch.device(snapshot)
+        self._granule = granule
+        self.step = 0
+        if self._tuner is not None:
+            self._tuner.sync()
+        with torch.no_grad():
+            self._weights = weights_of("Publisher", self.model, exclude, _fingerprint)
+            self._sent: dict[str, _Sent] = {}
+            if self._tuner is not None:
+                self._note_known(self._tuner)
+            compared = [weight for name, weight in self._weights.items() if self._is_compared(name, weight)]
+            for weight in compared:
+                numel = weight.tensor.numel()
+                if numel % granule:
+                    raise ValueError(
+                        f"Publisher: granule must divide the {numel} entries of {weight.name}, got {granule}; take a "
+                        f"smaller one, or leave the weight out with exclude="
+                    )
+            # Copies of weights with one name each: those without entries never change.
+            self._snapshots = {
+                weight.name: weight.tensor.to(self._device or weight.tensor.device, copy=True)
+                for weight in compared
+                if weight.tensor.numel()
+            }
+
+    @property
+    def version(self) -> int:
+        """Of the weights as they were last published; see `Update`."""
+        return version_of(fingerprints(self._weights))
+
+    def __repr__(self) -> str:
+        nbytes = sum(tensor.nbytes for tensor in self._snapshots.values())
+        return (
+            f"Publisher(step {self.step}, version {shown_version(self.version)}, {len(self._weights)} weights, "
+            f"snapshot of {nbytes:,} bytes)"
+        )
+
+    def publish(self) -> Update:
+        """What has changed since the last call, or since the Publisher was made; an update without weights if nothing.
+
+        The tensors of the update are its own. Raises `SyncError`, with nothing noted as published, where a weight was
+        moved or replaced, or written to although it is frozen.
+        """
+        if self._tuner is not None:
+            self._tuner.sync()
+        refuse_moved("Publisher", self._weights.values(), _ANEW)
+        with torch.no_grad():
+            self._refuse_frozen()
+            start = self.version
+            found, sent = self._known_changes()
+            found |= self._compared_changes()  # notes what it finds: nothing may fail after it
+            self._sent |= sent
+            weights: dict[str, Entry] = {}
+            after: dict[str, int] = {}
+            for name, weight in self._weights.items():  # in the model's order
+                if name not in found:
+                    continue
+                indices, values, granule, fingerprint = found[name]
+                tensor = weight.tensor
+                weights[name] = Entry(
+                    indices, values, tuple(tensor.shape), tensor.dtype, granule, weight.fingerprint, None,
+                    weight.aliases, checked=True,
+                )  # fmt: skip
+                after[name] = weight.fingerprint = fingerprint
+                weight.note()
+        self.step += 1
+        return Update(weights, after, start, self.step)
+
+    # ---- entries that are known -----------------------------------------------------------------------------
+
+    def _note_known(self, tuner: SparseTuner) -> None:
+        names = {slot.name: weight for weight in self._weights.values() for slot in weight.slots}
+        for name, entry in tuner.adapter().weights.items():
+            weight = names.get(name)
+            if weight is None:
+                continue  # excluded
+            share = _share(weight.tensor, entry.indices, entry.granule)
+            self._sent[weight.name] = _Sent(entry.indices, entry.values, entry.granule, share)
+
+    def _known_changes(self) -> tuple[dict[str, _Change], dict[str, _Sent]]:
+        found: dict[str, _Change] = {}
+        now: dict[str, _Sent] = {}
+        for name, sent in self._sent.items():
+            weight = self._weights[name]
+            values = shira_ops.gather(weight.tensor, sent.indices, granule=sent.granule)
+            changed = (bits(values) != bits(sent.values)).nonzero().view(-1)
+            if not changed.numel():
+                continue
+            share = _share(weight.tensor, sent.indices, sent.granule)
+            granules = sent.indices[changed // sent.granule].to(torch.int64)
+            indices = granules * sent.granule + changed % sent.granule
+            kind = index_dtype(weight.tensor.numel())
+            fingerprint = (weight.fingerprint + share - sent.share) & _WORD
+            found[name] = (indices.to(kind), values[changed], 1, fingerprint)
+            now[name] = replace(sent, values=values, share=share)
+        return found, now
+
+    def _refuse_frozen(self) -> None:
+        for name, weight in self._weights.items():
+            if name in self._sent or name in self._snapshots or not weight.touched():
+                continue
+            if _fingerprint(weight.tensor) != weight.fingerprint:
+                raise SyncError(
+                    f"Publisher: {name} is frozen, so a Publisher of a tuner keeps no copy of it, and it was written "
+                    f"to; unfreeze it before the Publisher is made, or make one of the model: Publisher(tuner.model)"
+                )
+            weight.note()
+
+    # ---- entries that are looked for -------------------------------------------------------------------------
+
+    def _is_compared(self, name: str, weight: Weight) -> bool:
+        if self._tuner is None:
+            return True
+        owner = weight.slots[0]
+        frozen = isinstance(owner.weight, nn.Parameter) and not owner.weight.requires_grad
+        return name not in self._sent and not frozen
+
+    def _compared_changes(self) -> dict[str, _Change]:
+        found: dict[str, _Change] = {}
+        compared = [(self._weights[name], self._granule) for name in self._snapshots]
+        for weights, granule in by_call(compared):
+            snapshots = [self._snapshots[weight.name] for weight in weights]
+            tensors = [weight.tensor.to(copy.device) for weight, copy in zip(weights, snapshots, strict=True)]
+            changes = shira_ops.foreach_diff_(snapshots, tensors, granule=granule)
+            for weight, tensor, indices, values in zip(weights, tensors, *changes, strict=True):
+                if indices.numel():
+                    found[weight.name] = (indices, values, granule, _fingerprint(tensor))
+        return found
+
+
+def _fingerprint(tensor: Tensor) -> int:
+    return int(shira_ops.fingerprint(tensor.detach())) & _WORD
+
+
+def _share(tensor: Tensor, indices: Tensor, granule: int) -> int:
+    return int(shira_ops.fingerprint_at(tensor, indices, granule=granule)) & _WORD

@@ -1,0 +1,339 @@
+"""`Receiver`: takes updates over into a live model's weights, in place, and back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import shira_ops
+from shira import _live, _model
+from shira._granules import dtype_name
+from shira._live import SwitchError
+from shira._model import VALUES_SUFFIX
+from shira._text import AdapterError, named
+from shira.serve.switcher import Switcher
+from shira.sync._weights import Weight, by_call, fingerprints, refuse_moved, weights_of
+from shira.sync.update import SyncError, Update, compose, shown_version, version_of
+
+_WORD = 2**64 - 1
+_ANEW = "make a new Receiver"
+
+
+class _Entry(NamedTuple):
+    """Of one weight: where, and what goes there next."""
+
+    indices: Tensor
+    values: Tensor
+    granule: int
+
+
+@dataclass(eq=False)
+class _Moves:
+    """What a commit swaps: afterwards the values are those from before, so that the same moves lead back."""
+
+    update: Update
+    entries: dict[Weight, _Entry]
+
+    def swap(self, *, check: bool = False) -> dict[Weight, tuple[Tensor, Tensor]]:
+        """All or none: where one call fails, those before it are taken back.
+
+        With `check`: what the touched words of each weight add to its fingerprint, before and after.
+        """
+        done: list[tuple[list[Weight], int]] = []
+        shares: dict[Weight, tuple[Tensor, Tensor]] = {}
+        calls = by_call((weight, entry.granule) for weight, entry in self.entries.items())
+        # To check, one weight after the other: what was read of it is in the caches when it is written, and read again.
+        if check:
+            calls = (([weight], granule) for weights, granule in calls for weight in weights)
+        try:
+            for weights, granule in calls:
+                before = [self._share(weight) for weight in weights if check]
+                self._swap(weights, granule)
+                done.append((weights, granule))
+                after = [self._share(weight) for weight in weights if check]
+                shares |= dict(zip(weights, zip(before, after, strict=True), strict=False))
+        except BaseException:
+            for weights, granule in reversed(done):
+                self._swap(weights, granule)
+            raise
+        return shares
+
+    def _swap(self, weights: list[Weight], granule: int) -> None:
+        entries = [self.entries[weight] for weight in weights]
+        shira_ops.foreach_swap_(
+            [weight.tensor for weight in weights],
+            [entry.indices for entry in entries],
+            [entry.values for entry in entries],
+            granule=granule,
+        )
+
+    def _share(self, weight: Weight) -> Tensor:
+        entry = self.entries[weight]
+        return shira_ops.fingerprint_at(weight.tensor, entry.indices, granule=entry.granule)
+
+
+class Receiver:
+    """Takes over, in place, what a `Publisher` tells of a model's weights.
+
+    - **Staged.** `stage` checks an update against the model and brings it to the weights' devices, O(its entries).
+      Several may be staged, one after the other: `commit` writes each entry once.
+    - **All or nothing.** `commit` swaps the update's entries with the weights', and keeps what was there: an error in
+      between takes everything back, and `rollback` undoes the last commit bit for bit.
+    - **In order.** An update starts at a version and leads to another; anything that does not start at the Receiver's
+      own is refused, so updates that were lost, came twice or were made for other weights cannot be applied.
+    - **Checked.** The words that change are compared with those the update was made on, by fingerprint; a weight whose
+      version counter moved since the last commit is compared as a whole. `verify` compares all weights.
+    - **Under adapters.** Where a `Switcher` has adapters on the model, they are taken off, the base is updated, and
+      they are put back with the same strengths: an adapter that overwrites entries still does, one that adds still
+      adds, and taking it off gives the new base. This goes for every Switcher on these weights.
+    - Storage never moves, as with a Switcher: compiled models and captured graphs stay as they are.
+    - Call it between two forward passes; on a GPU the change is ordered by the caller's current streams.
+
+    Args:
+        model: the module whose weights to update; at the first update they must be those the Publisher started from.
+        exclude: as for `Publisher`, and the same.
+    """
+
+    def __init__(self, model: nn.Module, *, exclude: str | None = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Receiver: model must be a torch.nn.Module, got {type(model).__name__}")
+        self.model = _model.unwrap(model)
+        for name in _model.slots(self.model):
+            if name.endswith(VALUES_SUFFIX):
+                raise SyncError(
+                    f"Receiver: a SparseTuner trains {name.removesuffix(VALUES_SUFFIX)}; detach it first "
+                    f"(shira.detach(model)), or make a Publisher of it"
+                )
+        with _live.LOCK, torch.no_grad():
+            tensors = [slot.weight for slot in _model.slots(self.model, buffers=True).values()]
+            with _bare("the first look", tensors):
+                self._weights = weights_of("Receiver", self.model, exclude, _fingerprint)
+        self._names = {slot.name: weight for weight in self._weights.values() for slot in weight.slots}
+        self._version = version_of(fingerprints(self._weights))
+        self.step: int | None = None
+        """The step of the update it is at; None before the first one."""
+        self._staged: _Moves | None = None
+        self._undo: tuple[_Moves, int | None] | None = None
+
+    @property
+    def version(self) -> int:
+        """The version of the weights; see `Update`."""
+        return self._version
+
+    @property
+    def staged(self) -> Update | None:
+        """What `commit` would write: one update, whatever was staged."""
+        return None if self._staged is None else self._staged.update
+
+    def __repr__(self) -> str:
+        staged = "nothing staged" if self._staged is None else f"staged: {self._staged.update!r}"
+        return f"Receiver(step {self.step}, version {shown_version(self._version)}, {staged})"
+
+    def stage(self, *updates: Update | bytes | str | os.PathLike[str]) -> None:
+        """Make updates ready, in their order; they go after what is staged already. Changes no weight.
+
+        Args:
+            updates: each an `Update`, its bytes, or the path of its file.
+
+        Raises `SyncError` for an update that does not start where the one before it ends, and `AdapterError` for one
+        that is damaged or is about weights that the model does not have. Then nothing new is staged.
+        """
+        with _live.LOCK, torch.no_grad():
+            found = self.staged
+            for given in updates:
+                update = _read(given)
+                at, step = (self._version, self.step) if found is None else (found.end, found.step)
+                if update.start != at:
+                    raise SyncError(self._out_of_order(update, at, step, staged=found is not None))
+                self._check(update)
+                found = update if found is None else compose(found, update)
+            if found is not None:
+                self._staged = self._moves(found)
+
+    def unstage(self) -> None:
+        """Forget what is staged."""
+        self._staged = None
+
+    def commit(self, *, verify: bool = True) -> None:
+        """Write what is staged; the weights have its version then.
+
+        Args:
+            verify: compare the words of the weights that change with those the update was made on. This finds what was
+                written without moving a version counter (through ``weight.data``, say), and costs two more passes over
+                these words.
+
+        Raises `SyncError` with every weight as it was; what was staged stays staged.
+        """
+        if self._staged is None:
+            raise SyncError("Receiver: nothing is staged; stage an update before commit")
+        with _live.LOCK, torch.no_grad():
+            moves, step = self._staged, self.step
+            self._apply("commit", moves, verify)
+            self._version, self.step = moves.update.end, moves.update.step
+            self._staged, self._undo = None, (moves, step)
+
+    def rollback(self) -> None:
+        """Undo the last `commit`, bit for bit. Only the last one can be undone, and what is staged is forgotten.
+
+        Raises `SyncError`, with nothing changed, where there is none or somebody wrote to the weights since.
+        """
+        if self._undo is None:
+            raise SyncError("Receiver: there is no commit to roll back: only the last one is kept, once")
+        with _live.LOCK, torch.no_grad():
+            moves, step = self._undo
+            self._apply("rollback", moves, verify=True, back=True)
+            self._version, self.step = moves.update.start, step
+            self._undo = self._staged = None
+
+    def verify(self) -> None:
+        """Read all weights and compare them with what the updates say they are; `SyncError` names those that differ."""
+        with _live.LOCK, torch.no_grad(), _bare("verify", self._tensors()):
+            refuse_moved("Receiver", self._weights.values(), _ANEW)
+            different = [
+                name for name, weight in self._weights.items() if _fingerprint(weight.tensor) != weight.fingerprint
+            ]
+            if different:
+                raise SyncError(f"Receiver: {_model.some(different)} changed since the last commit; {_LOAD}")
+            for weight in self._weights.values():
+                weight.note()
+
+    # ---- how ---------------------------------------------------------------------------------------------------
+
+    def _tensors(self) -> list[Tensor]:
+        return [weight.slots[0].weight for weight in self._weights.values()]
+
+    def _check(self, update: Update) -> None:
+        where = f"the update of step {update.step}"
+        taken: dict[Weight, str] = {}
+        for name, entry in update.weights.items():
+            weights = {id(found): found for one in (name, *entry.aliases) if (found := self._names.get(one))}
+            if not weights:
+                raise AdapterError(f"{where}: {named(name)} is not among the weights of the model that are followed")
+            if len(weights) > 1:
+                names = " and ".join(weight.name for weight in weights.values())
+                raise AdapterError(f"{where}: {names} are one (tied) weight at the publisher, and two here")
+            (weight,) = weights.values()
+            if taken.setdefault(weight, name) != name:
+                raise AdapterError(f"{where}: {named(name)} and {named(taken[weight])} are one (tied) weight here")
+            tensor = weight.tensor
+            if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+                raise AdapterError(
+                    f"{where}: {named(name)} must have shape {list(tensor.shape)} and dtype "
+                    f"{dtype_name(tensor.dtype)}, got {list(entry.shape)} and {dtype_name(entry.dtype)}"
+                )
+            entry.check_indices(f"{where}: weight {named(name)}")
+        # The version starts from the names too: it fits only if every weight has the publisher's.
+        for weight, name in taken.items():
+            if weight.name != name:
+                raise AdapterError(f"{where}: {named(name)} is called {named(weight.name)} here")
+
+    def _moves(self, update: Update) -> _Moves:
+        entries = {}
+        for name, entry in update.weights.items():
+            weight = self._names[name]
+            device = weight.tensor.device
+            # The values are swapped with the weight's, so they must be nobody else's.
+            entries[weight] = _Entry(entry.indices.to(device), entry.values.to(device, copy=True), entry.granule)
+        return _Moves(update, entries)
+
+    def _apply(self, what: str, moves: _Moves, verify: bool, back: bool = False) -> None:
+        refuse_moved("Receiver", self._weights.values(), _ANEW)
+        update = moves.update
+        with _bare(what, self._tensors()) as switchers:
+            for weight in self._weights.values():
+                known = not weight.touched() or _live.base_of(weight.slots[0].weight) == weight.fingerprint
+                if not known and _fingerprint(weight.tensor) != weight.fingerprint:
+                    raise SyncError(f"Receiver: {what} refused: {weight.name} was changed by someone else; {_LOAD}")
+                weight.note()
+            try:
+                shares = moves.swap(check=verify)
+            except Exception as error:
+                raise SyncError(f"Receiver: {what} failed and nothing has changed. Cause: {error}") from error
+            wrong = [
+                weight.name
+                for weight, (before, after) in shares.items()
+                if (weight.fingerprint - int(before) + int(after)) & _WORD != _then(update, weight, back)
+            ]
+            if wrong:
+                moves.swap()
+                for weight in moves.entries:
+                    weight.note()
+                raise SyncError(
+                    f"Receiver: {what} refused and nothing has changed: {_model.some(wrong)} would not become what the "
+                    f"update says, so somebody wrote to it without moving its version counter; {_LOAD}"
+                )
+            for weight in moves.entries:
+                weight.fingerprint = _then(update, weight, back)
+                weight.note()
+            for switcher in switchers:
+                switcher.rebase({weight.slots[0].weight: weight.fingerprint for weight in moves.entries})
+
+    def _out_of_order(self, update: Update, at: int, step: int | None, *, staged: bool) -> str:
+        mine = "what is staged leads to" if staged else "the weights are at"
+        told = f"version {shown_version(at)}" + ("" if step is None else f" (step {step})")
+        text = (
+            f"Receiver: the update of step {update.step} starts at version {shown_version(update.start)}, and {mine} "
+            f"{told}"
+        )
+        if step is None:
+            return f"{text}: the model must hold the weights that the Publisher started from"
+        if update.step <= step:
+            return f"{text}: it is older, or was committed already"
+        missing = "is missing" if update.step == step + 2 else "are missing"
+        between = f"step {step + 1}" if update.step == step + 2 else f"steps {step + 1} to {update.step - 1}"
+        return f"{text}: {between} {missing}" if update.step > step + 1 else f"{text}: it is of other weights"
+
+
+_LOAD = "load the weights again, and make a new Receiver"
+
+
+def _read(given: Update | bytes | str | os.PathLike[str]) -> Update:
+    if isinstance(given, Update):
+        return given
+    if isinstance(given, (bytes, bytearray, memoryview)):
+        return Update.from_bytes(given)
+    if isinstance(given, (str, os.PathLike)):
+        return Update.load(given)
+    raise TypeError(f"Receiver.stage: an update must be an Update, its bytes or a path, got {type(given).__name__}")
+
+
+def _then(update: Update, weight: Weight, back: bool) -> int:
+    """The fingerprint that a weight has after these moves."""
+    return update.weights[weight.name].fingerprint or 0 if back else update.after[weight.name]
+
+
+def _fingerprint(tensor: Tensor) -> int:
+    return int(shira_ops.fingerprint(tensor.detach())) & _WORD
+
+
+@contextmanager
+def _bare(what: str, tensors: Sequence[Tensor]) -> Iterator[list[Switcher]]:
+    """The base within the block, whatever adapters Switchers have on these weights; yields those Switchers."""
+    known: list[Switcher] = [switcher for switcher in list(_live.switchers) if switcher.knows(tensors)]
+    active = [(switcher, switcher.active) for switcher in known if switcher.active]
+    off: list[tuple[Switcher, dict[str, float]]] = []
+    try:
+        try:
+            for switcher, strengths in active:
+                switcher.deactivate()
+                off.append((switcher, strengths))
+        except SwitchError as error:
+            raise SyncError(
+                f"Receiver: {what} refused: the adapters on the model cannot be taken off. {error}"
+            ) from error
+        yield known
+    finally:
+        for switcher, strengths in reversed(off):
+            try:
+                switcher.activate(strengths)
+            except SwitchError as error:
+                raise SyncError(
+                    f"Receiver: after {what}, done or refused as a whole, the adapters that were active could "
+                    f"not be put back: the model has the base alone. {error}"
+                ) from error

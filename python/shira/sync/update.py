@@ -1,0 +1,274 @@
+"""`Update`: the entries of a model's weights that differ between two of its versions, and the way to send them."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import shira_ops
+from shira._granules import dtype_name, fnv1a64, refine, splitmix64
+from shira._text import AdapterError, named, shown
+from shira.adapter._entry import Entry
+from shira.adapter.adapter import Adapter
+
+_WORD = 2**64 - 1
+_KEY = "shira.sync"
+
+
+class SyncError(RuntimeError):
+    """An update that is refused, or a switch to it that failed. The message says why; no weight has changed."""
+
+
+def term(name: str, fingerprint: int) -> int:
+    """What one weight adds to a version."""
+    return splitmix64(fnv1a64(name) ^ splitmix64(fingerprint))
+
+
+def version_of(fingerprints: Mapping[str, int]) -> int:
+    """The version of a model: the sum mod 2^64 of what its weights add, so that it follows a change in O(changed)."""
+    return sum(term(name, fingerprint) for name, fingerprint in fingerprints.items()) & _WORD
+
+
+def shown_version(version: int) -> str:
+    """A version as messages and files have it."""
+    return f"{version:016x}"
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The same memory as integers, for which NaNs are equal to themselves and 0.0 is not -0.0."""
+    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """What changed in a model's weights from one version to another: an overwriting adapter that knows its place.
+
+    Args:
+        weights: parameter name to `shira.Entry`: the granules that changed, and the weight's entries there. The entry's
+            fingerprint is that of the weight before.
+        after: the fingerprint of each of these weights afterwards.
+        start: the version it starts from: a 64-bit number that follows from the fingerprints of all weights.
+        step: how many updates the publisher has made, this one included. For people; versions are what is compared.
+    """
+
+    weights: Mapping[str, Entry]
+    after: Mapping[str, int]
+    start: int
+    step: int
+
+    def __post_init__(self) -> None:
+        if self.weights.keys() != self.after.keys():
+            raise AdapterError("Update: after must have a fingerprint for each of the weights, and for no other")
+        for name, entry in self.weights.items():
+            entry.check(f"Update: weight {named(name)}")
+            if entry.fingerprint is None:
+                raise AdapterError(f"Update: weight {named(name)} must have a fingerprint, that of the weight before")
+            if entry.values.dtype != entry.dtype:
+                raise AdapterError(
+                    f"Update: weight {named(name)}: values must have the weight's dtype {dtype_name(entry.dtype)}, got "
+                    f"{dtype_name(entry.values.dtype)}"
+                )
+        object.__setattr__(self, "weights", MappingProxyType(dict(self.weights)))
+        object.__setattr__(self, "after", MappingProxyType(dict(self.after)))
+
+    @property
+    def end(self) -> int:
+        """The version it leads to."""
+        change = sum(
+            term(name, self.after[name]) - term(name, entry.fingerprint or 0) for name, entry in self.weights.items()
+        )
+        return (self.start + change) & _WORD
+
+    @property
+    def nnz(self) -> int:
+        """Entries that it writes, over all weights."""
+        return sum(entry.nnz for entry in self.weights.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its indices and values in memory."""
+        return sum(entry.indices.nbytes + entry.values.nbytes for entry in self.weights.values())
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __repr__(self) -> str:
+        numel = sum(entry.numel for entry in self.weights.values())
+        share = f" ({self.nnz / numel:.3%} of theirs)" if numel else ""
+        plural = "" if len(self) == 1 else "s"
+        return (
+            f"Update(step {self.step}: {shown_version(self.start)} to {shown_version(self.end)}, {len(self)} "
+            f"weight{plural}, {self.nnz:,} entries{share})"
+        )
+
+    # A mapping that cannot be written to cannot be pickled either.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "weights": dict(self.weights), "after": dict(self.after)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            object.__setattr__(self, name, MappingProxyType(value) if isinstance(value, dict) else value)
+
+    def adapter(self) -> Adapter:
+        """The same as an `Adapter`, to inspect, to extract from, or for a `Switcher`; its file is that of `save`."""
+        about = {
+            "start": shown_version(self.start),
+            "end": shown_version(self.end),
+            "step": self.step,
+            "after": {name: shown_version(fingerprint) for name, fingerprint in self.after.items()},
+        }
+        return Adapter(self.weights, provenance={_KEY: about})
+
+    @classmethod
+    def from_adapter(cls, adapter: Adapter) -> Update:
+        """The update that `adapter` was made of; refuses others, and fingerprints that contradict the versions."""
+        about = adapter.provenance.get(_KEY)
+        if not isinstance(about, Mapping) or adapter.delta or adapter.alpha != 1:
+            raise AdapterError("this is an adapter, but not an update: a Publisher makes those (Adapter.load reads it)")
+        after, step = about.get("after"), about.get("step")
+        if not isinstance(after, Mapping) or type(step) is not int or not 0 <= step < 2**63:
+            raise AdapterError(f"the update must have a step and the fingerprints after it, got {shown(about)}")
+        words = {name: _word(f"weight {named(name)}: after", word) for name, word in after.items()}
+        update = cls(adapter.weights, words, _word("start", about.get("start")), step)
+        if update.end != _word("end", about.get("end")):
+            raise AdapterError(
+                f"the update says that it leads to version {about.get('end')}, and its fingerprints lead to "
+                f"{shown_version(update.end)}"
+            )
+        return update
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as an adapter file (docs/format.md), whole or not at all; an existing file is replaced."""
+        self.adapter().save(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Update:
+        """Read a file of `save`: every index, length and checksum is checked, nothing is executed.
+
+        Raises `AdapterError` with the file and what is wrong.
+        """
+        adapter = Adapter.load(path)
+        try:
+            return cls.from_adapter(adapter)
+        except AdapterError as error:
+            raise AdapterError(f"{os.fspath(path)}: {error}") from error
+
+    def to_bytes(self) -> bytes:
+        """The bytes of the file, to send by whatever carries bytes."""
+        with _in_memory() as path:
+            self.adapter().write(path)
+            return path.read_bytes()
+
+    @classmethod
+    def from_bytes(cls, data: bytes | bytearray | memoryview) -> Update:
+        """Read what `to_bytes` made, with the checks of `load`."""
+        if not isinstance(data, (bytes, bytearray, memoryview)):
+            raise TypeError(f"Update.from_bytes: data must be bytes, got {type(data).__name__}")
+        with _in_memory() as path:
+            path.write_bytes(data)
+            adapter = None
+            try:
+                adapter = Adapter.load(path)
+                return cls.from_adapter(adapter)
+            except AdapterError as error:
+                text = str(error).removeprefix(f"{path}: ")
+                raise AdapterError(f"the {len(data):,} bytes of an update: {text}") from error
+
+    def invert(self, weights: Mapping[str, Tensor]) -> Update:
+        """The update that leads back.
+
+        Args:
+            weights: the tensors by name, such as a state dict, at the version that this update starts from; only read.
+        """
+        back: dict[str, Entry] = {}
+        for name, entry in self.weights.items():
+            tensor = next((weights[one] for one in (name, *entry.aliases) if one in weights), None)
+            if tensor is None:
+                raise SyncError(f"Update.invert: weights must have {named(name)}, which the update changes")
+            before = _fingerprint(tensor)
+            if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype or before != entry.fingerprint:
+                raise SyncError(f"Update.invert: {named(name)} is not what the update starts from (by fingerprint)")
+            with torch.no_grad():
+                values = shira_ops.gather(tensor, entry.indices.to(tensor.device), granule=entry.granule)
+            back[name] = replace(entry, values=values, fingerprint=self.after[name])
+        after = {name: entry.fingerprint or 0 for name, entry in self.weights.items()}
+        return Update(back, after, self.end, self.step)
+
+
+def compose(first: Update, second: Update) -> Update:
+    """The one update that does what `first` and then `second` do; a later value of an entry replaces an earlier one."""
+    if second.start != first.end:
+        raise SyncError(
+            f"compose: the second update must start where the first one ends, at version {shown_version(first.end)} "
+            f"(step {first.step}), got one that starts at {shown_version(second.start)} (step {second.step})"
+        )
+    weights, after = dict(first.weights), dict(first.after) | dict(second.after)
+    for name, entry in second.weights.items():
+        earlier = weights.get(name)
+        if earlier is None:
+            weights[name] = entry
+            continue
+        if (earlier.shape, earlier.dtype) != (entry.shape, entry.dtype) or first.after[name] != entry.fingerprint:
+            raise SyncError(f"compose: {named(name)} is another weight in the second update (shape, dtype or content)")
+        weights[name] = _overlaid(earlier, entry)
+    return Update(weights, after, first.start, second.step)
+
+
+def _overlaid(first: Entry, second: Entry) -> Entry:
+    """The entries of both, those of the second where both have one."""
+    granule = math.gcd(first.granule, second.granule)
+    device = second.values.device
+    indices = torch.cat(
+        [
+            refine(entry.indices.to(device), entry.granule, granule, entry.numel).to(torch.int64)
+            for entry in (second, first)
+        ]
+    )
+    # A stable sort leaves those of the second before those of the first.
+    indices, order = torch.sort(indices, stable=True)
+    new = torch.ones_like(indices, dtype=torch.bool)
+    new[1:] = indices[1:] != indices[:-1]
+    values = torch.cat([second.values, first.values.to(device)]).view(-1, granule)[order[new]].view(-1)
+    kept = indices[new].to(refine(second.indices[:0], second.granule, granule, second.numel).dtype)
+    aliases = tuple(dict.fromkeys((*first.aliases, *second.aliases)))
+    return Entry(kept, values, first.shape, first.dtype, granule, first.fingerprint, None, aliases, checked=True)
+
+
+def _fingerprint(tensor: Tensor) -> int:
+    return int(shira_ops.fingerprint(tensor.detach())) & _WORD
+
+
+def _word(what: str, text: Any) -> int:
+    if not isinstance(text, str) or not re.fullmatch("[0-9a-f]{16}", text):
+        raise AdapterError(f"{what} must be 16 hex digits, got {shown(text)}")
+    return int(text, 16)
+
+
+@contextmanager
+def _in_memory() -> Iterator[Path]:
+    """The path of a file that is nobody else's, in memory where the system can."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("shira-update")
+        try:
+            yield Path(f"/proc/self/fd/{descriptor}")
+        finally:
+            os.close(descriptor)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "update")
+            path.touch()
+            yield path
+
+
+__all__ = ["SyncError", "Update", "compose"]
