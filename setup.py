@@ -1,9 +1,10 @@
-"""Builds shira_ops._C (the ops) against the torch that is installed, and shira._codec (no torch at all).
+"""Builds shira_ops._C (the ops) against the torch that is installed, and shira._codec, which needs no torch.
 
-SHIRA_CUDA=auto|0|1    the CUDA kernels: for the GPUs that are here, if there is a toolkit and torch has CUDA (auto,
-                       the default), never, or for all GPUs, which a wheel for others needs; it takes minutes
-TORCH_CUDA_ARCH_LIST   GPU targets instead of those, as "9.0" or "8.0;9.0+PTX"
-SHIRA_SANITIZE=1       address and undefined-behaviour sanitizers, CPU code only
+SHIRA_CUDA=auto|0|1    whether to compile the CUDA kernels. auto, the default: for the GPUs of this machine, if there is
+                       a toolkit and torch has CUDA. 0: not at all. 1: for every GPU that is supported, as a wheel for
+                       other machines needs; that takes many minutes
+TORCH_CUDA_ARCH_LIST   the GPUs to compile for instead, as in "9.0" or "8.0;9.0+PTX"
+SHIRA_SANITIZE=1       build the CPU code, and only that, under the address and undefined-behaviour sanitizers
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ INSTALL = (
 
 
 def no_torch(error: ImportError) -> NoReturn:
-    """Says what to do. pip, build and uv all build in an environment of their own, unless told otherwise, and a torch
-    beside it is not seen from there."""
+    """Says what to do. Unless they are told otherwise, pip, build and uv all build in an environment of their own, from
+    which an installed torch cannot be seen."""
     needed = "the kernels are compiled against the torch you use"
     if not any(re.search(r"build-env-|[/\\]builds-v\d", place) for place in (sys.prefix, *sys.path)):
         stop(f"{needed}, and there is none here ({error}). Run", *INSTALL)
@@ -86,7 +87,7 @@ def cuda_toolkit() -> Path | None:
     nvcc = shutil.which("nvcc")
     if nvcc:
         candidates.append(str(Path(nvcc).resolve().parent.parent))
-    for candidate in filter(None, candidates):  # an nvcc on PATH may be a wrapper: a toolkit has headers too
+    for candidate in filter(None, candidates):  # an nvcc on PATH may be a wrapper script: a toolkit has headers as well
         home = Path(candidate)
         if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists():
             return home
@@ -94,7 +95,7 @@ def cuda_toolkit() -> Path | None:
 
 
 def targets_here(home: Path) -> str:
-    """The GPUs of this machine as TORCH_CUDA_ARCH_LIST has them; empty without one that the kernels run on."""
+    """The GPUs of this machine, as TORCH_CUDA_ARCH_LIST writes them. Empty if the kernels run on none of them."""
     said = subprocess.run([home / "bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout
     known = sorted((int(n[:-1]), int(n[-1])) for n in re.findall(r"^compute_(\d+)$", said, re.MULTILINE))
     found = {torch.cuda.get_device_capability(number) for number in range(torch.cuda.device_count())}
@@ -122,7 +123,7 @@ if mode == "1" and toolkit is None and not sanitize:
         "SHIRA_CUDA=0 pip install --no-build-isolation .",
     )
 if mode == "auto" and toolkit is not None and torch.version.cuda is None:
-    # They would load, and nothing could call them: minutes of compiling for nothing.
+    # The kernels would load, but nothing could call them: minutes of compiling for nothing.
     no_cuda = "left out, since this torch was built without CUDA (SHIRA_CUDA=1 compiles them all the same)"
     toolkit = None
 building = bool({"build_ext", "bdist_wheel", "develop", "install", "editable_wheel"} & set(sys.argv))
@@ -140,10 +141,10 @@ if building:
     cuda = f"of {toolkit} for {targets}, in minutes (SHIRA_CUDA=0 leaves them out)" if toolkit else no_cuda
     print(f"shira-ops: compiling for torch {torch.__version__}; CUDA kernels: {cuda}", file=sys.stderr, flush=True)
 
-# Contractions (fused multiply-add) would give other bits on other machines.
+# Contractions (fused multiply-add) would make the bits depend on the machine.
 cxx = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-# Nobody reads errno or the exception flags: without them square roots and conditional arithmetic vectorise. No bit
-# of a result depends on either.
+# Nothing here reads errno or the floating-point exception flags. Without them, square roots and conditional arithmetic
+# can be vectorised; no bit of a result changes.
 cxx += ["-fno-math-errno", "-fno-trapping-math"]
 link = []
 if sanitize:

@@ -16,19 +16,21 @@
 
 namespace shira {
 
-// SHIRA_BACKEND=reference: no compiled kernel registers, and the plain-torch references serve.
-inline bool backend_is_reference() {
+// What SHIRA_BACKEND asks for. shira_ops/_choice.py has refused any unknown word before this module is loaded.
+inline std::string_view wanted_backend() {
   const char* wanted = std::getenv("SHIRA_BACKEND");
-  return wanted != nullptr && std::string_view(wanted) == "reference";
+  return wanted != nullptr ? wanted : "";
 }
+
+// SHIRA_BACKEND=reference: no compiled kernel registers, and the plain-torch references serve.
+inline bool backend_is_reference() { return wanted_backend() == "reference"; }
 
 // Whether another backend serves CUDA. The emulated build, which runs the CUDA sources on CPU tensors, always serves.
 inline bool backend_skips_cuda() {
 #if defined(SHIRA_EMULATE)
   return false;
 #else
-  const char* wanted = std::getenv("SHIRA_BACKEND");
-  return backend_is_reference() || (wanted != nullptr && std::string_view(wanted) == "triton");
+  return backend_is_reference() || wanted_backend() == "triton";
 #endif
 }
 

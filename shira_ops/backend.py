@@ -115,11 +115,14 @@ def register() -> None:
 def backends() -> dict[str, dict[str, Backend]]:
     """Which backend serves each op on each device, and why.
 
-    Returns a new dictionary, `{op: {"cpu": Backend(name, why), "cuda": Backend(name, why)}}`. Overloads have keys
-    of their own, as `"adamw_.tensor"`. The names are `"compiled"` (C++ or CUDA), `"triton"`, `"reference"` (plain
-    torch: correct, slow, and on CUDA it synchronises) and `"none"`.
+    Returns a new dictionary of dictionaries: by op, then by device (``"cpu"``, ``"cuda"``), a `Backend(name, why)`.
+    Overloads have keys of their own, such as ``"adamw_.tensor"``. The names are ``"compiled"`` (C++ or CUDA),
+    ``"triton"`` (compiled on the first call, so call an op once before you capture it in a CUDA graph), ``"reference"``
+    (plain torch: correct, slow, and on CUDA it makes the host wait) and ``"none"``.
 
-    >>> shira_ops.backends()["swap_"]["cpu"].name
-    'compiled'
+    For example::
+
+        >>> shira_ops.backends()["swap_"]["cpu"].name
+        'compiled'
     """
     return {op: dict(devices) for op, devices in _served.items()}

@@ -87,7 +87,6 @@ def checked(op: str, *, memory: bool = True, content: bool = False) -> Callable[
 
     `memory=False` is for fakes, which have no memory. `content=True` reads the indices, which on a GPU synchronises.
     """
-
     checks = _checks(op)
 
     def decorate(function: _F) -> _F:
@@ -129,7 +128,8 @@ class _Checks:
         given = self.defaults.copy()
         given.update(zip(self.names, args, strict=False))
         given.update(kwargs)
-        if len(given) != len(self.names) or len(args) > len(self.names):
+        twice = args and not kwargs.keys().isdisjoint(self.names[: len(args)])
+        if len(given) != len(self.names) or len(args) > len(self.names) or twice:
             got = f"{len(args)} by position and {', '.join(kwargs) or 'none'} by name"
             raise TypeError(f"{self.op}: takes {', '.join(self.names)}, got {got}")
         return given

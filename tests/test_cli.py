@@ -106,9 +106,14 @@ def test_verify(files: Path) -> None:
     assert "good (file and base" in run("verify", file, files / "base")
     assert json.loads(run("verify", file, files / "base", "--json"))["good"] is True
     said = refused("verify", file, files / "tuned.safetensors")
-    assert "was not made for" in said
-    assert "'0.weight' has other content (by fingerprint)" in said
+    assert "was made for another base than" in said
+    assert "the content of 1 of 1 weights differs (by fingerprint): '0.weight'" in said
     assert "leave --header out" in refused("verify", file, files / "base", "--header")
+    save_file({f"model.{name}": one for name, one in content(files / "base").items()}, files / "wrapped.safetensors")
+    said = refused("verify", file, files / "wrapped.safetensors")
+    assert "'0.weight' is not in the base, which has 'model.0.weight'; " in said
+    assert said.endswith("; with --rename '^=model.' all of its names fit\n")
+    run("verify", file, files / "wrapped.safetensors", "--rename", "^=model.")
 
 
 def test_verify_finds_what_the_header_does_not_show(files: Path) -> None:
@@ -282,7 +287,7 @@ def test_a_merge_streams(files: Path) -> None:
 
 def test_merge_checks_first(files: Path) -> None:
     adapter = Adapter.load(files / "a.safetensors")
-    with pytest.raises(AdapterError, match=r"'0.weight' has other content"):
+    with pytest.raises(AdapterError, match=r"made for another base than .* \(by fingerprint\): '0.weight'"):
         merge(adapter, files / "tuned.safetensors", files / "m.safetensors")
     whole = Adapter({"n": Entry(torch.tensor([1]), torch.tensor([5], dtype=torch.int8), (4,), torch.int8)})
     save_file({"n": torch.zeros(4, dtype=torch.int8)}, files / "n.safetensors")
@@ -317,7 +322,7 @@ def test_tied_names_are_all_changed(files: Path) -> None:
         (("extract", "base", "none", "o.safetensors"), "no such file or directory"),
         (("extract", "base", "a.safetensors", "o.safetensors"), "the checkpoints do not match"),
         (("extract", "base", "tuned.safetensors", "no/o.safetensors"), "does not exist"),
-        (("apply", "a.safetensors", "tuned.safetensors", "o.safetensors"), "does not fit"),
+        (("apply", "a.safetensors", "tuned.safetensors", "o.safetensors"), "another base than tuned.safetensors"),
         (("convert", "base", "o.safetensors"), "adapter_config.json: no such file"),
     ],
 )

@@ -157,8 +157,8 @@ sys.meta_path.insert(0, Block())
 """
 
 
-def not_needed_by(*distributions: str) -> list[str]:
-    """Top-level modules of everything installed that these distributions do not require."""
+def required_by(*distributions: str) -> set[str]:
+    """These distributions and all that they require, whether installed or not."""
     needed: set[str] = set()
     waiting = list(distributions)
     while waiting:
@@ -171,6 +171,12 @@ def not_needed_by(*distributions: str) -> list[str]:
         except metadata.PackageNotFoundError:
             continue
         waiting += [re.match(r"[\w.-]+", r)[0] for r in requires if "extra ==" not in r]
+    return needed
+
+
+def not_needed_by(*distributions: str) -> list[str]:
+    """Top-level modules of everything installed that these distributions do not require."""
+    needed = required_by(*distributions)
     blocked = []
     for module, owners in metadata.packages_distributions().items():
         names = {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners}

@@ -1,9 +1,8 @@
-"""The README as a reader takes it: every block of Python in order, then the command line on the files they wrote."""
+"""The README as a reader takes it, and what all pages point to and quote."""
 
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from shira import Adapter
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(language: str) -> Iterator[tuple[int, str]]:
@@ -24,45 +23,20 @@ def blocks(language: str) -> Iterator[tuple[int, str]]:
         yield README.count("\n", 0, found.start(1)) + 1, found[1]
 
 
-def commands() -> list[str]:
-    section = README.split("\n## Command line\n")[1].split("\n## ")[0]
-    block = section.split("```")[1]
-    found = [line.split("#")[0].strip() for line in block.splitlines() if line.startswith("shira ")]
-    return [command for command in found if command.split()[1] not in ("demo", "bench")]
-
-
 def test_readme_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python first, then the commands: these work on the files that the blocks have written."""
     pytest.importorskip("transformers")
-    testing = pytest.importorskip("typer.testing")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     session: dict[str, Any] = {"__name__": "readme"}
-    python = list(blocks("python"))
-    assert len(python) >= 4
-    for line, block in python:
+    for line, block in blocks("python"):
         # Line breaks in front, so that a traceback names the README's own lines.
         exec(compile("\n" * (line - 1) + block, str(ROOT / "README.md"), "exec"), session)
-
-    assert session["loss"].isfinite()
     assert session["switcher"].active == {}
-    assert Adapter.load("edges.safetensors").weights["lm_head.weight"].whole
-    # What the fine-tuned checkpoint was made with is found again in it.
-    trained, found = Adapter.load("style.safetensors"), session["tuned"]
-    assert found.weights.keys() == trained.weights.keys()
-    assert 0 < found.nnz <= trained.nnz
+    assert Adapter.load("style.safetensors").nnz > 0
 
-    from shira.cli import app
 
-    told = commands()
-    assert [command.split()[1] for command in told] == ["inspect", "verify", "extract", "apply", "fuse", "convert"]
-    for command in told:
-        result = testing.CliRunner().invoke(app, shlex.split(command)[1:])
-        assert result.exit_code == 0, f"{command}: {result.output}"
-    extracted = Adapter.load("changes.safetensors")
-    for name, entry in found.weights.items():
-        assert torch.equal(extracted.weights[name].values, entry.values)
-    assert (tmp_path / "merged" / "model.safetensors").is_file()
+def test_the_readme_is_one_page() -> None:
+    assert len(README.splitlines()) <= 150
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -73,6 +47,8 @@ def test_links_lead_somewhere(page: str) -> None:
         if target.startswith(("http://", "https://")):
             continue
         path, _, anchor = target.partition("#")
+        if path.startswith("pictures/"):  # drawn while the site is built, which checks them
+            continue
         file = (ROOT / page).parent / path if path else ROOT / page
         assert file.exists(), f"{page}: {target}"
         if anchor:

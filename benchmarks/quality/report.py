@@ -31,8 +31,18 @@ PAGE, PLOTS = ROOT / "docs" / "quality.md", ROOT / "docs" / "quality"
 def plot(results: Results, *about: str) -> str:
     """A plot of a family, or of all families, if there was something to draw."""
     name = "-".join(reversed(about))
-    return f"![{', '.join(reversed(about))}](quality/{name}.png)" if (PLOTS / f"{name}.png").exists() else ""
+    said = ", ".join([SHOWN[about[-1]], *about[:-1]])
+    return f"![{said}](quality/{name}.png)" if (PLOTS / f"{name}.png").exists() else ""
 
+
+SHOWN = {
+    "single": "Score by task and method",
+    "front": "Score by switch time and by file size",
+    "granules": "What granules lose, by how many of them a weight has",
+    "fusion": "Score by the strength of fused adapters",
+    "metrics": "What fused adapters lose, by each metric",
+}
+"""What the plots show, for readers who do not see them."""
 
 SHORT = {
     "minilm": "MiniLM, three tasks of text", "digits-vit": "digits, a small transformer, five shifts",

@@ -44,8 +44,8 @@ def gaps_table(results: Results, *families: str) -> str:
                 others = [NAMES[best.mask], ahead(results, name, best)] if best else ["", ""]
                 longer = ahead(results, name, rand, 4 * task.steps)
                 rows.append([family, what(name), number(family, base), gains, *others, longer])
-    heading = ["base", "task", "untouched", "Rand over LoRA", "best mask", "it over LoRA", "Rand over LoRA, 4 x steps"]
-    return table(heading, rows) if rows else ""
+    ahead_by = ["Rand ahead of LoRA by", "best mask", "that ahead by", "Rand ahead by, with 4 x the steps"]
+    return table(["base", "task", "untouched", *ahead_by], rows) if rows else ""
 
 
 def ahead(results: Results, name: str, mask: Shira, steps: int | None = None) -> str:
@@ -137,7 +137,7 @@ def fused_table(results: Results, *families: str) -> str:
                 keys = [key for key in fused.runs if key[0] == group and key[1].startswith("lora") is lora]
                 cells += told(fused, family, max(keys, key=lambda key: validation(fused, key))) if keys else ["", ""]
             rows.append([family, " + ".join(map(what, group)), *cells])
-    heading = ["base", "tasks", "LoRA", "it keeps, %", "SHiRA", "it keeps, %"]
+    heading = ["base", "tasks", "LoRA", "LoRA keeps, %", "SHiRA", "SHiRA keeps, %"]
     return table(heading, rows) if rows else ""
 
 

@@ -1,138 +1,301 @@
-"""Where an adapter's weights are in a model, and why they do not fit."""
+"""Does an adapter fit this base? The rules, and the sentences of what does not fit, in one place.
+
+A base is a live model, a state dict or a checkpoint on disk; an adapter is one in memory, or only the header of its
+file. What the rules need of either is written down in two small protocols, `Wanted` and `Found`, so that everybody asks
+in the same words. Nothing here needs torch.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping
+import shlex
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
 
-import torch
-from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from shira import _text
+from shira._text import AdapterError, dtype_name, named
 
-from shira import _live, _model, _text
-from shira._granules import dtype_name
-from shira._live import Weight
-from shira._model import Slot
-from shira._text import AdapterError
-from shira.adapter import _checkpoint
-from shira.adapter.adapter import Adapter
+
+class Wanted(Protocol):
+    """What an adapter says of one weight: an `Entry`, or what a file's header says of it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> object:
+        """torch's dtype, or its name."""
+
+    @property
+    def fingerprint(self) -> int | None:
+        """That of the base it was made for, if it is known."""
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """Further names of the same (tied) weight."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the weight is replaced."""
+
+
+class Found(Protocol):
+    """A tensor of a base."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> object:
+        """torch's dtype, or its name."""
+
+    @property
+    def one(self) -> object:
+        """A key that is equal for two names of one tensor."""
+
+    @property
+    def foreign(self) -> str | None:
+        """Why its entries cannot be read, as the rest of a sentence after its name; or None."""
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why an adapter cannot go onto it although shape and dtype are right, as `foreign`; or None."""
+
+    def fingerprint(self) -> int:
+        """Of its content, as an unsigned number."""
+
+    def equal(self, other: Any) -> bool:
+        """Whether another tensor of this base has the same content."""
+
+
+_F_co = TypeVar("_F_co", bound=Found, covariant=True)
+_F = TypeVar("_F", bound=Found)
+_W = TypeVar("_W", bound=Wanted)
+
+
+class Base(Protocol[_F_co]):
+    """A base: its tensors by name."""
+
+    def get(self, name: str) -> _F_co | None: ...
+
+    def names(self) -> Iterable[str]: ...
+
+
+# ---- the rules -------------------------------------------------------------------------------------------------
+
+
+def misfit(found: Found, shape: Sequence[int], dtype: object) -> str | None:
+    """Why entries of a weight of this shape and dtype cannot go onto this tensor, after its name; or None."""
+    if found.foreign is not None:
+        return found.foreign
+    if tuple(found.shape) != tuple(shape):
+        return f"must have shape {list(shape)}, got {list(found.shape)}"
+    if dtype_name(found.dtype) != dtype_name(dtype):
+        return f"must have dtype {dtype_name(dtype)}, got {dtype_name(found.dtype)}"
+    return found.obstacle
 
 
 def places(
-    where: str, adapter: Adapter, slots: Mapping[str, Slot], rename: _text.Rename
-) -> dict[str, list[tuple[Slot, ...]]]:
-    """Find each of the adapter's weights in the model; all that does not fit is said in one error.
+    who: str,
+    weights: Mapping[str, Wanted],
+    base: Base[_F],
+    *,
+    where: str,
+    kind: str = "base",
+    new: Container[str] = (),
+    advice: Callable[[dict[str, str]], str] | None = None,
+) -> dict[str, tuple[_F, ...]]:
+    """The base's tensors that an adapter's weights are, by the adapter's names; one error says all that does not fit.
 
-    Gives the places of one weight for each; of several, where one that is tied in the adapter is not in the model.
+    Each weight is one tensor; or several, where one that is tied in the adapter is not tied in the base (whether these
+    have the same content is asked by `check_content`); or none, where the base lacks one of ``new``.
+
+    Args:
+        who: the adapter, as the beginning of the sentence: "adapter 'a'".
+        weights: names in the base (see `renamed`) to what is wanted there.
+        where: the base, in the sentence "... does not fit WHERE".
+        kind: what the base is: a "base" or a "model".
+        new: names that the base may lack, since the adapter brings all of them.
+        advice: how the caller's user renames, given the one rule with which all names would fit; None if the user
+            cannot, or already does.
     """
-    _checkpoint.renamed(adapter.weights, rename)  # refuses two under one name
-    renamed = _text.renamer(rename)
     problems: list[str] = []
-    absent = False
-    firsts: dict[str, list[Slot]] = {}
+    found_at: dict[str, tuple[_F, ...]] = {}
     owner: dict[object, str] = {}
-    for name, entry in adapter.weights.items():
-        known = [slots[other] for other in map(renamed, (name, *entry.aliases)) if other in slots]
-        what = f"weight {name!r}"
-        problem = misfit(known[0], entry.shape, entry.dtype) if known else "is not in the model"
-        absent |= not known
-        if problem is None:
-            weights: dict[object, Slot] = {}
-            for slot in known:
-                weight = slot.weight
-                if weight is not known[0].weight and (weight.shape, weight.dtype) != (entry.shape, entry.dtype):
-                    what, problem = one_in_adapter(slot.name, known[0].name), "two that differ in the model"
-                    break
-                problem = misfit(slot, entry.shape, entry.dtype)
-                if problem is not None:
-                    what = f"weight {slot.name!r}"
-                    break
-                weights.setdefault(_model.memory(weight), slot)
-            for key in weights:
-                if owner.setdefault(key, name) != name:
-                    problem = problem or f"is the same (tied) weight as {owner[key]!r}"
-            firsts[name] = list(weights.values())
+    near = _Near(base)
+    absent = hinted = False
+    for name, wanted in weights.items():
+        known = {one: found for one in (name, *wanted.aliases) if (found := base.get(one)) is not None}
+        if not known:
+            other = near.find(name, wanted.shape)
+            if other is None and name in new:
+                found_at[name] = ()
+                continue
+            absent, hinted = True, hinted or other is not None
+            has = "" if other is None else f", which has {named(other)}"
+            problems.append(f"{named(name)} is not in the {kind}{has}")
+            continue
+        first = next(iter(known))
+        problem = misfit(known[first], wanted.shape, wanted.dtype)
+        problem = None if problem is None else f"{named(first)} {problem}"
+        for alias, found in known.items():
+            if problem is not None or found.one == known[first].one:
+                continue
+            form = (tuple(found.shape), dtype_name(found.dtype))
+            if found.foreign is None and form != (tuple(wanted.shape), dtype_name(wanted.dtype)):
+                problem = _two(alias, first, kind)
+            elif (why := misfit(found, wanted.shape, wanted.dtype)) is not None:
+                problem = f"{named(alias)} {why}"
+        copies = {found.one: found for found in reversed(known.values())}
+        for key in copies:
+            if owner.setdefault(key, name) != name and problem is None:
+                problem = f"{named(name)} is the same (tied) weight as {named(owner[key])}"
         if problem is not None:
-            problems.append(f"{what} {problem}")
+            problems.append(problem)
+        found_at[name] = tuple(reversed(copies.values()))
     if problems:
-        more = f" ({len(problems)} problems in all)" if len(problems) > 5 else ""
-        rule = _renaming(adapter, slots) if absent and rename is None else None
-        advice = "" if rule is None else f"; with rename={rule!r} all of its names fit"
-        raise AdapterError(f"{where} does not fit the model: {'; '.join(problems[:5])}{more}{advice}")
-    problem = overlap([slot for found in firsts.values() for slot in found])
-    if problem is not None:
-        raise AdapterError(f"{where} does not fit the model: {problem}")
-    # Of a tied weight every place is watched, whatever names the adapter has for it.
-    shared: dict[object, list[Slot]] = {key: [] for key in owner}
-    for slot in slots.values():
-        if not isinstance(slot.weight, UninitializedParameter) and _model.foreign(slot.weight) is None:
-            found = shared.get(_model.memory(slot.weight))
-            if found is not None:
-                found.append(slot)
-                problem = _restless(slot)
-                if problem is not None:
-                    raise AdapterError(f"{where} does not fit the model: weight {slot.name!r} {problem}")
-
-    def watched(first: Slot) -> tuple[Slot, ...]:
-        return (first, *(slot for slot in shared[_model.memory(first.weight)] if slot.name != first.name))
-
-    return {name: [watched(slot) for slot in found] for name, found in firsts.items()}
+        rule = _rule(weights, base) if absent and advice is not None else None
+        how = ""
+        if rule is not None and advice is not None:
+            how = f"; with {advice(rule)} all of its names fit"
+        elif hinted and advice is not None:
+            how = "; rename them if they are one"
+        refuse(f"{who} does not fit {where}", problems, how)
+    return found_at
 
 
-def overlap(slots: list[Slot], besides: Container[Weight] = ()) -> str | None:
-    """Which weights share only a part of their memory, with each other or with those of any other adapters."""
-    mine = set(map(id, slots))
-    others = [weight.slot for weight in _live.known(slot.weight for slot in slots) if weight not in besides]
-    for one, other in _model.overlaps([*slots, *others]):
-        if id(one) in mine or id(other) in mine:
-            return (
-                f"{one.name} and {other.name} are different weights in overlapping memory (views of one tensor?), so "
-                f"an adapter on one would change the other; use an adapter for only one of them"
-            )
-    return None
+def check_content(
+    who: str,
+    weights: Mapping[str, Wanted],
+    found_at: Mapping[str, Sequence[Found]],
+    *,
+    where: str,
+    kind: str = "base",
+    than: str = "",
+    anything: Container[str] = (),
+) -> None:
+    """Refuse a base with other content than the adapter was made for, by fingerprint.
+
+    Args:
+        found_at: the base's tensors, from `places`. One without a fingerprint, or in ``anything``, is only read to
+            compare it with its copies.
+        than: further words about the base after "made for another base".
+        anything: weights that may have any content, since the result does not depend on it (see `indifferent`).
+    """
+    compared, other = 0, []
+    for name, found in found_at.items():
+        fingerprint = weights[name].fingerprint
+        if found and fingerprint is not None and name not in anything:
+            compared += 1
+            if found[0].fingerprint() != fingerprint:
+                other.append(found[0].name)
+    if other:
+        raise AdapterError(made_for_another(who, other, compared, than))
+    problems = [
+        _two(copy.name, found[0].name, kind)
+        for found in found_at.values()
+        for copy in found[1:]
+        if not found[0].equal(copy)
+    ]
+    if problems:
+        refuse(f"{who} does not fit {where}", problems)
+
+
+def indifferent(weights: Mapping[str, Wanted], delta: bool, alpha: float) -> set[str]:
+    """The names of the weights that come out the same whatever the base is: replaced as a whole, at strength 1."""
+    return set() if delta or alpha != 1 else {name for name, weight in weights.items() if weight.whole}
+
+
+# ---- the sentences ---------------------------------------------------------------------------------------------
+
+
+def refuse(sentence: str, problems: Sequence[str], advice: str = "") -> None:
+    """Raise with the first problems, their number, and what to do."""
+    more = f" ({len(problems)} problems in all)" if len(problems) > 5 else ""
+    raise AdapterError(f"{sentence}: {'; '.join(problems[:5])}{more}{advice}")
+
+
+def made_for_another(who: str, names: Sequence[str], compared: int, than: str = "") -> str:
+    """The sentence for a base with other content."""
+    return (
+        f"{who} was made for another base{than}: the content of {len(names)} of {compared} weights differs "
+        f"(by fingerprint): {_text.some(map(named, names))}"
+    )
 
 
 def one_in_adapter(alias: str, name: str) -> str:
-    """The beginning of a sentence that goes on with what they are in the model."""
-    return f"{alias} and {name} are one (tied) weight in the adapter, and"
+    """The beginning of a sentence that goes on with what they are in the base."""
+    return f"{named(alias)} and {named(name)} are one (tied) weight in the adapter, and"
 
 
-def misfit(slot: Slot, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
-    """Why entries of a weight of this shape and dtype cannot go onto the one in this place, or None."""
-    weight: Tensor = slot.weight
-    if isinstance(weight, UninitializedParameter):
-        return "has no shape yet; run the model once first"
-    if tuple(weight.shape) != tuple(shape):
-        return f"must have shape {list(shape)}, got {list(weight.shape)}"
-    if weight.dtype != dtype:
-        return f"must have dtype {dtype_name(dtype)}, got {dtype_name(weight.dtype)}"
-    if weight.is_meta:
-        return "is on the meta device"
-    foreign = _model.foreign(weight)
-    if foreign is not None:
-        return foreign
-    if not weight.is_contiguous():
-        return f"must be contiguous; {_model.stride_advice(slot.name, weight)}"
-    return _restless(slot)
+def _two(alias: str, name: str, kind: str) -> str:
+    return f"{one_in_adapter(alias, name)} two that differ in the {kind}"
 
 
-def _restless(slot: Slot) -> str | None:
-    """That the module writes to its weight by itself, or None."""
-    if isinstance(slot.module, (nn.Embedding, nn.EmbeddingBag)) and slot.module.max_norm is not None:
-        return (
-            f"is changed by its own forward (max_norm={slot.module.max_norm:g}), so there would be no way back to the "
-            f"base; leave it out of the adapter, or set the module's max_norm to None"
-        )
-    return None
+def two_that_differ(who: str, where: str, alias: str, name: str, kind: str = "model") -> str:
+    """The sentence for a tied weight of the adapter that is two in the base."""
+    return f"{who} does not fit {where}: {_two(alias, name, kind)}"
+
+
+# ---- names -----------------------------------------------------------------------------------------------------
+
+
+def renamed(weights: Mapping[str, _W], rename: _text.Rename) -> dict[str, _W]:
+    """An adapter's weights, and their aliases, under other names, in the same order; refuses two under one name."""
+    if rename is None:
+        return dict(weights)
+    new = _text.renamer(rename)
+    found: dict[str, _W] = {}
+    before: dict[str, str] = {}
+    for name, weight in weights.items():
+        for old in (name, *weight.aliases):
+            if before.setdefault(new(old), old) != old:
+                raise AdapterError(f"rename: {before[new(old)]!r} and {old!r} both become {new(old)!r}")
+        aliases = tuple(new(alias) for alias in weight.aliases)
+        found[new(name)] = replace(weight, aliases=aliases)  # type: ignore[type-var]
+    return found
+
+
+def flags(rule: Mapping[str, str]) -> str:
+    """A rule of `renamed` as options of the command line."""
+    return " ".join(f"--rename {shlex.quote(f'{pattern}={replacement}')}" for pattern, replacement in rule.items())
+
+
+class _Near:
+    """Finds the tensor of a base whose name differs from a given one only by a prefix, for a message."""
+
+    def __init__(self, base: Base[Found]) -> None:
+        self.base = base
+        self.names: set[str] = set()
+        self.ends: dict[str, str] = {}  # the base's names by each of their ends
+
+    def find(self, name: str, shape: tuple[int, ...]) -> str | None:
+        if not self.names:
+            self.names.update(self.base.names())
+            for known in self.base.names():
+                rest = known
+                while rest:
+                    _, _, rest = rest.partition(".")
+                    self.ends.setdefault(rest, known)
+        near, rest = self.ends.get(name), name
+        while near is None and rest:
+            _, _, rest = rest.partition(".")
+            near = rest if rest in self.names else None
+        found = None if near is None else self.base.get(near)
+        return near if found is not None and tuple(found.shape) == tuple(shape) else None
 
 
 _WRAPPED = ".base_layer."
 
 
-def _into_wrapped(rule: dict[str, str], adapter: Adapter, bare: Mapping[str, str]) -> list[dict[str, str]]:
-    """The rule, and with it whatever leads to the wrapped layers among those it leads to: all, or some kinds."""
+def _into_wrapped(rule: dict[str, str], names: Iterable[str], bare: Mapping[str, str]) -> list[dict[str, str]]:
+    """The rule, and what it must become to lead into wrapped layers: into all that it leads to, or into some kinds."""
     rename = _text.renamer(rule)
-    there = [name for name in map(rename, adapter.weights) if name in bare]
+    there = [name for name in map(rename, names) if name in bare]
     kinds: tuple[set[str], set[str]] = set(), set()  # as they are, and wrapped
     for name in there:
         kinds[_WRAPPED in bare[name]].add(name.rpartition(".")[0].rpartition(".")[2])
@@ -140,19 +303,18 @@ def _into_wrapped(rule: dict[str, str], adapter: Adapter, bare: Mapping[str, str
         return [rule]
     if not kinds[False]:
         return [{**rule, r"\.(\w+)$": r".base_layer.\1"}]
-    named = "|".join(map(re.escape, sorted(kinds[True])))
-    return [{**rule, rf"(\.(?:{named}))\.(\w+)$": r"\1.base_layer.\2"}]
+    which = "|".join(map(re.escape, sorted(kinds[True])))
+    return [{**rule, rf"(\.(?:{which}))\.(\w+)$": r"\1.base_layer.\2"}]
 
 
-def _renaming(adapter: Adapter, slots: Mapping[str, Slot]) -> dict[str, str] | None:
-    """The one change of the beginnings of names with which all of them fit the model, if there is one.
+def _rule(weights: Mapping[str, Wanted], base: Base[Found]) -> dict[str, str] | None:
+    """The one change of the beginnings of names with which all of them fit the base, if there is exactly one.
 
     And of their ends, in a model whose layers PEFT has wrapped: there it calls the layer itself ``base_layer``.
     """
-    bare = {name.replace(_WRAPPED, "."): name for name in slots}
-    absent = (
-        name for name, entry in adapter.weights.items() if not any(one in slots for one in (name, *entry.aliases))
-    )
+    names = list(base.names())
+    bare = {name.replace(_WRAPPED, "."): name for name in names}
+    absent = (name for name, wanted in weights.items() if not any(map(base.get, (name, *wanted.aliases))))
     first = next(absent).split(".")
     rules: dict[tuple[str, str], int] = {}
     for known in bare:
@@ -161,21 +323,21 @@ def _renaming(adapter: Adapter, slots: Mapping[str, Slot]) -> dict[str, str] | N
         while common < min(len(first), len(parts)) and first[-1 - common] == parts[-1 - common]:
             common += 1
         if common:
-            old, new = (".".join((*names[: len(names) - common], "")) for names in (first, parts))
+            old, new = (".".join((*all_[: len(all_) - common], "")) for all_ in (first, parts))
             rules[old, new] = common
     longest = max(rules.values(), default=0)
 
     def fits(rule: dict[str, str]) -> bool:
         rename = _text.renamer(rule)
-        for name, entry in adapter.weights.items():
-            found = next((other for other in map(rename, (name, *entry.aliases)) if other in slots), None)
-            if found is None or misfit(slots[found], entry.shape, entry.dtype) is not None:
+        for name, wanted in weights.items():
+            found = next(filter(None, (base.get(rename(other)) for other in (name, *wanted.aliases))), None)
+            if found is None or misfit(found, wanted.shape, wanted.dtype) is not None:
                 return False
         return True
 
-    longest_rules = [names for names, common in rules.items() if common == longest]
+    longest_rules = [pair for pair, common in rules.items() if common == longest]
     candidates = [{f"^{re.escape(old)}": new} if old or new else {} for old, new in longest_rules]
-    if len(bare) == len(slots) and any(bare[name] != name for name in bare):
-        candidates = [into for rule in candidates for into in _into_wrapped(rule, adapter, bare)]
+    if len(bare) == len(names) and any(bare[name] != name for name in bare):
+        candidates = [into for rule in candidates for into in _into_wrapped(rule, weights, bare)]
     fitting = [rule for rule in candidates if fits(rule)]
     return fitting[0] if len(fitting) == 1 else None

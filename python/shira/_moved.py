@@ -1,4 +1,4 @@
-"""Modules under the names they had in version 0.1, so that old imports and pickles still find them."""
+"""Modules under their names of version 0.1, so that old imports and pickles still find them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = {
     "shira.merge": "shira.adapter.bake",
     "shira.merging": "shira.adapter.combine",
     "shira.optim": "shira.train.optim",
-    "shira.peft": "shira.adapter._peft",
+    "shira.peft": "shira.integrations.peft",
     "shira.switcher": "shira.serve.switcher",
     "shira.trainer": "shira.train.trainer",
     "shira.tuner": "shira.train.tuner",
@@ -25,7 +25,7 @@ NAMES = {
 
 
 class Moved(MetaPathFinder, Loader):
-    """Gives the module of today for a name of `NAMES`."""
+    """Finds the module of today for a name in `NAMES`."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -33,4 +33,10 @@ class Moved(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self) if fullname in NAMES else None
 
     def exec_module(self, module: ModuleType) -> None:
-        sys.modules[module.__name__] = import_module(NAMES[module.__name__])
+        now = import_module(NAMES[module.__name__])
+        if module.__name__ == "shira.difference":
+            # The function of this name gave an adapter; what it gives today is what one is made of.
+            module.__dict__.update({name: getattr(now, name) for name in ("Lost", "Progress", "Report")})
+            module.__dict__["difference"] = import_module("shira.adapter.adapter").Adapter.from_difference
+        else:
+            sys.modules[module.__name__] = now

@@ -1,4 +1,4 @@
-"""What a training run needs besides its loop: a loss, random states, batches on a device, a display of progress."""
+"""What a training run needs besides its loop: the loss, random states, batches on a device, a progress display."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def loss_of_model(model: nn.Module, batch: Any) -> Tensor:
 
 
 def scalar(loss: Any, what: str) -> Tensor:
-    """The loss, if it is a tensor of one number."""
+    """The loss, which must be a tensor of one number."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         given = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"{what} must be a scalar tensor, got {given}")
@@ -56,7 +56,7 @@ def scalar(loss: Any, what: str) -> Tensor:
 
 
 def _generators(datas: tuple[Any, ...]) -> list[torch.Generator]:
-    """The generators of data loaders and their samplers, each once."""
+    """The generators of the data loaders and their samplers, each listed once."""
     found: dict[int, torch.Generator] = {}
     for data in datas:
         within = getattr(getattr(data, "batch_sampler", None), "sampler", None)
@@ -68,7 +68,7 @@ def _generators(datas: tuple[Any, ...]) -> list[torch.Generator]:
 
 
 def random_state(*datas: Any) -> dict[str, Any]:
-    """The state of every source of chance: torch, numpy's and Python's global ones, and the data's own."""
+    """The state of every random generator: torch's, numpy's and Python's global ones, and those of the data."""
     kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - others draw from the global one
     return {
         "torch": torch.get_rng_state(),
@@ -90,7 +90,7 @@ def _python_state(state: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def check_random_state(state: Any, *datas: Any) -> None:
-    """Refuse what is no `random_state`, or not of these data; nothing is set."""
+    """Refuse what is not a `random_state`, or is one of other data. Sets nothing."""
     generators = _generators(datas)
     try:
         if len(generators) != len(state["generators"]):
@@ -107,14 +107,14 @@ def check_random_state(state: Any, *datas: Any) -> None:
             torch.Generator(generator.device).set_state(saved)
     except ValueError:
         raise
-    except Exception as error:  # whatever the broken part of a state brings up
+    except Exception as error:  # a broken state may raise anything
         raise ValueError(f"the checkpoint's random states are broken: {error}") from error
 
 
 def set_random_state(state: Mapping[str, Any], *datas: Any) -> None:
-    """Go back to a `random_state` that was checked."""
+    """Restore a `random_state` that `check_random_state` has accepted."""
     torch.set_rng_state(state["torch"])
-    # Those of devices that are not here have nobody to draw from them.
+    # States of devices that are not here are left out: nothing draws from them.
     for device, saved in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
         torch.cuda.set_rng_state(saved, device)
     np.random.set_state(_numpy_state(state))  # noqa: NPY002
@@ -127,7 +127,7 @@ def set_random_state(state: Mapping[str, Any], *datas: Any) -> None:
 
 
 def others(tuner: SparseTuner) -> dict[str, Tensor]:
-    """What training may change besides values: persistent buffers, and parameters that were unfrozen by hand."""
+    """What training may change besides the values: persistent buffers, and parameters that were unfrozen by hand."""
     model, ours = tuner.model, {id(p) for p in tuner._trained()}
     persistent = model.state_dict(keep_vars=True)
     buffers = {name: tensor for name, tensor in model.named_buffers() if name in persistent}

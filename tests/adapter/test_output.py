@@ -235,7 +235,7 @@ def test_a_whole_overwrite_goes_onto_any_content(tmp_path: Path) -> None:
     merge(made, path, out)
     assert load_file(out)["head"].tolist() == [5, 6]
     for adapter, alpha in ((made, 0.5), (Adapter({"head": whole(1.0, 1.0, fingerprint=123)}, delta=True), 1.0)):
-        refused(tmp_path, adapter, path, tmp_path / "n.safetensors", "'head' has other content", alpha=alpha)
+        refused(tmp_path, adapter, path, tmp_path / "n.safetensors", "differs .by fingerprint.: 'head'", alpha=alpha)
 
 
 def test_a_whole_parameter_that_the_base_lacks_is_added(tmp_path: Path, base: Path) -> None:
@@ -266,7 +266,7 @@ def test_a_whole_parameter_that_the_base_lacks_is_added(tmp_path: Path, base: Pa
 
     refused(tmp_path, made, base, tmp_path / "n", "'head.weight' is not in the base", alpha=0.5)
     near = Adapter({"model.a": whole(1.0, 2.0, 3.0, 4.0)})
-    refused(tmp_path, near, base, tmp_path / "n", "'model.a' is not in the base, which has 'a'; rename it")
+    refused(tmp_path, near, base, tmp_path / "n", "'model.a' is not in the base, which has 'a'; with rename=")
     merge(near, base, tmp_path / "renamed", rename={r"^model\.": ""})
     assert load_file(tmp_path / "renamed" / "one.safetensors")["a"].tolist() == [1, 2, 3, 4]
     with pytest.raises(AdapterError, match=r"rename: 'head.weight' and 'head.bias' both become 'h'"):

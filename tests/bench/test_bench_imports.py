@@ -1,4 +1,4 @@
-"""No module of the benchmarks imports itself through others: each can be read, and changed, after what it builds on."""
+"""No module of the benchmarks imports itself through others, so each can be read after what it builds on."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def imports(root: Path, package: str) -> dict[str, set[str]]:
                 names += [f"{full}.{alias.name}" for alias in node.names]
         found[module] = set()
         for name in names:
-            while name and name not in files:  # a function of a module: the module
+            while name and name not in files:  # a name in a module counts as the module
                 name = name.rpartition(".")[0]
             if name and name != module:
                 found[module].add(name)
@@ -89,7 +89,7 @@ def test_what_runs_on_a_gpu_needs_no_other_package() -> None:
 
 
 def test_every_command_can_be_run_as_a_module() -> None:
-    """What has a main is called by `python -m`."""
+    """A module with a `main` calls it when it is run with `python -m`."""
     commands = [path for path in (ROOT / "benchmarks").rglob("*.py") if "\ndef main(" in path.read_text()]
     assert len(commands) > 8
     for path in commands:
@@ -103,7 +103,7 @@ def test_every_command_can_be_run_as_a_module() -> None:
         ("def late():\n    from . import first\n", True),
         ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import made.first\n", True),
         ("from .first import name\n", True),
-        ("import first\n", False),  # another's
+        ("import first\n", False),  # a module of someone else
         ("", False),
     ],
     ids=["from the package", "in a function", "for types", "relative", "another's", "none"],

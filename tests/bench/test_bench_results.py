@@ -1,4 +1,4 @@
-"""The figures that are told are those that were measured, and a run that got worse is noticed."""
+"""The texts show the figures that were measured, and a run that got worse is noticed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def run(*cases: dict[str, Any]) -> dict[str, Any]:
             "commit_info": {}, "benchmarks": list(cases)}  # fmt: skip
 
 
-FASTER, SMALLER = "swap_ over stock bf16", "training over LoRA"  # at least so much; at most so much
+FASTER, SMALLER = (
+    "swap_ over stock bf16",
+    "training over LoRA",
+)  # its target is a least value; its target is a largest value
 
 
 def test_trimming_keeps_what_was_measured_and_not_where() -> None:
@@ -68,7 +71,7 @@ def test_quick_runs_and_empty_runs_are_not_recorded() -> None:
         (SMALLER, 1.0, 0.5, False),
         ("call", 2.0, 9.0, False),  # microseconds: another machine's, or another day's
         ("limit, copy", 30.0, 3.0, False),
-        ("swap_ over ways bf16", 30.0, 3.0, False),  # another's time, which is not guarded
+        ("swap_ over ways bf16", 30.0, 3.0, False),  # the time of another way, which is not guarded
         ("a line that is gone", 2.0, 1.0, False),
     ],
 )
@@ -123,7 +126,7 @@ def test_two_runs_agree_or_it_is_said_where_not(
     two = run(case(FASTER, 1.5), case(SMALLER, 1.09), case("call", 9.0), case("refuse over fuse_ bf16", 1.0))
     two["benchmarks"][0]["extra_info"]["results"][0]["low"] = 1.2
     said, count = results.agree(one, two)
-    assert count == 3  # microseconds are no ratio
+    assert count == 3  # microseconds are not a ratio
     assert said == [
         " 33% apart: swap_ 1 % bf16, over the best of plain torch (1 thread): 2 (2 to 2) and 1.5 (1.2 to 1.5); "
         "the rounds themselves lie wide"

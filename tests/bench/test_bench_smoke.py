@@ -1,4 +1,4 @@
-"""The speed benchmarks still run: every one once, on tiny layers. The figures mean nothing and are not looked at."""
+"""The speed benchmarks still run, each of them once, on tiny layers. The figures mean nothing and are not checked."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_every_line_is_measured(tmp_path: Path) -> None:
         "1thread or peers",  # peers share layers with the case of one thread before
         f"--benchmark-json={results}",
     ]
-    # Under xdist pytest-benchmark turns itself off, and a worker's environment says xdist to its children too.
+    # pytest-benchmark turns itself off under xdist, and takes the children of a worker for workers.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -51,7 +51,7 @@ def test_every_line_is_measured(tmp_path: Path) -> None:
     assert table.returncode == 0, table.stderr
     assert measured == set(summary.LINES)
 
-    # Fresh results make a page too, which says that they are of a quick run.
+    # New results make a page too, which says that they are of a quick run.
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.speed.report", str(results), "--out", str(tmp_path)],
         capture_output=True,

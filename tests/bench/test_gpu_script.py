@@ -1,4 +1,4 @@
-"""The GPU's one command still runs: all of it that a CPU can, at tiny sizes. The figures mean nothing."""
+"""`make gpu` still runs: all that a CPU can do of it, at tiny sizes. The figures mean nothing."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_what_does_not_fit_the_time_is_told(tmp_path: Path) -> None:
 
 
 def test_a_lost_process_costs_one_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A process that dies, one that says that it lost the device, and one that ends well."""
+    """A process that dies, one that reports that it lost the device, and one that ends well."""
     run = gpu.Run("cpu", True, 100.0, tmp_path / "told.json")
     lives = iter([([], 1), (["swap"], gpu.DEVICE_LOST), (["adamw", "fuse"], 0)])
 
@@ -91,7 +91,7 @@ def test_what_was_measured_survives_a_process_that_was_ended(tmp_path: Path) -> 
 
 
 def test_captured_graphs_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The script's own logic: where a graph would be made and replayed, the call is made."""
+    """The script's own logic, with plain calls in place of captured graphs."""
 
     def captured(call: Callable[[], object]) -> Callable[[], object]:
         call(), call()
@@ -103,7 +103,7 @@ def test_captured_graphs_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert gpu_graph.captured_calls().startswith("54 calls")
         assert gpu_graph.captured_inference()
         assert gpu_graph.captured_ops()
-        monkeypatch.setattr(gpu_graph, "captured", lambda call: call() or (lambda: None))  # a graph that holds nothing
+        monkeypatch.setattr(gpu_graph, "captured", lambda call: call() or (lambda: None))  # a graph that does nothing
         with pytest.raises(AssertionError, match="a replay differs from an eager call"):
             gpu_graph.captured_calls()
 
@@ -135,7 +135,7 @@ UNINITIALIZED = """\
 
 
 def test_reads_of_what_nobody_wrote() -> None:
-    """Those of our kernels are told from torch's, which our host code may have started, also where they are inlined."""
+    """Reports about our kernels, inlined ones too, are told from those about torch's, which our host code may start."""
     assert gpu.ours(UNINITIALIZED) == 2
     assert gpu.ours("========= ERROR SUMMARY: 0 errors\n") == 0
 
@@ -143,7 +143,7 @@ def test_reads_of_what_nobody_wrote() -> None:
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize("chosen", ["environment", "command line", "neither"])
 def test_make_takes_the_python_it_is_given(tmp_path: Path, chosen: str) -> None:
-    # The tests may run under a make of their own, which would speak of itself.
+    # The tests may be run by make themselves, and then have its variables.
     ours = ("PY", "PYTHON", "MAKEFLAGS", "MFLAGS", "MAKELEVEL")
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     command = ["make", "-n", "--no-print-directory", "-f", str(ROOT / "Makefile"), "gpu"]
@@ -151,7 +151,7 @@ def test_make_takes_the_python_it_is_given(tmp_path: Path, chosen: str) -> None:
         environment["PY"] = "python-of-mine"
     elif chosen == "command line":
         command.append("PY=python-of-mine")
-    # An empty folder has no .venv.
+    # In an empty folder, so that there is no .venv.
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
     wanted = "python3" if chosen == "neither" else "python-of-mine"
     assert done.stdout.split()[:3] == [wanted, "-m", "benchmarks.speed.gpu"]

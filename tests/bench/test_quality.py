@@ -1,4 +1,4 @@
-"""The experiments still run, each at a tiny scale on the real digits; and what is made of their results."""
+"""The experiments still run, each at a tiny scale on the real digits; the page is what their results say."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_every_experiment_runs_and_the_report_tells_it(tiny, tmp_path):
     done = {run["do"] for run, _ in store.Store(FAMILY, tiny.folder)}
     assert done == {"base", "train", "crowding", "fusion", "transfer"}
 
-    # All is known now: the same again needs no time, and writes nothing.
+    # Everything is known now: running it again takes no time, and writes nothing.
     again = Lab(folder=tiny.folder, seeds=range(2), until=0)
     for job in jobs:
         job.do(again)
@@ -123,7 +123,7 @@ def test_what_was_not_run_is_said(tmp_path):
     ids=lambda method: method.kind + str(getattr(method, "mask", "")),
 )
 def test_an_adapter_is_what_was_trained(tiny, method):
-    """Switched on a fresh base it scores as the trained model did; and the same run gives the same bits again."""
+    """Switched on on a fresh base it scores as the trained model did; and the same run gives the same bits again."""
     task = tasks.task(f"{FAMILY}/permuted")
     trained, again = (train(task, method, 3e-2, 1, 12) for _ in range(2))
     assert trained.record == again.record
@@ -162,7 +162,7 @@ def test_a_switch_costs_the_lines_it_touches(tiny):
 @pytest.mark.parametrize("mask", ["rand", "wm"])
 def test_balanced_masks_have_as_many_granules_in_every_row(mask, granule):
     weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
-    weight[3] *= 100  # magnitudes crowd here
+    weight[3] *= 100  # so that the largest magnitudes are all here
     density = 0.25
     one = Shira(mask, density=density, granule=granule, balanced=True).make(5)
     indices = one("w", weight)
@@ -204,12 +204,12 @@ def test_the_rate_is_searched_up_and_down_within_the_budget():
     assert search(lambda lr: lr if lr < 2 else None) == (1.0, [1e-1, 3e-2, 3e-1, 1.0, 3.0])
     rate, tried = search(lambda lr: -lr, budget=3)
     assert (rate, len(tried)) == (1e-2, 3)
-    # Nothing to choose by, but that the loss falls with the rate.
+    # The only difference is that the loss falls as the rate rises.
     assert search(lambda lr: 0.5) == (RATES[-1], [1e-1, 3e-2, 3e-1, 1.0, 3.0])
-    # A peak below the base's -5 is none: lower rates may be better.
+    # A peak below the base's -5 does not count: lower rates may be better.
     collapsed = {1e-1: -8.0, 3e-2: -6.0, 1e-2: -7.0, 3e-3: 1.0, 1e-3: 0.0}
     assert search(collapsed.__getitem__) == (3e-3, list(collapsed))
-    # Nor do rates that are too low to do anything keep it from climbing.
+    # Rates that are too low to change anything do not keep it from going up.
     idle = {1e-1: -6.0, 3e-2: -6.5, 3e-1: -5.5, 1.0: 0.5, 3.0: 0.0}
     assert search(idle.__getitem__) == (1.0, list(idle))
 
@@ -219,9 +219,9 @@ def test_a_rate_that_some_seeds_fail_at_yields_to_a_lower_one_that_is_better_in_
     unlucky = Known(lambda lr, seed: 0.1 if lr == 1e-1 and seed > 2 else peak[lr], seeds=range(5))
     assert unlucky.tune()[0] == 3e-2
     assert Known(lambda lr, seed: None if lr == 1e-1 and seed > 2 else peak[lr], seeds=range(5)).tune()[0] == 3e-2
-    # One seed of five: the higher rate is better in the mean all the same.
+    # If only one seed of five fails, the mean at the higher rate is still better.
     assert Known(lambda lr, seed: 0.5 if lr == 1e-1 and seed > 3 else peak[lr], seeds=range(5)).tune()[0] == 1e-1
-    # Steady ones are not doubted, and cost nothing more.
+    # Where the seeds agree, no other rate is tried.
     steady = Known(lambda lr, seed: peak[lr] - seed / 1000, seeds=range(5))
     assert steady.tune()[0] == 1e-1
     assert (3e-2, 1) not in steady.tried
@@ -257,7 +257,7 @@ def test_the_time_is_up_between_two_runs(tiny):
 
 
 def test_a_result_belongs_to_all_that_was_run():
-    """No two settings share a key, and defaults that are spelled out do not make another."""
+    """No two settings share a key, and writing out a default does not make another."""
     base = Setting("x/y", Shira("rand", r=2))
     others = [
         dataclasses.replace(base, **change)
@@ -294,7 +294,7 @@ def test_the_page_is_what_the_results_say(kept):
 
 
 def test_no_figure_of_the_verdict_is_typed():
-    """Its figures are in tables that are made of the results; the prose names none that was measured."""
+    """Its figures are in tables made of the results; the prose names no measured figure."""
     template = (report.HERE / "page.md").read_text(encoding="utf-8")
     _, _, rest = template.partition("## Verdict")
     section, found, _ = rest.partition("## How it was measured")

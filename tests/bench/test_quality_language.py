@@ -12,12 +12,12 @@ from benchmarks.quality.tasks import corpus, gpt, minilm
 
 
 def assert_no_leak(documents, splits):
-    """Every row comes from one document's split alone, and no row, however often it occurs, is in two splits."""
+    """The rows of a document are in one split, and no row, however often it occurs, is in two splits."""
     kept = {split: set(rows) for split, rows in splits.items()}
     assert all(kept.values())
     assert sum(map(len, kept.values())) == len(set().union(*kept.values()))
     for name, rows in documents.items():
-        # What a document shares with an earlier one is there, not here; the rest is together.
+        # Rows that an earlier document has too are in its split; all others stay together.
         shared = {row for other, others in documents.items() if other != name for row in others}
         own = set(rows) - shared
         assert sum(bool(own & members) for members in kept.values()) <= 1, name
@@ -36,7 +36,7 @@ def test_documents_stay_together_and_no_row_is_in_two_splits():
         for kind in "ab":
             count = sum(row[1] == kind for row in splits[split])
             assert count == pytest.approx(share * 391, abs=30)
-    # Neither the order of the documents nor what is in one of them moves another.
+    # Neither the order of the documents nor the content of one moves another to a different split.
     assert corpus.divided(dict(reversed(list(documents.items()))), kind=lambda row: row[1]) == splits
 
 
@@ -72,7 +72,7 @@ def test_no_piece_of_a_text_is_in_two_splits(kind):
 
 
 class Table(nn.Module):
-    """The next byte by the last one, called as a language model is."""
+    """Predicts the next byte from the last one, and is called like a language model."""
 
     def __init__(self):
         super().__init__()
@@ -134,7 +134,7 @@ def test_pretraining_goes_on_with_the_same_bits(monkeypatch, tmp_path):
 
 
 class Bag(nn.Module):
-    """What a body is to a `Classifier`: an embedding of each token, and nothing else."""
+    """A body for a `Classifier`: an embedding of each token, and nothing else."""
 
     def __init__(self):
         super().__init__()
@@ -149,7 +149,7 @@ class Bag(nn.Module):
 
 @pytest.fixture
 def bag(monkeypatch):
-    """A classifier of letters, so that no tokenizer of a real model is needed."""
+    """A classifier over letters, so that no real model's tokenizer is needed."""
 
     class Letters:
         def encode(self, text, truncation, max_length):
@@ -185,8 +185,8 @@ def test_heads_are_fitted_alone_and_tell_more_than_chance(bag):
     task, body = minilm.Classification("keywords"), bag.body.table.weight.detach().clone()
     minilm.fit_heads(bag)
     assert torch.equal(bag.body.table.weight, body)
-    assert task.score(bag, "validation") > 0.4  # chance is a quarter
-    # The score is that of single texts, whatever they are padded with.
+    assert task.score(bag, "validation") > 0.4  # chance would give a quarter
+    # The scores are those of single texts, however they are padded.
     tokens, classes = minilm.examples("keywords", "test")
     right = 0
     for one, label in zip(tokens, classes, strict=True):

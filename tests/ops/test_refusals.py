@@ -14,6 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cases
+import shira_ops.checks
 from cases import FLOAT_DTYPES, FOREACH_OPS, MUTATING_OPS, OPS, Backend, Case, Setup, bits, build
 
 
@@ -1036,6 +1037,41 @@ def test_check_indices_counts_granules(backend: Backend) -> None:
     refused(backend, case, "check_indices: indices must be strictly increasing in [0, 5), got 5 at position 1")
     empty = Case("check_indices", {"indices": indices[:1], "limit": 0, "granule": 1})
     refused(backend, empty, "check_indices: indices must be strictly increasing in [0, 0), got 0 at position 0")
+
+
+# How the Python checks are called
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_call_that_is_not_refused_puts_no_sentence_together(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    """Checks stand before every call, and sentences cost more than they do."""
+    case = build(op, Setup(dtype=torch.bfloat16))
+    wanted = cases.REFERENCE(op, **case.clone().args)
+    monkeypatch.setattr(shira_ops.checks, "_text", None)
+    monkeypatch.setattr(torch, "_check", None)
+    cases.assert_same(cases.REFERENCE(op, **case.clone().args), wanted)
+    with pytest.raises(TypeError, match="not callable"):
+        cases.REFERENCE(op, **{**case.clone().args, "granule": 0})
+
+
+def test_arguments_are_bound_by_the_schema() -> None:
+    """By position, by name, and with the schema's defaults, as the dispatcher does."""
+    w, at, v = torch.zeros(4), torch.tensor([1]), torch.ones(1)
+    reference = cases.REFERENCE.find("scatter_")
+    for call in (lambda: reference(w, at, v), lambda: reference(granule=1, values=v, indices=at, weight=w)):
+        w.zero_()
+        call()
+        assert w.tolist() == [0, 1, 0, 0]
+    wrong: list[tuple[Callable[[], Any], str]] = [
+        (lambda: reference(w, at), "2 by position and none by name"),
+        (lambda: reference(w, at, v, 1, 2), "5 by position and none by name"),
+        (lambda: reference(w, at, values=v, alpha=2), "2 by position and values, alpha by name"),
+        (lambda: reference(w, at, v, values=v), "3 by position and values by name"),
+    ]
+    for call, got in wrong:
+        with pytest.raises(TypeError) as raised:
+            call()
+        assert str(raised.value) == f"scatter_: takes weight, indices, values, granule, got {got}"
 
 
 # Which refusal comes first

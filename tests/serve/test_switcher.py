@@ -221,7 +221,7 @@ def test_tied_and_channels_last():
     conv = nn.Conv2d(4, 4, 3)
     entry = Entry(torch.tensor([1]), torch.zeros(1), (4, 4, 3, 3), torch.float32)
     conv = conv.to(memory_format=torch.channels_last)
-    with pytest.raises(AdapterError, match=r"weight 'weight' must be contiguous; make it so with"):
+    with pytest.raises(AdapterError, match=r"model: 'weight' must be contiguous; make it so with"):
         Switcher(conv).add("a", Adapter({"weight": entry}))
 
 
@@ -242,8 +242,8 @@ def test_any_sequence_on_a_budget():
     """Room for the unions and little else: adapters and unions leave and come back all the time."""
     left = []
     walk = Walk(torch.bfloat16, seed=2, budget=9000)
-    leave = walk.switcher._leave
-    walk.switcher._leave = lambda added: (left.append(added.name), leave(added))
+    leave = walk.switcher._shelf._leave
+    walk.switcher._shelf._leave = lambda added: (left.append(added.name), leave(added))
     for _ in range(400):
         walk.step()
         assert sum(memory.device for memory in walk.switcher.memory().values()) <= 9000

@@ -139,14 +139,14 @@ def test_a_weight_that_is_tied_in_the_adapter_alone() -> None:
     one.verify(full=True)
     one.deactivate()
     assert differing(bits(model), base) == 0
-    with pytest.raises(AdapterError, match=r"head\.weight and wte\.weight are one \(tied\) weight in the adapter"):
+    with pytest.raises(AdapterError, match=r"'head\.weight' and 'wte\.weight' are one \(tied\) weight in the adapter"):
         SparseTuner.from_adapter(model, Adapter({"wte.weight": entry}))
     one.activate("b")  # at the base they are still the same
     one.add("again", Adapter({"wte.weight": entry}))
     one.deactivate()
     with pytest.raises(AdapterError, match=r"rename: 'wte\.weight' and 'head\.weight' both become 'wte\.weight'"):
         one.add("one", Adapter({"wte.weight": entry}), rename=lambda name: "wte.weight")
-    says = r"the model: head\.weight and wte\.weight are one \(tied\) weight in the adapter, and two that differ in the"
+    says = r"'head\.weight' and 'wte\.weight' are one \(tied\) weight in the adapter, and two that differ in the"
     for verify in (True, False):
         other = copy.deepcopy(model)
         with torch.no_grad():
@@ -390,7 +390,7 @@ def test_names_of_another_wrapper() -> None:
     twins = nn.ModuleDict({"x": linear(), "y": linear()})
     with pytest.raises(AdapterError) as caught:
         Switcher(twins).add("c", Adapter({"z.weight": entry_of(twins["x"].weight, [0], [1])}))
-    assert str(caught.value) == "adapter 'c' does not fit the model: weight 'z.weight' is not in the model"
+    assert str(caught.value) == "adapter 'c' does not fit the model: 'z.weight' is not in the model"
     twice = Adapter(dict.fromkeys(("x.weight", "y.weight"), entry_of(twins["x"].weight, [0], [1])))
     with pytest.raises(AdapterError, match=r"rename: 'x\.weight' and 'y\.weight' both become 'x\.weight'"):
         Switcher(twins).add("d", twice, rename={"^.": "x"})
@@ -882,7 +882,7 @@ def test_weights_that_wrap_others_are_refused_and_the_rest_is_not() -> None:
     adapter = Adapter({name: entry_of(weight, [0], [9]) for name, weight in model.named_parameters()})
     model[1].weight = nn.Parameter(Wrapping(model[1].weight.detach()), requires_grad=False)
     one = Switcher(model)
-    with pytest.raises(AdapterError, match=r"weight '1\.weight' is a Wrapping, a tensor that wraps others"):
+    with pytest.raises(AdapterError, match=r"model: '1\.weight' is a Wrapping, a tensor that wraps others"):
         one.add("a", adapter)
     one.add("a", Adapter({"0.weight": adapter.weights["0.weight"]}))
     one.activate("a")

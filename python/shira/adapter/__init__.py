@@ -1,4 +1,4 @@
-"""What an adapter is, its file, and what it is made from and turned into."""
+"""Adapters: what they are, their files, and what they are made from and turned into."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 __all__ = ["Adapter", "AdapterError", "Entry"]
 
 
-def __getattr__(name: str) -> Any:  # on first use: a file is read without torch, by the modules of this folder too
+def __getattr__(name: str) -> Any:  # on first use, since the modules of this folder that read files need no torch
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import shira
+    from shira.adapter import adapter
 
-    return getattr(shira, name)
+    return getattr(adapter, name)

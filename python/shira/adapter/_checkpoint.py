@@ -1,7 +1,7 @@
-"""Checkpoints, read tensor by tensor: safetensors files (mapped, without torch), state dicts, modules.
+"""Checkpoints, read tensor by tensor: safetensors files (mapped, without torch), state dicts and modules.
 
-A checkpoint on disk is a ``.safetensors`` file, or a folder that holds one, or a sharded one with its
-``*.safetensors.index.json``. Nothing is read before it is asked for.
+A checkpoint on disk is a ``.safetensors`` file, a folder that holds one, or a folder with shards and their
+``*.safetensors.index.json``. A tensor is not read before it is used.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 
 Source: TypeAlias = "str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module"
 Bytes: TypeAlias = npt.NDArray[np.uint8]
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Called with a tensor's name, the bytes done so far and the bytes in all."""
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _MOST_INDEX_BYTES = 256 << 20
-# Dtypes that an adapter cannot hold: compared and copied alone.
+# Dtypes that an adapter cannot hold: such tensors are only compared and copied.
 _OTHERS = {
     "BOOL": "bool", "U16": "uint16", "U32": "uint32", "U64": "uint64", "C64": "complex64", "F8_E8M0": "float8_e8m0fnu",
     "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F4": "float4_e2m1fn_x2",
@@ -42,16 +44,18 @@ _FILE_NAMES = {torch_name: name for name, torch_name in _TORCH_NAMES.items()}
 class Stored:
     """One tensor of a checkpoint."""
 
-    name: str  # as the model has it; a shard knows it by its name in the file
+    name: str  # the model's name for it; a shard knows it by its name in the file
     dtype: str  # torch's name where an adapter can hold it, else safetensors' in lower case
     shape: tuple[int, ...]
     nbytes: int
-    # The bytes in a mapped file, or the tensor in memory.
+    # The bytes of the mapped file, or the tensor in memory.
     data: Any = field(repr=False)
     # Equal for two names of one tensor.
     memory: object = None
-    # Why its bytes cannot be read, if so: see `_model.foreign`.
+    # Why its bytes cannot be read (see `_model.foreign`), or None.
     foreign: str | None = None
+    # `_fit.Found` asks for it. A checkpoint's tensor is only read, so nothing else can stand in the way.
+    obstacle: None = field(default=None, init=False, repr=False)
 
     @property
     def numel(self) -> int:
@@ -64,7 +68,7 @@ class Stored:
 
     @property
     def mapped(self) -> bool:
-        """Whether it lies in a mapped file."""
+        """Whether it is part of a mapped file."""
         return isinstance(self.data, np.ndarray)
 
     @property
@@ -78,7 +82,7 @@ class Stored:
         return self if self.memory is None else self.memory
 
     def bytes(self) -> Bytes:
-        """Its bytes in row-major order; a view of the file where it is mapped."""
+        """Its bytes in row-major order; a view of the file if it is mapped."""
         if isinstance(self.data, np.ndarray):
             return self.data
         if self.foreign is not None:
@@ -89,8 +93,16 @@ class Stored:
         found: Bytes = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
         return found
 
+    def fingerprint(self) -> int:
+        """The fingerprint of its bytes, as an unsigned number. Reads all of them."""
+        return _file.fingerprint(self.bytes())
+
+    def equal(self, other: Stored) -> bool:
+        """Whether dtype, shape and all bits are the same."""
+        return self.dtype == other.dtype and self.shape == other.shape and equal_bytes(self.bytes(), other.bytes())
+
     def tensor(self) -> Tensor:
-        """The tensor, flat, on the CPU; a view of the file where it is mapped and aligned."""
+        """The flat tensor on the CPU; a view of the file if it is mapped and aligned."""
         import torch
 
         data = self.bytes()
@@ -98,7 +110,7 @@ class Stored:
         if data.size == 0:
             return torch.empty(0, dtype=dtype, device="cpu")
         if data.ctypes.data % dtype.itemsize:
-            data = data.copy()  # other writers may not align tensors in the file
+            data = data.copy()  # other programs may write tensors that are not aligned
         return torch.from_numpy(data).view(dtype)
 
 
@@ -122,19 +134,23 @@ class Checkpoint:
     index: dict[str, Any] | None = None
     index_name: str | None = None
     model: Any = None  # the module it is of, if it was given as one
-    prefix: str = ""  # what all names have in the files, and not here
+    prefix: str = ""  # what all names begin with in the files, and is left out here
 
     def get(self, name: str) -> Stored | None:
         """The tensor under a name, with or without the prefix of the files."""
         return self.tensors.get(name.removeprefix(self.prefix))
 
+    def names(self) -> Iterable[str]:
+        """The names that its tensors have here."""
+        return self.tensors
+
     def find(self, names: tuple[str, ...]) -> Stored | None:
-        """The tensor under the first of the names that is there."""
+        """The tensor with the first of these names that exists."""
         return next((stored for stored in map(self.get, names) if stored is not None), None)
 
 
 def map_file(path: str) -> Shard:
-    """Map a safetensors file, its header checked; it may be larger than memory."""
+    """Map a safetensors file and check its header. The file may be larger than memory."""
     with _file.opened(path) as file:
         whole = file.map(unchanged=True)
     tensors = {}
@@ -175,8 +191,8 @@ def _sharded(folder: str, index_path: str) -> Checkpoint:
 
 
 def _named(where: str, tensors: Mapping[str, Stored], **rest: Any) -> Checkpoint:
-    """A checkpoint of a file's or a state dict's tensors, by the names that the model itself uses."""
-    # What DistributedDataParallel puts before all of them.
+    """A checkpoint of the tensors of a file or a state dict, under the names that the model itself uses."""
+    # DistributedDataParallel puts this before every name.
     prefix = "module." if tensors and all(name.startswith("module.") for name in tensors) else ""
     found: dict[str, Stored] = {}
     before: dict[str, str] = {}
@@ -222,7 +238,7 @@ def _in_memory(where: str, tensors: Mapping[str, Any], model: object) -> Checkpo
             raise TypeError(f"{where}: names must be strings, got {key!r:.80}")
         if not isinstance(tensor, torch.Tensor):
             if key.endswith("_extra_state"):
-                continue  # what modules keep beside their tensors
+                continue  # what modules save besides their tensors
             raise TypeError(f"{where}: {key!r} must be a tensor, got {type(tensor).__name__}")
         if isinstance(tensor, (UninitializedBuffer, UninitializedParameter)):
             raise AdapterError(f"{where}: {key!r} has no shape yet; run the model once first")
@@ -237,7 +253,7 @@ def _in_memory(where: str, tensors: Mapping[str, Any], model: object) -> Checkpo
             continue
         memory = (_model.memory(tensor), shape, tensor.stride())
         if dtype == "float4_e2m1fn_x2":
-            shape = (*shape[:-1], 2 * shape[-1])  # as files count: entries, two to a byte
+            shape = (*shape[:-1], 2 * shape[-1])  # files count entries, of which a byte holds two
         stored[key] = Stored(key, dtype, shape, tensor.nbytes, tensor, memory)
     if model is not None:
         for name, one in stored.items():
@@ -247,7 +263,7 @@ def _in_memory(where: str, tensors: Mapping[str, Any], model: object) -> Checkpo
 
 
 def open_checkpoint(source: object, role: str) -> Checkpoint:
-    """Find a checkpoint's tensors; ``role`` names it in messages where it has no path."""
+    """Find the tensors of a checkpoint. ``role`` is its name in messages if it has no path."""
     if isinstance(source, (str, os.PathLike)):
         return _on_disk(os.fspath(source))
     if isinstance(source, Mapping):
@@ -263,7 +279,7 @@ def open_checkpoint(source: object, role: str) -> Checkpoint:
 
 
 def ties(checkpoint: Checkpoint) -> dict[str, str]:
-    """Each name to the first name of the same tensor."""
+    """Maps each name to the first name of the same tensor."""
     first: dict[object, str] = {}
     return {
         name: name if stored.memory is None or not stored.nbytes else first.setdefault(stored.memory, name)
@@ -275,7 +291,7 @@ _PIECE = 4 << 20
 
 
 def equal_bytes(one: Bytes, two: Bytes) -> bool:
-    """The same bytes, compared in pieces."""
+    """Whether the bytes are the same. Compared in pieces, which stay in the caches."""
     from shira import _codec
 
     starts = range(0, len(one), _PIECE)
@@ -284,127 +300,9 @@ def equal_bytes(one: Bytes, two: Bytes) -> bool:
     )
 
 
-def equal(one: Stored, two: Stored) -> bool:
-    """The same dtype, shape and bits."""
-    return one.dtype == two.dtype and one.shape == two.shape and equal_bytes(one.bytes(), two.bytes())
-
-
-Wanted: TypeAlias = tuple[tuple[int, ...], str, "int | None", tuple[str, ...]]
-
-
-class _Near:
-    """A base's tensor whose name is another one but for a prefix, for a message."""
-
-    def __init__(self, base: Checkpoint) -> None:
-        self.base = base
-        self.ends: dict[str, str] | None = None  # the base's names by each of their ends
-
-    def find(self, name: str, shape: tuple[int, ...]) -> str | None:
-        if self.ends is None:
-            self.ends = {}
-            for known in self.base.tensors:
-                rest = known
-                while rest:
-                    _, _, rest = rest.partition(".")
-                    self.ends.setdefault(rest, known)
-        near, rest = self.ends.get(name), name
-        while near is None and rest:
-            _, _, rest = rest.partition(".")
-            near = rest if rest in self.base.tensors else None
-        return near if near is not None and self.base.tensors[near].shape == shape else None
-
-
-def fit(
-    weights: Mapping[str, Wanted], base: Checkpoint, fresh: Container[str] = ()
-) -> tuple[dict[str, tuple[Stored, ...]], list[str]]:
-    """The base's tensors that an adapter's weights are, and why it cannot go onto this base, if so.
-
-    ``weights`` by name, each its shape, dtype, fingerprint and aliases. A tied weight of which the base holds several
-    copies is all of them, where they are equal. Those in ``fresh`` are overwritten as a whole: they go onto any
-    content, and into a base that has none (they get no tensors then). Without torch where the base is on disk. A weight
-    that has neither fingerprint nor copies is not read.
-    """
-    from shira import _codec
-
-    places: dict[str, tuple[Stored, ...]] = {}
-    problems = []
-    owner: dict[object, str] = {}
-    near = _Near(base)
-    for name, (shape, dtype, fingerprint, aliases) in weights.items():
-        known = {one: stored for one in (name, *aliases) if (stored := base.get(one)) is not None}
-        if not known:
-            other = near.find(name, shape)
-            if other is not None:
-                problems.append(f"{name!r} is not in the base, which has {other!r}; rename it if they are one")
-            elif name not in fresh:
-                problems.append(f"{name!r} is not in the base")
-            else:
-                places[name] = ()
-            continue
-        first, stored = next(iter(known.items()))
-        copies = list({one.one: one for one in known.values()}.values())
-        taken = next((one for one in copies if owner.setdefault(one.one, name) != name), None)
-        if stored.foreign is not None:
-            problems.append(f"{first!r} {stored.foreign}")
-        elif stored.shape != shape:
-            problems.append(f"{name!r} must have shape {list(shape)}, got {list(stored.shape)}")
-        elif stored.dtype != dtype:
-            problems.append(f"{name!r} must be {dtype}, got {stored.dtype}")
-        elif taken is not None:
-            problems.append(f"{name!r} is the same (tied) weight as {owner[taken.one]!r}")
-        elif (
-            fingerprint is not None
-            and name not in fresh
-            and _codec.fingerprint(stored.bytes()) & (2**64 - 1) != fingerprint
-        ):
-            problems.append(f"{name!r} has other content (by fingerprint)")
-        else:
-            for alias, one in known.items():
-                if one.one != stored.one and not equal(stored, one):
-                    problems.append(
-                        f"{alias!r} and {first!r} are one (tied) weight in the adapter, and two that differ in the base"
-                    )
-            places[name] = tuple(copies)
-    return places, problems
-
-
-def misfits(weights: Mapping[str, Wanted], base: Checkpoint, fresh: Container[str] = ()) -> list[str]:
-    """Why an adapter cannot go onto a base: see `fit`."""
-    return fit(weights, base, fresh)[1]
-
-
-def whole_overwrites(weights: Mapping[str, Any], delta: bool, alpha: float) -> set[str]:
-    """The names of the weights that come out the same whatever the base is: see `fit`."""
-    return set() if delta or alpha != 1 else {name for name, weight in weights.items() if weight.whole}
-
-
-class _Aliased(Protocol):
-    @property
-    def aliases(self) -> tuple[str, ...]: ...
-
-
-_Weight = TypeVar("_Weight", bound=_Aliased)
-
-
-def renamed(weights: Mapping[str, _Weight], rename: _text.Rename) -> dict[str, _Weight]:
-    """An adapter's weights, and their aliases, under other names; refuses two under one name."""
-    if rename is None:
-        return dict(weights)
-    new = _text.renamer(rename)
-    found: dict[str, _Weight] = {}
-    before: dict[str, str] = {}
-    for name, weight in weights.items():
-        for old in (name, *weight.aliases):
-            if before.setdefault(new(old), old) != old:
-                raise AdapterError(f"rename: {before[new(old)]!r} and {old!r} both become {new(old)!r}")
-        aliases = tuple(new(alias) for alias in weight.aliases)
-        found[new(name)] = replace(weight, aliases=aliases)  # type: ignore[type-var]
-    return found
-
-
 def companions(folder: str) -> Iterator[Path]:
-    """What a merged copy needs beside a checkpoint's weights: configuration, tokenizer, sentence-transformers' folders
-    of further modules."""
+    """The files beside a checkpoint's weights that a merged copy needs: configuration, tokenizer, and the folders of
+    further modules that sentence-transformers has."""
     weights = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data")
     modules = _modules(folder)
     for path in sorted(Path(folder).iterdir()):

@@ -1,6 +1,6 @@
-"""A merged checkpoint: the base's files written anew with an adapter put on, tensor by tensor.
+"""Merged checkpoints: the base's files written again with an adapter applied, tensor by tensor.
 
-Nothing but one tensor is in memory, shards stay shards, and the result takes its place only when all of it is written.
+Only one tensor at a time is in memory, shards stay shards, and the result appears only when all of it is written.
 """
 
 from __future__ import annotations
@@ -12,37 +12,30 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 import shira_ops
-from shira import _text
+from shira import _fit, _text
 from shira._granules import dtype_name
 from shira._text import AdapterError
 from shira.adapter import _file, _output
-from shira.adapter._checkpoint import (
-    Checkpoint,
-    Shard,
-    Stored,
-    companions,
-    fit,
-    open_checkpoint,
-    renamed,
-    whole_overwrites,
-)
-from shira.adapter._entry import Entry
-from shira.adapter.adapter import Adapter
+from shira.adapter._checkpoint import Checkpoint, Progress, Shard, Stored, companions, open_checkpoint
 
-Progress = Callable[[str, int, int], None]
+if TYPE_CHECKING:
+    from shira.adapter._entry import Entry
+    from shira.adapter.adapter import Adapter
+
+__all__ = ["Merged", "Progress", "bake", "merge"]
 
 _PIECE = 64 << 20
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What `merge` has written."""
+    """What `bake` has written."""
 
     nbytes: int  # of tensors
     entries: int  # that the adapter changes
@@ -51,7 +44,7 @@ class Merged:
 
 
 def _put_on(stored: Stored, entry: Entry, alpha: float, delta: bool, check_finite: bool) -> Any:
-    """The tensor's bytes with the adapter on."""
+    """The bytes of the tensor with the adapter applied."""
     weight = stored.tensor().clone()
     indices, values = entry.indices.cpu(), entry.values.detach().cpu()
     if alpha == 1 and not delta and values.dtype == weight.dtype:
@@ -66,7 +59,7 @@ def _put_on(stored: Stored, entry: Entry, alpha: float, delta: bool, check_finit
 
 
 def _still_finite(name: str, before: Tensor, now: Tensor, alpha: float) -> None:
-    """Refuse what became infinite: values may be finite and their sum beyond what the dtype holds."""
+    """Refuse entries that became infinite: values may be finite, and the sum too large for the dtype."""
     lost = int((before.isfinite() & ~now.isfinite()).sum())
     if lost:
         raise AdapterError(
@@ -76,7 +69,7 @@ def _still_finite(name: str, before: Tensor, now: Tensor, alpha: float) -> None:
 
 
 def _new(name: str, entry: Entry, check_finite: bool) -> Any:
-    """A whole parameter's bytes."""
+    """The bytes of a whole parameter."""
     before = entry.values.detach().cpu()
     values = before.to(entry.dtype).contiguous()
     if check_finite and values.dtype != before.dtype:
@@ -91,7 +84,7 @@ def _parts(
     check_finite: bool,
     tell: Callable[[str, int], None],
 ) -> dict[str, _file.Part]:
-    """One shard's tensors in its own order, and what comes to them."""
+    """The tensors of one shard in their order, followed by the added ones."""
 
     def pieces(name: str, nbytes: int, content: Callable[[], Any]) -> Iterator[Any]:
         data = content()
@@ -106,7 +99,7 @@ def _parts(
         name: part(name, stored.file_dtype, stored.shape, stored.nbytes, changes.get(stored, stored.bytes))
         for name, stored in shard.tensors.items()
     }
-    # A copy under an added name that the index maps to no shard goes: no reader knew it.
+    # A tensor under an added name that the index does not list is replaced: no reader could find it.
     for name, entry in added.items():
         dtype = _file.DTYPES[dtype_name(entry.dtype)][0]
         parts[name] = part(
@@ -115,7 +108,7 @@ def _parts(
     return parts
 
 
-def merge(
+def bake(
     adapter: Adapter,
     base: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -127,22 +120,23 @@ def merge(
     inputs: tuple[str | os.PathLike[str], ...] = (),
     progress: Progress | None = None,
 ) -> Merged:
-    """Write the base with the adapter on.
+    """Write the base with the adapter applied.
 
     A base that is one file becomes one file; a folder becomes a folder with the same shards and index, and the small
-    files beside the weights (configuration, tokenizer) are copied. The target appears whole or not at all. A whole
-    parameter at strength 1 (a fresh classifier head) goes onto any content, and is added where the base has none: to
-    the file, or to the last shard. A tied weight of which the base holds equal copies is written in all of them.
+    files beside the weights (configuration, tokenizer) are copied. The target appears whole or not at all. At
+    strength 1 a whole parameter (a new classifier head) replaces any content, and is added where the base has none: to
+    the file, or to the last shard. If the base holds equal copies of a tied weight, all of them are written.
 
     Args:
         adapter: refused with `AdapterError` if it was made for another base.
         base: a ``.safetensors`` file or a checkpoint's folder.
-        out: where to write; a link is followed. What is there already is refused, unless ``overwrite``, and then unless
-            it is what an earlier merge wrote and nothing else. Never an input, nor a folder that contains one.
+        out: where to write; links are followed. Whatever is there already is refused without ``overwrite``, and with it
+            too, unless an earlier merge wrote it and nothing was added. Inputs and folders that contain one are always
+            refused.
         alpha: the strength; None: the adapter's.
-        rename: from the adapter's names to the base's: patterns (`re.sub`) to replacements, or a function.
-        check_finite: refuse an adapter with NaN or inf, and entries that would become so.
-        inputs: what else was read, never to be overwritten: the adapter's file.
+        rename: how the adapter's names become the base's: patterns (`re.sub`) and their replacements, or a function.
+        check_finite: refuse an adapter with NaN or inf, and entries that would become NaN or inf.
+        inputs: other files that were read and must not be overwritten, such as the adapter's.
         progress: called with a tensor's name, the bytes done and the bytes in all.
     """
     source = open_checkpoint(os.fspath(base), "base")
@@ -154,8 +148,8 @@ def merge(
         "say that it may be overwritten (--overwrite)",
     )
     strength = _text.strength("alpha", adapter.alpha if alpha is None else alpha)
-    weights = renamed(adapter.weights, rename)
-    places = _fitting(adapter, weights, source, strength, check_finite)
+    weights = _fit.renamed(adapter.weights, rename)
+    places = _fitting(adapter, weights, source, strength, check_finite, rename is None)
     changes: dict[Stored, Callable[[], Any]] = {
         stored: partial(_put_on, stored, weights[name], strength, adapter.delta, check_finite)
         for name, copies in places.items()
@@ -191,7 +185,7 @@ def merge(
 
 
 def _write_rest(source: Checkpoint, folder: Path, added: Mapping[str, Entry]) -> None:
-    """What a folder holds beside its shards: the index, the small files, and the mark that it is ours."""
+    """Write what a folder holds besides its shards: the index, the small files, and the mark that we wrote it."""
     assert source.folder is not None
     if source.index is not None and source.index_name is not None:
         if added:
@@ -225,27 +219,30 @@ def _index(source: Checkpoint, added: Mapping[str, Entry]) -> dict[str, Any]:
 
 
 def _fitting(
-    adapter: Adapter, weights: Mapping[str, Entry], source: Checkpoint, alpha: float, check_finite: bool
+    adapter: Adapter, weights: Mapping[str, Entry], source: Checkpoint, alpha: float, check_finite: bool, renames: bool
 ) -> dict[str, tuple[Stored, ...]]:
-    """The base's tensors that each weight is; refuses before anything is written."""
-    places, problems = fit(
-        {
-            name: (entry.shape, dtype_name(entry.dtype), entry.fingerprint, entry.aliases)
-            for name, entry in weights.items()
-        },
-        source,
-        whole_overwrites(weights, adapter.delta, alpha),
-    )
+    """The tensors of the base that each weight stands for. Refuses what does not fit before anything is written."""
+    who, where = "the adapter", source.where
+    whole = _fit.indifferent(weights, adapter.delta, alpha)
+    advice = _advice if renames else None
+    places = _fit.places(who, weights, source, where=where, new=whole, advice=advice)
+    _fit.check_content(who, weights, places, where=where, than=f" than {where}", anything=whole)
+    codes = []
     for name, entry in weights.items():
         entry.check_indices(f"weight {name!r}")
         exact = alpha == 1 and not adapter.delta and entry.values.dtype == entry.dtype
         if not exact and dtype_name(entry.dtype) not in _file.ARITHMETIC:
-            problems.append(f"{name!r} is {dtype_name(entry.dtype)}, which takes no strength other than 1")
-    if problems:
-        from shira import _model
-
-        raise AdapterError(f"the adapter does not fit {source.where}: {_model.some(problems)}")
+            codes.append(f"{name!r} is {dtype_name(entry.dtype)}, which takes no strength other than 1")
+    if codes:
+        _fit.refuse(f"{who} does not fit {where}", codes)
     if check_finite:
         for name, entry in weights.items():
             entry.check_finite(f"weight {name!r}")
     return places
+
+
+def _advice(rule: Mapping[str, str]) -> str:
+    return f"rename={rule!r} ({_fit.flags(rule)})"
+
+
+merge = bake  # its name in version 0.1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 import shira_ops
-from shira.train.tuner import SparseTuner, Target, is_detached, mark_written, target_of
+from shira.train import _hooks
+from shira.train._sites import Target, is_detached, mark_written
+from shira.train.tuner import SparseTuner
 
 __all__ = ["SGD", "AdamW"]
 
@@ -90,11 +92,13 @@ class _Masked(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            _hooks.forget_step(self)
+        trained = _hooks.trained_by(self)
         # All are looked through before the first one steps: a refused step has changed nothing. Schedulers and users
         # change a group's numbers after it was checked.
         for group in self.param_groups:
             self._check(group)
-        for group, items, others in [(group, *self._divide(group)) for group in self.param_groups]:
+        for group, items, others in [(group, *self._divide(group, trained)) for group in self.param_groups]:
             if items:
                 self._step_values(group, items)
                 # Inside autocast a cast of the weight as it was may still be kept.
@@ -103,7 +107,8 @@ class _Masked(Optimizer):
                 self._step_others(group, others)
         return loss
 
-    def _divide(self, group: dict[str, Any]) -> tuple[list[_Item], list[Tensor]]:
+    def _divide(self, group: dict[str, Any], trained: Mapping[int, Target | None]) -> tuple[list[_Item], list[Tensor]]:
+        """The values of tuners among a group's parameters that have gradients, and all others that have."""
         what = f"shira.{type(self).__name__}"
         items: list[_Item] = []
         others: list[Tensor] = []
@@ -113,10 +118,10 @@ class _Masked(Optimizer):
                 continue
             if grad.is_sparse:
                 raise RuntimeError(f"{what}: gradients must be dense tensors, got a sparse one")
-            target = target_of(parameter)
+            target = trained.get(id(parameter))
             if target is not None:
                 items.append((parameter, target, grad.neg() if group["maximize"] else grad, self.state[parameter]))
-            elif is_detached(parameter):
+            elif id(parameter) in trained:
                 raise RuntimeError(f"{what}: the tuner of these parameters is detached")
             elif group["decay_towards"] == "base" and group["weight_decay"]:
                 raise RuntimeError(

@@ -17,7 +17,6 @@ Their gradients come in one of two ways, chosen for each weight:
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 import weakref
@@ -30,33 +29,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 import shira_ops
-from shira import _live, _model
+from shira import _fit, _live, _model, _places
 from shira._model import VALUES_SUFFIX
-from shira._text import AdapterError, Rename, hex_word
+from shira._text import AdapterError, Rename, hex_word, named
 from shira.adapter._entry import Entry
 from shira.adapter.adapter import Adapter
 from shira.masks.masks import AUTO_GRANULE, Given, Mask, default
-from shira.serve.switcher import fitted
-from shira.train import _ranks, _targets
+from shira.train import _hooks, _ranks, _targets
 from shira.train._layers import Attach
 from shira.train._sites import (
     Group,
     Place,
     Site,
     Target,
-    check_reached,
     follow,
-    groups,
     is_detached,
-    known,
     mark_written,
     put,
-    refuse_replaced,
     scatter,
     settle,
     sites_of,
@@ -68,146 +60,12 @@ from shira.train._sites import (
 
 __all__ = ["Attach", "SparseTuner", "Target", "detach", "is_detached", "mark_written", "target_of"]
 
-# What a module's parameters required before tuners froze them, by attribute, and how many tuners did. On the module
-# itself, so that a copied model can be given back as well.
-_KEPT = "_shira_kept"
 # On a model: the handles of what tuners put on it as a whole.
 _ROOT = "_shira_root"
 # Added to the version of a weight that holds the base within `SparseTuner.disabled`: no version that it has outside.
 _ASIDE = 2**30
-_optimizer_hooks: list[RemovableHandle] = []
 # The attached tuners that somebody still holds. What they put on a model is all there, and does not need them.
 _held: weakref.WeakSet[SparseTuner] = weakref.WeakSet()
-
-
-# ---- hooks of optimizers -------------------------------------------------------------------------------------
-
-
-def _targets_in(optimizer: Optimizer) -> list[tuple[Tensor, Target]]:
-    if not len(known):
-        return []
-    found = ((p, target_of(p)) for group in optimizer.param_groups for p in group["params"])
-    return [(values, target) for values, target in found if target is not None]
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
-def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    targets = _targets_in(optimizer)
-    for values, target in targets:
-        site, module = target.site, target.module()
-        for name, wanted in ((site.values_name, values), (site.attribute, site.own_weight)):
-            if module._parameters.get(name) is not wanted:
-                refuse_replaced(site.name + name.removeprefix(site.attribute))
-        if site.group.off:
-            raise RuntimeError(
-                "SparseTuner: an optimizer cannot step inside `with tuner.disabled()`, where the model is the base"
-            )
-        if _in_backward() and getattr(optimizer, "writes_weights", False):
-            raise RuntimeError(
-                f"shira.{type(optimizer).__name__} writes the weights, which the rest of the backward pass still "
-                f"needs; to step inside backward use one of torch.optim, whose values are written at its end"
-            )
-    for group in {id(target.site.group): target.site.group for _, target in targets}.values():
-        model = None if group.model is None else group.model()
-        if model is not None:
-            _live.refuse_active(model)
-    _compare_ranks([(values, target) for values, target in targets if not target.site.compared])
-    # args holds the optimizer itself first; with a closure the gradients are yet to come.
-    closure = args[1] if len(args) > 1 else kwargs.get("closure")
-    if closure is None:
-        _check_made_after(optimizer)
-        _check_reached(targets)
-
-
-def _check_made_after(optimizer: Optimizer) -> None:
-    """Refuse an optimizer of what a tuner froze where none has the tuner's values: it was made before the tuner."""
-    for group in [one for one in groups if not one.served and not one.off]:
-        held = {id(p): p for of_group in optimizer.param_groups for p in of_group["params"]}
-        trained = [site for site in group.sites if id(site.own_weight) in held]
-        idle = not any(p.requires_grad for p in held.values())
-        if not (trained or (idle and _froze(group, held))) or not any(map(_has_gradient, group.sites)):
-            continue
-        values = {id(site.own_values) for site in group.sites}
-        # Nothing else knows the optimizers; this looks once for a tuner, for what it finds it remembers.
-        for other in (one for one in gc.get_objects() if issubclass(type(one), Optimizer)):
-            # One whose constructor has failed has no groups.
-            of_groups = getattr(other, "param_groups", ())
-            group.served |= any(id(p) in values for of_group in of_groups for p in of_group["params"])
-        if not group.served:
-            raise RuntimeError(
-                f"SparseTuner: this {type(optimizer).__name__} has parameters that the tuner froze "
-                f"({_model.some(site.name for site in trained or group.sites)}), and no optimizer has the tuner's "
-                f"values, so nothing would train; make the optimizer after the tuner, over tuner.parameters()"
-            )
-
-
-def _froze(group: Group, held: Mapping[int, Tensor]) -> bool:
-    """Whether some of these would train if it were not for a tuner."""
-    model = None if group.model is None else group.model()
-    slots = () if model is None else _model.slots(model).values()
-    kept = [slot.module.__dict__.get(_KEPT, {}).get(slot.attribute) for slot in slots if id(slot.weight) in held]
-    return any(one is not None and one[1] for one in kept)
-
-
-def _has_gradient(site: Site) -> bool:
-    return any(one is not None and one.grad is not None for one in (site.own_values, site.own_weight))
-
-
-def _compare_ranks(targets: Sequence[tuple[Tensor, Target]]) -> None:
-    """At their first step. A collective call, at a place that all ranks of a model come to together."""
-    trained = []
-    for values, target in targets:
-        site, owner = target.site, target.module()
-        dense = site.own_weight if site.dense else None
-        trained.append(_ranks.Trained(site.name, owner, site.granule, site.indices, values, site.saved, dense))
-    _ranks.compare(trained)
-    for _, target in targets:
-        target.site.compared = target.site.group.served = True
-
-
-def _check_reached(targets: Sequence[tuple[Tensor, Target]]) -> None:
-    if not _in_backward():
-        check_reached(target.site for _, target in targets)
-        return
-    for values, target in targets:
-        target.site.note(values)
-        # Whatever has none yet may get it later in the pass; the next forward looks.
-        target.site.group.early = True
-
-
-def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    targets = _targets_in(optimizer)
-    _check_made_after(optimizer)  # with a closure the gradients have come only now
-    if not targets:
-        return
-    _check_reached(targets)
-    if getattr(optimizer, "writes_weights", False):
-        return
-    if _in_backward():
-        # What is left of the pass needs the weights as they were in the forward.
-        torch.autograd.Variable._execution_engine.queue_callback(partial(_write_targets, targets))
-    else:
-        _write_targets(targets)
-
-
-def _write_targets(targets: Sequence[tuple[Tensor, Target]]) -> None:
-    write((target.site, *target.tensors()) for _, target in targets)
-
-
-def _watch_optimizers() -> None:
-    if not _optimizer_hooks:
-        _optimizer_hooks.append(register_optimizer_step_pre_hook(_before_step))
-        _optimizer_hooks.append(register_optimizer_step_post_hook(_after_step))
-
-
-def _stop_watching() -> None:
-    if all(target is None for target in known.values()):
-        for handle in _optimizer_hooks:
-            handle.remove()
-        _optimizer_hooks.clear()
 
 
 # ---- the tuner -----------------------------------------------------------------------------------------------
@@ -363,19 +221,24 @@ class SparseTuner:
         tuner = cls.__new__(cls)
         tuner._open(model, gradient, None, None)
         names = _targets.Names(tuner.model)
-        # A switcher knows what an adapter needs of a model, and says what does not fit.
-        adapter, places = fitted(tuner.model, adapter, check_finite, rename)
+        who = "the adapter" if isinstance(adapter, Adapter) else os.fspath(adapter)
+        adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
         if not adapter.weights:
             raise AdapterError("SparseTuner: the adapter changes no weight, so nothing would train")
-        names.check_apart({names.of(slot)[0].name for slot in places.values()})
+        for name, entry in adapter.weights.items():
+            entry.check_indices(f"{who}: weight {named(name)}")
+            if check_finite:
+                entry.check_finite(f"{who}: weight {named(name)}")
+        places = _trainable_places(who, adapter, tuner.model, rename)
+        names.check_apart({names.of(place.slot)[0].name for place in places.values()})
         tuner._about, tuner._alpha = adapter.mask, adapter.alpha
         plans = []
         for name, entry in adapter.weights.items():
-            slot = places[name]
+            slot = places[name].slot
             group = names.of(slot)
             _targets.check_trainable(slot.name, group)
             indices = entry.indices.to(slot.weight.device)
-            plan = tuner._plan(group[0].name, group, indices, entry.granule, entry.seed)
+            plan = tuner._plan(group[0].name, group, indices, entry.granule, entry.seed, places[name].fingerprint())
             start = entry.values.detach().to(device=slot.weight.device, dtype=_master_dtype(slot.weight))
             plan.start = plan.saved.to(start.dtype) + start if adapter.delta else start
             plans.append(plan)
@@ -423,10 +286,20 @@ class SparseTuner:
         indices = torch.zeros(1, dtype=torch.int32, device=weight.device)
         return self._plan(name, group, indices, weight.numel(), None)
 
-    def _plan(self, name: str, group: list[_model.Slot], indices: Tensor, granule: int, seed: int | None) -> _Plan:
+    def _plan(
+        self,
+        name: str,
+        group: list[_model.Slot],
+        indices: Tensor,
+        granule: int,
+        seed: int | None,
+        fingerprint: int | None = None,
+    ) -> _Plan:
+        """``fingerprint``: the weight's, if it is known already."""
         weight = group[0].weight.detach()
         saved = shira_ops.gather(weight, indices, granule=granule)
-        return _Plan(name, group, indices, granule, saved, _live.fingerprint(weight), seed)
+        fingerprint = _live.fingerprint(weight) if fingerprint is None else fingerprint
+        return _Plan(name, group, indices, granule, saved, fingerprint, seed)
 
     def _install(self, plans: Sequence[_Plan], allow_unused: bool) -> None:
         """Everything is checked: from here on the model changes. Should this fail all the same, nothing has."""
@@ -440,7 +313,7 @@ class SparseTuner:
         names = _targets.Names(self.model)
         slots = _model.slots(self.model)
         for slot in (slot for name, slot in slots.items() if not name.endswith(VALUES_SUFFIX)):
-            kept = slot.module.__dict__.setdefault(_KEPT, {})
+            kept = slot.module.__dict__.setdefault(_hooks.KEPT, {})
             tuners, required = kept.get(slot.attribute, (0, slot.weight.requires_grad))
             kept[slot.attribute] = tuners + 1, required
             self._froze.append(slot)
@@ -461,7 +334,7 @@ class SparseTuner:
         _held.add(self)
         if any(plan.start is not None for plan in plans):
             self.sync()
-        _watch_optimizers()
+        _hooks.watch_optimizers()
 
     def _put(self, plan: _Plan, allow_unused: bool) -> None:
         owner, weight = plan.slots[0].module, plan.slots[0].weight
@@ -633,18 +506,18 @@ class SparseTuner:
         _keep(self.model, _ROOT, left)
         _held.discard(self)
         for slot in self._froze:
-            kept = slot.module.__dict__[_KEPT]
+            kept = slot.module.__dict__[_hooks.KEPT]
             tuners, required = kept.pop(slot.attribute)
             if tuners > 1:  # the last tuner to go gives back what was before the first
                 kept[slot.attribute] = tuners - 1, required
             elif (weight := slot.now()) is not None:
                 weight.requires_grad_(required)
-            _keep(slot.module, _KEPT, kept)
+            _keep(slot.module, _hooks.KEPT, kept)
         self._tuned.clear()
         self._froze.clear()
         self._ignored.clear()
         self._root.clear()
-        _stop_watching()
+        _hooks.stop_watching()
 
     @contextmanager
     def disabled(self) -> Iterator[SparseTuner]:
@@ -803,14 +676,29 @@ def detach(model: nn.Module) -> None:
     for module in modules:
         for handle in module.__dict__.get(_ROOT, ()):
             handle.remove()
-        for attribute, (_, required) in module.__dict__.get(_KEPT, {}).items():
+        for attribute, (_, required) in module.__dict__.get(_hooks.KEPT, {}).items():
             weight = _model.held(module, attribute)
             if weight is not None:
                 weight.requires_grad_(required)
         _ranks.unignore(module)
-        for name in (_ROOT, _KEPT):
+        for name in (_ROOT, _hooks.KEPT):
             _keep(module, name, None)
-    _stop_watching()
+    _hooks.stop_watching()
+
+
+def _trainable_places(who: str, adapter: Adapter, model: nn.Module, rename: Rename) -> dict[str, _places.Place]:
+    """Where the adapter's weights are in the model, by the adapter's names; refuses what cannot go on training."""
+    with _live.LOCK:
+        found = _places.find(who, adapter.weights, _model.slots(model, buffers=True), rename)
+        for places in found.values():
+            if len(places) > 1:
+                both = _fit.one_in_adapter(places[1].name, places[0].name)
+                raise AdapterError(f"{both} two in the model, which training would let drift apart; tie them first")
+            if not isinstance(places[0].slot.weight, nn.Parameter):
+                raise AdapterError(f"{places[0].name} is a buffer, not a parameter, so it cannot be trained")
+        anything = _fit.indifferent(adapter.weights, adapter.delta, 1.0)
+        _fit.check_content(who, adapter.weights, found, where=_places.WHERE, kind="model", anything=anything)
+    return {name: places[0] for name, places in found.items()}
 
 
 def _keep(module: nn.Module, name: str, content: Any) -> None:
