@@ -214,12 +214,13 @@ def fit(
     *,
     where: str,
     than: str = "",
-    free: Container[str] = (),
+    new: Container[str] = (),
+    anything: Container[str] = (),
     advice: Callable[[dict[str, str]], str] | None = None,
 ) -> dict[str, tuple[_F, ...]]:
-    """`places`, and then `check_content`. Weights in ``free`` may be missing in the base, or have any content there."""
-    found = places(who, weights, base, where=where, new=free, advice=advice)
-    check_content(who, weights, found, where=where, than=than, anything=free)
+    """`places`, and then `check_content`, with their arguments."""
+    found = places(who, weights, base, where=where, new=new, advice=advice)
+    check_content(who, weights, found, where=where, than=than, anything=anything)
     return found
 
 

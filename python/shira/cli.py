@@ -352,7 +352,9 @@ def _compare(path: Path, header: Header, base: Path, rename: dict[str, str] | No
     whole = _fit.indifferent(weights, header.delta, header.alpha)
     who, where, checkpoint = str(path), str(base), open_checkpoint(base, "base")
     advice = _fit.flags if rename is None else None
-    places = _fit.fit(who, weights, checkpoint, where=where, than=f" than {where}", free=whole, advice=advice)
+    places = _fit.fit(
+        who, weights, checkpoint, where=where, than=f" than {where}", new=whole, anything=whole, advice=advice
+    )
     return [name for name, tensors in places.items() if not tensors]
 
 
