@@ -146,7 +146,7 @@ def overlaps(weights: Iterable[Slot]) -> list[tuple[Slot, Slot]]:
         spans.append((str(weight.device), start, start + extent * weight.element_size(), slot))
     spans.sort(key=lambda span: span[:3])
     found: list[tuple[Slot, Slot]] = []
-    reaching: tuple[str, int, int, Slot] | None = None  # of those so far, the one that reaches farthest
+    reaching: tuple[str, int, int, Slot] | None = None  # the one that reaches farthest so far
     for span in spans:
         if reaching is not None and reaching[0] == span[0] and span[1] < reaching[2]:
             if memory(reaching[3].weight) != memory(span[3].weight):

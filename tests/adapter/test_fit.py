@@ -100,6 +100,20 @@ def test_two_weights_of_an_adapter_that_are_one_in_the_base(tmp_path: Path) -> N
         assert says in str(caught.value)
 
 
+@pytest.mark.parametrize("view", ["flat", "turned"])
+def test_an_alias_that_is_another_view_of_the_memory(view: str) -> None:
+    """One weight by its memory, but not one that the same indices are right for."""
+    model = nn.ParameterDict({"w": nn.Parameter(torch.arange(16.0).view(4, 4))})
+    data = model["w"].detach()
+    model["v"] = nn.Parameter(data.view(-1) if view == "flat" else data.t())
+    adapter = Adapter({"w": entry_of(model["w"], aliases=("v",))})
+    says = {"flat": "'v' and 'w' are one (tied) weight in the adapter, and two", "turned": "'v' must be contiguous"}
+    for call in (lambda: Switcher(model).add("x", adapter), lambda: SparseTuner.from_adapter(model, adapter)):
+        with pytest.raises(AdapterError) as caught:
+            call()
+        assert says[view] in str(caught.value)
+
+
 def test_a_whole_parameter_goes_onto_any_content_at_strength_1(tmp_path: Path) -> None:
     model = net()
     bias = model["b"].bias

@@ -104,7 +104,7 @@ class Adapter:
         )
 
     def save(self, path: str | os.PathLike[str], *, seeds: bool = False) -> None:
-        """Write the adapter as one safetensors file (docs/format.md says what stands where).
+        """Write the adapter as one safetensors file (docs/format.md describes its layout).
 
         The file is written under another name and then renamed, so that a reader never sees a half-written one.
 
