@@ -7,7 +7,8 @@
 # make sdist   the source distribution, in dist/
 # make wheel   set-up and a wheel for this Python, in dist/: built from the source distribution, audited and tried
 # make kernel  build/kernel: the layout that Hugging Face's kernel builder takes (docs/kernel-builder.md)
-# make soak    set-up and a million random operations on the switcher, every state compared bit for bit (minutes)
+# make soak    set-up and a million random operations on the switcher, ten thousand with live updates, every state
+#              compared bit for bit (minutes)
 # make bench   set-up and the speed benchmarks: a selection (10 minutes); make bench-full takes all cases (30)
 # make bench-twice     two runs of the selection, and which of their ratios agree within 10 %
 # make bench-compare   says which ratios of the last `make bench` are 20 % worse than the committed ones

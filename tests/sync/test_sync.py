@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import shira_ops
 from shira import AdamW, Adapter, AdapterError, Entry, SparseTuner, Switcher, masks
 from shira.sync import Folder, Publisher, Receiver, SyncError, Update, compose, receiver
+from sync_walk import SyncWalk
 
 
 def model_of(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
@@ -473,39 +474,15 @@ def test_an_update_is_an_adapter(tmp_path: Path) -> None:
     assert same(state(served), before)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_random_walk(seed: int) -> None:
-    """Publish, stage, fail, commit, roll back: after every operation the weights are those of a copy that was kept."""
-    generator = torch.Generator().manual_seed(seed)
-    trained, served = model_of(seed), model_of(seed)
-    publisher, follower = Publisher(trained), Receiver(served)
-    states, log = {publisher.version: state(trained)}, {}
-    done = dict.fromkeys(("publish", "stage", "commit", "rollback", "damaged"), 0)
-    undo = False
-    for _ in range(150):
-        what = list(done)[int(torch.randint(5, (), generator=generator))]
-        following = log.get(follower.version if follower.staged is None else follower.staged.end)
-        if what == "publish":
-            disturb(trained, generator, 0.02)
-            update = publisher.publish()
-            log[update.start], states[update.end] = update, state(trained)
-        elif what == "stage" and following is not None:
-            follower.stage(following)
-        elif what == "commit" and follower.staged is not None:
-            follower.commit(verify=bool(torch.randint(2, (), generator=generator)))
-            undo = True
-        elif what == "rollback" and undo:
-            follower.rollback()
-            undo = False
-        elif what == "damaged" and following is not None:
-            with pytest.raises(AdapterError):
-                follower.stage(following.to_bytes()[:-2])
-        else:
-            continue
-        done[what] += 1
-        assert same(state(served), states[follower.version])
-    assert all(done.values())
-    follower.verify()
+@pytest.mark.parametrize("budget", [None, 12_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_sequence_of_operations(dtype: torch.dtype, budget: int | None) -> None:
+    """Ten thousand of these: soak.py."""
+    walk = SyncWalk(dtype, seed=1, budget=budget)
+    for _ in range(140):
+        walk.step()
+    walk.finish()
+    assert len(walk.counts) == 14
 
 
 def adapter_for(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -513,7 +513,8 @@ class Adapter:
         Args:
             adapters: pairs of an adapter and its strength, summed in this order.
             base: the checkpoint they were made for, as in `from_difference`. Another base is refused with
-                `AdapterError`.
+                `AdapterError`; but a weight that one adapter alone replaces as a whole, at strength 1, may hold
+                anything there, such as a head with fresh random entries.
             alpha, provenance: as in `Adapter`.
             check_finite: refuse NaN and infinity in the adapters and in the result.
         """
@@ -526,7 +527,9 @@ class Adapter:
         weights: dict[str, Tensor] = {}
         first = ties(source)
         for number, (adapter, strength) in enumerate(given, 1):
-            for name, entry, weight in _on_base(adapter, source):
+            # A weight that is replaced as a whole comes out the same on any base; at strength 0 it stays the base's.
+            anything = _fit.indifferent(adapter.weights, adapter.delta, strength or 1.0)
+            for name, entry, weight in _on_base(adapter, source, anything):
                 if check_finite:
                     entry.check_finite(f"fuse: weight {named(name)} of adapter {number}")
                 stored = source.find((name, *entry.aliases))
@@ -543,26 +546,35 @@ class Adapter:
                     f"fuse: {named(both)} and {named(name)} are one (tied) weight in one adapter and two in another, "
                     f"and the base holds two copies of it; give a base that ties them, such as the model itself"
                 )
-        entries = {name: _fused(weights[name], parts) for name, parts in found.items()}
+        entries = {
+            name: _fused(weights[name], parts, _fingerprint_of_base(name, weights[name], parts))
+            for name, parts in found.items()
+        }
         if check_finite:
             for name, entry in entries.items():
                 entry.check_finite(f"fuse: weight {named(name)}, fused")
         return cls(entries, alpha=alpha, provenance=provenance)
 
 
-def _on_base(adapter: Adapter, base: Source | Checkpoint) -> Iterator[tuple[str, Entry, Tensor]]:
-    """Each entry with the base's weight, flat and on the CPU. Refuses a base that the adapter was not made for."""
+def _on_base(
+    adapter: Adapter, base: Source | Checkpoint, anything: Container[str] = ()
+) -> Iterator[tuple[str, Entry, Tensor]]:
+    """Each entry with the base's weight, flat and on the CPU. Refuses a base that the adapter was not made for (see
+    `_fitting`)."""
     source = base if isinstance(base, Checkpoint) else open_checkpoint(base, "base")
-    for name, places in _fitting("the adapter", adapter.weights, source).items():
+    for name, places in _fitting("the adapter", adapter.weights, source, anything).items():
         entry = adapter.weights[name]
         entry.check_indices(f"weight {named(name)}")
         yield name, entry, places[0].tensor()
 
 
-def _fitting(who: str, weights: Mapping[str, Entry], source: Checkpoint) -> dict[str, tuple[Stored, ...]]:
-    """The tensors of the base that these weights stand for. Refuses a base they do not fit, or with other content."""
+def _fitting(
+    who: str, weights: Mapping[str, Entry], source: Checkpoint, anything: Container[str] = ()
+) -> dict[str, tuple[Stored, ...]]:
+    """The tensors of the base that these weights stand for. Refuses a base they do not fit, or with other content in
+    weights other than ``anything``."""
     places = _fit.places(who, weights, source, where="this base")
-    _fit.check_content(who, weights, places, where="this base")
+    _fit.check_content(who, weights, places, where="this base", anything=anything)
     return places
 
 
@@ -585,7 +597,22 @@ def _cast(where: str, entry: Entry, dtype: torch.dtype, delta: bool) -> Entry:
     return replace(entry, values=cast, dtype=dtype, fingerprint=None)
 
 
-def _fused(weight: Tensor, parts: list[tuple[Adapter, float, Entry]]) -> Entry:
+def _fingerprint_of_base(name: str, weight: Tensor, parts: list[tuple[Adapter, float, Entry]]) -> int:
+    """The fingerprint of the base's weight. Where it is not that of a part, which replaces the weight as a whole, this
+    part cannot be summed with others."""
+    known = {entry.fingerprint for _, _, entry in parts if entry.fingerprint is not None}
+    if known and not any(entry.whole and not adapter.delta for adapter, _, entry in parts):
+        return known.pop()  # compared with the base already
+    actual = _fingerprint(weight)
+    if known - {actual} and sum(strength != 0 for _, strength, _ in parts) > 1:
+        raise AdapterError(
+            f"fuse: an adapter replaces {named(name)} as a whole, and was made where the content there was another (by "
+            f"fingerprint), so it cannot be summed with another adapter that changes it too"
+        )
+    return actual
+
+
+def _fused(weight: Tensor, parts: list[tuple[Adapter, float, Entry]], fingerprint: int) -> Entry:
     """Several adapters' entries of one weight as one entry, by the op that also fuses on live models."""
     first = parts[0][2]
     if dtype_name(first.dtype) not in _file.ARITHMETIC:
@@ -611,8 +638,6 @@ def _fused(weight: Tensor, parts: list[tuple[Adapter, float, Entry]]) -> Entry:
         granule=granule,
     )
     aliases = dict.fromkeys(name for _, _, entry in parts for name in entry.aliases)
-    known = [entry.fingerprint for _, _, entry in parts if entry.fingerprint is not None]
-    fingerprint = known[0] if known else _fingerprint(weight)
     whole = indices.numel() * granule == weight.numel()
     return Entry(
         torch.zeros(1, dtype=torch.int32, device="cpu") if whole else indices,

@@ -1,4 +1,4 @@
-"""The part of another trainer's checkpoint that belongs to a tuner: all that training changes, and not the base."""
+"""What is kept of a tuner in the checkpoints of other trainers: all that training changes, and nothing of the base."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shira import _run
 from shira.adapter import _file
 from shira.adapter.hub import FILE
+from shira.train import _state
 from shira.train.tuner import SparseTuner
 
 STATE = "shira_tuner.pt"
@@ -20,17 +20,17 @@ STATE = "shira_tuner.pt"
 
 def state_of(tuner: SparseTuner) -> dict[str, Any]:
     """The values, and what else training may change: persistent buffers, and parameters that were unfrozen by hand."""
-    others = {name: tensor.detach().clone() for name, tensor in _run.others(tuner).items()}
+    others = {name: tensor.detach().clone() for name, tensor in _state.others(tuner).items()}
     return {"version": 1, "tuner": tuner.state_dict(), "others": others}
 
 
 def take(tuner: SparseTuner, state: Any, where: str) -> None:
-    """Restore a `state_of`. Refuses that of another adapter, base or model, with nothing changed."""
+    """Go back to a `state_of`. One of another adapter, base or model is refused, with nothing changed."""
     try:
         if not isinstance(state, Mapping) or state.keys() != {"version", "tuner", "others"}:
             raise ValueError("this is not a state of a tuner in a checkpoint")
-        others, theirs = _run.others(tuner), state["others"]
-        _run.check_others(others, theirs)
+        others, theirs = _state.others(tuner), state["others"]
+        _state.check_others(others, theirs)
         tuner.check_state_dict(state["tuner"])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
@@ -41,7 +41,7 @@ def take(tuner: SparseTuner, state: Any, where: str) -> None:
 
 
 def write(tuner: SparseTuner, folder: str | os.PathLike[str]) -> None:
-    """Write the adapter as it is now, and the state to resume from."""
+    """Write the adapter as it is now, which is for use, and the state from which training can go on."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     tuner.adapter().save(target / FILE)
@@ -50,7 +50,7 @@ def write(tuner: SparseTuner, folder: str | os.PathLike[str]) -> None:
 
 
 def read(tuner: SparseTuner, folder: str | os.PathLike[str]) -> None:
-    """Resume from what `write` has written."""
+    """Go back to the state that `write` wrote."""
     path = os.path.join(folder, STATE)
     with open(path, "rb") as file:
         try:

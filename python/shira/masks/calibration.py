@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shira import _model, _run
+from shira import _loss, _model
 
 __all__ = ["Loss", "Visit", "stream"]
 
@@ -80,7 +80,7 @@ def stream(
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         with run.hooked(weights):
-            run.batches(model, batches, loss or _run.loss_of_model)
+            run.batches(model, batches, loss or _loss.loss_of_model)
 
 
 @dataclass(eq=False)
@@ -251,7 +251,7 @@ class _Run:
     def _batch(self, model: nn.Module, batch: Any, loss: Loss, number: int) -> None:
         for gradient in self.gradients.values():
             gradient.expected = 0
-        value = _run.scalar(loss(model, batch), f"calibration: the loss of batch {number}")
+        value = _loss.scalar(loss(model, batch), f"calibration: the loss of batch {number}")
         if not value.requires_grad:
             raise ValueError(f"calibration: the loss of batch {number} depends on none of the targeted weights")
         if not bool(value.isfinite()):

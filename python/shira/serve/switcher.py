@@ -1,4 +1,9 @@
-"""`Switcher`: one model, many adapters, on and off in place, exactly."""
+"""`Switcher`: many adapters for one model, put on and taken off in place, exactly.
+
+Its work is in three rooms: the adapters stand on the shelf (`_shelf`), what is known about the model's weights is in
+the ledger (`_ledger`), and here are the public calls and the moves from one state of the weights to another
+(`Switcher._move`).
+"""
 
 from __future__ import annotations
 
@@ -38,34 +43,34 @@ _INSIDE: ContextVar[tuple[weakref.ref[_Block], ...]] = ContextVar("shira.using",
 
 
 class Switcher:
-    """What a server holds: one model in memory and many adapters, switched and mixed in place.
+    """One model in memory and many adapters for it, switched and mixed in place.
 
-    - **Exact.** Whatever was done before, ``activate`` leaves the bits that a fresh activation on the base would, and
-      ``deactivate`` the base's. Several adapters are summed onto the base in the order they were added (SHiRA,
-      arXiv 2406.13175, section 4: ``W + alpha_1 S_1 + alpha_2 S_2``; see `shira_ops.fuse_`).
-    - **Atomic.** Everything is decoded, checked and brought to the device first. An error before the weights change
-      changes nothing; one in between is taken back. `SwitchError` says which adapters are active now.
+    - **Exact.** Whatever was done before, ``activate`` leaves the same bits as activating on a freshly loaded base, and
+      ``deactivate`` leaves the base's bits. Several adapters are summed onto the base in the order in which they were
+      added (SHiRA, arXiv 2406.13175, section 4: ``W + alpha_1 S_1 + alpha_2 S_2``; see `shira_ops.fuse_`).
+    - **Atomic.** Adapters are decoded, checked and brought to the device before a weight changes. An error up to then
+      changes nothing, and an error during the change is undone. `SwitchError` says which adapters are active now.
     - **In place.** Storage never moves: compiled models, captured graphs and hooks stay as they are.
-    - **Safe.** Refused are: a base the adapter was not made for (by fingerprint), weights that someone else changed,
+    - **Safe.** It refuses a base that the adapter was not made for (by fingerprint), weights that someone else changed,
       weights that were moved or cast (`rebind`), that overlap in memory, that a `SparseTuner` trains, or that have
       adapters of another Switcher on them. Two Switchers may share a model, and two models their memory, if only one
-      at a time has adapters on a weight.
-    - **What is noticed.** Every call looks at the versions of the weights it is about, which any in-place operation of
-      torch moves, and reads the content where one has moved. Writes that move no version are not seen by it: to
-      ``weight.data``, to a numpy view, through another parameter over the same memory, by another process, to inference
-      tensors. `verify` finds them at the entries of what is active, ``verify(full=True)`` everywhere.
-    - From one adapter to another is one walk over the entries of both (`shira_ops.foreach_switch_`); new strengths
-      for what is active are one pass too.
-    - Calls may come from several threads, but the weights change while a call runs: not while the model computes on
-      them, nor between a forward and its backward (torch refuses that backward). On GPUs the change is ordered by the
-      caller's current streams; adapters come from pinned memory on side streams.
+      Switcher at a time has adapters on a weight.
+    - **What it notices.** Every call looks at the version counters of the weights it is about, which all in-place
+      operations of torch increase, and reads the content where a counter has moved. It cannot see writes that move no
+      counter: to ``weight.data``, to a numpy view, through another parameter over the same memory, by another process,
+      to inference tensors. `verify` finds those among the entries of what is active, ``verify(full=True)`` everywhere.
+    - Going from one adapter to another is one walk over the entries of both (`shira_ops.foreach_switch_`); so is a new
+      strength for what is active.
+    - Calls may come from several threads. But the weights change while a call runs, so it must not run while the model
+      computes, nor between a forward pass and its backward pass (torch refuses that backward pass). On GPUs the change
+      is ordered by the caller's current streams; adapters come from pinned memory on side streams.
 
     Args:
-        model: any module; compiled and spread over devices if you like. Its weights are changed, never replaced.
-        budget: bytes that adapters may keep on the weights' devices (`memory`). When more is needed, those not used for
-            longest leave, to their files or to host memory, and come back by themselves when activated.
-        spill: a folder for adapters that leave and have no file. Without one they stay in host memory. The files go
-            with the Switcher; what a process that was killed left in the folder goes when the next Switcher starts.
+        model: any module; it may be compiled, and spread over devices. Its weights are changed, never replaced.
+        budget: bytes that adapters may keep on the weights' devices (`memory`). When more is needed, the adapters that
+            were not used for longest leave, to their files or to host memory; they come back when they are activated.
+        spill: a folder for adapters that leave and have no file. Without one they stay in host memory. The files are
+            deleted with the Switcher; those of a process that was killed when the next Switcher uses the folder.
     """
 
     def __init__(
@@ -109,20 +114,20 @@ class Switcher:
         """Make an adapter ready under a name; refuses one that was made for another base. Only reads the weights.
 
         Persistent buffers count as weights, such as the running statistics of a BatchNorm. A parameter that is replaced
-        as a whole may have any content before: at strength 1 it does not depend on it.
+        as a whole may have any content before, since at strength 1 the result does not depend on it.
 
         Args:
             name: what to call it.
-            adapter: an `Adapter`, whose tensors must stay as they are while it is in use, or the path of its file. This
-                is read now, and again if the adapter has left for want of room: then it must be the same file still.
-            verify: compare the base's content by fingerprint. The first adapter on a weight costs one read of it; the
-                result is kept. Without it, only names, shapes and dtypes must fit.
+            adapter: an `Adapter`, whose tensors must not change while it is in use, or the path of its file. The file
+                is read now, and again if the adapter had to leave for lack of room; then it must still be the same.
+            verify: compare the base's content by fingerprint. The first adapter for a weight costs one read of that
+                weight; the result is kept. Without it, only names, shapes and dtypes must fit.
             check_finite: refuse values with NaN or infinity among them.
             rename: what the model calls the adapter's weights: regular expressions and their replacements, such as
                 ``{"^": "model."}``, or a function from name to name.
 
-        Raises `AdapterError` if it does not fit the model, and `SwitchError` if the weights are not to be trusted:
-        changed by someone else, tuned, or another Switcher's. Nothing is added then.
+        Raises `AdapterError` if it does not fit the model, and `SwitchError` if the weights cannot be trusted: someone
+        else changed them, a tuner trains them, or another Switcher has adapters on them. Nothing is added then.
         """
         file = stamp = None
         if isinstance(adapter, Adapter):
@@ -165,11 +170,11 @@ class Switcher:
             self._shelf.remove(name)
 
     def activate(self, which: str | Mapping[str, float], alpha: float | None = None) -> None:
-        """Put one adapter on, or several at once; what was active goes off.
+        """Put one adapter on, or several at once, in place of what was active.
 
         Args:
-            which: a name, or names with their strengths, which are summed onto the base.
-            alpha: the strength of a single adapter; its own unless given.
+            which: a name; or names with their strengths, for adapters that are summed onto the base.
+            alpha: the strength of a single adapter; None is the adapter's own.
         """
         with LOCK:
             self._refuse_outsiders()
@@ -180,9 +185,9 @@ class Switcher:
 
         Args:
             name: an active adapter; all of them unless given.
-            verify: refuse if someone else changed the weights meanwhile. Without it, the base's entries are written
-                back whatever stands there now, and wherever the weights now are; what was changed elsewhere stays
-                changed. Weights that were moved take part again after `rebind`.
+            verify: refuse if someone else has changed the weights. Without it, the base's entries are written back
+                whatever is there now, and wherever the weights are now; what was changed at other entries stays
+                changed. Weights that were moved can be used again after `rebind`.
         """
         with LOCK:
             self._refuse_outsiders()
@@ -219,19 +224,20 @@ class Switcher:
                 self._end(block)
 
     def disabled(self) -> AbstractContextManager[Switcher]:
-        """The base within a ``with`` block, for a reference's outputs, say; afterwards what was active is active again.
+        """The base within a ``with`` block, for the outputs of a reference, say; afterwards what was active is active
+        again.
 
-        The weights are written to, so a graph that was recorded before the block has no backward after it (torch
-        refuses it): compute the reference first, then the forward that is trained.
+        The weights are written to, so torch refuses to run backward through a graph that was recorded before the block:
+        compute the reference first, and then the forward pass that is trained.
         """
         return self.using({})
 
     def rebind(self) -> None:
         """Go on with the memory that the weights have now, where they were moved or replaced since they were found.
 
-        After ``model.share_memory()``, ``.to(device)`` or ``weight.data = ...`` the content must still be the base plus
-        what is active; it is read whole. Raises `SwitchError`, naming the weights, if it is not, or if shapes or dtypes
-        are others; nothing has changed then.
+        For use after ``model.share_memory()``, ``.to(device)`` or ``weight.data = ...``. The content must still be the
+        base plus what is active; all of it is read. Raises `SwitchError`, naming the weights, if it is not, or if
+        shapes or dtypes differ; nothing has changed then.
         """
         with LOCK, quiet():
             self._refuse_torn()
@@ -243,11 +249,10 @@ class Switcher:
                 self._shelf.rebind()
 
     def fingerprint(self, name: str) -> int:
-        """The fingerprint that the weight should have as it is now, as an unsigned number (`shira_ops.fingerprint`).
+        """The fingerprint that the weight should have now, as an unsigned number (`shira_ops.fingerprint`).
 
-        Known without reading the weight: the base's, plus the difference that the active adapters make, which is worked
-        out on a copy when it is first asked for, and kept for each strength. What the memory really holds, `verify`
-        reads.
+        This does not read the weight (`verify` does): it is the base's fingerprint plus the difference that the active
+        adapters make. The difference is computed on a copy when it is first needed, and kept for each strength.
         """
         with LOCK:
             if name not in self._slots:
@@ -266,10 +271,10 @@ class Switcher:
         """Raise `SwitchError`, naming the weights, unless they are the base plus what is active.
 
         Args:
-            full: hash all memory of the weights that adapters are for, which finds any other change. Otherwise only the
-                entries are compared: the active adapters', or with none active those of every adapter on the device.
-                Weights on the CPU for which one of these was never active are then read whole, as its entries of the
-                base are not known yet.
+            full: hash all of the weights that adapters were added for, which finds every change. Otherwise only entries
+                are compared: those of the active adapters, or, if none is active, those of every adapter on the device.
+                On the CPU, a weight with an adapter that was never active is read whole, since the base's entries there
+                have not been saved yet.
         """
         with LOCK, quiet():
             self._refuse_torn()
@@ -277,7 +282,7 @@ class Switcher:
             self._ledger.verify([active] if active.names else list(self._shelf.layouts.values()), full=full)
 
     def memory(self) -> dict[str, Memory]:
-        """Bytes that each adapter keeps, by name; under ``"a + b"`` those of adapters made ready to act together."""
+        """The bytes that each adapter keeps, by name; under ``"a + b"`` those for adapters that are used together."""
         with LOCK:
             return self._shelf.memory()
 
@@ -287,13 +292,13 @@ class Switcher:
             return not self._ledger.weights.keys().isdisjoint(map(_model.memory, tensors))
 
     def rebase(self, bases: Mapping[Tensor, int]) -> None:
-        """Take what these weights hold now for the base, as after a `shira.sync.Receiver` wrote an update into them.
+        """Take what these weights hold now as the base, after a `shira.sync.Receiver` has written an update into them.
 
-        The adapters stay as they are: an overwriting one replaces the same entries, a delta is added to the new ones,
-        and taking them off gives the new base.
+        The adapters stay as they are: an overwriting one replaces the same entries, a delta is added to the new
+        entries, and taking either off gives the new base.
 
         Args:
-            bases: the weights, as the model holds them, and the fingerprint of what each holds now (not compared).
+            bases: the weights, as the model holds them, and the fingerprint of what each holds now (it is not checked).
 
         Raises `SwitchError` where an adapter is active, with nothing changed.
         """
@@ -308,7 +313,7 @@ class Switcher:
             self._ledger.written = mark(tensor.device for tensor in bases)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # A copy would share what is known of the first one's weights, and write into them.
+        # A copy would write into the weights of the first one.
         raise TypeError("Switcher: a switcher cannot be copied or pickled; make another one for a copy of the base")
 
     def __repr__(self) -> str:
@@ -326,7 +331,7 @@ class Switcher:
             )
 
     def _end(self, block: _Block) -> None:
-        """Put back what was active before a block; if one that began inside it is still open, that one will."""
+        """Put back what was active before a block; if one that began inside it is still open, that one will do so."""
         if block.before is None:
             return
         open_blocks = [other for other in (known() for known in self._blocks) if other is not None]

@@ -70,7 +70,10 @@ def weights_of(
 
     A tuner's values and indices are not weights. Those whose names `exclude` is found in are left out.
     """
-    pattern = None if exclude is None else re.compile(exclude)
+    try:
+        pattern = None if exclude is None else re.compile(exclude)
+    except re.error as error:
+        raise ValueError(f"{who}: exclude must be a regular expression, got {exclude!r}: {error}") from error
     groups: dict[object, list[_model.Slot]] = {}
     for name, slot in _model.slots(model, buffers=True).items():
         if name.endswith((VALUES_SUFFIX, INDICES_SUFFIX)) or (pattern is not None and pattern.search(name)):

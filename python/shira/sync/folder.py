@@ -37,23 +37,30 @@ class Folder:
         """The updates that lead on from a version to the newest one that can be reached, in order; read and checked.
 
         Empty where no update starts there, be it the newest version or one that the folder does not know (`knows`).
+        Of two ways on, as after a trainer that went back to a checkpoint, the one that was written later counts.
         """
-        starts: dict[int, tuple[int, int, str]] = {}
+        starts: dict[int, tuple[tuple[int, int], int, str]] = {}
         for name, step, start, end in self._names():
-            if start != end and step >= starts.get(start, (-1, 0, ""))[0]:  # of two ways on, the newer
-                starts[start] = (step, end, name)
-        chain: list[Update] = []
-        seen = {version}
+            age = ((self.path / name).stat().st_mtime_ns, step)
+            if start != end and (start not in starts or age > starts[start][0]):
+                starts[start] = (age, end, name)
+        way: list[str] = []
+        versions, newest = [version], ((-1, -1), version)
         while version in starts:
-            _, version, name = starts[version]
-            if version in seen:  # back at weights that were there before: nothing would be gained
-                break
-            seen.add(version)
-            update = Update.load(self.path / name)
-            if update.end != version:
-                raise SyncError(f"Folder: {self.path / name} leads to another version than its name says")
-            chain.append(update)
-        return chain
+            age, version, name = starts.pop(version)
+            way.append(name)
+            versions.append(version)
+            newest = max(newest, (age, version))
+        # Where it comes back to weights that were there before, the newest version is not the last one of the way.
+        return [
+            self._read(name, end) for name, end in zip(way[: versions.index(newest[1])], versions[1:], strict=False)
+        ]
+
+    def _read(self, name: str, end: int) -> Update:
+        update = Update.load(self.path / name)
+        if update.end != end:
+            raise SyncError(f"Folder: {self.path / name} leads to another version than its name says")
+        return update
 
     def knows(self, version: int) -> bool:
         """Whether an update of the folder starts or ends at this version."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import shira_ops
-from shira import _model
+from shira import _live, _model
 from shira._granules import index_dtype
 from shira.adapter._entry import Entry
 from shira.sync._weights import Weight, by_call, fingerprints, refuse_moved, weights_of
@@ -73,10 +73,14 @@ class Publisher:
         self.model = _model.unwrap(self._tuner.model if self._tuner is not None else source)  # type: ignore[arg-type]
         self._device = None if snapshot is None else torch.device(snapshot)
         self._granule = granule
+        if self._device is not None and self._device.type == "meta":
+            raise ValueError("Publisher: snapshot must be a device that keeps content, got 'meta'")
         self.step = 0
+        # The fingerprints before a `publish` that has begun and did not come to its end.
+        self._torn: dict[Weight, int] | None = None
         if self._tuner is not None:
             self._tuner.sync()
-        with torch.no_grad():
+        with _live.LOCK, torch.no_grad():
             self._weights = weights_of("Publisher", self.model, exclude, _fingerprint)
             self._sent: dict[str, _Sent] = {}
             if self._tuner is not None:
@@ -112,17 +116,20 @@ class Publisher:
         """What has changed since the last call, or since the Publisher was made; an update without weights if nothing.
 
         The tensors of the update are its own. Raises `SyncError`, with nothing noted as published, where a weight was
-        moved or replaced, or written to although it is frozen.
+        moved or replaced, or written to although it is frozen. Where it fails half way (memory, an interrupt), the next
+        call sends the weights that changed since the last update as a whole.
         """
         if self._tuner is not None:
             self._tuner.sync()
         refuse_moved("Publisher", self._weights.values(), _ANEW)
-        with torch.no_grad():
+        with _live.LOCK, torch.no_grad():
+            torn = self._torn is not None
+            for weight, fingerprint in (self._torn or {}).items():
+                weight.fingerprint = fingerprint
             self._refuse_frozen()
+            self._torn = {weight: weight.fingerprint for weight in self._weights.values()}
             start = self.version
-            found, sent = self._known_changes()
-            found |= self._compared_changes()  # notes what it finds: nothing may fail after it
-            self._sent |= sent
+            found = self._all_changes() if torn else self._known_changes() | self._compared_changes()
             weights: dict[str, Entry] = {}
             after: dict[str, int] = {}
             for name, weight in self._weights.items():  # in the model's order
@@ -136,8 +143,23 @@ class Publisher:
                 )  # fmt: skip
                 after[name] = weight.fingerprint = fingerprint
                 weight.note()
-        self.step += 1
-        return Update(weights, after, start, self.step)
+            update = Update(weights, after, start, self.step + 1)
+            self.step, self._torn = update.step, None
+        return update
+
+    def verify(self) -> None:
+        """Read all weights and compare them with what was published; `SyncError` names those that differ.
+
+        Right after `publish`, this finds what a Publisher of a tuner does not look at: entries of a tuned weight that
+        the tuner does not train, and that somebody wrote to.
+        """
+        with _live.LOCK, torch.no_grad():
+            refuse_moved("Publisher", self._weights.values(), _ANEW)
+            different = [
+                name for name, weight in self._weights.items() if _fingerprint(weight.tensor) != weight.fingerprint
+            ]
+        if different:
+            raise SyncError(f"Publisher: {_model.some(different)} changed since the last publish; {_ANEW}")
 
     # ---- entries that are known -----------------------------------------------------------------------------
 
@@ -150,9 +172,8 @@ class Publisher:
             share = _share(weight.tensor, entry.indices, entry.granule)
             self._sent[weight.name] = _Sent(entry.indices, entry.values, entry.granule, share)
 
-    def _known_changes(self) -> tuple[dict[str, _Change], dict[str, _Sent]]:
+    def _known_changes(self) -> dict[str, _Change]:
         found: dict[str, _Change] = {}
-        now: dict[str, _Sent] = {}
         for name, sent in self._sent.items():
             weight = self._weights[name]
             values = shira_ops.gather(weight.tensor, sent.indices, granule=sent.granule)
@@ -165,8 +186,8 @@ class Publisher:
             kind = index_dtype(weight.tensor.numel())
             fingerprint = (weight.fingerprint + share - sent.share) & _WORD
             found[name] = (indices.to(kind), values[changed], 1, fingerprint)
-            now[name] = replace(sent, values=values, share=share)
-        return found, now
+            self._sent[name] = replace(sent, values=values, share=share)
+        return found
 
     def _refuse_frozen(self) -> None:
         for name, weight in self._weights.items():
@@ -198,6 +219,28 @@ class Publisher:
             for weight, tensor, indices, values in zip(weights, tensors, *changes, strict=True):
                 if indices.numel():
                     found[weight.name] = (indices, values, granule, _fingerprint(tensor))
+        return found
+
+    # ---- after a call that failed half way -------------------------------------------------------------------
+
+    def _all_changes(self) -> dict[str, _Change]:
+        """The weights that changed, as a whole: some of what changed in them was noted, and never sent."""
+        found: dict[str, _Change] = {}
+        for name, weight in self._weights.items():
+            tensor = weight.tensor
+            fingerprint = _fingerprint(tensor)
+            sent, snapshot = self._sent.get(name), self._snapshots.get(name)
+            if sent is not None:
+                values = shira_ops.gather(tensor, sent.indices, granule=sent.granule)
+                share = _share(tensor, sent.indices, sent.granule)
+                self._sent[name] = replace(sent, values=values, share=share)
+            if snapshot is not None:
+                snapshot.copy_(tensor)
+            if fingerprint != weight.fingerprint:
+                granule = 1 if snapshot is None else self._granule
+                count = tensor.numel() // granule
+                indices = torch.arange(count, dtype=index_dtype(count), device=tensor.device)
+                found[name] = (indices, tensor.flatten().clone(), granule, fingerprint)
         return found
 
 

@@ -19,7 +19,7 @@ from shira._model import VALUES_SUFFIX
 from shira._text import AdapterError, named
 from shira.serve.switcher import Switcher
 from shira.sync._weights import Weight, by_call, fingerprints, refuse_moved, weights_of
-from shira.sync.update import SyncError, Update, compose, shown_version, version_of
+from shira.sync.update import SyncError, Update, bits, compose, shown_version, version_of
 
 _WORD = 2**64 - 1
 _ANEW = "make a new Receiver"
@@ -40,29 +40,31 @@ class _Moves:
     update: Update
     entries: dict[Weight, _Entry]
 
-    def swap(self, *, check: bool = False) -> dict[Weight, tuple[Tensor, Tensor]]:
-        """All or none: where one call fails, those before it are taken back.
-
-        With `check`: what the touched words of each weight add to its fingerprint, before and after.
-        """
-        done: list[tuple[list[Weight], int]] = []
-        shares: dict[Weight, tuple[Tensor, Tensor]] = {}
+    def swap(self, *, check: bool) -> dict[Weight, int]:
+        """Swap all entries. With `check`: by how much the words that are touched change each weight's fingerprint."""
         calls = by_call((weight, entry.granule) for weight, entry in self.entries.items())
         # To check, one weight after the other: what was read of it is in the caches when it is written, and read again.
         if check:
             calls = (([weight], granule) for weights, granule in calls for weight in weights)
-        try:
-            for weights, granule in calls:
-                before = [self._share(weight) for weight in weights if check]
-                self._swap(weights, granule)
-                done.append((weights, granule))
-                after = [self._share(weight) for weight in weights if check]
-                shares |= dict(zip(weights, zip(before, after, strict=True), strict=False))
-        except BaseException:
-            for weights, granule in reversed(done):
-                self._swap(weights, granule)
-            raise
-        return shares
+        shares: dict[Weight, tuple[Tensor, Tensor]] = {}
+        for weights, granule in calls:
+            before = [self._share(weight) for weight in weights if check]
+            self._swap(weights, granule)
+            after = [self._share(weight) for weight in weights if check]
+            shares |= dict(zip(weights, zip(before, after, strict=True), strict=False))
+        return _differences(shares)
+
+    def restore(self, *, written: bool) -> None:
+        """Put every weight on one side, wherever a swap of them all has stopped: with the update's values, or not."""
+        for weight, entry in self.entries.items():
+            # A weight that has the update's values has left its own here. Where both are equal, any side will do.
+            given = self.update.weights[weight.name].values.to(entry.values.device)
+            if torch.equal(bits(entry.values), bits(given)) == written:
+                self._swap([weight], entry.granule)
+
+    def fingerprint(self, weight: Weight, *, written: bool) -> int:
+        """Of a weight, on either side."""
+        return self.update.after[weight.name] if written else self.update.weights[weight.name].fingerprint or 0
 
     def _swap(self, weights: list[Weight], granule: int) -> None:
         entries = [self.entries[weight] for weight in weights]
@@ -76,6 +78,26 @@ class _Moves:
     def _share(self, weight: Weight) -> Tensor:
         entry = self.entries[weight]
         return shira_ops.fingerprint_at(weight.tensor, entry.indices, granule=entry.granule)
+
+
+class _Torn(NamedTuple):
+    """Moves that have begun."""
+
+    moves: _Moves
+    # Whether the update was written before they did, and whether Switchers may have been told that it is otherwise.
+    written: bool
+    told: bool = False
+
+
+class _State(NamedTuple):
+    """What a Receiver is at. It is replaced as a whole, so that an interrupt finds the old one or the new one."""
+
+    version: int
+    step: int | None = None
+    staged: _Moves | None = None
+    # The last commit, and the step before it.
+    undo: tuple[_Moves, int | None] | None = None
+    torn: _Torn | None = None
 
 
 class Receiver:
@@ -115,25 +137,27 @@ class Receiver:
             with _bare("the first look", tensors):
                 self._weights = weights_of("Receiver", self.model, exclude, _fingerprint)
         self._names = {slot.name: weight for weight in self._weights.values() for slot in weight.slots}
-        self._version = version_of(fingerprints(self._weights))
-        self.step: int | None = None
-        """The step of the update it is at; None before the first one."""
-        self._staged: _Moves | None = None
-        self._undo: tuple[_Moves, int | None] | None = None
+        self._state = _State(version_of(fingerprints(self._weights)))
 
     @property
     def version(self) -> int:
         """The version of the weights; see `Update`."""
-        return self._version
+        return self._state.version
+
+    @property
+    def step(self) -> int | None:
+        """The step of the update it is at; None before the first one."""
+        return self._state.step
 
     @property
     def staged(self) -> Update | None:
         """What `commit` would write: one update, whatever was staged."""
-        return None if self._staged is None else self._staged.update
+        moves = self._state.staged
+        return None if moves is None else moves.update
 
     def __repr__(self) -> str:
-        staged = "nothing staged" if self._staged is None else f"staged: {self._staged.update!r}"
-        return f"Receiver(step {self.step}, version {shown_version(self._version)}, {staged})"
+        staged = "nothing staged" if self.staged is None else f"staged: {self.staged!r}"
+        return f"Receiver(step {self.step}, version {shown_version(self.version)}, {staged})"
 
     def stage(self, *updates: Update | bytes | str | os.PathLike[str]) -> None:
         """Make updates ready, in their order; they go after what is staged already. Changes no weight.
@@ -148,17 +172,18 @@ class Receiver:
             found = self.staged
             for given in updates:
                 update = _read(given)
-                at, step = (self._version, self.step) if found is None else (found.end, found.step)
+                at, step = (self.version, self.step) if found is None else (found.end, found.step)
                 if update.start != at:
                     raise SyncError(self._out_of_order(update, at, step, staged=found is not None))
                 self._check(update)
                 found = update if found is None else compose(found, update)
             if found is not None:
-                self._staged = self._moves(found)
+                self._state = self._state._replace(staged=self._moves(found))
 
     def unstage(self) -> None:
         """Forget what is staged."""
-        self._staged = None
+        with _live.LOCK:
+            self._state = self._state._replace(staged=None)
 
     def commit(self, *, verify: bool = True) -> None:
         """Write what is staged; the weights have its version then.
@@ -170,31 +195,29 @@ class Receiver:
 
         Raises `SyncError` with every weight as it was; what was staged stays staged.
         """
-        if self._staged is None:
-            raise SyncError("Receiver: nothing is staged; stage an update before commit")
         with _live.LOCK, torch.no_grad():
-            moves, step = self._staged, self.step
-            self._apply("commit", moves, verify)
-            self._version, self.step = moves.update.end, moves.update.step
-            self._staged, self._undo = None, (moves, step)
+            moves = self._state.staged
+            if moves is None:
+                raise SyncError("Receiver: nothing is staged; stage an update before commit")
+            then = _State(moves.update.end, moves.update.step, undo=(moves, self.step))
+            self._apply("commit", moves, then, verify=verify)
 
     def rollback(self) -> None:
         """Undo the last `commit`, bit for bit. Only the last one can be undone, and what is staged is forgotten.
 
         Raises `SyncError`, with nothing changed, where there is none or somebody wrote to the weights since.
         """
-        if self._undo is None:
-            raise SyncError("Receiver: there is no commit to roll back: only the last one is kept, once")
         with _live.LOCK, torch.no_grad():
-            moves, step = self._undo
-            self._apply("rollback", moves, verify=True, back=True)
-            self._version, self.step = moves.update.start, step
-            self._undo = self._staged = None
+            if self._state.undo is None:
+                raise SyncError("Receiver: there is no commit to roll back: only the last one is kept, once")
+            moves, step = self._state.undo
+            self._apply("rollback", moves, _State(moves.update.start, step), verify=True, back=True)
 
     def verify(self) -> None:
         """Read all weights and compare them with what the updates say they are; `SyncError` names those that differ."""
-        with _live.LOCK, torch.no_grad(), _bare("verify", self._tensors()):
+        with _live.LOCK, torch.no_grad(), _bare("verify", self._tensors()) as switchers:
             refuse_moved("Receiver", self._weights.values(), _ANEW)
+            self._heal(switchers)
             different = [
                 name for name, weight in self._weights.items() if _fingerprint(weight.tensor) != weight.fingerprint
             ]
@@ -242,37 +265,65 @@ class Receiver:
             entries[weight] = _Entry(entry.indices.to(device), entry.values.to(device, copy=True), entry.granule)
         return _Moves(update, entries)
 
-    def _apply(self, what: str, moves: _Moves, verify: bool, back: bool = False) -> None:
+    def _apply(self, what: str, moves: _Moves, then: _State, *, verify: bool, back: bool = False) -> None:
+        """Swap, all or nothing: the Receiver is at `then` afterwards, or everything is as it was."""
         refuse_moved("Receiver", self._weights.values(), _ANEW)
-        update = moves.update
+        self._refuse_tuned(what)
         with _bare(what, self._tensors()) as switchers:
+            self._heal(switchers)
             for weight in self._weights.values():
                 known = not weight.touched() or _live.base_of(weight.slots[0].weight) == weight.fingerprint
                 if not known and _fingerprint(weight.tensor) != weight.fingerprint:
                     raise SyncError(f"Receiver: {what} refused: {weight.name} was changed by someone else; {_LOAD}")
                 weight.note()
+            self._state = self._state._replace(torn=_Torn(moves, back))
             try:
-                shares = moves.swap(check=verify)
-            except Exception as error:
+                self._refuse_wrong(what, moves, moves.swap(check=verify), back)
+                self._state = self._state._replace(torn=_Torn(moves, back, told=True))
+                self._settle(moves, switchers, written=not back)
+                self._state = then
+            except BaseException as error:
+                self._heal(switchers)
+                if isinstance(error, SyncError) or not isinstance(error, Exception):
+                    raise
                 raise SyncError(f"Receiver: {what} failed and nothing has changed. Cause: {error}") from error
-            wrong = [
-                weight.name
-                for weight, (before, after) in shares.items()
-                if (weight.fingerprint - int(before) + int(after)) & _WORD != _then(update, weight, back)
-            ]
-            if wrong:
-                moves.swap()
-                for weight in moves.entries:
-                    weight.note()
-                raise SyncError(
-                    f"Receiver: {what} refused and nothing has changed: {_model.some(wrong)} would not become what the "
-                    f"update says, so somebody wrote to it without moving its version counter; {_LOAD}"
-                )
-            for weight in moves.entries:
-                weight.fingerprint = _then(update, weight, back)
-                weight.note()
-            for switcher in switchers:
-                switcher.rebase({weight.slots[0].weight: weight.fingerprint for weight in moves.entries})
+
+    def _refuse_wrong(self, what: str, moves: _Moves, differences: dict[Weight, int], back: bool) -> None:
+        wrong = [
+            weight.name
+            for weight, difference in differences.items()
+            if (weight.fingerprint + difference) & _WORD != moves.fingerprint(weight, written=not back)
+        ]
+        if wrong:
+            raise SyncError(
+                f"Receiver: {what} refused and nothing has changed: {_model.some(wrong)} would not become what the "
+                f"update says, so somebody wrote to it without moving its version counter; {_LOAD}"
+            )
+
+    def _refuse_tuned(self, what: str) -> None:
+        for weight in self._weights.values():
+            for slot in weight.slots:
+                if slot.attribute + VALUES_SUFFIX in slot.module._parameters:
+                    raise SyncError(
+                        f"Receiver: {what} refused: a SparseTuner trains {slot.name}; detach it first "
+                        f"(shira.detach(model))"
+                    )
+
+    def _settle(self, moves: _Moves, switchers: Sequence[Switcher], *, written: bool) -> None:
+        """The weights are on this side of the moves: note it, and tell the Switchers."""
+        for weight in moves.entries:
+            weight.fingerprint = moves.fingerprint(weight, written=written)
+            weight.note()
+        for switcher in switchers:
+            switcher.rebase({weight.slots[0].weight: weight.fingerprint for weight in moves.entries})
+
+    def _heal(self, switchers: Sequence[Switcher]) -> None:
+        """Take moves back that have begun and did not come to their end, wherever an error or an interrupt hit them."""
+        if self._state.torn is not None:
+            moves, written, told = self._state.torn
+            moves.restore(written=written)
+            self._settle(moves, switchers if told else (), written=written)
+            self._state = self._state._replace(torn=None)
 
     def _out_of_order(self, update: Update, at: int, step: int | None, *, staged: bool) -> str:
         mine = "what is staged leads to" if staged else "the weights are at"
@@ -303,9 +354,15 @@ def _read(given: Update | bytes | str | os.PathLike[str]) -> Update:
     raise TypeError(f"Receiver.stage: an update must be an Update, its bytes or a path, got {type(given).__name__}")
 
 
-def _then(update: Update, weight: Weight, back: bool) -> int:
-    """The fingerprint that a weight has after these moves."""
-    return update.weights[weight.name].fingerprint or 0 if back else update.after[weight.name]
+def _differences(shares: dict[Weight, tuple[Tensor, Tensor]]) -> dict[Weight, int]:
+    """After minus before; each device is waited for once."""
+    found: dict[Weight, int] = {}
+    for device in dict.fromkeys(before.device for before, _ in shares.values()):
+        weights = [weight for weight, (before, _) in shares.items() if before.device == device]
+        sides = zip(*(shares[weight] for weight in weights), strict=True)
+        before, after = (torch.stack(side).tolist() for side in sides)
+        found |= {weight: new - old for weight, old, new in zip(weights, before, after, strict=True)}
+    return found
 
 
 def _fingerprint(tensor: Tensor) -> int:

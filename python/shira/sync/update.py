@@ -70,6 +70,14 @@ class Update:
     def __post_init__(self) -> None:
         if self.weights.keys() != self.after.keys():
             raise AdapterError("Update: after must have a fingerprint for each of the weights, and for no other")
+        for what, word in {
+            "start": self.start,
+            **{f"after {named(name)}": one for name, one in self.after.items()},
+        }.items():
+            if type(word) is not int or not 0 <= word <= _WORD:
+                raise AdapterError(f"Update: {what} must be a whole number below 2^64, got {shown(word)}")
+        if type(self.step) is not int or not 0 <= self.step < 2**63:
+            raise AdapterError(f"Update: step must be a whole number from 0, got {shown(self.step)}")
         for name, entry in self.weights.items():
             entry.check(f"Update: weight {named(name)}")
             if entry.fingerprint is None:
@@ -137,10 +145,10 @@ class Update:
         if not isinstance(about, Mapping) or adapter.delta or adapter.alpha != 1:
             raise AdapterError("this is an adapter, but not an update: a Publisher makes those (Adapter.load reads it)")
         after, step = about.get("after"), about.get("step")
-        if not isinstance(after, Mapping) or type(step) is not int or not 0 <= step < 2**63:
-            raise AdapterError(f"the update must have a step and the fingerprints after it, got {shown(about)}")
+        if not isinstance(after, Mapping):
+            raise AdapterError(f"the update must have the fingerprints after it, got {shown(about)}")
         words = {name: _word(f"weight {named(name)}: after", word) for name, word in after.items()}
-        update = cls(adapter.weights, words, _word("start", about.get("start")), step)
+        update = cls(adapter.weights, words, _word("start", about.get("start")), step)  # type: ignore[arg-type]
         if update.end != _word("end", about.get("end")):
             raise AdapterError(
                 f"the update says that it leads to version {about.get('end')}, and its fingerprints lead to "
@@ -258,7 +266,7 @@ def _word(what: str, text: Any) -> int:
 @contextmanager
 def _in_memory() -> Iterator[Path]:
     """The path of a file that is nobody else's, in memory where the system can."""
-    if hasattr(os, "memfd_create"):
+    if hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd"):
         descriptor = os.memfd_create("shira-update")
         try:
             yield Path(f"/proc/self/fd/{descriptor}")

@@ -2,7 +2,7 @@
 
 A layer is known by its own ``forward``: a subclass that brings another one may use its weight in another way (scaled,
 normalised), and there only autograd knows the gradient. `rule_of` says which rule holds for a weight, or None for all
-weights whose dense gradient is made by autograd and gathered (see `shira.tuner`).
+weights whose dense gradient is made by autograd and gathered (see `shira.train.tuner`).
 """
 
 from __future__ import annotations
