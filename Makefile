@@ -25,7 +25,7 @@ PY := $(VENV)/bin/python
 TORCH ?= torch==2.13.0
 COMPAT ?= 2.11.0 2.12.1 newest
 TRITON ?= 3.6.0 newest
-COMPAT_TESTS := switch fuse gradient optimize select codec fingerprint diff refusals autograd compile threads
+COMPAT_TESTS := switch fuse gradient optimize select codec fingerprint diff overlay refusals autograd compile threads
 LATEST := benchmarks/results/latest.json
 AGAIN := benchmarks/results/again.json
 RESULTS ?= cpu-zen4

@@ -44,6 +44,16 @@ def blocks(text: str) -> list[Block]:
     ]
 
 
+def run_commands(told: list[str]) -> None:
+    if told:
+        testing = pytest.importorskip("typer.testing")
+        from shira.cli import app
+
+        for command in told:
+            result = testing.CliRunner().invoke(app, shlex.split(command)[1:])
+            assert result.exit_code == 0, f"{command}: {result.output}"
+
+
 @pytest.fixture
 def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder, and afterwards nothing of what a page sets up for the whole process."""
@@ -74,6 +84,8 @@ def test_a_page_runs_as_it_stands(page: str, apart: Path) -> None:
             continue
         # Line breaks in front, so that a traceback names the page's own lines.
         exec(compile("\n" * (block.line - 1) + block.text, str(DOCS / page), "exec"), session)
+    shell = "".join(re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    run_commands(re.findall(r"^shira .*", shell, re.MULTILINE))
     switcher = session.get("switcher")
     assert switcher is None or switcher.active == {}, "a page ends as a user should: on the base"
 
@@ -97,9 +109,6 @@ def test_start_is_fifteen_lines() -> None:
 def test_commands_run_as_they_stand(apart: Path) -> None:
     """On the files that the page's Python wrote."""
     pytest.importorskip("transformers")
-    testing = pytest.importorskip("typer.testing")
-    from shira.cli import app
-
     text = (DOCS / "guides/command-line.md").read_text(encoding="utf-8")
     session: dict[str, Any] = {"__name__": "page"}
     for block in blocks(text):
@@ -107,9 +116,7 @@ def test_commands_run_as_they_stand(apart: Path) -> None:
     told = [line.split("#")[0].strip() for line in text.splitlines() if line.startswith("shira ")]
     told = [command for command in told if command.split()[1] not in ("demo", "bench")]
     assert [command.split()[1] for command in told] == ["inspect", "verify", "extract", "apply", "fuse", "convert"]
-    for command in told:
-        result = testing.CliRunner().invoke(app, shlex.split(command)[1:])
-        assert result.exit_code == 0, f"{command}: {result.output}"
+    run_commands(told)
     # "tuned" was saved with the second adapter on.
     found, trained = shira.Adapter.load("changes.safetensors"), shira.Adapter.load("edges.safetensors")
     assert found.weights.keys() == trained.weights.keys()

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-FAMILIES = ("switch", "fuse", "gradient", "optimize", "select", "fingerprint", "codec", "diff", "refusals")
+FAMILIES = ("switch", "fuse", "gradient", "optimize", "select", "fingerprint", "codec", "diff", "overlay", "refusals")
 COLD = 180  # seconds that a first import of torch may take
 DEVICE_LOST = 3  # the exit status of gpu_bench.py
 # The measurements, functions of gpu_bench.py, the most important first.

@@ -207,6 +207,23 @@ def check_content(
         refuse(f"{who} does not fit {where}", problems)
 
 
+def fit(
+    who: str,
+    weights: Mapping[str, Wanted],
+    base: Base[_F],
+    *,
+    where: str,
+    than: str = "",
+    new: Container[str] = (),
+    anything: Container[str] = (),
+    advice: Callable[[dict[str, str]], str] | None = None,
+) -> dict[str, tuple[_F, ...]]:
+    """`places`, and then `check_content`, with their arguments."""
+    found = places(who, weights, base, where=where, new=new, advice=advice)
+    check_content(who, weights, found, where=where, than=than, anything=anything)
+    return found
+
+
 def indifferent(weights: Mapping[str, Wanted], delta: bool, alpha: float) -> set[str]:
     """The weights whose result does not depend on the base: those replaced as a whole, at strength 1."""
     return set() if delta or alpha != 1 else {name for name, weight in weights.items() if weight.whole}

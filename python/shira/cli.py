@@ -352,8 +352,9 @@ def _compare(path: Path, header: Header, base: Path, rename: dict[str, str] | No
     whole = _fit.indifferent(weights, header.delta, header.alpha)
     who, where, checkpoint = str(path), str(base), open_checkpoint(base, "base")
     advice = _fit.flags if rename is None else None
-    places = _fit.places(who, weights, checkpoint, where=where, new=whole, advice=advice)
-    _fit.check_content(who, weights, places, where=where, than=f" than {where}", anything=whole)
+    places = _fit.fit(
+        who, weights, checkpoint, where=where, than=f" than {where}", new=whole, anything=whole, advice=advice
+    )
     return [name for name, tensors in places.items() if not tensors]
 
 

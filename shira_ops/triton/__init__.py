@@ -31,6 +31,7 @@ FAMILIES = {
     "codec": ("encode_indices", "decode_indices"),
     "fingerprint": ("fingerprint", "fingerprint_at"),
     "diff": ("diff_", "foreach_diff_"),
+    "overlay": ("sparse_linear", "sparse_linear_add_"),
 }
 OPS = {op: family for family, ops in FAMILIES.items() for op in ops}
 

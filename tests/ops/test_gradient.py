@@ -16,7 +16,7 @@ import torch
 
 import cases
 import emul
-from cases import FLOAT_DTYPES, GRANULES, TOLERANCE, Backend, Case, assert_same, build, run
+from cases import FLOAT_DTYPES, GRANULES, TOLERANCE, Backend, Case, assert_same, build, integers, run
 from shira import _codec
 from test_switch import id_of
 
@@ -72,11 +72,6 @@ WAYS = list(ways())
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Every backend, and the CPU kernel in every vector width of this processor."""
     return request.param
-
-
-def integers(rng: np.random.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Small and not zero: sums are exact and no -0.0 arises, so any order of the sum gives the same bits."""
-    return torch.from_numpy(rng.integers(1, 5, shape) * rng.choice((-1, 1), shape)).to(dtype)
 
 
 def exact(case: Case, seed: int) -> Case:

@@ -54,6 +54,8 @@ CONTRACT = {
     "fingerprint": "bfloat16 or uint8 and not past or complex64 or frozen or all_granules or shape_does",
     "diff": "bfloat16-16] or uint8-3] or numbers or aligned or list or follows or 15] or 17] or 48] or refusals"
     " or overlap",
+    "overlay": "leading or nothing_in or not_there and -1] or once or nobody or strength and bfloat16"
+    " or exact_overlays and bfloat16-3] or adapters and -65]",
     "refusals": "test_overlap or test_order or test_a_gpu or test_dtype or test_strengths or test_one_weight_twice"
     " or test_content or test_indices_alone or test_check_indices or test_decode or test_fuse_plan_arguments",
 }

@@ -356,6 +356,16 @@ def test_a_budget_keeps_the_adapters_used_last(tmp_path):
     assert switcher.active == {"1": 1.0}
     with pytest.raises(AdapterError, match="more than the budget of 10"):
         Switcher(model_of(torch.bfloat16), budget=10).add("1", tmp_path / "1.safetensors")
+    # It may be changed at any time.
+    later = Switcher(model_of(torch.bfloat16))
+    later.budget = 10
+    with pytest.raises(AdapterError, match="more than the budget of 10"):
+        later.add("1", tmp_path / "1.safetensors")
+    for make in (lambda: Switcher(model_of(torch.bfloat16), budget=-1), lambda: setattr(later, "budget", -1)):
+        with pytest.raises(ValueError, match="budget must be a number of bytes or None, got -1"):
+            make()
+    later.budget = None
+    later.add("1", tmp_path / "1.safetensors")
 
 
 @pytest.mark.parametrize("spill", [False, True])

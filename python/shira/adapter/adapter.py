@@ -18,7 +18,7 @@ from shira import _fit, _text
 from shira._granules import dtype_name, index_dtype, refine, signed
 from shira._text import AdapterError, named
 from shira.adapter import _file
-from shira.adapter._checkpoint import Checkpoint, Source, Stored, open_checkpoint, ties
+from shira.adapter._checkpoint import Checkpoint, Source, open_checkpoint, ties
 from shira.adapter._entry import Entry
 
 if TYPE_CHECKING:
@@ -484,7 +484,7 @@ class Adapter:
                 wanted[name] = replace(cast, fingerprint=None) if new else cast
             entries[name] = cast if stored is None else replace(cast, fingerprint=stored.fingerprint())
         if source is not None:
-            _fitting("to: the adapter", wanted, source)
+            _fit.fit("to: the adapter", wanted, source, where="this base")
         was = {dtype_name(old.dtype) for name, old in self.weights.items() if entries[name].dtype != old.dtype}
         now = {dtype_name(new.dtype) for name, new in entries.items() if self.weights[name].dtype != new.dtype}
         provenance = self.provenance
@@ -559,23 +559,14 @@ class Adapter:
 def _on_base(
     adapter: Adapter, base: Source | Checkpoint, anything: Container[str] = ()
 ) -> Iterator[tuple[str, Entry, Tensor]]:
-    """Each entry with the base's weight, flat and on the CPU. Refuses a base that the adapter was not made for (see
-    `_fitting`)."""
+    """Each entry with the base's weight, flat and on the CPU. Refuses a base that the adapter was not made for, but for
+    the content of weights in ``anything``."""
     source = base if isinstance(base, Checkpoint) else open_checkpoint(base, "base")
-    for name, places in _fitting("the adapter", adapter.weights, source, anything).items():
+    found = _fit.fit("the adapter", adapter.weights, source, where="this base", anything=anything)
+    for name, places in found.items():
         entry = adapter.weights[name]
         entry.check_indices(f"weight {named(name)}")
         yield name, entry, places[0].tensor()
-
-
-def _fitting(
-    who: str, weights: Mapping[str, Entry], source: Checkpoint, anything: Container[str] = ()
-) -> dict[str, tuple[Stored, ...]]:
-    """The tensors of the base that these weights stand for. Refuses a base they do not fit, or with other content in
-    weights other than ``anything``."""
-    places = _fit.places(who, weights, source, where="this base")
-    _fit.check_content(who, weights, places, where="this base", anything=anything)
-    return places
 
 
 def _cast(where: str, entry: Entry, dtype: torch.dtype, delta: bool) -> Entry:

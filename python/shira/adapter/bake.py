@@ -225,8 +225,9 @@ def _fitting(
     who, where = "the adapter", source.where
     whole = _fit.indifferent(weights, adapter.delta, alpha)
     advice = _advice if renames else None
-    places = _fit.places(who, weights, source, where=where, new=whole, advice=advice)
-    _fit.check_content(who, weights, places, where=where, than=f" than {where}", anything=whole)
+    places = _fit.fit(
+        who, weights, source, where=where, than=f" than {where}", new=whole, anything=whole, advice=advice
+    )
     codes = []
     for name, entry in weights.items():
         entry.check_indices(f"weight {name!r}")

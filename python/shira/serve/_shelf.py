@@ -124,12 +124,13 @@ class Shelf:
 
     Args:
         ledger: tells what is active, and examines weights before their entries are read.
-        budget: bytes that layouts may keep on the devices, or None.
         folder: where adapters without a file are written when they have to leave, or None: they stay in host memory.
     """
 
-    def __init__(self, ledger: Ledger, budget: int | None, folder: Path | None) -> None:
-        self.ledger, self.budget, self.folder = ledger, budget, folder
+    def __init__(self, ledger: Ledger, folder: Path | None) -> None:
+        self.ledger, self.folder = ledger, folder
+        # The bytes that layouts may keep on the devices, or None.
+        self.budget: int | None = None
         self.added: dict[str, Added] = {}
         # Layouts of one adapter and of several together, the least recently used first.
         self.layouts: OrderedDict[Names, Layout] = OrderedDict()

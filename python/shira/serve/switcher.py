@@ -77,19 +77,28 @@ class Switcher:
         self, model: nn.Module, *, budget: int | None = None, spill: str | os.PathLike[str] | None = None
     ) -> None:
         self.model = _model.unwrap(model)
-        if budget is not None and budget < 0:
-            raise ValueError(f"Switcher: budget must be a number of bytes or None, got {budget}")
-        self.budget = budget
         self._slots = _model.slots(self.model, buffers=True)
         me: weakref.ref[object] = weakref.ref(self)
         self._ledger = Ledger(me)
-        self._shelf = Shelf(self._ledger, budget, None if spill is None else Path(spill))
+        self._shelf = Shelf(self._ledger, None if spill is None else Path(spill))
+        self.budget = budget
         # The way on which a move stopped, if going back failed too: the weights are in between.
         self._torn: Way | None = None
         # The open blocks of `using`, the innermost last.
         self._blocks: list[weakref.ref[_Block]] = []
         _live.switchers.add(self)
         weakref.finalize(self, _gone, os.getpid(), self._ledger.weights, me, self._shelf.files)
+
+    @property
+    def budget(self) -> int | None:
+        """The bytes that adapters may keep on the weights' devices, or None. A change counts from the next call."""
+        return self._shelf.budget
+
+    @budget.setter
+    def budget(self, budget: int | None) -> None:
+        if budget is not None and budget < 0:
+            raise ValueError(f"Switcher: budget must be a number of bytes or None, got {budget}")
+        self._shelf.budget = budget
 
     @property
     def active(self) -> dict[str, float]:
