@@ -46,3 +46,17 @@ def test_serve_adapters(tmp_path: Path) -> None:
     assert out.splitlines()[-1] == "the base is back, bit for bit: True"
     assert "formal + brief" in out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_follow_trainer(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    lines = run("follow_trainer.py", folder=tmp_path).splitlines()
+    shares = [int(line.split()[2].rstrip("%")) for line in lines if "digits are right" in line]
+    assert shares[0] < 30
+    assert shares[-1] > 50
+    assert any("the engine is gone" in line for line in lines)
+    assert "a new engine caught up over 24 updates in one commit" in lines
+    sparse, dense = (int(line.split(":")[1].split()[0].replace(",", "")) for line in lines if " bytes, " in line)
+    assert sparse < dense / 20
+    assert lines[-1] == "the engine ends with the trainer's version"
+    assert list(tmp_path.iterdir()) == []

@@ -111,9 +111,9 @@ def catch_up(
         table = bytes(_receive("catch_up", src, group, home))
         known = [int.from_bytes(table[at : at + 8], "little") for at in range(0, len(table), 8)]
         count = int.from_bytes(bytes(_receive("catch_up", src, group, home)), "little")
-        parts = [_receive("catch_up", src, group, home) for _ in range(count)]  # all, for the group's sake
-        for part in parts if version is not None else ():
-            update = Update.from_bytes(part)
+        received = [_receive("catch_up", src, group, home) for _ in range(count)]  # all, for the group's sake
+        for data in received if version is not None else ():
+            update = Update.from_bytes(data)
             updates[update.start] = update
     if version is None:
         return []
@@ -153,7 +153,7 @@ def _receive(what: str, src: int, group: dist.ProcessGroup | None, home: torch.d
     flat = torch.empty(length, dtype=torch.uint8, device=home)
     if length:
         _call(what, src, lambda: dist.broadcast(flat, src, group=group))
-    return memoryview(flat.cpu().numpy())
+    return memoryview(flat.cpu().numpy())  # type: ignore[arg-type]
 
 
 def _call(what: str, src: int, collective: Callable[[], object]) -> None:

@@ -1,0 +1,169 @@
+"""Live updates of a model of 4096 x 4096 layers in bf16, of which a share changes with every update.
+
+touch   reads and writes each cache line that a commit writes once: see bench_switch.py
+dense   an update the usual way: each weight is cloned, the clone gets the entries by `index_copy_`, and is copied back.
+        Nothing is checked, and there is no way back
+read    reads all weights once, as fast as a plain loop can: what a publisher of a model, which keeps a snapshot, does
+        twice, and once more for the weights that changed
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.speed import common
+from benchmarks.speed.bench_diff import READ
+from benchmarks.speed.bench_switch import TOUCH, about, touch
+from benchmarks.speed.common import BF16, Layer, Report, compare, layers, sweep
+from benchmarks.speed.peers import Layers
+
+shira = pytest.importorskip("shira")
+from shira.sync import Publisher, Receiver, Update  # noqa: E402
+from shira.sync.receiver import _Moves  # noqa: E402
+
+ops, machine = torch.ops.shira, torch.ops.shira_bench
+DENSITIES = pytest.mark.parametrize("density", [0.01, 0.001], ids=["1 %", "0.1 %"])
+
+
+def swap(some: list[Layer]) -> None:
+    for one in some:
+        ops.swap_(one.weight, one.indices, one.values)
+
+
+@dataclass
+class Turns:
+    """A receiver, and the update that leads from its weights to others, and the one back."""
+
+    receiver: Any
+    updates: tuple[Any, Any]
+    entries: Any = field(init=False)
+    now: int = 0
+
+    def __post_init__(self) -> None:
+        self.entries = self.receiver._moves(self.updates[0]).entries
+
+    def stage(self) -> None:
+        self.receiver.unstage()
+        self.receiver.stage(self.updates[self.now])
+
+    def commit(self, verify: bool) -> None:
+        """Only that: what is swapped for the way there is what the way back takes."""
+        moves = _Moves(self.updates[self.now], self.entries)
+        self.receiver._state = self.receiver._state._replace(staged=moves)
+        self.receiver.commit(verify=verify)
+        self.now = 1 - self.now
+
+    def both(self) -> None:
+        self.stage()
+        self.receiver.commit()
+        self.now = 1 - self.now
+
+
+def dense(some: list[Layer], back: bool) -> None:
+    for one in some:
+        staged = one.weight.clone()
+        staged.view(-1).index_copy_(0, one.indices64, one.saved if back else one.values)
+        one.weight.copy_(staged)
+
+
+@DENSITIES
+def bench_commit(benchmark: BenchmarkFixture, threads: int, density: float) -> None:
+    some = layers(BF16, density=density)
+    model = Layers([one.weight for one in some])
+    publisher = Publisher(model)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    swap(some)
+    update = publisher.publish()
+    back = update.invert(before)
+    after = [one.weight.clone() for one in some]
+    swap(some)
+    turns, alone = Turns(Receiver(model), (update, back)), Turns(Receiver(model), (update, back))
+    for way in (turns.both, lambda: turns.commit(True), lambda: turns.commit(False)):
+        for expected in (after, before.values()):
+            way()
+            assert all(torch.equal(one.weight, other) for one, other in zip(some, expected, strict=True))
+    for one in some:
+        one.saved.copy_(ops.gather(one.weight, one.indices))
+    for back_again, expected in ((False, after), (True, before.values())):
+        dense(some, back_again)
+        assert all(torch.equal(one.weight, other) for one, other in zip(some, expected, strict=True))
+    del after, before, publisher
+    turns, alone = Turns(Receiver(model), (update, back)), Turns(Receiver(model), (update, back))
+
+    def commit(verify: bool) -> None:
+        turns.commit(verify)
+        turns.commit(verify)
+
+    def both() -> None:
+        turns.both()
+        turns.both()
+
+    # There and back: two updates, so that every round starts from the same weights.
+    ways = {
+        "commit, verify=False": lambda: commit(False),
+        "stage and commit": both,
+        "stage": lambda: (alone.stage(), alone.stage()),
+        "swap_": lambda: (swap(some), swap(some)),
+        "dense": lambda: (dense(some, False), dense(some, True)),
+    }
+    touched = {name: (lambda run=run: (run(), run())) for name, run in touch(some).items()}
+    timing = compare(benchmark, ("commit", lambda: commit(True)), {**ways, **touched})
+    timing.best("touch", list(TOUCH))
+    report = Report(benchmark, threads, **about(some), density=density)
+    report.seconds(timing, 2 * len(some))
+    report.bandwidth(timing, "commit", 2 * common.switched_bytes(some))
+    variant = f"{density:g} changed"
+    report.ratio("commit of touch", variant, timing, "touch")
+    report.ratio("commit, verify=False of touch", variant, timing, "touch", of="commit, verify=False")
+    report.ratio("stage and commit over dense", variant, timing, "dense", of="stage and commit")
+
+
+@DENSITIES
+def bench_publish(benchmark: BenchmarkFixture, threads: int, density: float) -> None:
+    some = layers(BF16, density=density)
+    model, trained = Layers([one.weight for one in some]), Layers([one.weight.clone() for one in some])
+    tuner = shira.SparseTuner(trained, shira.masks.Rand(density=density))
+    of_model, of_tuner = Publisher(model), Publisher(tuner)
+    follower = Receiver(Layers([one.weight.clone() for one in some]))
+    swap(some)
+    update = of_model.publish()
+    data = update.to_bytes()
+    follower.stage(Update.from_bytes(data))
+    follower.commit()
+    for one, layer in zip(some, follower.model.layers, strict=True):
+        assert torch.equal(one.weight, layer.weight)
+    del follower
+
+    def train() -> None:
+        with torch.no_grad():
+            for values in tuner.parameters():
+                values.neg_()
+        tuner.sync()
+
+    def publish() -> None:
+        assert len(of_model.publish()) == len(some)
+
+    def known() -> None:
+        assert len(of_tuner.publish()) == len(some)
+
+    # The changes are part of what is timed, beside the changes alone.
+    ways = {
+        "the changes, twice": lambda: (swap(some), swap(some)),
+        "publish of a tuner": lambda: (train(), known()),
+        "the tuner's changes, twice": lambda: (train(), train()),
+        "to_bytes": update.to_bytes,
+        "from_bytes": lambda: Update.from_bytes(data),
+        **{name: sweep(machine.read, [(one.weight, ahead) for one in some]) for name, ahead in READ.items()},
+    }
+    timing = compare(benchmark, ("publish", lambda: (swap(some), publish())), ways)
+    timing.best("read", list(READ))
+    report = Report(benchmark, threads, **about(some), density=density, file_bytes=len(data), entries=update.nnz)
+    report.seconds(timing, len(some))
+    variant = f"{density:g} changed"
+    report.ratio("publish over read", variant, timing, "publish", of="read")
+    report.ratio("publish of a tuner over publish", variant, timing, "publish", of="publish of a tuner")
