@@ -843,7 +843,7 @@ def _sparse_product(
         row, column = part // columns, part % columns
         to, of = (column, row) if transposed else (row, column)
         sums.index_add_(0, to, wide_values[begin : begin + 2**14, None] * wide_input[of])
-    return sums.t()
+    return sums.t().contiguous()
 
 
 @_op
