@@ -2,7 +2,8 @@
 # make demo    set-up and the main job: adapters on real digits, trained, saved, switched, reverted, fused
 # make test    set-up and the tests
 # make compat  installs from the source distribution under each torch of COMPAT, each in an environment of its own, and
-#              runs the tests of the ops there (10 minutes a version, and 5 GB while it runs)
+#              runs the tests of the ops there (10 minutes a version, 5 GB while it
+#              runs), and Triton's tests under each triton of TRITON
 # make sdist   the source distribution, in dist/
 # make wheel   set-up and a wheel for this Python, in dist/: built from the source distribution, audited and tried
 # make kernel  build/kernel: the layout that Hugging Face's kernel builder takes (docs/kernel-builder.md)
@@ -23,7 +24,8 @@ PY := $(VENV)/bin/python
 # CUDA torch wheels are several GB: on a machine without a GPU the CPU build serves.
 TORCH ?= torch==2.13.0
 COMPAT ?= 2.11.0 2.12.1 newest
-COMPAT_TESTS := switch fuse gradient optimize select codec fingerprint diff refusals autograd compile threads
+TRITON ?= 3.6.0 newest
+COMPAT_TESTS := switch fuse gradient optimize select codec fingerprint diff overlay refusals autograd compile threads
 LATEST := benchmarks/results/latest.json
 AGAIN := benchmarks/results/again.json
 RESULTS ?= cpu-zen4
@@ -56,7 +58,7 @@ test: setup
 # The emulator and the references do not depend on the version of torch, so their tests are left out. One version after
 # another, since each compiles.
 compat:
-	for version in $(COMPAT); do $(MAKE) compat-$$version || exit 1; done
+	for version in $(COMPAT) $(TRITON:%=triton-%); do $(MAKE) compat-$$version || exit 1; done
 
 compat-%: AT = build/compat/$*
 compat-%:
@@ -101,6 +103,15 @@ kernel:
 	cp -r shira_ops build/kernel/torch-ext/shira_ops
 	cd build/kernel/torch-ext/shira_ops && rm -rf _ops.py *.so __pycache__ */__pycache__
 	rm -rf build/kernel/csrc/python
+
+# The one that the oldest torch brings, and the newest.
+compat-triton-%: AT = build/compat/triton-$*
+compat-triton-%: setup
+	rm -rf $(AT)
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps --target $(AT) \
+		'triton$(patsubst %,==%,$(filter-out newest,$*))'
+	PYTHONPATH=$(CURDIR)/$(AT) $(PY) -m pytest -q -p no:cacheprovider tests/ops/test_triton.py
+	rm -rf $(AT)
 
 soak: setup
 	$(PY) tests/soak.py

@@ -212,6 +212,40 @@ inline void check_values(const char* op, Name name, const Tensor& values, Values
   check_contiguous(op, name, values);
 }
 
+// ---- activations: [..., features] ------------------------------------------------------------------------
+
+inline int64_t last_size(const Tensor& t) { return t.size(t.dim() - 1); }
+
+// One token of the one for each of the other; how many there are.
+inline int64_t check_leads(const char* op, Name name, const Tensor& t, const Tensor& other) {
+  const auto sizes = other.sizes();
+  const std::vector<int64_t> lead(sizes.begin(), sizes.end() - 1);
+  SHIRA_CHECK(t.dim() == other.dim() && std::equal(lead.begin(), lead.end(), t.sizes().begin()), op, ": ", name,
+              " must have shape ", list_text(lead), " before its last dimension, got shape ", list_text(t.sizes()));
+  int64_t tokens = 1;
+  for (const int64_t size : lead) tokens *= size;
+  return tokens;
+}
+
+inline void check_activations(const char* op, Name name, const Tensor& t) {
+  check_given(op, name, t);
+  SHIRA_CHECK(is_float(t.scalar_type()), op, ": ", name, " must be float16, bfloat16, float32 or float64, got ",
+              dtype_name(t.scalar_type()));
+  SHIRA_CHECK(t.dim() >= 1, op, ": ", name, " must have at least one dimension, got shape ", list_text(t.sizes()));
+  check_contiguous(op, name, t);
+}
+
+// The weight of a linear layer, where the op has only what goes in and out: how many entries it has. Without tokens
+// the arguments are empty, however many those are.
+inline int64_t check_matrix(const char* op, int64_t rows, int64_t columns, int64_t granule) {
+  int64_t entries;
+  SHIRA_CHECK(!__builtin_mul_overflow(rows, columns, &entries), op,
+              ": weight must have fewer than 2^63 entries, got shape ", list_text(std::vector{rows, columns}));
+  check_granule_fits(op, granule, entries, "weight's ", entries, " entries");
+  SHIRA_CHECK(entries % granule == 0, op, ": granule must divide weight's ", entries, " entries, got ", granule);
+  return entries;
+}
+
 // A tensor whose storage was freed or shrunk (as sharding does between uses) still has its shape, and a tensor made for
 // tracing has nothing else. Memory that other libraries lay out (numpy, a mapped file) may start between two entries.
 // Checked after the shapes and before the first access. Returns where the entries start.

@@ -1,6 +1,6 @@
 // The contract: every op of torch.ops.shira, one line each, grouped by family.
 // Nothing else declares an op. Fakes (shira_ops/fake.py) and references (shira_ops/reference.py)
-// stand in the same order; the words used here are defined in README.md, "Terms".
+// stand in the same order; the words used here are defined in docs/concepts.md.
 #pragma once
 
 // clang-format off
@@ -64,5 +64,10 @@
   /* diff: what changed since a snapshot */                                                                           \
   m.def("diff_(Tensor(a!) snapshot, Tensor weight, int granule=1) -> (Tensor indices, Tensor values)");               \
   m.def("foreach_diff_(Tensor(a!)[] snapshots, Tensor[] weights, int granule=1) -> "                                  \
-        "(Tensor[] indices, Tensor[] values)")
+        "(Tensor[] indices, Tensor[] values)");                                                                       \
+  /* overlay: sparse deltas beside a weight that is never written */                                                  \
+  m.def("sparse_linear(Tensor input, Tensor indices, Tensor values, int out_features, *, bool transposed=False, "     \
+        "int granule=1) -> Tensor");                                                                                  \
+  m.def("sparse_linear_add_(Tensor(a!) output, Tensor input, Tensor[] indices, Tensor[] values, Tensor adapters, "    \
+        "Tensor alphas, *, bool transposed=False, int granule=1) -> ()")
 // clang-format on

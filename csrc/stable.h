@@ -1,6 +1,30 @@
 // The only file that includes torch's headers: the LibTorch stable ABI, target 2.11. A library built
 // on these loads under every torch from 2.11 on, with CUDA or without.
 #pragma once
+#include <torch/headeronly/util/shim_utils.h>
+
+#include <stdexcept>
+#include <string>
+
+// An error of torch's own keeps its text ("CUDA out of memory ..."), where this torch tells it: torch's macro would say
+// in which line of its headers the call stands.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
+namespace shira {
+[[noreturn]] inline void torch_failed(const char* call) {
+  const char* what =
+      &torch_exception_get_what_without_backtrace == nullptr ? nullptr : torch_exception_get_what_without_backtrace();
+  if (what != nullptr && *what != '\0') throw std::runtime_error(what);
+  throw std::runtime_error(std::string("shira: a call into torch failed, which says why on stderr: ") + call);
+}
+}  // namespace shira
+
+#undef TORCH_ERROR_CODE_CHECK
+#define TORCH_ERROR_CODE_CHECK(call) \
+  if ((call) != 0) {                 \
+    ::shira::torch_failed(#call);    \
+  }
+
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/library.h>

@@ -9,14 +9,19 @@ import griffe
 
 
 def markdown(text: str) -> str:
-    """A paragraph that ends in `::` ends in a colon, and a table drawn with `=` is shown as it was drawn."""
+    """A paragraph that ends in `::` ends in a colon, and a table that is drawn with `=` is a table."""
     text = re.sub(r"^::\n", "", text, flags=re.MULTILINE)
     text = re.sub(r"::$", ":", text, flags=re.MULTILINE)
-    return re.sub(r"^=+ =.*?^=+ =[= ]*\n(?:.*?^=+ =[= ]*$)", _drawn, text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"^=+ [= ]+\n(.+)\n=+ [= ]+\n((?:.+\n)*?)=+ [= ]+$", _table, text, flags=re.MULTILINE)
 
 
-def _drawn(table: re.Match[str]) -> str:
-    return "\n".join(f"    {line}" for line in table[0].splitlines())
+def _table(drawn: re.Match[str]) -> str:
+    """The columns are where the rules are; the last one may be wider than its rule."""
+    starts = [found.start() for found in re.finditer("=+", drawn[0].partition("\n")[0])]
+    spans = list(zip(starts, [*starts[1:], None], strict=True))
+    rows = [[line[begin:end].strip() for begin, end in spans] for line in (drawn[1], *drawn[2].splitlines())]
+    rows.insert(1, ["---"] * len(spans))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 class Markdown(griffe.Extension):

@@ -1,4 +1,4 @@
-"""The pictures of docs/concepts.md, drawn while the site is built, from the library itself."""
+"""The pictures of the site, drawn while it is built, from the library itself: `pictures/NAME.svg` in a page."""
 
 from __future__ import annotations
 
@@ -24,6 +24,88 @@ def _svg(figure: Figure) -> str:
     with mpl.rc_context({"svg.hashsalt": "shira", "svg.fonttype": "none", "font.family": "sans-serif"}):
         figure.savefig(text, format="svg", bbox_inches="tight", transparent=True, metadata={"Date": None})
     return text.getvalue()
+
+
+def adapter() -> Figure:
+    """A weight of 8 x 16 entries, and the two lists that are an adapter for it."""
+    rows, columns = 8, 16
+    weight = torch.zeros(rows, columns)
+    indices = shira.masks.Rand(density=1 / 16, granule=1, seed=9)("weight", weight)
+    values = torch.randn(8, generator=torch.Generator().manual_seed(0))
+    shira_ops.scatter_(weight, indices, torch.ones(8))
+    figure = Figure(figsize=(8, 2.9))
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1.2))
+    for row in range(rows):
+        for column in range(columns):
+            changed = bool(weight[row, column])
+            left.add_patch(Rectangle((column, row), 0.92, 0.92, facecolor=CHANGED if changed else KEPT))
+            if changed:
+                at = (column + 0.46, row + 0.5)
+                left.text(*at, f"{row * columns + column}", color="white", ha="center", va="center", fontsize=7)
+    left.set(xlim=(0, columns), ylim=(rows, 0), aspect="equal")
+    left.set_title("a weight [8, 16], its entries numbered row by row", color=LINE, fontsize=10)
+    right.set(xlim=(0, 2), ylim=(9, -0.4))
+    right.set_title("the adapter", color=LINE, fontsize=10)
+    for number, (name, column) in enumerate((("indices", indices.tolist()), ("values", values.tolist()))):
+        right.text(number + 0.5, 0, name, ha="center", weight="bold", color=LINE)
+        for line, entry in enumerate(column):
+            shown = f"{entry:+.2f}" if number else f"{entry}"
+            right.text(number + 0.5, line + 1, shown, ha="center", color=LINE)
+    for axes in (left, right):
+        axes.axis("off")
+    return figure
+
+
+def drift() -> Figure:
+    """A weight in bfloat16 that adapters are added to and subtracted from, and one that is put back: measured."""
+    random = torch.Generator().manual_seed(0)
+    count = 20_000
+    base = torch.randn(count, generator=random).bfloat16()
+    added, kept = base.clone(), base.clone()
+    indices, saved = torch.arange(count, dtype=torch.int32), torch.empty_like(base)
+    shares: tuple[list[float], list[float]] = ([0.0], [0.0])
+    for _ in range(100):
+        values = torch.randn(count, generator=random).bfloat16()
+        added.add_(values).sub_(values)
+        shira_ops.apply_(kept, indices, values, saved, delta=True)
+        shira_ops.scatter_(kept, indices, saved)
+        for share, weight in zip(shares, (added, kept), strict=True):
+            share.append(100 * float((weight != base).float().mean()))
+    figure = Figure(figsize=(8, 2.6))
+    axes = figure.add_subplot()
+    axes.plot(shares[0], color=CHANGED, label="added, then subtracted")
+    axes.plot(shares[1], color=LINE, linewidth=2.5, label="kept, then written back")
+    axes.set(xlim=(0, 100), ylim=(-4, 104))
+    axes.set_xlabel("adapters switched on and off", color=LINE)
+    axes.set_ylabel("entries with other bits, %", color=LINE)
+    axes.tick_params(colors=LINE)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["bottom", "left"]].set_color(LINE)
+    axes.legend(frameon=False, loc="center right", labelcolor=LINE)
+    return figure
+
+
+def layers() -> Figure:
+    """From the library to the arithmetic: each layer calls the one below."""
+    named = (
+        ("shira", "masks, tuner, adapters and files, switcher, updates"),
+        ("shira_ops", "ops as functions: autograd rules, fakes, reference, Triton"),
+        ("torch.ops.shira", "the contract: csrc/schemas.h"),
+        ("csrc/ops", "a family's arguments, checked once for all devices"),
+        ("csrc/cpu, csrc/cuda", "kernels: they only walk memory"),
+        ("csrc/core", "arithmetic and formats, without torch, once for all devices"),
+    )
+    figure = Figure(figsize=(8, 3.4))
+    axes = figure.add_subplot()
+    for y, (name, said) in enumerate(named):
+        axes.add_patch(Rectangle((0, y), 10, 0.75, facecolor=KEPT))
+        axes.text(0.2, y + 0.4, name, va="center", color="#222", weight="bold", fontsize=10)
+        axes.text(3.1, y + 0.4, said, va="center", color="#222", fontsize=10)
+        if y:
+            axes.annotate("", (1, y), (1, y - 0.25), arrowprops={"arrowstyle": "->", "color": LINE})
+    axes.set(xlim=(0, 10), ylim=(6, 0))
+    axes.axis("off")
+    return figure
 
 
 def granules() -> Figure:
@@ -90,24 +172,23 @@ def fingerprints() -> Figure:
     for x in range(24):
         touched = x in (3, 11, 19)
         axes.add_patch(Rectangle((x, 0), 0.92, 0.9, facecolor=CHANGED if touched else KEPT, edgecolor="none"))
-    lines = (
-        f"before   {before % 2**64:016x}     its three words add   {at_before % 2**64:016x}",
-        f"after      {after % 2**64:016x}     its three words add   {at_after % 2**64:016x}",
-        "after = before - (what the words added) + (what they add now)",
+    rows = (
+        ("before", before, "its three words add", at_before),
+        ("after", after, "its three words add", at_after),
     )
-    for y, text in enumerate(lines):
-        axes.text(0, -0.7 - 0.75 * y, text, color=LINE, fontsize=11)
+    for y, cells in enumerate(rows):
+        for x, cell in zip((0, 2.6, 10.4, 16.6), cells, strict=True):
+            text = cell if isinstance(cell, str) else f"{cell % 2**64:016x}"
+            axes.text(x, -0.7 - 0.75 * y, text, color=LINE, fontsize=11)
+    axes.text(0, -2.2, "after = before - (what the words added) + (what they add now)", color=LINE, fontsize=11)
     axes.set_xlim(0, 24)
     axes.set_ylim(-2.7, 1)
     axes.axis("off")
     return figure
 
 
-PICTURES: dict[str, Callable[[], Figure]] = {
-    "granules": granules,
-    "switching": switching,
-    "fingerprints": fingerprints,
-}
+DRAWN = (adapter, granules, switching, drift, fingerprints, layers)
+PICTURES: dict[str, Callable[[], Figure]] = {draw.__name__: draw for draw in DRAWN}
 
 
 def on_files(files: Files, *, config: Any) -> Files:

@@ -75,7 +75,7 @@ def main() -> None:
         # Merged once by TIES, then an adapter like any other. Merging reads the base.
         switcher.deactivate()
         adapters = switcher.adapters
-        switcher.add("merged", shira.merging.ties([adapters["formal"], adapters["poetic"]], model, density=0.5))
+        switcher.add("merged", shira.combine.ties([adapters["formal"], adapters["poetic"]], model, density=0.5))
         switcher.activate({"merged": 1.0, "brief": 0.5})
 
         # The weights are what they should be: entries compared, or all memory hashed.

@@ -2,7 +2,8 @@
 
 Ops that change their arguments have no gradient: a kernel at ADInplaceOrView refuses what requires grad before the
 write, and bumps version counters after it, so that torch refuses a backward over stale values. Inference tensors in
-inference mode skip that kernel. `gather`, `foreach_gather` and `sampled_grad` have formulas.
+inference mode skip that kernel. `gather`, `foreach_gather`, `sampled_grad` and `sparse_linear` have
+formulas.
 """
 
 from __future__ import annotations
@@ -274,11 +275,56 @@ class _SampledGrad(torch.autograd.Function):
         return total  # type: ignore[return-value]
 
 
+class _SparseLinear(torch.autograd.Function):
+    """Linear in each of input and values."""
+
+    @staticmethod
+    def forward(
+        input: Tensor, indices: Tensor, values: Tensor, out_features: int, transposed: bool, granule: int
+    ) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _shira.sparse_linear.default(  # type: ignore[no-any-return]
+                input, indices, values, out_features, transposed=transposed, granule=granule
+            )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.out_features, ctx.transposed, ctx.granule = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None, None]:
+        input, indices, values = ctx.saved_tensors
+        grad, to_input, to_values = grad.contiguous(), None, None
+        if ctx.needs_input_grad[0]:
+            to_input = _shira.sparse_linear.default(
+                grad, indices, values, input.shape[-1], transposed=not ctx.transposed, granule=ctx.granule
+            )
+        if ctx.needs_input_grad[2]:
+            rows, columns = (input, grad) if ctx.transposed else (grad, input)
+            to_values = _shira.sampled_grad.default(rows, columns, indices, ctx.granule).to(values.dtype)
+        return to_input, None, to_values, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, input_tangent: Tensor | None, _: None, values_tangent: Tensor | None, *__: None) -> Tensor:
+        input, indices, values = ctx.saved_tensors
+        named = {"transposed": ctx.transposed, "granule": ctx.granule}
+        op, total = _shira.sparse_linear.default, None
+        if input_tangent is not None:
+            total = op(input_tangent.contiguous(), indices, values, ctx.out_features, **named)
+        if values_tangent is not None:
+            other = op(input, indices, values_tangent.contiguous(), ctx.out_features, **named)
+            total = other if total is None else total + other
+        return total  # type: ignore[return-value]
+
+
 _NAMES: dict[type[torch.autograd.Function], str] = {
     _Gather: "gather",
     _Spread: "gather",
     _ForeachGather: "foreach_gather",
     _SampledGrad: "sampled_grad",
+    _SparseLinear: "sparse_linear",
 }
 
 
@@ -311,6 +357,22 @@ def _sampled_grad(
     return op.redispatch(keyset & _AFTER_AUTOGRAD, grad_output, input, indices, granule)
 
 
+def _sparse_linear(
+    keyset: torch._C.DispatchKeySet,
+    input: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    out_features: int,
+    *,
+    transposed: bool = False,
+    granule: int = 1,
+) -> Any:
+    if _wants_gradient(input, values):
+        return _apply(_SparseLinear, input, indices, values, out_features, transposed, granule)
+    op, named = _shira.sparse_linear.default, {"transposed": transposed, "granule": granule}
+    return op.redispatch(keyset & _AFTER_AUTOGRAD, input, indices, values, out_features, **named)
+
+
 def register() -> None:
     for name in reference.OPS:
         op = checks.overload(name)
@@ -321,3 +383,4 @@ def register() -> None:
     _library.impl("gather", _gather, "Autograd", with_keyset=True)
     _library.impl("foreach_gather", _foreach_gather, "Autograd", with_keyset=True)
     _library.impl("sampled_grad", _sampled_grad, "Autograd", with_keyset=True)
+    _library.impl("sparse_linear", _sparse_linear, "Autograd", with_keyset=True)

@@ -117,7 +117,8 @@ def backends() -> dict[str, dict[str, Backend]]:
 
     Returns a new dictionary of dictionaries: by op, then by device (``"cpu"``, ``"cuda"``), a `Backend(name, why)`.
     Overloads have keys of their own, such as ``"adamw_.tensor"``. The names are ``"compiled"`` (C++ or CUDA),
-    ``"triton"``, ``"reference"`` (plain torch: correct, slow, and on CUDA it makes the host wait) and ``"none"``.
+    ``"triton"`` (compiled on the first call, so call an op once before you capture it in a CUDA graph), ``"reference"``
+    (plain torch: correct, slow, and on CUDA it makes the host wait) and ``"none"``.
 
     For example::
 

@@ -587,31 +587,43 @@ def _fuse_content(
         Call("fuse_").require(False, "sources", text, len(values), got=got)
 
 
-def _sampled_grad(grad_output: Tensor, input: Tensor, indices: Tensor, granule: int) -> None:
-    call = Call("sampled_grad", "grad_output")
-    _granule(call.op, granule)
-    _given(call, "grad_output", grad_output)
-    _one_of(call, "grad_output", grad_output, *FLOATS)
-    text = "must have at least one dimension"
-    call.require(grad_output.dim() >= 1, "grad_output", text, got=grad_output.shape)
-    _contiguous(call, "grad_output", grad_output)
+def _activations(call: Call, word: str, tensor: Tensor) -> None:
+    _given(call, word, tensor)
+    _one_of(call, word, tensor, *FLOATS)
+    call.require(tensor.dim() >= 1, word, "must have at least one dimension", got=tensor.shape)
+    _contiguous(call, word, tensor)
 
-    _device(call, "input", input, grad_output)
-    _dtype(call, "input", input, grad_output)
-    lead, text = grad_output.shape[:-1], "must have {} before its last dimension"
-    call.require(input.dim() == grad_output.dim(), "input", text, lead, got=input.shape)
-    for size, wanted in zip(input.shape[:-1], lead, strict=True):
-        call.require(size == wanted, "input", text, lead, got=input.shape)
-    _contiguous(call, "input", input)
 
-    _device(call, "indices", indices, grad_output)
-    _index_list(call, "indices", indices)
-    rows, columns = grad_output.shape[-1], input.shape[-1]
+def _tokens(call: Call, word: str, tensor: Tensor, lead: Tensor) -> None:
+    """One token of the tensor for each of `lead`."""
+    sizes, text = lead.shape[:-1], "must have {} before its last dimension"
+    call.require(tensor.dim() == lead.dim(), word, text, sizes, got=tensor.shape)
+    for size, wanted in zip(tensor.shape[:-1], sizes, strict=True):
+        call.require(size == wanted, word, text, sizes, got=tensor.shape)
+
+
+def _matrix(call: Call, rows: int, columns: int, granule: int) -> None:
+    """The weight of a linear layer, where the op has only what goes in and out."""
     entries = rows * columns
     if isinstance(entries, int):
         shape = torch.Size([rows, columns])
         call.require(entries < 2**63, "weight", "must have fewer than 2^63 entries", got=shape)
     _granule_divides(call.op, granule, entries, "weight's {} entries")
+
+
+def _sampled_grad(grad_output: Tensor, input: Tensor, indices: Tensor, granule: int) -> None:
+    call = Call("sampled_grad", "grad_output")
+    _granule(call.op, granule)
+    _activations(call, "grad_output", grad_output)
+
+    _device(call, "input", input, grad_output)
+    _dtype(call, "input", input, grad_output)
+    _tokens(call, "input", input, grad_output)
+    _contiguous(call, "input", input)
+
+    _device(call, "indices", indices, grad_output)
+    _index_list(call, "indices", indices)
+    _matrix(call, grad_output.shape[-1], input.shape[-1], granule)
 
 
 def _sampled_grad_content(grad_output: Tensor, input: Tensor, indices: Tensor, granule: int) -> None:
@@ -672,6 +684,80 @@ def _fingerprint(weight: Tensor, granule: int) -> None:
     _granule_fits(call.op, granule, weight.numel(), "weight's {} entries")
 
 
+def _sparse_linear(
+    input: Tensor, indices: Tensor, values: Tensor, out_features: int, transposed: bool, granule: int
+) -> None:
+    call = Call("sparse_linear", "input")
+    _granule(call.op, granule)
+    _activations(call, "input", input)
+    call.require(out_features >= 0, "out_features", "must be at least 0", got=out_features)
+    sizes = (input.shape[-1], out_features)
+    _matrix(call, *(sizes if transposed else sizes[::-1]), granule)
+    _indices(call, "indices", indices, input)
+    _values(call, "values", values, input, indices, granule)
+
+
+def _sparse_linear_content(input: Tensor, indices: Tensor, out_features: int, granule: int) -> None:
+    content("sparse_linear", "indices", indices, input.shape[-1] * out_features // granule)
+
+
+def _table(call: Call, word: str, tensor: Tensor, lead: Tensor, dtype: torch.dtype, count: int, others: str) -> None:
+    """One entry for each of `count` others."""
+    _device(call, word, tensor, lead)
+    _one_of(call, word, tensor, dtype)
+    _one_dimensional(call, word, tensor)
+    text = "must have one entry for each of the {} {}"
+    call.require(tensor.numel() == count, word, text, count, others, got=tensor.numel())
+    _contiguous(call, word, tensor)
+
+
+def _sparse_linear_add_(
+    output: Tensor,
+    input: Tensor,
+    indices: Sequence[Tensor],
+    values: Sequence[Tensor],
+    adapters: Tensor,
+    alphas: Tensor,
+    transposed: bool,
+    granule: int,
+) -> None:
+    call, count = Call("sparse_linear_add_", "output"), len(indices)
+    _granule(call.op, granule)
+    _adapters(call.op, "indices", count)
+    text = "must have one tensor for each of the {} indices"
+    call.require(len(values) == count, "values", text, count, got=len(values))
+    _activations(call, "output", output)
+    _device(call, "input", input, output)
+    _dtype(call, "input", input, output)
+    _tokens(call, "input", input, output)
+    _contiguous(call, "input", input)
+    sizes = (input.shape[-1], output.shape[-1])
+    _matrix(call, *(sizes if transposed else sizes[::-1]), granule)
+    for k, (index, own) in enumerate(zip(indices, values, strict=True)):
+        member = Call(call.op, "output", k)
+        _indices(member, "indices", index, output)
+        _values(member, "values", own, output, index, granule)
+        first = values[0].dtype
+        member.require(own.dtype == first, "values", "must have the dtype of values[0] {}", first, got=own.dtype)
+    _table(call, "adapters", adapters, output, torch.int32, math.prod(output.shape[:-1]), "tokens")
+    _table(call, "alphas", alphas, output, compute_dtype(output.dtype), count, "indices")
+
+
+def _sparse_linear_add_content(
+    output: Tensor, input: Tensor, indices: Sequence[Tensor], adapters: Tensor, granule: int
+) -> None:
+    """Of the adapters that a token names: the others are not looked at."""
+    bad = (adapters < -1) | (adapters >= len(indices))
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0])
+        text, got = "must be -1 or the number of one of the {} indices", f"{int(adapters[at])} at position {at}"
+        Call("sparse_linear_add_").require(False, "adapters", text, len(indices), got=got)
+    for k in adapters.unique().tolist():
+        if k >= 0:
+            granules = input.shape[-1] * output.shape[-1] // granule
+            content("sparse_linear_add_", f"indices[{k}]", indices[k], granules)
+
+
 _ARGUMENTS: dict[str, Callable[..., None]] = {
     "check_indices": _check_indices,
     "fuse_plan": _fuse_plan,
@@ -682,6 +768,8 @@ _ARGUMENTS: dict[str, Callable[..., None]] = {
     "encode_indices": _encode_indices,
     "decode_indices": _decode_indices,
     "fingerprint": _fingerprint,
+    "sparse_linear": _sparse_linear,
+    "sparse_linear_add_": _sparse_linear_add_,
 }
 _CONTENT: dict[str, Callable[..., None]] = {
     "check_indices": _check_indices_content,
@@ -689,6 +777,8 @@ _CONTENT: dict[str, Callable[..., None]] = {
     "fuse_": _fuse_content,
     "sampled_grad": _sampled_grad_content,
     "encode_indices": _encode_indices_content,
+    "sparse_linear": _sparse_linear_content,
+    "sparse_linear_add_": _sparse_linear_add_content,
 }
 
 

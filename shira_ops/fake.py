@@ -83,13 +83,19 @@ def foreach_diff_(
     return [indices for indices, _ in found], [values for _, values in found]
 
 
+def sparse_linear(
+    input: Tensor, indices: Tensor, values: Tensor, out_features: int, transposed: bool, granule: int
+) -> Tensor:
+    return input.new_empty(*input.shape[:-1], out_features)
+
+
 def _nothing(**_: Any) -> None:
     pass
 
 
 _RESULTS: tuple[Callable[..., Any], ...] = (
     *(gather, foreach_gather, fuse_plan, sampled_grad, select_top, select_random),
-    *(encode_indices, decode_indices, fingerprint, fingerprint_at, diff_, foreach_diff_),
+    *(encode_indices, decode_indices, fingerprint, fingerprint_at, diff_, foreach_diff_, sparse_linear),
 )
 
 

@@ -60,6 +60,8 @@ __all__ = [
     "select_random",
     "select_top",
     "sgd_",
+    "sparse_linear",
+    "sparse_linear_add_",
     "swap_",
     "switch_",
 ]
@@ -96,6 +98,8 @@ _fingerprint = _shira.fingerprint.default
 _fingerprint_at = _shira.fingerprint_at.default
 _diff_ = _shira.diff_.default
 _foreach_diff_ = _shira.foreach_diff_.default
+_sparse_linear = _shira.sparse_linear.default
+_sparse_linear_add_ = _shira.sparse_linear_add_.default
 
 
 # ---- switch ------------------------------------------------------------------------------------------------
@@ -686,3 +690,73 @@ def foreach_diff_(
     there, call `diff_`.
     """
     return _foreach_diff_(snapshots, weights, granule)  # type: ignore[no-any-return]
+
+
+# ---- overlay -----------------------------------------------------------------------------------------------
+
+
+def sparse_linear(
+    input: Tensor, indices: Tensor, values: Tensor, out_features: int, *, transposed: bool = False, granule: int = 1
+) -> Tensor:
+    """A linear layer whose weight is zero but for `values` at `indices`: `[..., K] -> [..., out_features]`.
+
+    - `input`: `[..., K]`, a float dtype; the result has its dtype.
+    - `values`: `[nnz]`, input's dtype or float32. The indices number granules of the weight `[out_features, K]`, or,
+      with `transposed`, of `[K, out_features]`, which is then used as it lies: `input @ weight`.
+
+    Sums are made in float32 (float64 for float64) and rounded once. Entries that the mask leaves out are not zeros
+    but nothing: an infinity that meets none of them does no harm. Differentiable in `input` (the same op, transposed)
+    and `values` (`sampled_grad`), any number of times and in forward mode.
+
+    Deterministic on one device and vector width for any thread count. A CUDA op skips indices that are out of range.
+
+    The same in plain PyTorch::
+
+        weight = torch.zeros(out_features, K, dtype=compute)
+        weight.view(-1, granule)[indices] = values.to(compute).view(-1, granule)
+        (input.to(compute) @ weight.T).to(input.dtype)
+    """
+    return _sparse_linear(  # type: ignore[no-any-return]
+        input, indices, values, out_features, transposed=transposed, granule=granule
+    )
+
+
+def sparse_linear_add_(
+    output: Tensor,
+    input: Tensor,
+    indices: Sequence[Tensor],
+    values: Sequence[Tensor],
+    adapters: Tensor,
+    alphas: Tensor,
+    *,
+    transposed: bool = False,
+    granule: int = 1,
+) -> None:
+    """Lays adapters over a layer that is never written: adds to each token's output what its adapter's delta gives.
+
+    `output[t] += alphas[k] * (weight_k @ input[t])` for each token t and `k = adapters[t]`, where `weight_k` is zero
+    but for `values[k]` at `indices[k]`, as in `sparse_linear`.
+
+    - `output`: `[..., m]`, a float dtype, changed in place. `input`: `[..., n]`, the same dtype and leading dimensions.
+    - `indices`, `values`: a tensor for each adapter, 1 to 32767 of them; all values have output's dtype or all float32.
+    - `adapters`: int32, one number for each token (the leading dimensions, flat); -1: no adapter, and the token's
+      output keeps its bits, as it does where the adapter's alpha is 0.
+    - `alphas`: one for each adapter, float32 (float64 for float64). `adapters` and `alphas` are tensors, so that a
+      captured CUDA graph can change them.
+
+    The sum of a token is made in float32 (float64 for float64); `output + alpha * sum` is rounded once to output's
+    dtype. A CPU op refuses a number that names no adapter, and checks the indices of the adapters that are named; a
+    CUDA op, one launch for all adapters, leaves such tokens as they are and skips indices that are out of range.
+
+    Deterministic on one device and vector width for any thread count.
+
+    The same in plain PyTorch::
+
+        for k, (at, own) in enumerate(zip(indices, values)):
+            weight = torch.zeros(m, n, dtype=compute)
+            weight.view(-1, granule)[at] = own.to(compute).view(-1, granule)
+            rows = adapters == k
+            sums = input.view(-1, n)[rows].to(compute) @ weight.T
+            output.view(-1, m)[rows] = (output.view(-1, m)[rows].to(compute) + alphas[k] * sums).to(output.dtype)
+    """
+    _sparse_linear_add_(output, input, indices, values, adapters, alphas, transposed=transposed, granule=granule)

@@ -825,3 +825,54 @@ def foreach_diff_(
 ) -> tuple[list[Tensor], list[Tensor]]:
     found = [_diff(snapshot, weight, granule) for snapshot, weight in zip(snapshots, weights, strict=True)]
     return [indices for indices, _ in found], [values for _, values in found]
+
+
+# ---- overlay -----------------------------------------------------------------------------------------------
+
+
+def _sparse_product(
+    input: Tensor, indices: Tensor, values: Tensor, out_features: int, transposed: bool, granule: int
+) -> Tensor:
+    """`input` [tokens, K] times the sparse matrix, in the compute dtype: one entry after the other, in their order."""
+    columns = out_features if transposed else input.shape[-1]
+    entries = (indices.to(torch.int64)[:, None] * granule + torch.arange(granule, device=indices.device)).view(-1)
+    sums = torch.zeros(out_features, input.shape[0], dtype=checks.compute_dtype(input.dtype), device=input.device)
+    wide_input, wide_values = _compute(input, input).t(), _compute(values, input)
+    for begin in range(0, entries.numel(), 2**14):
+        part = entries[begin : begin + 2**14]
+        row, column = part // columns, part % columns
+        to, of = (column, row) if transposed else (row, column)
+        sums.index_add_(0, to, wide_values[begin : begin + 2**14, None] * wide_input[of])
+    return sums.t().contiguous()
+
+
+@_op
+def sparse_linear(
+    input: Tensor, indices: Tensor, values: Tensor, out_features: int, *, transposed: bool = False, granule: int = 1
+) -> Tensor:
+    *lead, features = input.shape
+    tokens = input.view(math.prod(lead), features)
+    product = _sparse_product(tokens, indices, values, out_features, transposed, granule)
+    return _round(product, input.dtype).view(*lead, out_features)
+
+
+@_op
+def sparse_linear_add_(
+    output: Tensor,
+    input: Tensor,
+    indices: Sequence[Tensor],
+    values: Sequence[Tensor],
+    adapters: Tensor,
+    alphas: Tensor,
+    *,
+    transposed: bool = False,
+    granule: int = 1,
+) -> None:
+    out_features, tokens = output.shape[-1], adapters.numel()
+    rows, given = output.view(tokens, out_features), input.view(tokens, input.shape[-1])
+    for k in adapters.unique().tolist():
+        if k < 0 or float(alphas[k]) == 0:
+            continue
+        at = (adapters == k).nonzero().view(-1)
+        product = _sparse_product(given[at], indices[k], values[k], out_features, transposed, granule)
+        rows[at] = _round(_compute(rows[at], output) + alphas[k] * product, output.dtype)

@@ -51,6 +51,9 @@ TOLERANCE = {
     ("sampled_grad", torch.float32): 33 * 2.0**-24,
     # the same in fp64
     ("sampled_grad", torch.float64): 33 * 2.0**-53,
+    # of sum |value * input|, before the one rounding to the dtype: at most 64 terms
+    ("sparse_linear", torch.float32): 64 * 2.0**-24,
+    ("sparse_linear", torch.float64): 64 * 2.0**-53,
 }
 
 
@@ -545,6 +548,36 @@ def _diff(m: _Maker) -> dict[str, Any]:
     return {"snapshot": snapshot, "weight": weight}
 
 
+def integers(rng: np.random.Generator, shape: int | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Small and not zero: sums are exact and no -0.0 arises, so any order of the sum gives the same bits."""
+    return torch.from_numpy(rng.integers(1, 5, shape) * rng.choice((-1, 1), shape)).to(dtype)
+
+
+def _sparse_linear(m: _Maker) -> dict[str, Any]:
+    rows, columns = math.prod((shape := shape_of(m.setup.numel))[:-1]), shape[-1]
+    return {
+        "input": integers(m.rng, (2, 3, columns), m.setup.dtype),
+        "indices": m.indices(),
+        "values": integers(m.rng, m.nnz, m.setup.values or m.setup.dtype),
+        "out_features": rows,
+        "transposed": False,
+    }
+
+
+def _sparse_linear_add(m: _Maker) -> dict[str, Any]:
+    rows, columns = math.prod((shape := shape_of(m.setup.numel))[:-1]), shape[-1]
+    adapters = _adapters(m)
+    return {
+        "output": integers(m.rng, (2, 3, rows), m.setup.dtype),
+        "input": integers(m.rng, (2, 3, columns), m.setup.dtype),
+        "indices": adapters,
+        "values": [integers(m.rng, m.nnz, m.setup.values or m.setup.dtype) for _ in adapters],
+        "adapters": torch.tensor([1, 0, -1, 2, 1, 1], dtype=torch.int32),
+        "alphas": torch.tensor([0.5, -2.0, 1.0], dtype=m.compute),
+        "transposed": False,
+    }
+
+
 BUILDERS: dict[str, Callable[[_Maker], dict[str, Any]]] = {
     "gather": _gather,
     "scatter_": _scatter,
@@ -567,6 +600,8 @@ BUILDERS: dict[str, Callable[[_Maker], dict[str, Any]]] = {
     "fingerprint": _fingerprint,
     "fingerprint_at": _gather,
     "diff_": _diff,
+    "sparse_linear": _sparse_linear,
+    "sparse_linear_add_": _sparse_linear_add,
 }
 FOREACH_OPS = (
     *("foreach_gather", "foreach_scatter_", "foreach_swap_", "foreach_apply_", "foreach_switch_"),

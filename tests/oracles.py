@@ -477,3 +477,55 @@ def foreach_diff_(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     found = [diff_(snapshot, weight, granule) for snapshot, weight in zip(snapshots, weights, strict=True)]
     return [indices for indices, _ in found], [values for _, values in found]
+
+
+# overlay
+
+
+def _dense(
+    indices: torch.Tensor, values: torch.Tensor, shape: tuple[int, int], transposed: bool, granule: int
+) -> np.ndarray:
+    """The sparse matrix as it is multiplied: [out_features, features], in double precision."""
+    dense = np.zeros(shape[0] * shape[1])
+    dense[_entries(indices, granule)] = _numbers(values, np.float64)
+    return dense.reshape(shape).T if transposed else dense.reshape(shape)
+
+
+def _stored(numbers: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    cells = _store(numbers.astype(_compute(like.dtype)), like.dtype)
+    return torch.from_numpy(cells.view(f"i{cells.itemsize}").copy()).view(like.dtype)
+
+
+def sparse_linear(
+    input: torch.Tensor,
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    out_features: int,
+    transposed: bool = False,
+    granule: int = 1,
+) -> torch.Tensor:
+    """With sums in double precision: of numbers whose sums are exact."""
+    *lead, features = input.shape
+    shape = (features, out_features) if transposed else (out_features, features)
+    dense = _dense(indices, values, shape, transposed, granule)
+    given = _numbers(input, np.float64).reshape(math.prod(lead), features)
+    return _stored(given @ dense.T, input).view(*lead, out_features)
+
+
+def sparse_linear_add_(
+    output: torch.Tensor,
+    input: torch.Tensor,
+    indices: list[torch.Tensor],
+    values: list[torch.Tensor],
+    adapters: torch.Tensor,
+    alphas: torch.Tensor,
+    transposed: bool = False,
+    granule: int = 1,
+) -> None:
+    rows, given = output.view(len(adapters), -1), input.view(len(adapters), -1)
+    shape = (given.shape[1], rows.shape[1]) if transposed else (rows.shape[1], given.shape[1])
+    for t, k in enumerate(adapters.tolist()):
+        if k >= 0 and float(alphas[k]) != 0:
+            dense = _dense(indices[k], values[k], shape, transposed, granule)
+            product = dense @ _numbers(given[t], np.float64)
+            rows[t] = _stored(_numbers(rows[t], np.float64) + float(alphas[k]) * product, output)

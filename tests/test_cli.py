@@ -109,6 +109,11 @@ def test_verify(files: Path) -> None:
     assert "was made for another base than" in said
     assert "the content of 1 of 1 weights differs (by fingerprint): '0.weight'" in said
     assert "leave --header out" in refused("verify", file, files / "base", "--header")
+    save_file({f"model.{name}": one for name, one in content(files / "base").items()}, files / "wrapped.safetensors")
+    said = refused("verify", file, files / "wrapped.safetensors")
+    assert "'0.weight' is not in the base, which has 'model.0.weight'; " in said
+    assert said.endswith("; with --rename '^=model.' all of its names fit\n")
+    run("verify", file, files / "wrapped.safetensors", "--rename", "^=model.")
 
 
 def test_verify_finds_what_the_header_does_not_show(files: Path) -> None:

@@ -7,8 +7,10 @@ took a copy. Both are held to what the page says, so that a new torch that chang
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +74,15 @@ def same(given: Tensor, wanted: Tensor) -> bool:
     return torch.allclose(given, wanted, atol=1e-5)
 
 
+def run_from_the_page(test: str, **names: Any) -> dict[str, Any]:
+    """Run the block of the page that says that this test runs it, and give the names that it leaves."""
+    page = (Path(__file__).parent.parent / "docs/stacks.md").read_text(encoding="utf-8")
+    (block,) = re.findall(rf"^<!-- run by {test} -->\n```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    session = {"torch": torch, **names}
+    exec(compile(block, "docs/stacks.md", "exec"), session)
+    return session
+
+
 # ---- Inductor --------------------------------------------------------------------------------------------------
 
 
@@ -93,8 +104,10 @@ def test_compiled_follows_a_switch_and_frozen_does_not(inductor: None) -> None:
             assert same(frozen(X), tried.base)
             tried.switcher.activate("a")
             assert same(frozen(X), tried.base)  # not seen: the weights are constants of the graph
-            torch._dynamo.reset()
-            assert same(frozen(X), tried.adapted)  # compiled again, and so frozen with the adapter on
+            tried.switcher.add("style", adapter(linear(), r"^\d$"))
+            name = "test_compiled_follows_a_switch_and_frozen_does_not"
+            page = run_from_the_page(name, switcher=tried.switcher, compiled=frozen, x=X)
+            assert same(page["output"], tried.adapted)  # compiled again, and so frozen with the adapter on
             tried.switcher.deactivate()
             assert same(frozen(X), tried.adapted)
 
@@ -154,7 +167,9 @@ def test_inductor_drops_a_clone_between_two_calls_in_place(inductor: None) -> No
 # ---- exported ----------------------------------------------------------------------------------------------------
 
 
-def test_aot_inductor_follows_with_constants_that_the_user_manages(inductor: None, tmp_path: Path) -> None:
+def test_aot_inductor_follows_with_constants_that_the_user_manages(
+    inductor: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tried = Switched(linear())
     exported = torch.export.export(tried.model, (X,))
     package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
@@ -169,7 +184,12 @@ def test_aot_inductor_follows_with_constants_that_the_user_manages(inductor: Non
     tried.switcher.deactivate()
     assert same(runner(X), tried.adapted)  # copies again: to be loaded after every switch
 
-    runner.load_constants(weights, check_full_update=True, user_managed=True)
+    monkeypatch.chdir(tmp_path)
+    tried.switcher.add("style", adapter(tried.model, r"^\d$"))
+    name = "test_aot_inductor_follows_with_constants_that_the_user_manages"
+    runner = run_from_the_page(name, switcher=tried.switcher, model=tried.model, x=X)["runner"]
+    assert same(runner(X), tried.adapted)
+    tried.switcher.deactivate()
     for _ in range(2):
         assert same(runner(X), tried.base)
         tried.switcher.activate("a")

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-FAMILIES = ("switch", "fuse", "gradient", "optimize", "select", "fingerprint", "codec", "diff", "refusals")
+FAMILIES = ("switch", "fuse", "gradient", "optimize", "select", "fingerprint", "codec", "diff", "overlay", "refusals")
 COLD = 180  # seconds that a first import of torch may take
 DEVICE_LOST = 3  # the exit status of gpu_bench.py
 # The measurements, functions of gpu_bench.py, the most important first.
@@ -434,9 +434,8 @@ def main() -> None:
     run.section("build", 60 if run.cuda else 4, lambda: build(run))
     run.section("parity, compiled", 10, lambda: parity(run))
     run.section("captured graphs", 15, lambda: graph(run))
-    # Half of the time left is kept for the rest: proofs that matter as much, and Triton.
-    share = (0.5 if run.cuda else 1) * (run.left() - 5)
-    run.section("measurements, compiled", 15, lambda: measure(run, "compiled", given.only, share))
+    # First of all that takes long: tests, sanitizers and Triton have what time is left.
+    run.section("measurements, compiled", 15, lambda: measure(run, "compiled", given.only, run.left() - 5))
     run.section("contract tests", 20, lambda: tests(run))
     run.section("sanitizer", 30, lambda: sanitizer(run))
     if run.cuda and run.told["about"]["triton"] is not None:

@@ -3,6 +3,7 @@
 - a model's inference is captured once; a Switcher changes its weights between replays, and every replay gives the bits
   of an eager forward with the same adapter
 - every op that a graph can hold is captured and replayed: the bits of an eager call
+- the compiled kernels need no call before the first capture (Triton's are compiled in it)
 - across replays: swap_ twice is the identity, and fuse_ follows strengths changed between replays
 
 python -m benchmarks.speed.gpu_graph
@@ -38,6 +39,22 @@ def adapter(model: nn.Module, seed: int) -> shira.Adapter:
         values = torch.randn(len(indices), generator=torch.Generator().manual_seed(seed)).to(weight.dtype)
         weights[name] = shira.Entry(indices, values, tuple(weight.shape), weight.dtype)
     return shira.Adapter(weights)
+
+
+def captured_cold() -> str:
+    """Before any other op of this process: kernels are loaded while the graph is captured."""
+    if shira_ops.backends()["swap_"]["cuda"].name != "compiled":
+        return "no capture without a call before it: these kernels are not the compiled ones"
+    weight, indices = torch.randn(SIDE, SIDE, device=DEVICE), mask(SIDE * SIDE, 3).to(DEVICE)
+    values = torch.randn(len(indices), device=DEVICE)
+    wanted = weight.view(-1).index_copy(0, indices.long(), values), weight.view(-1)[indices.long()]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        shira_ops.swap_(weight, indices, values)
+    graph.replay()
+    if not same(weight.view(-1).cpu(), wanted[0].cpu()) or not same(values.cpu(), wanted[1].cpu()):
+        raise AssertionError("swap_ captured on its first call differs from index_copy")
+    return "swap_ captured on its first call: the bits of index_copy"
 
 
 def captured_inference() -> str:
@@ -131,6 +148,7 @@ def captured_ops() -> str:
 
 if __name__ == "__main__":
     with torch.no_grad():
+        print(captured_cold())
         print(captured_calls())
         print(captured_inference())
         print(captured_ops())

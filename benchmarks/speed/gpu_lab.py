@@ -1,8 +1,9 @@
 """What the measurements on a GPU share: the device and its clock, a model's weights, adapters for them.
 
 How a comparison is measured
-- All ways of one comparison take turns in every round. Before each, untimed, more than the L2 cache holds is written,
-  which also keeps the GPU busy while the next launch is prepared. CUDA events take the time (on the CPU a clock).
+- All ways of one comparison take turns in every round. Before each, untimed, more than the L2 cache holds is read,
+  which also keeps the GPU busy while the next launch is prepared. Had it been written, the way that is timed would have
+  to write it back. CUDA events take the time (on the CPU a clock).
 - Bytes are what a way has to move: touched 32-byte sectors in and out, indices, values and saved once each. A share is
   of the bandwidth at which `copy_` moves 2 GiB, reading and writing counted, measured in the same process.
 - "captured" is the same call replayed from a CUDA graph, so without the cost of launches on the CPU.
@@ -70,11 +71,11 @@ class Bench:
     def __init__(self, device: str, quick: bool) -> None:
         self.device, self.quick, self.cuda = device, quick, device == "cuda"
         self.rounds = 3 if quick else 21
-        self.scratch = torch.empty(1 << 12 if quick else 512 << 20, dtype=torch.uint8, device=device)
+        self.scratch = torch.zeros(1 << 9 if quick else 64 << 20, dtype=torch.int64, device=device)
 
     def once(self, call: Call) -> float:
         """Seconds of one call."""
-        self.scratch.zero_()
+        self.scratch.amax()
         if not self.cuda:
             start = time.perf_counter()
             call()

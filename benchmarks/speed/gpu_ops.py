@@ -98,6 +98,22 @@ def calls(dtype: torch.dtype, granule: int, rows: int, columns: int) -> dict[str
         "fingerprint": {"weight": weight},
         "fingerprint_at": here,
         "diff_": {"snapshot": torch.where(numbers(rows, columns) > 1, 0, weight), "weight": weight},
+        "sparse_linear": {
+            "input": small(33, columns),
+            "indices": a,
+            "values": small(entries[id(a)]),
+            "out_features": rows,
+            "transposed": False,
+        },
+        "sparse_linear_add_": {
+            "output": small(33, rows),
+            "input": small(33, columns),
+            "indices": [a, b, c],
+            "values": [small(entries[id(one)]) for one in (a, b, c)],
+            "adapters": torch.arange(33, dtype=torch.int32) % 4 - 1,
+            "alphas": torch.tensor([0.5, -2.0, 1.0]),
+            "transposed": False,
+        },
     }
     found = {}
     for name, schema in ((name, op(name)._schema) for name in reference.OPS):

@@ -93,6 +93,22 @@ LINES = {
     "call, inference tensors": Line("a call on 64 entries, inference tensors", 2.0, " us", at_least=False),
     "foreach_": Line("foreach_, a tensor above its work", 1.0, " us", at_least=False),
     "fingerprint": Line("fingerprint, of read bandwidth", 0.8, ""),
+    "overlay of LoRA fp32, granule 16": Line(
+        "sparse_linear_add_ fp32, granule 16, of LoRA's two products", 1.0, at_least=False
+    ),
+    "overlay of LoRA bf16, granule 16": Line(
+        "sparse_linear_add_ bf16, granule 16, of LoRA's two products", 1.5, at_least=False
+    ),
+    "overlay of LoRA fp32, granule 1": Line("sparse_linear_add_ fp32, of LoRA's two products", 1.5, at_least=False),
+    "overlay of LoRA bf16, granule 1": Line("sparse_linear_add_ bf16, of LoRA's two products", 2.5, at_least=False),
+    "overlay of LoRA, other batches": Line("sparse_linear_add_, of LoRA's two products", None),
+    "overlay of stream": Line("sparse_linear_add_ 1 token, of reading indices and values", 1.3, at_least=False),
+    "overlay of layer": Line("sparse_linear_add_, share of the layer's product", 6.0, " %", at_least=False),
+    "overlay over mixed, granule 16": Line(
+        "sparse_linear_add_ 32 adapters, granule 16, over PEFT LoRA's mixed batch", 5.0
+    ),
+    "overlay over mixed, granule 1": Line("sparse_linear_add_ 32 adapters, over PEFT LoRA's mixed batch", 1.5),
+    "mixed overlay of stream": Line("sparse_linear_add_ 32 adapters, of reading indices and values", None),
     "diff_ of read": Line("diff_, of reading the weight and the snapshot", None, ""),
     "diff_ over torch": Line("diff_, over the same in plain torch", None),
     "commit of touch": Line("commit of a live update, of touch bandwidth", 0.85, ""),

@@ -30,27 +30,31 @@ SHIRA_HD typename W::Bits mix_by(Rule rule, typename W::Bits base, typename V::B
   return rule == Rule::Keep ? base : rule == Rule::Overwrite ? exact : mixed;
 }
 
-// An entry that any number of adapters change, added in their order. Those of strength 0 do not count; one alone is
-// exact where apply_ is.
-template <typename W, typename V>
-class FusedEntry {
+// Neighbouring entries of a granule, which the same adapters change, added in their order. Those of strength 0 do not
+// count; one alone is exact where apply_ is.
+template <typename W, typename V, int kEntries = 1>
+class FusedEntries {
  public:
-  SHIRA_HD explicit FusedEntry(typename W::Bits base) : base_(base), total_(W::load(base)) {}
-  SHIRA_HD void add(Rule rule, typename V::Bits value, typename W::Compute alpha) {
+  SHIRA_HD explicit FusedEntries(const typename W::Bits* base) {
+    for (int e = 0; e < kEntries; ++e) total_[e] = W::load(base_[e] = base[e]);
+  }
+  SHIRA_HD void add(Rule rule, const typename V::Bits* values, typename W::Compute alpha) {
     if (rule == Rule::Keep) return;
-    total_ = add_share<W, V>(total_, base_, value, alpha, rule == Rule::Delta);
-    value_ = value;
+    for (int e = 0; e < kEntries; ++e) {
+      total_[e] = add_share<W, V>(total_[e], base_[e], values[e], alpha, rule == Rule::Delta);
+      value_[e] = values[e];
+    }
     only_ = count_++ == 0 ? rule : Rule::Blend;
   }
-  SHIRA_HD typename W::Bits result() const {
-    if (count_ == 0) return base_;
-    return only_ == Rule::Overwrite ? convert<W, V>(value_) : W::store(total_);
+  SHIRA_HD void result(typename W::Bits* entries) const {
+    for (int e = 0; e < kEntries; ++e)
+      entries[e] = count_ == 0 ? base_[e] : only_ == Rule::Overwrite ? convert<W, V>(value_[e]) : W::store(total_[e]);
   }
 
  private:
-  typename W::Bits base_;
-  typename W::Compute total_;
-  typename V::Bits value_ = 0;
+  typename W::Bits base_[kEntries];
+  typename W::Compute total_[kEntries];
+  typename V::Bits value_[kEntries] = {};
   Rule only_ = Rule::Keep;
   int64_t count_ = 0;
 };

@@ -334,12 +334,12 @@ void fuse_entries(const FuseTask& task, int64_t begin, int64_t end) {
     adapters.mix(n, base, values, alphas, rules, mixed);
     for (int64_t o = 0; o < count; ++o) {
       const int32_t i = others[o];
-      core::FusedEntry<W, V> entry(base[i]);
+      core::FusedEntries<W, V> entry(base + i);
       for (O at = offsets[i]; at < offsets[i + 1]; ++at) {
         const int64_t source = sources[at], k = core::adapter_of(source);
-        entry.add(adapters.rules[k], own[k][core::position_of(source)], strengths[k]);
+        entry.add(adapters.rules[k], own[k] + core::position_of(source), strengths[k]);
       }
-      mixed[i] = entry.result();
+      entry.result(mixed + i);
     }
     for (int64_t i = 0; i < n; ++i) weight[indices[i]] = mixed[i];
   }

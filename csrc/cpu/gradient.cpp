@@ -16,11 +16,11 @@
 #include "../ops/gradient.h"
 
 #include <limits>
-#include <memory>
 
 #include "../dispatch.h"
-#include "gradient_lanes.h"
 #include "indices.h"
+#include "lanes.h"
+#include "mask.h"
 
 namespace shira::cpu {
 namespace {
@@ -29,6 +29,7 @@ namespace portable {
 using namespace shira::cpu::portable;
 #define SHIRA_TARGET
 #include "gradient_kernel.h"
+#include "pack_kernel.h"
 #undef SHIRA_TARGET
 }  // namespace portable
 #if SHIRA_X86
@@ -36,12 +37,14 @@ namespace avx2 {
 using namespace shira::cpu::avx2;
 #define SHIRA_TARGET SHIRA_AVX2
 #include "gradient_kernel.h"
+#include "pack_kernel.h"
 #undef SHIRA_TARGET
 }  // namespace avx2
 namespace avx512 {
 using namespace shira::cpu::avx512;
 #define SHIRA_TARGET SHIRA_AVX512
 #include "gradient_kernel.h"
+#include "pack_kernel.h"
 #undef SHIRA_TARGET
 }  // namespace avx512
 #endif
@@ -99,52 +102,6 @@ struct Part {
   std::vector<bool> used;  // the squares of rows that have an entry; the others are not packed
 };
 
-// The mask as entries of the flat result. A granule may span rows.
-template <typename I>
-struct Mask {
-  const I* indices;
-  int64_t n, granule, columns;
-
-  // The first entry at or past the start of a row.
-  int64_t row_start(int64_t row) const {
-    const int64_t place = row * columns;
-    const I* const found = std::partition_point(
-        indices, indices + n, [=, this](const I& index) { return (int64_t{index} + 1) * granule <= place; });
-    if (found == indices + n) return n * granule;
-    return (found - indices) * granule + std::max<int64_t>(0, place - int64_t{*found} * granule);
-  }
-
-  // f(first entry, row, tile, entries) for the runs of entries [begin, end), by row; tiles have 2^log columns.
-  template <typename F>
-  void runs(int64_t begin, int64_t end, int log, F&& f) const {
-    int64_t number = begin / granule, within = begin % granule, row = 0, row_end = 0;
-    for (int64_t e = begin; e < end;) {
-      const int64_t start = int64_t{indices[number]} * granule + within;
-      if (start >= row_end) {
-        row = start / columns;
-        row_end = (row + 1) * columns;
-      }
-      const int64_t row_begin = row_end - columns, tile = (start - row_begin) >> log;
-      const int64_t stop = std::min(row_end, row_begin + ((tile + 1) << log)), first = e;
-      if (granule == 1) {
-        while (++e < end && indices[e] < stop) {
-        }
-        number = e;
-      } else {
-        for (int64_t at = start; e < end && at < stop;) {
-          const int64_t length = std::min({granule - within, end - e, stop - at});
-          e += length;
-          within += length;
-          if (within < granule) break;
-          within = 0;
-          if (++number < n) at = int64_t{indices[number]} * granule;
-        }
-      }
-      f(first, row, tile, e - first);
-    }
-  }
-};
-
 // The logarithm of a tile's columns, judged by the first entries: small tiles where their runs fill whole groups.
 template <typename I>
 int tile_of(const Mask<I>& mask, int64_t begin, int64_t end) {
@@ -172,12 +129,6 @@ void find_runs(const Mask<I>& mask, Part& part, int64_t end) {
     part.runs[starts[tile]++] = {static_cast<uint32_t>(first - part.entry_begin),
                                  static_cast<uint16_t>(row - part.row_begin), static_cast<uint16_t>(count)};
   });
-}
-
-template <typename T>
-std::unique_ptr<T[], void (*)(T*)> allocate(int64_t count) {  // by lines: a register across two loads at half the speed
-  constexpr std::align_val_t kLine{64};
-  return {static_cast<T*>(::operator new(count * sizeof(T), kLine)), [](T* p) { ::operator delete(p, kLine); }};
 }
 
 template <typename D, typename I>

@@ -1,13 +1,15 @@
 // The select family on the CPU: exact top-k without a score tensor, and the random choice.
 //
-// select_top: a sample of the scores gives a threshold that a little more than k granules reach. One pass over the
-// weight keeps those, in order, and the exact cut is then found among them alone. Where the guess fails (many equal
-// scores, or too few above it) or the weight is small, the same search runs over the weight itself: a histogram of
-// the keys' leading bits, then of the next bits within the bin that holds the cut. Both ways give the same result;
-// extra memory is O(k), and scores exist a block at a time.
+// select_top: a sample of the scores tells a threshold that a little more than k granules reach; one pass over the
+// weight keeps those, in order; the exact cut is then found among them alone. Where too many equal the threshold, those
+// above it are kept, and the first of the equal ones make up the rest. Where the guess fails (too few reach it) or the
+// weight is small, the same search runs over the weight itself: a histogram of the keys' leading bits, then of the next
+// bits within the bin that holds the cut. Whichever way, the result is the same; extra memory is O(k), and scores exist
+// a block at a time.
 #include <atomic>
 #include <cmath>
 #include <mutex>
+#include <numeric>
 
 #include "../dispatch.h"
 #include "../ops/select.h"
@@ -155,6 +157,11 @@ struct Candidates {
   int64_t granules;  // in a chunk
 
   int64_t chunks() const { return static_cast<int64_t>(all.size()); }
+  int64_t count() const {
+    int64_t total = 0;
+    for (const Chunk& chunk : all) total += static_cast<int64_t>(chunk.keys.size());
+    return total;
+  }
 
   template <typename F>
   void blocks(int64_t number, const F& f) const {
@@ -183,16 +190,21 @@ Key guess_threshold(const Scores<Key>& scores, int64_t rank) {
   return sample[rank];
 }
 
-// At least k granules, all that reach a threshold, and O(k) of them; nothing where that could not be had.
+// What a little more than k granules reach, as a sample has it; nothing where a weight is too small for one.
 template <typename Key>
-std::optional<Candidates<Key>> candidates(const Scores<Key>& scores, int64_t k) {
+std::optional<Key> guess(const Scores<Key>& scores, int64_t k) {
   if (scores.granules < 2 * kSample) return std::nullopt;
   // Four standard deviations above the rank that k has in the sample: one guess in 30,000 falls short.
   const double expected = static_cast<double>(kSample) * k / scores.granules;
   const int64_t rank = static_cast<int64_t>(expected + 4 * std::sqrt(expected) + 4);
-  const Key least = rank < kSample ? guess_threshold(scores, rank) : 0;
-  const int64_t most = 4 * k + (int64_t{1} << 16);
+  return rank < kSample ? guess_threshold(scores, rank) : Key{0};
+}
 
+// All granules that reach `least`, unless they are more than O(k); and how many of each chunk come next, at one less.
+template <typename Key>
+std::optional<Candidates<Key>> candidates(const Scores<Key>& scores, int64_t k, Key least,
+                                          std::vector<int64_t>* next = nullptr) {
+  const int64_t most = 4 * k + (int64_t{1} << 16);
   Candidates<Key> found{std::vector<typename Candidates<Key>::Chunk>(scores.chunks()), scores.chunk()};
   std::atomic<int64_t> total{0};
   torch::stable::parallel_for(0, found.chunks(), 1, [&](int64_t begin, int64_t end) {
@@ -209,11 +221,16 @@ std::optional<Candidates<Key>> candidates(const Scores<Key>& scores, int64_t k) 
           chunk.keys[had + j] = keys[positions.at[j]];
           chunk.offsets[had + j] = static_cast<int32_t>(index(positions.at[j]) - first);
         }
+        if (next != nullptr) {
+          int32_t equal = 0;
+          for (int64_t i = 0; i < n; ++i) equal += keys[i] == least - 1;
+          (*next)[number] += equal;
+        }
       });
       total += static_cast<int64_t>(chunk.keys.size());
     }
   });
-  if (total < k || total > most) return std::nullopt;
+  if (total > most) return std::nullopt;
   return found;
 }
 
@@ -309,6 +326,44 @@ void select_from(const Source& source, int64_t k, const Tensor& indices) {
   });
 }
 
+// All of `above`, and of the granules with key `equal`, of which each chunk has so many, the first that are left of k.
+// Only the chunks that have those are looked at again.
+template <typename Index, typename Key>
+void write_with_equals(const Scores<Key>& scores, const Candidates<Key>& above, Key equal,
+                       const std::vector<int64_t>& equals, int64_t k, Index* out) {
+  struct Share {
+    int64_t begin, equals;  // of the output; of the equal ones
+  };
+  std::vector<Share> shares;
+  int64_t left = k - above.count(), begin = 0;
+  for (int64_t number = 0; number < scores.chunks(); ++number) {
+    const int64_t own = std::min(left, equals[number]);
+    shares.push_back({begin, own});
+    left -= own;
+    begin += own + static_cast<int64_t>(above.all[number].keys.size());
+  }
+  torch::stable::parallel_for(0, scores.chunks(), 1, [&](int64_t from, int64_t to) {
+    Positions positions;
+    for (int64_t number = from; number < to; ++number) {
+      Index* next = out + shares[number].begin;
+      int64_t quota = shares[number].equals;
+      if (quota == 0) {
+        for (const int32_t offset : above.all[number].offsets)
+          *next++ = static_cast<Index>(number * above.granules + offset);
+        continue;
+      }
+      scores.blocks(number, [&](const Key* keys, int64_t n, const auto& index) {
+        const int64_t count = positions.reaching(keys, n, equal);
+        for (int64_t j = 0; j < count; ++j) {
+          const int64_t i = positions.at[j];
+          if (keys[i] == equal && quota-- <= 0) continue;
+          *next++ = static_cast<Index>(index(i));
+        }
+      });
+    }
+  });
+}
+
 // ---- select_top ------------------------------------------------------------------------------------------------
 
 template <typename W, typename G, Score score>
@@ -316,10 +371,22 @@ void top(const Tensor& weight, const Tensor* grad, int64_t k, int64_t granule, c
   using Key = core::Key<typename W::Compute>;
   const Scores<Key> scores{&score_granules<W, G, score>, weight.const_data_ptr(),
                            grad == nullptr ? nullptr : grad->const_data_ptr(), granule, weight.numel() / granule};
-  if (const auto found = candidates(scores, k))
-    select_from<Key>(*found, k, indices);
-  else
-    select_from<Key>(scores, k, indices);
+  if (const std::optional<Key> least = guess(scores, k)) {
+    if (const auto found = candidates(scores, k, *least)) {
+      if (found->count() >= k) return select_from<Key>(*found, k, indices);
+    } else {  // too many, most often of equal scores
+      std::vector<int64_t> equals(scores.chunks());
+      const auto above = candidates<Key>(scores, k, *least + 1, &equals);
+      const int64_t count = above ? above->count() : 0, all = count + std::reduce(equals.begin(), equals.end());
+      if (above && count >= k) return select_from<Key>(*above, k, indices);
+      if (above && all >= k)
+        return with_index(indices.scalar_type(), [&](auto index) {
+          using Index = typename decltype(index)::type;
+          write_with_equals(scores, *above, *least, equals, k, indices.mutable_data_ptr<Index>());
+        });
+    }
+  }
+  select_from<Key>(scores, k, indices);
 }
 
 struct Cpu {

@@ -181,24 +181,27 @@ struct FuseRow {
   Adapter few[kFew];
   int64_t adapters;
   int64_t limit;
-  Granule granule;
+  Granule granule;  // in units of kEntries
   bool refuse;
-  int32_t tile;  // entries of a block
+  int32_t tile;  // units of a block
 
-  SHIRA_HD int64_t entries() const { return indices.count * granule.units; }
+  SHIRA_HD int64_t units() const { return indices.count * granule.units; }
 };
 
-template <typename W, typename V>
+// A unit is some neighbouring entries of a granule: they have the same sources.
+template <typename W, typename V, int kEntries>
 struct Fuse {
   using Row = FuseRow;
   struct Scalars {};
   using C = typename W::Compute;
+  using Base = Pack<typename W::Bits, kEntries>;
+  using Value = Pack<typename V::Bits, kEntries>;
 
-  static int64_t tiles(const Row& row) { return (row.entries() + row.tile - 1) / row.tile; }
+  static int64_t tiles(const Row& row) { return (row.units() + row.tile - 1) / row.tile; }
 
   // What a thread needs of an adapter, in shared memory for a few: neighbours ask for different ones.
   struct Strength {
-    const typename V::Bits* values;
+    const void* values;
     int64_t granules;
     C alpha;
     core::Rule rule;
@@ -206,13 +209,11 @@ struct Fuse {
   static __device__ __forceinline__ Strength strength(const Row& row, int64_t k) {
     const C alpha = load_cached(static_cast<const C*>(row.alphas) + k);
     if (row.many == nullptr)
-      return {static_cast<const typename V::Bits*>(row.few[k].values), row.few[k].granules, alpha,
-              core::rule_of(alpha, row.few[k].delta)};
+      return {row.few[k].values, row.few[k].granules, alpha, core::rule_of(alpha, row.few[k].delta)};
     const Adapter* own = row.many + k;
     const auto values = load_cached(reinterpret_cast<const uint64_t*>(&own->values));
     const bool delta = load_cached(reinterpret_cast<const uint8_t*>(&own->delta)) != 0;
-    return {reinterpret_cast<const typename V::Bits*>(values), load_cached(&own->granules), alpha,
-            core::rule_of(alpha, delta)};
+    return {reinterpret_cast<const void*>(values), load_cached(&own->granules), alpha, core::rule_of(alpha, delta)};
   }
 
   static __device__ void tile(const Scalars&, const Row& row, int64_t tile) {
@@ -221,12 +222,12 @@ struct Fuse {
       if (threadIdx.x < row.adapters) few[threadIdx.x] = strength(row, threadIdx.x);
       __syncthreads();
     }
-    const int64_t total = row.entries(), begin = tile * row.tile, stop = begin + row.tile;
-    // Of all entries of a thread: where they are, then their bases and first sources, are on their way together. The
+    const int64_t total = row.units(), begin = tile * row.tile, stop = begin + row.tile;
+    // Of all units of a thread: where they are, then their bases and first sources, are on their way together. The
     // sums then wait for one source after the other, most often for one or none.
     const Items<kItems> items(row.indices, row.granule, begin, stop < total ? stop : total);
     int64_t next[kItems], to[kItems], at[kItems], end[kItems], source[kItems];  // `to` below 0: nothing to do
-    typename W::Bits base[kItems];
+    Base base[kItems];
 #pragma unroll
     for (int k = 0; k < kItems; ++k) next[k] = items.number[k] + 1;
     row.offsets.all(items.number, at);
@@ -242,24 +243,25 @@ struct Fuse {
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       if (to[k] < 0) continue;
-      base[k] = row.refuse ? load_stream(static_cast<const typename W::Bits*>(row.saved) + items.at(k))
-                           : load_weight(static_cast<const typename W::Bits*>(row.weight) + to[k]);
+      base[k] = row.refuse ? Base::stream(row.saved, items.at(k)) : Base::weight(row.weight, to[k]);
       if (at[k] < end[k]) source[k] = load_cached(row.sources + at[k]);
     }
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       if (to[k] < 0) continue;
-      core::FusedEntry<W, V> fused(base[k]);
+      core::FusedEntries<W, V, kEntries> fused(base[k].entry);
       while (at[k] < end[k]) {
         const int64_t adapter = core::adapter_of(source[k]), position = core::position_of(source[k]);
         if (++at[k] < end[k]) source[k] = load_cached(row.sources + at[k]);
         if (!within(adapter, row.adapters)) continue;
         const Strength own = row.many == nullptr ? few[adapter] : strength(row, adapter);
         if (position >= own.granules) continue;
-        fused.add(own.rule, load_stream(own.values + position * row.granule.units + items.offset[k]), own.alpha);
+        const Value value = Value::stream(own.values, position * row.granule.units + items.offset[k]);
+        fused.add(own.rule, value.entry, own.alpha);
       }
-      if (!row.refuse) store_stream(static_cast<typename W::Bits*>(row.saved) + items.at(k), base[k]);
-      store_weight(static_cast<typename W::Bits*>(row.weight) + to[k], fused.result());
+      if (!row.refuse) base[k].to_stream(row.saved, items.at(k));
+      fused.result(base[k].entry);
+      base[k].to_weight(row.weight, to[k]);
     }
   }
 };
@@ -360,16 +362,29 @@ struct Cuda {
                 {},
                 static_cast<int64_t>(adapters.size()),
                 weight.numel() / granule,
-                Granule::of(granule),
+                {},
                 refuse,
-                tile_of<kItems>(indices.numel() * granule)};
+                0};
     Tensor room = weight;
     if (adapters.size() <= kFew)
       std::copy(adapters.begin(), adapters.end(), row.few);
     else
       row.many = put(adapters, weight, room, device.stream);
+    int64_t unit = widest_unit(granule * static_cast<int64_t>(weight.element_size()), row.weight, row.saved);
+    for (const Adapter& adapter : adapters) unit = widest_unit(unit, adapter.values);
     with_dtypes(weight.scalar_type(), values[0].scalar_type(), [&](auto w, auto v) {
-      launch_one<Fuse<typename decltype(w)::type, typename decltype(v)::type>>({}, row, device.stream);
+      using W = typename decltype(w)::type;
+      using V = typename decltype(v)::type;
+      constexpr int kBytes = sizeof(typename W::Bits), kWide = kBytes == 8 ? 1 : 16 / kBytes;
+      const auto launch = [&](auto entries) {
+        row.granule = Granule::of(granule / entries);
+        row.tile = tile_of<kItems>(row.units());
+        launch_one<Fuse<W, V, entries>>({}, row, device.stream);
+      };
+      if (unit == 16)
+        launch(std::integral_constant<int, kWide>{});
+      else
+        launch(std::integral_constant<int, 1>{});
     });
   }
 };

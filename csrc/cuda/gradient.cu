@@ -19,11 +19,21 @@
 namespace shira::cuda {
 namespace {
 
-// The share of entries from which the dense way is taken. Predicted for Hopper, not measured. Of 16-bit entries tensor
-// cores multiply 7.5e14 / 2 pairs a second; a dot takes an entry of input a pair from L2, at 5.5 TB/s: as long at
-// 0.7 %, and below it the copies that turn both take a third of the dense product's time. Float32 has a tenth of the
-// rate and twice the bytes, float64 likewise.
-constexpr double kDenseNarrow = 0.005, kDenseWide = 0.02;
+// The share of entries from which the dense way is taken, at many tokens and at few. Predicted for Hopper, not
+// measured. Of 16-bit entries tensor cores multiply 7.5e14 / 2 pairs a second; a dot takes an entry of input a pair
+// from L2, at 5.5 TB/s: as long at 0.7 %, and below it the copies that turn both take a third of the dense product's
+// time. Float32 has a tenth of the rate and twice the bytes, float64 likewise. However few the tokens are, the dense
+// way writes its sums, as long as it takes to multiply `least` tokens; a dot finds its columns and adds up its lanes,
+// as long as it takes to read `fixed` more. At 1 % of 16-bit entries that makes 100 tokens.
+struct Threshold {
+  double share;
+  int64_t least, fixed;
+
+  bool dense(double selected, int64_t tokens) const {
+    return selected * static_cast<double>(tokens + fixed) >= share * static_cast<double>(std::max(tokens, least));
+  }
+};
+constexpr Threshold kNarrow{0.005, 500, 150}, kWide{0.02, 50, 75};
 constexpr int64_t kScratch = int64_t{1} << 24;  // entries of the dense gradient that are there at a time
 constexpr int64_t kRowBlock = 256;              // rows of them, or a multiple
 
@@ -211,7 +221,7 @@ struct Cuda {
                       const Tensor& result) {
     const double share = static_cast<double>(result.numel()) / static_cast<double>(problem.rows * problem.columns);
     const bool narrow = input.scalar_type() != result.scalar_type();
-    if (way == Way::Dense || (way == Way::Faster && share >= (narrow ? kDenseNarrow : kDenseWide)))
+    if (way == Way::Dense || (way == Way::Faster && (narrow ? kNarrow : kWide).dense(share, problem.tokens)))
       return dense(problem, grad_output, input, indices, result);
     const Device device(grad_output);
     for (int64_t begin = 0; begin == 0 || begin < problem.tokens; begin += kTokens) {
@@ -237,7 +247,7 @@ struct Cuda {
   }
 };
 
-// One way or the other, for the tests: which is taken depends on the density alone.
+// One way or the other, for the tests: which is taken depends on the density and the tokens alone.
 Tensor sampled_grad_by(const Tensor& grad_output, const Tensor& input, const Tensor& indices, int64_t granule,
                        std::string name) {
   const bool sampled = name == "sampled";

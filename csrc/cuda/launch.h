@@ -122,15 +122,24 @@ struct Table {
 };
 
 // For sm_100 and sm_120 ptxas spills, in a few kernels, to have more blocks at once than two a multiprocessor, which
-// are what latency asks for: told so, it does not. For sm_80 and sm_90 it spills nothing, and the bound costs blocks.
+// are what latency asks for: told so, it does not. For sm_80 and sm_90 it does so to Work that names its own number,
+// and for the others the bound would cost blocks: 0 is none.
+template <typename Work>
+constexpr int named_blocks() {
+  if constexpr (requires { Work::kLeastBlocks; }) return Work::kLeastBlocks;
+  return 0;
+}
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-#define SHIRA_BOUNDS __launch_bounds__(kThreads, 2)
+constexpr bool kTwoBlocks = true;
 #else
-#define SHIRA_BOUNDS __launch_bounds__(kThreads)
+constexpr bool kTwoBlocks = false;
 #endif
+template <typename Work>
+constexpr int kLeastBlocks = kTwoBlocks ? 2 : named_blocks<Work>();
 
 template <typename Work, int kRows>
-__global__ void SHIRA_BOUNDS list_kernel(SHIRA_PARAMETER(table, Table<Work, kRows>)) {
+__global__ void __launch_bounds__(kThreads, kLeastBlocks<Work>)
+    list_kernel(SHIRA_PARAMETER(table, Table<Work, kRows>)) {
   const int32_t tile = static_cast<int32_t>(blockIdx.x);
   int found = 0;
   if constexpr (kRows > 1) {

@@ -38,6 +38,14 @@ inline T load_cached(const T* p) {
   return emul::load(p);
 }
 template <typename T>
+inline T load_volatile(const T* p) {
+  return emul::load(p);
+}
+template <typename T>
+inline void store_volatile(T* p, T value) {
+  emul::store(p, value);
+}
+template <typename T>
 inline void store_stream(T* p, T value) {
   emul::store(p, value);
 }
@@ -57,6 +65,15 @@ __device__ __forceinline__ T load_weight(const T* p) {
 template <typename T>
 __device__ __forceinline__ T load_cached(const T* p) {
   return __ldg(p);
+}
+// What one block writes while another reads it: one word, which is there or not.
+template <typename T>
+__device__ __forceinline__ T load_volatile(const T* p) {
+  return *static_cast<const volatile T*>(p);
+}
+template <typename T>
+__device__ __forceinline__ void store_volatile(T* p, T value) {
+  *static_cast<volatile T*>(p) = value;
 }
 template <typename T>
 __device__ __forceinline__ void store_stream(T* p, T value) {

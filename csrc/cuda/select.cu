@@ -2,26 +2,29 @@
 //
 // select_top: the exact top-k without a score tensor, and without a word to the host. The k-th highest key is found
 // digit by digit, 11 bits at a time from the top: a pass over the weight counts the keys of each digit within what the
-// digits before left open, and one block picks the digit that holds the k-th. With the cut known, tiles count what they
-// select, a scan tells each where it writes, and a last pass writes in order. Five passes for float32 scores, four
-// where a score is an entry of 16 bits, each at the speed of memory (a thread has all of its entries on their way
-// before it scores the first); scores are made anew in each.
+// digits before left open, and one block picks the digit that holds the k-th. With the cut known, a last pass writes in
+// order: a tile learns where from those before it, which say what they have as soon as they know. Four passes for
+// float32 scores, three where a score is an entry of 16 bits, each at the speed of memory (a thread has all of its
+// entries on their way before it scores the first). Scores are made anew in each, but for granules of kLong entries or
+// more: their keys take at most an eighth of the weight's memory, and are made once.
 //
 // select_random: the images of 0 .. k-1, sorted by torch.
 #include "../ops/select.h"
 #include "block.h"
-#include "scan.h"
 
 namespace shira::cuda {
 namespace {
 
 using core::Score;
 
-constexpr int kItems = 4;
+constexpr int kItems = 16;  // side by side, so that a thread loads 16 bytes at a time
 constexpr int kTile = kThreads * kItems;
+constexpr int64_t kLong = 16;
 constexpr int kDigit = 11, kBins = 1 << kDigit;
 
 // ---- select_top ------------------------------------------------------------------------------------------
+
+constexpr int kBlocks = 1024, kMostRounds = 16;  // about as many blocks as the largest GPUs run at once
 
 // Selected are all keys above `key`, and of those equal to it the first `ties`.
 struct Cut {
@@ -34,12 +37,14 @@ struct SelectRow {
   int64_t granule, granules;
   Cut* cut;
   unsigned long long* histogram;  // [kBins], zeros before and after every digit
-  uint64_t *above, *ties;         // of each tile; then before it
+  uint64_t *above, *ties;         // what each tile says of itself: zeros first
+  uint32_t* next;                 // tile that a block takes
+  void* keys;                     // of granules of kLong entries or more
   void* out;
   int64_t k;
   int32_t shift, drop;  // of the digit; the low bits of a score that are always 0
   int32_t rounds;       // tiles of a block that counts digits: what it does once it does for all of them
-  bool first, wide;
+  bool first, wide, aligned;
 };
 
 int64_t tile_count(const SelectRow& row) { return (row.granules + kTile - 1) / kTile; }
@@ -59,56 +64,122 @@ struct Scores {
     const Key whole = core::score_key(total);
     return whole == 0 ? 0 : ((whole - 1) >> row.drop) + 1;
   }
-  // f(k, key) for each of a thread's granules of a tile; the key is below 0 past the last one.
+  // f(e, key) for each of a thread's granules of a tile, which are neighbours; the key is below 0 past the last one.
   template <typename F>
   static __device__ __forceinline__ void each(const SelectRow& row, int64_t tile, const F& f) {
-    const int64_t begin = tile * kTile, rest = row.granules - begin;
-    const int thread = static_cast<int>(threadIdx.x), left = rest < kTile ? static_cast<int>(rest) : kTile;
-    if (row.granule == 1) {
-      const auto* const weights = static_cast<const Weight*>(row.weight) + begin + thread;
-      const auto* const grads =
-          score == Score::Magnitude ? nullptr : static_cast<const Grad*>(row.grad) + begin + thread;
-      Weight weight[kItems] = {};
-      Grad grad[kItems] = {};
+    const int64_t run = tile * kThreads + threadIdx.x, first = run * kItems;
+    if (row.granule == 1 && row.aligned && (tile + 1) * kTile <= row.granules) {
+      Pack<Weight, kItems> weight;
+      Pack<Grad, kItems> grad;
+      if constexpr (score != Score::Grad) weight = Pack<Weight, kItems>::cached(row.weight, run);
+      if constexpr (score != Score::Magnitude) grad = Pack<Grad, kItems>::cached(row.grad, run);
 #pragma unroll
-      for (int k = 0; k < kItems; ++k)
-        if (thread + k * kThreads < left) load(weights, grads, k * kThreads, weight[k], grad[k]);
-#pragma unroll
-      for (int k = 0; k < kItems; ++k)
-        f(k,
-          thread + k * kThreads < left ? key(row, core::entry_score<W, G, score>(&weight[k], &grad[k], 0)) : Key{-1});
+      for (int e = 0; e < kItems; ++e) f(e, key(row, core::entry_score<W, G, score>(weight.entry, grad.entry, e)));
       return;
     }
+    const int64_t rest = row.granules - first;
+    const int left = rest < 0 ? 0 : rest < kItems ? static_cast<int>(rest) : kItems;
+    int64_t i = first * row.granule;
 #pragma unroll
-    for (int k = 0; k < kItems; ++k) {
-      const int64_t number = begin + thread + k * kThreads;
+    for (int e = 0; e < kItems; ++e) {
       typename W::Compute total = 0;
-      if (thread + k * kThreads < left)
-        for (int64_t i = number * row.granule; i < (number + 1) * row.granule; ++i) {
-          Weight weight = 0;
-          Grad grad = 0;
-          load(row.weight, row.grad, i, weight, grad);
-          total += core::entry_score<W, G, score>(&weight, &grad, 0);  // in the entries' order
-        }
-      f(k, thread + k * kThreads < left ? key(row, total) : Key{-1});
+      const int64_t end = e < left ? i + row.granule : i;
+#pragma unroll 1
+      for (; i < end; ++i) {
+        Weight weight = 0;
+        Grad grad = 0;
+        load(row.weight, row.grad, i, weight, grad);
+        total += core::entry_score<W, G, score>(&weight, &grad, 0);  // in the entries' order
+      }
+      f(e, e < left ? key(row, total) : Key{-1});
     }
   }
 };
 
-template <typename W, typename G, Score score>
+// Keys that have been made.
+template <typename KeyOf>
+struct Kept {
+  using Key = KeyOf;
+  template <typename F>
+  static __device__ __forceinline__ void each(const SelectRow& row, int64_t tile, const F& f) {
+    const int64_t run = tile * kThreads + threadIdx.x;
+    if ((tile + 1) * kTile <= row.granules) {
+      const auto keys = Pack<Key, kItems>::cached(row.keys, run);
+#pragma unroll
+      for (int e = 0; e < kItems; ++e) f(e, keys.entry[e]);
+      return;
+    }
+#pragma unroll
+    for (int e = 0; e < kItems; ++e) {
+      const int64_t at = run * kItems + e;
+      f(e, at < row.granules ? load_cached(static_cast<const Key*>(row.keys) + at) : Key{-1});
+    }
+  }
+};
+
+// Makes the keys of long granules. A sum is in the entries' order, so of one thread; but the block loads, in whole
+// lines, for the lanes that add. kTeam warps load for the 32 granules of one of them: all where granules are longer
+// than what one has of each at a time.
+template <typename W, typename G, Score score, int kTeam>
+struct Sum {
+  using Row = SelectRow;
+  struct Scalars {};
+  static constexpr int kLeastBlocks = 4;
+  using C = typename W::Compute;
+  using Own = Scores<W, G, score>;
+  static constexpr int kColumns = 128 / sizeof(C), kPitch = kColumns + 1;  // of a warp; no two lanes in one bank
+  static constexpr int kGranules = kThreads / kTeam;
+  static constexpr int kAtOnce = score == Score::Snip ? 4 : 8;
+
+  static int64_t tiles(const Row& row) { return (row.granules + kGranules - 1) / kGranules; }
+  static __device__ void tile(const Scalars&, const Row& row, int64_t tile) {
+    SHIRA_SHARED(terms, kWarps * 32 * kPitch, C);
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    C* const own = terms + warp * 32 * kPitch;
+    const int64_t first = tile * kGranules + warp / kTeam * 32;
+    C total = 0;
+    for (int64_t begin = 0; begin < row.granule; begin += kTeam * kColumns) {
+      const int64_t from = begin + warp % kTeam * kColumns;
+#pragma unroll kAtOnce
+      for (int i = 0; i < kColumns; ++i) {
+        const int at = i * 32 + lane, line = at / kColumns, column = at % kColumns;
+        typename Own::Weight weight = 0;
+        typename Own::Grad grad = 0;
+        const bool is = first + line < row.granules && from + column < row.granule;
+        if (is) Own::load(row.weight, row.grad, (first + line) * row.granule + from + column, weight, grad);
+        if (is) own[line * kPitch + column] = core::entry_score<W, G, score>(&weight, &grad, 0);
+      }
+      __syncthreads();
+      if (warp % kTeam == 0) {
+        const int64_t left = row.granule - begin;
+        const int count = left < kTeam * kColumns ? static_cast<int>(left) : kTeam * kColumns;
+        for (int part = 0; part * kColumns < count; ++part)
+#pragma unroll 8
+          for (int column = 0; column < kColumns; ++column)
+            if (part * kColumns + column < count) total += own[(part * 32 + lane) * kPitch + column];
+      }
+      __syncthreads();
+    }
+    if (warp % kTeam == 0 && first + lane < row.granules)
+      store_stream(static_cast<typename Own::Key*>(row.keys) + first + lane, core::score_key(total));
+  }
+};
+
+template <typename Keys>
 struct Histogram {
   using Row = SelectRow;
   struct Scalars {};
+  static constexpr int kLeastBlocks = 4;
   static int64_t tiles(const Row& row) { return (tile_count(row) + row.rounds - 1) / row.rounds; }
   static __device__ void tile(const Scalars&, const Row& row, int64_t tile) {
-    using Key = core::Key<typename W::Compute>;
+    using Key = typename Keys::Key;
     using Bits = std::make_unsigned_t<Key>;
     SHIRA_SHARED(bins, kBins, uint32_t);
     for (int bin = static_cast<int>(threadIdx.x); bin < kBins; bin += kThreads) bins[bin] = 0;
     __syncthreads();
     const Bits base = static_cast<Bits>(load_cached(&row.cut->key));
     for (int32_t round = 0; round < row.rounds; ++round)
-      Scores<W, G, score>::each(row, tile * row.rounds + round, [&](int, Key key) {
+      Keys::each(row, tile * row.rounds + round, [&](int, Key key) {
         // Keys below the base wrap to large numbers.
         const Bits bin = static_cast<Bits>(static_cast<Bits>(key) - base) >> row.shift;
         if (key >= 0 && bin < kBins) atomicAdd(bins + bin, 1u);
@@ -152,63 +223,91 @@ struct Pick {
 // Two counts below 2^32 in one sum.
 __device__ __forceinline__ uint64_t both(uint32_t above, uint32_t ties) { return uint64_t{above} << 32 | ties; }
 
-template <typename W, typename G, Score score>
-struct Count {
-  using Row = SelectRow;
-  struct Scalars {};
-  static int64_t tiles(const Row& row) { return tile_count(row); }
-  static __device__ void tile(const Scalars&, const Row& row, int64_t tile) {
-    const int64_t cut = load_cached(&row.cut->key);
-    uint32_t above = 0, ties = 0;
-    Scores<W, G, score>::each(row, tile, [&](int, int64_t key) {
-      above += key > cut;
-      ties += key == cut;
-    });
-    const uint64_t sum = block_sum(both(above, ties));
-    if (threadIdx.x > 0) return;
-    store_stream(row.above + tile, sum >> 32);
-    store_stream(row.ties + tile, sum & 0xFFFFFFFFu);
-  }
-};
+// What a tile says of itself: nothing yet (0), what it has, or what it and all before it have.
+constexpr uint64_t kHas = uint64_t{1} << 62, kUpTo = uint64_t{2} << 62, kSaid = kHas - 1;
 
-template <typename W, typename G, Score score>
+// What all tiles before this one have above the cut, and at it. All of a warp: it looks at 32 tiles at a time, back to
+// one that knows what is before it. Tiles are taken in order, so those that are waited for are under way.
+__device__ __forceinline__ void look_back(const SelectRow& row, int64_t tile, uint64_t own_above, uint64_t own_ties,
+                                          uint64_t& above, uint64_t& ties) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  above = ties = 0;
+  if (lane == 0) {
+    store_volatile(row.above + tile, kHas | own_above);
+    store_volatile(row.ties + tile, kHas | own_ties);
+  }
+  for (int64_t end = tile; end > 0; end -= 32) {
+    const int64_t at = end - 1 - lane;
+    uint64_t a = kUpTo, t = kUpTo;  // before the first there is nothing
+    if (at >= 0) do {
+        a = load_volatile(row.above + at);
+        t = load_volatile(row.ties + at);
+      } while (a <= kSaid || a >> 62 != t >> 62);  // the two are said one after the other
+    const uint32_t up_to = __ballot_sync(kAllLanes, a >= kUpTo);
+    const int last = up_to == 0 ? 31 : __ffs(static_cast<int>(up_to)) - 1;
+    a = lane <= last ? a & kSaid : 0;
+    t = lane <= last ? t & kSaid : 0;
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+      a += __shfl_xor_sync(kAllLanes, a, lanes);
+      t += __shfl_xor_sync(kAllLanes, t, lanes);
+    }
+    above += a;
+    ties += t;
+    if (up_to != 0) break;
+  }
+  if (lane == 0) {
+    store_volatile(row.above + tile, kUpTo | (above + own_above));
+    store_volatile(row.ties + tile, kUpTo | (ties + own_ties));
+  }
+}
+
+template <typename Keys>
 struct Write {
   using Row = SelectRow;
   struct Scalars {};
+  static constexpr int kLeastBlocks = 3;
   static int64_t tiles(const Row& row) { return tile_count(row); }
-  static __device__ void tile(const Scalars&, const Row& row, int64_t tile) {
-    SHIRA_SHARED(counts, kItems * kWarps, uint64_t);  // of a warp's item; then of all before it
-    const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
-    const uint32_t lower = (1u << thread % 32) - 1;
+  static __device__ void tile(const Scalars&, const Row& row, int64_t) {
+    SHIRA_SHARED(shared, 3, uint64_t);  // the tile; then what is before it
+    if (threadIdx.x == 0) shared[2] = atomicAdd(row.next, 1u);
+    __syncthreads();
+    const auto tile = static_cast<int64_t>(shared[2]);
+    typename Keys::Key keys[kItems];
+    uint32_t above = 0, ties = 0;
+    Keys::each(row, tile, [&](int e, auto key) { keys[e] = key; });
     const int64_t cut = load_cached(&row.cut->key);
     const auto most = static_cast<uint64_t>(load_cached(&row.cut->ties));
-    core::Key<typename W::Compute> keys[kItems];
-    Scores<W, G, score>::each(row, tile, [&](int k, auto key) { keys[k] = key; });
-    uint32_t above[kItems], ties[kItems];  // which lanes
 #pragma unroll
-    for (int k = 0; k < kItems; ++k) {
-      above[k] = __ballot_sync(kAllLanes, keys[k] > cut);
-      ties[k] = __ballot_sync(kAllLanes, keys[k] == cut);
-      if (thread % 32 == 0) counts[k * kWarps + warp] = both(__popc(above[k]), __popc(ties[k]));
+    for (int e = 0; e < kItems; ++e) {
+      above += keys[e] > cut;
+      ties += keys[e] == cut;
+    }
+    uint64_t total;
+    const uint64_t own = block_scan(both(above, ties), total, Plain{});
+    if (threadIdx.x < 32) {
+      uint64_t all_above, all_ties;
+      look_back(row, tile, total >> 32, total & 0xFFFFFFFFu, all_above, all_ties);
+      if (threadIdx.x == 0) {
+        shared[0] = all_above;
+        shared[1] = all_ties;
+      }
     }
     __syncthreads();
-    uint64_t total;
-    const uint64_t before = block_scan(thread < kItems * kWarps ? counts[thread] : 0, total, Plain{});
-    if (thread < kItems * kWarps) counts[thread] = before;
-    __syncthreads();
-    const uint64_t all_above = load_stream(row.above + tile), all_ties = load_stream(row.ties + tile);
+    uint64_t own_above = shared[0] + (own >> 32), own_ties = shared[1] + (own & 0xFFFFFFFFu);
+    const int64_t first = (tile * kThreads + threadIdx.x) * kItems;
 #pragma unroll
-    for (int k = 0; k < kItems; ++k) {
-      const uint64_t own = counts[k * kWarps + warp];
-      const uint64_t own_ties = all_ties + (own & 0xFFFFFFFFu) + static_cast<uint64_t>(__popc(ties[k] & lower));
-      if (keys[k] < cut || keys[k] < 0 || (keys[k] == cut && own_ties >= most)) continue;
-      const uint64_t own_above = all_above + (own >> 32) + static_cast<uint64_t>(__popc(above[k] & lower));
-      const uint64_t place = own_above + (own_ties < most ? own_ties : most);
-      const int64_t at = tile * kTile + k * kThreads + thread;
-      if (row.wide)
-        store_stream(static_cast<int64_t*>(row.out) + place, at);
-      else
-        store_stream(static_cast<int32_t*>(row.out) + place, static_cast<int32_t>(at));
+    for (int e = 0; e < kItems; ++e) {
+      const bool is_above = keys[e] > cut, ties_too = keys[e] == cut;
+      if (is_above || (ties_too && own_ties < most)) {
+        const uint64_t place = own_above + (own_ties < most ? own_ties : most);
+        if (row.wide)
+          store_stream(static_cast<int64_t*>(row.out) + place, first + e);
+        else
+          store_stream(static_cast<int32_t*>(row.out) + place, static_cast<int32_t>(first + e));
+      }
+      own_above += is_above;
+      own_ties += ties_too;
     }
   }
 };
@@ -221,19 +320,29 @@ constexpr int32_t low_bits() {
   return std::is_same_v<Entry, core::BFloat16> ? 16 : std::is_same_v<Entry, core::Float16> ? 13 : 0;
 }
 
-template <typename W, typename G, Score score>
-void select(SelectRow row, cudaStream_t stream) {
-  row.drop = row.granule == 1 ? low_bits<W, G, score>() : 0;
-  const int bits = static_cast<int>(8 * sizeof(typename W::Compute)) - row.drop;
+template <typename Keys>
+void select_by(SelectRow row, int bits, cudaStream_t stream) {
   row.first = true;
   for (row.shift = (bits - 1) / kDigit * kDigit; row.shift >= 0; row.shift -= kDigit) {
-    launch_one<Histogram<W, G, score>>({}, row, stream);
+    launch_one<Histogram<Keys>>({}, row, stream);
     launch_one<Pick>({}, row, stream);
     row.first = false;
   }
-  launch_one<Count<W, G, score>>({}, row, stream);
-  launch_list<Scan>({}, {{row.above, tile_count(row)}, {row.ties, tile_count(row)}}, stream);
-  launch_one<Write<W, G, score>>({}, row, stream);
+  launch_one<Write<Keys>>({}, row, stream);
+}
+
+template <typename W, typename G, Score score>
+void select(SelectRow row, cudaStream_t stream) {
+  using Own = Scores<W, G, score>;
+  row.drop = row.granule == 1 ? low_bits<W, G, score>() : 0;
+  const int bits = static_cast<int>(8 * sizeof(typename W::Compute)) - row.drop;
+  if (row.keys == nullptr) return select_by<Own>(row, bits, stream);
+  using All = Sum<W, G, score, kWarps>;
+  if (row.granule >= kWarps * All::kColumns)
+    launch_one<All>({}, row, stream);
+  else
+    launch_one<Sum<W, G, score, 1>>({}, row, stream);
+  select_by<Kept<typename Own::Key>>(row, bits, stream);
 }
 
 template <typename W>
@@ -290,8 +399,6 @@ Tensor sorted(const Tensor& tensor) {
 
 // ---- as csrc/ops/select.h calls them -----------------------------------------------------------------------
 
-constexpr int kBlocks = 1024, kMostRounds = 16;  // about as many blocks as the largest GPUs run at once
-
 struct Cuda {
   static Tensor top(const Tensor& weight, const Tensor* grad, int64_t k, Score score, int64_t granule) {
     const int64_t granules = weight.numel() / granule;
@@ -307,15 +414,21 @@ struct Cuda {
     row.out = address<void>(indices);
     row.wide = indices.scalar_type() == ScalarType::Long;
     row.rounds = static_cast<int32_t>(std::clamp<int64_t>(granules / (int64_t{kTile} * kBlocks), 1, kMostRounds));
-    // The cut, the histogram, and the tiles' two counts with their totals.
-    const int64_t tiles = tile_count(row), size = 2 + kBins + 2 * (tiles + 1);
+    row.aligned = widest_unit(16, row.weight, row.grad) == 16;
+    // The cut, the histogram, the next tile, and what the tiles say; and of long granules the keys.
+    const int64_t tiles = tile_count(row), size = 2 + kBins + 1 + 2 * tiles;
     const Tensor scratch = torch::stable::new_empty(weight, {size}, ScalarType::Long);
     auto* room = address<int64_t>(scratch);
     row.cut = reinterpret_cast<Cut*>(room);
     row.histogram = reinterpret_cast<unsigned long long*>(room + 2);
-    row.above = reinterpret_cast<uint64_t*>(room + 2 + kBins);
-    row.ties = row.above + tiles + 1;
-    SHIRA_CUDA_CHECK(cudaMemsetAsync(room, 0, (2 + kBins) * sizeof(int64_t), device.stream));
+    row.next = reinterpret_cast<uint32_t*>(room + 2 + kBins);
+    row.above = reinterpret_cast<uint64_t*>(room + 2 + kBins + 1);
+    row.ties = row.above + tiles;
+    SHIRA_CUDA_CHECK(cudaMemsetAsync(room, 0, static_cast<size_t>(size) * sizeof(int64_t), device.stream));
+    const bool doubles = weight.scalar_type() == ScalarType::Double;
+    const Tensor keys = torch::stable::new_empty(weight, {granule >= kLong ? granules : 0},
+                                                 doubles ? ScalarType::Long : ScalarType::Int);
+    if (granule >= kLong) row.keys = address<void>(keys);
     const bool narrow = grad != nullptr && grad->scalar_type() != weight.scalar_type();
     switch (weight.scalar_type()) {
       case ScalarType::Half: select<core::Float16>(row, score, narrow, device.stream); break;

@@ -21,34 +21,18 @@ struct GradientOps {
     const char* op = "sampled_grad";
     const Name owner{"grad_output"};
     check_granule(op, granule);
-    check_given(op, owner, grad_output);
-    SHIRA_CHECK(is_float(grad_output.scalar_type()), op,
-                ": grad_output must be float16, bfloat16, float32 or float64, got ",
-                dtype_name(grad_output.scalar_type()));
-    SHIRA_CHECK(grad_output.dim() >= 1, op, ": grad_output must have at least one dimension, got shape ",
-                list_text(grad_output.sizes()));
-    check_contiguous(op, owner, grad_output);
+    check_activations(op, owner, grad_output);
 
     check_device(op, {"input"}, input, grad_output, owner);
     SHIRA_CHECK(input.scalar_type() == grad_output.scalar_type(), op, ": input must have grad_output's dtype ",
                 dtype_name(grad_output.scalar_type()), ", got ", dtype_name(input.scalar_type()));
-    const auto sizes = grad_output.sizes();
-    const std::vector<int64_t> lead(sizes.begin(), sizes.end() - 1);
-    SHIRA_CHECK(input.dim() == grad_output.dim() && std::equal(lead.begin(), lead.end(), input.sizes().begin()), op,
-                ": input must have shape ", list_text(lead), " before its last dimension, got shape ",
-                list_text(input.sizes()));
+    const int64_t tokens = check_leads(op, {"input"}, input, grad_output);
     check_contiguous(op, {"input"}, input);
 
     check_device(op, {"indices"}, indices, grad_output, owner);
     check_indices(op, {"indices"}, indices);
-    SampledGrad problem{1, sizes[lead.size()], input.sizes()[lead.size()], granule};
-    for (const int64_t size : lead) problem.tokens *= size;
-    int64_t entries;  // without tokens the arguments are empty, however many there are
-    SHIRA_CHECK(!__builtin_mul_overflow(problem.rows, problem.columns, &entries), op,
-                ": weight must have fewer than 2^63 entries, got shape ",
-                list_text(std::vector{problem.rows, problem.columns}));
-    check_granule_fits(op, granule, entries, "weight's ", entries, " entries");
-    SHIRA_CHECK(entries % granule == 0, op, ": granule must divide weight's ", entries, " entries, got ", granule);
+    const SampledGrad problem{tokens, last_size(grad_output), last_size(input), granule};
+    const int64_t entries = check_matrix(op, problem.rows, problem.columns, granule);
     check_memory(op, owner, grad_output);
     check_memory(op, {"input"}, input);
     check_memory(op, {"indices"}, indices);

@@ -69,9 +69,17 @@ struct SelectOps {
   static Tensor select_random(const Tensor& like, int64_t numel, int64_t k, int64_t seed, int64_t granule) {
     check_select_random(numel, k, granule);
     const int64_t domain = numel / granule;
-    Tensor indices = torch::stable::new_empty(like, {k}, index_type(domain));
+    Tensor indices = room(like, k, index_type(domain));
     if (k > 0) Backend::random({static_cast<uint64_t>(domain), static_cast<uint64_t>(seed)}, indices);
     return indices;
+  }
+
+  static Tensor room(const Tensor& like, int64_t k, ScalarType type) {
+    try {
+      return torch::stable::new_empty(like, {k}, type);
+    } catch (const std::exception& error) {
+      refuse("select_random: there is no memory for k ", k, " indices (", error.what(), ")");
+    }
   }
 
   // Every op of the family that a tensor argument dispatches, under the dispatch key of `library`.

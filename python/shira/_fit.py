@@ -1,8 +1,8 @@
-"""Does an adapter fit this base? The rules, and the sentences of what does not fit, in one place.
+"""Does an adapter fit this base? All the rules, and the sentences for what does not fit.
 
-A base is a live model, a state dict or a checkpoint on disk; an adapter is one in memory, or only the header of its
-file. What the rules need of either is written down in two small protocols, `Wanted` and `Found`, so that everybody asks
-in the same words. Nothing here needs torch.
+A base is a live model, a state dict or a checkpoint on disk. An adapter is in memory, or known only by the header of
+its file. Two small protocols, `Wanted` and `Found`, say what the rules need to know about each, so that the switcher,
+the tuner, the functions of `Adapter` and the command line all share them. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shira._text import AdapterError, dtype_name, named
 
 
 class Wanted(Protocol):
-    """What an adapter says of one weight: an `Entry`, or what a file's header says of it."""
+    """What an adapter says about one weight: an `Entry`, or a `WeightHeader` from a file."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -29,7 +29,7 @@ class Wanted(Protocol):
 
     @property
     def fingerprint(self) -> int | None:
-        """That of the base it was made for, if it is known."""
+        """The fingerprint of the base weight that it was made for, if it is known."""
 
     @property
     def aliases(self) -> tuple[str, ...]:
@@ -37,7 +37,7 @@ class Wanted(Protocol):
 
     @property
     def whole(self) -> bool:
-        """Whether all of the weight is replaced."""
+        """Whether the whole weight is replaced."""
 
 
 class Found(Protocol):
@@ -59,14 +59,14 @@ class Found(Protocol):
 
     @property
     def foreign(self) -> str | None:
-        """Why its entries cannot be read, as the rest of a sentence after its name; or None."""
+        """Why its entries cannot be read, as the rest of a sentence that begins with its name; or None."""
 
     @property
     def obstacle(self) -> str | None:
-        """Why an adapter cannot go onto it although shape and dtype are right, as `foreign`; or None."""
+        """Why an adapter cannot be applied although shape and dtype are right, in the same form; or None."""
 
     def fingerprint(self) -> int:
-        """Of its content, as an unsigned number."""
+        """The fingerprint of its content, as an unsigned number."""
 
     def equal(self, other: Any) -> bool:
         """Whether another tensor of this base has the same content."""
@@ -89,7 +89,7 @@ class Base(Protocol[_F_co]):
 
 
 def misfit(found: Found, shape: Sequence[int], dtype: object) -> str | None:
-    """Why entries of a weight of this shape and dtype cannot go onto this tensor, after its name; or None."""
+    """Why an entry for this shape and dtype cannot be applied to this tensor: the rest of a sentence, or None."""
     if found.foreign is not None:
         return found.foreign
     if tuple(found.shape) != tuple(shape):
@@ -109,19 +109,20 @@ def places(
     new: Container[str] = (),
     advice: Callable[[dict[str, str]], str] | None = None,
 ) -> dict[str, tuple[_F, ...]]:
-    """The base's tensors that an adapter's weights are, by the adapter's names; one error says all that does not fit.
+    """Find the tensors of the base that an adapter's weights stand for. One error lists everything that does not fit.
 
-    Each weight is one tensor; or several, where one that is tied in the adapter is not tied in the base (whether these
-    have the same content is asked by `check_content`); or none, where the base lacks one of ``new``.
+    Usually a weight stands for one tensor. It stands for several if it is tied in the adapter and not in the base
+    (`check_content` then asks whether their content is the same), and for none if it is in ``new`` and the base does
+    not have it. Nothing is read.
 
     Args:
-        who: the adapter, as the beginning of the sentence: "adapter 'a'".
-        weights: names in the base (see `renamed`) to what is wanted there.
-        where: the base, in the sentence "... does not fit WHERE".
-        kind: what the base is: a "base" or a "model".
-        new: names that the base may lack, since the adapter brings all of them.
-        advice: how the caller's user renames, given the one rule with which all names would fit; None if the user
-            cannot, or already does.
+        who: the adapter, as a sentence begins with it: "adapter 'a'".
+        weights: the adapter's weights under their names in the base (see `renamed`).
+        where: the base, as it ends the sentence "... does not fit WHERE".
+        kind: "base" or "model".
+        new: weights that the base may lack, since the adapter replaces them as a whole.
+        advice: makes a hint for the user of a rule (for `renamed`) with which all names would fit. None if the user
+            cannot rename, or has renamed already.
     """
     problems: list[str] = []
     found_at: dict[str, tuple[_F, ...]] = {}
@@ -143,7 +144,7 @@ def places(
         problem = misfit(known[first], wanted.shape, wanted.dtype)
         problem = None if problem is None else f"{named(first)} {problem}"
         for alias, found in known.items():
-            if problem is not None or found.one == known[first].one:
+            if problem is not None or alias == first:
                 continue
             form = (tuple(found.shape), dtype_name(found.dtype))
             if found.foreign is None and form != (tuple(wanted.shape), dtype_name(wanted.dtype)):
@@ -178,12 +179,13 @@ def check_content(
     than: str = "",
     anything: Container[str] = (),
 ) -> None:
-    """Refuse a base with other content than the adapter was made for, by fingerprint.
+    """Refuse a base whose content, by fingerprint, is not what the adapter was made for.
+
+    A weight without a fingerprint is read only to compare copies of it.
 
     Args:
-        found_at: the base's tensors, from `places`. One without a fingerprint, or in ``anything``, is only read to
-            compare it with its copies.
-        than: further words about the base after "made for another base".
+        found_at: what `places` has found.
+        than: words about the base that follow "made for another base".
         anything: weights that may have any content, since the result does not depend on it (see `indifferent`).
     """
     compared, other = 0, []
@@ -205,8 +207,25 @@ def check_content(
         refuse(f"{who} does not fit {where}", problems)
 
 
+def fit(
+    who: str,
+    weights: Mapping[str, Wanted],
+    base: Base[_F],
+    *,
+    where: str,
+    than: str = "",
+    new: Container[str] = (),
+    anything: Container[str] = (),
+    advice: Callable[[dict[str, str]], str] | None = None,
+) -> dict[str, tuple[_F, ...]]:
+    """`places`, and then `check_content`, with their arguments."""
+    found = places(who, weights, base, where=where, new=new, advice=advice)
+    check_content(who, weights, found, where=where, than=than, anything=anything)
+    return found
+
+
 def indifferent(weights: Mapping[str, Wanted], delta: bool, alpha: float) -> set[str]:
-    """The names of the weights that come out the same whatever the base is: replaced as a whole, at strength 1."""
+    """The weights whose result does not depend on the base: those replaced as a whole, at strength 1."""
     return set() if delta or alpha != 1 else {name for name, weight in weights.items() if weight.whole}
 
 
@@ -214,7 +233,7 @@ def indifferent(weights: Mapping[str, Wanted], delta: bool, alpha: float) -> set
 
 
 def refuse(sentence: str, problems: Sequence[str], advice: str = "") -> None:
-    """Raise with the first problems, their number, and what to do."""
+    """Raise an error with the first problems, their number, and what to do."""
     more = f" ({len(problems)} problems in all)" if len(problems) > 5 else ""
     raise AdapterError(f"{sentence}: {'; '.join(problems[:5])}{more}{advice}")
 
@@ -228,7 +247,7 @@ def made_for_another(who: str, names: Sequence[str], compared: int, than: str = 
 
 
 def one_in_adapter(alias: str, name: str) -> str:
-    """The beginning of a sentence that goes on with what they are in the base."""
+    """The beginning of a sentence, which goes on to say what they are in the base."""
     return f"{named(alias)} and {named(name)} are one (tied) weight in the adapter, and"
 
 
@@ -266,7 +285,7 @@ def flags(rule: Mapping[str, str]) -> str:
 
 
 class _Near:
-    """Finds the tensor of a base whose name differs from a given one only by a prefix, for a message."""
+    """Finds the tensor of a base whose name differs from a given name only by a prefix, for a message."""
 
     def __init__(self, base: Base[Found]) -> None:
         self.base = base
@@ -293,7 +312,7 @@ _WRAPPED = ".base_layer."
 
 
 def _into_wrapped(rule: dict[str, str], names: Iterable[str], bare: Mapping[str, str]) -> list[dict[str, str]]:
-    """The rule, and what it must become to lead into wrapped layers: into all that it leads to, or into some kinds."""
+    """The rule, extended so that it also leads into wrapped layers if all or some kinds of layers are wrapped."""
     rename = _text.renamer(rule)
     there = [name for name in map(rename, names) if name in bare]
     kinds: tuple[set[str], set[str]] = set(), set()  # as they are, and wrapped
@@ -308,9 +327,10 @@ def _into_wrapped(rule: dict[str, str], names: Iterable[str], bare: Mapping[str,
 
 
 def _rule(weights: Mapping[str, Wanted], base: Base[Found]) -> dict[str, str] | None:
-    """The one change of the beginnings of names with which all of them fit the base, if there is exactly one.
+    """The change of prefix with which all names fit the base, if there is exactly one.
 
-    And of their ends, in a model whose layers PEFT has wrapped: there it calls the layer itself ``base_layer``.
+    In a model whose layers PEFT has wrapped, the ends of names change as well: there the layer itself is
+        ``base_layer``.
     """
     names = list(base.names())
     bare = {name.replace(_WRAPPED, "."): name for name in names}

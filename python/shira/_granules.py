@@ -1,4 +1,7 @@
-"""The arithmetic that everything here shares: 64-bit words, dtypes of indices, granules in other sizes."""
+"""Arithmetic that the whole library shares: 64-bit words, dtypes of indices, and granules of other sizes.
+
+A granule is a run of consecutive entries of the flat weight; an index selects one granule.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ def index_dtype(granules: int) -> torch.dtype:
 
 
 def refine(indices: Tensor, granule: int, finer: int, numel: int) -> Tensor:
-    """The same entries of a weight of ``numel`` as granules of a divisor of the granule."""
+    """The same entries as finer granules: ``finer`` divides ``granule``, and the weight has ``numel`` entries."""
     parts = granule // finer
     if parts == 1:
         return indices
@@ -47,7 +50,7 @@ def refine(indices: Tensor, granule: int, finer: int, numel: int) -> Tensor:
 
 
 def regranule(indices: Tensor, granule: int, wanted: int) -> Tensor:
-    """The granules of ``wanted`` entries that hold an entry of the given granules, not yet distinct; int64."""
+    """The granules of ``wanted`` entries that hold any entry of the given ones: int64, and some may appear twice."""
     first = indices.to(torch.int64) * granule
     last = (first + granule - 1) // wanted
     first = first // wanted

@@ -1,4 +1,4 @@
-"""Names and weights of a model: what the tuner and the switcher both need to know of it."""
+"""The names and weights of a model, as both the tuner and the switcher need them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from shira._text import clean as clean
 from shira._text import some as some
 
-# What a tuner registers on a weight's module, after the weight's own name: its trainable values, and their indices.
+# A tuner registers the trainable values and their indices on the weight's module, under the weight's name plus these.
 VALUES_SUFFIX, INDICES_SUFFIX = "_shira_values", "_shira_indices"
 
 
@@ -45,14 +45,14 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _is_fsdp1(module: nn.Module) -> bool:
-    # Imported by whoever made one; the import costs a second.
+    # Whoever made one has imported it; importing it here would cost a second.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
 
 
 def held(module: nn.Module, attribute: str) -> Tensor | None:
     """The module's parameter or buffer of this name, if it has one."""
-    # Those of a TorchScript module are no dictionaries, and have no get().
+    # A TorchScript module's are not dictionaries, and have no get().
     for home in (module._parameters, module._buffers):
         if attribute in home and (found := home[attribute]) is not None:
             return found
@@ -94,7 +94,7 @@ def slots(model: nn.Module, *, buffers: bool = False) -> dict[str, Slot]:
 
 
 def memory(weight: Tensor) -> object:
-    """A key that is equal for two weights when they are one: by identity, or by the memory they share."""
+    """A key that is equal for two weights exactly when they are one, by identity or by the memory they share."""
     if isinstance(weight, UninitializedParameter) or foreign(weight) is not None or not weight.data_ptr():
         return id(weight)
     return weight.device, weight.data_ptr(), weight.numel()
@@ -112,8 +112,8 @@ def stride_advice(name: str, weight: Tensor) -> str:
 def foreign(weight: Tensor) -> str | None:
     """Why the ops cannot read and write this tensor's own memory, as the rest of a sentence after its name; or None.
 
-    One text for the tuner, the switcher, masks and differences. A tensor subclass that wraps other tensors (torchao,
-    optimum-quanto, DTensor) has no memory of its own; one that merely adds attributes has.
+    The tuner, the switcher, masks and differences share this text. A tensor subclass that wraps other tensors (torchao,
+    optimum-quanto, DTensor) has no memory of its own; one that merely adds attributes does.
     """
     dtensor = sys.modules.get("torch.distributed.tensor")
     if dtensor is not None and isinstance(weight, dtensor.DTensor):
@@ -132,7 +132,7 @@ def foreign(weight: Tensor) -> str | None:
 def overlaps(weights: Iterable[Slot]) -> list[tuple[Slot, Slot]]:
     """Pairs of different weights whose memory overlaps, such as a fused projection and a view of its first rows.
 
-    One weight under several names is no overlap: see `memory`.
+    One weight under several names is not an overlap: see `memory`.
     """
     spans = []
     for slot in weights:
@@ -146,7 +146,7 @@ def overlaps(weights: Iterable[Slot]) -> list[tuple[Slot, Slot]]:
         spans.append((str(weight.device), start, start + extent * weight.element_size(), slot))
     spans.sort(key=lambda span: span[:3])
     found: list[tuple[Slot, Slot]] = []
-    reaching: tuple[str, int, int, Slot] | None = None  # of those so far, the one that reaches farthest
+    reaching: tuple[str, int, int, Slot] | None = None  # the one that reaches farthest so far
     for span in spans:
         if reaching is not None and reaching[0] == span[0] and span[1] < reaching[2]:
             if memory(reaching[3].weight) != memory(span[3].weight):

@@ -1,4 +1,4 @@
-"""Modules under the names they had in version 0.1, so that old imports and pickles still find them."""
+"""Modules under their names of version 0.1, so that old imports and pickles still find them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES = {
 
 
 class Moved(MetaPathFinder, Loader):
-    """Gives the module of today for a name of `NAMES`."""
+    """Finds the module of today for a name in `NAMES`."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -35,7 +35,7 @@ class Moved(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         now = import_module(NAMES[module.__name__])
         if module.__name__ == "shira.difference":
-            # The function of this name gave an adapter; what it gives today is what one is made of.
+            # In version 0.1 the function `difference` returned an adapter; today's returns the parts of one.
             module.__dict__.update({name: getattr(now, name) for name in ("Lost", "Progress", "Report")})
             module.__dict__["difference"] = import_module("shira.adapter.adapter").Adapter.from_difference
         else:

@@ -18,7 +18,7 @@ WHERE = "the model"
 
 
 class Place:
-    """A slot of a model as the tensor of a base (`_fit.Found`). Its content is read when it is asked for, once."""
+    """A slot of a model, as the rules of `_fit` see it (`_fit.Found`). Its content is read at most once."""
 
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
@@ -81,10 +81,10 @@ class _Model:
 def find(
     who: str, weights: Mapping[str, Wanted], slots: Mapping[str, Slot], rename: _text.Rename
 ) -> dict[str, tuple[Place, ...]]:
-    """The places of an adapter's weights, by the adapter's names; one error says all that does not fit.
+    """Find the places of an adapter's weights, by the adapter's names. One error lists everything that does not fit.
 
-    Each is one place; or several, where a weight that is tied in the adapter is not tied in the model: whether these
-    have the same content is the caller's to ask. Nothing is read.
+    A weight that is tied in the adapter and not in the model has several places; whether their content is the same is
+    for the caller to check. Nothing is read.
     """
     here = _fit.renamed(weights, rename)
     advice = (lambda rule: f"rename={rule!r}") if rename is None else None
@@ -96,8 +96,7 @@ def find(
 
 
 def watched(who: str, found: Iterable[Sequence[Place]], slots: Mapping[str, Slot]) -> list[list[tuple[Slot, ...]]]:
-    """For each of the places, every slot of the model that holds its weight, whatever the adapter calls them; the
-    place's own slot first."""
+    """For each place all slots of the model that hold its weight, under any name; the place's own slot comes first."""
     listed = [list(places) for places in found]
     shared: dict[object, list[Slot]] = {place.one: [] for places in listed for place in places}
     for slot in slots.values():
@@ -123,7 +122,7 @@ def places(
 
 
 def misfit(slot: Slot, shape: Sequence[int], dtype: torch.dtype) -> str | None:
-    """Why entries of a weight of this shape and dtype cannot go into this slot, after its name; or None."""
+    """Why an entry for this shape and dtype cannot be applied to this slot: the rest of a sentence, or None."""
     return _fit.misfit(Place(slot), shape, dtype)
 
 
@@ -141,7 +140,7 @@ def overlap(slots: list[Slot], besides: Container[Weight] = ()) -> str | None:
 
 
 def _restless(slot: Slot) -> str | None:
-    """That the module writes to its weight by itself, or None."""
+    """Why the module itself would change its weight: the rest of a sentence, or None."""
     if isinstance(slot.module, (nn.Embedding, nn.EmbeddingBag)) and slot.module.max_norm is not None:
         return (
             f"is changed by its own forward (max_norm={slot.module.max_norm:g}), so there would be no way back to the "

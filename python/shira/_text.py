@@ -1,4 +1,4 @@
-"""Names and numbers as users give them and as messages show them. Without torch."""
+"""Names and numbers, as users give them and as messages show them. Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class AdapterError(ValueError):
-    """An adapter, or its file, that is refused. The message says which file, which weight and what."""
+    """An adapter or its file is refused. The message says which file, which weight, and what is wrong."""
 
 
 _short = reprlib.Repr()
@@ -19,14 +19,14 @@ _short.maxlevel, _short.maxstring, _short.maxother = 3, 60, 80
 
 
 def shown(value: object, most: int = 80) -> str:
-    """A value as a message shows it: its repr, or the beginning of that, in no time however large the value is."""
+    """A value as a message shows it: its repr, or the beginning of it. Quick, however large the value is."""
     if isinstance(value, str):
         return repr(value) if len(value) <= most else f"{value[:most]!r}... ({len(value):,} characters)"
-    if isinstance(value, int) and value.bit_length() > 256:  # an int of thousands of digits has no repr
+    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses thousands of digits
         return f"an int of {value.bit_length():,} bits"
     try:
         text = _short.repr(value)
-    except ValueError:  # one inside
+    except ValueError:  # such an int inside the value
         return f"a {type(value).__name__}"
     return text if len(text) <= most else text[:most] + "..."
 
@@ -53,12 +53,12 @@ def hex_word(value: int | None) -> str | None:
     return None if value is None else f"{value & (2**64 - 1):016x}"
 
 
-# Strengths are rounded to float32 first: one that it has no room for would act as infinite.
+# Strengths are rounded to float32 first, where a larger number would become infinite.
 _LARGEST_STRENGTH = 3.4028234663852886e38
 
 
 def strength(what: str, value: object) -> float:
-    """A strength (``alpha``) as a float; ``what`` names it in the refusal. One rule for files, calls and commands."""
+    """A strength (``alpha``) as a float. ``what`` names it in the refusal: files, calls and commands share one rule."""
     number: Any = value
     real: bool = isinstance(number, numbers.Real)
     if not real or value is True or value is False or not abs(number) <= _LARGEST_STRENGTH:
@@ -66,12 +66,12 @@ def strength(what: str, value: object) -> float:
     return float(number)
 
 
-# What wrappers inside a model put into the names of its parameters: torch.compile, activation checkpointing.
+# What torch.compile and activation checkpointing insert into the names of parameters.
 _INFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 def clean(name: str) -> str:
-    """A parameter's name as files have it: without what wrappers put into it."""
+    """A parameter's name as files have it: without what wrappers insert."""
     for infix in _INFIXES:
         name = name.replace(infix, "")
     return name
@@ -81,10 +81,10 @@ Rename = Mapping[str, str] | Callable[[str], str] | None
 
 
 def renamer(rename: Rename) -> Callable[[str], str]:
-    """What an argument ``rename=`` does to a name: a function, or regular expressions and what takes their places.
+    """An argument ``rename=`` as a function of a name: it is one, or maps regular expressions to replacements.
 
-    Patterns are searched in the mapping's order, each in what the one before it left (`re.sub`): ``{r"^model\\.": ""}``
-    takes a prefix off, ``{"^": "model."}`` puts one on.
+    The patterns are applied in the mapping's order, each to the result of the one before (`re.sub`):
+    ``{r"^model\\.": ""}`` removes a prefix, ``{"^": "model."}`` adds one.
     """
     if rename is None:
         return lambda name: name
@@ -106,7 +106,7 @@ def renamer(rename: Rename) -> Callable[[str], str]:
         for rule, replacement in rules:
             try:
                 new = rule.sub(replacement, new)
-            except re.error as error:  # a group that the pattern has not
+            except re.error as error:  # a group that the pattern does not have
                 raise ValueError(f"rename {rule.pattern!r} to {replacement!r}: {error}") from error
         return _new_name(name, new)
 

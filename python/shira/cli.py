@@ -1,4 +1,4 @@
-"""The command line ``shira``. What a command needs is imported when it runs, so that those without torch stay fast."""
+"""The command line ``shira``. A command imports what it needs when it runs, so that those without torch start fast."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 _Arguments = ParamSpec("_Arguments")
 
-# The class of all usage errors, from whichever click typer stands on.
+# The base class of all usage errors, from the click that typer uses.
 _WrongUsage: type[Any] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
-_HOW = "add --overwrite"  # where something is in the way
+_HOW = "add --overwrite"  # for messages about existing results
 
 
 def _printable(text: str) -> str:
-    """A name from a file or a folder, without what would steer the terminal or break the line."""
+    """A name from a file or a folder, with characters escaped that would control the terminal or break the line."""
     return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
 
 
 def _failed(command: str, sentence: str, as_json: bool) -> None:
-    """Say what went wrong, in one line."""
+    """Print what went wrong, in one line."""
     if as_json:
         typer.echo(json.dumps({"error": sentence}))
     else:
@@ -44,7 +44,7 @@ def _failed(command: str, sentence: str, as_json: bool) -> None:
 
 
 class _Commands(TyperGroup):
-    """Wrong usage is one sentence as well, and the exit code is 2."""
+    """Wrong usage gives one sentence, too, and the exit code 2."""
 
     def main(self, *args: Any, **options: Any) -> Any:
         given = args[0] if args else options.pop("args", None)
@@ -73,8 +73,8 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
-AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Write NaN and inf as well.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result under that name.")]
+AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Write NaN and inf, too.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of that name.")]
 AdapterFile = Annotated[
     str, typer.Argument(help="An adapter: a file, a folder, or a name on the Hub.", show_default=False)
 ]
@@ -82,7 +82,7 @@ Rename = Annotated[
     list[str],
     typer.Option(
         metavar="PATTERN=REPLACEMENT",
-        help="What to make of names: a regular expression and what takes its place; can be given again.",
+        help="How to change names: a regular expression and its replacement; can be repeated.",
         show_default=False,
     ),
 ]
@@ -112,11 +112,11 @@ def _sentence(error: Exception) -> str:
 
 
 def command(run: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
-    """Register a command. What it refuses is one sentence on stderr, or JSON, and the exit code is 1."""
+    """Register a command. A refusal is one sentence on stderr, or JSON, and the exit code is 1."""
 
     @functools.wraps(run)
     def wrapped(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
-        # AdapterError is a ValueError. Anything else is a defect of ours, and keeps its traceback.
+        # AdapterError is a ValueError. Anything else is a bug in this library, and keeps its traceback.
         try:
             run(*args, **kwargs)
         except BrokenPipeError:
@@ -131,7 +131,7 @@ def command(run: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
 
 @contextmanager
 def _progress(what: str, quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A bar on a terminal's stderr, or nothing."""
+    """A progress bar on stderr, if that is a terminal."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
@@ -145,7 +145,7 @@ def _progress(what: str, quiet: bool) -> Iterator[Callable[[str, int, int], None
 
 
 def _plain(name: str) -> str:
-    """A name for a table."""
+    """A name as a table can show it."""
     from rich.markup import escape
 
     return escape(_printable(name))
@@ -155,7 +155,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def _find(adapter: str) -> Path:
-    """The adapter's file: the path itself, the one in a folder, or the one in a repository on the Hub."""
+    """The path of the adapter's file, which may be given itself, by its folder, or by a repository on the Hub."""
     from shira._text import AdapterError
     from shira.adapter import hub
 
@@ -181,7 +181,7 @@ def _find(adapter: str) -> Path:
 
 
 def _renames(rules: list[str]) -> dict[str, str] | None:
-    """``PATTERN=REPLACEMENT``, in order; a pattern may contain the sign."""
+    """Parses ``PATTERN=REPLACEMENT``, in order. A pattern may contain ``=``."""
     found = {}
     for rule in rules:
         pattern, sign, replacement = rule.rpartition("=")
@@ -194,7 +194,7 @@ def _renames(rules: list[str]) -> dict[str, str] | None:
 
 
 def _adapter_out(out: Path, overwrite: bool, *inputs: str | Path | None) -> Path:
-    """Where an adapter file goes; refuses before any work is done."""
+    """Where to write an adapter file. Refuses before any work is done."""
     from shira.adapter import _output
 
     return _output.destination(out, overwrite, [one for one in inputs if one], _output.no_adapter, _HOW)
@@ -234,7 +234,7 @@ def _facts(path: Path, header: Header) -> dict[str, Any]:
 
 
 def _wrote(out: Path, adapter: Adapter, as_json: bool) -> None:
-    """Say what an adapter that was just written is, and what making it lost."""
+    """Print what was just written, and what was lost when the adapter was made."""
     report = adapter.report
     size = os.path.getsize(out) if out.is_file() else sum(file.stat().st_size for file in out.iterdir())
     if as_json:
@@ -265,7 +265,7 @@ def _wrote(out: Path, adapter: Adapter, as_json: bool) -> None:
 
 @command
 def inspect(file: AdapterFile, as_json: Json = False) -> None:
-    """Say what an adapter file holds. Its header is checked; torch is not needed."""
+    """Show what an adapter file holds. Checks its header; needs no torch."""
     from shira.adapter._file import read_header
 
     path = _find(file)
@@ -313,13 +313,14 @@ def inspect(file: AdapterFile, as_json: Json = False) -> None:
 def verify(
     file: AdapterFile,
     base: Annotated[
-        Path | None, typer.Argument(help="The base it should fit: a checkpoint's file or folder.", show_default=False)
+        Path | None,
+        typer.Argument(help="The base it should fit: the file or folder of a checkpoint.", show_default=False),
     ] = None,
-    header: Annotated[bool, typer.Option("--header", help="Only the header, not the indices.")] = False,
+    header: Annotated[bool, typer.Option("--header", help="Check only the header.")] = False,
     rename: Rename = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
-    """Check an adapter file: all of it, or its header alone, or also against the content of a base."""
+    """Check an adapter file: all of it, only its header, or also whether it fits a base."""
     from shira.adapter._file import read_header, read_whole
 
     if base is None and rename:
@@ -343,7 +344,7 @@ def verify(
 
 
 def _compare(path: Path, header: Header, base: Path, rename: dict[str, str] | None) -> list[str]:
-    """Refuse a base that the adapter was not made for; the whole parameters that it lacks."""
+    """Refuse a base that the adapter was not made for. Returns the whole parameters that the base does not have."""
     from shira import _fit
     from shira.adapter._checkpoint import open_checkpoint
 
@@ -351,8 +352,9 @@ def _compare(path: Path, header: Header, base: Path, rename: dict[str, str] | No
     whole = _fit.indifferent(weights, header.delta, header.alpha)
     who, where, checkpoint = str(path), str(base), open_checkpoint(base, "base")
     advice = _fit.flags if rename is None else None
-    places = _fit.places(who, weights, checkpoint, where=where, new=whole, advice=advice)
-    _fit.check_content(who, weights, places, where=where, than=f" than {where}", anything=whole)
+    places = _fit.fit(
+        who, weights, checkpoint, where=where, than=f" than {where}", new=whole, anything=whole, advice=advice
+    )
     return [name for name, tensors in places.items() if not tensors]
 
 
@@ -363,15 +365,19 @@ def extract(
     out: Annotated[Path, typer.Argument(help="The adapter file to write.", show_default=False)],
     density: Annotated[
         float | None,
-        typer.Option(help="Keep this share of each weight's entries, the largest differences; else all.", min=0, max=1),
+        typer.Option(
+            help="Keep this share of each weight's entries, those that differ most; by default all.", min=0, max=1
+        ),
     ] = None,
-    granule: Annotated[int, typer.Option(help="Entries that an index stands for.", min=1)] = 1,
+    granule: Annotated[int, typer.Option(help="How many consecutive entries an index stands for.", min=1)] = 1,
     rename: Rename = [],  # noqa: B006
-    added: Annotated[bool, typer.Option("--added", help="Take along what only the tuned one has: a new head.")] = False,
+    added: Annotated[
+        bool, typer.Option("--added", help="Include what only the tuned one has, such as a new head.")
+    ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Make an adapter of what fine-tuning changed: exactly, or its largest part."""
+    """Make an adapter of what fine-tuning changed: all of it, or the largest changes."""
     rules = _renames(rename)
     target = _adapter_out(out, overwrite, base, tuned)
     from shira.adapter.adapter import Adapter
@@ -391,13 +397,15 @@ def apply(
     file: AdapterFile,
     base: Annotated[Path, typer.Argument(help="The base checkpoint: a file or a folder.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="The merged checkpoint to write.", show_default=False)],
-    alpha: Annotated[float | None, typer.Option(help="The strength; else the file's own.", show_default=False)] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="The strength; by default the one in the file.", show_default=False)
+    ] = None,
     rename: Rename = [],  # noqa: B006
     allow_nonfinite: AllowNonfinite = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write the base with an adapter on, sharded as the base is; whole or not at all."""
+    """Write the base with an adapter applied, in the same shards; whole or not at all."""
     rules, path = _renames(rename), _find(file)
     from shira._text import strength as checked
     from shira.adapter.adapter import Adapter
@@ -448,7 +456,7 @@ def fuse(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Make one adapter of several: base + the sum of strength x change."""
+    """Make one adapter of several: base + the sum of strength * change."""
     given = [_with_strength(text) for text in adapters]
     target = _adapter_out(out, overwrite, base, *(path for path, _ in given))
     from shira.adapter.adapter import Adapter
@@ -465,16 +473,21 @@ def fuse(
 
 @command
 def convert(
-    source: Annotated[str, typer.Argument(help="A PEFT folder, or an adapter; or a Hub name.", show_default=False)],
+    source: Annotated[
+        str, typer.Argument(help="A PEFT folder or an adapter, or a name on the Hub.", show_default=False)
+    ],
     out: Annotated[Path, typer.Argument(help="An adapter file, or a PEFT folder.", show_default=False)],
     base: Annotated[
-        Path | None, typer.Option(help="The base checkpoint; not needed for a delta to PEFT.", show_default=False)
+        Path | None,
+        typer.Option(help="The base checkpoint; not needed to turn a delta into a PEFT folder.", show_default=False),
     ] = None,
     density: Annotated[
         float | None, typer.Option(help="For a LoRA: the share of each weight's entries to keep.", min=0, max=1)
     ] = None,
-    granule: Annotated[int, typer.Option(help="For a LoRA: entries that an index stands for.", min=1)] = 1,
-    base_model: Annotated[str | None, typer.Option(help="For PEFT: the base's name.", show_default=False)] = None,
+    granule: Annotated[
+        int, typer.Option(help="For a LoRA: how many consecutive entries an index stands for.", min=1)
+    ] = 1,
+    base_model: Annotated[str | None, typer.Option(help="For PEFT: the name of the base.", show_default=False)] = None,
     dtype: Annotated[
         str | None,
         typer.Option(help="Write an adapter file for a base of this dtype (bfloat16, ...).", show_default=False),
@@ -482,7 +495,7 @@ def convert(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Turn a PEFT folder (SHiRA or LoRA) into an adapter file, an adapter into a PEFT folder, or its dtype."""
+    """Convert a PEFT folder (SHiRA or LoRA) to an adapter file, an adapter to a PEFT folder, or its dtype."""
     from shira.adapter import _output, hub
 
     if dtype is not None:
@@ -494,7 +507,7 @@ def convert(
         return
     ours = os.path.exists(os.path.join(source, hub.FILE)) or len(list(Path(source).glob("*.safetensors"))) == 1
     folder = os.path.isdir(source) and (os.path.exists(os.path.join(source, "adapter_config.json")) or not ours)
-    # A name on the Hub says nothing of what it holds, and the result's name does.
+    # A name on the Hub does not say what it holds, but the result's name does.
     if folder or (not os.path.lexists(source) and _HUB_NAME.fullmatch(source) and out.suffix == ".safetensors"):
         target = _adapter_out(out, overwrite, source, base)
         from shira.adapter.adapter import Adapter
@@ -546,14 +559,16 @@ def demo(
 def bench(
     context: typer.Context,
     report: Annotated[
-        Path | None, typer.Option(help="Folder for a page about the run, and its plots.", show_default=False)
+        Path | None, typer.Option(help="Folder for a page about the run, with plots.", show_default=False)
     ] = None,
     results: Annotated[
         Path | None,
-        typer.Option("--from", help="With --report: results of an earlier run, nothing is run.", show_default=False),
+        typer.Option(
+            "--from", help="With --report: use results of an earlier run, and run nothing.", show_default=False
+        ),
     ] = None,
 ) -> None:
-    """Run the speed benchmarks, if the repository is at hand; further arguments go to pytest."""
+    """Run the speed benchmarks of the repository; further arguments go to pytest."""
     import subprocess
 
     here = (Path.cwd(), Path(__file__).resolve().parents[2])
@@ -585,7 +600,7 @@ def bench(
 
 def main() -> None:
     """The entry point ``shira``."""
-    # What a command was writing goes, as with Ctrl-C.
+    # Clean up what a command was writing, as after Ctrl-C.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     app()
 

@@ -1,8 +1,8 @@
-"""The main job on real data: ``shira demo``, or ``python -m shira.demo``.
+"""The library at work on real data: ``shira demo``, or ``python -m shira.demo``.
 
 A small transformer learns scikit-learn's handwritten digits. One sparse adapter teaches it digits that are turned by 90
-degrees, another digits whose ink is inverted; both see the upright digits too, so as to keep them. The adapters are
-saved, loaded, switched on the live model, fused, and taken off: the base comes back bit for bit.
+degrees, another digits whose ink is inverted; both also see the upright digits, so as not to forget them. The adapters
+are saved, loaded, switched on the live model, fused, and removed again: the base comes back bit for bit.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ PRETRAIN_EPOCHS, ADAPT_EPOCHS, BATCH = 20, 20, 64
 PRETRAIN_LR, ADAPTER_LR = 3e-3, 1e-2
 DENSITY, FUSED_ALPHA = 0.02, 0.7
 TASKS = ("upright", "rotated", "inverted")
-# The layers of the speed comparison: as wide as a 7B model's, more bytes than caches hold.
+# The layers of the speed comparison: as wide as those of a 7B model, and larger than the caches.
 WIDE, WIDE_LAYERS, WIDE_DENSITY, ROUNDS = 4096, 8, 0.01, 7
 
 
 class Block(nn.Module):
-    """One transformer layer, its projections plain linear layers."""
+    """One transformer layer with plain linear layers as projections."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class DigitTransformer(nn.Module):
 
 @dataclass
 class Digits:
-    """Images in [0, 1] and labels, split once; each task shows the same digits in its own way."""
+    """Images in [0, 1] and their labels, split once. Each task shows the same digits in its own way."""
 
     train: Tensor
     train_labels: Tensor
@@ -130,8 +130,8 @@ def fit(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For matrices as small as the demo's: as fast as two, and on a busy machine a hundred times faster, since no
-    thread waits for another at the end of every op."""
+    """Run on one thread. For matrices as small as here that is as fast as two threads, and on a busy machine a hundred
+    times faster, since threads do not wait for each other after every op."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -151,7 +151,7 @@ def bits(model: nn.Module) -> dict[str, Tensor]:
 
 
 def identical(model: nn.Module, before: dict[str, Tensor]) -> bool:
-    """Whether every weight has the bits it had: NaN and -0.0 count, so bytes are compared."""
+    """Whether every weight has the same bits as before. Bytes are compared, because of NaN and -0.0."""
     return all(
         torch.equal(tensor.contiguous().view(torch.uint8), before[name].view(torch.uint8))
         for name, tensor in model.state_dict().items()
@@ -160,14 +160,14 @@ def identical(model: nn.Module, before: dict[str, Tensor]) -> bool:
 
 @dataclass
 class Speed:
-    """Milliseconds a layer, medians of interleaved rounds, and the granule of the sparse switch."""
+    """Milliseconds per layer (medians of interleaved rounds), and the granule of the sparse switch."""
 
     what: str
     milliseconds: float
 
 
 def switch_speed() -> list[Speed]:
-    """Switching wide bf16 layers: sparse swaps, and the LoRA fuse of as many parameters (`addmm_` in place)."""
+    """Times a switch of wide bf16 layers: sparse swaps, and fusing a LoRA of as many parameters (`addmm_` in place)."""
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(WIDE, WIDE, generator=generator).bfloat16() for _ in range(WIDE_LAYERS)]
     jobs: dict[str, Callable[[], object]] = {}
@@ -200,7 +200,7 @@ def switch_speed() -> list[Speed]:
 
 
 def live_switch(switcher: shira.Switcher, names: tuple[str, str]) -> float:
-    """Milliseconds from one adapter to the other on the demo's own model."""
+    """Milliseconds to switch from one adapter to the other on the demo's own model."""
     times = []
     for turn in range(50):
         start = time.perf_counter()
@@ -211,7 +211,7 @@ def live_switch(switcher: shira.Switcher, names: tuple[str, str]) -> float:
 
 
 def picture(path: Path, results: dict[str, dict[str, float]], digits: Digits, adapter: shira.Adapter) -> None:
-    """The digits of each task, accuracies, and where an adapter's entries lie."""
+    """Draws the digits of each task, the accuracies, and where an adapter's entries are."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -247,7 +247,7 @@ def picture(path: Path, results: dict[str, dict[str, float]], digits: Digits, ad
 
 
 def run(out: str | Path = "demo-out", seed: int = 0, console: Console | None = None) -> dict[str, Any]:
-    """Run the whole demo; returns what the tables show."""
+    """Run the whole demo. Returns what the tables show."""
     console = console or Console()
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -269,7 +269,7 @@ def run(out: str | Path = "demo-out", seed: int = 0, console: Console | None = N
         optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAIN_LR)
         tick = bar("pretraining on upright digits", PRETRAIN_EPOCHS)
         fit(model, optimizer, digits.train, digits.train_labels, PRETRAIN_EPOCHS, seed, tick)
-        model.zero_grad()  # dense gradients are of no more use
+        model.zero_grad()  # the dense gradients are no longer needed
         base = bits(model)
         files: dict[str, Path] = {}
         trainable = 0
@@ -289,7 +289,7 @@ def run(out: str | Path = "demo-out", seed: int = 0, console: Console | None = N
             if not identical(model, base):
                 raise RuntimeError(f"the base did not come back after training the adapter for {task} digits")
 
-    # From here on as a server would: files and a live model.
+    # From here on it does what a server would do, with files and a live model.
     switcher = shira.Switcher(model)
     for task, file in files.items():
         switcher.add(task, file)
@@ -321,7 +321,7 @@ def run(out: str | Path = "demo-out", seed: int = 0, console: Console | None = N
     facts.add_row("base restored", "identical bits" if restored else "[bold red]bits differ[/]")
     console.print(facts)
 
-    # On one thread: one that waits for another on a busy machine says nothing of either way.
+    # On one thread: on a busy machine, threads that wait for each other would distort both times.
     with console.status(f"timing {WIDE_LAYERS} layers of {WIDE} x {WIDE} in bfloat16"), one_thread():
         speeds = switch_speed()
     fuse = speeds[-1].milliseconds

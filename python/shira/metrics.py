@@ -1,21 +1,22 @@
-"""How much two adapters have to do with each other: by their weights, by their masks, and by what they do to a model.
+"""How strongly two adapters interact: by their changes, by their masks, and by what they do to a model.
 
-The first two are the paper's (arXiv 2406.13175, section 4.2). With ``A1`` and ``A2`` the changes two adapters make to a
-weight of ``m`` rows and ``n`` columns (``new - base``, zero outside the mask, at strength 1; more than two dimensions
-are folded into the columns), their product is ``A1^T A2``, ``n x n``::
+The first two metrics are the paper's (arXiv 2406.13175, section 4.2). With ``A1`` and ``A2`` the changes two adapters
+make to a weight of ``m`` rows and ``n`` columns (``new - base``, zero outside the mask, at strength 1; more than two
+dimensions are folded into the columns), their product is ``A1^T A2``, ``n x n``::
 
     AWOM = || A1^T A2 ||_2                       the largest singular value: 0 where no direction is shared
     AWOR = 1 - nnz(A1^T A2) / n^2                the share of the product's entries that are zero
 
-AWOR cannot see whether masks overlap: an entry of the product is non-zero where a row has an entry of either adapter,
-so two random masks of density ``p`` have about ``(1 - p^2)^m`` whether they share entries or not. `overlap` counts what
-is shared, and `interference` measures what it does to activations.
+AWOR cannot tell whether masks overlap: an entry of the product is non-zero if any row has an entry of each adapter, so
+two random masks of density ``p`` have about ``(1 - p^2)^m``, whether they share entries or not. `overlap` counts shared
+entries, and `interference` measures their effect on activations.
 
-`matrix` has a metric of every two of several adapters, `heat_map` draws it, and `mask_map` draws where an adapter's
-entries lie; drawing needs matplotlib (``pip install 'shira-ops[demo]'``).
+`matrix` computes a metric for every two of several adapters, `heat_map` draws it, and `mask_map` draws where an
+adapter's entries are. Drawing needs matplotlib (``pip install 'shira-ops[demo]'``).
 
-All of them take adapters of one base. An adapter of new values is no change yet: give ``base``, or `Adapter.to_delta`
-first. Products are in float64. A metric of two adapters is the mean over the weights that both of them change.
+All of them take adapters of the same base. An adapter that holds new values says nothing about the change: give
+``base``, or call `Adapter.to_delta` first. Products are in float64. A metric of two adapters is the mean over the
+weights that both of them change.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ __all__ = ["awom", "awor", "heat_map", "interference", "mask_map", "matrix", "ov
 
 Metric = str | Callable[[Adapter, Adapter], float]
 
-# Entries of the product that are made at a time.
+# How many entries of the product are computed at a time.
 _CHUNK = 1 << 22
-# Lanczos steps at most, and the relative error of the squared norm at which they end.
+# The most Lanczos steps, and the relative error of the squared norm at which they stop.
 _STEPS, _ERROR = 300, 1e-12
 
 
@@ -58,7 +59,7 @@ def awom(first: Adapter, second: Adapter, base: Source | None = None) -> float:
     entries alone, with a fixed start, so the same adapters always give the same number.
 
     Args:
-        first, second: the adapters; their strengths play no part.
+        first, second: the adapters; their strengths do not matter.
         base: the checkpoint they were made for, as in `Adapter.from_difference`; needed unless both are deltas.
     """
     return _mean([_norm(one, two) for one, two in _changes("awom", first, second, base)], 0.0)
@@ -67,19 +68,20 @@ def awom(first: Adapter, second: Adapter, base: Source | None = None) -> float:
 def awor(first: Adapter, second: Adapter, base: Source | None = None) -> float:
     """The orthogonality ratio ``1 - nnz(A1^T A2) / n^2``: the mean over the weights both change; 1 if they share none.
 
-    Entries that an adapter holds but does not change count as zeros. See the module for what this cannot tell.
+    Entries that an adapter holds but does not change count as zeros. The module's docstring says what this cannot tell.
 
     Args:
-        first, second: the adapters; their strengths play no part.
+        first, second: the adapters; their strengths do not matter.
         base: the checkpoint they were made for, as in `Adapter.from_difference`; needed unless both are deltas.
     """
     return _mean([_zeros(one, two) for one, two in _changes("awor", first, second, base)], 1.0)
 
 
 def overlap(first: Adapter, second: Adapter) -> float:
-    """The share of the smaller adapter's entries that the other has too: 0 for disjoint masks, 1 for one in another.
+    """The share of the smaller adapter's entries that the other one has, too.
 
-    Counts entries of masks over all weights, whatever their values, their granules and which of them is a delta.
+    It is 0 for disjoint masks, and 1 for a mask inside the other. Counts entries over all weights. Values, granules,
+    and whether an adapter is a delta do not matter.
     """
     shared = 0
     for one, two in _pairs(first, second):
@@ -100,18 +102,19 @@ def interference(
 ) -> float:
     """How far the second adapter disturbs what the first one does, on the first one's data.
 
-    With ``h(S)`` the outputs of all modules that hold a weight of either adapter, over all batches, one vector::
+    Let ``h(S)`` be the outputs of all modules that hold a weight of either adapter, over all batches, as one vector::
 
         || h(first + second) - h(first) || / || h(first) - h(base) ||
 
-    0: the first one's activations are as if it were alone; 1: they are moved as far as it moved them itself. Each
-    adapter has its own alpha. Not symmetric: for the other direction swap the adapters and give the other's data.
+    0 means that the first adapter's activations are the same as without the second; 1 that the second moves them as far
+    as the first itself did. Each adapter has its own alpha. The result is not symmetric: for the other direction swap
+    the adapters and give the other's data.
 
     Args:
-        model: the base of both, with no adapter on it. It runs in ``eval()`` without gradients, and is as before
+        model: the base of both, without an adapter. It runs in ``eval()`` without gradients, and is unchanged
             afterwards.
         first, second: the adapters.
-        data: batches, iterated once: a mapping is given as ``model(**batch)``, a tuple or list as ``model(*batch)``,
+        data: batches, iterated once: a mapping is passed as ``model(**batch)``, a tuple or list as ``model(*batch)``,
             anything else as ``model(batch)``.
         forward: ``forward(model, batch)`` to run a batch in another way.
 
@@ -125,7 +128,7 @@ def interference(
     modules: dict[nn.Module, None] = {}
     for adapter in (first, second):
         for name, entry in adapter.weights.items():
-            # Of a tied weight every place runs.
+            # A tied weight is in several modules, and all of them run.
             modules.update((slots[known].module, None) for known in (name, *entry.aliases) if known in slots)
     run = _forward if forward is None else forward
     own = moved = 0.0
@@ -155,12 +158,12 @@ def interference(
 
 
 def matrix(adapters: Mapping[str, Adapter], metric: Metric = "overlap", base: Source | None = None) -> Tensor:
-    """A metric of every two adapters, and of each with itself: float64, ``[len(adapters), len(adapters)]``.
+    """A metric for every two adapters, and for each with itself: float64, ``[len(adapters), len(adapters)]``.
 
     Args:
         adapters: name to adapter, of one base.
-        metric: ``"overlap"``, ``"awor"`` or ``"awom"``, each of which is symmetric and worked out once for a pair; or
-            a function ``metric(first, second)``, called for every ordered pair: row ``first``, column ``second``.
+        metric: ``"overlap"``, ``"awor"`` or ``"awom"``, which are symmetric and computed once for a pair; or a
+            function ``metric(first, second)``, called for every ordered pair: row ``first``, column ``second``.
         base: as for `awor` and `awom`.
     """
     several = list(adapters.values())
@@ -186,9 +189,9 @@ def matrix(adapters: Mapping[str, Adapter], metric: Metric = "overlap", base: So
 
 
 def heat_map(adapters: Mapping[str, Adapter], metric: Metric = "overlap", base: Source | None = None) -> Figure:
-    """`matrix`, drawn: a square for every two adapters, dark for large, with its number in it.
+    """Draws `matrix`: a square for every two adapters with its number, the darker the larger.
 
-    Of AWOR's picture nothing about shared entries can be read (see the module); draw `overlap` beside it.
+    A picture of AWOR says nothing about shared entries (see the module's docstring); draw `overlap` beside it.
 
     Returns a matplotlib figure: ``heat_map(adapters, "awom", base).savefig("awom.png")``. Raises `ImportError` without
     matplotlib.
@@ -213,15 +216,15 @@ def heat_map(adapters: Mapping[str, Adapter], metric: Metric = "overlap", base: 
 
 
 def mask_map(adapter: Adapter, names: Sequence[str] | None = None, *, cells: int = 128) -> Figure:
-    """Where the entries of an adapter lie: a panel for each weight, dark where many of the entries change.
+    """Draws where the entries of an adapter are: a panel for each weight, dark where many entries change.
 
-    A weight of more than ``cells`` rows or columns is drawn as ``cells`` of them, each as dark as the share of its
-    entries that the adapter has; dimensions beyond the second are folded into the columns.
+    A weight of more than ``cells`` rows or columns is drawn with ``cells`` of them, each as dark as the share of its
+    entries that the adapter has. Dimensions after the first are folded into the columns.
 
     Args:
         adapter: the adapter.
         names: which weights; None: all but those that are replaced as a whole.
-        cells: the most rows and columns of a panel.
+        cells: the maximal number of rows and of columns of a panel.
 
     Returns a matplotlib figure. Raises `ValueError` for a name the adapter does not have, or if there is nothing to
     draw, and `ImportError` without matplotlib.
@@ -251,7 +254,7 @@ def mask_map(adapter: Adapter, names: Sequence[str] | None = None, *, cells: int
 
 
 def _shares(entry: Entry, cells: int) -> Tensor:
-    """The share of entries an adapter has in each cell of a weight, float64."""
+    """The share of entries that an adapter has in each cell of a weight, float64."""
     m, n = _sides(entry)
     rows, columns = min(m, cells), min(n, cells)
     at = refine(entry.indices.cpu().to(torch.int64), entry.granule, 1, entry.numel)
@@ -267,12 +270,12 @@ def _figure(name: str) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(f"{name}: drawing needs matplotlib ({error}): pip install 'shira-ops[demo]'") from error
-    # Not pyplot's: nothing is registered, no window opens, and no backend is chosen for the caller.
+    # Not through pyplot: so nothing is registered, no window opens, and the caller's backend stays.
     return Figure(layout="constrained")
 
 
 def _sides(entry: Entry) -> tuple[int, int]:
-    """Rows and columns of a weight, more than two dimensions folded into the columns."""
+    """Rows and columns of a weight; dimensions after the first are folded into the columns."""
     m = entry.shape[0] if entry.shape else 1
     return m, entry.numel // m if m else 0
 
@@ -282,7 +285,7 @@ def _mean(values: list[float], none: float) -> float:
 
 
 def _pairs(first: Adapter, second: Adapter) -> Iterator[tuple[Entry, Entry]]:
-    """The weights that both have, under any of their names."""
+    """The weights that both adapters have, under any of their names."""
     known = {name: entry for own, entry in second.weights.items() for name in (own, *entry.aliases)}
     for name, one in first.weights.items():
         two = next((known[other] for other in (name, *one.aliases) if other in known), None)
@@ -297,7 +300,7 @@ def _pairs(first: Adapter, second: Adapter) -> Iterator[tuple[Entry, Entry]]:
 
 @dataclass(frozen=True)
 class _Change:
-    """A change of a weight by its entries that are not zero: their rows, columns and values, float64."""
+    """The change of a weight as its non-zero entries: their rows, columns and values, float64."""
 
     shape: tuple[int, int]
     rows: Tensor
@@ -334,12 +337,12 @@ def _changes(metric: str, first: Adapter, second: Adapter, base: Source | None) 
 def _norm(one: _Change, two: _Change) -> float:
     """The largest singular value of ``M = one^T two``: the root of the largest eigenvalue of ``M^T M``, by Lanczos.
 
-    Every new direction is made orthogonal to all before. The last component of the eigenvector bounds the error.
+    Every new direction is made orthogonal to all earlier ones. The last component of the eigenvector bounds the error.
     """
     columns = torch.unique(two.columns)
     if not one.values.numel() or not columns.numel():
         return 0.0
-    # Any start that no eigenvector is orthogonal to: draws of a generator of its own, where M^T M is not zero.
+    # The start must not be orthogonal to the eigenvector: random numbers, where M^T M is not zero.
     x = torch.zeros(two.shape[1], dtype=torch.float64, device="cpu")
     generator = torch.Generator("cpu").manual_seed(0)
     x[columns] = torch.randn(len(columns), dtype=torch.float64, device="cpu", generator=generator)
@@ -350,7 +353,7 @@ def _norm(one: _Change, two: _Change) -> float:
         x = two.transposed_times(one.times(one.transposed_times(two.times(basis[-1]))))
         diagonal.append(float(x @ basis[-1]))
         known = torch.stack(basis)
-        for _ in range(2):  # once leaves rounding behind
+        for _ in range(2):  # a single pass leaves rounding errors behind
             x = x - known.t() @ (known @ x)
         left = float(x.norm())
         matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device="cpu"))
@@ -365,11 +368,11 @@ def _norm(one: _Change, two: _Change) -> float:
 
 
 def _zeros(one: _Change, two: _Change) -> float:
-    """The share of zeros in ``one^T two``, made some rows at a time: every pair of entries of a row is a summand."""
+    """The share of zeros in ``one^T two``, some rows at a time. Every pair of entries in a row is a summand."""
     n = one.shape[1]
     if n == 0:
         return 1.0
-    # The entries of `two` lie row by row; those of `one` are taken column by column, which the product's rows are.
+    # The entries of `two` are sorted by row; those of `one` are sorted by column here, which are the product's rows.
     starts = torch.searchsorted(two.rows, torch.arange(two.shape[0] + 1, device="cpu"))
     order = torch.argsort(one.columns, stable=True)
     rows, columns, values = one.rows[order], one.columns[order], one.values[order]
@@ -407,11 +410,11 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _outputs(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """The floating-point outputs of the modules, in the order they run."""
+    """Collects the floating-point outputs of the modules, in the order in which they run."""
     found: list[Tensor] = []
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
-        # A copy: what comes after may write in place.
+        # A copy, since later operations may write in place.
         leaves = (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point())
         found.extend(leaf.clone() for leaf in leaves)
 

@@ -2,6 +2,9 @@
 
 A module a family, named as in csrc/. Nothing here imports triton: `find` does, when an op is first called. Set
 TRITON_INTERPRET=1 before that and the kernels run on CPU tensors, without a GPU.
+
+A kernel is compiled and loaded when it is first called, which cannot happen while a CUDA graph is captured: call each
+op once with the same dtypes, granule and length of lists before the capture, as `torch.cuda.graph` asks for anyway.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ FAMILIES = {
     "codec": ("encode_indices", "decode_indices"),
     "fingerprint": ("fingerprint", "fingerprint_at"),
     "diff": ("diff_", "foreach_diff_"),
+    "overlay": ("sparse_linear", "sparse_linear_add_"),
 }
 OPS = {op: family for family, ops in FAMILIES.items() for op in ops}
 

@@ -104,7 +104,7 @@ def decode_indices(code: Tensor, count: int, limit: int, dtype: torch.dtype, gra
     out = torch.empty(count, dtype=dtype, device=code.device)
     refused = torch.full((), blocks, dtype=torch.int64, device=code.device)
     bound = min(limit // granule, torch.iinfo(dtype).max + 1)
-    launch(decode_kernel, blocks, code, out, refused, code.numel(), count, bound, blocks, STEP=STEP)
+    launch(decode_kernel, blocks, code, out, refused, code.numel(), count, bound, blocks, STEP=STEP, num_warps=8)
     if int(refused) < blocks:
         return reference.decode_indices(code, count, limit, dtype, granule)  # which says what is wrong
     return out
@@ -203,5 +203,5 @@ def encode_indices(indices: Tensor, granule: int) -> Tensor:
     places += ends - 2 * sizes  # of `mode << 56 | size` makes `mode << 56 | start`
     escape = 255
     code = torch.full((blocks * ANCHOR.value + int(ends[-1]),), escape, dtype=torch.uint8, device=indices.device)
-    launch(encode_kernel, blocks, indices, places, code, count, blocks, STEP=STEP)
+    launch(encode_kernel, blocks, indices, places, code, count, blocks, STEP=STEP, num_warps=8)
     return code

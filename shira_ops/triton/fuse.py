@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,72 +15,42 @@ from torch import Tensor
 
 from .. import checks
 from .arithmetic import convert, narrow, widen
-from .launch import bits, bits_dtype, checked, compute, content, dtype, launch, lines, walk
+from .launch import checked, compute, content, dtype
+from .walk import deal, granule_of, keep, lines, memory, put, walk
 
 _FIELDS = tl.constexpr(3)  # of an adapter in the table: where its values are, how many granules, whether deltas
-_ADAPTERS = 8  # that one launch writes
+
+
+class Rule(NamedTuple):
+    refuse: bool
+    stream: tl.dtype  # of the values
+    wide: tl.dtype  # of the arithmetic
 
 
 @triton.jit
-def put(table, adapter, values, granules, delta):
-    tl.store(table + adapter * _FIELDS + 0, values.to(tl.int64))
-    tl.store(table + adapter * _FIELDS + 1, granules.to(tl.int64))
-    tl.store(table + adapter * _FIELDS + 2, delta.to(tl.int64))
-
-
-@triton.jit(do_not_specialize=[f"{field}{k}" for field in "vnd" for k in range(_ADAPTERS)])
-def table_kernel(
-    table,
-    v0, n0, d0, v1, n1, d1, v2, n2, d2, v3, n3, d3, v4, n4, d4, v5, n5, d5, v6, n6, d6, v7, n7, d7,
-):  # fmt: skip
-    """The numbers travel as a kernel's arguments: a copy from the host would wait, and not be captured."""
-    put(table, 0, v0, n0, d0)
-    put(table, 1, v1, n1, d1)
-    put(table, 2, v2, n2, d2)
-    put(table, 3, v3, n3, d3)
-    put(table, 4, v4, n4, d4)
-    put(table, 5, v5, n5, d5)
-    put(table, 6, v6, n6, d6)
-    put(table, 7, v7, n7, d7)
-
-
-@triton.jit
-def fuse_kernel(
-    weight,
-    saved,
-    offsets,
-    sources,
-    total,
-    table,
-    alphas,
-    adapters,
-    indices,
-    n,
-    granules,
-    granule,
-    REFUSE: tl.constexpr,
-    BITS: tl.constexpr,
-    W: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+def fuse_tile(pointers, place, settings, WHOLE: tl.constexpr, DEAL: tl.constexpr, RULE: tl.constexpr):
     """weight[i] = saved[i] + sum_k alpha_k * d_k[i], in the plan's order. `exact` is what an entry becomes without a
     sum: its base where nothing with a strength contributes, an adapter's own value where that alone overwrites."""
-    row, column, index, known = lines(indices, n, granules, granule, ROWS, COLUMNS)
-    inside = known[:, None] & (column < granule)[None, :]
+    weight, indices, saved, offsets = pointers
+    sources, total, table, alphas, adapters = settings
+    W: tl.constexpr = DEAL.types[0]
+    V: tl.constexpr = RULE.stream
+    C: tl.constexpr = RULE.wide
+    row, there, index, known, column = lines(indices, place, WHOLE, DEAL)
+    granule = granule_of(place, DEAL)
+    within = (column < granule)[None, :]
+    inside = known[:, None] & within
     position = row[:, None] * granule + column[None, :]
     entry = index[:, None] * granule + column[None, :]
-    if REFUSE:
-        exact = tl.load(saved + position, mask=inside, other=0)
+    if RULE.refuse:
+        exact = tl.load(saved + position, mask=there[:, None] & within, other=0)
     else:
         exact = tl.load(weight + entry, mask=inside, other=0)
-        tl.store(saved + position, exact, mask=inside)
+        keep(saved + position, exact, there[:, None] & within, inside)
     base = widen(exact, W, C)
     fused = base
-    contributions = tl.zeros([ROWS], tl.int32)
-    overwrites = tl.zeros([ROWS], tl.int32)
+    contributions = tl.full([DEAL.rows], 0, tl.int32)
+    overwrites = tl.full([DEAL.rows], 0, tl.int32)
     at = tl.maximum(tl.load(offsets + row, mask=known, other=0).to(tl.int64), 0)
     end = tl.minimum(tl.load(offsets + row + 1, mask=known, other=0).to(tl.int64), total)
     while tl.max(end - at) > 0:
@@ -91,7 +62,7 @@ def fuse_kernel(
         alpha = tl.load(alphas + adapter, mask=here, other=0)
         here &= alpha != 0
         delta = tl.load(about + 2, mask=here, other=0) != 0
-        values = tl.load(about, mask=here, other=0).to(tl.pointer_type(BITS))
+        values = memory(tl.load(about, mask=here, other=0), V, False)
         value = tl.load(values[:, None] + (own[:, None] * granule + column[None, :]), mask=here[:, None] & inside)
         wide = widen(value, V, C)
         change = tl.where(delta[:, None], wide, wide - base)
@@ -102,19 +73,24 @@ def fuse_kernel(
         overwrites += overwrite.to(tl.int32)
         at += 1
     keeps = (contributions == 0) | ((contributions == 1) & (overwrites == 1))
+    tl.debug_barrier()  # one thread may read an entry that another writes
     tl.store(weight + entry, tl.where(keeps[:, None], exact, narrow(fused, W)), mask=inside)
 
 
-def _table(values: Sequence[Tensor], delta: Sequence[bool], granule: int) -> Tensor:
-    filled = triton.cdiv(len(values), _ADAPTERS) * _ADAPTERS  # the last adapter again: no source names it
-    table = torch.empty((filled, _FIELDS.value), dtype=torch.int64, device=values[0].device)
-    for begin in range(0, filled, _ADAPTERS):
-        numbers: list[int] = []
-        for k in range(begin, begin + _ADAPTERS):
-            last = min(k, len(values) - 1)
-            numbers += values[last].data_ptr(), values[last].numel() // granule, int(delta[last])
-        launch(table_kernel, 1, table[begin], *numbers)
-    return table
+@triton.jit(do_not_specialize=["members", "granule", "total", "adapters"])
+def fuse_kernel(
+    jobs,
+    members,
+    granule,
+    sources,
+    total: tl.int64,
+    table,
+    alphas,
+    adapters,
+    DEAL: tl.constexpr,
+    RULE: tl.constexpr,
+):
+    walk(fuse_tile, jobs, members, granule, (sources, total, table, alphas, adapters), DEAL, RULE)
 
 
 @checked
@@ -130,16 +106,14 @@ def fuse_(
     refuse: bool,
     granule: int,
 ) -> None:
-    constants = {
-        "REFUSE": refuse,
-        "BITS": bits_dtype(values[0]),
-        "W": dtype(weight),
-        "V": dtype(values[0]),
-        "C": compute(weight),
-    }
-    table = _table(values, delta, granule)
-    args = (bits(weight), bits(saved), offsets, sources, sources.numel(), table, alphas, len(values))
-    walk(fuse_kernel, indices, weight.numel(), granule, *args, entries=256, **constants)
+    about = [
+        number
+        for tensor, is_delta in zip(values, delta, strict=True)
+        for number in (tensor.data_ptr(), tensor.numel() // granule, int(is_delta))
+    ]
+    args = (sources, sources.numel(), put(about, weight.device), alphas, len(values))
+    rule = Rule(refuse, dtype(values[0]), compute(weight))
+    deal(fuse_kernel, [(weight, indices, saved, offsets)], granule, lambda *_: (args, rule), entries=256)
 
 
 @checked

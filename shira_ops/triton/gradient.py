@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import checks
-from .launch import checked, compute, launch, tile, walk
+from .launch import TILE, checked, compute, launch
 
 # Below this density of selected entries the sampled way is taken. Predicted, not measured: at 2048 tokens of a
 # 4096 x 4096 layer an H100's tensor cores need about 100 us for the dense product, in which its L2 cache delivers
@@ -58,12 +58,36 @@ def sampled_kernel(
     tl.store(out + position, tl.sum(total, 1), mask=position < nnz)
 
 
-@triton.jit
-def take_kernel(dense, out, begin, end, indices, n, granules, granule, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The entries that lie in [begin, end) of the weight, which is what `dense` holds."""
-    position, entry, _, inside = tile(indices, n, granules, granule, ROWS, COLUMNS)
-    here = inside & (entry >= begin) & (entry < end)
-    tl.store(out + position, tl.load(dense + (entry - begin), mask=here), mask=here)
+@triton.jit(do_not_specialize=["block", "begin", "end", "granule"])
+def take_kernel(
+    dense,
+    out,
+    bounds,
+    block,
+    begin: tl.int64,
+    end: tl.int64,
+    indices,
+    granule,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The entries that lie in [begin, end) of the weight, which is what `dense` holds: those of the indices from
+    bounds[block] to bounds[block + 1], and the last ones before, since a granule may begin in the block before."""
+    first = tl.maximum(tl.load(bounds + block) - 1, 0) + tl.program_id(0).to(tl.int64) * ROWS
+    last = tl.load(bounds + block + 1)
+    while first < last:
+        row = first + tl.arange(0, ROWS)
+        index = tl.load(indices + row, mask=row < last, other=-1).to(tl.int64)
+        part = tl.zeros((), tl.int64)
+        while part < granule:
+            column = part + tl.arange(0, COLUMNS)
+            entry = index[:, None] * granule + column[None, :]
+            here = ((row < last) & (index >= 0))[:, None] & (column < granule)[None, :]
+            here = here & (entry >= begin) & (entry < end)
+            value = tl.load(dense + (entry - begin), mask=here)
+            tl.store(out + row[:, None] * granule + column[None, :], value, mask=here)
+            part += COLUMNS
+        first += tl.num_programs(0).to(tl.int64) * ROWS
 
 
 def _sampled(left: Tensor, right: Tensor, indices: Tensor, out: Tensor, granule: int) -> None:
@@ -84,11 +108,21 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _dense(left: Tensor, right: Tensor, indices: Tensor, out: Tensor, granule: int) -> None:
     rows, columns = left.shape[1], right.shape[1]
-    block = max(1, SCRATCH // columns)
-    for row in range(0, rows, block):
+    # Matrices that start at multiples of 16 bytes are what tensor cores want.
+    block = max(256, SCRATCH // columns // 256 * 256)
+    begins = range(0, rows, block)
+    # Where each block's indices start. A granule is one of the block that it begins in, and may reach into the next.
+    before = (torch.arange(len(begins) + 1, device=indices.device) * (block * columns) - 1) // granule
+    before = before.clamp_(max=torch.iinfo(indices.dtype).max).to(indices.dtype)
+    bounds = torch.searchsorted(indices, before, right=True)
+    width = min(triton.next_power_of_2(granule), TILE)
+    size = TILE // width
+    programs = 1 + triton.cdiv(indices.numel(), size * len(begins))  # as many as an even share needs
+    for number, row in enumerate(begins):
         dense = _product(left[:, row : row + block].t(), right, out.dtype)
         begin = row * columns
-        walk(take_kernel, indices, rows * columns, granule, dense, out, begin, begin + dense.numel())
+        share = (number, begin, begin + dense.numel(), indices, granule)
+        launch(take_kernel, programs, dense, out, bounds, *share, ROWS=size, COLUMNS=width)
 
 
 @checked

@@ -1,4 +1,4 @@
-"""How kernels are started: what is refused first, the device, and how entries are dealt to programs."""
+"""How kernels are started: what is refused first, and the device."""
 
 from __future__ import annotations
 
@@ -81,49 +81,7 @@ def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
         kernel[(programs,)](*args, **constants, enable_fp_fusion=False)
 
 
-def walk(
-    kernel: Any, indices: Tensor, numel: int, granule: int, *args: Any, entries: int = TILE, **constants: Any
-) -> None:
-    """Runs a kernel over tiles of `entries` each of the `indices` of a weight of `numel`: see `tile`.
-
-    `args` come first and then what the tile needs. A granule that is a power of two and aligned moves in vectors.
-    """
-    columns = min(triton.next_power_of_2(granule), entries)
-    rows = entries // columns
-    programs = triton.cdiv(indices.numel(), rows) * triton.cdiv(granule, columns)
-    granules = numel // granule
-    launch(
-        kernel, programs, *args, indices, indices.numel(), granules, granule, **constants, ROWS=rows, COLUMNS=columns
-    )
-
-
-@triton.jit
-def lines(indices, n, granules, granule, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A program's share by rows and columns: [ROWS] numbers of granules in the streams and in the weight, whether
-    the weight has such a one, and [COLUMNS] entries of a granule."""
-    program = tl.program_id(0)
-    parts = tl.cdiv(granule, COLUMNS)  # of a granule that is wider than a tile
-    row = (program // parts).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = (program % parts).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    index = tl.load(indices + row, mask=row < n, other=-1).to(tl.int64)
-    return row, column, index, (index >= 0) & (index < granules)
-
-
-@triton.jit
-def tile(indices, n, granules, granule, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A program's share, [ROWS, COLUMNS]: positions in the streams, entries of the weight, whether there is such a
-    position, and whether the weight has such an entry too."""
-    row, column, index, known = lines(indices, n, granules, granule, ROWS, COLUMNS)
-    narrow = (column < granule)[None, :]
-    return (
-        row[:, None] * granule + column[None, :],
-        index[:, None] * granule + column[None, :],
-        (row < n)[:, None] & narrow,
-        known[:, None] & narrow,
-    )
-
-
-@triton.jit(do_not_specialize=["granules"])
+@triton.jit(do_not_specialize=["n", "granules"])
 def check_kernel(indices, first, n, granules, LIMITED: tl.constexpr, BLOCK: tl.constexpr):
     """The first position that is refused stays in `first`."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -6,7 +6,9 @@ double by the kernel itself, so that `step` and `lr` may be tensors that nobody 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,16 +17,17 @@ from torch import Tensor
 
 from .. import checks
 from .arithmetic import narrow, number, widen
-from .launch import bits, checked, compute, dtype, launch, number_bits, tile, walk
+from .launch import checked, compute, dtype, launch, number_bits
+from .walk import deal, tile, walk
 
 
 @triton.jit
-def given(x, IS_TENSOR: tl.constexpr):
-    """A number of double precision: an argument's bits, or read where it lies."""
-    if IS_TENSOR:
-        return tl.load(x).to(tl.float64)
-    else:
+def given(x, TYPE: tl.constexpr):
+    """A number of double precision: an argument's bits, or read where it lies, of a TYPE there."""
+    if TYPE is None:
         return number(x, tl.float64)
+    else:
+        return tl.load(x.to(tl.pointer_type(TYPE))).to(tl.float64)
 
 
 @triton.jit
@@ -59,14 +62,23 @@ def divide(x, y):
 
 @triton.jit(do_not_specialize=["step", "lr", "beta1", "beta2", "eps", "weight_decay"])
 def adamw_numbers_kernel(
-    numbers, step, lr, beta1, beta2, eps, weight_decay, STEP_IS_TENSOR: tl.constexpr, LR_IS_TENSOR: tl.constexpr
+    numbers,
+    step: tl.int64,
+    lr: tl.int64,
+    beta1: tl.int64,
+    beta2: tl.int64,
+    eps: tl.int64,
+    weight_decay: tl.int64,
+    STEP: tl.constexpr,
+    LR: tl.constexpr,
 ):
-    """What adamw_kernel reads: decay, rest1, beta2, rest2, root, eps, step_size, each rounded once."""
-    if STEP_IS_TENSOR:
-        t = tl.load(step).to(tl.int64)
+    """What adamw_tile reads: decay, rest1, beta2, rest2, root, eps, step_size, each rounded once. STEP and LR are the
+    types of tensors, where their addresses are given."""
+    if STEP is None:
+        t = step
     else:
-        t = step.to(tl.int64)
-    rate = given(lr, LR_IS_TENSOR)
+        t = tl.load(step.to(tl.pointer_type(STEP))).to(tl.int64)
+    rate = given(lr, LR)
     first, second = number(beta1, tl.float64), number(beta2, tl.float64)
     C: tl.constexpr = numbers.dtype.element_ty
     tl.store(numbers + 0, (1 - rate * number(weight_decay, tl.float64)).to(C))
@@ -78,131 +90,132 @@ def adamw_numbers_kernel(
     tl.store(numbers + 6, (rate / (1 - power(first, t))).to(C))
 
 
+class Rule(NamedTuple):
+    """How the gradient comes, and of sgd what is there at all."""
+
+    dense: bool
+    wide: tl.dtype  # of the arithmetic
+    buffer: bool = False
+    decays: bool = False
+    nesterov: bool = False
+    lr: tl.dtype | None = None  # of a tensor
+
+
 @triton.jit
-def load_gradient(grad, position, entry, inside, G: tl.constexpr, C: tl.constexpr, DENSE: tl.constexpr):
-    if DENSE:
-        return widen(tl.load(grad + entry, mask=inside), G, C)
+def load_gradient(grad, position, entry, given, inside, G: tl.constexpr, RULE: tl.constexpr):
+    if RULE.dense:
+        return widen(tl.load(grad + entry, mask=inside), G, RULE.wide)
     else:
-        return widen(tl.load(grad + position, mask=inside), G, C)
+        return widen(tl.load(grad + position, mask=given), G, RULE.wide)
 
 
 @triton.jit
-def adamw_kernel(
-    weight,
-    master,
-    exp_avg,
-    exp_avg_sq,
-    grad,
-    numbers,
-    indices,
-    n,
-    granules,
-    granule,
-    DENSE: tl.constexpr,
-    W: tl.constexpr,
-    G: tl.constexpr,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    position, entry, _, inside = tile(indices, n, granules, granule, ROWS, COLUMNS)
+def adamw_tile(pointers, place, numbers, WHOLE: tl.constexpr, DEAL: tl.constexpr, RULE: tl.constexpr):
+    weight, indices, grad, master, exp_avg, exp_avg_sq = pointers
+    C: tl.constexpr = RULE.wide
+    position, entry, given, inside = tile(indices, place, WHOLE, DEAL)
     decay, rest1 = tl.load(numbers + 0), tl.load(numbers + 1)
     beta2, rest2 = tl.load(numbers + 2), tl.load(numbers + 3)
     root, eps, step_size = tl.load(numbers + 4), tl.load(numbers + 5), tl.load(numbers + 6)
-    g = load_gradient(grad, position, entry, inside, G, C, DENSE)
-    p = widen(tl.load(master + position, mask=inside), C, C)
-    m = widen(tl.load(exp_avg + position, mask=inside), C, C)
-    v = widen(tl.load(exp_avg_sq + position, mask=inside), C, C)
+    g = load_gradient(grad, position, entry, given, inside, DEAL.types[2], RULE)
+    old_p = tl.load(master + position, mask=given)
+    old_m = tl.load(exp_avg + position, mask=given)
+    old_v = tl.load(exp_avg_sq + position, mask=given)
+    p, m, v = widen(old_p, C, C), widen(old_m, C, C), widen(old_v, C, C)
     m = m + (g - m) * rest1
     v = v * beta2 + (g * g) * rest2
     p = p * decay - step_size * divide(m, divide(square_root(v), root) + eps)
-    tl.store(exp_avg + position, narrow(m, C), mask=inside)
-    tl.store(exp_avg_sq + position, narrow(v, C), mask=inside)
-    tl.store(master + position, narrow(p, C), mask=inside)
-    tl.store(weight + entry, narrow(p, W), mask=inside)
+    tl.store(exp_avg + position, tl.where(inside, narrow(m, C), old_m), mask=given)
+    tl.store(exp_avg_sq + position, tl.where(inside, narrow(v, C), old_v), mask=given)
+    tl.store(master + position, tl.where(inside, narrow(p, C), old_p), mask=given)
+    tl.store(weight + entry, narrow(p, DEAL.types[0]), mask=inside)
 
 
-@triton.jit(do_not_specialize=["lr", "momentum", "rest", "decay"])
-def sgd_kernel(
-    weight,
-    master,
-    buffer,
-    grad,
-    lr,
-    momentum,
-    rest,
-    decay,
-    indices,
-    n,
-    granules,
-    granule,
-    LR_IS_TENSOR: tl.constexpr,
-    BUFFER: tl.constexpr,
-    DECAYS: tl.constexpr,
-    NESTEROV: tl.constexpr,
-    DENSE: tl.constexpr,
-    W: tl.constexpr,
-    G: tl.constexpr,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    position, entry, _, inside = tile(indices, n, granules, granule, ROWS, COLUMNS)
-    g = load_gradient(grad, position, entry, inside, G, C, DENSE)
-    p = widen(tl.load(master + position, mask=inside), C, C)
-    if DECAYS:
+@triton.jit(do_not_specialize=["members", "granule"])
+def adamw_kernel(jobs, members, granule, numbers, DEAL: tl.constexpr, RULE: tl.constexpr):
+    walk(adamw_tile, jobs, members, granule, numbers, DEAL, RULE)
+
+
+@triton.jit
+def sgd_tile(pointers, place, settings, WHOLE: tl.constexpr, DEAL: tl.constexpr, RULE: tl.constexpr):
+    weight, indices, grad, master = pointers[0], pointers[1], pointers[2], pointers[3]
+    lr, momentum, rest, decay = settings
+    C: tl.constexpr = RULE.wide
+    position, entry, there, inside = tile(indices, place, WHOLE, DEAL)
+    g = load_gradient(grad, position, entry, there, inside, DEAL.types[2], RULE)
+    old_p = tl.load(master + position, mask=there)
+    p = widen(old_p, C, C)
+    if RULE.decays:
         g = g + number(decay, C) * p
-    if BUFFER:
-        b = widen(tl.load(buffer + position, mask=inside), C, C)
-        b = number(momentum, C) * b + number(rest, C) * g
-        tl.store(buffer + position, narrow(b, C), mask=inside)
-        if NESTEROV:
+    if RULE.buffer:
+        old_b = tl.load(pointers[4] + position, mask=there)
+        b = number(momentum, C) * widen(old_b, C, C) + number(rest, C) * g
+        tl.store(pointers[4] + position, tl.where(inside, narrow(b, C), old_b), mask=there)
+        if RULE.nesterov:
             g = g + number(momentum, C) * b
         else:
             g = b
-    p = p - given(lr, LR_IS_TENSOR).to(C) * g
-    tl.store(master + position, narrow(p, C), mask=inside)
-    tl.store(weight + entry, narrow(p, W), mask=inside)
+    p = p - given(lr, RULE.lr).to(C) * g
+    tl.store(master + position, tl.where(inside, narrow(p, C), old_p), mask=there)
+    tl.store(weight + entry, narrow(p, DEAL.types[0]), mask=inside)
 
 
-def _number(x: float | Tensor) -> int | Tensor:
-    return x if isinstance(x, Tensor) else number_bits(x, tl.float64)
+@triton.jit(do_not_specialize=["members", "granule", "lr", "momentum", "rest", "decay"])
+def sgd_kernel(
+    jobs,
+    members,
+    granule,
+    lr: tl.int64,
+    momentum: tl.int64,
+    rest: tl.int64,
+    decay: tl.int64,
+    DEAL: tl.constexpr,
+    RULE: tl.constexpr,
+):
+    walk(sgd_tile, jobs, members, granule, (lr, momentum, rest, decay), DEAL, RULE)
 
 
-def _numbers(
-    weight: Tensor,
+def _number(x: float | Tensor) -> int:
+    return x.data_ptr() if isinstance(x, Tensor) else number_bits(x, tl.float64)
+
+
+def _type(x: float | Tensor) -> tl.dtype | None:
+    return dtype(x) if isinstance(x, Tensor) else None
+
+
+def _dense(granule: int) -> Callable[..., bool]:
+    """Whether the gradient of a member has the weight's shape."""
+    return lambda weight, indices, grad, *_: checks.is_dense(grad, weight, indices.numel() * granule)
+
+
+def _adamw(
+    members: Iterable[tuple[Tensor, ...]],
     step: int | Tensor,
     lr: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
-) -> Tensor:
-    numbers = torch.empty(7, dtype=checks.compute_dtype(weight.dtype), device=weight.device)
-    constants = {"STEP_IS_TENSOR": isinstance(step, Tensor), "LR_IS_TENSOR": isinstance(lr, Tensor)}
-    others = (_number(x) for x in (lr, beta1, beta2, eps, weight_decay))
-    launch(adamw_numbers_kernel, 1, numbers, step, *others, **constants)
-    return numbers
-
-
-def _adamw(
-    weight: Tensor,
-    indices: Tensor,
-    master: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    grad: Tensor,
-    numbers: Tensor,
     granule: int,
 ) -> None:
-    constants = {
-        "DENSE": checks.is_dense(grad, weight, indices.numel() * granule),
-        "W": dtype(weight),
-        "G": dtype(grad),
-        "C": compute(weight),
-    }
-    args = (bits(weight), bits(master), bits(exp_avg), bits(exp_avg_sq), bits(grad), numbers)
-    walk(adamw_kernel, indices, weight.numel(), granule, *args, entries=512, **constants)
+    """Of members (weight, indices, grad, master, exp_avg, exp_avg_sq)."""
+    dense = _dense(granule)
+
+    @cache
+    def numbers_of(wide: torch.dtype, device: torch.device) -> Tensor:
+        """Once a compute dtype: a list may hold fp64 weights beside others."""
+        numbers = torch.empty(7, dtype=wide, device=device)
+        at = step.data_ptr() if isinstance(step, Tensor) else step
+        others = (_number(x) for x in (lr, beta1, beta2, eps, weight_decay))
+        launch(adamw_numbers_kernel, 1, numbers, at, *others, STEP=_type(step), LR=_type(lr))
+        return numbers
+
+    def rule(*member: Tensor) -> tuple[tuple[Tensor], Rule]:
+        weight = member[0]
+        numbers = numbers_of(checks.compute_dtype(weight.dtype), weight.device)
+        return (numbers,), Rule(dense(*member), compute(weight))
+
+    deal(adamw_kernel, members, granule, rule, dense, entries=512)
 
 
 @checked
@@ -221,8 +234,8 @@ def adamw_(
     weight_decay: float,
     granule: int,
 ) -> None:
-    numbers = _numbers(weight, step, lr, beta1, beta2, eps, weight_decay)
-    _adamw(weight, indices, master, exp_avg, exp_avg_sq, grad, numbers, granule)
+    members = [(weight, indices, grad, master, exp_avg, exp_avg_sq)]
+    _adamw(members, step, lr, beta1, beta2, eps, weight_decay, granule)
 
 
 adamw_tensor_ = adamw_
@@ -244,24 +257,15 @@ def foreach_adamw_(
     weight_decay: float,
     granule: int,
 ) -> None:
-    # Once a compute dtype: a list may hold fp64 weights beside others.
-    numbers: dict[torch.dtype, Tensor] = {}
-    for t, weight in enumerate(weights):
-        wide = checks.compute_dtype(weight.dtype)
-        if wide not in numbers:
-            numbers[wide] = _numbers(weight, step, lr, beta1, beta2, eps, weight_decay)
-        _adamw(weight, indices[t], masters[t], exp_avgs[t], exp_avg_sqs[t], grads[t], numbers[wide], granule)
+    members = zip(weights, indices, grads, masters, exp_avgs, exp_avg_sqs, strict=True)
+    _adamw(members, step, lr, beta1, beta2, eps, weight_decay, granule)
 
 
 foreach_adamw_tensor_ = foreach_adamw_
 
 
 def _sgd(
-    weight: Tensor,
-    indices: Tensor,
-    master: Tensor,
-    momentum_buffer: Tensor | None,
-    grad: Tensor,
+    members: Iterable[tuple[Tensor, ...]],
     lr: float | Tensor,
     momentum: float,
     dampening: float,
@@ -269,22 +273,17 @@ def _sgd(
     nesterov: bool,
     granule: int,
 ) -> None:
-    wide = compute(weight)
-    constants = {
-        "LR_IS_TENSOR": isinstance(lr, Tensor),
-        "BUFFER": momentum_buffer is not None,
-        "DECAYS": weight_decay != 0,
-        "NESTEROV": nesterov,
-        "DENSE": checks.is_dense(grad, weight, indices.numel() * granule),
-        "W": dtype(weight),
-        "G": dtype(grad),
-        "C": wide,
-    }
-    # Without a buffer the kernel never looks at what stands in its place.
-    buffer = bits(master if momentum_buffer is None else momentum_buffer)
-    scalars = (number_bits(x, wide) for x in (momentum, 1 - dampening, weight_decay))
-    args = (bits(weight), bits(master), buffer, bits(grad), _number(lr), *scalars)
-    walk(sgd_kernel, indices, weight.numel(), granule, *args, entries=512, **constants)
+    """Of members (weight, indices, grad, master) or (weight, indices, grad, master, momentum_buffer)."""
+    dense = _dense(granule)
+
+    def rule(*member: Tensor) -> tuple[tuple[int, ...], Rule]:
+        wide = compute(member[0])
+        numbers = (number_bits(x, wide) for x in (momentum, 1 - dampening, weight_decay))
+        return (_number(lr), *numbers), Rule(
+            dense(*member), wide, len(member) == 5, weight_decay != 0, nesterov, _type(lr)
+        )
+
+    deal(sgd_kernel, members, granule, rule, dense, entries=512)
 
 
 @checked
@@ -301,8 +300,8 @@ def sgd_(
     nesterov: bool,
     granule: int,
 ) -> None:
-    state = (master, momentum_buffer, grad)
-    _sgd(weight, indices, *state, lr, momentum, dampening, weight_decay, nesterov, granule)
+    buffer = () if momentum_buffer is None else (momentum_buffer,)
+    _sgd([(weight, indices, grad, master, *buffer)], lr, momentum, dampening, weight_decay, nesterov, granule)
 
 
 sgd_tensor_ = sgd_
@@ -322,9 +321,9 @@ def foreach_sgd_(
     nesterov: bool,
     granule: int,
 ) -> None:
-    for t, weight in enumerate(weights):
-        state = (masters[t], None if momentum_buffers is None else momentum_buffers[t], grads[t])
-        _sgd(weight, indices[t], *state, lr, momentum, dampening, weight_decay, nesterov, granule)
+    buffers = () if momentum_buffers is None else (momentum_buffers,)
+    members = zip(weights, indices, grads, masters, *buffers, strict=True)
+    _sgd(members, lr, momentum, dampening, weight_decay, nesterov, granule)
 
 
 foreach_sgd_tensor_ = foreach_sgd_

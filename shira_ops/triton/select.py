@@ -9,56 +9,95 @@ computed anew in each pass and never stored; nothing waits for a count.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import checks
-from .arithmetic import widen
+from .arithmetic import narrow, widen
 from .launch import TILE, bits, checked, compute, dtype, launch
 from .splitmix import GOLDEN, splitmix64
 
 DIGIT = 8  # bits
 BINS = tl.constexpr(2**DIGIT)
-ROWS = 512
+ROWS = 1024  # granules that a program looks at together
+PROGRAMS = 1024  # that count: each adds to the same few numbers, once
+
+
+class Rule(NamedTuple):
+    score: str
+    weight: tl.dtype
+    grad: tl.dtype
+    wide: tl.dtype  # of the arithmetic
+    single: bool  # granules of one entry
+
+
+def key_bits(rule: Rule) -> int:
+    """Of a key. A 16-bit number alone is its own key: made wide, it would end in zeros."""
+    looked_at = rule.grad if rule.score == "grad" else rule.weight
+    alone = rule.single and rule.score != "snip"
+    return 16 if alone and looked_at.primitive_bitwidth == 16 else rule.wide.primitive_bitwidth
 
 
 @triton.jit
-def score_keys(
-    weight, grad, row, granules, granule, SCORE: tl.constexpr, W: tl.constexpr, G: tl.constexpr, C: tl.constexpr
-):
-    """Scores as integers in their order, NaN below all: a sum of magnitudes is never negative."""
-    mask = row < granules
-    entry = row * granule
-    total = tl.zeros(row.shape, C)
-    column = tl.zeros((), tl.int64)
-    while column < granule:
-        if SCORE != "grad":
-            term = widen(tl.load(weight + entry + column, mask=mask, other=0), W, C)
-            if SCORE == "snip":
-                term = term * widen(tl.load(grad + entry + column, mask=mask, other=0), G, C)
-        else:
-            term = widen(tl.load(grad + entry + column, mask=mask, other=0), G, C)
-        total += tl.abs(term)
-        column += 1
-    if tl.float64 == C:
-        key = tl.where(total != total, 0, total.to(tl.int64, bitcast=True) + 1)
+def term_of(weight, grad, entry, given, RULE: tl.constexpr):
+    if RULE.score == "grad":
+        term = widen(tl.load(grad + entry, mask=given, other=0), RULE.grad, RULE.wide)
     else:
-        key = tl.where(total != total, 0, total.to(tl.int32, bitcast=True) + 1)
-    return key
+        term = widen(tl.load(weight + entry, mask=given, other=0), RULE.weight, RULE.wide)
+        if RULE.score == "snip":
+            term = term * widen(tl.load(grad + entry, mask=given, other=0), RULE.grad, RULE.wide)
+    return tl.abs(term)
 
 
 @triton.jit
+def score_keys(weight, grad, row, given, granule, RULE: tl.constexpr, KEY: tl.constexpr):
+    """Scores as integers in their order, NaN below all: a sum of magnitudes is never negative."""
+    if RULE.single:
+        total = term_of(weight, grad, row, given, RULE)
+    else:
+        total = tl.zeros(row.shape, RULE.wide)
+        column = tl.zeros((), tl.int64)
+        while column < granule:
+            total += term_of(weight, grad, row * granule + column, given, RULE)
+            column += 1
+    if KEY == 64:
+        bits = total.to(tl.int64, bitcast=True)
+    elif KEY == 32:
+        bits = total.to(tl.int32, bitcast=True)
+    elif RULE.score == "grad":
+        bits = narrow(total, RULE.grad).to(tl.int32)
+    else:
+        bits = narrow(total, RULE.weight).to(tl.int32)
+    return tl.where(total != total, 0, bits + 1)
+
+
+@triton.jit
+def count_tile(weight, grad, state, row, given, granule, shift, RULE: tl.constexpr, KEY: tl.constexpr):
+    key = score_keys(weight, grad, row, given, granule, RULE, KEY)
+    agrees = given & ((key >> shift >> 8) == tl.load(state).to(key.dtype))
+    return tl.histogram(((key >> shift) & 255).to(tl.int32), BINS, mask=agrees).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["granules", "granule", "shift"])
 def count_kernel(
-    weight, grad, counts, state, granules, granule, SHIFT: tl.constexpr, SCORE: tl.constexpr, W: tl.constexpr,
-    G: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
+    weight, grad, counts, state, granules: tl.int64, granule, shift, RULE: tl.constexpr, KEY: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    key = score_keys(weight, grad, row, granules, granule, SCORE, W, G, C)
-    agrees = (row < granules) & ((key >> SHIFT >> 8) == tl.load(state).to(key.dtype))
-    digit = ((key >> SHIFT) & 255).to(tl.int32)
-    tl.atomic_add(counts + tl.arange(0, BINS), tl.histogram(digit, BINS, mask=agrees).to(tl.int64), sem="relaxed")
+    found = tl.full([BINS], 0, tl.int64)
+    begin = tl.program_id(0).to(tl.int64) * ROWS
+    lane = tl.arange(0, ROWS)
+    while begin + ROWS <= granules:
+        every = tl.full([ROWS], True, tl.int1)
+        found += count_tile(weight, grad, state, begin + lane, every, granule, shift, RULE, KEY)
+        begin += tl.num_programs(0).to(tl.int64) * ROWS
+    if begin < granules:
+        row = begin + lane
+        found += count_tile(weight, grad, state, row, row < granules, granule, shift, RULE, KEY)
+    tl.atomic_add(counts + tl.arange(0, BINS), found, mask=found != 0, sem="relaxed")
 
 
 @triton.jit
@@ -71,43 +110,58 @@ def digit_kernel(counts, state):
     digit = tl.max(tl.where(above + number >= wanted, bins, 0))
     tl.store(state, tl.load(state) * 256 + digit)
     tl.store(state + 1, wanted - tl.sum(tl.where(bins > digit, number, 0)))
-    tl.store(counts + bins, tl.zeros([BINS], tl.int64))
+    tl.store(counts + bins, tl.full([BINS], 0, tl.int64))
 
 
 @triton.jit
+def tally_tile(weight, grad, tallies, state, row, given, granule, RULE: tl.constexpr, KEY: tl.constexpr):
+    key = score_keys(weight, grad, row, given, granule, RULE, KEY).to(tl.int64)
+    least = tl.load(state)
+    at = tallies + tl.program_id(0)
+    tl.store(at, tl.sum((given & (key > least)).to(tl.int64)))
+    tl.store(at + tl.num_programs(0), tl.sum((given & (key == least)).to(tl.int64)))
+
+
+@triton.jit(do_not_specialize=["granules", "granule"])
 def tally_kernel(
-    weight, grad, tallies, state, granules, granule, SCORE: tl.constexpr, W: tl.constexpr, G: tl.constexpr,
-    C: tl.constexpr, ROWS: tl.constexpr,
+    weight, grad, tallies, state, granules: tl.int64, granule, RULE: tl.constexpr, KEY: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """How many granules of each program lie above the k-th score, and how many are equal to it."""
-    program = tl.program_id(0).to(tl.int64)
-    row = program * ROWS + tl.arange(0, ROWS)
-    key = score_keys(weight, grad, row, granules, granule, SCORE, W, G, C).to(tl.int64)
-    least = tl.load(state)
-    given = row < granules
-    tl.store(tallies + program, tl.sum((given & (key > least)).to(tl.int64)))
-    tl.store(tallies + tl.num_programs(0) + program, tl.sum((given & (key == least)).to(tl.int64)))
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    if (tl.program_id(0).to(tl.int64) + 1) * ROWS <= granules:
+        tally_tile(weight, grad, tallies, state, row, tl.full([ROWS], True, tl.int1), granule, RULE, KEY)
+    else:
+        tally_tile(weight, grad, tallies, state, row, row < granules, granule, RULE, KEY)
 
 
 @triton.jit
-def write_kernel(
-    weight, grad, tallies, state, out, granules, granule, SCORE: tl.constexpr, W: tl.constexpr, G: tl.constexpr,
-    C: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Each program knows what stands before it: every granule above, and of the equal ones the first few."""
-    program = tl.program_id(0).to(tl.int64)
-    row = program * ROWS + tl.arange(0, ROWS)
-    key = score_keys(weight, grad, row, granules, granule, SCORE, W, G, C).to(tl.int64)
+def write_tile(weight, grad, before, state, out, row, given, granule, RULE: tl.constexpr, KEY: tl.constexpr):
+    key = score_keys(weight, grad, row, given, granule, RULE, KEY).to(tl.int64)
     least, ties = tl.load(state), tl.load(state + 1)
-    given = row < granules
     above = (given & (key > least)).to(tl.int64)
     equal = (given & (key == least)).to(tl.int64)
-    above_before = tl.load(tallies + program)
-    equal_before = tl.load(tallies + tl.num_programs(0) + program)
+    at, equals = before + tl.program_id(0), before + tl.num_programs(0)
+    above_before = tl.load(at)
+    equal_before = tl.load(equals + tl.program_id(0)) - tl.load(equals)
     rank = equal_before + tl.cumsum(equal) - equal
     chosen = (above != 0) | ((equal != 0) & (rank < ties))
-    at = above_before + tl.cumsum(above) - above + tl.minimum(rank, ties)
-    tl.store(out + at, row.to(out.dtype.element_ty), mask=chosen)
+    place = above_before + tl.cumsum(above) - above + tl.minimum(rank, ties)
+    tl.store(out + place, row.to(out.dtype.element_ty), mask=chosen)
+
+
+@triton.jit(do_not_specialize=["granules", "granule"])
+def write_kernel(
+    weight, grad, before, state, out, granules: tl.int64, granule, RULE: tl.constexpr, KEY: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Each program knows what stands before it: every granule above, and of the equal ones the first few. `before`
+    counts what is above for each program, and goes on with what is equal."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    if (tl.program_id(0).to(tl.int64) + 1) * ROWS <= granules:
+        write_tile(weight, grad, before, state, out, row, tl.full([ROWS], True, tl.int1), granule, RULE, KEY)
+    else:
+        write_tile(weight, grad, before, state, out, row, row < granules, granule, RULE, KEY)
 
 
 @checked
@@ -117,18 +171,21 @@ def select_top(weight: Tensor, grad: Tensor | None, k: int, score: str, granule:
     if k == 0:
         return out
     second = weight if grad is None or score == "magnitude" else grad
-    constants = {"SCORE": score, "W": dtype(weight), "G": dtype(second), "C": compute(weight), "ROWS": ROWS}
+    rule = Rule(score, dtype(weight), dtype(second), compute(weight), granule == 1)
+    width = key_bits(rule)
+    constants = {"RULE": rule, "KEY": width, "ROWS": ROWS}
     args, sizes = (bits(weight), bits(second)), (granules, granule)
     programs = triton.cdiv(granules, ROWS)
     counts = torch.zeros(BINS.value, dtype=torch.int64, device=weight.device)
     state = torch.zeros(2, dtype=torch.int64, device=weight.device)
     state[1:].fill_(k)
-    for shift in range(64 if weight.dtype == torch.float64 else 32, 0, -DIGIT):
-        launch(count_kernel, programs, *args, counts, state, *sizes, SHIFT=shift - DIGIT, **constants)
+    for shift in range(width - DIGIT, -1, -DIGIT):
+        launch(count_kernel, min(programs, PROGRAMS), *args, counts, state, *sizes, shift, **constants)
         launch(digit_kernel, 1, counts, state)
-    tallies = torch.empty((2, programs), dtype=torch.int64, device=weight.device)
+    # One scan of a flat list is many times as fast as two scans of rows.
+    tallies = torch.empty(2 * programs, dtype=torch.int64, device=weight.device)
     launch(tally_kernel, programs, *args, tallies, state, *sizes, **constants)
-    before = tallies.cumsum(1) - tallies
+    before = tallies.cumsum(0) - tallies
     launch(write_kernel, programs, *args, before, state, out, *sizes, **constants)
     return out
 

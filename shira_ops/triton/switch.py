@@ -1,11 +1,12 @@
 """The switch family: gather, scatter_, swap_, apply_, switch_, scatter_add_, their foreach_ forms, and check_indices.
 
-An index that is out of range is skipped where it is used (gather gives 0). A list is a launch a tensor.
+An index that is out of range is skipped where it is used (gather gives 0).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,145 +15,155 @@ from torch import Tensor
 
 from .. import checks
 from .arithmetic import convert, narrow, number, widen
-from .launch import bits, checked, compute, content, dtype, number_bits, rounded, tile, walk
+from .launch import checked, compute, content, number_bits, rounded
+from .walk import deal, keep, tile, walk
 
 
 @triton.jit
-def gather_kernel(
-    weight, out, indices, n, granules, granule, ZERO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Without ZERO, what is out of range is left as it was."""
-    position, entry, given, inside = tile(indices, n, granules, granule, ROWS, COLUMNS)
+def gather_tile(pointers, place, settings, WHOLE: tl.constexpr, DEAL: tl.constexpr, RULE: tl.constexpr):
+    weight, indices, out = pointers
+    position, entry, given, inside = tile(indices, place, WHOLE, DEAL)
     base = tl.load(weight + entry, mask=inside, other=0)
-    if ZERO:
+    if RULE == "zero":
         tl.store(out + position, base, mask=given)
     else:
-        tl.store(out + position, base, mask=inside)
+        keep(out + position, base, given, inside)
+
+
+@triton.jit(do_not_specialize=["members", "granule"])
+def gather_kernel(jobs, members, granule, DEAL: tl.constexpr, RULE: tl.constexpr):
+    """What is out of range gives "zero", or stays as it was."""
+    walk(gather_tile, jobs, members, granule, None, DEAL, RULE)
 
 
 @triton.jit
-def scatter_kernel(weight, values, indices, n, granules, granule, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    position, entry, _, inside = tile(indices, n, granules, granule, ROWS, COLUMNS)
-    tl.store(weight + entry, tl.load(values + position, mask=inside), mask=inside)
+def scatter_tile(pointers, place, settings, WHOLE: tl.constexpr, DEAL: tl.constexpr, RULE: tl.constexpr):
+    weight, indices, values = pointers
+    position, entry, given, inside = tile(indices, place, WHOLE, DEAL)
+    tl.store(weight + entry, tl.load(values + position, mask=given), mask=inside)
+
+
+@triton.jit(do_not_specialize=["members", "granule"])
+def scatter_kernel(jobs, members, granule, DEAL: tl.constexpr, RULE: tl.constexpr):
+    walk(scatter_tile, jobs, members, granule, None, DEAL, RULE)
 
 
 @triton.jit
-def swap_kernel(weight, values, indices, n, granules, granule, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    position, entry, _, inside = tile(indices, n, granules, granule, ROWS, COLUMNS)
+def swap_tile(pointers, place, settings, WHOLE: tl.constexpr, DEAL: tl.constexpr, RULE: tl.constexpr):
+    weight, indices, values = pointers
+    position, entry, given, inside = tile(indices, place, WHOLE, DEAL)
     base = tl.load(weight + entry, mask=inside)
-    value = tl.load(values + position, mask=inside)
+    value = tl.load(values + position, mask=given)
+    tl.debug_barrier()  # one thread may read an entry that another writes
     tl.store(weight + entry, value, mask=inside)
-    tl.store(values + position, base, mask=inside)
+    tl.store(values + position, tl.where(inside, base, value), mask=given)
 
 
-@triton.jit(do_not_specialize=["alpha"])
-def mix_kernel(
-    weight,
-    values,
-    saved,
-    alpha,
-    indices,
-    n,
-    granules,
-    granule,
-    RULE: tl.constexpr,
-    SAVE: tl.constexpr,
-    W: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """weight = base + alpha*values (delta), base + alpha*(values - base) (blend) or values (overwrite)."""
-    position, entry, _, inside = tile(indices, n, granules, granule, ROWS, COLUMNS)
+@triton.jit(do_not_specialize=["members", "granule"])
+def swap_kernel(jobs, members, granule, DEAL: tl.constexpr, RULE: tl.constexpr):
+    walk(swap_tile, jobs, members, granule, None, DEAL, RULE)
+
+
+class Mix(NamedTuple):
+    """weight = base + alpha*values ("delta"), base + alpha*(values - base) ("blend") or values ("overwrite")."""
+
+    how: str
+    saves: bool
+    wide: tl.dtype  # of the arithmetic
+
+
+@triton.jit
+def mix_tile(pointers, place, alpha, WHOLE: tl.constexpr, DEAL: tl.constexpr, RULE: tl.constexpr):
+    weight, indices, values = pointers[0], pointers[1], pointers[2]
+    W: tl.constexpr = DEAL.types[0]
+    V: tl.constexpr = DEAL.types[2]
+    C: tl.constexpr = RULE.wide
+    position, entry, given, inside = tile(indices, place, WHOLE, DEAL)
     base = tl.load(weight + entry, mask=inside)
-    value = tl.load(values + position, mask=inside)
-    if SAVE:
-        tl.store(saved + position, base, mask=inside)
-    if RULE == "overwrite":
+    value = tl.load(values + position, mask=given)
+    if RULE.saves:
+        keep(pointers[3] + position, base, given, inside)
+    if RULE.how == "overwrite":
         mixed = convert(value, V, W, C)
     else:
         b, v, strength = widen(base, W, C), widen(value, V, C), number(alpha, C)
-        if RULE == "delta":
+        if RULE.how == "delta":
             mixed = narrow(b + strength * v, W)
         else:
             mixed = narrow(b + strength * (v - b), W)
+    tl.debug_barrier()  # one thread may read an entry that another writes
     tl.store(weight + entry, mixed, mask=inside)
 
 
-def _mix(
-    weight: Tensor, indices: Tensor, values: Tensor, saved: Tensor | None, alpha: float, delta: bool, granule: int
-) -> None:
-    base, kept = bits(weight), None if saved is None else bits(saved)
-    floats = weight.dtype in checks.FLOATS
-    wide = compute(weight) if floats else tl.float32
-    strength = rounded(alpha, wide)
-    if strength == 0:
-        if kept is not None:
-            walk(gather_kernel, indices, weight.numel(), granule, base, kept, ZERO=False)
-        return
-    constants = {
-        "RULE": "delta" if delta else "overwrite" if strength == 1 else "blend",
-        "SAVE": kept is not None,
-        "W": dtype(weight),
-        "V": dtype(values),
-        "C": wide,
-    }
-    # A kernel without `saved` never looks at what stands in its place.
-    args = (base, bits(values), base if kept is None else kept, number_bits(strength, wide))
-    walk(mix_kernel, indices, weight.numel(), granule, *args, **constants)
+@triton.jit(do_not_specialize=["members", "granule", "alpha"])
+def mix_kernel(jobs, members, granule, alpha: tl.int64, DEAL: tl.constexpr, RULE: tl.constexpr):
+    walk(mix_tile, jobs, members, granule, alpha, DEAL, RULE)
 
 
-def _gather(weight: Tensor, indices: Tensor, granule: int) -> Tensor:
-    out = torch.empty(indices.numel() * granule, dtype=weight.dtype, device=weight.device)
-    walk(gather_kernel, indices, weight.numel(), granule, bits(weight), bits(out), ZERO=True)
-    return out
+Members = Iterable[tuple[Tensor, ...]]
 
 
-def _scatter(weight: Tensor, indices: Tensor, values: Tensor, granule: int) -> None:
-    walk(scatter_kernel, indices, weight.numel(), granule, bits(weight), bits(values))
+def _plain(*member: Tensor) -> tuple[tuple[()], None]:
+    return (), None
 
 
-def _swap(weight: Tensor, indices: Tensor, values: Tensor, granule: int) -> None:
-    walk(swap_kernel, indices, weight.numel(), granule, bits(weight), bits(values))
+def _scatter(members: Members, granule: int) -> None:
+    deal(scatter_kernel, members, granule, _plain)
 
 
-def _switch(
-    weight: Tensor,
-    indices_out: Tensor,
-    saved_out: Tensor,
-    indices_in: Tensor,
-    values: Tensor,
-    saved_in: Tensor,
-    alpha: float,
-    delta: bool,
-    granule: int,
-) -> None:
-    # One walk would have to look up each entry of one mask in the other, for at most a seventh of the bytes.
-    _scatter(weight, indices_out, saved_out, granule)
-    _mix(weight, indices_in, values, saved_in, alpha, delta, granule)
+def _swap(members: Members, granule: int) -> None:
+    deal(swap_kernel, members, granule, _plain)
+
+
+def _wide(weight: Tensor) -> tl.dtype:
+    return compute(weight) if weight.dtype in checks.FLOATS else tl.float32
+
+
+def _mix(members: Members, alpha: float, delta: bool, granule: int) -> None:
+    """Of members (weight, indices, values) or (weight, indices, values, saved)."""
+    # Alpha may be 0 or 1 once it is rounded, which depends on the weight.
+    members = list(members)
+    for wide in dict.fromkeys(_wide(weight) for weight, *_ in members):
+        own = [member for member in members if _wide(member[0]) == wide]
+        strength = rounded(alpha, wide)
+        if strength == 0:
+            kept = [(weight, indices, *saved) for weight, indices, _, *saved in own if saved]
+            deal(gather_kernel, kept, granule, _plain)
+        else:
+            how = "delta" if delta else "overwrite" if strength == 1 else "blend"
+            settings = (number_bits(strength, wide),), Mix(how, len(own[0]) == 4, wide)
+            deal(mix_kernel, own, granule, lambda *_, settings=settings: settings)
+
+
+def _gather(members: Members, granule: int) -> list[Tensor]:
+    found = [
+        (weight, indices, torch.empty(indices.numel() * granule, dtype=weight.dtype, device=weight.device))
+        for weight, indices in members
+    ]
+    deal(gather_kernel, found, granule, lambda *_: ((), "zero"))
+    return [out for _, _, out in found]
 
 
 @checked
 def gather(weight: Tensor, indices: Tensor, granule: int) -> Tensor:
-    return _gather(weight, indices, granule)
+    return _gather([(weight, indices)], granule)[0]
 
 
 @checked
 def scatter_(weight: Tensor, indices: Tensor, values: Tensor, granule: int) -> None:
-    _scatter(weight, indices, values, granule)
+    _scatter([(weight, indices, values)], granule)
 
 
 @checked
 def swap_(weight: Tensor, indices: Tensor, values: Tensor, granule: int) -> None:
-    _swap(weight, indices, values, granule)
+    _swap([(weight, indices, values)], granule)
 
 
 @checked
 def apply_(
     weight: Tensor, indices: Tensor, values: Tensor, saved: Tensor, alpha: float, delta: bool, granule: int
 ) -> None:
-    _mix(weight, indices, values, saved, alpha, delta, granule)
+    _mix([(weight, indices, values, saved)], alpha, delta, granule)
 
 
 @checked
@@ -167,31 +178,31 @@ def switch_(
     delta: bool,
     granule: int,
 ) -> None:
-    _switch(weight, indices_out, saved_out, indices_in, values, saved_in, alpha, delta, granule)
+    # One walk would have to look up each entry of one mask in the other, for at most a seventh of the bytes.
+    _scatter([(weight, indices_out, saved_out)], granule)
+    _mix([(weight, indices_in, values, saved_in)], alpha, delta, granule)
 
 
 @checked
 def scatter_add_(weight: Tensor, indices: Tensor, values: Tensor, alpha: float, granule: int) -> None:
-    _mix(weight, indices, values, None, alpha, True, granule)
+    _mix([(weight, indices, values)], alpha, True, granule)
 
 
 @checked
 def foreach_gather(weights: Sequence[Tensor], indices: Sequence[Tensor], granule: int) -> list[Tensor]:
-    return [_gather(weight, index, granule) for weight, index in zip(weights, indices, strict=True)]
+    return _gather(zip(weights, indices, strict=True), granule)
 
 
 @checked
 def foreach_scatter_(
     weights: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor], granule: int
 ) -> None:
-    for arguments in zip(weights, indices, values, strict=True):
-        _scatter(*arguments, granule)
+    _scatter(zip(weights, indices, values, strict=True), granule)
 
 
 @checked
 def foreach_swap_(weights: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor], granule: int) -> None:
-    for arguments in zip(weights, indices, values, strict=True):
-        _swap(*arguments, granule)
+    _swap(zip(weights, indices, values, strict=True), granule)
 
 
 @checked
@@ -204,8 +215,7 @@ def foreach_apply_(
     delta: bool,
     granule: int,
 ) -> None:
-    for arguments in zip(weights, indices, values, saved, strict=True):
-        _mix(*arguments, alpha, delta, granule)
+    _mix(zip(weights, indices, values, saved, strict=True), alpha, delta, granule)
 
 
 @checked
@@ -220,8 +230,8 @@ def foreach_switch_(
     delta: bool,
     granule: int,
 ) -> None:
-    for t, weight in enumerate(weights):
-        _switch(weight, indices_out[t], saved_out[t], indices_in[t], values[t], saved_in[t], alpha, delta, granule)
+    _scatter(zip(weights, indices_out, saved_out, strict=True), granule)
+    _mix(zip(weights, indices_in, values, saved_in, strict=True), alpha, delta, granule)
 
 
 @checked

@@ -473,6 +473,35 @@ def test_fused_as_the_switcher_fuses(dtype):
         assert entry.fingerprint == int(shira_ops.fingerprint(base[name])) & (2**64 - 1)
 
 
+def test_fusing_with_a_whole_head_where_the_base_s_is_another():
+    """As the Switcher does: at strength 1 it replaces whatever is there, if nothing else changes it."""
+    torch.manual_seed(4)
+    model = nn.Linear(3, 2)
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    head = Entry(torch.zeros(1, dtype=torch.int32), torch.randn(6), (2, 3), torch.float32, 6, fingerprint=8)
+    bias = Entry(torch.tensor([1], dtype=torch.int32), torch.randn(1), (2,), torch.float32)
+    fresh, other = Adapter({"weight": head, "bias": bias}), Adapter({"bias": bias})
+    switcher = Switcher(model)
+    switcher.add("fresh", fresh)
+    switcher.add("other", other)
+    for strengths in ((1.0, 0.5), (0.0, 0.5)):
+        switcher.activate(dict(zip(("fresh", "other"), strengths, strict=True)))
+        fused = Adapter.fuse(zip((fresh, other), strengths, strict=True), base)
+        for name, entry in fused.weights.items():
+            weight = base[name].clone()
+            shira_ops.scatter_(weight, entry.indices, entry.values, granule=entry.granule)
+            assert torch.equal(weight, model.get_parameter(name).detach())
+            assert entry.fingerprint == int(shira_ops.fingerprint(base[name])) & (2**64 - 1)
+    with pytest.raises(AdapterError, match=r"another base: the content of 1 of 1 weights differs .*'weight'"):
+        Adapter.fuse([(fresh, 0.5)], base)
+    with pytest.raises(
+        AdapterError, match=r"fuse: an adapter replaces 'weight' as a whole, .* cannot be summed with an"
+    ):
+        Adapter.fuse([(fresh, 1.0), (Adapter({"weight": replace(head, fingerprint=None)}), 0.5)], base)
+    with pytest.raises(AdapterError, match="another base"):
+        Adapter.fuse([(Adapter(fresh.weights, delta=True), 1.0)], base)
+
+
 @pytest.mark.parametrize("delta", [False, True])
 def test_fusing_keeps_the_digits_of_float64(delta):
     """Also beside an adapter whose values are float32."""

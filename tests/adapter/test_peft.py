@@ -796,3 +796,24 @@ def test_a_base_with_other_names(tmp_path: Path) -> None:
         assert torch.equal(entry.values, wanted.weights[f"transformer.{name}"].values)
     with pytest.raises(AdapterError, match="rename= gives two modules one weight"):
         Adapter.from_peft(tmp_path, base, density=1.0, rename={r"^transformer\.h\.\d": "h.0"})
+
+
+def test_a_tuner_leaves_the_layers_of_a_lora_alone() -> None:
+    """Unless they are named: by default it trains the layers that the model had before."""
+    model = peft_model(torch.float32, peft.LoraConfig(r=2, target_modules=["v_proj"]))
+    block, base = "base_model.model.layers.0", {name: p.detach().clone() for name, p in model.named_parameters()}
+    lora = [f"{block}.v_proj.lora_{which}.default" for which in "AB"]
+    with SparseTuner(model, masks.Rand(density=0.5)) as tuner:
+        wanted = [f"{block}.q_proj", f"{block}.v_proj.base_layer", "base_model.model.q_proj"]
+        assert list(tuner.adapter().weights) == [f"{name}.weight" for name in wanted]
+        told = f"left out: {', '.join(lora)}, which PEFT added to the model's own layers"
+        assert tuner.summary().splitlines()[-1] == told
+        optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+        model(INPUT).square().sum().backward()
+        optimizer.step()
+        trained = dict(model.named_parameters())
+        assert all(torch.equal(trained[f"{name}.weight"], base[f"{name}.weight"]) for name in lora)
+        assert not any(torch.equal(trained[f"{name}.weight"], base[f"{name}.weight"]) for name in wanted)
+    with SparseTuner(model, masks.Rand(density=0.5), targets="lora_A") as tuner:
+        assert list(tuner.adapter().weights) == [f"{lora[0]}.weight"]
+        assert "left out" not in tuner.summary()

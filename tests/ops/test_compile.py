@@ -55,7 +55,7 @@ def test_what_cannot_be_traced() -> None:
     assert_same(case.args["snapshots"], before)
 
 
-@pytest.mark.parametrize("op", ["gather", "foreach_gather", "sampled_grad"])
+@pytest.mark.parametrize("op", ["gather", "foreach_gather", "sampled_grad", "sparse_linear"])
 def test_opcheck_with_gradients(op: str) -> None:
     case = build(op, Setup(granule=4)).clone()
     for _, t in case.tensors():

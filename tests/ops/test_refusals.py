@@ -60,7 +60,8 @@ for _op in (op for op in FOREACH_OPS if op.removeprefix("foreach_") in ROLES):
     ROLES[_op] = tuple(Role(member(r.name), r.kind, member(r.indices)) for r in ROLES[_op.removeprefix("foreach_")])
 
 WEIGHT_OPS = (*ROLES, "select_top", "fingerprint")
-ARITHMETIC = {"scatter_add_", "fuse_", "select_top"} | {op for op in OPS if "adamw" in op or "sgd" in op}
+ARITHMETIC = {"scatter_add_", "fuse_", "select_top", "sparse_linear", "sparse_linear_add_"}
+ARITHMETIC |= {op for op in OPS if "adamw" in op or "sgd" in op}
 
 
 def weight_of(op: str) -> str:
@@ -121,6 +122,8 @@ WHOLES = {
     "decode_indices": "limit {}",
     "diff_": "weight's {} entries",
     "foreach_diff_": "weights[0]'s {} entries",
+    "sparse_linear": "weight's {} entries",
+    "sparse_linear_add_": "weight's {} entries",
 }
 assert {*OPS} - {*WHOLES} == {"fuse_plan", "encode_indices"}
 
@@ -153,6 +156,8 @@ def test_a_weight_of_more_entries_than_a_number_holds(backend: Backend) -> None:
     case = Case("sampled_grad", {"grad_output": wide, "input": wide, "indices": at, "granule": 1})
     says = f"weight must have fewer than 2^63 entries, got shape [{2**40}, {2**40}]"
     refused(backend, case, f"sampled_grad: {says}")
+    args = {"input": wide, "indices": at, "values": wide.new_ones(1), "out_features": 2**40, "granule": 1}
+    refused(backend, Case("sparse_linear", args), f"sparse_linear: {says}")
 
 
 @pytest.mark.parametrize("op", [*ROLES, "select_top"])
@@ -167,6 +172,9 @@ def test_granule_divides_what_has_no_weight(backend: Backend) -> None:
     args = {"grad_output": torch.ones(2, 3), "input": torch.ones(2, 4), "indices": torch.tensor([0])}
     case = placed(backend, Case("sampled_grad", {**args, "granule": 5}))
     refused(backend, case, "sampled_grad: granule must divide weight's 12 entries, got 5")
+    args = {"input": torch.ones(2, 4), "indices": torch.tensor([0]), "values": torch.ones(5), "out_features": 3}
+    case = placed(backend, Case("sparse_linear", {**args, "granule": 5}))
+    refused(backend, case, "sparse_linear: granule must divide weight's 12 entries, got 5")
     case = Case("select_random", {"numel": 10, "k": 1, "seed": 0, "device": None, "granule": 3})
     refused(backend, case, "select_random: granule must divide numel 10, got 3")
     for op in ("check_indices", "decode_indices"):
@@ -474,6 +482,100 @@ def test_sampled_grad_arguments(backend: Backend) -> None:
         ({"indices": strided(a["indices"])}, "indices must be contiguous, got shape [3] with strides [2]"),
     ):
         refused(backend, Case("sampled_grad", {**a, **changes}), f"sampled_grad: {says}")
+
+
+# The overlay family
+
+
+def test_sparse_linear_arguments(backend: Backend) -> None:
+    case = placed(backend, Case("sparse_linear", {
+        "input": torch.ones(2, 3, 4).bfloat16(), "indices": torch.tensor([0, 3, 19]),
+        "values": torch.ones(3).bfloat16(), "out_features": 5,
+    }))  # fmt: skip
+    a = case.args
+    here, there = a["input"].device, elsewhere(backend, a["input"]).device
+    device = f"must be on input's device {here}, got {there}"
+    for changes, says in (
+        ({"input": a["input"].int()}, "input must be float16, bfloat16, float32 or float64, got int32"),
+        ({"input": a["input"][0, 0, 0]}, "input must have at least one dimension, got shape []"),
+        ({"input": a["input"].mT}, "input must be contiguous, got shape [2, 4, 3] with strides [12, 1, 4]"),
+        ({"out_features": -1}, "out_features must be at least 0, got -1"),
+        ({"indices": elsewhere(backend, a["indices"])}, f"indices {device}"),
+        ({"indices": a["indices"].short()}, "indices must be int32 or int64, got int16"),
+        ({"indices": a["indices"][None]}, "indices must be 1-D, got shape [1, 3]"),
+        ({"indices": strided(a["indices"])}, "indices must be contiguous, got shape [3] with strides [2]"),
+        ({"values": elsewhere(backend, a["values"])}, f"values {device}"),
+        ({"values": a["values"].half()}, "values must have input's dtype bfloat16 or float32, got float16"),
+        ({"values": a["values"][None]}, "values must be 1-D, got shape [1, 3]"),
+        ({"values": a["values"][1:]}, "values must have 3 entries (3 indices of granule 1), got 2"),
+        ({"values": strided(a["values"])}, "values must be contiguous, got shape [3] with strides [2]"),
+    ):
+        refused(backend, Case("sparse_linear", {**a, **changes}), f"sparse_linear: {says}")
+
+
+def test_sparse_linear_add_arguments(backend: Backend) -> None:
+    case = valid(backend, "sparse_linear_add_", granule=4, limit=15, count=5)
+    a = case.args
+    indices, values, shape = a["indices"], a["values"], list(a["input"].shape)
+    here, there = a["output"].device, elsewhere(backend, a["output"]).device
+    device = f"must be on output's device {here}, got {there}"
+    for changes, says in (
+        ({"indices": []}, "indices must have 1 to 32767 tensors, got 0"),
+        ({"indices": indices * 11000}, "indices must have 1 to 32767 tensors, got 33000"),
+        ({"values": values[:2]}, "values must have one tensor for each of the 3 indices, got 2"),
+        ({"output": a["output"].int()}, "output must be float16, bfloat16, float32 or float64, got int32"),
+        ({"output": a["output"][0, 0, 0]}, "output must have at least one dimension, got shape []"),
+        (
+            {"output": a["output"].mT.contiguous().mT},
+            f"output must be contiguous, got shape {list(a['output'].shape)} with strides [18, 1, 3]",
+        ),
+        ({"input": elsewhere(backend, a["input"])}, f"input {device}"),
+        ({"input": a["input"].half()}, "input must have output's dtype bfloat16, got float16"),
+        ({"input": a["input"][0]}, f"input must have shape [2, 3] before its last dimension, got shape {shape[1:]}"),
+        (
+            {"input": a["input"].mT.contiguous().mT},
+            f"input must be contiguous, got shape {shape} with strides [{3 * shape[2]}, 1, 3]",
+        ),
+        ({"indices": [*indices[:2], elsewhere(backend, indices[2])]}, f"indices[2] {device}"),
+        ({"indices": [indices[0].float(), *indices[1:]]}, "indices[0] must be int32 or int64, got float32"),
+        ({"values": [values[0], elsewhere(backend, values[1]), values[2]]}, f"values[1] {device}"),
+        (
+            {"values": [values[0], values[1].half(), values[2]]},
+            "values[1] must have output's dtype bfloat16 or float32, got float16",
+        ),
+        (
+            {"values": [values[0], values[1].float(), values[2]]},
+            "values[1] must have the dtype of values[0] bfloat16, got float32",
+        ),
+        (
+            {"values": [*values[:2], values[2][4:]]},
+            "values[2] must have 20 entries (5 indices of granule 4), got 16",
+        ),
+        ({"adapters": elsewhere(backend, a["adapters"])}, f"adapters {device}"),
+        ({"adapters": a["adapters"].long()}, "adapters must be int32, got int64"),
+        ({"adapters": a["adapters"].view(2, 3)}, "adapters must be 1-D, got shape [2, 3]"),
+        ({"adapters": a["adapters"][:2]}, "adapters must have one entry for each of the 6 tokens, got 2"),
+        ({"adapters": strided(a["adapters"])}, "adapters must be contiguous, got shape [6] with strides [2]"),
+        ({"alphas": elsewhere(backend, a["alphas"])}, f"alphas {device}"),
+        ({"alphas": a["alphas"].bfloat16()}, "alphas must be float32, got bfloat16"),
+        ({"alphas": a["alphas"][:2]}, "alphas must have one entry for each of the 3 indices, got 2"),
+        ({"alphas": strided(a["alphas"])}, "alphas must be contiguous, got shape [3] with strides [2]"),
+    ):
+        refused(backend, Case("sparse_linear_add_", {**a, **changes}), f"sparse_linear_add_: {says}")
+
+
+def test_adapters_that_are_not_there(backend: Backend) -> None:
+    """The CPU names the first; a GPU, which does not look, leaves such tokens as they are."""
+    case = valid(backend, "sparse_linear_add_")
+    before = case.args["output"].clone()
+    for wrong in (3, -2, 2**31 - 1, -(2**31)):
+        case.args["adapters"] = torch.tensor([-1, -1, wrong, -1, 7, -1], dtype=torch.int32, device=backend.device)
+        if backend.checks_content:
+            says = f"adapters must be -1 or the number of one of the 3 indices, got {wrong} at position 2"
+            refused(backend, case, f"sparse_linear_add_: {says}")
+        else:
+            backend(case.op, **case.args)
+            cases.assert_same(case.args["output"], before)
 
 
 # Lists
@@ -848,6 +950,8 @@ def index_lists() -> Iterator[Any]:
                 yield pytest.param(op, role.name, id=f"{op}-{role.name}")
     yield pytest.param("check_indices", "indices")
     yield pytest.param("sampled_grad", "indices")
+    yield pytest.param("sparse_linear", "indices")
+    yield pytest.param("sparse_linear_add_", "indices[1]")
 
 
 def offences(n: int, granules: int) -> Iterator[tuple[list[tuple[int, int]], str]]:

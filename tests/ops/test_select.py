@@ -35,8 +35,22 @@ def test_top(backend: Backend, dtype: torch.dtype, score: str, granule: int | st
 @pytest.mark.parametrize("score", SCORES)
 def test_top_past_the_grain(backend: Backend, score: str) -> None:
     for dtype, granule, count in ((torch.bfloat16, 1, 1000), (torch.float32, 1, 99_000), (torch.float32, 3, 1)):
-        setup = Setup(dtype=dtype, granule=granule, limit=100_003 // granule, count=count if granule == 1 else 333)
+        setup = Setup(dtype=dtype, granule=granule, limit=150_003 // granule, count=count if granule == 1 else 333)
         against_oracle(backend, build("select_top", setup, score=score), offset=1)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.999, 1.0])
+def test_top_of_mostly_equal_scores(backend: Backend, share: float) -> None:
+    """More of them than a guess may keep: the cut is among them, or above."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(200_001, generator=generator).abs() + 2
+    weight[torch.rand(len(weight), generator=generator) < share] = 1
+    weight[7] = torch.nan
+    order = weight.nan_to_num(-1).sort(descending=True, stable=True).indices
+    above = int((weight > 1).sum())
+    for k in {50, max(1, above), above + 3000}:
+        given = run(backend, Case("select_top", {"weight": weight, "grad": None, "k": k, "score": "magnitude"}))
+        assert_same(given["result"], order[:k].sort().values.int())
 
 
 def patterns() -> Iterator[tuple[str, torch.Tensor]]:
@@ -217,6 +231,13 @@ def test_random_device(backend: Backend) -> None:
     placed = backend("select_random", **args, device=device)
     assert placed.device.type == device.type
     assert_same(placed, backend("select_random", **args, device=torch.device("cpu")))
+
+
+def test_random_beyond_memory() -> None:
+    """Torch's own reason comes with it; torch 2.11 and 2.12 do not tell theirs."""
+    said = r"select_random: there is no memory for k 2305843009213693952 indices \(.+\)|a call into torch failed"
+    with pytest.raises(RuntimeError, match=said):
+        torch.ops.shira.select_random(2**62, 2**61, 1)
 
 
 def test_random_spreads_evenly() -> None:

@@ -54,6 +54,8 @@ CONTRACT = {
     "fingerprint": "bfloat16 or uint8 and not past or complex64 or frozen or all_granules or shape_does",
     "diff": "bfloat16-16] or uint8-3] or numbers or aligned or list or follows or 15] or 17] or 48] or refusals"
     " or overlap",
+    "overlay": "leading or nothing_in or not_there and -1] or once or nobody or strength and bfloat16"
+    " or exact_overlays and bfloat16-3] or adapters and -65]",
     "refusals": "test_overlap or test_order or test_a_gpu or test_dtype or test_strengths or test_one_weight_twice"
     " or test_content or test_indices_alone or test_check_indices or test_decode or test_fuse_plan_arguments",
 }
@@ -91,6 +93,38 @@ def test_what_is_registered_for_cuda() -> None:
     """A kernel that never looks at the content: 99 is skipped, where any other backend refuses it."""
     wanted = "[0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0] [0.0, 1.0]"
     assert said(python(_REGISTERED, TRITON_INTERPRET="1", SHIRA_BACKEND="triton")) == wanted
+
+
+_LISTS = """
+import torch, shira_ops, shira_ops.reference
+from shira_ops.triton import find, walk
+walk.MEMBERS, walk._PUT = 2, 8  # several launches, and several that fill a table
+given = {}
+for own in (False, True):
+    weights = [torch.arange(6.0 + t) for t in range(5)]
+    indices = [torch.tensor([1, 5] if t == 3 else [0, 2, 4]) for t in range(5)]
+    indices[3][1] = 99 if own else 5  # out of range: kept as it is
+    values, master, m, v, saved = ([10.0 * k + torch.arange(float(len(i))) for i in indices] for k in range(5))
+    numbers = dict(step=2, lr=0.1, beta1=0.5, beta2=0.75, eps=1e-8, weight_decay=0.1, granule=1)
+    serve = (lambda op: find(op)) if own else (lambda op: shira_ops.reference.OPS[op])
+    serve("foreach_apply_")(weights, indices, values, saved, alpha=0.5, delta=False, granule=1)
+    serve("foreach_adamw_")(weights, indices, master, m, v, values, **numbers)
+    serve("foreach_swap_")(weights, indices, values, granule=1)
+    given[own] = [weights, values, master, m, v, saved]
+weights, values, master, m, v, saved = given[True]
+kept = [float(one[3][1]) for one in (values, master, m, v, saved)]
+for whole in given.values():
+    for tensors in whole:
+        tensors[3] = tensors[3][:1] if len(tensors[3]) == 2 else tensors[3][:5]
+same = all(torch.equal(*pair) for one, other in zip(*given.values()) for pair in zip(one, other))
+print(same, kept)
+"""
+
+
+def test_lists_of_several_launches() -> None:
+    """Which the reference agrees with; what an index out of range stands for stays as it was."""
+    wanted = "True [1.0, 11.0, 21.0, 31.0, 41.0]"
+    assert said(python(_LISTS, TRITON_INTERPRET="1", SHIRA_BACKEND="triton")) == wanted
 
 
 _BACKENDS = """
@@ -203,6 +237,27 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
 
 def compiled(driver: Driver, family: str, setup: Setup) -> list[Any]:
     """Every kernel that the ops of a family start on a GPU."""
+
+    def start() -> None:
+        for op in shira_ops.triton.FAMILIES[family]:
+            if op.startswith("foreach_"):
+                continue
+            case = build(op, setup)
+            if op in ("scatter_", "swap_") and setup.values is not None:
+                case.args["values"] = case.args["values"].to(setup.dtype)
+            for changes in CHANGES.get(op, [{}]):
+                shira_ops.triton.find(op)(**{**case.args, **changes})
+            if op == "sampled_grad":  # the way of sparser masks, too
+                gradient = importlib.import_module("shira_ops.triton.gradient")
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(gradient, "DENSE_FROM", 2)
+                    shira_ops.triton.find(op)(**case.args)
+
+    return started(driver, start)
+
+
+def started(driver: Driver, start: Callable[[], None]) -> list[Any]:
+    """Every kernel that runs in `start`, compiled for a driver's GPU."""
     found: dict[int, Any] = {}
     run = jit.JITFunction.run
 
@@ -215,17 +270,7 @@ def compiled(driver: Driver, family: str, setup: Setup) -> list[Any]:
         patch.setattr(triton.runtime.driver, "_active", driver)
         patch.setattr(jit.JITFunction, "run", record)
         patch.setattr(torch, "empty", torch.zeros)  # sizes that a kernel would have written are read
-        for op in shira_ops.triton.FAMILIES[family]:
-            if op.startswith("foreach_"):
-                continue
-            case = build(op, setup)
-            if op in ("scatter_", "swap_") and setup.values is not None:
-                case.args["values"] = case.args["values"].to(setup.dtype)
-            for changes in CHANGES.get(op, [{}]):
-                shira_ops.triton.find(op)(**{**case.args, **changes})
-            if op == "sampled_grad":  # the way of sparser masks, too
-                patch.setattr(importlib.import_module("shira_ops.triton.gradient"), "DENSE_FROM", 2)
-                shira_ops.triton.find(op)(**case.args)
+        start()
     return list(found.values())
 
 
@@ -248,12 +293,73 @@ def test_compiles_for_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fami
         kernels = compiled(DRIVERS[name], family, SETUPS[dtype])
         assert {one for one in own if one.endswith("_kernel")} <= {kernel.name for kernel in kernels}, name
         for kernel in kernels:
-            where = f"{name}: {kernel.name} {kernel.src.signature} {kernel.src.constants}"
-            if name == "gfx942":
-                assert re.search(r"\.vgpr_spill_count: +0\b", kernel.asm["amdgcn"]), where
-                continue
-            used = resources(kernel.asm["cubin"], tmp_path / "kernel.cubin")
-            assert used["STACK"] == used["LOCAL"] == 0, where
-            assert used["REG"] <= 128, where
-            assert ".ftz" not in kernel.asm["ptx"], where
-            assert not re.search(r"\bfma\.", kernel.asm["ptx"]), where
+            holds(name, kernel, tmp_path)
+
+
+def holds(name: str, kernel: Any, path: Path) -> None:
+    where = f"{name}: {kernel.name} {kernel.src.signature} {kernel.src.constants}"
+    if name == "gfx942":
+        assert re.search(r"\.vgpr_spill_count: +0\b", kernel.asm["amdgcn"]), where
+        return
+    used = resources(kernel.asm["cubin"], path / "kernel.cubin")
+    assert used["STACK"] == used["LOCAL"] == 0, where
+    assert used["REG"] <= 128, where
+    assert ".ftz" not in kernel.asm["ptx"], where
+    assert not re.search(r"\bfma\.", kernel.asm["ptx"]), where
+
+
+@pytest.mark.parametrize("op", ["foreach_swap_", "foreach_sgd_"])
+def test_lists_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, op: str) -> None:
+    """A list is one launch, and one that fills its table."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    args = build(op, Setup(dtype=torch.float64)).args
+    kernels = started(DRIVERS["sm_90"], lambda: shira_ops.triton.find(op)(**args))
+    assert [kernel.name for kernel in kernels] == ["put_kernel", op.removeprefix("foreach_") + "kernel"]
+    for kernel in kernels:
+        holds("sm_90", kernel, tmp_path)
+
+
+def entries(count: int, *dtypes: torch.dtype) -> list[torch.Tensor]:
+    return [torch.zeros(count, dtype=dtype) for dtype in dtypes]
+
+
+def test_one_kernel_for_all_sizes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever the sizes and places of weights and masks, and the numbers of a step: compiled once. A list has one
+    for each power of two that its length may not exceed."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    find = shira_ops.triton.find
+
+    def start() -> None:
+        for n, limit, odd in ((1, 1, 0), (16, 64, 1), (17, 1024, 0), (4096, 70_001, 3)):
+            weight = torch.zeros(limit + odd, dtype=torch.bfloat16)[odd:]
+            indices = torch.arange(n, dtype=torch.int32)
+            state = entries(n, *[torch.float32] * 4)
+            find("swap_")(weight, indices, *entries(n, weight.dtype))
+            for lr, decay in ((1e-3, 0.1), (0.0, 0.0)):
+                numbers = {"lr": lr, "beta1": 0.0, "beta2": 0.9, "eps": 1e-8, "weight_decay": decay}
+                find("adamw_")(weight, indices, *state, step=n, **numbers)
+            for count in (3, 4):
+                lists = [weight.clone() for _ in range(count)], [indices] * count
+                find("foreach_swap_")(*lists, [torch.zeros(n, dtype=weight.dtype) for _ in range(count)])
+
+    names = sorted(kernel.name for kernel in started(DRIVERS["sm_90"], start))
+    assert names == ["adamw_kernel", "adamw_numbers_kernel", "put_kernel", "swap_kernel", "swap_kernel"]
+
+
+@pytest.mark.parametrize("granule", [1, 4, 16])
+def test_streams_move_in_vectors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, granule: int) -> None:
+    """In a whole tile all that lies in order, of single entries too: indices, a gradient, a master and two moments."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    n = 4096
+    weight, indices = torch.zeros(n * granule, dtype=torch.bfloat16), torch.arange(n, dtype=torch.int32)
+    state = entries(n * granule, *[torch.float32] * 4)
+    numbers = {"step": 1, "lr": 0.1, "beta1": 0.9, "beta2": 0.9, "eps": 1e-8, "weight_decay": 0.1, "granule": granule}
+    run = shira_ops.triton.find("adamw_")
+    (kernel,) = [
+        one
+        for one in started(DRIVERS["sm_90"], lambda: run(weight, indices, *state, **numbers))
+        if one.name == "adamw_kernel"
+    ]
+    ptx = kernel.asm["ptx"]
+    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) >= (5 if granule == 1 else 4)
+    assert len(re.findall(r"st\.global\.v4\.b32", ptx)) >= 3

@@ -242,8 +242,8 @@ def test_any_sequence_on_a_budget():
     """Room for the unions and little else: adapters and unions leave and come back all the time."""
     left = []
     walk = Walk(torch.bfloat16, seed=2, budget=9000)
-    leave = walk.switcher._leave
-    walk.switcher._leave = lambda added: (left.append(added.name), leave(added))
+    leave = walk.switcher._shelf._leave
+    walk.switcher._shelf._leave = lambda added: (left.append(added.name), leave(added))
     for _ in range(400):
         walk.step()
         assert sum(memory.device for memory in walk.switcher.memory().values()) <= 9000
@@ -356,6 +356,16 @@ def test_a_budget_keeps_the_adapters_used_last(tmp_path):
     assert switcher.active == {"1": 1.0}
     with pytest.raises(AdapterError, match="more than the budget of 10"):
         Switcher(model_of(torch.bfloat16), budget=10).add("1", tmp_path / "1.safetensors")
+    # It may be changed at any time.
+    later = Switcher(model_of(torch.bfloat16))
+    later.budget = 10
+    with pytest.raises(AdapterError, match="more than the budget of 10"):
+        later.add("1", tmp_path / "1.safetensors")
+    for make in (lambda: Switcher(model_of(torch.bfloat16), budget=-1), lambda: setattr(later, "budget", -1)):
+        with pytest.raises(ValueError, match="budget must be a number of bytes or None, got -1"):
+            make()
+    later.budget = None
+    later.add("1", tmp_path / "1.safetensors")
 
 
 @pytest.mark.parametrize("spill", [False, True])

@@ -10,6 +10,7 @@ import itertools
 import pickle
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,9 +19,9 @@ import torch
 from torch import nn
 
 import shira_ops
-from shira import Adapter, AdapterError, Entry, SparseTuner, Switcher, SwitchError, _live, _model, masks
+from shira import Adapter, AdapterError, Entry, SparseTuner, Switcher, SwitchError, _model, masks
 from shira._live import Weight
-from shira.serve import _layout
+from shira.serve import _layout, _streams
 from shira_ops import reference
 from switcher_walk import NAMES, PLANS, adapter_of, bits, differing, model_of, restore
 
@@ -226,13 +227,13 @@ def test_adding_does_not_read_the_base_s_entries(monkeypatch: pytest.MonkeyPatch
     assert set(read) == {1}
     base = bits(model)
     for name in NAMES:
-        parts = switcher._layouts[name,].parts
+        parts = switcher._shelf.layouts[name,].parts
         # A whole parameter is a single granule.
-        assert {weight.name: part.known for weight, part in parts.items()} == {
+        assert {weight.name: part.has_base for weight, part in parts.items()} == {
             weight: weight == "2.bias" and name == "c" for weight, _, _ in PLANS[name]
         }
         switcher.activate(name)
-        assert all(part.known for part in parts.values())
+        assert all(part.has_base for part in parts.values())
         switcher.remove(name)
         assert differing(bits(model), base) == 0
     assert set(read) == {1}
@@ -274,9 +275,9 @@ def test_an_error_at_any_op_of_a_first_activation(
             switcher.verify(full=True)
             go(switcher, after)
             assert differing(bits(model), fresh(after)) == 0, (before, after, number, late)
-            for layout in switcher._layouts.values():
+            for layout in switcher._shelf.layouts.values():
                 for weight, part in layout.parts.items():
-                    if part.known:
+                    if part.has_base:
                         entries = dict(model_of(torch.bfloat16).named_parameters())[weight.name].detach()
                         assert torch.equal(part.saved, shira_ops.gather(entries, part.indices, granule=part.granule))
             go(switcher, {})
@@ -372,7 +373,7 @@ def test_what_others_did_before_an_adapter_was_first_on() -> None:
             with pytest.raises(SwitchError, match=says):
                 switcher.activate(wanted)
             assert differing(bits(model), state) == 0
-        assert not any(part.known for part in switcher._layouts["a",].parts.values())
+        assert not any(part.has_base for part in switcher._shelf.layouts["a",].parts.values())
 
     with torch.no_grad():
         model[1].weight.add_(1)
@@ -392,7 +393,7 @@ def test_what_others_did_before_an_adapter_was_first_on() -> None:
                 switcher.verify()
             model[0].weight.data.copy_(before)
     switcher.verify()
-    assert not any(part.known for part in switcher._layouts["a",].parts.values())
+    assert not any(part.has_base for part in switcher._shelf.layouts["a",].parts.values())
     switcher.activate({"a": 1.0, "b": 0.5})
     assert differing(bits(model), fresh({"a": 1.0, "b": 0.5})) == 0
     switcher.deactivate()
@@ -469,7 +470,7 @@ def test_calls_are_grouped_by_device_and_granule() -> None:
         parameter = weights.setdefault(number, nn.Parameter(torch.zeros(8, 8, device=device)))
         holder = nn.ParameterDict({"w": parameter})
         slot = next(iter(_model.slots(holder).values()))
-        weight = found.setdefault(number, Weight.of((slot,), object(), False))
+        weight = found.setdefault(number, Weight.of((slot,), weakref.ref(holder), False))
         indices = torch.tensor([1, 3], dtype=torch.int32, device=device)
         entries = torch.zeros(2 * granule, device=device)
         return weight, _layout.Part(weight, (adapter,), indices, granule, [entries], [False], entries.clone())
@@ -756,14 +757,14 @@ def test_streams_are_ordered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(device, "caller"))
     one, two, cpu = torch.device("cuda:0"), torch.device("cuda:1"), torch.device("cpu")
-    streams = _live.Streams()
+    streams = _streams.Streams()
     with streams.staging([one, cpu, two, one]) as ready:
         told.append("staged")
     assert told == ["side 0 waits for caller 0", "on side 0", "side 1 waits for caller 1", "on side 1", "staged",
                     "side 0 marks", "side 1 marks", "off side 1", "off side 0"]  # fmt: skip
     told.clear()
-    _live.wait(ready)  # a commit
-    layout = _layout.Layout(("a",), {}, ready, _live.mark([one, cpu, two]))
+    _streams.wait(ready)  # a commit
+    layout = _layout.Layout(("a",), {}, ready, _streams.mark([one, cpu, two]))
     layout.freeing()
     layout.freeing()
     assert told == ["caller 0 waits for side 0", "caller 1 waits for side 1", "caller 0 marks", "caller 1 marks",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shira import SGD, AdamW, SparseTuner, masks
+from shira.train import _sites
 from tuning import bits, indices_of, same_bits
 
 ADAMW: list[dict[str, Any]] = [
@@ -461,3 +462,65 @@ def test_refused_steps() -> None:
         optimizer.step()
     with pytest.raises(ValueError, match="the tuner of these parameters is detached"):
         SGD(kept)
+
+
+@pytest.mark.parametrize("kind", [AdamW, SGD, torch.optim.AdamW])
+def test_a_step_asks_once_what_each_parameter_trains(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tuner = setup()
+    extra = nn.Parameter(torch.ones(3))
+    optimizer = kind([*tuner.parameters(), extra], lr=0.1)
+    steps(model, optimizer, 1)  # the first one also compares and remembers
+    registry, asked = type(_sites.known), []
+
+    def counted(method: Callable[..., Any]) -> Callable[..., Any]:
+        def asking(self: Any, key: Any, *default: Any) -> Any:
+            if self is _sites.known:
+                asked.append(id(key))
+            return method(self, key, *default)
+
+        return asking
+
+    for name in ("get", "__getitem__", "__contains__"):
+        monkeypatch.setattr(registry, name, counted(getattr(registry, name)))
+    model(torch.ones(1, 16)).sum().backward()
+    asked.clear()
+    optimizer.step()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(asked) == sorted(map(id, parameters))
+
+
+@pytest.mark.parametrize("kind", [AdamW, torch.optim.SGD])
+def test_a_tuner_may_be_detached_while_a_step_is_under_way(kind: Any) -> None:
+    """By a hook of the user's, which runs before ours, or by a closure: what was asked before does not count then."""
+    _, other = setup()  # keeps our hooks on
+    model, tuner = setup()
+    before, values = values_of(tuner), list(tuner.parameters())
+    optimizer = kind(values, lr=0.1)
+    model(torch.ones(1, 16)).sum().backward()
+    optimizer.register_step_post_hook(lambda *_: tuner.detach())
+    optimizer.step()
+    assert not any(torch.equal(one, other) for one, other in zip(values, before, strict=True))
+    base = bits(model)
+    model, tuner = setup()
+    optimizer = kind(tuner.parameters(), lr=0.1)
+    model(torch.ones(1, 16)).sum().backward()
+    if kind is AdamW:
+        with pytest.raises(RuntimeError, match="the tuner of these parameters is detached"):
+            optimizer.step(tuner.detach)
+    else:
+        optimizer.step(tuner.detach)
+    assert same_bits(model, base)
+    other.detach()
+
+
+def test_a_refused_step_leaves_nothing_to_later_ones() -> None:
+    model, tuner = setup()
+    optimizer = AdamW(tuner, lr=0.1)
+    model(torch.ones(1, 16)).sum().backward()
+    with pytest.raises(RuntimeError, match="cannot step inside"), tuner.disabled():
+        optimizer.step()
+    tuner.detach()
+    base = bits(model)
+    with pytest.raises(RuntimeError, match="the tuner of these parameters is detached"):
+        optimizer.step()
+    assert same_bits(model, base)

@@ -532,7 +532,7 @@ def test_optimizers_of_other_things_may_be_of_any_age() -> None:
 # ---- constructors that fail ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("late", ["look_outside", "_loaded", "mark_written", "ignore", "follow", "_watch_optimizers"])
+@pytest.mark.parametrize("late", ["look_outside", "_loaded", "mark_written", "ignore", "follow", "watch_optimizers"])
 @GRADIENTS
 def test_a_constructor_that_fails_has_changed_nothing(
     late: str, gradient: str, monkeypatch: pytest.MonkeyPatch
@@ -542,7 +542,7 @@ def test_a_constructor_that_fails_has_changed_nothing(
     state = [(dict(m.__dict__), [p.requires_grad for p in m._parameters.values()]) for m in model.modules()]
     hooks = [[dict(found) for name, found in vars(m).items() if name.endswith("_hooks")] for m in model.modules()]
     before = bits(model)
-    home = {"ignore": "shira.train._ranks", "follow": "shira.train.tuner", "_watch_optimizers": "shira.train.tuner"}
+    home = {"ignore": "shira.train._ranks", "follow": "shira.train.tuner", "watch_optimizers": "shira.train._hooks"}
     calls = 0
 
     def fail(*args: object, **options: object) -> None:

@@ -1,4 +1,4 @@
-"""What an adapter is, its file, and what it is made from and turned into."""
+"""Adapters: what they are, their files, and what they are made from and turned into."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Which tensors of two checkpoints of one model belong together, where their names are not all the same.
+"""Which tensors of two checkpoints of one model belong together, if not all of their names are the same.
 
-What is certain is done: a prefix that one of them has more, a tied weight that only one of them holds twice, what a
-`SparseTuner` keeps beside the weights. The rest is for whoever knows: ``rename=``.
+What is certain is done: a prefix that only one of them has, a tied weight that only one of them holds twice, and what a
+`SparseTuner` keeps beside the weights. For the rest the user gives ``rename=``.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from shira._text import AdapterError
 from shira.adapter._checkpoint import Checkpoint, Stored, ties
 
 _MOST_CONFIG_BYTES = 16 << 20
-# Buffers that older versions of transformers saved, and newer ones compute.
+# Buffers that older versions of transformers saved and newer ones compute.
 _CONSTANTS = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq|attn\.masked_bias)$")
-# Where transformers' default, to tie, is not written into a configuration.
+# Heads that transformers ties by default; a configuration does not mention it then.
 _HEADS = ("lm_head.weight", "embed_out.weight", "output_projection.weight", "predictions.decoder.weight")
 
 
 @dataclass
 class Aligned:
-    """The tensors of both by the base's names, and what was done for it, in sentences."""
+    """The tensors of both checkpoints under the base's names, and notes that say what was done."""
 
     base: dict[str, Stored]
     tuned: dict[str, Stored]
-    # Of the base's names the first for each tensor, as `ties` has it, and those that only the tuned one has.
+    # The first name of each tensor by each of its names (`ties`), in the base or only in the tuned one.
     first: dict[str, str]
     notes: list[str] = field(default_factory=list)
 
 
 def align(base: Checkpoint, tuned: Checkpoint, rename: _text.Rename) -> Aligned:
-    """Bring the names together; what then is in one of the two alone is still there."""
+    """Match the names. What only one of the two has stays in it."""
     notes: list[str] = []
     one, two = _own(base, "base", notes), _own(tuned, "tuned", notes)
     two = _renamed(two, rename) if rename is not None else _without_prefix(one, two, notes)
@@ -49,7 +49,7 @@ def align(base: Checkpoint, tuned: Checkpoint, rename: _text.Rename) -> Aligned:
 
 
 def _own(checkpoint: Checkpoint, role: str, notes: list[str]) -> dict[str, Stored]:
-    """Without what training keeps beside the weights: a tuner's values, the counter of an average."""
+    """The tensors without what training keeps beside weights: a tuner's values, the counter of an average."""
     names = checkpoint.tensors.keys()
     left = [
         name
@@ -83,7 +83,7 @@ def _ends(name: str) -> Iterable[tuple[str, str]]:
 
 
 def _prefix(longer: set[str], shorter: set[str]) -> tuple[str, int]:
-    """What most names of the one have before a name of the other, and how many do; none where two are as good."""
+    """The prefix that most names of one add to names of the other, and how many do; none if two are equally good."""
     count = Counter(start for name in longer for start, end in _ends(name) if end in shorter)
     best = count.most_common(2)
     if not best or (len(best) > 1 and best[0][1] == best[1][1]):
@@ -92,7 +92,7 @@ def _prefix(longer: set[str], shorter: set[str]) -> tuple[str, int]:
 
 
 def _without_prefix(base: dict[str, Stored], tuned: dict[str, Stored], notes: list[str]) -> dict[str, Stored]:
-    """The tuned one's tensors with the base's prefix, where one of them is a part of the other's model."""
+    """The tuned tensors with the base's prefix, if one model is a part of the other."""
     only_base, only_tuned = base.keys() - tuned.keys(), tuned.keys() - base.keys()
     off, on = _prefix(only_tuned, only_base), _prefix(only_base, only_tuned)
     if off[1] == on[1]:
@@ -109,7 +109,7 @@ def _without_prefix(base: dict[str, Stored], tuned: dict[str, Stored], notes: li
 def _leave_constants(
     one: dict[str, Stored], two: dict[str, Stored], given: Iterable[Checkpoint], notes: list[str]
 ) -> None:
-    """Drop what only one of the two has saved and no training changes, the causal masks of GPT-2 above all."""
+    """Drop constants that only one of the two has saved, such as the causal masks of GPT-2."""
     rules = [_CONSTANTS]
     for checkpoint in given:
         known = getattr(checkpoint.model, "_keys_to_ignore_on_load_unexpected", None)
@@ -126,7 +126,7 @@ def _leave_constants(
 
 
 def _says_tied(checkpoint: Checkpoint) -> bool | None:
-    """What a model's configuration says of its embeddings; None where it says nothing, or is not there."""
+    """Whether the model's configuration says that embeddings are tied; None if it does not say, or there is none."""
     found: Any = getattr(getattr(checkpoint.model, "config", None), "tie_word_embeddings", None)
     if checkpoint.folder is not None:
         path = os.path.join(checkpoint.folder, "config.json")
@@ -148,7 +148,7 @@ def _has_config(checkpoint: Checkpoint) -> bool:
 
 
 def _twin(name: str, tensors: dict[str, Stored], common: Iterable[str], certain: bool) -> str | None:
-    """Another name of the tensor in its own checkpoint: of one memory or, where it is said to be tied, equal."""
+    """Another name of the tensor in its own checkpoint: in the same memory or, if it is said to be tied, equal."""
     own = tensors[name]
     others = [other for other in common if tensors[other].one == own.one]
     if others:
@@ -171,7 +171,7 @@ def _tie_within(
     first: dict[str, str],
     notes: list[str],
 ) -> None:
-    """Where one of the two has a second name for a weight that the other has once: make it an alias."""
+    """If one of the two has a second name for a weight that the other has once, make it an alias."""
     common = [name for name in one if name in two]
     said = {"base": _says_tied(base), "tuned": _says_tied(tuned)}
     for role, own, mine, theirs in (("tuned", tuned, two, one), ("base", base, one, two)):

@@ -1,7 +1,7 @@
-"""Checkpoints, read tensor by tensor: safetensors files (mapped, without torch), state dicts, modules.
+"""Checkpoints, read tensor by tensor: safetensors files (mapped, without torch), state dicts and modules.
 
-A checkpoint on disk is a ``.safetensors`` file, or a folder that holds one, or a sharded one with its
-``*.safetensors.index.json``. Nothing is read before it is asked for.
+A checkpoint on disk is a ``.safetensors`` file, a folder that holds one, or a folder with shards and their
+``*.safetensors.index.json``. A tensor is not read before it is used.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _MOST_INDEX_BYTES = 256 << 20
-# Dtypes that an adapter cannot hold: compared and copied alone.
+# Dtypes that an adapter cannot hold: such tensors are only compared and copied.
 _OTHERS = {
     "BOOL": "bool", "U16": "uint16", "U32": "uint32", "U64": "uint64", "C64": "complex64", "F8_E8M0": "float8_e8m0fnu",
     "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F4": "float4_e2m1fn_x2",
@@ -44,17 +44,17 @@ _FILE_NAMES = {torch_name: name for name, torch_name in _TORCH_NAMES.items()}
 class Stored:
     """One tensor of a checkpoint."""
 
-    name: str  # as the model has it; a shard knows it by its name in the file
+    name: str  # the model's name for it; a shard knows it by its name in the file
     dtype: str  # torch's name where an adapter can hold it, else safetensors' in lower case
     shape: tuple[int, ...]
     nbytes: int
-    # The bytes in a mapped file, or the tensor in memory.
+    # The bytes of the mapped file, or the tensor in memory.
     data: Any = field(repr=False)
     # Equal for two names of one tensor.
     memory: object = None
-    # Why its bytes cannot be read, if so: see `_model.foreign`.
+    # Why its bytes cannot be read (see `_model.foreign`), or None.
     foreign: str | None = None
-    # Of a live weight: why an adapter cannot go onto it (`_fit.Found`). A checkpoint is read, and never written to.
+    # `_fit.Found` asks for it. A checkpoint's tensor is only read, so nothing else can stand in the way.
     obstacle: None = field(default=None, init=False, repr=False)
 
     @property
@@ -68,7 +68,7 @@ class Stored:
 
     @property
     def mapped(self) -> bool:
-        """Whether it lies in a mapped file."""
+        """Whether it is part of a mapped file."""
         return isinstance(self.data, np.ndarray)
 
     @property
@@ -82,7 +82,7 @@ class Stored:
         return self if self.memory is None else self.memory
 
     def bytes(self) -> Bytes:
-        """Its bytes in row-major order; a view of the file where it is mapped."""
+        """Its bytes in row-major order; a view of the file if it is mapped."""
         if isinstance(self.data, np.ndarray):
             return self.data
         if self.foreign is not None:
@@ -94,15 +94,15 @@ class Stored:
         return found
 
     def fingerprint(self) -> int:
-        """Of its bytes, as an unsigned number; one read of them."""
+        """The fingerprint of its bytes, as an unsigned number. Reads all of them."""
         return _file.fingerprint(self.bytes())
 
     def equal(self, other: Stored) -> bool:
-        """The same dtype, shape and bits."""
+        """Whether dtype, shape and all bits are the same."""
         return self.dtype == other.dtype and self.shape == other.shape and equal_bytes(self.bytes(), other.bytes())
 
     def tensor(self) -> Tensor:
-        """The tensor, flat, on the CPU; a view of the file where it is mapped and aligned."""
+        """The flat tensor on the CPU; a view of the file if it is mapped and aligned."""
         import torch
 
         data = self.bytes()
@@ -110,7 +110,7 @@ class Stored:
         if data.size == 0:
             return torch.empty(0, dtype=dtype, device="cpu")
         if data.ctypes.data % dtype.itemsize:
-            data = data.copy()  # other writers may not align tensors in the file
+            data = data.copy()  # other programs may write tensors that are not aligned
         return torch.from_numpy(data).view(dtype)
 
 
@@ -134,7 +134,7 @@ class Checkpoint:
     index: dict[str, Any] | None = None
     index_name: str | None = None
     model: Any = None  # the module it is of, if it was given as one
-    prefix: str = ""  # what all names have in the files, and not here
+    prefix: str = ""  # what all names begin with in the files, and is left out here
 
     def get(self, name: str) -> Stored | None:
         """The tensor under a name, with or without the prefix of the files."""
@@ -145,12 +145,12 @@ class Checkpoint:
         return self.tensors
 
     def find(self, names: tuple[str, ...]) -> Stored | None:
-        """The tensor under the first of the names that is there."""
+        """The tensor with the first of these names that exists."""
         return next((stored for stored in map(self.get, names) if stored is not None), None)
 
 
 def map_file(path: str) -> Shard:
-    """Map a safetensors file, its header checked; it may be larger than memory."""
+    """Map a safetensors file and check its header. The file may be larger than memory."""
     with _file.opened(path) as file:
         whole = file.map(unchanged=True)
     tensors = {}
@@ -191,8 +191,8 @@ def _sharded(folder: str, index_path: str) -> Checkpoint:
 
 
 def _named(where: str, tensors: Mapping[str, Stored], **rest: Any) -> Checkpoint:
-    """A checkpoint of a file's or a state dict's tensors, by the names that the model itself uses."""
-    # What DistributedDataParallel puts before all of them.
+    """A checkpoint of the tensors of a file or a state dict, under the names that the model itself uses."""
+    # DistributedDataParallel puts this before every name.
     prefix = "module." if tensors and all(name.startswith("module.") for name in tensors) else ""
     found: dict[str, Stored] = {}
     before: dict[str, str] = {}
@@ -238,7 +238,7 @@ def _in_memory(where: str, tensors: Mapping[str, Any], model: object) -> Checkpo
             raise TypeError(f"{where}: names must be strings, got {key!r:.80}")
         if not isinstance(tensor, torch.Tensor):
             if key.endswith("_extra_state"):
-                continue  # what modules keep beside their tensors
+                continue  # what modules save besides their tensors
             raise TypeError(f"{where}: {key!r} must be a tensor, got {type(tensor).__name__}")
         if isinstance(tensor, (UninitializedBuffer, UninitializedParameter)):
             raise AdapterError(f"{where}: {key!r} has no shape yet; run the model once first")
@@ -253,7 +253,7 @@ def _in_memory(where: str, tensors: Mapping[str, Any], model: object) -> Checkpo
             continue
         memory = (_model.memory(tensor), shape, tensor.stride())
         if dtype == "float4_e2m1fn_x2":
-            shape = (*shape[:-1], 2 * shape[-1])  # as files count: entries, two to a byte
+            shape = (*shape[:-1], 2 * shape[-1])  # files count entries, of which a byte holds two
         stored[key] = Stored(key, dtype, shape, tensor.nbytes, tensor, memory)
     if model is not None:
         for name, one in stored.items():
@@ -263,7 +263,7 @@ def _in_memory(where: str, tensors: Mapping[str, Any], model: object) -> Checkpo
 
 
 def open_checkpoint(source: object, role: str) -> Checkpoint:
-    """Find a checkpoint's tensors; ``role`` names it in messages where it has no path."""
+    """Find the tensors of a checkpoint. ``role`` is its name in messages if it has no path."""
     if isinstance(source, (str, os.PathLike)):
         return _on_disk(os.fspath(source))
     if isinstance(source, Mapping):
@@ -279,7 +279,7 @@ def open_checkpoint(source: object, role: str) -> Checkpoint:
 
 
 def ties(checkpoint: Checkpoint) -> dict[str, str]:
-    """Each name to the first name of the same tensor."""
+    """Maps each name to the first name of the same tensor."""
     first: dict[object, str] = {}
     return {
         name: name if stored.memory is None or not stored.nbytes else first.setdefault(stored.memory, name)
@@ -291,7 +291,7 @@ _PIECE = 4 << 20
 
 
 def equal_bytes(one: Bytes, two: Bytes) -> bool:
-    """The same bytes, compared in pieces."""
+    """Whether the bytes are the same. Compared in pieces, which stay in the caches."""
     from shira import _codec
 
     starts = range(0, len(one), _PIECE)
@@ -301,8 +301,8 @@ def equal_bytes(one: Bytes, two: Bytes) -> bool:
 
 
 def companions(folder: str) -> Iterator[Path]:
-    """What a merged copy needs beside a checkpoint's weights: configuration, tokenizer, sentence-transformers' folders
-    of further modules."""
+    """The files beside a checkpoint's weights that a merged copy needs: configuration, tokenizer, and the folders of
+    further modules that sentence-transformers has."""
     weights = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data")
     modules = _modules(folder)
     for path in sorted(Path(folder).iterdir()):

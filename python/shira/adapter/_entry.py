@@ -1,4 +1,4 @@
-"""What an adapter changes of one weight, and what was left out when it was made."""
+"""`Entry`: what an adapter changes in one weight. `Report`: what was left out when the adapter was made."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from shira.adapter import _file
 
 
 def check_finite(where: str, values: Tensor) -> None:
-    """Refuse values with NaN or infinity among them; `where` begins the sentence. Whole numbers are always finite."""
+    """Refuse values that contain NaN or infinity. `where` begins the sentence. Integers are always finite."""
     if not values.is_floating_point() or not values.numel():
         return
     values = values.detach()
-    if values.itemsize == 1:  # 8-bit floats have few operations of their own, and fit
+    if values.itemsize == 1:  # 8-bit floats have few operations of their own, and float32 holds them exactly
         values = values.to(torch.float32)
-    # Both ends are NaN if anything is: one pass, where isfinite takes three and memory of its own.
+    # Minimum and maximum are NaN if anything is. This is one pass; isfinite would take three and extra memory.
     if all(map(math.isfinite, torch.stack(values.aminmax()).tolist())):
         return
     nan, infinite = int(values.isnan().sum()), int(values.isinf().sum())
@@ -35,7 +35,7 @@ def check_finite(where: str, values: Tensor) -> None:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """The tensor without what else lies in its memory, such as the mapped file that it is a part of."""
+    """The tensor in memory of its own, if it is only a part of something larger, such as a mapped file."""
     if tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
     return tensor.detach().clone()
@@ -43,13 +43,14 @@ def _own(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """What an adapter changes of one weight.
+    """What an adapter changes in one weight.
 
     ``indices`` are granule numbers, ``values`` the ``len(indices) * granule`` entries they become (or, for a
-    ``delta`` adapter, what is added to them). ``shape`` and ``dtype`` are the weight's; ``fingerprint`` is that of the
-    base it was made for (`shira_ops.fingerprint` as an unsigned number); ``seed`` stands for the indices of a drawn
-    mask; ``aliases`` are further names of the same (tied) weight. A whole parameter is one granule of all its entries,
-    indices ``[0]``.
+    ``delta`` adapter, what is added to them). A granule is ``granule`` consecutive entries of the flat weight.
+    ``shape`` and ``dtype`` are the weight's. ``fingerprint`` is that of the base weight it was made for
+    (`shira_ops.fingerprint` as an unsigned number). ``seed`` is the seed that the indices were drawn with, if they
+    were. ``aliases`` are further names of the same (tied) weight. A whole parameter is a single granule of all its
+    entries, with indices ``[0]``.
     """
 
     indices: Tensor
@@ -60,7 +61,7 @@ class Entry:
     fingerprint: int | None = None
     seed: int | None = None
     aliases: tuple[str, ...] = ()
-    # Whether the content of the indices is known to be good, as decoding proves it.
+    # Whether the indices are known to be valid; decoding proves it.
     checked: bool = field(default=False, repr=False)
 
     @property
@@ -79,7 +80,7 @@ class Entry:
         return self.granule == self.numel and self.indices.numel() == 1
 
     def check(self, where: str) -> None:
-        """Refuse what contradicts itself: shapes, dtypes, counts. The indices' content is `check_indices`' affair."""
+        """Refuse shapes, dtypes and counts that contradict each other. `check_indices` checks the indices."""
         if self.granule < 1 or self.numel % self.granule or self.granule > max(self.numel, 1):
             raise AdapterError(f"{where}: granule must divide its {self.numel} entries, got {self.granule}")
         if dtype_name(self.dtype) not in _file.DTYPES:
@@ -114,10 +115,10 @@ class Entry:
             raise AdapterError(f"{where}: {error}") from error
 
     def check_finite(self, where: str) -> None:
-        """Refuse NaN and infinity among the values, with their numbers; `where` begins the sentence."""
+        """Refuse NaN and infinity among the values, and say how many there are. `where` begins the sentence."""
         check_finite(where, self.values)
 
-    # The values of a loaded adapter are views of its file, and a view is pickled with all that it is a view of.
+    # The values of a loaded adapter are views of its file, and pickling a view would pickle the whole file.
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "indices": _own(self.indices), "values": _own(self.values)}
 
@@ -126,8 +127,9 @@ class Entry:
 class Lost:
     """One weight of a `Report`.
 
-    ``entries`` it has, ``changed`` by what was given, ``kept`` in the adapter (at least the changed ones where granules
-    complete them), and ``lost``: the share of the squared difference, in [0, 1], that the adapter leaves out.
+    ``entries``: how many the weight has. ``changed``: how many of them differ. ``kept``: how many the adapter holds
+    (more than changed, where granules bring their neighbours along). ``lost``: the share of the squared difference, in
+    [0, 1], that the adapter leaves out.
     """
 
     entries: int
@@ -140,7 +142,10 @@ class Lost:
 
 @dataclass(frozen=True)
 class Report:
-    """What making an adapter left out, weight by weight and in all; ``notes``: how names were brought together."""
+    """What was left out when an adapter was made, for each weight and in total.
+
+    ``notes`` say how the names of two checkpoints were brought together.
+    """
 
     weights: Mapping[str, Lost]
     notes: tuple[str, ...] = ()
@@ -173,7 +178,7 @@ class Report:
 
 
 class Made(NamedTuple):
-    """What an adapter is made of, and what is told about it: the arguments of `Adapter` by their names."""
+    """The arguments that `Adapter` is made with, by name; so that what computes them need not know `Adapter`."""
 
     weights: Mapping[str, Entry]
     mask: Mapping[str, Any]

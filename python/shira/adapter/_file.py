@@ -1,14 +1,14 @@
-"""The adapter file, version 1: what stands where, and every check that needs no torch.
+"""The adapter file, version 1: its layout, and every check that does not need torch.
 
-One safetensors file. For each weight ``NAME`` it holds ``NAME.values`` and, unless the mask follows from a seed or
-the parameter is whole, ``NAME.indices`` (a uint8 code, see ``shira_ops.encode_indices``). The metadata, strings as
-safetensors wants them, says the rest:
+An adapter is one safetensors file. For each weight ``NAME`` it holds ``NAME.values`` and, unless the mask follows from
+a seed or the parameter is whole, ``NAME.indices`` (a uint8 code, see ``shira_ops.encode_indices``). The metadata holds
+the rest, as strings:
 
 - ``shira.version``: ``"1"``.
 - ``shira.adapter``: JSON with ``alpha``, ``delta``, ``mask``, ``density`` and ``provenance``.
 - ``shira.weights``: JSON, name to ``shape``, ``dtype``, ``granule``, ``count``, ``indices`` (``"code"``, ``"seed"`` or
   ``"whole"``), ``seed``, ``fingerprint`` (16 hex digits, or null) and, where there are any, ``aliases``.
-- ``shira.checksums``: 16 hex digits for the two texts above, then 16 for each weight's tensors, in their order.
+- ``shira.checksums``: 16 hex digits for the two JSON texts above, then 16 for the tensors of each weight, in order.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ DTYPES: dict[str, tuple[str, int]] = {
     "int32": ("I32", 4),
     "int64": ("I64", 8),
 }
-# What a tensor of any checkpoint may have: bits an entry.
+# Bits per entry of every dtype that a checkpoint may have.
 BITS = {name: 8 * size for name, size in DTYPES.values()} | {
     "BOOL": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "U16": 16, "U32": 32, "U64": 64, "C64": 64,
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
@@ -64,17 +64,17 @@ BITS = {name: 8 * size for name, size in DTYPES.values()} | {
 ITEM_BYTES = dict(DTYPES.values())
 ARITHMETIC = ("float16", "bfloat16", "float32", "float64")
 MAX_NUMEL = 2**62
-MAX_DIMS = 64  # what torch takes
+MAX_DIMS = 64  # torch's limit
 MAX_HEADER = 100_000_000  # bytes, the stock library's limit
-MAX_ADAPTER_HEADER = 50_000_000  # the header of an adapter for 70,000 weights has 35 MB
-# Numbers, strings, lists and objects in a JSON text, roughly: Python takes some hundred bytes for each.
+MAX_ADAPTER_HEADER = 50_000_000  # the header of an adapter for 70,000 weights takes 35 MB
+# Roughly the numbers, strings, lists and objects in a JSON text: Python needs some hundred bytes for each.
 MAX_JSON_VALUES = 4_000_000
 MAX_JSON_DEPTH = 64
 
 
 @dataclass(frozen=True)
 class WeightHeader:
-    """What a file says of one weight, checked against the tensors it holds."""
+    """What a file says about one weight, checked against the tensors in the file."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -102,14 +102,14 @@ class WeightHeader:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of its adapter."""
+    """What a file says about its adapter."""
 
     alpha: float
     delta: bool
     mask: dict[str, Any] | None
     provenance: dict[str, Any]
     weights: dict[str, WeightHeader]
-    checksums: bool  # whether the file has them
+    checksums: bool  # whether the file has any
 
     @property
     def nnz(self) -> int:
@@ -117,7 +117,7 @@ class Header:
 
     @property
     def density(self) -> float:
-        """Share of the entries of the weights it touches that it changes."""
+        """The share of entries that it changes, among those of the weights it touches."""
         numel = sum(weight.numel for weight in self.weights.values())
         return self.nnz / numel if numel else 0.0
 
@@ -143,7 +143,7 @@ def _float(text: str) -> float:
 
 
 def _check_values(text: str | bytes) -> None:
-    """Refuse a JSON text that would become many times as large; its separators tell before anything is made of it."""
+    """Refuse a JSON text whose values would take far more memory than the text. Counts separators, before parsing."""
     marks = (b",", b":", b"[", b"{") if isinstance(text, bytes) else (",", ":", "[", "{")
     values = sum(map(text.count, marks))  # type: ignore[arg-type]
     if values > MAX_JSON_VALUES:
@@ -151,27 +151,28 @@ def _check_values(text: str | bytes) -> None:
 
 
 def parsed(text: str) -> Any:
-    """The value of a JSON text; ValueError or RecursionError for what the stock library's reader or JSON refuses.
+    """The value of a JSON text. Raises ValueError or RecursionError for what JSON or the stock safetensors library
+    refuses.
 
-    Python's reader alone would take keys twice, NaN, infinity, ``1e999`` and lone surrogates.
+    Python's parser alone would accept repeated keys, NaN, infinity, ``1e999`` and lone surrogates.
     """
     _check_values(text)
     value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_float)
-    if "\\u" in text:  # the one way to a lone surrogate, which no UTF-8 file can hold
+    if "\\u" in text:  # only an escape can stand for a lone surrogate, which UTF-8 cannot write
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
 
 def jsoned(value: object) -> str:
-    """A value as JSON text: the same for the same value."""
+    """A value as JSON text; equal values give equal texts."""
     return json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
 
 
 def json_object(what: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A mapping as it comes back from a file: one rule for what is given, written and read.
+    """A mapping as it comes back from a file, so that what is given, written and read is the same.
 
-    Tuples become lists and keys strings. Refused with `AdapterError`: what JSON has no form for (tensors, NaN and
-    infinity, lone surrogates, two keys of one text) and what is nested deeper than a reader need go.
+    Tuples become lists, and keys become strings. Raises `AdapterError` for what JSON cannot express (tensors, NaN and
+    infinity, lone surrogates, two keys with the same text) and for what is nested too deeply.
     """
     try:
         text = jsoned(value or {})
@@ -208,7 +209,7 @@ def _object(path: str, metadata: Mapping[str, str], key: str) -> dict[str, Any]:
 
 def _integer(where: str, entry: Mapping[str, Any], key: str, least: int) -> int:
     value = entry.get(key)
-    # type() and not isinstance(): True is no count.
+    # type(), not isinstance(): True is not a count.
     if type(value) is not int or value < least:
         raise AdapterError(f"{where}: {key} must be a whole number of at least {least}, got {shown(value)}")
     return value
@@ -226,7 +227,7 @@ def _word(where: str, entry: Mapping[str, Any], key: str) -> int | None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies in a safetensors file: bytes from its start."""
+    """Where a tensor is in a safetensors file, in bytes from the start of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -235,7 +236,7 @@ class Place:
 
 
 def entries_of(shape: Sequence[int]) -> int:
-    """The product of the sizes; where it is beyond 2^63, some number beyond it. Thousands of digits take minutes."""
+    """The product of the sizes; beyond 2^63 any number above it, since products of thousands of digits are slow."""
     if 0 in shape:
         return 0
     numel = 1
@@ -251,7 +252,7 @@ def _sizes(value: object) -> TypeGuard[list[int]]:
 
 
 def _place(name: str, entry: Any, at: int) -> Place:
-    """One tensor of a header; ValueError with what is wrong."""
+    """One tensor of a header. Raises ValueError that says what is wrong."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{named(name)} must have dtype, shape and data_offsets alone")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -277,24 +278,23 @@ def _place(name: str, entry: Any, at: int) -> Place:
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """A safetensors file that is open: what its header says, checked, and the same file's bytes."""
+    """An open safetensors file: its header, which was checked, and its bytes."""
 
     path: str
     file: BinaryIO
     metadata: dict[str, str]
-    places: dict[str, Place]  # in the order in which the tensors lie
+    places: dict[str, Place]  # in the order of the tensors in the file
 
     def map(self, *, unchanged: bool = False) -> Bytes:
-        """The whole file as an array, mapped: nothing is read before it is used, and the path is not looked up again.
+        """Map the whole file as an array. Nothing is read before it is used, and the path is not looked up again.
 
-        Pages that someone writes to become copies of their own, so nothing ever reaches the file. They are not set
-        aside beforehand, so that a file may be larger than memory. Where the system insists on that
-        (``vm.overcommit_memory=2``, ``ulimit -d``), an array that is to stay `unchanged` is mapped for reading alone;
-        writing to it then ends the process.
+        Writing to the array copies the page and never changes the file. Memory for such copies is not reserved, so the
+        file may be larger than memory. Where the system insists on reserving it (``vm.overcommit_memory=2``,
+        ``ulimit -d``), an array that is to stay `unchanged` is mapped read-only; writing to it then kills the process.
 
-        The file must not be shortened while the array is in use: the system ends a process that reads past the end of
-        a mapped file. Putting another file in its place, as this library does, is no harm. Raises OSError with the
-        file's name.
+        The file must not be shortened while the array is in use: the system kills a process that reads past the end of
+        a mapped file. Replacing the file by another one, as this library does, is safe. Raises OSError with the file's
+        name.
         """
         import numpy as np
 
@@ -328,17 +328,17 @@ def _libc() -> Any:
 
 
 class _Mapping:
-    """A file's bytes in memory, given to numpy by the array interface, until the last array over them is gone.
+    """A mapped file that numpy reads through the array interface. It is unmapped when the last array over it is gone.
 
-    Python's own mmap keeps a descriptor open for each, and a server may hold thousands of adapters. Arrays count as
-    writable even where memory is not: torch warns of others with each tensor that is made.
+    Python's own mmap keeps a file descriptor open for each mapping, and a server may hold thousands of adapters. The
+    arrays claim to be writable even where the memory is not, since torch warns about every tensor made of others.
     """
 
     def __init__(self, descriptor: int, size: int, *, writable: bool) -> None:
         import ctypes
         import mmap
 
-        # Python has the constant from 3.13 on.
+        # Python has this constant only since 3.13.
         no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
         rights = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         address = _libc().mmap(None, size, rights, mmap.MAP_PRIVATE | no_reserve, descriptor, 0)
@@ -346,21 +346,21 @@ class _Mapping:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
         self.__array_interface__ = {"data": (address, False), "shape": (size,), "typestr": "|u1", "version": 3}
-        # Not at exit, where others may still read it; the system takes it back then.
+        # Not at exit, when others may still read it: then the system unmaps it.
         weakref.finalize(self, _libc().munmap, address, size).atexit = False
 
 
 def _for_reading(path: str, flags: int) -> int:
-    # Whatever has taken the file's place since it was looked at: opening a pipe waits for its writer.
+    # Something else may have replaced the file since it was checked, and opening a pipe would wait for its writer.
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 @contextmanager
 def opened(path: str | os.PathLike[str], most: int = MAX_HEADER) -> Iterator[Opened]:
-    """Open a safetensors file and check its header, of at most so many bytes.
+    """Open a safetensors file and check its header, which may have at most ``most`` bytes.
 
-    The checks are the stock library's: tensors fill the file from the header to the end, without gaps and overlaps.
-    Nothing is imported for them, so that a header can be read in no time.
+    The checks are those of the stock library: the tensors fill the file from the header to its end, without gaps or
+    overlaps. Neither numpy nor torch is imported, so reading a header is quick.
     """
     path = os.fspath(path)
     check_regular(path)
@@ -402,7 +402,7 @@ def _layout(file: BinaryIO, most: int) -> tuple[dict[str, str], dict[str, Place]
 
 
 def read_layout(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Place]]:
-    """A safetensors file's metadata and where its tensors lie, in their order, all of it checked as `opened` does."""
+    """The metadata of a safetensors file, and where its tensors are, in their order. Checked as in `opened`."""
     with opened(path) as file:
         return file.metadata, file.places
 
@@ -410,7 +410,7 @@ def read_layout(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str,
 def _tensor(
     where: str, places: Mapping[str, Place], key: str, dtypes: Mapping[str, str], length: int | None
 ) -> tuple[str, int]:
-    """Check one tensor's dtype and length by the header alone; return torch's name of its dtype, and the length."""
+    """Check a tensor's dtype and length by the header alone. Returns torch's name of the dtype, and the length."""
     if key not in places:
         raise AdapterError(f"{where}: the tensor {named(key)} is missing")
     dtype, shape = places[key].dtype, list(places[key].shape)
@@ -480,14 +480,13 @@ def _weight(where: str, name: str, entry: Any, places: Mapping[str, Place]) -> W
 
 @contextmanager
 def opened_adapter(path: str | os.PathLike[str]) -> Iterator[tuple[Header, Opened]]:
-    """Open an adapter's file: what it says of its adapter, all of it checked, without torch and without reading the
-    tensors."""
+    """Open an adapter's file and check all it says about its adapter, without torch and without reading tensors."""
     with opened(path, MAX_ADAPTER_HEADER) as file:
         yield _header(file.path, file.metadata, file.places), file
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """What the file says of its adapter, all of it checked, without torch and without reading the tensors."""
+    """What the file says about its adapter; all of it is checked, without torch and without reading tensors."""
     with opened_adapter(path) as (header, _):
         return header
 
@@ -530,7 +529,7 @@ def _header(path: str, metadata: Mapping[str, str], places: Mapping[str, Place])
 
 
 def check_names(where: str, aliases: Mapping[str, tuple[str, ...]]) -> None:
-    """Refuse names that no file can hold, and one name for two weights."""
+    """Refuse names that a file cannot hold, and one name for two weights."""
     owner = {name: name for name in aliases}
     for name, others in aliases.items():
         for one in (name, *others):
@@ -551,7 +550,7 @@ def check_names(where: str, aliases: Mapping[str, tuple[str, ...]]) -> None:
 
 
 def check_regular(path: str) -> None:
-    """Refuse what is no file of its own: a folder, and pipes and devices, whose reading may never end."""
+    """Refuse folders, and pipes and devices, which may never end."""
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise AdapterError(f"{path}: this is a folder, not a file")
@@ -560,15 +559,18 @@ def check_regular(path: str) -> None:
 
 
 def fingerprint(data: Any) -> int:
-    """The fingerprint of some bytes (`shira_ops.fingerprint`) as an unsigned number, without torch."""
+    """The fingerprint of some bytes (`shira_ops.fingerprint`) as an unsigned number. Does not need torch."""
     from shira import _codec
 
     return _codec.fingerprint(data) & (2**64 - 1)
 
 
 def checksums(metadata: Mapping[str, str], weights: Iterable[tuple[int, int]]) -> str:
-    """What tells whether an adapter file is as it was written: 16 hex digits for what it says of itself, then 16 for
-    each weight, given as the fingerprints of its values and of its code (0: none), in the order of the metadata."""
+    """The checksums that tell whether an adapter file is as it was written.
+
+    16 hex digits for the metadata, then 16 for each weight, in the order of the metadata. ``weights`` are the
+    fingerprints of each weight's values and of its code (0 if it has none).
+    """
     import numpy as np
 
     said = np.frombuffer((metadata[ADAPTER_KEY] + metadata[WEIGHTS_KEY]).encode(), np.uint8)
@@ -577,7 +579,7 @@ def checksums(metadata: Mapping[str, str], weights: Iterable[tuple[int, int]]) -
 
 
 def check_checksums(file: Opened, header: Header, data: Bytes) -> None:
-    """Refuse a file with a bit that is not as it was written, `data` being all of it. Older files have no checksums."""
+    """Refuse a file in which any bit is not as it was written. `data` is all of it. Old files have no checksums."""
     said = file.metadata.get(CHECKSUMS_KEY)
     if said is None:
         return
@@ -604,8 +606,7 @@ def check_checksums(file: Opened, header: Header, data: Bytes) -> None:
 
 
 def read_whole(path: str | os.PathLike[str]) -> Header:
-    """Check everything a reader checks, the index codes and checksums included, without torch; what the file says of
-    its adapter."""
+    """Check all of a file without torch, index codes and checksums too. Returns what it says about its adapter."""
     import numpy as np
 
     from shira import _codec
@@ -626,13 +627,13 @@ def read_whole(path: str | os.PathLike[str]) -> Header:
 
 
 def bad_code(path: str | os.PathLike[str], name: str, error: Exception) -> str:
-    """The sentence for indices that do not decode."""
+    """The sentence for indices that cannot be decoded."""
     return f"{os.fspath(path)}: weight {named(name)}: its indices do not decode: {error}"
 
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor to write: safetensors' name of its dtype, its shape, and its bytes in pieces, asked for when due."""
+    """A tensor to write: safetensors' name of its dtype, its shape, and a function that yields its bytes in pieces."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -641,7 +642,7 @@ class Part:
 
 
 def tensor_part(tensor: Tensor) -> Part:
-    """A tensor of torch as a file holds it; it is moved and copied only while it is written."""
+    """A tensor of torch, to be written. It is moved and copied only while it is written."""
 
     def pieces() -> list[Any]:
         import torch
@@ -656,11 +657,11 @@ def tensor_part(tensor: Tensor) -> Part:
 def write_safetensors(
     path: Path, parts: Mapping[str, Part], metadata: Mapping[str, str], most: int = MAX_HEADER
 ) -> None:
-    """Write a safetensors file, tensor after tensor in the order given, each in memory only while it is written.
+    """Write a safetensors file: the tensors in the given order, each in memory only while it is written.
 
-    Refuses a header of more bytes than `most`, or that `opened` would not read for another reason.
+    Refuses a header of more than `most` bytes, and one that `opened` would not read for another reason.
 
-    The bytes follow from the arguments alone. For aligned tensors give them by falling size of their entries.
+    The same arguments give the same bytes. For aligned tensors give those with the widest entries first.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
@@ -686,14 +687,14 @@ def write_safetensors(
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a fresh name in the folder of ``path``; on success the file written there takes its place, whole.
+    """Yield a temporary path in the folder of ``path``. On success the file that was written there replaces ``path``.
 
-    A symbolic link stays one: what it points to is replaced. Whatever killed runs left there is cleaned first
-    (`sweep`). An error of the disk names the file.
+    A symbolic link stays one: the file that it points to is replaced. What killed runs have left behind is deleted
+    first (`sweep`). Errors of the disk name the file.
     """
     target = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     if target.exists():
-        check_regular(os.fspath(target))  # a device would be replaced too
+        check_regular(os.fspath(target))  # a device could be replaced, too
     sweep(target)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
     try:
@@ -701,7 +702,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         _fsync(temporary, os.O_RDWR)
         os.replace(temporary, target)
     except OSError as error:
-        if error.errno is not None and error.filename is None:  # a full disk has no name
+        if error.errno is not None and error.filename is None:  # the error of a full disk names no file
             error.filename = os.fspath(target)
         raise
     finally:
@@ -717,12 +718,12 @@ def _fsync(path: Path, flags: int) -> None:
         os.close(descriptor)
 
 
-# What file systems answer that cannot do it, network shares above all; the rename has been done by then.
+# Errors of file systems that cannot sync a folder, such as network shares. The rename is done by then.
 _NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM, errno.EBADF}
 
 
 def sync_folder(folder: Path) -> None:
-    """Put a folder's new names on disk too, where the file system can."""
+    """Write a folder's new names to disk, too, if the file system can."""
     if os.name != "posix":
         return
     try:
@@ -732,14 +733,14 @@ def sync_folder(folder: Path) -> None:
             raise
 
 
-_OLD = 24 * 3600  # seconds; a process on another machine that shares the folder may still write
+_OLD = 24 * 3600  # seconds; until then a process on another machine that shares the folder may still be writing
 
 
 def sweep(target: Path) -> None:
-    """Delete what killed runs left beside ``target``: ``.NAME.PID.HEX.tmp`` and ``.old``, files and folders.
+    """Delete the files and folders that killed runs left beside ``target``: ``.NAME.PID.HEX.tmp`` and ``.old``.
 
-    Only where the name is this target's, the process is gone and nothing was written for a day. An ``.old`` stays where
-    the target is missing: it may be all there is of it.
+    Only if the name is that of this target, the process is gone, and nothing was written for a day. An ``.old`` stays
+    if the target is missing: it may be the only copy.
     """
     if os.name != "posix":
         return
@@ -766,11 +767,11 @@ def sweep(target: Path) -> None:
 
 
 def lives(process: int) -> bool:
-    """Whether there is a process of this number on this machine; not to be asked elsewhere than on POSIX."""
+    """Whether this machine has a process of this number. Only for POSIX."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except (OSError, OverflowError):  # another user's, or no number of a process
+    except (OSError, OverflowError):  # another user's process, or not the number of one
         pass
     return True

@@ -1,4 +1,4 @@
-"""Where results go: what may be overwritten, decided before anything is written, and how a folder takes its place.
+"""Where results are written: what may be overwritten is decided first, and a folder is replaced as a whole.
 
 Nothing here needs torch.
 """
@@ -22,9 +22,9 @@ from shira._text import AdapterError
 from shira.adapter import _file
 
 MARK = ".shira-merged.json"
-"""In a merged folder: the names of the files that were written, so that it is known again as ours, and as untouched."""
+"""A file in a merged folder that lists the files we wrote, so that we know the folder as ours and unchanged."""
 MARK_KEY = "shira.merged"
-"""In the metadata of a merged file."""
+"""A key in the metadata of a merged file, for the same reason."""
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -34,7 +34,7 @@ def _inside(path: str, folder: str) -> bool:
 
 
 def _mounted(path: str) -> bool:
-    """Whether something is mounted there, a single file's bind mount included."""
+    """Whether something is mounted there, including a bind mount of a single file."""
     if os.path.ismount(path):
         return True
     try:
@@ -42,12 +42,12 @@ def _mounted(path: str) -> bool:
             points = [line.split(" ")[4] for line in file]
     except (OSError, IndexError):
         return False
-    # Blanks in names stand there as \040.
+    # Spaces in names are written as \040 there.
     return path in (re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), point) for point in points)
 
 
 def _files(source: str) -> Iterator[str]:
-    """An input and, of a folder, the files in it."""
+    """An input and, if it is a folder, the files in it."""
     yield source
     if os.path.isdir(source):
         paths = (os.path.join(source, name) for name in os.listdir(source))
@@ -61,12 +61,13 @@ def destination(
     foreign: Callable[[str], str | None],
     how: str,
 ) -> Path:
-    """Where ``out`` really is, through links; refuses before anything is written what must not be written over.
+    """The real path of ``out``, with links resolved. Refuses what must not be overwritten, before anything is written.
 
     Args:
-        inputs: files and folders that are read: never overwritten, under no name, nor a folder that holds one.
-        foreign: of what is there, why it is not an earlier result of the kind that is written, or None.
-        how: what to do where something is there already, for the message.
+        inputs: files and folders that are read. Neither they, under whatever name, nor a folder that holds one are
+            ever overwritten.
+        foreign: says why what is there is not an earlier result of the same kind; None if it is one.
+        how: how the user allows overwriting, for the message.
     """
     given, path = os.fspath(out), os.path.realpath(os.path.abspath(out))
     if not given:
@@ -75,7 +76,7 @@ def destination(
         raise FileExistsError(f"{given} is a link that leads in a circle; remove it, or give another name")
     for source in (os.fspath(one) for one in inputs):
         if not os.path.exists(source):
-            continue  # whoever reads it says so
+            continue  # its reader will say so
         if os.path.exists(path) and any(os.path.exists(one) and os.path.samefile(one, path) for one in _files(source)):
             what = f"{source} itself" if os.path.samefile(source, path) else f"a part of {source}"
             raise AdapterError(f"{given} is {what}, which is read; write the result elsewhere")
@@ -91,7 +92,7 @@ def destination(
         return Path(path)
     if not overwrite:
         raise FileExistsError(f"{given} is there already; give another name, or {how}")
-    with contextlib.suppress(FileNotFoundError):  # of a working folder that is gone
+    with contextlib.suppress(FileNotFoundError):  # the working directory was deleted
         here = os.path.realpath(os.getcwd())
         if here == path or _inside(here, path):
             raise FileExistsError(f"{given} is the folder you are in, which cannot be replaced; give another name")
@@ -159,7 +160,7 @@ def no_peft_folder(path: str) -> str | None:
 
 
 def _exchange(one: Path, two: Path) -> bool:
-    """Let two names in one file system change places in one step, where the system can."""
+    """Exchange two names in one file system in a single step. Returns False where the system cannot."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError, TypeError):
@@ -169,13 +170,13 @@ def _exchange(one: Path, two: Path) -> bool:
         return True
     number = ctypes.get_errno()
     if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
-        return False  # this kernel or file system cannot
+        return False  # this kernel or file system cannot do it
     raise OSError(number, os.strerror(number), str(two))
 
 
 @contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Errors of writing, a full disk above all, with the name of the result, not of what it is written as at first."""
+    """Errors of writing, such as a full disk, name the result instead of the temporary file."""
     try:
         yield
     except OSError as error:
@@ -187,10 +188,11 @@ def named(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing_folder(target: Path, overwrite: bool) -> Iterator[Path]:
-    """Yield a fresh folder beside ``target``; on success it takes its place, whole and on disk, and on failure it goes.
+    """Yield a new folder beside ``target``. On success it replaces ``target``, synced to disk; on failure it is
+    deleted.
 
-    What was there is deleted last. Killed at any moment, there is the old folder or the new one. What came there while
-    the fresh one was written is refused as `destination` refuses it.
+    The old folder is deleted last: if the process is killed at any moment, there is either the old folder or the new
+    one. Something else that has appeared at ``target`` meanwhile is refused, as `destination` refuses it.
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     old = temporary.with_suffix(".old")
@@ -219,5 +221,5 @@ def replacing_folder(target: Path, overwrite: bool) -> Iterator[Path]:
         if os.path.lexists(old):
             if os.path.lexists(target):
                 shutil.rmtree(old, ignore_errors=True)
-            else:  # the last step failed: what was there comes back
+            else:  # the last step failed: put back what was there
                 os.rename(old, target)

@@ -1,7 +1,7 @@
-"""Regular expressions from strangers' files, matched in bounded time.
+"""Regular expressions from files that may not be trusted, matched in bounded time.
 
-Python's matcher goes back and tries again, and twenty characters can keep it busy for years. This one goes over a
-pattern once, with the set of places in the text where it may be by then. It knows what names of modules need:
+Python's matcher backtracks, and a pattern of twenty characters can keep it busy for years. This one goes over a pattern
+once, and keeps the set of places in the text that it may have reached. It supports what names of modules need:
 characters, escapes such as ``\\d``, ``.``, sets, groups, ``|``, ``*``, ``+``, ``?``, ``{m,n}``, ``^`` and ``$``.
 """
 
@@ -13,15 +13,15 @@ from collections.abc import Callable
 from functools import partial
 
 _MOST_CHARACTERS = 1000
-_MOST_GROUPS = 20  # one within another
-_MOST_PLACES = 1_000_000  # looked at for one text
+_MOST_GROUPS = 20  # nested in one another
+_MOST_PLACES = 1_000_000  # that are looked at for one text
 _COUNTS = re.compile(r"\{(\d{0,9})(,?)(\d{0,9})\}")
 
 Places = set[int]
 
 
 class _Walk:
-    """One text, and how much has been looked at of it."""
+    """A text that is matched, and how much work is left."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -59,7 +59,7 @@ def _either(options: list[Step], walk: _Walk, places: Places) -> Places:
 
 
 def _repeat(step: Step, least: int, most: int | None, walk: _Walk, places: Places) -> Places:
-    # A step that takes no character reaches all it can within as many rounds as there are characters.
+    # Even a step that matches nothing has reached all it can after as many rounds as there are characters.
     enough = len(walk.text) + 1
     for _ in range(min(least, enough)):
         places = step(walk, places)
@@ -74,7 +74,7 @@ def _repeat(step: Step, least: int, most: int | None, walk: _Walk, places: Place
 
 
 class Pattern:
-    """A pattern as PEFT's configurations have it; `ValueError` with the reason where it cannot be used."""
+    """A pattern from a PEFT configuration. Raises `ValueError` with the reason if it cannot be used."""
 
     def __init__(self, pattern: str) -> None:
         if len(pattern) > _MOST_CHARACTERS:
@@ -139,7 +139,7 @@ class Pattern:
             self._at += 1
         elif character != ".":
             return partial(_one, character.__eq__)
-        # One character of the text at a time: nothing to go back over.
+        # Matches a single character, so Python's matcher cannot backtrack.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -148,7 +148,7 @@ class Pattern:
                 raise ValueError(str(error)) from error
 
     def _counted(self, step: Step) -> Step:
-        """The step with the repeat that follows it, if one does."""
+        """The step, repeated if a repeat follows it."""
         character = self._peek()
         counts = _COUNTS.match(self._pattern, self._at)
         if character and character in "*+?":
@@ -162,7 +162,7 @@ class Pattern:
                 raise ValueError(f"{counts[0]} counts down")
         else:
             return step
-        if self._peek() == "?":  # lazy: the same texts match
+        if self._peek() == "?":  # a lazy repeat matches the same texts
             self._at += 1
         if self._peek() and self._peek() in "*+?":
             raise ValueError("a repeat follows a repeat")

@@ -1,8 +1,8 @@
-"""PEFT's adapters read and written: its SHiRA both ways, its LoRA as the largest entries of ``B @ A``.
+"""Reads and writes PEFT's SHiRA adapters, and reads PEFT's LoRA adapters as the largest entries of ``B @ A``.
 
-PEFT keeps a folder: ``adapter_config.json`` and ``adapter_model.safetensors``. Its SHiRA holds for each linear layer
-``shira_weight``, values that are added to the weight, and ``shira_indices``, their rows and columns; so what is read is
-a delta adapter, and what is written one too. Neither direction needs PEFT itself.
+A PEFT adapter is a folder with ``adapter_config.json`` and ``adapter_model.safetensors``. For each linear layer its
+SHiRA holds ``shira_weight``, values that are added to the weight, and ``shira_indices``, their rows and columns. So
+what is read becomes a delta adapter, and what is written is one too. PEFT itself is not needed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _KEY = re.compile(
     r"(?P<module>.+)\.(?:(?P<shira>shira_weight|shira_indices)(?:\.(?P<one>[^.]+))?"
     r"|(?P<lora>lora_[AB])(?:\.(?P<two>[^.]+))?\.weight)"
 )
-# What changes the meaning of a LoRA's A and B, where it is set.
+# Options that change what a LoRA's A and B mean.
 _NO_PLAIN_LORA = (
     "use_dora",
     "use_qalora",
@@ -57,8 +57,8 @@ _NO_PLAIN_LORA = (
     "kasa_config",
     "monteclora_config",
 )
-# Ways to start a LoRA that leave the base as it is. All others take what A and B start with out of the base first, so
-# that B @ A is no change of the base that anybody has.
+# Initialisations of a LoRA that leave the base as it is. All others first subtract the initial B @ A from the base, so
+# that the final B @ A is not the change of the base.
 _KEEPS_BASE = ("", "gaussian", "eva", "orthogonal", "mica")
 _CONVERTED = ("pissa", "olora", "corda", "lora_ga")
 
@@ -109,7 +109,7 @@ def _tensors(folder: str) -> dict[str, Stored]:
 def _by_module(
     folder: str, kind: str, tensors: Mapping[str, Stored]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Stored]]:
-    """Each module's tensors by what they are, and what is none of an adapter of this kind."""
+    """The tensors of each module by their kind, and the tensors that do not belong to an adapter of this kind."""
     wanted = ("shira_weight", "shira_indices") if kind == "SHIRA" else ("lora_A", "lora_B")
     modules: dict[str, dict[str, Tensor]] = {}
     names: set[str] = set()
@@ -138,7 +138,7 @@ def _by_module(
 def _check_others(
     folder: str, kind: str, others: Mapping[str, Stored], base: Checkpoint, renamed: Callable[[str], str]
 ) -> None:
-    """Refuse what is not part of the adapter, unless it says what the base says.
+    """Refuse tensors that are not part of the adapter, unless they equal the base's.
 
     PEFT saves whole embeddings and heads beside an adapter that targets one, or when the vocabulary has grown, and all
     biases with ``bias="all"``.
@@ -164,7 +164,7 @@ def _check_others(
 
 
 def _equal(one: Stored, two: Stored) -> bool:
-    """Whether two tensors hold the same numbers, maybe in other float dtypes; a part of them at a time."""
+    """Whether two tensors hold the same numbers, also in different float dtypes. Compares a part at a time."""
     if one.shape != two.shape:
         return False
     if one.dtype == two.dtype:
@@ -190,7 +190,7 @@ def _base(folder: str, config: Mapping[str, Any], base: Source | None) -> Checkp
 
 
 class _Weights:
-    """The base's matrices by module, and which way round they are."""
+    """The matrices of the base by module, and whether they are stored transposed."""
 
     def __init__(self, base: Checkpoint, turned: object, renamed: Callable[[str], str]) -> None:
         self._base, self._turned, self._renamed = base, turned, renamed
@@ -201,7 +201,7 @@ class _Weights:
         self._slots = {} if base.model is None else _model.slots(base.model)
 
     def of(self, where: str, module: str) -> Stored:
-        """The weight of a linear layer that nothing else uses."""
+        """The weight of a linear layer, which no other module may share."""
         name = self._renamed(f"{module}.weight")
         stored = self._base.find((name,))
         if stored is None:
@@ -225,9 +225,9 @@ class _Weights:
         return stored
 
     def is_turned(self, where: str, stored: Stored, shape: tuple[int, int]) -> bool:
-        """Whether a layer's weight is the other way round than ``shape``, outputs x inputs: that of a ``Conv1D``.
+        """Whether a layer's weight is ``shape`` (outputs x inputs) transposed, as in a ``Conv1D``.
 
-        PEFT's ``fan_in_fan_out`` is one for the whole folder, and the last module's where they differ.
+        PEFT stores a single ``fan_in_fan_out`` for the whole folder: the last module's, where they differ.
         """
         if stored.shape not in (shape, shape[::-1]):
             raise AdapterError(f"{where}: B @ A has shape {list(shape)}, and the base's weight {list(stored.shape)}")
@@ -255,7 +255,7 @@ class _Weights:
         )
 
     def _layout(self, stored: Stored) -> bool | None:
-        """Which way round a weight is by its bias's length, if that tells."""
+        """Whether a weight is transposed, if the length of its bias tells."""
         if len(stored.shape) != 2 or stored.shape[0] == stored.shape[1]:
             return None
         bias = self._bias(stored)
@@ -299,7 +299,7 @@ def _shira(where: str, stored: Stored, parts: Mapping[str, Tensor], cast: bool) 
 
 
 def _alpha(where: str, config: Mapping[str, Any], patterns: Mapping[str, Pattern], module: str) -> float:
-    """``lora_alpha`` of a module: of the first pattern that matches, or the one for all."""
+    """The ``lora_alpha`` of a module: that of the first pattern that matches, or the general one."""
     alpha = config.get("lora_alpha", 8)
     for text, pattern in patterns.items():
         try:
@@ -344,10 +344,10 @@ def _lora(
     granule: int,
     cast: bool,
 ) -> tuple[Entry, Lost]:
-    """The largest entries of ``scaling * B @ A``; one dense weight in memory."""
+    """The largest entries of ``scaling * B @ A``. Takes the memory of one dense weight."""
     if stored.shape[1] % granule:
         raise AdapterError(f"{where}: granule {granule} must divide the last dimension of {list(stored.shape)}")
-    # The arithmetic of PEFT's merge on a CPU, so that its bits are these.
+    # The same arithmetic as PEFT's merge on a CPU, so that the bits are the same.
     dtype = getattr(torch, stored.dtype)
     compute = torch.float64 if stored.dtype == "float64" else torch.float32
     if cast:
@@ -378,7 +378,7 @@ def from_peft(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> Made:
-    """What an adapter of PEFT's folder is made of: see `Adapter.from_peft`."""
+    """The parts of an adapter from PEFT's folder; `Adapter.from_peft` describes the arguments."""
     where = os.fspath(folder)
     if not os.path.isdir(where):
         from shira.adapter import hub
@@ -419,7 +419,7 @@ def from_peft(
             continue
         assert density is not None
         a, b = _factors(here, parts)
-        # Compared before they are multiplied: two long vectors would make a matrix of any size.
+        # The shapes are compared before the product is made: two long vectors could make a matrix of any size.
         turned = weights.is_turned(here, stored, (b.shape[0], a.shape[1]))
         rank = len(a)
         scaling = _alpha(here, config, patterns, module) / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -436,7 +436,7 @@ def from_peft(
 
 
 def _writable(text: str) -> bool:
-    """Whether a file can hold the text: JSON may hold halves of characters."""
+    """Whether UTF-8 can write the text: JSON may hold lone halves of surrogate pairs."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -445,7 +445,7 @@ def _writable(text: str) -> bool:
 
 
 def _check_for_peft(adapter: Adapter, model: object) -> None:
-    """Refuse, all in one error, what PEFT's SHiRA has no place for."""
+    """Refuse what PEFT's SHiRA cannot hold, all of it in one error."""
     problems = []
     for name, entry in adapter.weights.items():
         if entry.whole:
@@ -467,7 +467,7 @@ def _check_for_peft(adapter: Adapter, model: object) -> None:
 
 
 def _padded(indices: Tensor, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """With zeros at the first entries that are free, up to ``count``."""
+    """The entries, padded with zeros at the first free places to ``count`` of them."""
     free = np.setdiff1d(np.arange(count), indices.numpy())[: count - len(indices)]
     indices = torch.cat([indices, torch.from_numpy(free)])
     values = torch.cat([values, values.new_zeros(len(free))])
@@ -495,7 +495,7 @@ def to_peft(
         if source is None:
             raise AdapterError("PEFT's SHiRA adds to the base, and this adapter replaces entries: give base=")
         adapter = adapter.to_delta(source)
-    # PEFT makes r * (rows + columns) entries of every layer, with one r.
+    # PEFT makes r * (rows + columns) entries for every layer, with a single r.
     rank = max(-(-entry.nnz // sum(entry.shape)) for entry in adapter.weights.values())
     full = [
         f"{name!r} has {entry.numel} entries, and {rank * sum(entry.shape)} are needed"
@@ -511,7 +511,7 @@ def to_peft(
         entry.check_indices(f"weight {name!r}")
         within = torch.arange(entry.granule, device="cpu")
         flat = (entry.indices.cpu().to(torch.int64).unsqueeze(1) * entry.granule + within).view(-1)
-        # PEFT keeps no strength: it goes into the values.
+        # PEFT does not store a strength, so the values are multiplied by it.
         values = entry.values.detach().cpu().to(torch.float32)
         flat, values = _padded(flat, values * adapter.alpha, rank * sum(entry.shape))
         module = PREFIX + name.removesuffix(".weight")
@@ -525,14 +525,14 @@ def to_peft(
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_weights": True,
-        # PEFT draws a mask of this kind before it reads the indices, which replace it.
+        # PEFT draws a mask of this kind first; the indices that it then reads replace it.
         "mask_type": "random",
         "modules_to_save": None,
         "peft_type": "SHIRA",
         "r": rank,
         "random_seed": 0,
         "revision": None,
-        # As one expression: a list would also match modules whose names only end so.
+        # One expression, since a list would also match modules whose names merely end like this.
         "target_modules": "|".join(re.escape(name.removesuffix(".weight")) for name in adapter.weights),
         "task_type": task_type or adapter.provenance.get("task_type"),
     }
@@ -543,9 +543,10 @@ def to_peft(
 
 
 def _write(target: Path, parts: Mapping[str, _file.Part], config: str) -> None:
-    """Weights first, and the configuration last: without one PEFT finds no adapter, so that none is ever half another.
+    """Write the weights first and the configuration last: PEFT finds no adapter without one, so it never reads a
+    mixture.
 
-    Both are on the disk before anything of an adapter that stood there goes. All other files of the folder stay.
+    Both are on disk before anything of an earlier adapter is removed. All other files of the folder stay.
     """
     fresh = not target.exists()
     target.mkdir(parents=True, exist_ok=True)
@@ -559,6 +560,6 @@ def _write(target: Path, parts: Mapping[str, _file.Part], config: str) -> None:
                 (target / CONFIG).unlink(missing_ok=True)
     except BaseException:
         if fresh:
-            with suppress(OSError):  # whatever others put there meanwhile stays
+            with suppress(OSError):  # keep what others have put there meanwhile
                 target.rmdir()
         raise

@@ -1,10 +1,10 @@
-"""`Adapter`: the changed entries of a model's weights, and the file that keeps them."""
+"""`Adapter`: the changed entries of a model's weights, and how they are saved, loaded, converted and fused."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +18,7 @@ from shira import _fit, _text
 from shira._granules import dtype_name, index_dtype, refine, signed
 from shira._text import AdapterError, named
 from shira.adapter import _file
-from shira.adapter._checkpoint import Checkpoint, Source, Stored, open_checkpoint, ties
+from shira.adapter._checkpoint import Checkpoint, Source, open_checkpoint, ties
 from shira.adapter._entry import Entry
 
 if TYPE_CHECKING:
@@ -31,17 +31,17 @@ __all__ = ["Adapter", "AdapterError", "Entry"]
 class Adapter:
     """The changed entries of a model's weights: sparse, exact, independent of the model they came from.
 
-    Made by `SparseTuner.adapter`, read by `Adapter.load`, or put together from `Entry` objects. It is not changed after
-    it is made, and its tensors should not be either.
+    Made by `SparseTuner.adapter`, read by `Adapter.load`, or built from `Entry` objects. An adapter never changes after
+    it is made; do not change its tensors either.
 
     Args:
         weights: parameter name, as in ``model.named_parameters()``, to `Entry`.
         alpha: the strength to use unless ``activate(alpha=)`` gives another.
         delta: whether values are added to the base; otherwise they replace it, which is exact.
-        mask: what made the mask, in JSON's types (`Mask.describe`), or None.
+        mask: a description of the mask, in JSON's types (`Mask.describe`), or None.
         provenance: anything worth keeping, in JSON's types: data, hyper-parameters, versions. Both are kept as they
             come back from a file: tuples as lists, keys as strings; NaN and infinity are refused.
-        report: what making it left out, where it was made from something larger; not saved.
+        report: what was left out, if it was made from something larger. It is not saved.
     """
 
     def __init__(
@@ -71,24 +71,24 @@ class Adapter:
 
     @property
     def density(self) -> float:
-        """Share of the entries of the weights it touches that it changes."""
+        """The share of entries that it changes, among those of the weights it touches."""
         numel = sum(entry.numel for entry in self.weights.values())
         return self.nnz / numel if numel else 0.0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its indices and values in memory."""
+        """Bytes of memory that its indices and values take."""
         return sum(entry.indices.nbytes + entry.values.nbytes for entry in self.weights.values())
 
     def __len__(self) -> int:
         return len(self.weights)
 
     def check_finite(self) -> None:
-        """Refuse NaN and infinity among the values: `AdapterError` names the weight and says how many."""
+        """Raise `AdapterError` if any values are NaN or infinite; it names the weight and says how many there are."""
         for name, entry in self.weights.items():
             entry.check_finite(f"weight {named(name)}")
 
-    # A mapping that cannot be written to cannot be pickled either.
+    # A read-only mapping cannot be pickled.
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "weights": dict(self.weights)}
 
@@ -104,13 +104,13 @@ class Adapter:
         )
 
     def save(self, path: str | os.PathLike[str], *, seeds: bool = False) -> None:
-        """Write the adapter as one safetensors file (docs/format.md says what stands where).
+        """Write the adapter as one safetensors file (docs/format.md describes its layout).
 
-        The file is written beside its final place and renamed, so that a reader never sees half of one.
+        The file is written under another name and then renamed, so that a reader never sees a half-written one.
 
         Args:
             path: where to write; an existing file is replaced.
-            seeds: leave out indices that follow from a seed (those of `masks.Rand`): the file is smaller, and reading
+            seeds: leave out indices that follow from a seed (those of `masks.Rand`). The file is smaller, and reading
                 it draws the mask again.
         """
         path = Path(path)
@@ -166,7 +166,7 @@ class Adapter:
             _file.WEIGHTS_KEY: _file.jsoned(weights),
         }
         metadata[_file.CHECKSUMS_KEY] = _file.checksums(metadata, prints)
-        # Large entries first, so that every tensor lies at a multiple of its own; else in the adapter's order.
+        # Tensors of wide entries come first, so that each is aligned to its entries; otherwise the adapter's order.
         parts.sort(key=lambda one: -_file.ITEM_BYTES[one[1].dtype])
         _file.write_safetensors(path, dict(parts), metadata, _file.MAX_ADAPTER_HEADER)
 
@@ -174,13 +174,14 @@ class Adapter:
     def load(cls, path: str | os.PathLike[str], *, checksums: bool = True) -> Adapter:
         """Read a file: map it, check all of it, execute nothing.
 
-        The values stay in the mapped file. Nothing that is done to them reaches it, and it may be replaced at any time
-        (as `save` does); it must not be shortened in place, for the system ends a process that reads what is gone.
+        The values stay in the mapped file. Writing to them does not change the file, and the file may be replaced at
+        any time (as `save` does). It must not be shortened in place: the system kills a process that reads past its
+        end.
 
         Args:
             path: the file; it is opened once.
-            checksums: compare the values and indices with the checksums that were written beside them, so that a
-                damaged file is refused. False leaves the values unread until they are used.
+            checksums: compare the values and indices with the checksums in the file, so that a damaged file is refused.
+                With False the values are not read before they are used.
 
         Raises `AdapterError` with the file, the weight and what is wrong.
         """
@@ -190,7 +191,7 @@ class Adapter:
         def read(name: str, dtype: torch.dtype) -> Tensor:
             place = file.places[name]
             raw = torch.from_numpy(mapped[place.begin : place.end])
-            # Other writers may not align tensors in the file; ops need whole entries at whole addresses.
+            # Other programs may write tensors that are not aligned, which the ops need.
             return (raw.clone() if place.begin % dtype.itemsize else raw).view(dtype)
 
         entries: dict[str, Entry] = {}
@@ -244,28 +245,31 @@ class Adapter:
 
         Without ``density`` it is exact: put on the base, it gives the tuned weights bit for bit, NaNs and the sign of
         zero included. A weight that changed nearly everywhere is kept whole, where that is smaller. Files are mapped
-        and compared in chunks, so that neither model is in memory; values of whole weights stay in the tuned file,
+        and compared in chunks, so neither model is ever in memory. Values of whole weights stay in the tuned file,
         which must not be written to while the adapter is in use.
 
         Args:
             base, tuned: each a path (a ``.safetensors`` file, or a folder with one or with shards and their index), a
-                state dict, or a module. The same shapes and dtypes; tied tensors of ``base`` become aliases. Names may
-                differ by what is certain: wrappers' (``_orig_mod.``, ``module.``), a prefix that one of them has more
-                (``transformer.``, ``0.auto_model.``), a tied weight that only one of them holds twice, and the values
-                of a `SparseTuner`, which are left out. The report's ``notes`` say what was done. Buffers (running
-                statistics) are weights as any other; dtypes that no adapter can hold must be unchanged.
+                state dict, or a module, with the same shapes and dtypes. Tied tensors of ``base`` become aliases. Names
+                may differ where it is certain what belongs together: prefixes of wrappers (``_orig_mod.``,
+                ``module.``), a prefix that only one of them has (``transformer.``, ``0.auto_model.``), and a tied
+                weight that only one of them holds twice. The values of a `SparseTuner` are left out. The report's
+                ``notes`` say what was done. Buffers (running statistics) count as weights; tensors of dtypes that an
+                adapter cannot hold must be unchanged.
             density: keep at most ``max(1, round(density * numel / granule))`` granules of each weight, those with the
-                largest sum of ``|tuned - base|`` (ties to the lower index; what is no number first).
-            granule: entries an index stands for; divides the last dimension of every weight that changed.
+                largest sum of ``|tuned - base|`` (NaN counts as the largest; of equal ones, the lower index).
+            granule: how many consecutive entries an index stands for; must divide the last dimension of every weight
+                that changed.
             alpha, provenance: as in `Adapter`.
-            rename: from the tuned names to the base's, in place of the guess about prefixes: patterns (`re.sub`) to
-                replacements, or a function.
+            rename: how the tuned names become the base's, instead of the guess about prefixes: patterns (`re.sub`) and
+                their replacements, or a function.
             added: take tensors that only ``tuned`` has, such as a new classifier head, as whole parameters; else they
                 are refused.
             progress: called with a weight's name, the bytes of the base done so far, and the bytes in all.
 
-        The adapter's ``report`` says, for each weight and in all, how many entries changed and were kept, and what
-        share of the squared difference was lost. Raises `AdapterError` with all names, shapes and dtypes that differ.
+        The adapter's ``report`` says, for each weight and in total, how many entries changed, how many were kept, and
+        what share of the squared difference was lost. Raises `AdapterError`, which lists the names, shapes and dtypes
+        that differ.
         """
         from shira.adapter.difference import difference
 
@@ -287,27 +291,28 @@ class Adapter:
     ) -> Adapter:
         """A delta adapter from PEFT's SHiRA, or from PEFT's LoRA as the largest entries of ``scaling * B @ A``.
 
-        Put on at alpha 1, a SHiRA gives the weights that PEFT's merge on a CPU gives, bit for bit, and so does a LoRA
-        with ``density=1``. A sparser LoRA is cut: the adapter's ``report`` says what share of the squared ``B @ A`` was
-        lost, for each weight and in all. Nothing of the folder is executed, its regular expressions included.
+        At alpha 1 a SHiRA gives the same weights as PEFT's merge on a CPU, bit for bit, and so does a LoRA with
+        ``density=1``. With a lower density a LoRA is cut: the adapter's ``report`` says what share of the squared
+        ``B @ A`` was lost, for each weight and in total. Nothing in the folder is executed, not even its regular
+        expressions.
 
         Args:
             folder: PEFT's folder, or a repository's name on the Hub.
-            base: the base checkpoint, as in `from_difference`: PEFT's files say nothing of the weights' shapes and
-                dtypes, and its fingerprints are kept. None: the folder that the adapter names as its base.
+            base: the base checkpoint, as in `from_difference`. PEFT's files do not say the weights' shapes and dtypes,
+                and the adapter keeps the base's fingerprints. None: the folder that the adapter names as its base.
             density: for LoRA, the share of each weight's entries to keep, by ``|B @ A|``.
-            granule: for LoRA, entries an index stands for.
+            granule: for LoRA, how many consecutive entries an index stands for.
             autocast_adapter_dtype: as PEFT has it. True: an adapter of a bfloat16 or float16 base is added in float32,
                 as by ``PeftModel.from_pretrained``. False: it is rounded to the base's dtype first, as PEFT does with
                 ``autocast_adapter_dtype=False`` or ``low_cpu_mem_usage=True``, and transformers' ``load_adapter``.
-            rename: what the folder's names of weights are in the base, where they differ: regular expressions and what
-                takes their places, as ``{r"^transformer\\.": ""}``, or a function.
+            rename: how the folder's names become the base's, where they differ: regular expressions and their
+                replacements, as ``{r"^transformer\\.": ""}``, or a function.
             revision, token: for the Hub.
 
         Raises `AdapterError` for what has no sparse form (DoRA, embeddings, biases and whole modules that changed,
-        pickles), for what is no change of the base alone (LoRAs that start by changing it, such as PiSSA, OLoRA, CorDA,
-        LoftQ and LoRA-GA), for a weight that is tied to another, and for a square matrix that may be a ``Conv1D``'s or
-        a ``Linear``'s, which the model itself as ``base`` would tell.
+        pickles), for LoRAs that change the base before they train (PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA), for a
+        weight that is tied to another, and for a square matrix that may belong to a ``Conv1D`` or to a ``Linear``: give
+        the model itself as ``base`` then.
         """
         from shira.adapter._peft import from_peft
 
@@ -334,25 +339,26 @@ class Adapter:
     ) -> None:
         """Write a folder that ``peft.PeftModel.from_pretrained`` opens and that gives the same outputs.
 
-        PEFT adds values of float32 and keeps no strength: the adapter's alpha goes into the values, granules become
-        single entries, and each weight is filled up with zeros to the ``r * (rows + columns)`` entries that PEFT
-        expects, with one ``r`` for all.
+        PEFT adds float32 values and does not store a strength: the values are multiplied by the adapter's alpha,
+        granules become single entries, and each weight is padded with zeros to the ``r * (rows + columns)`` entries
+        that PEFT expects, with one ``r`` for all weights.
 
-        How exact: a delta adapter gives the bits that it gives here. One that replaces entries becomes
+        How exact it is: a delta adapter gives the same bits in PEFT as here. An adapter that replaces entries becomes
         ``new - base`` in float32, and PEFT's ``base + (new - base)`` is ``new`` up to 2^-23 of the larger of the two:
-        in bfloat16 and float16 the same bits, unless an entry became more than 2^12 times smaller. Loaded with
-        ``low_cpu_mem_usage=True``, ``autocast_adapter_dtype=False`` or transformers' ``load_adapter``, PEFT rounds what
-        it adds to the base's dtype, and entries end a rounding (of bfloat16: 2^-7 of the larger) away.
+        in bfloat16 and float16 these are the same bits, unless an entry became more than 2^12 times smaller. With
+        ``low_cpu_mem_usage=True``, ``autocast_adapter_dtype=False`` or transformers' ``load_adapter``, PEFT first
+        rounds what it adds to the base's dtype, and the result may differ by one rounding (in bfloat16: 2^-7 of the
+        larger).
 
         Args:
-            folder: where to write; made if it does not exist. Its other files stay.
+            folder: where to write; created if it does not exist. Its other files stay.
             base: the base checkpoint, as in `from_difference`; needed unless the adapter is a delta.
             base_model, task_type: for PEFT's configuration.
-            overwrite: write over an adapter of PEFT's that is in the folder. Whoever reads meanwhile, or after a crash,
-                finds the one, the other or none, and never half of each.
+            overwrite: replace a PEFT adapter that is in the folder. Whoever reads it meanwhile, or after a crash, finds
+                the old one, the new one or none, but never a mixture.
 
-        Raises `AdapterError` for what PEFT cannot hold: whole parameters, weights that are no linear layer's, tied
-        weights; and `FileExistsError` for a folder that holds an adapter already.
+        Raises `AdapterError` for what PEFT cannot hold (whole parameters, weights of layers that are not linear, tied
+        weights), and `FileExistsError` if the folder already holds an adapter.
         """
         from shira.adapter._peft import to_peft
 
@@ -371,8 +377,9 @@ class Adapter:
 
         Args:
             where: a folder, the path of a file, or a repository's name such as ``"user/style"``.
-            filename: the file's name in it.
-            revision, token: a repository's branch, tag or commit, and the right to read it.
+            filename: the name of the adapter's file in it.
+            revision: a branch, tag or commit of the repository.
+            token: an access token for it.
         """
         from shira.adapter import hub
 
@@ -392,12 +399,12 @@ class Adapter:
         """Upload the adapter with a model card to the Hugging Face Hub (needs ``shira-ops[hub]``), in one commit.
 
         Args:
-            repo: the repository's name, ``"user/style"``; made if it does not exist.
-            base_model: the base's name on the Hub, for the card; None: what the provenance names.
-            private, token, revision, message: as the client has them.
+            repo: the repository's name, ``"user/style"``; created if it does not exist.
+            base_model: the base's name on the Hub, for the card; None: the one in the provenance.
+            private, token, revision, message: as in ``huggingface_hub``.
             seeds: as in `save`.
 
-        Returns the commit's address.
+        Returns the URL of the commit.
         """
         from shira.adapter import hub
 
@@ -424,13 +431,13 @@ class Adapter:
     def to_delta(self, base: Source | Checkpoint) -> Adapter:
         """The same change as values to add: ``new - base``, in fp32 (fp64 for fp64 weights).
 
-        Deltas mix by plain sums and survive a base that was trained on, where an overwrite stores exact bits: put on
-        at alpha 1 they give the new entries up to the rounding of ``base + (new - base)``, and a revert is exact all
-        the same. A delta adapter is returned as it is.
+        Deltas can be summed, and still make sense on a base that was trained further, whereas new values are exact. At
+        alpha 1 a delta gives the new entries up to the rounding of ``base + (new - base)``; a revert is exact in any
+        case. A delta adapter is returned as it is.
 
         Args:
-            base: the checkpoint it was made for, as in `from_difference`; it is read at the adapter's entries, and
-                whole for weights with a fingerprint. Another base is refused with `AdapterError`.
+            base: the checkpoint it was made for, as in `from_difference`. Weights with a fingerprint are read whole,
+                others only at the adapter's entries. Another base is refused with `AdapterError`.
         """
         if self.delta:
             return self
@@ -444,22 +451,22 @@ class Adapter:
         return Adapter(entries, alpha=self.alpha, delta=True, mask=self.mask, provenance=self.provenance)
 
     def to(self, dtype: torch.dtype | None, base: Source | None = None) -> Adapter:
-        """The same adapter for the model in another dtype: trained in float32, say, and used on it in bfloat16.
+        """The same adapter for the model in another dtype: one trained in float32, say, to be used in bfloat16.
 
-        New entries are rounded as ``model.to(dtype)`` rounds weights: at alpha 1 the adapter on the model that was cast
-        is the tuned model, cast, bit for bit. Values to be added (a delta) stay in float32, or float64 for float64
-        weights, and are rounded once, when they are put on. Whole numbers stay as they are.
+        New entries are rounded as ``model.to(dtype)`` rounds weights: at alpha 1 the cast model with the adapter has
+        the same bits as the tuned model after the cast. Values to be added (a delta) stay in float32, or float64 for
+        float64 weights, and are rounded once, when they are applied. Integers stay as they are.
 
-        A cast weight has other bits, so its fingerprint goes, and with it the refusal of a wrong base, unless ``base``
-        is given. Whether that is the right one cannot be told from content: only names, shapes and dtypes can. What
-        was cast is told in the provenance, under ``"casts"``.
+        A cast weight has other bits, so the adapter loses its fingerprint, and with it the check against a wrong base,
+        unless ``base`` is given: then it gets the fingerprints of that one. Whether ``base`` is the right model can
+        only be checked by names, shapes and dtypes. The provenance lists the casts under ``"casts"``.
 
         Args:
-            dtype: the floating-point dtype of the model's weights; None: what each weight of ``base`` has.
-            base: the model to use it on, as in `from_difference`; the result is for this one alone.
+            dtype: the floating-point dtype of the model's weights; None: for each weight the one it has in ``base``.
+            base: the model to use it on, as in `from_difference`; the result fits only this one.
 
-        Raises `AdapterError` for a dtype or a base that does not fit, for 8-bit floats (their numbers depend on scales
-        that lie elsewhere) and for values beyond what the dtype can hold.
+        Raises `AdapterError` for a dtype or a base that does not fit, for 8-bit floats (their meaning depends on scales
+        that are stored elsewhere), and for values that are too large for the dtype.
         """
         if dtype is None and base is None:
             raise AdapterError("to: give a dtype, or a base whose dtypes to take")
@@ -471,13 +478,13 @@ class Adapter:
             stored = None if source is None else source.find((name, *entry.aliases))
             own = getattr(torch, stored.dtype) if stored and stored.dtype in _file.ARITHMETIC else entry.dtype
             cast = _cast(f"to: weight {named(name)}", entry, dtype or own, self.delta)
-            # A parameter that is replaced as a whole, such as a new head, needs nothing of the base.
+            # A parameter that is replaced as a whole, such as a new head, may have any content in the base.
             new = entry.whole and not self.delta
             if stored is not None or not new:
                 wanted[name] = replace(cast, fingerprint=None) if new else cast
-            entries[name] = cast if stored is None else replace(cast, fingerprint=_file.fingerprint(stored.bytes()))
+            entries[name] = cast if stored is None else replace(cast, fingerprint=stored.fingerprint())
         if source is not None:
-            _fitting("to: the adapter", wanted, source)
+            _fit.fit("to: the adapter", wanted, source, where="this base")
         was = {dtype_name(old.dtype) for name, old in self.weights.items() if entries[name].dtype != old.dtype}
         now = {dtype_name(new.dtype) for name, new in entries.items() if self.weights[name].dtype != new.dtype}
         provenance = self.provenance
@@ -497,18 +504,19 @@ class Adapter:
         provenance: Mapping[str, Any] | None = None,
         check_finite: bool = True,
     ) -> Adapter:
-        """Several adapters with their strengths as one adapter of new entries, for one base.
+        """Fuse several adapters, each with its strength, into one adapter of new entries for their base.
 
-        ``new = base + sum_k alpha_k * d_k`` at the union of their entries, the bits that `Switcher.activate` with the
-        same adapters, order and strengths gives (`shira_ops.fuse_`). Where weights have several granules the fused one
-        is their greatest common divisor. Nothing of the base is in memory but these entries.
+        ``new = base + sum_k alpha_k * d_k`` at the union of their entries: the same bits as `Switcher.activate` with
+        the same adapters, order and strengths (`shira_ops.fuse_`). Where the granules of a weight differ, the result
+        has their greatest common divisor. Only these entries of the base are held in memory.
 
         Args:
             adapters: pairs of an adapter and its strength, summed in this order.
             base: the checkpoint they were made for, as in `from_difference`. Another base is refused with
-                `AdapterError`.
+                `AdapterError`; but a weight that one adapter alone replaces as a whole, at strength 1, may hold
+                anything there, such as a head with fresh random entries.
             alpha, provenance: as in `Adapter`.
-            check_finite: refuse NaN and infinity in the adapters and in what comes out.
+            check_finite: refuse NaN and infinity in the adapters and in the result.
         """
         given = [
             (adapter, _text.strength(f"fuse: the strength of adapter {number}", strength))
@@ -519,7 +527,9 @@ class Adapter:
         weights: dict[str, Tensor] = {}
         first = ties(source)
         for number, (adapter, strength) in enumerate(given, 1):
-            for name, entry, weight in _on_base(adapter, source):
+            # A weight that is replaced as a whole comes out the same on any base; at strength 0 it stays the base's.
+            anything = _fit.indifferent(adapter.weights, adapter.delta, strength or 1.0)
+            for name, entry, weight in _on_base(adapter, source, anything):
                 if check_finite:
                     entry.check_finite(f"fuse: weight {named(name)} of adapter {number}")
                 stored = source.find((name, *entry.aliases))
@@ -536,31 +546,31 @@ class Adapter:
                     f"fuse: {named(both)} and {named(name)} are one (tied) weight in one adapter and two in another, "
                     f"and the base holds two copies of it; give a base that ties them, such as the model itself"
                 )
-        entries = {name: _fused(weights[name], parts) for name, parts in found.items()}
+        entries = {
+            name: _fused(weights[name], parts, _fingerprint_of_base(name, weights[name], parts))
+            for name, parts in found.items()
+        }
         if check_finite:
             for name, entry in entries.items():
                 entry.check_finite(f"fuse: weight {named(name)}, fused")
         return cls(entries, alpha=alpha, provenance=provenance)
 
 
-def _on_base(adapter: Adapter, base: Source | Checkpoint) -> Iterator[tuple[str, Entry, Tensor]]:
-    """Each weight with the base's, flat and on the CPU; refuses a base it was not made for."""
+def _on_base(
+    adapter: Adapter, base: Source | Checkpoint, anything: Container[str] = ()
+) -> Iterator[tuple[str, Entry, Tensor]]:
+    """Each entry with the base's weight, flat and on the CPU. Refuses a base that the adapter was not made for, but for
+    the content of weights in ``anything``."""
     source = base if isinstance(base, Checkpoint) else open_checkpoint(base, "base")
-    for name, places in _fitting("the adapter", adapter.weights, source).items():
+    found = _fit.fit("the adapter", adapter.weights, source, where="this base", anything=anything)
+    for name, places in found.items():
         entry = adapter.weights[name]
         entry.check_indices(f"weight {named(name)}")
         yield name, entry, places[0].tensor()
 
 
-def _fitting(who: str, weights: Mapping[str, Entry], source: Checkpoint) -> dict[str, tuple[Stored, ...]]:
-    """The base's tensors that these weights are; refuses a base that they do not fit, or that has other content."""
-    places = _fit.places(who, weights, source, where="this base")
-    _fit.check_content(who, weights, places, where="this base")
-    return places
-
-
 def _cast(where: str, entry: Entry, dtype: torch.dtype, delta: bool) -> Entry:
-    """An entry for its weight in another dtype; the fingerprint is of the weight before, so it goes."""
+    """An entry for its weight in another dtype, without the fingerprint, which was that of the weight before."""
     if dtype == entry.dtype or not entry.dtype.is_floating_point:
         return entry
     if dtype_name(entry.dtype) not in _file.ARITHMETIC:
@@ -578,20 +588,35 @@ def _cast(where: str, entry: Entry, dtype: torch.dtype, delta: bool) -> Entry:
     return replace(entry, values=cast, dtype=dtype, fingerprint=None)
 
 
-def _fused(weight: Tensor, parts: list[tuple[Adapter, float, Entry]]) -> Entry:
-    """Several adapters' entries of one weight as one, by the op that fuses on live models."""
+def _fingerprint_of_base(name: str, weight: Tensor, parts: list[tuple[Adapter, float, Entry]]) -> int:
+    """The fingerprint of the base's weight. Where it is not that of a part, which replaces the weight as a whole, this
+    part cannot be summed with others."""
+    known = {entry.fingerprint for _, _, entry in parts if entry.fingerprint is not None}
+    if known and not any(entry.whole and not adapter.delta for adapter, _, entry in parts):
+        return known.pop()  # compared with the base already
+    actual = _fingerprint(weight)
+    if known - {actual} and sum(strength != 0 for _, strength, _ in parts) > 1:
+        raise AdapterError(
+            f"fuse: an adapter replaces {named(name)} as a whole, and was made where the content there was another (by "
+            f"fingerprint), so it cannot be summed with another adapter that changes it too"
+        )
+    return actual
+
+
+def _fused(weight: Tensor, parts: list[tuple[Adapter, float, Entry]], fingerprint: int) -> Entry:
+    """Several adapters' entries of one weight as one entry, by the op that also fuses on live models."""
     first = parts[0][2]
     if dtype_name(first.dtype) not in _file.ARITHMETIC:
         raise AdapterError(f"only {', '.join(_file.ARITHMETIC)} entries can be fused, got {dtype_name(first.dtype)}")
     granule = math.gcd(*(entry.granule for _, _, entry in parts))
     lists = [refine(entry.indices.cpu(), entry.granule, granule, weight.numel()) for _, _, entry in parts]
     indices, offsets, sources = shira_ops.fuse_plan(lists, granule=granule)
-    # The base's entries of the union side by side, as a weight of their own: nothing else of it is needed.
+    # The base's entries of the union, side by side, are a small weight of their own: the op needs nothing else.
     entries = shira_ops.gather(weight, indices, granule=granule)
     values = [entry.values.detach().cpu() for _, _, entry in parts]
     compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
     if len({value.dtype for value in values}) > 1:
-        values = [value.to(compute) for value in values]  # exact: narrow ones fit
+        values = [value.to(compute) for value in values]  # exact: the wider dtype holds every value of the narrower
     shira_ops.fuse_(
         entries,
         torch.empty_like(entries),
@@ -604,8 +629,6 @@ def _fused(weight: Tensor, parts: list[tuple[Adapter, float, Entry]]) -> Entry:
         granule=granule,
     )
     aliases = dict.fromkeys(name for _, _, entry in parts for name in entry.aliases)
-    known = [entry.fingerprint for _, _, entry in parts if entry.fingerprint is not None]
-    fingerprint = known[0] if known else _fingerprint(weight)
     whole = indices.numel() * granule == weight.numel()
     return Entry(
         torch.zeros(1, dtype=torch.int32, device="cpu") if whole else indices,
@@ -625,5 +648,5 @@ def _fingerprint(tensor: Tensor) -> int:
 
 
 def _drawn(numel: int, count: int, seed: int, granule: int) -> Tensor:
-    """The indices that a seed stands for."""
+    """The indices that a seed draws."""
     return shira_ops.select_random(numel, count, signed(seed), device=torch.device("cpu"), granule=granule)

@@ -1,6 +1,6 @@
-"""A merged checkpoint: the base's files written anew with an adapter put on, tensor by tensor.
+"""Merged checkpoints: the base's files written again with an adapter applied, tensor by tensor.
 
-Nothing but one tensor is in memory, shards stay shards, and the result takes its place only when all of it is written.
+Only one tensor at a time is in memory, shards stay shards, and the result appears only when all of it is written.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Merged:
 
 
 def _put_on(stored: Stored, entry: Entry, alpha: float, delta: bool, check_finite: bool) -> Any:
-    """The tensor's bytes with the adapter on."""
+    """The bytes of the tensor with the adapter applied."""
     weight = stored.tensor().clone()
     indices, values = entry.indices.cpu(), entry.values.detach().cpu()
     if alpha == 1 and not delta and values.dtype == weight.dtype:
@@ -59,7 +59,7 @@ def _put_on(stored: Stored, entry: Entry, alpha: float, delta: bool, check_finit
 
 
 def _still_finite(name: str, before: Tensor, now: Tensor, alpha: float) -> None:
-    """Refuse what became infinite: values may be finite and their sum beyond what the dtype holds."""
+    """Refuse entries that became infinite: values may be finite, and the sum too large for the dtype."""
     lost = int((before.isfinite() & ~now.isfinite()).sum())
     if lost:
         raise AdapterError(
@@ -69,7 +69,7 @@ def _still_finite(name: str, before: Tensor, now: Tensor, alpha: float) -> None:
 
 
 def _new(name: str, entry: Entry, check_finite: bool) -> Any:
-    """A whole parameter's bytes."""
+    """The bytes of a whole parameter."""
     before = entry.values.detach().cpu()
     values = before.to(entry.dtype).contiguous()
     if check_finite and values.dtype != before.dtype:
@@ -84,7 +84,7 @@ def _parts(
     check_finite: bool,
     tell: Callable[[str, int], None],
 ) -> dict[str, _file.Part]:
-    """One shard's tensors in its own order, and what comes to them."""
+    """The tensors of one shard in their order, followed by the added ones."""
 
     def pieces(name: str, nbytes: int, content: Callable[[], Any]) -> Iterator[Any]:
         data = content()
@@ -99,7 +99,7 @@ def _parts(
         name: part(name, stored.file_dtype, stored.shape, stored.nbytes, changes.get(stored, stored.bytes))
         for name, stored in shard.tensors.items()
     }
-    # A copy under an added name that the index maps to no shard goes: no reader knew it.
+    # A tensor under an added name that the index does not list is replaced: no reader could find it.
     for name, entry in added.items():
         dtype = _file.DTYPES[dtype_name(entry.dtype)][0]
         parts[name] = part(
@@ -120,22 +120,23 @@ def bake(
     inputs: tuple[str | os.PathLike[str], ...] = (),
     progress: Progress | None = None,
 ) -> Merged:
-    """Write the base with the adapter on.
+    """Write the base with the adapter applied.
 
     A base that is one file becomes one file; a folder becomes a folder with the same shards and index, and the small
-    files beside the weights (configuration, tokenizer) are copied. The target appears whole or not at all. A whole
-    parameter at strength 1 (a fresh classifier head) goes onto any content, and is added where the base has none: to
-    the file, or to the last shard. A tied weight of which the base holds equal copies is written in all of them.
+    files beside the weights (configuration, tokenizer) are copied. The target appears whole or not at all. At
+    strength 1 a whole parameter (a new classifier head) replaces any content, and is added where the base has none: to
+    the file, or to the last shard. If the base holds equal copies of a tied weight, all of them are written.
 
     Args:
         adapter: refused with `AdapterError` if it was made for another base.
         base: a ``.safetensors`` file or a checkpoint's folder.
-        out: where to write; a link is followed. What is there already is refused, unless ``overwrite``, and then unless
-            it is what an earlier merge wrote and nothing else. Never an input, nor a folder that contains one.
+        out: where to write; links are followed. Whatever is there already is refused without ``overwrite``, and with it
+            too, unless an earlier merge wrote it and nothing was added. Inputs and folders that contain one are always
+            refused.
         alpha: the strength; None: the adapter's.
-        rename: from the adapter's names to the base's: patterns (`re.sub`) to replacements, or a function.
-        check_finite: refuse an adapter with NaN or inf, and entries that would become so.
-        inputs: what else was read, never to be overwritten: the adapter's file.
+        rename: how the adapter's names become the base's: patterns (`re.sub`) and their replacements, or a function.
+        check_finite: refuse an adapter with NaN or inf, and entries that would become NaN or inf.
+        inputs: other files that were read and must not be overwritten, such as the adapter's.
         progress: called with a tensor's name, the bytes done and the bytes in all.
     """
     source = open_checkpoint(os.fspath(base), "base")
@@ -184,7 +185,7 @@ def bake(
 
 
 def _write_rest(source: Checkpoint, folder: Path, added: Mapping[str, Entry]) -> None:
-    """What a folder holds beside its shards: the index, the small files, and the mark that it is ours."""
+    """Write what a folder holds besides its shards: the index, the small files, and the mark that we wrote it."""
     assert source.folder is not None
     if source.index is not None and source.index_name is not None:
         if added:
@@ -220,12 +221,13 @@ def _index(source: Checkpoint, added: Mapping[str, Entry]) -> dict[str, Any]:
 def _fitting(
     adapter: Adapter, weights: Mapping[str, Entry], source: Checkpoint, alpha: float, check_finite: bool, renames: bool
 ) -> dict[str, tuple[Stored, ...]]:
-    """The base's tensors that each weight is; refuses before anything is written."""
+    """The tensors of the base that each weight stands for. Refuses what does not fit before anything is written."""
     who, where = "the adapter", source.where
     whole = _fit.indifferent(weights, adapter.delta, alpha)
     advice = _advice if renames else None
-    places = _fit.places(who, weights, source, where=where, new=whole, advice=advice)
-    _fit.check_content(who, weights, places, where=where, than=f" than {where}", anything=whole)
+    places = _fit.fit(
+        who, weights, source, where=where, than=f" than {where}", new=whole, anything=whole, advice=advice
+    )
     codes = []
     for name, entry in weights.items():
         entry.check_indices(f"weight {name!r}")

@@ -1,15 +1,15 @@
-"""Merging adapters so that they disturb each other less: TIES, DARE and magnitude pruning.
+"""Combining adapters so that they disturb each other less: TIES, DARE and magnitude pruning.
 
-A plain sum of adapters is what ``Switcher.activate({"a": 0.7, "b": 0.5})`` gives. These make a new adapter out of
-several, once; it adds to the base (a delta) and then switches and mixes like any other::
+``Switcher.activate({"a": 0.7, "b": 0.5})`` simply adds adapters up. These functions make one new adapter of several. It
+is a delta, whose values are added to the base, and can be switched and mixed like any other::
 
-    merged = shira.merging.ties([style, edges], model, density=0.5)
+    merged = shira.combine.ties([style, edges], model, density=0.5)
     switcher.add("merged", merged)
     switcher.activate("merged", alpha=0.8)          # the papers' lambda
 
 A task vector is what an adapter adds: ``tau = values - base`` at its entries, 0 elsewhere. Arithmetic is fp32 (fp64 for
-fp64 weights), contributions are added in the adapters' order, and ties have a rule: the same adapters always merge to
-the same bits.
+fp64 weights), contributions are added in the adapters' order, and equal magnitudes are ordered by a fixed rule: the
+same adapters always give the same bits.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = ["dare", "magnitude_prune", "ties"]
 _WORD = 2**64 - 1
 
 Style: TypeAlias = Literal["paper", "peft"]
-# What the adapters' values (0 where one has none) and their weights merge to.
+# Merges the adapters' values (0 where one has none) by their weights.
 Merge: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -53,31 +53,31 @@ def ties(
     """TIES-Merging (Yadav et al., arXiv 2306.01708, algorithm 1): trim, elect signs, merge what agrees.
 
     1. Trim: of each task vector ``tau_t`` the share ``density`` of its entries with the largest magnitude stays, over
-       all weights together: ``max(1, round(density * nnz))`` (ties to the first in order).
+       all weights together: ``max(1, round(density * nnz))`` entries (of equal ones the first).
     2. Elect: ``gamma = sgn(sum_t w_t tau_t)`` for each entry.
     3. Disjoint merge: ``tau = mean of w_t tau_t over the t with sgn(w_t tau_t) = gamma``. An entry whose signs cancel
        (``gamma = 0``) stays the base's.
 
-    The paper has ``w_t = 1``, and counts ``density`` in all entries of dense task vectors; an adapter's are its own.
-    ``style="peft"`` is the formula of PEFT's ``combination_type="ties"``, which differs where it matters:
+    The paper has ``w_t = 1`` and dense task vectors; here ``density`` is a share of the adapter's own entries.
+    ``style="peft"`` is the formula of PEFT's ``combination_type="ties"``, which differs:
 
     ======== ================================================== =================================================
     step     "paper"                                            "peft"
     ======== ================================================== =================================================
     trim     over all weights together                          each weight by itself, ``int(density * nnz)``
     elect    weighted: a negative weight takes an adapter away  unweighted: weights have no say in the sign
-    cancel   stays the base's                                   counts as positive
+    cancel   the entry stays the base's                         counts as positive
     ======== ================================================== =================================================
 
     Args:
-        adapters: at least one; those of new values become deltas first (`Adapter.to_delta`).
+        adapters: at least one. Those that hold new values become deltas first (`Adapter.to_delta`).
         base: the model they were made for, as it is without adapters: a module, a state dict or a path. Another base is
             refused.
-        weights: ``w_t``, each adapter's own alpha unless given.
-        density: share that trimming keeps, in (0, 1].
+        weights: the ``w_t``; by default each adapter's alpha.
+        density: the share of entries that trimming keeps, in (0, 1].
         style: ``"paper"`` or ``"peft"``.
         alpha: the merged adapter's strength, the paper's lambda.
-        check_finite: refuse NaN and infinity in the adapters and in what comes out.
+        check_finite: refuse NaN and infinity in the adapters and in the result.
 
     Returns a delta adapter with fp32 values (fp64 for fp64 weights). Raises `AdapterError` if an adapter does not fit
     the base or is not finite, and `ValueError` for numbers out of range.
@@ -102,18 +102,18 @@ def dare(
     alpha: float = 1.0,
     check_finite: bool = True,
 ) -> Adapter:
-    """DARE (Yu et al., arXiv 2311.03099, equations 1 to 3): drop entries at random, rescale the rest, add.
+    """DARE (Yu et al., arXiv 2311.03099, equations 1 to 3): drop entries at random, rescale the rest, and add them up.
 
     ``m_t ~ Bernoulli(drop)`` for each entry; ``tau_t = (1 - m_t) * tau_t / (1 - drop)``; ``tau = sum_t w_t tau_t``.
-    With ``elect`` the sum is TIES's: elected signs and the mean of what agrees. PEFT calls these ``"dare_linear"`` and
-    ``"dare_ties"``, and its ``density`` is ``1 - drop``.
+    With ``elect`` the sum is that of TIES: signs are elected, and the values that agree are averaged. PEFT calls these
+    ``"dare_linear"`` and ``"dare_ties"``, and its ``density`` is ``1 - drop``.
 
-    Which entries drop follows from `seed`, the adapter's place in the list, the weight's name and the entry alone: the
-    same on every machine.
+    Which entries are dropped depends only on `seed`, the adapter's place in the list, the weight's name and the entry,
+    and so is the same on every machine.
 
     Args:
         drop: the probability with which an entry is dropped, in [0, 1).
-        seed: a number that stands for the draw.
+        seed: the seed of the draw.
         style: how ``elect`` elects, as in `ties`; without it both styles are the same.
         adapters, base, weights, alpha, check_finite: as in `ties`.
     """
@@ -137,13 +137,13 @@ def magnitude_prune(
     alpha: float = 1.0,
     check_finite: bool = True,
 ) -> Adapter:
-    """Magnitude pruning, PEFT's ``"magnitude_prune"``: of each adapter's entries of each weight the largest, added.
+    """Magnitude pruning, PEFT's ``"magnitude_prune"``: the sum of each adapter's largest entries of each weight.
 
-    ``int(density * nnz)`` of a weight's entries stay, those with the largest magnitude (ties to the first in order);
-    that may be none. ``tau = sum_t w_t tau_t``.
+    Of each weight the ``int(density * nnz)`` entries of the largest magnitude stay (of equal ones the first), which may
+    be none. ``tau = sum_t w_t tau_t``.
 
     Args:
-        density: share that stays, in (0, 1].
+        density: the share of entries that stays, in (0, 1].
         adapters, base, weights, alpha, check_finite: as in `ties`.
     """
     _check_density("magnitude_prune", density)
@@ -181,7 +181,7 @@ def _deltas(
 
 
 def _trimmed(delta: Adapter, density: float, *, alone: bool) -> Adapter:
-    """The entries of the largest magnitude, of all weights together or of each `alone`; the others are zero."""
+    """Keeps the largest entries by magnitude, of all weights together or of each `alone`; the others become zero."""
     values = [entry.values.detach().cpu() for entry in delta.weights.values()]
     if alone:
         return _with_values(delta, [value.where(_largest(value, int(density * len(value))), 0) for value in values])
@@ -191,14 +191,14 @@ def _trimmed(delta: Adapter, density: float, *, alone: bool) -> Adapter:
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
-    """Which are the largest by magnitude; among equals, the first."""
+    """Marks the values of the largest magnitude; of equal ones, the first."""
     keep = torch.zeros(len(values), dtype=torch.bool, device="cpu")
     keep[torch.argsort(values.abs(), descending=True, stable=True)[:count]] = True
     return keep
 
 
 def _dropped(delta: Adapter, drop: float, seed: int, number: int) -> Adapter:
-    """Each entry is zero with the probability `drop`, the others grow by as much as that takes away."""
+    """Sets each entry to zero with probability `drop`, and scales the others up by ``1 / (1 - drop)``."""
     kept = []
     for name, entry in delta.weights.items():
         entries = refine(entry.indices.cpu(), entry.granule, 1, entry.numel).numpy().astype(np.uint64)
@@ -209,7 +209,7 @@ def _dropped(delta: Adapter, drop: float, seed: int, number: int) -> Adapter:
 
 
 def _uniform(key: int, counters: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
-    """The numbers of these counters in [0, 1): the outputs of a SplitMix64 generator that started at `key`."""
+    """Random numbers in [0, 1), one for each counter: the outputs of a SplitMix64 generator that started at `key`."""
     z = (counters + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -247,7 +247,7 @@ class _Meeting:
 
 def _sum(rows: Tensor) -> Tensor:
     total = torch.zeros_like(rows[0])
-    for row in rows:  # in the adapters' order, which a reduction does not promise
+    for row in rows:  # in the adapters' order; torch does not promise the order of a reduction
         total += row
     return total
 
@@ -257,13 +257,13 @@ def _total(rows: Tensor, factors: Tensor) -> Tensor:
 
 
 def _agreeing(rows: Tensor, factors: Tensor) -> Tensor:
-    """The mean of what has the elected sign."""
+    """The mean of the values that have the elected sign."""
     rows = rows * factors
     return _mean(rows, rows.sign() == _sum(rows).sign())
 
 
 def _agreeing_unweighted(rows: Tensor, factors: Tensor) -> Tensor:
-    """PEFT's: weights have no say in the election, and a draw goes to the positive."""
+    """PEFT's way: weights do not count in the election, and a draw is positive."""
     return _mean(rows * factors, rows.sign() == torch.where(_sum(rows) >= 0, 1, -1))
 
 

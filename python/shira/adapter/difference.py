@@ -1,7 +1,7 @@
-"""An adapter from two checkpoints: what fine-tuning changed, and what of it was left out.
+"""An adapter from two checkpoints: what fine-tuning changed, and how much of that was left out.
 
-Both checkpoints are mapped and compared in chunks that stay in the caches, as integers: no model is in memory, and an
-entry counts as changed when its bits are others (a NaN's payload and the sign of zero included).
+Both checkpoints are mapped and compared in chunks that stay in the caches. Neither model is ever in memory. The bits
+are compared, so that another payload of a NaN or another sign of a zero counts as a change.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from shira.adapter._entry import Entry, Lost, Made, Report
 
 __all__ = ["Lost", "Progress", "Report", "difference"]
 
-_CHUNK = 4 << 20  # bytes of one checkpoint: little enough to stay in the caches, enough to be worth a call
+_CHUNK = 4 << 20  # bytes of one checkpoint: few enough to stay in the caches, and enough to be worth a call
 _WORD = 2**64 - 1
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
 def _in_order(pool: Executor, ahead: int, function: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
-    """``map`` over threads with few results waiting."""
+    """``map`` over threads, in order, with at most ``ahead`` results waiting."""
     waiting: deque[Future[_R]] = deque()
     for item in items:
         waiting.append(pool.submit(function, item))
@@ -72,7 +72,7 @@ class _Pair:
         return [(begin, min(begin + step, self.numel)) for begin in range(0, self.numel, step)]
 
     def mark(self, chunk: tuple[int, int]) -> int:
-        """The chunk's share of the base's fingerprint."""
+        """What the chunk contributes to the base's fingerprint."""
         begin, end = chunk
         return _codec.fingerprint(self.base, begin * self.itemsize // 8, -(-end * self.itemsize // 8))
 
@@ -81,7 +81,7 @@ class _Pair:
         return _codec.count_differing(self.base, self.tuned, self.itemsize, *chunk)
 
     def changed(self, chunk: tuple[int, int]) -> tuple[int, npt.NDArray[np.int32], Bytes]:
-        """Entries of a chunk that changed, the granules they lie in, counted from the chunk's, and those now."""
+        """How many entries of a chunk changed, their granules (numbered within the chunk), and what these hold now."""
         begin, end = chunk
         found = _codec.differing(self.base, self.tuned, self.itemsize, begin, end)
         granules = found
@@ -94,7 +94,7 @@ class _Pair:
 
 
 class _Sparse:
-    """The granules of a weight that changed, chunk by chunk, dropped once there are more than ``most``."""
+    """The granules of a weight that changed, collected chunk by chunk; dropped if there are more than ``most``."""
 
     def __init__(self, pair: _Pair, most: int) -> None:
         self.pair = pair
@@ -109,7 +109,7 @@ class _Sparse:
         return self.granules > self.most
 
     def look(self, chunk: tuple[int, int]) -> tuple[int, int, int, npt.NDArray[Any] | None, Bytes | None]:
-        """On any thread: the fingerprint's share and what changed. Once there are too many, they are only counted."""
+        """Compares a chunk, on any thread. Once too many granules have changed, entries are only counted."""
         if self.dropped:
             return self.pair.mark(chunk), self.pair.count(chunk), 0, None, None
         count, granules, values = self.pair.changed(chunk)
@@ -119,7 +119,7 @@ class _Sparse:
     def add(
         self, mark: int, changed: int, granules: int, indices: npt.NDArray[Any] | None, values: Bytes | None
     ) -> None:
-        """In order: what a look has found."""
+        """Takes the results of `look`, in the order of the chunks."""
         self.mark += mark
         self.changed += changed
         self.granules += granules
@@ -132,7 +132,7 @@ class _Sparse:
 
 
 def _whole_from(pair: _Pair) -> int:
-    """The fewest granules from which on the whole parameter is smaller: an index costs at least a byte."""
+    """From how many granules on the whole parameter is smaller, since an index costs at least a byte."""
     width = pair.granule * pair.itemsize
     return max(1, -(-len(pair.base) // (width + 1)))
 
@@ -148,7 +148,7 @@ def _compute(pair: _Pair) -> str:
 
 
 def _floats(pair: _Pair, base: Bytes, tuned: Bytes) -> tuple[Bytes, Bytes, str]:
-    """Parts of the two weights as floats, and their dtype; as they are where the module knows them."""
+    """Parts of the two weights as floats, and the dtype; unchanged where the compiled module knows their dtype."""
     if pair.dtype in _file.ARITHMETIC:
         return base, tuned, pair.dtype
     compute = _compute(pair)
@@ -171,12 +171,13 @@ def _top(pair: _Pair, count: int, pool: Executor, ahead: int) -> Tensor:
     """The ``count`` granules of highest score, the sum of |difference|, ties to the lower index.
 
     A radix selection: each walk settles 16 bits of the score of the last granule that is in, the final one takes what
-    lies above and the first of those equal to it. So no score of the whole weight is ever in memory. What is no number
-    counts as infinite: such a granule is kept first.
+    lies above and the first of those equal to it. So the scores of the whole weight are never in memory. NaN counts as
+    infinite: such a granule is kept first.
     """
     bits = 64 if _compute(pair) == "float64" else 32
     chunks = pair.chunks(_CHUNK)
-    last, missing = 0, count  # the leading bits of the last one's rank; how many to take of those that have them
+    # The leading bits of the rank of the last granule that is in, and how many more to take among those with them.
+    last, missing = 0, count
     for shift in range(bits - 16, -1, -16):
 
         def counted(chunk: tuple[int, int], shift: int = shift, last: int = last) -> npt.NDArray[np.int64]:
@@ -204,7 +205,7 @@ def _top(pair: _Pair, count: int, pool: Executor, ahead: int) -> Tensor:
 
 
 def _rows(data: Bytes, pair: _Pair, indices: Tensor) -> Tensor:
-    """The granules of a mapped weight."""
+    """What these granules of a mapped weight hold."""
     return _flat(data, pair.dtype).view(-1, pair.granule)[indices].view(-1)
 
 
@@ -226,7 +227,7 @@ def _entry(pair: _Pair, density: float | None, pool: Executor, ahead: int) -> tu
     elif budget >= whole_from:
         granule = pair.numel
         indices, kept = torch.zeros(1, dtype=torch.int32, device="cpu"), _flat(pair.tuned, pair.dtype)
-        if not pair.mapped:  # somebody's tensor, who may go on training it
+        if not pair.mapped:  # the tensor is the caller's, who may go on training it
             kept = kept.clone()
         if density is not None:
             total = _squared(pair, pool, ahead)
@@ -244,7 +245,7 @@ def _entry(pair: _Pair, density: float | None, pool: Executor, ahead: int) -> tu
 
 
 def _matched(aligned: Aligned, added: bool) -> list[tuple[str, Stored, Stored, tuple[str, ...]]]:
-    """The weights of both checkpoints by name, and their aliases; all that does not fit is said in one error."""
+    """The weights of both checkpoints by name, with their aliases. One error lists everything that does not match."""
     groups: dict[str, list[str]] = {}
     for name, first in aligned.first.items():
         groups.setdefault(first, []).append(name)
@@ -285,7 +286,7 @@ def _matched(aligned: Aligned, added: bool) -> list[tuple[str, Stored, Stored, t
 
 
 def _new(aligned: Aligned) -> dict[str, Entry]:
-    """What only the tuned checkpoint has, as whole parameters."""
+    """The tensors that only the tuned checkpoint has, as whole parameters."""
     entries: dict[str, Entry] = {}
     first = {stored.one: name for name, stored in reversed(aligned.tuned.items())}
     for name in [name for name in aligned.tuned if name not in aligned.first]:
@@ -295,7 +296,7 @@ def _new(aligned: Aligned) -> dict[str, Entry]:
         if not stored.nbytes:
             raise AdapterError(f"{name!r} is only in the tuned checkpoint, and empty: an adapter cannot hold it")
         if first[stored.one] != name:
-            continue  # a further name of one that is new as well
+            continue  # another name of a tensor that is new as well
         aliases = tuple(other for other, one in aligned.tuned.items() if other != name and one.one == stored.one)
         values = stored.tensor() if stored.mapped else stored.tensor().clone()
         indices, dtype = torch.zeros(1, dtype=torch.int32), getattr(torch, stored.dtype)
@@ -313,7 +314,7 @@ def difference(
     added: bool = False,
     progress: Progress | None = None,
 ) -> Made:
-    """What an adapter of the difference is made of: see `Adapter.from_difference`."""
+    """The parts of an adapter of the difference; `Adapter.from_difference` describes the arguments."""
     if density is not None and not 0 < density <= 1:
         raise ValueError(f"from_difference: density must be above 0 and at most 1, or None, got {density!r}")
     if type(granule) is not int or granule < 1:

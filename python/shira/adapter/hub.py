@@ -1,6 +1,6 @@
-"""Adapters on the Hugging Face Hub: found in a repository or a folder, and pushed with a model card.
+"""Adapters on the Hugging Face Hub: read from a repository or a folder, and pushed with a model card.
 
-Needs ``huggingface_hub`` for repositories alone: ``pip install 'shira-ops[hub]'``.
+Only repositories need ``huggingface_hub``: ``pip install 'shira-ops[hub]'``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CARD = "README.md"
 
 
 def client() -> Any:
-    """The client library, or a sentence."""
+    """The client library; without it, an `AdapterError` that says how to get it."""
     try:
         import huggingface_hub
     except ImportError as error:
@@ -34,7 +34,7 @@ def client() -> Any:
 
 @contextmanager
 def _sentences(repo: str, doing: str) -> Iterator[None]:
-    """The client's errors as one line that names the repository."""
+    """Turns errors of the client into a single line that names the repository."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
@@ -45,7 +45,7 @@ def _sentences(repo: str, doing: str) -> Iterator[None]:
 
 
 def download(repo: str, filename: str, *, revision: str | None, token: str | bool | None) -> str:
-    """The path of a repository's file in the client's cache."""
+    """Downloads a file of a repository; returns its path in the client's cache."""
     hub = client()
     with _sentences(repo, f"fetching {filename}"):
         path: str = hub.hf_hub_download(repo, filename, revision=revision, token=token)
@@ -53,13 +53,13 @@ def download(repo: str, filename: str, *, revision: str | None, token: str | boo
 
 
 def snapshot(repo: str, files: Sequence[str], *, revision: str | None, token: str | bool | None) -> str:
-    """The folder that holds some of a repository's files, in the client's cache."""
+    """Downloads some files of a repository; returns the folder in the client's cache that holds them."""
     paths = [download(repo, filename, revision=revision, token=token) for filename in files]
     return os.path.dirname(paths[0])
 
 
 def locate(where: str, *, filename: str, revision: str | None, token: str | bool | None) -> str:
-    """The adapter's file: of a folder, of a path to it, or of a repository."""
+    """The path of the adapter's file, given a folder, the file itself, or a repository."""
     if os.path.isdir(where):
         path = os.path.join(where, filename)
         if os.path.exists(path):
@@ -73,15 +73,15 @@ def locate(where: str, *, filename: str, revision: str | None, token: str | bool
 
 
 def _cell(text: str) -> str:
-    """A table's cell: one line, with no bar that ends it."""
+    """The text of a table's cell: on one line, with its bars escaped."""
     return " ".join(text.split()).replace("|", r"\|")
 
 
 def card(adapter: Adapter, repo: str, base_model: str | None) -> str:
-    """The model card: what it is for, what it changes, how to load it."""
+    """The model card: the adapter's base, what it changes, and how to load it."""
     front = ["---", "library_name: shira-ops", "tags:", "- shira", "- sparse-adapter"]
     if base_model:
-        # JSON's strings are YAML's too.
+        # A string of JSON is one of YAML, too.
         front += [f"base_model: {json.dumps(base_model)}", "base_model_relation: adapter"]
     dtypes = sorted({str(entry.dtype).removeprefix("torch.") for entry in adapter.weights.values()})
     rows = [
@@ -117,7 +117,7 @@ def card(adapter: Adapter, repo: str, base_model: str | None) -> str:
 
 
 def save(adapter: Adapter, folder: Path, repo: str, base_model: str | None, seeds: bool) -> None:
-    """Write the file and its card into a folder."""
+    """Write the adapter's file and its card into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     adapter.save(folder / FILE, seeds=seeds)
     with _file.replacing(folder / CARD) as temporary:
@@ -135,7 +135,7 @@ def push(
     message: str | None,
     seeds: bool,
 ) -> str:
-    """Upload the file and its card in one commit; the commit's address."""
+    """Upload the adapter's file and its card in one commit; returns the URL of the commit."""
     hub = client()
     with tempfile.TemporaryDirectory() as folder, _sentences(repo, "the upload"):
         save(adapter, Path(folder), repo, base_model, seeds)

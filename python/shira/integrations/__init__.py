@@ -1,1 +1,1 @@
-"""What other libraries' trainers need to keep adapters. Each module imports its peer: import it where that is there."""
+"""Adapters in other libraries. Each module imports the library that it is for, so import it where that is installed."""

@@ -1,4 +1,4 @@
-"""What a checkpoint of somebody else's trainer keeps of a tuner: all that training changes, and none of the base."""
+"""What is kept of a tuner in the checkpoints of other trainers: all that training changes, and nothing of the base."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shira import _run
 from shira.adapter import _file
 from shira.adapter.hub import FILE
+from shira.train import _state
 from shira.train.tuner import SparseTuner
 
 STATE = "shira_tuner.pt"
 
 
 def state_of(tuner: SparseTuner) -> dict[str, Any]:
-    """The values, and what training may change besides: persistent buffers, parameters that were unfrozen by hand."""
-    others = {name: tensor.detach().clone() for name, tensor in _run.others(tuner).items()}
+    """The values, and what else training may change: persistent buffers, and parameters that were unfrozen by hand."""
+    others = {name: tensor.detach().clone() for name, tensor in _state.others(tuner).items()}
     return {"version": 1, "tuner": tuner.state_dict(), "others": others}
 
 
 def take(tuner: SparseTuner, state: Any, where: str) -> None:
-    """Go back to a `state_of`; refuses that of another adapter, base or model, and then nothing has changed."""
+    """Go back to a `state_of`. One of another adapter, base or model is refused, with nothing changed."""
     try:
         if not isinstance(state, Mapping) or state.keys() != {"version", "tuner", "others"}:
             raise ValueError("this is not a state of a tuner in a checkpoint")
-        others, theirs = _run.others(tuner), state["others"]
-        _run.check_others(others, theirs)
+        others, theirs = _state.others(tuner), state["others"]
+        _state.check_others(others, theirs)
         tuner.check_state_dict(state["tuner"])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
@@ -41,7 +41,7 @@ def take(tuner: SparseTuner, state: Any, where: str) -> None:
 
 
 def write(tuner: SparseTuner, folder: str | os.PathLike[str]) -> None:
-    """The adapter as it is now, for use, and the state to go on from."""
+    """Write the adapter as it is now, which is for use, and the state from which training can go on."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     tuner.adapter().save(target / FILE)
@@ -50,11 +50,11 @@ def write(tuner: SparseTuner, folder: str | os.PathLike[str]) -> None:
 
 
 def read(tuner: SparseTuner, folder: str | os.PathLike[str]) -> None:
-    """Go on from what `write` wrote."""
+    """Go back to the state that `write` wrote."""
     path = os.path.join(folder, STATE)
     with open(path, "rb") as file:
         try:
             state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises whatever the broken part of a file brings up
+        except Exception as error:  # torch may raise anything for a broken file
             raise ValueError(f"{path}: this is not a whole state of a tuner: {error}") from error
     take(tuner, state, path)

@@ -31,13 +31,14 @@ _KEY = "shira"
 
 
 class AdapterCheckpoint(Callback):  # type: ignore[misc]
-    """Keep the base out of every checkpoint, and the tuner's state in it.
+    """Keep the tuner's state in every checkpoint, and the base out of it.
 
-    What ``ModelCheckpoint`` and ``save_checkpoint`` write then holds the values, buffers, parameters that are trained
-    besides, and Lightning's own: optimizers, schedulers, loops. ``fit(ckpt_path=...)`` goes on from it with the bits of
-    a run that was not interrupted, as far as Lightning itself does. A checkpoint of another adapter or base is refused.
-    Loading is not strict from then on (``strict_loading``), since the base is not there to be loaded; for the same
-    reason ``load_from_checkpoint`` of a module has no use for such a file: keep ``tuner.adapter()`` for that.
+    What ``ModelCheckpoint`` and ``save_checkpoint`` write then holds the values, buffers, other parameters that are
+    trained, and what Lightning adds: optimizers, schedulers, loops. ``fit(ckpt_path=...)`` goes on from it with the
+    same bits as a run that was not interrupted, as far as Lightning itself does. A checkpoint of another adapter or
+    base is refused. Loading is not strict from then on (``strict_loading``), since the checkpoint does not hold the
+    base. For the same reason a module's ``load_from_checkpoint`` cannot use such a file: save ``tuner.adapter()`` for
+    that.
 
     Args:
         tuner: the tuner, attached to the module or to a part of it.

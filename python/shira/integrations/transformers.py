@@ -2,7 +2,8 @@
 
 A checkpoint of `AdapterCheckpoints` holds ``shira_adapter.safetensors``, which ``Adapter.from_pretrained(folder)``
 reads, ``shira_tuner.pt`` with the values in full precision, and what the trainer itself keeps: optimizer, scheduler,
-random states. ``train(resume_from_checkpoint=...)`` goes on from it with the bits of a run that was not interrupted.
+random states. ``train(resume_from_checkpoint=...)`` goes on from it with the same bits as a run that was not
+interrupted.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ __all__ = ["AdapterCallback", "AdapterCheckpoints"]
 class AdapterCallback(TrainerCallback):  # type: ignore[misc]
     """Put the adapter and the tuner's state into every checkpoint, beside the whole model that the trainer saves.
 
-    For a trainer that cannot be subclassed. `AdapterCheckpoints` leaves the model out, and resumes.
+    For a trainer that cannot be subclassed; where it can, `AdapterCheckpoints` leaves the model out, and can resume.
 
     Args:
         tuner: the tuner, attached to the trainer's model.
@@ -43,7 +44,7 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
 
 
 class AdapterCheckpoints:
-    """For a trainer's first base class: its checkpoints, and what ``save_model`` writes, hold the adapter alone.
+    """The first base class of a trainer whose checkpoints, and what ``save_model`` writes, hold only the adapter.
 
     ::
 
@@ -52,8 +53,9 @@ class AdapterCheckpoints:
         trainer = Trainer(model, arguments, train_dataset=data, tuner=tuner)
         trainer.train(resume_from_checkpoint=True)
 
-    ``load_best_model_at_end`` works too. Checkpoints that hold a whole model are read as ever. Buffers and parameters
-    that were unfrozen by hand are kept with the values. Not for FSDP and DeepSpeed, which save in their own way.
+    ``load_best_model_at_end`` works too. Checkpoints that hold a whole model are read as before. Buffers, and
+    parameters that were unfrozen by hand, are kept with the values. It refuses FSDP and DeepSpeed, which save in their
+    own way.
 
     Args:
         tuner: the tuner, attached to the trainer's model before the trainer is made.

@@ -1,23 +1,23 @@
-"""Gradients over a calibration set, summed over its batches and handed out one weight at a time.
+"""Gradients summed over the batches of a calibration set, one weight at a time.
 
 The masks Grad and Snip (arXiv 2406.13175, section 3.1) need, for every targeted weight, the gradient of the loss summed
-over all calibration batches: signed, in fp32 (fp64 for fp64 weights), and once. `stream` makes it so that the memory
-stays small:
+over all calibration batches: signed, in fp32 (fp64 for fp64 weights). `stream` computes it with little memory:
 
-- Weights of ``nn.Linear`` layers have no gradient of their own in the backward pass. A forward hook keeps what their
-  gradient is made of, a batch's ``grad_output`` and ``input``, ``[tokens, m]`` and ``[tokens, n]``; the gradient is
-  ``sum over batches of grad_output^T @ input``, products in the layer's dtype as autograd has them, the sum in fp32.
-  While all that is kept for a weight is no larger than that sum, it is kept; beyond that, it is added into an fp32
-  accumulator of the weight's shape and let go.
+- The backward pass makes no gradient for weights of ``nn.Linear`` layers. A forward hook keeps the factors of the
+  gradient, a batch's ``grad_output`` and ``input``, ``[tokens, m]`` and ``[tokens, n]``. The gradient is ``sum over
+  batches of grad_output^T @ input``: products in the layer's dtype, as in autograd, and the sum in fp32. The factors
+  are kept while they are no larger than that sum; beyond that they are multiplied, added to an fp32 accumulator of the
+  weight's shape, and freed.
 - Any other weight (convolutions, embeddings, subclasses of ``nn.Linear``, plain parameters) gets autograd's dense
   gradient, which a hook of the parameter adds into an fp32 accumulator and frees at once.
-- In the last batch's backward pass a weight's gradient is finished, handed to ``visit`` and freed as soon as its last
-  contribution is there. So of one batch there is never more than one weight's dense gradient at a time, and of several
-  batches never more than one beside the accumulators.
+- In the backward pass of the last batch a weight's gradient is finished, passed to ``visit`` and freed as soon as its
+  last contribution is there. So with one batch there is never more than one dense gradient at a time, and with several
+  batches never more than one besides the accumulators.
 
-Afterwards the model is as before: parameters, their ``.grad`` and ``requires_grad``, modes, buffers, and torch's random
-numbers. It runs in the mode it is in: call ``model.eval()`` first for gradients without dropout and with the running
-statistics of batch normalisation; in training mode it uses the batch's, and the running ones are put back.
+Afterwards the model is unchanged: parameters, their ``.grad`` and ``requires_grad``, modes, buffers, and torch's random
+state. The model runs in its current mode: call ``model.eval()`` first for gradients without dropout and with the
+running statistics of batch normalisation. In training mode it uses the batch's statistics, and the running ones are
+restored.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shira import _model, _run
+from shira import _loss, _model
 
 __all__ = ["Loss", "Visit", "stream"]
 
@@ -39,7 +39,7 @@ Loss = Callable[[nn.Module, Any], Tensor]
 Visit = Callable[[str, Tensor], None]
 
 _END = object()
-# Rows of a narrow gradient that are made at a time, before they are added in fp32.
+# How many rows of a narrow gradient are made at a time before they are added in fp32.
 _ROWS = 512
 
 
@@ -53,13 +53,13 @@ def stream(
     """Run the batches and call ``visit(name, gradient)`` once for each weight, in no particular order.
 
     Args:
-        model: what is called; its state is put back afterwards, also after an error.
+        model: the model to call. Its state is restored afterwards, also after an error.
         weights: a weight's name to every place that holds it, as (module, attribute).
-        batches: iterated once. A batch is what the model is called with: a mapping as ``model(**batch)``, a tuple or
+        batches: iterated once. The model is called with each batch: a mapping as ``model(**batch)``, a tuple or
             list as ``model(*batch)``, a tensor as ``model(batch)``.
         loss: ``loss(model, batch)`` gives the scalar; None: the model's ``output.loss`` or ``output["loss"]``, or its
             output if that is a scalar.
-        visit: gets the gradient, of the weight's shape, fp32 (fp64 for fp64 weights); it is freed afterwards.
+        visit: gets the gradient, of the weight's shape, in fp32 (fp64 for fp64 weights), which is freed afterwards.
 
     Raises:
         ValueError: a weight is sharded, sparse or wraps other tensors; there are no batches, or a batch
@@ -80,33 +80,33 @@ def stream(
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         with run.hooked(weights):
-            run.batches(model, batches, loss or _run.loss_of_model)
+            run.batches(model, batches, loss or _loss.loss_of_model)
 
 
 @dataclass(eq=False)
 class _Gradient:
-    """The gradient of one weight, as far as it has come."""
+    """The gradient of one weight, as far as it has been computed."""
 
     name: str
     weight: nn.Parameter
-    # What it is made of, not yet multiplied: grad_output, input, and their versions.
+    # Its factors, not yet multiplied: grad_output, input, and their versions.
     pairs: list[tuple[Tensor, Tensor, tuple[int, int]]] = field(default_factory=list)
     total: Tensor | None = None
     reached: bool = False
     visited: bool = False
-    expected: int = 0  # forward calls of this batch whose backward is still to come
+    expected: int = 0  # forward calls of this batch that still await their backward
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
 
     def of_layer(self, grad_output: Tensor, input: Tensor, keep: bool) -> None:
-        """A call of the linear layer, kept for later where that is allowed and small."""
+        """Adds a call of the linear layer. Its factors are kept for later if that is allowed and they are small."""
         rows, columns = self.weight.shape
         self._contribution()
         size = sum(_bytes(g) + _bytes(x) for g, x, _ in self.pairs) + _bytes(grad_output) + _bytes(input)
         keep = keep and self.total is None and size <= self.weight.numel() * self.dtype.itemsize
-        # What has no grad_fn may be the caller's own batch, whose memory may serve for the next one.
+        # A tensor without a grad_fn may be the caller's batch, whose memory may be reused for the next one.
         g = _own(grad_output, rows) if keep else grad_output.reshape(-1, rows)
         x = _own(input, columns, borrowed=input.grad_fn is None) if keep else input.reshape(-1, columns)
         self.pairs.append((g, x, (g._version, x._version)))
@@ -114,7 +114,7 @@ class _Gradient:
             self._multiply()
 
     def of_parameter(self, grad: Tensor) -> None:
-        """The gradient that autograd made."""
+        """Adds a gradient that autograd made."""
         self._contribution()
         if self.total is None and grad.dtype == self.dtype and not grad.is_sparse and grad.is_contiguous():
             self.total = grad
@@ -122,7 +122,7 @@ class _Gradient:
             self._accumulator().add_(grad.to(self.dtype))
 
     def finish(self) -> Tensor:
-        """The whole gradient; nothing of it is kept."""
+        """Returns the whole gradient and keeps nothing of it."""
         self._multiply()
         total, self.total = self._accumulator(), None
         self.visited = True
@@ -142,7 +142,7 @@ class _Gradient:
         return self.total
 
     def _multiply(self) -> None:
-        """Add what was kept, as one product, and let it go."""
+        """Multiply the kept factors in one product, add it, and free them."""
         if not self.pairs:
             return
         if any((g._version, x._version) != versions for g, x, versions in self.pairs):
@@ -169,14 +169,14 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _own(tensor: Tensor, width: int, borrowed: bool = False) -> Tensor:
-    """``[tokens, width]`` that nobody else will write to, and that keeps no larger memory alive."""
+    """A tensor ``[tokens, width]`` that nobody else writes to, and that does not keep a larger memory alive."""
     flat = tensor.detach().reshape(-1, width)
     whole = flat.is_contiguous() and flat.untyped_storage().nbytes() == _bytes(flat)
     return flat if whole and not borrowed else flat.clone(memory_format=torch.contiguous_format)
 
 
 class _Tap(torch.autograd.Function):
-    """An identity on a linear layer's output whose backward tells what the weight's gradient is made of."""
+    """An identity on a linear layer's output whose backward passes on the factors of the weight's gradient."""
 
     @staticmethod
     def forward(
@@ -184,7 +184,7 @@ class _Tap(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(input)
         ctx.tell = tell
-        return output.detach()  # as in `shira.tuner.Attach`: an alias that an in-place op may follow
+        return output.detach()  # as in `shira.train._layers.Attach`: an alias, so that an in-place op may follow
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
@@ -199,7 +199,7 @@ class _Run:
 
     gradients: dict[str, _Gradient]
     visit: Visit
-    # Makes the layers' outputs require grad, where no parameter does; it gets no gradient itself.
+    # Makes the layers' outputs require grad where no parameter does. It gets no gradient itself.
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
     leaves: list[Tensor] = field(default_factory=list)
     last: bool = False
@@ -213,7 +213,7 @@ class _Run:
             self.leaves = [self.anchor]
             for name, places in weights.items():
                 gradient = self.gradients[name]
-                # A subclass may use its weight in another way than calling nn.Linear's forward.
+                # A subclass may use its weight otherwise than in nn.Linear's forward.
                 if all(type(module) is nn.Linear and attribute == "weight" for module, attribute in places):
                     for module, _ in places:
                         hook = partial(self._forward, gradient)
@@ -251,7 +251,7 @@ class _Run:
     def _batch(self, model: nn.Module, batch: Any, loss: Loss, number: int) -> None:
         for gradient in self.gradients.values():
             gradient.expected = 0
-        value = _run.scalar(loss(model, batch), f"calibration: the loss of batch {number}")
+        value = _loss.scalar(loss(model, batch), f"calibration: the loss of batch {number}")
         if not value.requires_grad:
             raise ValueError(f"calibration: the loss of batch {number} depends on none of the targeted weights")
         if not bool(value.isfinite()):
@@ -267,7 +267,7 @@ class _Run:
     ) -> Any:
         if not torch.is_grad_enabled():
             return None
-        gradient.expected += not self.in_backward  # checkpointing runs it once more
+        gradient.expected += not self.in_backward  # activation checkpointing runs it again in the backward
         input = args[0] if args else kwargs["input"]
         return _Tap.apply(output, self.anchor, input, partial(self._layer, gradient))  # type: ignore[no-untyped-call]
 
@@ -290,7 +290,7 @@ class _Run:
     def _finish(self, gradient: _Gradient) -> None:
         with torch.no_grad():
             total = gradient.finish()
-            # The sum is finite if all entries are, or nearly always: one cheap pass instead of a mask.
+            # If all entries are finite, the sum almost always is: one cheap pass instead of a mask.
             if not bool(total.sum().isfinite()) and not bool(total.isfinite().all()):
                 why = f" ({_model.some(self.strange_losses)})" if self.strange_losses else ""
                 raise RuntimeError(f"calibration: the gradient of {gradient.name} is not finite{why}")
@@ -299,7 +299,7 @@ class _Run:
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Whatever happens inside, the model and torch's random numbers are as before afterwards."""
+    """Restores the model and torch's random state afterwards, whatever happens inside."""
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
@@ -322,7 +322,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             module.training = training
         for module, name, buffer, copy in buffers:
             module._buffers[name] = buffer
-            # By content: batch normalisation writes its statistics without moving their version.
+            # Compared by content: batch normalisation writes its statistics without moving their version.
             if buffer is not None and copy is not None and not torch.equal(buffer, copy):
                 with torch.no_grad():
                     buffer.copy_(copy)

@@ -1,26 +1,28 @@
-"""Masks: which entries of a weight an adapter may change. The five of arXiv 2406.13175, section 3.1 and appendix B.
+"""Masks: which entries of a weight an adapter may change. The five masks of arXiv 2406.13175 (section 3.1, appendix B).
 
-A mask is called with a weight's name and the weight and gives the ``indices`` of its granules, strictly increasing.
-The budget is either ``density`` (share of the weight's entries, in (0, 1]) or ``r`` (PEFT's budget: ``r * (m + n)``
-entries of an ``m x n`` weight). A weight of ``numel`` entries gives
+A mask is called with a weight's name and the weight, and returns the ``indices`` of granules, strictly increasing. A
+granule is a run of consecutive entries of the flat weight (``granule`` of them), and an index selects one. The budget
+is either ``density`` (share of the weight's entries, in (0, 1]) or ``r`` (PEFT's budget: ``r * (m + n)`` entries of an
+``m x n`` weight). A weight of ``numel`` entries gives
 
     k = max(1, round(density * numel / granule))        granules of `granule` consecutive entries,
 
-or ``k = max(1, round(r * (m + n) / granule))``, and never more granules than it has. A weight of more than two
+or ``k = max(1, round(r * (m + n) / granule))``, but never more granules than the weight has. A weight of more than two
 dimensions counts as ``m = shape[0]`` rows of ``n = numel / m`` entries.
 
 Masks take
 
-- ``density`` and ``r`` as a number, or by name, ``{"q_proj": 0.02, ".*": 0.01}``: regular expressions searched in the
-  weight's name, of which the first that is found counts; a weight that none is found in is refused;
+- ``density`` and ``r`` as a number, or by name, ``{"q_proj": 0.02, ".*": 0.01}``: regular expressions that are searched
+  in the weight's name. The first that matches counts; a weight that none of them matches is refused;
 - ``granule`` as a number, which must divide the last dimension of every weight, or ``"auto"``: for each weight the
   largest of 16, 8, 4, 2 and 1 that divides its last dimension;
-- ``balanced`` (those that score entries): of every row as many, instead of the best of the whole weight;
-- ``skip``: an adapter or a mask, or several, whose entries are left out, so that the new mask does not overlap them
-  (the paper's non-overlap variants: the next 1 % beside the first). A granule that holds any such entry is left out as
-  a whole, and the mask takes its ``k`` of the others.
+- ``balanced`` (masks that score entries): the same number of granules from every row, instead of the best of the whole
+  weight;
+- ``skip``: one or several adapters or masks whose entries are left out, so that the new mask does not overlap them (the
+  paper's non-overlapping variants). A granule that holds any such entry is left out as a whole, and the mask takes its
+  ``k`` granules from the others.
 
-A mask of your own needs no class: `Given` takes 0/1 tensors by name, or a function that makes them.
+A mask of your own does not need a class: `Given` takes 0/1 tensors by name, or a function that makes them.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ Granule: TypeAlias = int | Literal["auto"]
 Skip: TypeAlias = Union["Mask", "Adapter", Sequence[Union["Mask", "Adapter"]]]
 
 DEFAULT_SEED = 0
-"""Seed of masks that draw, unless one is given: a mask is the same wherever it is made."""
+"""The seed of random masks, unless another is given, so that a mask is the same wherever it is made."""
 
 AUTO_GRANULE = 16
 """The largest granule that ``granule="auto"`` takes, a power of two."""
@@ -75,7 +77,7 @@ _N = TypeVar("_N", float, int)
 
 
 def rows_and_columns(weight: Tensor) -> tuple[int, int]:
-    """``m`` and ``n`` of a weight, more than two dimensions folded into the columns."""
+    """``m`` and ``n`` of a weight; dimensions after the first are folded into the columns."""
     if weight.dim() == 0:
         return 1, 1
     rows = weight.shape[0]
@@ -83,7 +85,7 @@ def rows_and_columns(weight: Tensor) -> tuple[int, int]:
 
 
 def _is_number(value: object) -> bool:
-    """Python's and numpy's real numbers; True is none."""
+    """Whether it is a real number of Python or numpy; True is not."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
@@ -93,7 +95,7 @@ def _last(weight: Tensor) -> int:
 
 
 def _numbers(kind: str, what: str, given: Any) -> tuple[Any, ...]:
-    """The numbers of an argument that is one, or None, or has them by name."""
+    """The numbers in an argument that is a number, None, or a mapping of patterns to numbers."""
     if not isinstance(given, Mapping):
         return () if given is None else (given,)
     if not given:
@@ -107,7 +109,7 @@ def _numbers(kind: str, what: str, given: Any) -> tuple[Any, ...]:
 
 
 def _by_name(given: _N | dict[str, _N] | None, name: str) -> _N | None:
-    """The number of the first pattern that is found in the name."""
+    """The number for a name: that of the first pattern that matches."""
     if not isinstance(given, dict):
         return given
     return next((number for pattern, number in given.items() if re.search(pattern, name)), None)
@@ -122,7 +124,7 @@ def _skipped(kind: str, skip: Skip) -> tuple[Mask | Adapter, ...]:
 
 
 def _entry_of(adapter: Adapter, name: str) -> Entry | None:
-    """What an adapter has for a weight, under its own or another name."""
+    """The adapter's entry for a weight, under any of its names."""
     for first, entry in adapter.weights.items():
         if name == first or name in entry.aliases:
             return entry
@@ -130,7 +132,7 @@ def _entry_of(adapter: Adapter, name: str) -> Entry | None:
 
 
 class Mask:
-    """What every mask shares: budget, granule, what is left out, description. Subclasses give ``select``."""
+    """What all masks share: budget, granule, entries to leave out, description. Subclasses define ``select``."""
 
     def __init__(
         self, density: Density | None = None, *, r: Rank | None = None, granule: Granule = 1, skip: Skip = ()
@@ -153,7 +155,7 @@ class Mask:
         self._set(granule, skip)
 
     def _set(self, granule: Granule, skip: Skip) -> None:
-        """What a mask without a budget has too."""
+        """The arguments that a mask without a budget has, too."""
         kind = type(self).__name__
         if granule != "auto" and (type(granule) is not int or granule < 1):
             raise ValueError(f'{kind}: granule must be a whole number of at least 1, or "auto", got {granule!r}')
@@ -167,15 +169,15 @@ class Mask:
         return self.granule
 
     def density_of(self, name: str) -> float | None:
-        """The density for the weight of this name; None where the budget is ``r``, or no pattern is found in it."""
+        """The density for the weight of this name; None if the budget is ``r``, or if no pattern matches."""
         return _by_name(self.density, name)
 
     def r_of(self, name: str) -> int | None:
-        """``r`` for the weight of this name; None where the budget is ``density``, or no pattern is found in it."""
+        """``r`` for the weight of this name; None if the budget is ``density``, or if no pattern matches."""
         return _by_name(self.r, name)
 
     def count(self, name: str, weight: Tensor) -> int:
-        """``k``, the number of granules this mask may take of the weight."""
+        """``k``, the number of granules that this mask takes from the weight."""
         density, granule = self.density_of(name), self.granule_of(weight)
         if density is not None:
             entries = density * weight.numel()
@@ -186,7 +188,7 @@ class Mask:
         return min(max(1, round(entries / granule)), weight.numel() // granule)
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
-        """Refuse weights this mask cannot serve, all of them in one error."""
+        """Refuse the weights that this mask cannot be used for, all of them in one error."""
         kind = type(self).__name__
         for name, weight in weights.items():
             foreign = _model.foreign(weight)
@@ -234,13 +236,13 @@ class Mask:
         calibration: Iterable[Any] | None = None,
         loss: _calibration.Loss | None = None,
     ) -> None:
-        """Called once, before the weights are selected from: masks that need gradients collect them here.
+        """Called once before ``select``: masks that need gradients collect them here.
 
         Args:
-            model: the model the weights are in; it is as before afterwards.
+            model: the model that has the weights. It is unchanged afterwards.
             weights: a weight's name to every place that holds it, as (module, attribute).
-            calibration: batches, for a mask that needs them, or that skips one that does; None for any other.
-            loss: see `shira.calibration.stream`.
+            calibration: batches, for a mask that needs them or that skips one that does; otherwise None.
+            loss: see `shira.masks.calibration.stream`.
         """
         needing = [mask for mask in self._with_skipped() if isinstance(mask, _Calibrated)]
         kind = type(self).__name__
@@ -258,20 +260,20 @@ class Mask:
 
         def visit(name: str, gradient: Tensor) -> None:
             weight = getattr(*weights[name][0]).detach()
-            for mask in needing:  # what is skipped comes first
+            for mask in needing:  # those that are skipped come first
                 mask._selected[name] = mask._choose(name, weight, gradient)
 
         _calibration.stream(model, weights, calibration, loss, visit)
 
     def _with_skipped(self) -> Iterator[Mask]:
-        """The masks that this one skips, each behind those it skips itself, and then this one."""
+        """The masks that this one skips, each after those that it skips itself; this one comes last."""
         for other in self.skip:
             if isinstance(other, Mask):
                 yield from other._with_skipped()
         yield self
 
     def select(self, name: str, weight: Tensor) -> Tensor:
-        """The indices for one weight that ``check`` has passed."""
+        """The indices for one weight that ``check`` has accepted."""
         raise NotImplementedError
 
     def __call__(self, name: str, weight: Tensor) -> Tensor:
@@ -280,7 +282,7 @@ class Mask:
             return self.select(name, weight)
 
     def taken(self, name: str, weight: Tensor) -> Tensor | None:
-        """The granules of this mask's size that hold an entry of ``skip``: ascending, int64; None if there are none."""
+        """The granules (of this mask's size) that hold an entry of ``skip``: ascending, int64; None if none do."""
         found, granule = [], self.granule_of(weight)
         for other in self.skip:
             if isinstance(other, Mask):
@@ -298,14 +300,14 @@ class Mask:
             )
 
     def seed_for(self, name: str) -> int | None:
-        """The seed that stands for this weight's indices (``shira_ops.select_random``), if one does."""
+        """The seed with which ``shira_ops.select_random`` draws this weight's indices, if it does."""
         return None
 
     def describe(self) -> dict[str, Any]:
-        """What the mask is, in JSON's types: for an adapter's metadata, for equality, for ``repr``.
+        """A description of the mask in JSON's types: for an adapter's metadata, for comparison, for ``repr``.
 
-        `from_description` makes the mask from it again. An adapter that is skipped is told by the number of its entries
-        and a digest of its indices.
+        `from_description` makes the mask again. An adapter in ``skip`` is described by the number of its entries and a
+        digest of its indices.
         """
         about: dict[str, Any] = {"name": type(self).__name__}
         about |= {"density": self.density} if self.r is None else {"r": self.r}
@@ -334,7 +336,7 @@ def _about_adapter(adapter: Adapter) -> dict[str, Any]:
 
 
 def from_description(description: Mapping[str, Any]) -> Mask:
-    """The mask that `Mask.describe` told; not `Given`, nor one that skips adapters: a description holds no entries."""
+    """The mask of a `Mask.describe`; not a `Given`, or one that skips adapters, whose entries are not in it."""
     about = dict(description)
     name = about.pop("name", None)
     if name == "Given":
@@ -348,20 +350,21 @@ def from_description(description: Mapping[str, Any]) -> Mask:
 
 
 class Rand(Mask):
-    """Granules drawn at random, exactly ``k`` of each weight.
+    """Granules drawn at random, exactly ``k`` from each weight.
 
-    The draw of a weight is ``shira_ops.select_random`` with the seed ``splitmix64(seed ^ fnv1a64(name))``: different
-    for every weight, and the same on every machine, so that a file can hold the seed in place of the indices. With
-    ``skip`` the draw is of the granules that are left, and no seed stands for it.
+    A weight's granules are drawn by ``shira_ops.select_random`` with the seed ``splitmix64(seed ^ fnv1a64(name))``:
+    different for every weight, and the same on every machine, so that a file can hold the seed instead of the indices.
+    With ``skip`` the draw is among the remaining granules, and a file holds the indices.
 
-    Masks of one seed and budget are one mask: two adapters trained with it change the same entries, so that fused they
-    get in each other's way everywhere, and of masks of different seeds only a ``density``-th part meets. For adapters
-    that are to be used together give each a seed of its own, or ``seed=None``, or ``skip`` the first one's entries.
+    Two masks with the same seed and budget are the same mask: adapters trained with them change the same entries, and
+    disturb each other everywhere when they are fused. With different seeds only a share of ``density`` of the entries
+    coincides. Give adapters that will be used together different seeds, or ``seed=None``, or ``skip`` the entries of
+    the first.
 
     Args:
         density, r, granule, skip: as for every mask.
-        seed: a whole number; None draws one from torch's random numbers (so ``torch.manual_seed`` repeats it), which
-            ``mask.seed`` and `describe` then hold.
+        seed: an integer; None draws one from torch's random numbers (so that ``torch.manual_seed`` repeats it), which
+            is then in ``mask.seed`` and `describe`.
     """
 
     def __init__(
@@ -395,7 +398,7 @@ class Rand(Mask):
         drawn = shira_ops.select_random(free * granule, k, seed, device=weight.device, granule=granule)
         if taken is None:
             return drawn
-        # The j-th free granule is j and as many more as taken ones lie before it: those with at most j free ones
+        # The j-th free granule is j plus the number of taken granules before it: those that have at most j free ones
         # before them.
         free_before = taken - torch.arange(taken.numel(), device=taken.device)
         moved = drawn + torch.searchsorted(free_before, drawn.to(torch.int64), right=True)
@@ -408,19 +411,20 @@ class Rand(Mask):
 def default() -> Rand:
     """The mask to start with: ``Rand(density=0.01, granule="auto")``, granules of 16 entries where those fit.
 
-    Measured (docs/quality.md): a random mask learns as well as any other near the base and better far from it, and
-    needs no calibration. Granules of 16 entries switch several times as fast as single entries. They cost nothing that
-    could be measured where a weight has 200 granules or more (at 1 %: from about 600 x 600 entries), a twentieth of
-    what is learned at 60, and more below: for small weights take a smaller granule or more density. A weight whose last
-    dimension 16 does not divide gets granules of 8, 4, 2 or 1; `SparseTuner.summary` tells which.
+    Measurements (docs/quality.md): a random mask learns as well as any other on tasks near the base and better on tasks
+    far from it, and needs no calibration. Granules of 16 entries switch several times as fast as single entries. They
+    cost nothing measurable where the mask takes 200 granules or more from a weight (at 1 %: from about 600 x 600
+    entries), a twentieth of what is learned at 60, and more below that: for small weights take a smaller granule or a
+    higher density. A weight whose last dimension 16 does not divide gets granules of 8, 4, 2 or 1;
+    `SparseTuner.summary` lists these.
 
-    The same mask every time, so two adapters trained with it change the same entries: see `Rand`.
+    It is the same mask every time, so two adapters trained with it change the same entries: see `Rand`.
     """
     return Rand(density=0.01, granule="auto")
 
 
 class _Scored(Mask):
-    """A mask of the granules that score most: of the whole weight, or ``balanced``, of every row as many."""
+    """A mask of the granules with the best scores: of the whole weight, or (``balanced``) as many from every row."""
 
     score: str
 
@@ -437,20 +441,20 @@ class _Scored(Mask):
         if type(balanced) is not bool:
             raise ValueError(f"{type(self).__name__}: balanced must be True or False, got {balanced!r}")
         self.balanced = balanced
-        self._selected: dict[str, Tensor] = {}  # of a calibrated mask, what `prepare` chose
+        self._selected: dict[str, Tensor] = {}  # what `prepare` chose, for a calibrated mask
 
     def _choose(self, name: str, weight: Tensor, gradient: Tensor | None) -> Tensor:
         return self._by_rows(name, weight, gradient) if self.balanced else self._top(name, weight, gradient)
 
     def _top(self, name: str, weight: Tensor, gradient: Tensor | None) -> Tensor:
-        """The top ``k`` granules of those that are not taken."""
+        """The ``k`` best granules among those that are not taken."""
         k, taken, score = self.count(name, weight), self.taken(name, weight), self.score
         granule = self.granule_of(weight)
         if taken is None:
             return shira_ops.select_top(weight, gradient, k, score=score, granule=granule)
         granules = weight.numel() // granule
         self._enough(name, k, granules - taken.numel())
-        # As many more as are taken: at least k of these are free, and so are the k best of all that are free.
+        # With as many more as are taken, at least k are free, and the k best free ones are among them.
         best = shira_ops.select_top(weight, gradient, k + taken.numel(), score=score, granule=granule)
         free = best[~torch.isin(best, taken, assume_unique=True)]
         if free.numel() == k:
@@ -462,8 +466,8 @@ class _Scored(Mask):
     def _by_rows(self, name: str, weight: Tensor, gradient: Tensor | None) -> Tensor:
         """The best granule of every row, the second best of every row, and so on up to ``k``.
 
-        The last round goes to the rows whose next granule scores most; a row that ``skip`` has left too few drops out
-        of a round. Takes a score tensor of this one weight, which `select_top` does without.
+        In the last round only the rows with the highest next score get one more. A row with too few free granules drops
+        out of a round. Needs memory for the scores of this one weight, which `select_top` does not.
         """
         k, taken = self.count(name, weight), self.taken(name, weight)
         rows = weight.shape[0] if weight.dim() > 1 else 1
@@ -482,7 +486,7 @@ class _Scored(Mask):
         chosen, ties = scores > least, scores == least
         chosen[counts == 0] = False
         wanted = counts - chosen.sum(1)
-        # Ties go to the lower index.
+        # Of equal scores the lower index is taken.
         several = (ties.sum(1) > wanted).nonzero().view(-1)
         ties[several] &= ties[several].cumsum(1) <= wanted[several, None]
         return (chosen | ties).view(-1).nonzero().view(-1).to(index_dtype(scores.numel()))
@@ -493,9 +497,9 @@ class _Scored(Mask):
 
 
 class WeightMagnitude(_Scored):
-    """The granules of largest magnitude (the paper's WM): top ``k`` by the sum of ``|w|``, ties to the lower index.
+    """The granules of largest magnitude (the paper's WM): the top ``k`` by the sum of ``|w|``.
 
-    ``balanced=True``: of every row as many.
+    Of equal ones the lower index is taken. ``balanced=True`` takes the same number from every row.
     """
 
     score = "magnitude"
@@ -505,7 +509,7 @@ class WeightMagnitude(_Scored):
 
 
 class _Calibrated(_Scored):
-    """A mask by gradients over calibration batches, which `prepare` runs."""
+    """A mask that needs gradients over calibration batches; `prepare` runs them."""
 
     def select(self, name: str, weight: Tensor) -> Tensor:
         if name not in self._selected:
@@ -517,25 +521,26 @@ class _Calibrated(_Scored):
 
 
 class Grad(_Calibrated):
-    """The granules of largest gradient: top ``k`` by the sum of ``|g|``, ties to the lower index.
+    """The granules of largest gradient: the top ``k`` by the sum of ``|g|``; of equal ones, the lower index.
 
     ``g`` is the gradient of the loss summed over all calibration batches, signed, in fp32 (fp64 for fp64 weights):
-    ``SparseTuner(model, masks.Grad(density=0.01), calibration=batches)``; `shira.calibration` says how.
+    ``SparseTuner(model, masks.Grad(density=0.01), calibration=batches)``; `shira.masks.calibration` says how.
 
-    ``balanced=True`` takes as many granules of every row. Of the whole weight the largest gradients are those of the
-    few outputs that are most wrong, which far from the base leaves most of the layer untrained (docs/quality.md).
+    ``balanced=True`` takes the same number of granules from every row. In the whole weight the largest gradients belong
+    to the few outputs that are most wrong, so that on tasks far from the base most of the layer would stay untrained
+    (docs/quality.md).
     """
 
     score = "grad"
 
 
 class Snip(_Calibrated):
-    """The granules whose removal would change the loss most, to first order: top ``k`` by the sum of ``|w * g|``.
+    """The granules whose removal would change the loss most, to first order: the top ``k`` by the sum of ``|w * g|``.
 
-    The paper's SNIP, and its overall pick. Ties go to the lower index. ``g`` is the gradient of the loss summed over
-    all calibration batches, signed, in fp32 (fp64 for fp64 weights):
-    ``SparseTuner(model, masks.Snip(density=0.01), calibration=batches)``; `shira.calibration` says how.
-    ``balanced=True``: of every row as many, for the reason that `Grad` has.
+    The paper's SNIP, its overall recommendation. Of equal ones the lower index is taken. ``g`` is the gradient of the
+    loss summed over all calibration batches, signed, in fp32 (fp64 for fp64 weights):
+    ``SparseTuner(model, masks.Snip(density=0.01), calibration=batches)``; `shira.masks.calibration` says how.
+    ``balanced=True`` takes the same number from every row, for the reason given at `Grad`.
     """
 
     score = "snip"
@@ -550,10 +555,10 @@ class Struct(Mask):
     - ``lines="rows"``: every row ``i`` with ``i % f == offset % f``;
       ``lines="columns"``: every column ``j`` with ``j % f == offset % f``;
 
-    and completes each of these entries to the granule it lies in. ``f`` is the smallest number in ``1 .. m``
-    (``1 .. n`` for columns) whose mask has at most ``k`` granules, so the budget is kept; where even one line and the
-    diagonal have more, ``f`` is ``m`` (``n``) and the mask is that line and the diagonal. `SparseTuner.summary` shows
-    what was taken.
+    and for each of these entries takes the whole granule it is in. ``f`` is the smallest number in ``1 .. m``
+    (``1 .. n`` for columns) whose mask has at most ``k`` granules, so the budget is kept. If even one line and the
+    diagonal have more, ``f`` is ``m`` (``n``), and the mask is that line and the diagonal. `SparseTuner.summary` shows
+    how many entries were taken.
     """
 
     def __init__(
@@ -581,7 +586,7 @@ class Struct(Mask):
             raise ValueError(f"Struct: every weight must have rows and columns; not so for {', '.join(flat)}")
 
     def _plan(self, name: str, weight: Tensor) -> tuple[int, Tensor, Tensor]:
-        """f, the selected lines (bool; rows, or columns of granules) and the diagonal's granules."""
+        """``f``, the selected lines (bool, for each row or column of granules), and the diagonal's granules."""
         m, n = rows_and_columns(weight)
         granule = self.granule_of(weight)
         width = n // granule
@@ -597,7 +602,7 @@ class Struct(Mask):
             chosen[torch.arange(self.offset % f, most, f, device="cpu") // (1 if rows else granule)] = True
             return chosen
 
-        # No smaller f can do: its lines alone have more granules than the budget.
+        # A smaller f is not possible: its lines alone have more granules than the budget.
         first = max(1, most // (budget // across + 1) + 1 if self.offset else -(-most // max(1, budget // across)))
         if not rows and granule > 1:
             first = 1 if first <= granule else first
@@ -633,11 +638,11 @@ class Struct(Mask):
 
 
 class Given(Mask):
-    """The entries that a 0/1 tensor marks: of masks by name, or of a function that makes them.
+    """The entries that a 0/1 tensor marks. The tensors are given by name, or made by a function.
 
     ``Given({"layers.0.q_proj.weight": mask})``, or ``Given(lambda name, weight: weight.abs() > 0.1)``. A mask has the
-    weight's shape, in bool or in any dtype with nothing but 0 and 1. With a ``granule`` above 1 every marked entry is
-    completed to the granule it lies in. `SparseTuner` also takes the mapping or the function itself as its mask.
+    weight's shape, and is bool or has only 0 and 1 in any dtype. With a ``granule`` above 1 the whole granule of every
+    marked entry is taken. `SparseTuner` also takes the mapping or the function itself as its mask.
 
     Args:
         given: 0/1 tensors by the weights' names, one for each target and no others (a `SparseTuner` without
@@ -668,7 +673,7 @@ class Given(Mask):
 
     @classmethod
     def of(cls, mask: object) -> Mask:
-        """The mask itself, or what stands for one: 0/1 tensors by name, or a function of a name and a weight."""
+        """A mask from a mask, from 0/1 tensors by name, or from a function of a name and a weight."""
         if isinstance(mask, Mask):
             return mask
         if isinstance(mask, Mapping) or (callable(mask) and not isinstance(mask, type)):
@@ -723,7 +728,7 @@ class Given(Mask):
         return indices
 
     def describe(self) -> dict[str, Any]:
-        """Of masks by name a digest, of a function its name."""
+        """Holds a digest of masks by name, or the name of a function."""
         about: dict[str, Any] = {"name": "Given", "granule": self.granule}
         if isinstance(self.given, Mapping):
             lines = [

@@ -1,1 +1,1 @@
-"""Adapters on a live model: switched, mixed, taken back."""
+"""Adapters on a live model: switched, mixed, taken off again."""

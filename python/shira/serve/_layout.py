@@ -1,9 +1,9 @@
-"""States of a model and the ways between them, as calls of the list ops.
+"""The states of a model, and the ways from one to another as calls of the list ops.
 
 A `Layout` is what one adapter, or several together, put on the model, weight by weight (`Part`). Each part keeps the
-base's entries at its indices: on a GPU from the moment it is made, on the CPU from the moment the weight first changes
-there, and it tells which by itself (`Part.known`). So every state can be left for the base, and any half-done way can
-be taken back, without knowing how far it came.
+base's entries at its indices: on a GPU from the moment the part is made, on the CPU from the moment the weight first
+changes there (`Part.has_base` tells). So the base can be put back from every state, and a way that stopped somewhere
+can be undone without knowing how far it came.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 
 import shira_ops
-from shira import _live
 from shira._granules import dtype_name, refine
-from shira._live import Watch, Weight
+from shira._live import Weight
 from shira.adapter._file import ARITHMETIC
 from shira.adapter.adapter import Adapter
+from shira.serve._streams import Events, send, wait
+from shira.serve._watch import Watch
 
 
 @dataclass(eq=False)
 class Part:
-    """What a layout puts on one weight: indices, and the values of each adapter that has some there."""
+    """What a layout puts on one weight: indices, and the values of each of its adapters that has entries there."""
 
     weight: Weight
     adapters: tuple[str, ...]
@@ -34,54 +35,57 @@ class Part:
     granule: int
     values: list[Tensor]
     delta: list[bool]
-    # The base's entries, or room for them.
+    # The base's entries at the indices; or memory for them, that nothing has filled yet.
     saved: Tensor
-    # If room: what stands in its first granule, the complement of what will. See `known`.
-    blank: Tensor | None = None
-    # offsets and sources of `fuse_plan`, for several adapters; whose values are then those of their own layouts.
+    # While `saved` is not filled: the bits of its first granule, which are the complement of the base's there. The op
+    # that fills `saved` therefore changes them, which is how `has_base` knows. None once it is filled.
+    unfilled: Tensor | None = None
+    # For several adapters: the offsets and sources of `fuse_plan`.
     plan: tuple[Tensor, Tensor] | None = None
+    # Whether the values are those of the adapters' own layouts, which count their bytes.
     borrowed: bool = False
-    # By the adapters' strengths: what they add to the fingerprint.
+    # What the part adds to the weight's fingerprint, by the strengths of its adapters.
     differences: dict[tuple[float, ...], int] = field(default_factory=dict)
     _finer: dict[int, Tensor] = field(default_factory=dict)
     _spare: Tensor | None = None
 
     @property
     def whole(self) -> bool:
-        """Whether it replaces the weight as a whole."""
+        """Whether it replaces all entries of the weight."""
         return self.saved.numel() == self.weight.tensor.numel() == self.granule
 
     @property
-    def known(self) -> bool:
-        """Whether `saved` holds the base's entries. If not, the part was never on its weight.
+    def has_base(self) -> bool:
+        """Whether `saved` holds the base's entries. If it does not, the part was never on its weight.
 
-        Gathering them costs what switching costs, since it touches the same lines; the op that first puts the part on
-        writes them anyway. It writes all of them or none, but an interrupt may come before anyone can note which: so it
-        is read off `saved` itself.
+        To gather them costs as much as to switch, since it touches the same cache lines; and the op that first puts the
+        part on the weight saves them anyway. That op saves all of them or none. But an interrupt may come before the
+        caller can note that it ran, so `saved` itself is asked.
         """
-        if self.blank is not None and not torch.equal(_bits(self.saved[: self.granule]), self.blank):
-            self.blank = None
-        return self.blank is None
+        if self.unfilled is not None and not torch.equal(_bits(self.saved[: self.granule]), self.unfilled):
+            self.unfilled = None
+        return self.unfilled is None
 
-    def learn(self, active: Part | None) -> None:
-        """Read the base's entries, for who needs them of a part that was never on. Only reads the weight."""
-        if not self.known:
-            # In place: ways have the tensor.
+    def save_base(self, active: Part | None) -> None:
+        """Read the base's entries, if the part was never on its weight. Only reads the weight."""
+        if not self.has_base:
+            # In place: ways refer to the tensor.
             self.saved.copy_(base_entries(self.weight, self.indices, self.granule, active))
-            self.blank = None
+            self.unfilled = None
 
     def rebase(self) -> None:
-        """Keep the entries of the base that the weight holds now instead of those it held before."""
-        known, count = self.known, self.indices.numel() if self.known else 1
+        """The weight holds another base now: save its entries in place of the old one's, if those were saved."""
+        filled = self.has_base
+        count = self.indices.numel() if filled else 1
         entries = shira_ops.gather(self.weight.tensor.detach(), self.indices[:count], granule=self.granule)
-        if not known:
+        if not filled:
             entries = _bits(entries).bitwise_not_().view(entries.dtype)
-            self.blank = _bits(entries)
-        self.saved[: entries.numel()].copy_(entries)  # in place: ways have the tensor
+            self.unfilled = _bits(entries)
+        self.saved[: entries.numel()].copy_(entries)  # in place: ways refer to the tensor
         self.differences.clear()
 
     def finer(self, granule: int) -> Tensor:
-        """The indices for a divisor of the granule; made once."""
+        """The indices of the same entries in a granule that divides the part's; made once."""
         if granule == self.granule:
             return self.indices
         if granule not in self._finer:
@@ -89,32 +93,32 @@ class Part:
         return self._finer[granule]
 
     def spare(self) -> Tensor:
-        """Room beside `saved`, for the way from one strength to another."""
+        """A second tensor like `saved`: from one strength to another, the op reads one and writes the other."""
         if self._spare is None:
             self._spare = torch.empty_like(self.saved)
         return self._spare
 
     def trim(self) -> None:
-        """Let go of what only saves time."""
+        """Free what only saves time."""
         self._finer, self._spare = {}, None
 
     def to(self, device: torch.device, moved: dict[Tensor, Tensor]) -> None:
-        """Bring its tensors to where the weight is now, each once."""
+        """Move its tensors to the device where the weight is now; ``moved`` has those that other parts have moved."""
 
-        def send(tensor: Tensor) -> Tensor:
+        def move(tensor: Tensor) -> Tensor:
             if tensor not in moved:
                 moved[tensor] = tensor.to(device)
             return moved[tensor]
 
         self.trim()
-        self.indices, self.saved = send(self.indices), send(self.saved)
-        self.values = [send(value) for value in self.values]
-        self.blank = None if self.blank is None else send(self.blank)
-        self.plan = None if self.plan is None else (send(self.plan[0]), send(self.plan[1]))
+        self.indices, self.saved = move(self.indices), move(self.saved)
+        self.values = [move(value) for value in self.values]
+        self.unfilled = None if self.unfilled is None else move(self.unfilled)
+        self.plan = None if self.plan is None else (move(self.plan[0]), move(self.plan[1]))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that it keeps."""
+        """The bytes of memory that it keeps."""
         values = [] if self.borrowed else self.values
         tensors = [self.indices, *values, self.saved, *(self.plan or ()), *self._finer.values()]
         spare = [] if self._spare is None else [self._spare]
@@ -122,7 +126,7 @@ class Part:
         return total
 
     def put(self, target: Tensor, indices: Tensor, saved: Tensor, alphas: Tensor | float) -> None:
-        """The part's entries at these strengths onto the base: on the weight, or on a copy of the entries alone."""
+        """Put the part's entries at these strengths onto the base: on the weight, or on a copy of the entries alone."""
         if self.plan is not None:
             assert isinstance(alphas, Tensor)
             offsets, sources = self.plan
@@ -135,7 +139,7 @@ class Part:
                 self.values,
                 alphas,
                 delta=self.delta,
-                refuse=True,  # the base comes from `saved`: whatever the target holds, the result is the same
+                refuse=True,  # take the base from `saved`: the result is the same whatever the target holds
                 granule=self.granule,
             )
         else:
@@ -145,17 +149,17 @@ class Part:
             )
 
     def put_on(self, base: Tensor, indices: Tensor, alphas: Tensor | float) -> None:
-        """The part's entries onto the base in a copy."""
+        """Put the part's entries onto a copy of the base."""
         self.put(base, indices, self.saved if self.plan is not None else torch.empty_like(self.saved), alphas)
 
     def expected(self, alphas: Tensor | float) -> Tensor:
-        """What the weight must hold at the indices."""
+        """What the weight holds at the indices when the part is on it at these strengths."""
         entries = self.saved.clone()
         self.put_on(entries, torch.arange(self.indices.numel(), device=entries.device), alphas)
         return entries
 
     def base_copy(self) -> Tensor:
-        """A copy of the whole weight with the base's entries put back: for what must be read at the base."""
+        """A copy of the whole weight with the base's entries put back: the base, if nobody else wrote to the weight."""
         copy = self.weight.tensor.detach().clone()
         shira_ops.scatter_(copy, self.indices, self.saved, granule=self.granule)
         return copy
@@ -167,9 +171,9 @@ class Layout:
 
     names: tuple[str, ...]
     parts: dict[Weight, Part]
-    # GPUs: what a commit must wait for, and what freeing must.
-    ready: dict[torch.device, torch.cuda.Event] = field(default_factory=dict)
-    used: dict[torch.device, torch.cuda.Event] = field(default_factory=dict)
+    # On GPUs: what whoever uses its tensors must wait for, and what must have happened before they are freed.
+    ready: Events = field(default_factory=dict)
+    used: Events = field(default_factory=dict)
 
     @cached_property
     def devices(self) -> list[torch.device]:
@@ -180,9 +184,9 @@ class Layout:
         return Watch(self.parts)
 
     def rebind(self, moved: dict[Tensor, Tensor]) -> None:
-        """Follow its weights to where they are now."""
+        """Follow its weights to where they are now; ``moved`` as for `Part.to`."""
         self.freeing()
-        _live.wait(self.ready)
+        wait(self.ready)
         self.ready.clear()
         for weight, part in self.parts.items():
             part.to(weight.device, moved)
@@ -202,11 +206,47 @@ class Layout:
 
 
 EMPTY = Layout((), {})
-"""The base."""
+"""What is on a model that holds the base."""
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """What is on the model: a layout, and the strength of each of its adapters, in the layout's order."""
+
+    layout: Layout
+    strengths: dict[str, float]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.layout.names
+
+    def part(self, weight: Weight) -> Part | None:
+        """What is on a weight."""
+        return self.layout.parts.get(weight)
+
+    def expected(self, part: Part) -> Tensor:
+        """What a weight holds at the indices of a part that is on it."""
+        return part.expected(Alphas(self.strengths).of(part))
+
+    def told(self) -> str:
+        """The end of a message."""
+        return f"active is {listed(self.strengths)}" if self.strengths else "no adapter is active"
+
+    def content(self) -> str:
+        """What the weights should hold, for a message."""
+        return "the base plus what is active" if self.strengths else "the base"
+
+
+BASE = State(EMPTY, {})
+
+
+def listed(strengths: Mapping[str, float]) -> str:
+    """Adapters and their strengths, for a message."""
+    return ", ".join(f"{name!r} at {alpha:g}" for name, alpha in strengths.items())
 
 
 def base_entries(weight: Weight, indices: Tensor, granule: int, active: Part | None) -> Tensor:
-    """The base's entries, also where an active part hides them. Only reads the weight."""
+    """The base's entries at these indices, also those that an active part has replaced. Only reads the weight."""
     entries = shira_ops.gather(weight.tensor.detach(), indices, granule=granule)
     if active is None or not active.indices.numel() or not indices.numel():
         return entries
@@ -223,31 +263,34 @@ def base_entries(weight: Weight, indices: Tensor, granule: int, active: Part | N
 
 
 def of_adapter(name: str, adapter: Adapter, weights: Mapping[Weight, str], active: Layout) -> Layout:
-    """One adapter on the devices of its weights, each by the adapter's name for it, and the base's entries it will
-    hide, or room for them."""
+    """The layout of one adapter, on the devices of its weights: each weight with what the adapter calls it.
+
+    On GPUs the base's entries that it will replace are gathered here, on the CPU there is only memory for them.
+    """
     parts: dict[Weight, Part] = {}
     for weight, weight_name in weights.items():
         entry = adapter.weights[weight_name]
-        indices = _live.send(entry.indices, weight.device)
-        values = _live.send(entry.values.detach(), weight.device)
-        # GPUs gather beside the model's computation, on a side stream; then switching is as short as it can be.
+        indices = send(entry.indices, weight.device)
+        values = send(entry.values.detach(), weight.device)
+        # A GPU gathers beside the model's computation, on a side stream; so the switch itself is as short as it can be.
         later = weight.device.type == "cpu" and indices.numel() > 1
         some = indices[:1] if later else indices
-        saved, blank = base_entries(weight, some, entry.granule, active.parts.get(weight)), None
+        saved, unfilled = base_entries(weight, some, entry.granule, active.parts.get(weight)), None
         if later:
-            blank = _bits(saved).bitwise_not_()
+            unfilled = _bits(saved).bitwise_not_()
             saved = saved.new_empty(entry.nnz)
-            _bits(saved[: entry.granule]).copy_(blank)
-        parts[weight] = Part(weight, (name,), indices, entry.granule, [values], [adapter.delta], saved, blank)
+            _bits(saved[: entry.granule]).copy_(unfilled)
+        parts[weight] = Part(weight, (name,), indices, entry.granule, [values], [adapter.delta], saved, unfilled)
     return Layout((name,), parts)
 
 
 def together(layouts: list[Layout], active: Layout) -> Layout:
-    """Several adapters at once: unions of their entries, and the base's entries there from what each one saved."""
+    """The layout of several adapters at once: the unions of their entries, and the base's entries there, taken from
+    what each adapter's own layout has saved."""
     on: dict[Weight, list[Part]] = {}
     for layout in layouts:
         for weight, part in layout.parts.items():
-            part.learn(active.parts.get(weight))
+            part.save_base(active.parts.get(weight))
             on.setdefault(weight, []).append(part)
     return Layout(
         tuple(name for layout in layouts for name in layout.names),
@@ -257,14 +300,14 @@ def together(layouts: list[Layout], active: Layout) -> Layout:
 
 def _union(weight: Weight, parts: list[Part]) -> Part:
     if len(parts) == 1 and dtype_name(weight.dtype) not in ARITHMETIC:
-        # Codes and counters cannot be summed, and need not be.
+        # Codes and counts cannot be summed, and here there is nothing to sum.
         (part,) = parts
         saved = part.saved.clone()
         return Part(weight, part.adapters, part.indices, part.granule, part.values, part.delta, saved, borrowed=True)
     granule = math.gcd(*(part.granule for part in parts))
     lists = [refine(part.indices, part.granule, granule, weight.tensor.numel()) for part in parts]
     indices, offsets, sources = shira_ops.fuse_plan(lists, granule=granule)
-    # Where each entry's first source lies in all that was saved, end to end.
+    # The place of each entry's first source when all `saved` are put end to end.
     first = sources[offsets[:-1].to(torch.int64)]
     counts = torch.tensor([0, *(one.numel() for one in lists[:-1])], device=first.device)
     at = counts.cumsum(0)[first >> 48] + (first & (2**48 - 1))
@@ -272,7 +315,7 @@ def _union(weight: Weight, parts: list[Part]) -> Part:
     values = [part.values[0] for part in parts]
     borrowed = len({value.dtype for value in values}) == 1
     if not borrowed:
-        # fuse_ takes values of one dtype: one that holds all of them exactly.
+        # fuse_ takes values of one dtype; this one holds all of them exactly.
         values = [value.to(torch.float64 if weight.dtype == torch.float64 else torch.float32) for value in values]
     return Part(
         weight,
@@ -296,7 +339,7 @@ def _bits(entries: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class Call:
-    """One call of a list op: what of a way lies on one device and in one granule. Columns are the op's lists."""
+    """One call of a list op: the part of a way that is on one device and in one granule. Columns are the op's lists."""
 
     op: str
     granule: int
@@ -305,7 +348,7 @@ class Call:
 
 @dataclass(eq=False)
 class Way:
-    """From one layout to another: reverts first, then switches and applies; then what is fused, weight by weight."""
+    """From one layout to another: first reverts, then switches and applies, then fused parts weight by weight."""
 
     before: Layout
     after: Layout
@@ -318,7 +361,7 @@ class Way:
         try:
             self._go(strengths)
         finally:
-            # autocast keeps casts of weights, and asks nobody whether they were written to.
+            # autocast keeps casts of weights, and does not notice that a weight was written to.
             torch.clear_autocast_cache()
 
     def _go(self, strengths: Mapping[str, float]) -> None:
@@ -334,11 +377,12 @@ class Way:
         for part in self.fused:
             part.put(part.weight.tensor, part.indices, part.saved, alphas.of(part))
         for part in self.after.parts.values():
-            part.blank = None
+            part.unfilled = None
 
 
 class Alphas:
-    """Strengths as `fuse_` takes them: a tensor for each device, dtype and set of adapters, made once."""
+    """Strengths as ops take them: a number for one adapter, for `fuse_` a tensor, made once for each device, dtype and
+    set of adapters."""
 
     def __init__(self, strengths: Mapping[str, float]) -> None:
         self._strengths = strengths
@@ -358,12 +402,13 @@ class Alphas:
 def way(before: Layout, after: Layout, *, frugal: bool = False) -> Way:
     """The calls from one layout to another.
 
-    One adapter for another is a single walk over each weight, also where only one of them touches it, and where their
-    granules differ: they meet at the greatest common divisor. Only a weight that one of them replaces as a whole is
-    left and then entered. From several adapters to one it is the same, with the union as what goes out. To several: a
-    weight whose entries so far are all in the new union needs no revert, since `fuse_` writes each from the base.
-    A frugal way keeps nothing for the next time: where one walk needs indices in another granule, or a second place for
-    the base's entries, it leaves and enters instead.
+    From one adapter to another each weight is walked over once, also where only one of them has entries, and where
+    their granules differ: then both are walked in the greatest common divisor. Only a weight that one of them replaces
+    as a whole is reverted and then written. From several adapters to one it is the same, with their union as what goes
+    off. To several adapters: a weight whose entries so far are all in the new union needs no revert, since `fuse_`
+    writes each entry from the base.
+    A frugal way keeps nothing for the next time: where one walk would need indices in another granule, or a second
+    tensor for the base's entries, it reverts and writes instead.
     """
     groups: dict[tuple[str, torch.device, int], list[tuple[Tensor, ...]]] = {}
     fused: list[Part] = []
@@ -372,7 +417,7 @@ def way(before: Layout, after: Layout, *, frugal: bool = False) -> Way:
         groups.setdefault((op, part.weight.device, granule), []).append((part.weight.tensor, *row))
 
     def leave(part: Part) -> None:
-        if part.known:
+        if part.has_base:
             add("scatter", part.granule, part, part.indices, part.saved)
 
     for weight, part in before.parts.items():

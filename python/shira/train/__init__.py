@@ -1,1 +1,1 @@
-"""Training a model's values: the tuner, its optimizers, the trainer."""
+"""Training: the tuner, its optimizers, the trainer."""

@@ -1,8 +1,8 @@
-"""Layers whose weight gradient is taken at the mask: what each of them needs, and `Attach`, which all of them share.
+"""Layers whose weight gradient is computed at the mask alone: the rule for each kind, and `Attach`, which all share.
 
-A layer is known by its own ``forward``: a subclass that brings another one may use its weight in another way (scaled,
-normalised), and there only autograd knows the gradient. `rule_of` says which rule holds for a weight, or None for all
-weights whose dense gradient is made by autograd and gathered (see `shira.tuner`).
+A layer is recognised by its ``forward``: a subclass with a forward of its own may use its weight in another way
+(scaled, normalised), and there only autograd knows the gradient. `rule_of` returns the rule for a weight, or None for a
+weight whose dense gradient is made by autograd and gathered (see `shira.train.tuner`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import shira_ops
 
 __all__ = ["Attach", "owned", "rule_of"]
 
-# transformers' linear layer of GPT-2, whose weight is [in, out]; not imported, since nobody else needs transformers.
+# transformers' linear layer of GPT-2, whose weight is [in, out]. Known by name, so that transformers is not imported.
 _TRANSPOSED = ("transformers.pytorch_utils", "Conv1D")
 _CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONVOLUTION_GRADIENTS = (conv1d_weight, conv2d_weight, conv3d_weight)
@@ -31,14 +31,14 @@ def _forward_of(module: nn.Module) -> type:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """``nn.Linear`` and subclasses, and transformers' ``Conv1D``: what a tuner trains unless it is told otherwise."""
+    """``nn.Linear`` and subclasses, and transformers' ``Conv1D``: the layers that a tuner trains by default."""
     return isinstance(module, nn.Linear) or any(
         (kind.__module__, kind.__qualname__) == _TRANSPOSED for kind in type(module).__mro__
     )
 
 
 def owned(module: nn.Module) -> tuple[str, ...] | None:
-    """The weights meant by the name of a module, or None for modules that stand for nothing by themselves."""
+    """The weights that the name of a module stands for; None for modules of unknown kinds."""
     if isinstance(module, nn.MultiheadAttention):
         names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
         return (*(name for name in names if getattr(module, name) is not None), "out_proj.weight")
@@ -48,8 +48,8 @@ def owned(module: nn.Module) -> tuple[str, ...] | None:
 
 
 def rule_of(module: nn.Module, attribute: str, granule: int) -> str | None:
-    """``linear``, ``transposed``, ``conv`` or ``embedding``; None where only autograd knows the gradient."""
-    # accelerate puts its hooks around forward; anything else there may compute something else.
+    """``linear``, ``transposed``, ``conv`` or ``embedding``; None if only autograd knows the gradient."""
+    # accelerate replaces forward to run its hooks; any other replacement may compute something else.
     replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")
     if attribute != "weight" or replaced:
         return None
@@ -69,11 +69,11 @@ def rule_of(module: nn.Module, attribute: str, granule: int) -> str | None:
 
 
 def _options(rule: str, module: Any) -> tuple[Any, ...]:
-    """What a rule needs to know of the layer, in plain numbers, so that a compiler sees constants."""
+    """What a rule needs to know about the layer, as plain numbers, which are constants for a compiler."""
     if rule == "conv":
         pads, mode, padding = (), "zeros", module.padding
         if module.padding_mode != "zeros" or isinstance(padding, str):
-            # "same" may pad one side more than the other, which a convolution itself cannot.
+            # "same" may pad one side more than the other, which the convolution itself cannot do.
             pads, mode, padding = tuple(module._reversed_padding_repeated_twice), module.padding_mode, (0,)
             padding = padding * len(module.kernel_size)
         return tuple(module.weight.shape), module.stride, padding, module.dilation, module.groups, pads, mode
@@ -83,7 +83,7 @@ def _options(rule: str, module: Any) -> tuple[Any, ...]:
 
 
 def _convolution(grad_output: Tensor, input: Tensor, indices: Tensor, granule: int, options: tuple[Any, ...]) -> Tensor:
-    """The dense gradient of one layer, for as long as it takes to gather from it."""
+    """The gradient at the indices, gathered from the dense gradient of this layer, which is freed at once."""
     shape, stride, padding, dilation, groups, pads, mode = options
     if input.dim() < len(shape):
         grad_output, input = grad_output.unsqueeze(0), input.unsqueeze(0)

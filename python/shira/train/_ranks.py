@@ -1,9 +1,9 @@
-"""Several ranks that train one adapter: what DistributedDataParallel (DDP) must know of a tuner, and must have known.
+"""Several ranks that train one adapter: what DistributedDataParallel (DDP) must know about a tuner.
 
-DDP averages the gradients of the parameters that the model had when DDP was made, so values that came later drift
-apart; and it makes every rank's buffers those of the first rank, which a tuner's indices must never become behind its
-back. So the indices, like the weights of dense targets, are on DDP's list of what it leaves alone, and at the first
-step the ranks compare theirs.
+DDP averages the gradients of the parameters that the model had when DDP was made, so values that are added later would
+drift apart. And it overwrites every rank's buffers with those of the first rank, which would replace a tuner's indices
+without its notice. So the indices, and the weights of dense targets, are on DDP's list of what it leaves alone, and at
+the first step the ranks compare their indices.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shira import _model
 
 # Where DDP looks for the names of what it leaves to others, by its own convention.
 _IGNORES = "_ddp_params_and_buffers_to_ignore"
-# On the model, so that a copied one knows too: which of them are there for a tuner.
+# Which of these names a tuner added. On the model, so that a copied model has them too.
 _OURS = "_shira_ignored"
 
 
@@ -36,7 +36,7 @@ def ignore(model: nn.Module, tensors: Iterable[Tensor]) -> list[str]:
 
 
 def unignore(model: nn.Module, names: Iterable[str] | None = None) -> None:
-    """Take names off the list again (None: all that tuners put there), and the list off the model when it is empty."""
+    """Take names off the list again (None: all that tuners added), and remove the list when it is empty."""
     dropped = set(model.__dict__.get(_OURS, ()) if names is None else names)
     for listed in (_IGNORES, _OURS):
         if dropped and listed in model.__dict__:
@@ -45,14 +45,14 @@ def unignore(model: nn.Module, names: Iterable[str] | None = None) -> None:
 
 
 def _names(model: nn.Module, wanted: set[int]) -> Iterator[str]:
-    """The names under which DDP looks for them: every one, for a tied weight is left alone under all or under none."""
+    """The names under which DDP looks for them: all of them, since DDP leaves a tied weight alone under all or none."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         for held in (module._parameters, module._buffers):
             for attribute, tensor in held.items():
                 if id(tensor) in wanted:
                     name = f"{prefix}.{attribute}" if prefix else attribute
                     yield name
-                    yield f"_orig_mod.{name}"  # should it be compiled before it is wrapped
+                    yield f"_orig_mod.{name}"  # if the model is compiled before it is wrapped
                     if not prefix:
                         yield f".{attribute}"  # as DDP composes the name of the root's own
 
@@ -60,7 +60,7 @@ def _names(model: nn.Module, wanted: set[int]) -> Iterator[str]:
 class Trained(NamedTuple):
     """One weight that trains: its name, the module that holds it, and what the ranks must have in common.
 
-    ``dense`` is the weight itself where its dense gradient is made, which is nothing for DDP to average.
+    ``dense`` is the weight itself if its dense gradient is made, which DDP must not average.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Trained(NamedTuple):
 
 
 def compare(weights: Sequence[Trained]) -> None:
-    """Refuse what would let the ranks drift apart; every rank of the model's DDP must call it together.
+    """Refuse what would let the ranks drift apart. All ranks of the model's DDP must call it together.
 
     Does nothing unless several ranks train the model through DDP.
     """
@@ -85,7 +85,7 @@ def compare(weights: Sequence[Trained]) -> None:
     knowing = [wrapper for wrapper in wrappers if _knows(wrapper, weights)]
     if wrappers and not knowing:
         del wrappers
-        gc.collect()  # one that nobody uses any more may linger in a cycle
+        gc.collect()  # one that is not used any more may still be in a reference cycle
         if _wrappers(weights):
             raise RuntimeError(
                 f"SparseTuner: the model was wrapped in DistributedDataParallel before the tuner was attached, so that "
@@ -98,7 +98,7 @@ def compare(weights: Sequence[Trained]) -> None:
 
 
 def _wrappers(weights: Sequence[Trained]) -> list[DistributedDataParallel]:
-    """The DDPs around the weights. A module does not know them, so they are looked for among all objects, once."""
+    """The DDPs around the weights. A module does not know its wrappers, so all objects are searched, once."""
     owners = {id(one.owner) for one in weights}
     found = [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]
     several = [one for one in found if distributed.get_world_size(one.process_group) > 1]
@@ -124,7 +124,7 @@ def _check_ignored(wrapper: DistributedDataParallel, weights: Sequence[Trained])
 def _compare_in(group: distributed.ProcessGroup, weights: Sequence[Trained]) -> None:
     device = weights[0].values.device
     masks = [shira_ops.fingerprint(one.indices.to(torch.int64)) * one.granule for one in weights]
-    # The entries stay where they were taken when the model moves.
+    # If the model was moved, the saved entries are still on the first device.
     bases = [shira_ops.fingerprint(one.saved) for one in weights]
     words = torch.stack([word.to(device) for word in (*masks, *bases)])
     every = [torch.empty_like(words) for _ in range(distributed.get_world_size(group))]

@@ -1,15 +1,15 @@
 """How one weight trains: what a tuner puts on the module that owns it, the hooks there, and the writes of the weight.
 
-The weight follows its values. Every forward looks whether it still does: by identity, memory and version, and by
-content, since much writes without moving a version (``p.data.copy_``, numpy, ``vector_to_parameters``). On a CPU a
-fingerprint of the values tells, at memory speed; elsewhere a look would make the host wait, so the values are written,
-once for the whole model at the start of its forward.
+The weight follows its values. Every forward checks that it still does: by identity, memory and version, and by content,
+since many writes do not move a version (``p.data.copy_``, numpy, ``vector_to_parameters``). On a CPU a fingerprint of
+the values tells, at memory speed. On a GPU the host would have to wait for it, so the values are simply written, once
+for the whole model at the start of its forward.
 
-Compilers: the look is Python, outside of every graph. Where the model itself is compiled, torch runs its hooks there.
-Where it is traced into somebody else's graph, the graph writes the weights itself if it computes no gradients, and
-`_came` refuses a gradient that was taken at other values.
+Compilers: the check is Python code, outside of every graph. Where the model itself is compiled, torch runs its hooks
+outside. Where the model is traced into the graph of something else, the graph writes the weights itself if it computes
+no gradients, and `_came` refuses a gradient that was computed with other values.
 
-Hooks and sites are plain data on modules, and reach tensors through these, so that they work in a copied model too.
+Hooks and sites are plain data on modules, and find tensors through these, so that they work in a copied model too.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Place:
     """One module that holds the weight; tied weights have several."""
 
     name: str
-    # How its gradient is taken; see `shira._layers`.
+    # How its gradient is taken; see `shira.train._layers`.
     rule: str | None = None
     # Whether its own forward has ever run with gradients.
     ran: bool = False
@@ -54,35 +54,35 @@ class Place:
 class Group:
     """What the sites of one tuner share."""
 
-    # Inside `SparseTuner.disabled`: the weights hold the base and follow nothing.
+    # Inside `SparseTuner.disabled`: the weights hold the base and do not follow their values.
     off: bool = False
-    # While the model's own forward runs, which has looked at the content of all values.
+    # The model's own forward is running, and has checked the content of all values at its start.
     covered: bool = False
-    # An optimizer has stepped inside a backward pass: what this did not reach is looked for afterwards.
+    # An optimizer has stepped inside a backward pass: the next forward checks what that pass did not reach.
     early: bool = False
-    # An optimizer has the values.
+    # Some optimizer has the values.
     served: bool = False
     sites: list[Site] = field(default_factory=list)
     model: weakref.ref[nn.Module] | None = None
 
     def frozen(self) -> bool:
-        """Whether no values of the tuner require grad; never so in a copied model, which has no tuner."""
+        """Whether none of the tuner's values requires grad; always False in a copied model, which has no tuner."""
         values = [site.own_values for site in self.sites]
         return bool(values) and not any(one is not None and one.requires_grad for one in values)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of one module must not bring all others along.
+        # Copying one module must not copy all others with it.
         return Group().__dict__
 
 
 class _Written(NamedTuple):
-    """From what values a weight was last written; anything else that is found is written."""
+    """The last write of values into a weight. If any of this has changed since, the weight is written again."""
 
     values: weakref.ref[Tensor]
     weight: weakref.ref[Tensor]
-    # Memory and version of both. Some put other memory under a parameter (`.data =`): no version moves.
+    # Memory and version of both. Assigning to `.data` puts other memory under a parameter and moves no version.
     marks: tuple[int, int, int, int]
-    # The fingerprint of the values, on a CPU.
+    # The fingerprint of the values, if they are on a CPU.
     content: int | None
 
 
@@ -94,26 +94,28 @@ class Site:
     attribute: str
     granule: int
     dtype: torch.dtype
-    # Whether the weight's dense gradient is made and gathered; else every layer that uses it samples its own.
+    # Whether autograd makes the weight's dense gradient, of which the mask's entries are gathered. Otherwise every
+    # layer that uses the weight samples its own gradient.
     dense: bool
-    # The base's entries, and the tuner's own copy of where they are. The buffer is everybody's:
-    # DistributedDataParallel overwrites it, averages of models average it. The way back must not depend on it.
+    # The base's entries, and the tuner's own copy of their indices. The base must not depend on the buffer with the
+    # indices, which others write to: DistributedDataParallel overwrites it, averages of models average it.
     saved: Tensor
     indices: Tensor
     group: Group
     places: list[Place]
     allow_unused: bool = False
-    # Whether gradients have ever reached the values, from every place; if not, a step is refused.
+    # Whether gradients from every place have ever reached the values; until then a step is refused.
     reached: bool = False
-    # Whether the ranks have been found to train the same.
+    # Whether the ranks have been compared, and train the same entries.
     compared: bool = False
-    # Whether a graph that others compiled has used the weight since the last gradient.
+    # Whether a compiled graph of something else has used the weight since the last gradient.
     traced: bool = False
-    # Of the module hooks. A copied handle is one of the copied module.
+    # The handles of the module hooks. Copied with a module, a handle belongs to the copy.
     handles: list[RemovableHandle] = field(default_factory=list)
-    # The parameters it was made for; unknown in a copy.
+    # The parameters it was made for; None in a copied model.
     values_ref: weakref.ref[Tensor] | None = None
     weight_ref: weakref.ref[Tensor] | None = None
+    # The last write of the values into the weight, if it is known.
     written: _Written | None = None
 
     def __post_init__(self) -> None:
@@ -122,16 +124,16 @@ class Site:
 
     @property
     def own_weight(self) -> Tensor | None:
-        """The weight it was made for; unknown in a copy."""
+        """The weight it was made for; None in a copied model."""
         return None if self.weight_ref is None else self.weight_ref()
 
     @property
     def own_values(self) -> Tensor | None:
-        """The values it was made for; unknown in a copy."""
+        """The values it was made for; None in a copied model."""
         return None if self.values_ref is None else self.values_ref()
 
     def tensors(self, owner: nn.Module) -> tuple[nn.Parameter, Tensor, nn.Parameter]:
-        """weight, indices and values; refuses what can be neither trained nor written any more."""
+        """weight, indices and values; refuses a module in which these can no longer be trained or written."""
         if "_is_replica" in owner.__dict__:
             raise RuntimeError(
                 "SparseTuner: DataParallel runs copies of the model on several devices, which values are not written "
@@ -164,17 +166,18 @@ class Site:
 
     @property
     def idle(self) -> list[str]:
-        """Places whose share of a gradient is missing so far; none where no place ran (gradients made by hand).
+        """The names of places whose part of the gradient is still missing; none if no place ran (gradients were set by
+        hand).
 
-        A dense gradient is that of every use of the weight. An embedding may be there for others to share its weight
-        alone, as ``shared`` of models like T5: it is not missed where another of them ran.
+        A dense gradient covers every use of the weight, so nothing is missing. An embedding may exist only so that
+        others share its weight, as ``shared`` in models like T5: it is not missing if another of them ran.
         """
         looked_up = any(place.ran and place.rule == "embedding" for place in self.places)
         idle = [place.name for place in self.places if not (place.ran or (looked_up and place.rule == "embedding"))]
         return [] if self.dense or len(idle) == len(self.places) else idle
 
     def note(self, values: Tensor) -> None:
-        """Look whether a gradient has come."""
+        """Note whether the values have a gradient now."""
         self.reached = self.reached or (values.grad is not None and not self.idle)
 
     def same(self, weight: Tensor, values: Tensor) -> bool:
@@ -185,7 +188,7 @@ class Site:
         return known.marks == _marks(weight, values)
 
     def settled(self, owner: nn.Module) -> bool:
-        """Whether the forward of the whole model, which is under way, has looked already."""
+        """Whether the forward of the whole model is running, and has checked this weight already."""
         if not self.group.covered:
             return False
         found = owner._parameters
@@ -193,13 +196,13 @@ class Site:
         return weight is not None and values is not None and self.same(weight, values)
 
     def same_content(self, values: Tensor) -> bool | None:
-        """Whether the values have the content that was written; None where that is not known."""
+        """Whether the values have the content that was written; None if that is not known."""
         if self.written is None or self.written.content is None:
             return None
         return self.written.content == _live.fingerprint(values)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of a model has values of its own, that nobody has compared with its weights.
+        # A copied model has its own values, which nobody has compared with its weights.
         return {
             **self.__dict__,
             "values_ref": None,
@@ -220,7 +223,7 @@ class Target:
 
     site: Site
     owner: weakref.ref[nn.Module]
-    # Of the hooks of its tensors; no copy has these.
+    # The handles of the hooks of its tensors, which are not copied with a model.
     handles: list[RemovableHandle] = field(default_factory=list)
 
     @property
@@ -241,15 +244,15 @@ class Target:
 # A site, its weight, indices and values.
 Item = tuple[Site, Tensor, Tensor, Tensor]
 
-# From a values parameter to what it trains, None once its tuner is detached. Weak: an optimizer may outlive a tuner,
-# and a model both.
+# The registry: from a values parameter to what it trains, or to None once its tuner is detached. Weak, since an
+# optimizer may outlive a tuner, and a model both.
 known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 # The groups of the tuners that are attached.
 groups: weakref.WeakSet[Group] = weakref.WeakSet()
 
 
 def target_of(parameter: Tensor) -> Target | None:
-    """What a parameter trains, if it is the values of an attached tuner."""
+    """What a parameter trains; None if it is not the values of an attached tuner."""
     found: Target | None = known.get(parameter)
     return found
 
@@ -263,7 +266,7 @@ def is_detached(parameter: Tensor) -> bool:
 
 
 def put(target: Target, holders: Sequence[nn.Module], rules: Sequence[str | None]) -> None:
-    """Hook a site, whose tensors are on the first holder already."""
+    """Put the hooks of a site on the modules that hold its weight; its tensors are on the first one already."""
     look_outside()
     site, owner = target.site, holders[0]
     weight, _, values = site.tensors(owner)
@@ -279,7 +282,7 @@ def put(target: Target, holders: Sequence[nn.Module], rules: Sequence[str | None
         elsewhere = None if module is owner else owner
         site.handles.append(module.register_forward_pre_hook(partial(follow, [(site, elsewhere)], False)))
         if rule is not None:
-            # First of all hooks: others may change the output, and this one needs the layer's own.
+            # Before all other hooks, which may change the output: this one needs the layer's own.
             hook = partial(_attach, site, elsewhere, rule, place)
             site.handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
     mark_written(site, values)
@@ -299,13 +302,13 @@ def take_off(placed: Sequence[tuple[Site, nn.Module]]) -> None:
     items = []
     for site, owner in placed:
         weight = getattr(owner, site.attribute)
-        # The model may have moved, or been cast, since: a cast base has the cast of these entries.
+        # The model may have been moved or cast since; then the base has the cast of these entries.
         saved = site.saved.to(device=weight.device, dtype=weight.dtype)
         indices = site.indices.to(weight.device)
         if weight.is_contiguous():
             items.append((site.granule, weight, indices, saved))
             continue
-        # Put into another order since, as by model.to(memory_format=torch.channels_last).
+        # Its memory order was changed since, as by model.to(memory_format=torch.channels_last).
         with torch.no_grad():
             whole = weight.detach().contiguous()
             shira_ops.scatter_(whole, indices, saved, granule=site.granule)
@@ -322,7 +325,7 @@ def take_off(placed: Sequence[tuple[Site, nn.Module]]) -> None:
         for handle in site.handles:
             handle.remove()
         groups.discard(site.group)
-        # Not all of it is there where `put` has failed.
+        # If `put` has failed, not all of them are there.
         for name in (site.values_name, site.indices_name):
             if hasattr(owner, name):
                 delattr(owner, name)
@@ -333,7 +336,7 @@ def take_off(placed: Sequence[tuple[Site, nn.Module]]) -> None:
 
 
 def _is_sharded(site: Site) -> bool:
-    """Whether FSDP has taken the weight; what the module has may then be what it gathers for a forward."""
+    """Whether FSDP has taken over the weight; then the module may hold what FSDP gathers for a forward."""
     original, model = site.own_weight, None if site.group.model is None else site.group.model()
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if original is None or model is None or fsdp is None:
@@ -343,7 +346,7 @@ def _is_sharded(site: Site) -> bool:
 
 
 def sites_of(model: nn.Module) -> list[tuple[Site, nn.Module]]:
-    """Every site on the model, and the module it is on."""
+    """Every site on the model, with the module it is on."""
     return [(site, module) for module in model.modules() for site in module.__dict__.get(SITES, {}).values()]
 
 
@@ -374,9 +377,9 @@ def _attach(
 def follow(
     sites: Sequence[tuple[Site, nn.Module | None]], whole: bool, module: nn.Module, args: tuple[Any, ...]
 ) -> None:
-    """The forward pre-hook: write values that were edited outside an optimizer step.
+    """The forward pre-hook: write values that were edited outside of an optimizer's step.
 
-    ``whole`` for the hook of the model itself, which has all sites; the others have those of their module.
+    ``whole`` is True for the hook of the model itself, which has all sites; other hooks have the sites of their module.
     """
     if torch.compiler.is_compiling():
         _follow_in_graph(sites, whole, module)
@@ -389,16 +392,16 @@ def follow(
 
 
 def uncover(group: Group, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """The forward hook of the model itself."""
+    """The forward hook of the model itself: its forward is over."""
     if not torch.compiler.is_compiling():
         group.covered = False
 
 
 def _follow_in_graph(sites: Sequence[tuple[Site, nn.Module | None]], whole: bool, module: nn.Module) -> None:
-    """The model is traced into a graph of somebody else, where nothing can be looked at.
+    """The model is traced into the graph of something else, where nothing can be checked.
 
-    Without gradients the graph itself writes the weights. With them it may not: a write would spoil the backward pass
-    of a forward before it; there `_came` looks at what gradients were taken of.
+    Without gradients the graph itself writes the weights. With gradients it must not, since a write would spoil the
+    backward pass of an earlier forward; there `_came` checks the values that a gradient was computed with.
     """
     if torch.compiler.is_exporting():
         if not torch.compiler.is_dynamo_compiling():
@@ -407,13 +410,13 @@ def _follow_in_graph(sites: Sequence[tuple[Site, nn.Module | None]], whole: bool
     for site, owner in sites:
         if torch.is_grad_enabled():
             site.traced = True
-        elif not site.group.off and (site.dense or not whole):  # the layers that sample write their own
+        elif not site.group.off and (site.dense or not whole):  # layers that sample write in their own hook
             weight, indices, values = site.tensors(owner or module)
             shira_ops.foreach_scatter_([weight], [indices], [values.detach().to(weight.dtype)], granule=site.granule)
 
 
 def _check_export(sites: Sequence[tuple[Site, nn.Module | None]]) -> None:
-    """What is exported is the weights: they must hold their values. The module's own tensors are fakes here."""
+    """An export takes the weights, so they must hold their values. The module's own tensors are fakes here."""
     with _disable_current_modes():
         for site, _ in sites:
             weight, values = site.own_weight, site.own_values
@@ -437,7 +440,7 @@ def _follow(sites: Sequence[tuple[Site, nn.Module | None]], whole: bool, module:
                 "SparseTuner: torch.jit.trace cannot record how values train; trace the model under torch.no_grad(), "
                 "to compute with it, or detach the tuner first"
             )
-        # torch.jit.trace would make the look a part of its graph.
+        # torch.jit.trace would record the check in its graph.
         tracing = torch._C._get_tracing_state()
         torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
         try:
@@ -460,7 +463,7 @@ _follow_outside = torch._disable_dynamo(_follow)  # type: ignore[attr-defined]
 
 @cache
 def look_outside() -> None:
-    """Torch runs the hooks of a model that is compiled outside of its graph, but would compile them by themselves."""
+    """Keep torch from compiling the hooks, which it runs outside of a compiled model's graph."""
     from torch._dynamo.eval_frame import skip_code
 
     for function in (follow, uncover, Site.settled, Site.same, _marks, _version):
@@ -468,7 +471,7 @@ def look_outside() -> None:
 
 
 def _check(site: Site, weight: Tensor, values: Tensor, training: bool) -> bool:
-    """Refuse a forward that would train nothing; says whether the weight is the tuner's own, to be written."""
+    """Refuse a forward that would train nothing. Returns whether the weight is the tuner's own, and so is written."""
     learns = torch.is_grad_enabled() and values.requires_grad
     for what, now, ref in (("", weight, site.weight_ref), (VALUES_SUFFIX, values, site.values_ref)):
         if learns and ref is not None and now is not ref() and isinstance(now, nn.Parameter) and not _is_functional():
@@ -486,13 +489,13 @@ def _check(site: Site, weight: Tensor, values: Tensor, training: bool) -> bool:
     if group.early and torch.is_grad_enabled():
         group.early = False
         check_reached(group.sites)
-    # torch.func.functional_call with a weight of the caller's and without values: the caller's is what is meant.
+    # In a torch.func.functional_call with a weight but no values, the caller's weight is the one to compute with.
     ours = site.weight_ref is None or weight is site.weight_ref()
     return ours or site.values_ref is None or values is not site.values_ref()
 
 
 def _is_functional() -> bool:
-    """Whether the parameters of the module that runs are those of a ``functional_call``, there until it returns."""
+    """Whether a ``functional_call`` is running, which replaces parameters until it returns."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "_functional_call" and frame.f_globals.get("__name__") == "torch.nn.utils.stateless":
@@ -520,7 +523,7 @@ def refuse_frozen(site: Site) -> None:
 
 
 def _loaded(site: Site, module: nn.Module, _: Any) -> None:
-    """After a state dict was loaded: the weight follows the values, whatever came for either."""
+    """After a state dict was loaded: write the values into the weight, whatever was loaded for either."""
     weight, indices, values = site.tensors(module)
     if site.values_ref is not None and site.values_ref() is not values:
         raise RuntimeError(
@@ -533,19 +536,20 @@ def _loaded(site: Site, module: nn.Module, _: Any) -> None:
 
 
 def _gathered(target: Target, weight: Tensor) -> None:
-    """The hook of a weight whose dense gradient has just been made: keep the mask's entries, free the rest."""
+    """The hook of a weight that has just got its dense gradient: keep the mask's entries, and free the rest."""
     grad, weight.grad = weight.grad, None
     _, indices, values = target.tensors()
     if grad is None or not values.requires_grad:
         return
     dense = grad.to_dense() if grad.is_sparse else grad
     at_mask = shira_ops.gather(dense.contiguous(), indices, granule=target.site.granule).to(values.dtype)
-    # Through autograd and not by hand: so it accumulates, and hooks of the values and of DDP run, as for any parameter.
+    # Through autograd: so it accumulates, and the hooks of the values and of DDP run, as for any parameter.
     torch.autograd.backward(values, at_mask, create_graph=torch.is_grad_enabled())
 
 
 def _came(target: Target, values: Tensor) -> None:
-    """The hook of values whose gradient has come: was it taken at these values, if a graph of others took it?"""
+    """The hook of values that have just got a gradient: if a compiled graph of something else has computed it, refuse
+    it unless it was computed with these values."""
     site = target.site
     if not site.traced:
         return
@@ -568,7 +572,7 @@ def _came(target: Target, values: Tensor) -> None:
 
 
 def settle(items: Iterable[Item]) -> None:
-    """Write the values into weights that do not hold them; where that cannot be told, into those as well."""
+    """Write the values into weights that do not hold them, and into weights for which that is not known."""
     stale: list[Item] = []
     unsure: list[Item] = []
     for item in items:
@@ -582,8 +586,8 @@ def settle(items: Iterable[Item]) -> None:
     if stale:
         write(stale)
     if unsure:
-        # A write through `.data` moves no version of a parameter, so it moves none of the weight that follows. Most
-        # often the bits are the same, and a backward pass may be waiting.
+        # Mostly the bits are the same, and a backward pass may be waiting; so this write moves no version, like the
+        # writes through `.data` for which it is there.
         with _unsafe_preserve_version_counter(tuple(one[1] for one in unsure if not one[1].is_inference())):
             _write(unsure)
 
@@ -612,7 +616,7 @@ def scatter(items: Iterable[tuple[int, Tensor, Tensor, Tensor]]) -> None:
             weights, indices_list, entries_list = (list(column) for column in zip(*group, strict=True))
             shira_ops.foreach_scatter_(weights, indices_list, entries_list, granule=granule)
     if groups:
-        # It keeps casts of weights that require grad.
+        # autocast keeps casts of weights that require grad.
         torch.clear_autocast_cache()
 
 
@@ -636,7 +640,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def _held(owner: nn.Module, name: str) -> Any:
-    """A parameter of a module; also where others, such as parametrizations, have put it elsewhere."""
+    """A parameter of a module, also if something else, such as a parametrization, has moved it."""
     found = owner._parameters.get(name)
     return getattr(owner, name, None) if found is None else found
 
@@ -645,7 +649,7 @@ def _held(owner: nn.Module, name: str) -> Any:
 
 
 def check_reached(sites: Iterable[Site]) -> None:
-    """Refuse the first step if a target, or one place of a tied one, got no gradient: nobody would notice."""
+    """Refuse the first step if a target, or one place of a tied target, got no gradient, which nobody would notice."""
     here = [(site, values) for site in sites if (values := site.own_values) is not None]
     missing: list[Site] = []
     unvisited: list[Site] = []

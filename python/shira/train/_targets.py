@@ -1,4 +1,4 @@
-"""Which weights a tuner trains: names and patterns to weights, and the refusal of what cannot train."""
+"""Which weights a tuner trains: from names and patterns to weights; weights that cannot train are refused."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from shira import _model
+from shira import _fit, _live, _model, _places
 from shira._granules import dtype_name
 from shira._model import VALUES_SUFFIX
+from shira._text import AdapterError, Rename
+from shira.adapter.adapter import Adapter
 from shira.train import _layers
 
 ALL_LINEAR = "all-linear"
@@ -25,7 +27,7 @@ class Names:
     """The modules and parameters of a model under all their names, as patterns see them."""
 
     def __init__(self, model: nn.Module) -> None:
-        # A second tuner may be added to a model: what the first one put there is nobody's target.
+        # A second tuner may be added to a model; the values of the first one are not targets.
         self.slots = {name: slot for name, slot in _model.slots(model).items() if not name.endswith(VALUES_SUFFIX)}
         named = model.named_modules(remove_duplicate=False)
         self.modules = {_model.clean(f"{name}.")[:-1]: module for name, module in named}
@@ -38,7 +40,7 @@ class Names:
                 group.append(slot)
 
     def of(self, slot: _model.Slot) -> list[_model.Slot]:
-        """Every place that holds this slot's weight (tied weights have several), the first one first."""
+        """Every place that holds this slot's weight (a tied weight has several), in the model's order."""
         return self.holders[_model.memory(slot.weight)]
 
     def targets(self, wanted: Wanted, exclude: Wanted = None) -> dict[str, list[_model.Slot]]:
@@ -57,23 +59,35 @@ class Names:
         return self._chosen(names)
 
     def heads(self) -> dict[str, nn.Module]:
-        """The model's output head, by the ways in which models tell which module that is."""
+        """The model's output head, as far as the model itself tells which module that is."""
         told: list[object] = []
         for module in self.modules.values():
             for method in ("get_output_embeddings", "get_classifier"):  # transformers, timm
                 told += _told(module, method)
         root = self.modules[""]
         if hasattr(root, "get_output_embeddings"):
-            # Those that transformers' classification models and PEFT go by.
+            # The names that transformers' classification models use, and PEFT expects.
             told += [root._modules.get(name) for name in ("score", "classifier")]
         heads = {id(head) for head in told if isinstance(head, nn.Module)}
         return {name: module for name, module in self.modules.items() if id(module) in heads}
 
+    def added(self) -> dict[str, nn.Module]:
+        """The linear layers that PEFT has added beside the model's own, such as LoRA's A and B."""
+        added: set[int] = set()
+        for module in self.modules.values():
+            # By PEFT's convention, its modules name those of their children that belong to an adapter.
+            names = getattr(type(module), "adapter_layer_names", None)
+            for child in map(module._modules.get, names if isinstance(names, tuple) else ()):
+                added |= set() if child is None else {id(inner) for inner in child.modules()}
+        found = ((name, module) for name, module in self.modules.items() if id(module) in added)
+        return {name: module for name, module in found if _layers.is_linear(module)}
+
     def _all_linear(self) -> list[str]:
-        """Linear layers but the output head's, and 3-D weights of experts."""
-        heads = self.heads()
+        """Linear layers except for the output head's and PEFT's, and 3-D weights of experts."""
+        heads, added = self.heads(), self.added()
         inside = {id(module) for head in heads.values() for module in head.modules()}
         linear = [(name, module) for name, module in self.modules.items() if _layers.is_linear(module)]
+        linear = [(name, module) for name, module in linear if name not in added]
         names = [_join(name, "weight") for name, module in linear if id(module) not in inside]
         names += [slot.name for slot in self.slots.values() if _is_experts(slot)]
         if not names and linear:
@@ -87,7 +101,8 @@ class Names:
         return names
 
     def _without(self, names: Sequence[str], wanted: str | Sequence[str]) -> list[str]:
-        """The names that are not excluded: neither they, nor a module they are in, nor what they are tied to."""
+        """The names that are not excluded: by their own name, by a module they are in, or by a weight they are tied
+        to."""
         _check_wanted("exclude", wanted)
         found: dict[str, Callable[[str], object]] = (
             {wanted: _compiled("exclude", wanted).search}
@@ -134,7 +149,7 @@ class Names:
         return _model.some(weights or self.slots)
 
     def _own(self, module_name: str) -> list[str]:
-        """The weights that a module's name stands for: for a module of no known kind, its own matrices."""
+        """The weights that a module's name stands for; for a module of an unknown kind these are its own matrices."""
         module = self.modules[module_name]
         known = _layers.owned(module)
         if known is None:
@@ -144,8 +159,8 @@ class Names:
 
     def _matched(self, argument: str, text: str) -> list[str]:
         pattern = _compiled(argument, text)
-        # What matches a module's name mostly matches the names of its parameters too; there it means the module's
-        # weights, and not the biases and norms that come along.
+        # A pattern that matches a module's name mostly matches the names of its parameters too. It means the module's
+        # weights then, and not its biases.
         found: dict[str, None] = {}
         for name in self.modules:
             if name and pattern.search(name):
@@ -172,7 +187,7 @@ class Names:
         return names
 
     def check_apart(self, chosen: Container[str]) -> None:
-        """Refuse targets, by first name, that share a part of their memory with any other weight of the model."""
+        """Refuse targets, given by first name, that share a part of their memory with another weight of the model."""
         for one, other in _model.overlaps(self.slots.values()):
             if any(self.of(slot)[0].name in chosen for slot in (one, other)):
                 raise ValueError(
@@ -199,7 +214,7 @@ class Names:
 
 
 def check_trainable(name: str, group: Sequence[_model.Slot]) -> None:
-    """Refuse a weight that cannot take values, and say why."""
+    """Refuse a weight that cannot be trained, and say why."""
     weight = group[0].weight
     if any(hasattr(slot.module, slot.attribute + VALUES_SUFFIX) for slot in group):
         raise ValueError(
@@ -243,7 +258,7 @@ def check_trainable(name: str, group: Sequence[_model.Slot]) -> None:
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse a model that cannot take a tuner anywhere: by its wrappers, outside and inside, and its parameters."""
+    """Refuse a model that can have no tuner: by its wrappers, those of modules in it, and its parameters."""
     if _is_script(model):
         raise TypeError(
             f"SparseTuner: model is a {type(model).__name__}, made by torch.jit.script or torch.jit.trace, whose "
@@ -258,12 +273,12 @@ def check_model(model: nn.Module) -> None:
             )
         _model.unwrap(module)
     for name, weight in model.named_parameters():
-        if isinstance(weight, UninitializedParameter):  # which cannot even be frozen
+        if isinstance(weight, UninitializedParameter):  # it cannot even be frozen
             raise ValueError(f"SparseTuner: {_model.clean(name)} has no shape yet; run the model once first")
 
 
 def rules(group: Sequence[_model.Slot], granule: int) -> list[str | None]:
-    """For each place that holds the weight, how its gradient is taken: at the mask in all of them, or in none."""
+    """How the gradient is taken in each place that holds the weight: at the mask in all of them, or in none (None)."""
     found = [_layers.rule_of(slot.module, slot.attribute, granule) for slot in group]
     return found if all(found) else [None] * len(found)
 
@@ -273,14 +288,14 @@ def _is_script(module: nn.Module) -> bool:
 
 
 def _told(module: nn.Module, method: str) -> list[object]:
-    """What a method of a model tells of its head: a module, several of them, None."""
+    """The head that a method of a model returns: a module, several, or None."""
     tell = getattr(module, method, None)
     if not callable(tell):
         return []
     try:
         told = tell()
     except (NotImplementedError, AttributeError, TypeError):
-        return []  # of a base class, or of another meaning
+        return []  # the method of a base class, or one with another meaning
     return list(told) if isinstance(told, (tuple, list)) else [told]
 
 
@@ -310,3 +325,18 @@ def _compiled(argument: str, text: str) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         raise ValueError(f"SparseTuner: {argument} {text!r} is not a regular expression: {error}") from error
+
+
+def of_adapter(who: str, adapter: Adapter, model: nn.Module, rename: Rename) -> dict[str, _places.Place]:
+    """Where the adapter's weights are in the model, by the adapter's names; refuses what cannot go on training."""
+    with _live.LOCK:
+        found = _places.find(who, adapter.weights, _model.slots(model, buffers=True), rename)
+        for places in found.values():
+            if len(places) > 1:
+                both = _fit.one_in_adapter(places[1].name, places[0].name)
+                raise AdapterError(f"{both} two in the model, which training would let drift apart; tie them first")
+            if not isinstance(places[0].slot.weight, nn.Parameter):
+                raise AdapterError(f"{places[0].name} is a buffer, not a parameter, so it cannot be trained")
+        anything = _fit.indifferent(adapter.weights, adapter.delta, 1.0)
+        _fit.check_content(who, adapter.weights, found, where=_places.WHERE, kind="model", anything=anything)
+    return {name: places[0] for name, places in found.items()}

@@ -1,15 +1,15 @@
-"""Optimizers over a tuner's values that do the step and the write of the weights in one pass.
+"""Optimizers for a tuner's values that take the step and write the weights in one pass.
 
-They are citizens of ``torch.optim``: groups, schedulers, ``state_dict`` (with torch's layout, so states pass between
-the two), closures, scalers, learning rates as tensors. Parameters that no tuner trains may be in the same groups;
-torch's own step serves those.
+They behave like those of ``torch.optim``: groups, schedulers, ``state_dict`` (in torch's layout, so that states can be
+exchanged), closures, scalers, learning rates as tensors. Parameters that no tuner trains may be in the same groups, and
+get torch's own step.
 """
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,19 +19,21 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 import shira_ops
-from shira.train.tuner import SparseTuner, Target, is_detached, mark_written, target_of
+from shira.train import _hooks
+from shira.train._sites import Target, is_detached, mark_written
+from shira.train.tuner import SparseTuner
 
 __all__ = ["SGD", "AdamW"]
 
 Parameters = SparseTuner | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-# Values, what they train, their gradient (turned round to maximize), their state.
+# Values, what they train, their gradient (negated to maximize), their state.
 _Item = tuple[Tensor, Target, Tensor, dict[str, Any]]
 
 
 class _Masked(Optimizer):
-    """What both share: groups and their checks, and the division into the values of tuners and everything else."""
+    """What both optimizers share: checks of groups, and the division into values of tuners and other parameters."""
 
-    # Tells the tuner's post-step hook that there is nothing left to write.
+    # Tells the tuner's hooks that the step writes the weights itself.
     writes_weights = True
 
     def __init__(self, params: Parameters, defaults: dict[str, Any]) -> None:
@@ -40,10 +42,11 @@ class _Masked(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            # A state of torch's optimizer has not what only this one knows, nor an old one of ours what came later.
+            # A state of torch's optimizer lacks the options that only this one has, and an old state of ours lacks
+            # those that were added later.
             for key in ("maximize", "decay_towards", "foreach", "fused", "capturable", "differentiable"):
                 if key in self.defaults:
-                    group.setdefault(key, _UNSAID[key])
+                    group.setdefault(key, _ABSENT[key])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for group in state_dict["param_groups"]:
@@ -62,7 +65,8 @@ class _Masked(Optimizer):
             raise
 
     def _check(self, group: dict[str, Any], new: bool = False) -> None:
-        """Refuse a group's settings; those of a ``new`` one to the bottom, later without waiting for a device."""
+        """Refuse wrong settings of a group. Numbers on a device are read only if the group is ``new``, since reading
+        them waits for the device."""
         what = f"shira.{type(self).__name__}"
         lr = group["lr"]
         if isinstance(lr, Tensor):
@@ -90,20 +94,23 @@ class _Masked(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # All are looked through before the first one steps: a refused step has changed nothing. Schedulers and users
-        # change a group's numbers after it was checked.
+            _hooks.forget_step(self)
+        trained = _hooks.trained_by(self)
+        # All groups are checked before the first one steps, so that a refused step changes nothing. They were checked
+        # when they were added, but schedulers and users change their numbers.
         for group in self.param_groups:
             self._check(group)
-        for group, items, others in [(group, *self._divide(group)) for group in self.param_groups]:
+        for group, items, others in [(group, *self._divide(group, trained)) for group in self.param_groups]:
             if items:
                 self._step_values(group, items)
-                # Inside autocast a cast of the weight as it was may still be kept.
+                # autocast may have kept a cast of the weight as it was before.
                 torch.clear_autocast_cache()
             if others:
                 self._step_others(group, others)
         return loss
 
-    def _divide(self, group: dict[str, Any]) -> tuple[list[_Item], list[Tensor]]:
+    def _divide(self, group: dict[str, Any], trained: Mapping[int, Target | None]) -> tuple[list[_Item], list[Tensor]]:
+        """The values of tuners among a group's parameters that have gradients, and all others that have."""
         what = f"shira.{type(self).__name__}"
         items: list[_Item] = []
         others: list[Tensor] = []
@@ -113,10 +120,10 @@ class _Masked(Optimizer):
                 continue
             if grad.is_sparse:
                 raise RuntimeError(f"{what}: gradients must be dense tensors, got a sparse one")
-            target = target_of(parameter)
+            target = trained.get(id(parameter))
             if target is not None:
                 items.append((parameter, target, grad.neg() if group["maximize"] else grad, self.state[parameter]))
-            elif is_detached(parameter):
+            elif id(parameter) in trained:
                 raise RuntimeError(f"{what}: the tuner of these parameters is detached")
             elif group["decay_towards"] == "base" and group["weight_decay"]:
                 raise RuntimeError(
@@ -135,10 +142,10 @@ class _Masked(Optimizer):
 
 
 _CPU = torch.device("cpu")
-_COUNTS = (torch.float32, torch.float64)  # what counts far enough
+_COUNTS = (torch.float32, torch.float64)  # dtypes that can count enough steps
 
-# What a group has that does not say otherwise.
-_UNSAID = {
+# Options of a group that does not have them.
+_ABSENT = {
     "maximize": False, "decay_towards": "zero", "foreach": None, "fused": None, "capturable": False,
     "differentiable": False,
 }  # fmt: skip
@@ -156,7 +163,7 @@ def _base(values: Tensor, target: Target) -> Tensor:
 
 
 class AdamW(_Masked):
-    """AdamW over the values of a `SparseTuner`, with the formulas, defaults and state of ``torch.optim.AdamW``.
+    """AdamW for the values of a `SparseTuner`, with the formulas, defaults and state of ``torch.optim.AdamW``.
 
     Steps the values and writes the weights in one op call for each device, granule and step count
     (`shira_ops.foreach_adamw_`, which has the formulas). The same bits on every device and thread count.
@@ -166,7 +173,7 @@ class AdamW(_Masked):
         p = p - lr * weight_decay * p            # decay_towards="zero"
         p = p - lr * weight_decay * (p - b)      # decay_towards="base"
 
-    before the step, so that with ``"base"`` what decays is the adapter.
+    before the step. With ``"base"`` it is the adapter that decays.
 
     Args:
         params: a `SparseTuner`, or what ``torch.optim`` takes: parameters, or groups of them. Parameters that no tuner
@@ -176,10 +183,10 @@ class AdamW(_Masked):
         eps: added to the denominator.
         weight_decay: decoupled weight decay.
         amsgrad: refused.
-        maximize: climb instead of descend.
+        maximize: maximize the objective instead of minimizing it.
         foreach, fused: for the parameters that no tuner trains, as in torch; the step of values is one call anyway.
-        capturable: keep the step counts on the device, so that a captured graph can count; with an ``lr`` that is a
-            tensor they always are.
+        capturable: keep the step counts on the device, so that a captured graph can count; with a tensor as ``lr`` they
+            always are there.
         differentiable: refused.
         decay_towards: ``"zero"`` or ``"base"``.
     """
@@ -227,7 +234,7 @@ class AdamW(_Masked):
 
     @staticmethod
     def _begin(parameter: Tensor, state: dict[str, Any], on_device: bool) -> None:
-        """A first state; and the step count in a dtype that can count, where it is wanted."""
+        """Make the first state; and bring the step count to the dtype and device where it is needed."""
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
@@ -253,7 +260,7 @@ class AdamW(_Masked):
             if not on_device:
                 calls.setdefault((values.device, target.site.granule, int(state["step"]) + 1), []).append(item)
                 continue
-            # Both numbers stay on the device, where a captured graph finds them.
+            # Step count and learning rate stay on the device, where a captured graph finds them.
             fixed = not isinstance(lr, Tensor)
             rate = torch.full((), lr, dtype=torch.float64, device=values.device) if fixed else lr.to(values.device)
             weight, indices, _ = target.tensors()
@@ -283,7 +290,7 @@ class AdamW(_Masked):
 
     def _step_others(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         states = [self.state[parameter] for parameter in parameters]
-        # On a CPU there is nothing to capture, and torch refuses to.
+        # On a CPU there is no graph to capture, and torch refuses the option.
         capturable = group["capturable"] and all(parameter.device.type != "cpu" for parameter in parameters)
         for parameter, state in zip(parameters, states, strict=True):
             self._begin(parameter, state, on_device=capturable or bool(group["fused"]))
@@ -314,7 +321,7 @@ def _stepped(item: _Item) -> None:
 
 
 class SGD(_Masked):
-    """SGD over the values of a `SparseTuner`, with the formulas, defaults and state of ``torch.optim.SGD``.
+    """SGD for the values of a `SparseTuner`, with the formulas, defaults and state of ``torch.optim.SGD``.
 
     Steps the values and writes the weights in one op call for each device and granule (`shira_ops.foreach_sgd_`, which
     has the formulas). The same bits on every device and thread count.
@@ -326,11 +333,11 @@ class SGD(_Masked):
         params: a `SparseTuner`, or what ``torch.optim`` takes: parameters, or groups of them. Parameters that no tuner
             trains get torch's own step.
         lr: learning rate; a tensor (float32 or float64, one entry) may be changed in place, also for a captured graph.
-        momentum: decay of the running sum of gradients; 0 keeps none.
-        dampening: what a gradient lacks of its full weight in that sum.
+        momentum: decay of the running sum of gradients; with 0 there is no such sum.
+        dampening: a gradient is added to that sum times ``1 - dampening``.
         weight_decay: weight decay.
-        nesterov: look ahead; needs momentum and no dampening.
-        maximize: climb instead of descend.
+        nesterov: Nesterov momentum; needs momentum and no dampening.
+        maximize: maximize the objective instead of minimizing it.
         foreach, fused: for the parameters that no tuner trains, as in torch; the step of values is one call anyway.
         differentiable: refused.
         decay_towards: ``"zero"`` or ``"base"``.
@@ -370,7 +377,7 @@ class SGD(_Masked):
     def _step_values(self, group: dict[str, Any], items: list[_Item]) -> None:
         momentum, decay = group["momentum"], group["weight_decay"]
         towards_base = group["decay_towards"] == "base" and decay != 0
-        # torch begins its sum with the first gradient undamped: so does a first step from zeros without dampening.
+        # torch starts its sum with the whole first gradient; a first step from zeros without dampening does the same.
         calls: dict[tuple[torch.device, int, bool], list[_Item]] = {}
         for values, target, grad, state in items:
             if towards_base:

@@ -1,4 +1,4 @@
-"""`Trainer`: an ordinary loop around a `SparseTuner`, which stops and goes on bit for bit."""
+"""`Trainer`: an ordinary loop around a `SparseTuner`; a run that was stopped and resumed gives the same bits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from shira import _run
+from shira import _loss
 from shira.adapter import _file
+from shira.train import _state
 from shira.train.optim import AdamW
 from shira.train.tuner import SparseTuner
 
@@ -28,30 +29,30 @@ Loss = Callable[[nn.Module, Any], Tensor]
 class Trainer:
     """Train the values of a `SparseTuner` with an ordinary loop.
 
-    One step takes ``accumulate`` batches (fewer at the end of an epoch), whose losses are averaged, clips, steps the
+    One step takes ``accumulate`` batches (fewer at the end of an epoch) and averages their losses, clips, steps the
     optimizer and then the scheduler. The model is put into ``train()`` except for its batch normalisation, whose
     statistics belong to the base. A run that was stopped and resumed gives the same bits as one that was not, as long
-    as the data gives the same batches for the same random state (a ``DataLoader`` with torch's samplers does). So does
-    `fit` after it was interrupted, by Ctrl-C or by an error of the loss or the data: the step that was under way starts
-    anew (buffers that its forward pass changed stay changed). Only an interrupt while the optimizer itself steps leaves
-    half a step, and `fit` and `save` then ask for `resume`.
+    as the data gives the same batches for the same random state (a ``DataLoader`` with torch's samplers does). The same
+    holds for `fit` after an interrupt, by Ctrl-C or by an error of the loss or the data: the step that was under way is
+    repeated (buffers that its forward pass changed stay changed). Only an interrupt while the optimizer itself steps
+    leaves half a step; `fit` and `save` then ask for `resume`.
 
     Args:
         tuner: the tuner, attached.
-        data: batches, iterable more than once: a ``DataLoader``, a list. An epoch is one pass.
-        loss: ``loss(model, batch)`` to a scalar; None takes the model's own: ``model(**batch).loss`` as transformers'
-            models give it, or the model's output if that is a scalar.
+        data: batches that can be iterated over more than once: a ``DataLoader``, a list. An epoch is one pass.
+        loss: ``loss(model, batch)`` returns a scalar; None takes the model's own: ``model(**batch).loss`` as
+            transformers' models return it, or the model's output if that is a scalar.
         optimizer: over ``tuner.parameters()``; None is ``shira.AdamW(tuner)``.
         scheduler: stepped after every step of the optimizer.
-        model: what to call in place of ``tuner.model``: the same model compiled or wrapped.
-        accumulate: batches to a step.
-        clip: largest norm of the gradient, or None.
+        model: what to call in place of ``tuner.model``: the same model, compiled or wrapped.
+        accumulate: batches in a step.
+        clip: the largest norm of the gradient, or None.
         autocast: dtype of ``torch.autocast``, or None.
         scaler: a ``torch.amp.GradScaler``; for float16 autocast one is made.
-        evaluation: batches for `evaluate`; with ``evaluate_every`` steps between.
-        checkpoint: file to write every ``checkpoint_every`` steps and at the end of `fit`, whole or not at all.
-        callbacks: each is called as ``callback(trainer)`` after every step and stops training by returning True.
-        progress: show progress: a bar on a terminal (rich), else a line every ``log_every`` steps.
+        evaluation: batches for `evaluate`, which runs every ``evaluate_every`` steps.
+        checkpoint: a file to write every ``checkpoint_every`` steps and at the end of `fit`, whole or not at all.
+        callbacks: each is called as ``callback(trainer)`` after every step, and stops training by returning True.
+        progress: show progress: a bar on a terminal (needs rich), else a line every ``log_every`` steps.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Trainer:
         if scaler is None and autocast == torch.float16:
             scaler = torch.amp.GradScaler(self.device.type)
         self.scaler = scaler
-        self._loss_of = _run.loss_of_model if loss is None else loss
+        self._loss_of = _loss.loss_of_model if loss is None else loss
         self.evaluate_every, self.checkpoint_every = evaluate_every, checkpoint_every
         self.checkpoint, self.callbacks = checkpoint, tuple(callbacks)
         self._show, self._log_every = progress, log_every
@@ -111,12 +112,12 @@ class Trainer:
     # ---- the loop --------------------------------------------------------------------------------------------
 
     def fit(self, steps: int | None = None, *, epochs: int | None = None) -> Trainer:
-        """Train until ``steps`` steps or ``epochs`` epochs are done in all, those before a resume included."""
+        """Train until ``steps`` steps or ``epochs`` epochs are done, including those before a resume."""
         if (steps is None) == (epochs is None):
             raise ValueError(f"Trainer: give steps or epochs, one of the two, got {steps!r} and {epochs!r}")
         self._check_whole("fit")
         if self.checkpoint is not None:
-            self._plain_states()  # what cannot be saved is better known before the first step
+            self._plain_states()  # refuse what cannot be saved before the first step
         total = steps
         if epochs is not None and isinstance(self.data, Sized):
             total = epochs * math.ceil(len(self.data) / self.accumulate)
@@ -125,9 +126,9 @@ class Trainer:
             if isinstance(module, _BatchNorm):
                 module.eval()
         stopped = False
-        with _run.progress(self._show, self.step, total, self._log_every) as show:
+        with _progress(self._show, self.step, total, self._log_every) as show:
             while not stopped and (self.epoch < epochs if epochs is not None else self.step < (steps or 0)):
-                position, chance = self._position, _run.random_state(self.data, self.evaluation)
+                position, chance = self._position, _state.random_state(self.data, self.evaluation)
                 try:
                     group = self._next()
                     loss = self._gradients(group) if group else None
@@ -166,18 +167,18 @@ class Trainer:
             return self._batches
         self._tell_samplers()
         if not self._position:
-            self._epoch_random = _run.random_state(self.data, self.evaluation)
+            self._epoch_random = _state.random_state(self.data, self.evaluation)
             self._batches = iter(self.data)
             return self._batches
         # The same epoch again, up to the batch that comes next.
         assert self._epoch_random is not None
-        now = _run.random_state(self.data, self.evaluation)
-        _run.set_random_state(self._epoch_random, self.data, self.evaluation)
+        now = _state.random_state(self.data, self.evaluation)
+        _state.set_random_state(self._epoch_random, self.data, self.evaluation)
         batches = iter(self.data)
         found = sum(1 for _ in islice(batches, self._position))
         if found < self._position:
             raise ValueError(f"the checkpoint is {self._position} batches into an epoch, the data has only {found}")
-        _run.set_random_state(now, self.data, self.evaluation)
+        _state.set_random_state(now, self.data, self.evaluation)
         self._batches = batches
         return batches
 
@@ -187,10 +188,10 @@ class Trainer:
                 sampler.set_epoch(self.epoch)
 
     def _start_over(self, position: int, chance: Mapping[str, Any]) -> None:
-        """After an interrupt before the optimizer's step: as if the step had not begun."""
+        """After an interrupt before the optimizer's step: go back to where the step began."""
         self._stepping, self._position, self._batches = False, position, None
         self.optimizer.zero_grad(set_to_none=True)
-        _run.set_random_state(chance, self.data, self.evaluation)
+        _state.set_random_state(chance, self.data, self.evaluation)
 
     def _check_whole(self, what: str) -> None:
         if self._stepping:
@@ -231,8 +232,8 @@ class Trainer:
         self._stepping = False
 
     def _loss(self, batch: Any) -> Tensor:
-        found = self._loss_of(self.model, _run.to_device(batch, self.device))
-        return _run.scalar(found, "Trainer: the loss").reshape(())
+        found = self._loss_of(self.model, _to_device(batch, self.device))
+        return _loss.scalar(found, "Trainer: the loss").reshape(())
 
     def _casting(self) -> Any:
         return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
@@ -243,7 +244,7 @@ class Trainer:
         data = self.evaluation if data is None else data
         if data is None:
             raise ValueError("Trainer: there is nothing to evaluate on; give evaluation= or evaluate(data)")
-        before = _run.random_state(self.data, self.evaluation)
+        before = _state.random_state(self.data, self.evaluation)
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
@@ -255,7 +256,7 @@ class Trainer:
         finally:
             for module, training in modes:
                 module.training = training
-            _run.set_random_state(before, self.data, self.evaluation)
+            _state.set_random_state(before, self.data, self.evaluation)
         if not count:
             raise ValueError("Trainer: there was no batch to evaluate on")
         return total / count
@@ -263,25 +264,27 @@ class Trainer:
     # ---- stopping and going on -------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a checkpoint: values, optimizer, scheduler, scaler, random states, place in the data; whole or not.
+        """Write a checkpoint: values, optimizer, scheduler, scaler, random states, the place in the data. The file is
+        whole, or it is not written.
 
-        Raises `ValueError` for a state that could not be read again (a scheduler's, of other types than numbers, texts
-        and tensors), and `OSError` with the file where it cannot be written.
+        Raises `ValueError` for a state that could not be read again (a scheduler's, with types other than numbers,
+        strings and tensors), and `OSError` with the file's name if it cannot be written.
         """
         self._check_whole("save")
         state = self._state()
         try:
             with _file.replacing(path) as temporary:
                 torch.save(state, temporary)
-        except (OSError, RuntimeError) as error:  # of a full disk torch says that its writer failed
+        except (OSError, RuntimeError) as error:  # on a full disk torch raises a RuntimeError
             says = f"{os.fspath(path)}: the checkpoint cannot be written: {error}"
             number = getattr(error, "errno", None)
             raise (OSError(says) if number is None else OSError(number, says)) from error
 
     def resume(self, path: str | os.PathLike[str]) -> Trainer:
-        """Go on from a checkpoint as if training had never stopped; refuses another adapter's, base's or set-up's.
+        """Go on from a checkpoint as if training had never stopped.
 
-        Raises `ValueError` with the file and what is wrong with it; then nothing of the trainer has changed.
+        Raises `ValueError`, with the file and what is wrong with it, for a checkpoint that is damaged or belongs to
+        another adapter, base or set-up; then nothing of the trainer has changed.
         """
         where = os.fspath(path)
         with open(where, "rb") as file:
@@ -294,7 +297,7 @@ class Trainer:
         before = copy.deepcopy(self._state())
         try:
             self._check(state, before)
-        except Exception as error:  # of states no check has thought of, too
+        except Exception as error:  # a broken state may raise anything
             raise ValueError(f"{where}: {error}") from error
         progress = self.step, self.epoch, self._position, self._batches, self._epoch_random
         try:
@@ -305,10 +308,10 @@ class Trainer:
             self._tell_samplers()
             if not isinstance(error, Exception):
                 raise
-            # Optimizers and schedulers of others raise what they please.
+            # Other optimizers and schedulers may raise anything.
             raise ValueError(f"{where}: {error}") from error
         self._stepping = False
-        # What a step that was interrupted half-way left.
+        # A step that was interrupted half-way has left gradients.
         self.optimizer.zero_grad(set_to_none=True)
         if self.scaler is not None:
             self.scaler._per_optimizer_states.clear()
@@ -318,10 +321,10 @@ class Trainer:
         return {
             "optimizer": {
                 "kind": type(self.optimizer).__name__,
-                "state": _run.plain(self.optimizer.state_dict(), "the optimizer's state"),
+                "state": _state.plain(self.optimizer.state_dict(), "the optimizer's state"),
             },
             **{
-                name: None if part is None else _run.plain(part.state_dict(), f"the {name}'s state")
+                name: None if part is None else _state.plain(part.state_dict(), f"the {name}'s state")
                 for name, part in (("scheduler", self.scheduler), ("scaler", self.scaler))
             },
         }
@@ -331,11 +334,11 @@ class Trainer:
             "version": 1,
             "tuner": self.tuner.state_dict(),
             **self._plain_states(),
-            "others": {name: tensor.detach().clone() for name, tensor in _run.others(self.tuner).items()},
+            "others": {name: tensor.detach().clone() for name, tensor in _state.others(self.tuner).items()},
             "progress": [self.step, self.epoch, self._position],
             "loss": self.loss,
             "evaluations": self.evaluations,
-            "random": _run.random_state(self.data, self.evaluation),
+            "random": _state.random_state(self.data, self.evaluation),
             "epoch_random": self._epoch_random,
         }
 
@@ -351,13 +354,13 @@ class Trainer:
             if (state[name] is None) != (mine[name] is None):
                 wanted, got = ("none", "one") if state[name] is None else ("one", "none")
                 raise ValueError(f"the checkpoint has {wanted} for a {name}, this trainer has {got}")
-            _run.check_form(mine[name], state[name], name)
+            _state.check_form(mine[name], state[name], name)
         for name in ("growth_interval", "_growth_tracker"):
             if name in (mine["scaler"] or {}) and type(state["scaler"][name]) is not int:
                 raise ValueError(f"the checkpoint's scaler[{name!r}] must be a count")
-        _run.check_others(mine["others"], state["others"])
+        _state.check_others(mine["others"], state["others"])
         self.tuner.check_state_dict(state["tuner"])
-        _run.check_optimizer_state(self.optimizer, state["optimizer"]["state"])
+        _state.check_optimizer_state(self.optimizer, state["optimizer"]["state"])
         progress, evaluations = state["progress"], state["evaluations"]
         if not isinstance(progress, list) or len(progress) != 3 or any(type(n) is not int or n < 0 for n in progress):
             raise ValueError("the checkpoint's progress must be three counts")
@@ -366,9 +369,9 @@ class Trainer:
         for pair in evaluations:
             if not (isinstance(pair, tuple) and len(pair) == 2 and type(pair[0]) is int and isinstance(pair[1], float)):
                 raise ValueError("the checkpoint's evaluations must be pairs of a step and a loss")
-        _run.check_random_state(state["random"], self.data, self.evaluation)
+        _state.check_random_state(state["random"], self.data, self.evaluation)
         if progress[2] or state["epoch_random"] is not None:
-            _run.check_random_state(state["epoch_random"], self.data, self.evaluation)
+            _state.check_random_state(state["epoch_random"], self.data, self.evaluation)
 
     def _take(self, state: Mapping[str, Any], open_epoch: bool = True) -> None:
         self.tuner.load_state_dict(state["tuner"])
@@ -377,11 +380,49 @@ class Trainer:
             if part is not None:
                 part.load_state_dict(state[name])
         with torch.no_grad():
-            for name, tensor in _run.others(self.tuner).items():
+            for name, tensor in _state.others(self.tuner).items():
                 tensor.copy_(state["others"][name])
         self.step, self.epoch, self._position = state["progress"]
         self.loss, self.evaluations = state["loss"], list(state["evaluations"])
         self._batches, self._epoch_random = None, state["epoch_random"] if self._position else None
         if open_epoch and self._position:
             self._open_epoch()
-        _run.set_random_state(state["random"], self.data, self.evaluation)
+        _state.set_random_state(state["random"], self.data, self.evaluation)
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on the model's device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: _to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
+        return type(batch)(_to_device(value, device) for value in batch)
+    return batch
+
+
+@contextmanager
+def _progress(show: bool, done: int, total: int | None, every: int) -> Iterator[Callable[[int, float, float], None]]:
+    """Yields a function that shows a step, its loss and its learning rate."""
+    if not show:
+        yield lambda step, loss, lr: None
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        terminal = False
+    else:
+        terminal = (console := Console(stderr=True)).is_terminal
+    if not terminal:
+        # Another line for every step would fill a log.
+        def line(step: int, loss: float, lr: float) -> None:
+            if step % every == 0 or step == total:
+                print(f"step {step}{'' if total is None else f'/{total}'}  loss {loss:.4f}  lr {lr:.3g}", flush=True)
+
+        yield line
+        return
+    columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task("train", total=total, completed=done, text="")
+        yield lambda step, loss, lr: bar.update(task, completed=step, text=f"loss {loss:.4f}  lr {lr:.3g}")

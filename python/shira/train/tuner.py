@@ -1,23 +1,22 @@
 """`SparseTuner`: train a few entries of a model's weights, in place.
 
-The weight itself holds the trained entries, so forward computes nothing more than before. The trainable parameters are
-the ``values``: one 1-D parameter for each weight, fp32 (fp64 for fp64 weights), registered on the module that owns the
-weight as ``<weight>_shira_values``. They are the truth and the weight follows: after every optimizer step a hook writes
-them, and a forward writes what was edited otherwise (see `shira.train._sites`).
+The weight itself holds the trained entries, so a forward pass computes nothing more than before. The trainable
+parameters are the ``values``: one 1-D parameter for each weight, fp32 (fp64 for fp64 weights), registered on the module
+that owns the weight as ``<weight>_shira_values``. The weight follows them: a hook writes them after every step of an
+optimizer (see `shira.train._hooks`), and a forward pass writes what was edited otherwise (see `shira.train._sites`).
 
 Their gradients come in one of two ways, chosen for each weight:
 
 - *sampled*: a forward hook of the layer, ``output = Attach.apply(output, values, input, ...)``: an identity whose
-  backward gives the values the layer's weight gradient at their indices alone. For linear, convolution and embedding
+  backward computes the layer's weight gradient at the values' indices alone. For linear, convolution and embedding
   layers.
 - *dense*: autograd makes the weight's dense gradient, and as soon as it is there a hook of the weight gathers it at the
-  indices, hands that to the values, and frees it. Right for every use of a weight: of ``nn.MultiheadAttention``, of
-  layers with a forward of their own, of plain parameters of any shape, of parameters that train as a whole.
+  indices, passes that on to the values, and frees it. For every other use of a weight: in ``nn.MultiheadAttention``, in
+  layers with a forward of their own, plain parameters of any shape, parameters that train as a whole.
 """
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 import weakref
@@ -30,32 +29,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 import shira_ops
-from shira import _fit, _live, _model, _places
+from shira import _live, _model
 from shira._model import VALUES_SUFFIX
 from shira._text import AdapterError, Rename, hex_word, named
 from shira.adapter._entry import Entry
 from shira.adapter.adapter import Adapter
 from shira.masks.masks import AUTO_GRANULE, Given, Mask, default
-from shira.train import _ranks, _targets
+from shira.train import _hooks, _ranks, _targets
 from shira.train._layers import Attach
 from shira.train._sites import (
     Group,
     Place,
     Site,
     Target,
-    check_reached,
     follow,
-    groups,
     is_detached,
-    known,
     mark_written,
     put,
-    refuse_replaced,
     scatter,
     settle,
     sites_of,
@@ -67,146 +60,13 @@ from shira.train._sites import (
 
 __all__ = ["Attach", "SparseTuner", "Target", "detach", "is_detached", "mark_written", "target_of"]
 
-# What a module's parameters required before tuners froze them, by attribute, and how many tuners did. On the module
-# itself, so that a copied model can be given back as well.
-_KEPT = "_shira_kept"
-# On a model: the handles of what tuners put on it as a whole.
+# On a model: the handles of the hooks that tuners put on the model itself.
 _ROOT = "_shira_root"
-# Added to the version of a weight that holds the base within `SparseTuner.disabled`: no version that it has outside.
+# Added to the version of a weight inside `SparseTuner.disabled`, where it holds the base: outside it never has such a
+# version.
 _ASIDE = 2**30
-_optimizer_hooks: list[RemovableHandle] = []
-# The attached tuners that somebody still holds. What they put on a model is all there, and does not need them.
+# The attached tuners that are still referenced. What a tuner puts on a model works without the tuner.
 _held: weakref.WeakSet[SparseTuner] = weakref.WeakSet()
-
-
-# ---- hooks of optimizers -------------------------------------------------------------------------------------
-
-
-def _targets_in(optimizer: Optimizer) -> list[tuple[Tensor, Target]]:
-    if not len(known):
-        return []
-    found = ((p, target_of(p)) for group in optimizer.param_groups for p in group["params"])
-    return [(values, target) for values, target in found if target is not None]
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
-def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    targets = _targets_in(optimizer)
-    for values, target in targets:
-        site, module = target.site, target.module()
-        for name, wanted in ((site.values_name, values), (site.attribute, site.own_weight)):
-            if module._parameters.get(name) is not wanted:
-                refuse_replaced(site.name + name.removeprefix(site.attribute))
-        if site.group.off:
-            raise RuntimeError(
-                "SparseTuner: an optimizer cannot step inside `with tuner.disabled()`, where the model is the base"
-            )
-        if _in_backward() and getattr(optimizer, "writes_weights", False):
-            raise RuntimeError(
-                f"shira.{type(optimizer).__name__} writes the weights, which the rest of the backward pass still "
-                f"needs; to step inside backward use one of torch.optim, whose values are written at its end"
-            )
-    for group in {id(target.site.group): target.site.group for _, target in targets}.values():
-        model = None if group.model is None else group.model()
-        if model is not None:
-            _live.refuse_active(model)
-    _compare_ranks([(values, target) for values, target in targets if not target.site.compared])
-    # args holds the optimizer itself first; with a closure the gradients are yet to come.
-    closure = args[1] if len(args) > 1 else kwargs.get("closure")
-    if closure is None:
-        _check_made_after(optimizer)
-        _check_reached(targets)
-
-
-def _check_made_after(optimizer: Optimizer) -> None:
-    """Refuse an optimizer of what a tuner froze where none has the tuner's values: it was made before the tuner."""
-    for group in [one for one in groups if not one.served and not one.off]:
-        held = {id(p): p for of_group in optimizer.param_groups for p in of_group["params"]}
-        trained = [site for site in group.sites if id(site.own_weight) in held]
-        idle = not any(p.requires_grad for p in held.values())
-        if not (trained or (idle and _froze(group, held))) or not any(map(_has_gradient, group.sites)):
-            continue
-        values = {id(site.own_values) for site in group.sites}
-        # Nothing else knows the optimizers; this looks once for a tuner, for what it finds it remembers.
-        for other in (one for one in gc.get_objects() if issubclass(type(one), Optimizer)):
-            # One whose constructor has failed has no groups.
-            of_groups = getattr(other, "param_groups", ())
-            group.served |= any(id(p) in values for of_group in of_groups for p in of_group["params"])
-        if not group.served:
-            raise RuntimeError(
-                f"SparseTuner: this {type(optimizer).__name__} has parameters that the tuner froze "
-                f"({_model.some(site.name for site in trained or group.sites)}), and no optimizer has the tuner's "
-                f"values, so nothing would train; make the optimizer after the tuner, over tuner.parameters()"
-            )
-
-
-def _froze(group: Group, held: Mapping[int, Tensor]) -> bool:
-    """Whether some of these would train if it were not for a tuner."""
-    model = None if group.model is None else group.model()
-    slots = () if model is None else _model.slots(model).values()
-    kept = [slot.module.__dict__.get(_KEPT, {}).get(slot.attribute) for slot in slots if id(slot.weight) in held]
-    return any(one is not None and one[1] for one in kept)
-
-
-def _has_gradient(site: Site) -> bool:
-    return any(one is not None and one.grad is not None for one in (site.own_values, site.own_weight))
-
-
-def _compare_ranks(targets: Sequence[tuple[Tensor, Target]]) -> None:
-    """At their first step. A collective call, at a place that all ranks of a model come to together."""
-    trained = []
-    for values, target in targets:
-        site, owner = target.site, target.module()
-        dense = site.own_weight if site.dense else None
-        trained.append(_ranks.Trained(site.name, owner, site.granule, site.indices, values, site.saved, dense))
-    _ranks.compare(trained)
-    for _, target in targets:
-        target.site.compared = target.site.group.served = True
-
-
-def _check_reached(targets: Sequence[tuple[Tensor, Target]]) -> None:
-    if not _in_backward():
-        check_reached(target.site for _, target in targets)
-        return
-    for values, target in targets:
-        target.site.note(values)
-        # Whatever has none yet may get it later in the pass; the next forward looks.
-        target.site.group.early = True
-
-
-def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    targets = _targets_in(optimizer)
-    _check_made_after(optimizer)  # with a closure the gradients have come only now
-    if not targets:
-        return
-    _check_reached(targets)
-    if getattr(optimizer, "writes_weights", False):
-        return
-    if _in_backward():
-        # What is left of the pass needs the weights as they were in the forward.
-        torch.autograd.Variable._execution_engine.queue_callback(partial(_write_targets, targets))
-    else:
-        _write_targets(targets)
-
-
-def _write_targets(targets: Sequence[tuple[Tensor, Target]]) -> None:
-    write((target.site, *target.tensors()) for _, target in targets)
-
-
-def _watch_optimizers() -> None:
-    if not _optimizer_hooks:
-        _optimizer_hooks.append(register_optimizer_step_pre_hook(_before_step))
-        _optimizer_hooks.append(register_optimizer_step_post_hook(_after_step))
-
-
-def _stop_watching() -> None:
-    if all(target is None for target in known.values()):
-        for handle in _optimizer_hooks:
-            handle.remove()
-        _optimizer_hooks.clear()
 
 
 # ---- the tuner -----------------------------------------------------------------------------------------------
@@ -214,7 +74,7 @@ def _stop_watching() -> None:
 
 @dataclass(eq=False)
 class _Plan:
-    """What will be put on the model for one weight; making it changes nothing."""
+    """What will be put on the model for one weight; making a plan does not change the model."""
 
     name: str
     slots: list[_model.Slot]
@@ -228,7 +88,7 @@ class _Plan:
 
 @dataclass(eq=False)
 class _Tuned:
-    """One weight a tuner trains."""
+    """One weight that a tuner trains."""
 
     plan: _Plan
     target: Target
@@ -255,21 +115,21 @@ class SparseTuner:
     """Train the entries that a mask selects of a model's weights; everything else is frozen.
 
     From here on ``model.parameters()`` holds, with ``requires_grad``, the values (and the weights of *dense* targets,
-    whose gradients are gathered and freed during backward, so that optimizers, clipping and scalers never see one); so
+    whose gradients are gathered and freed during backward, so that optimizers, clipping and scalers never see them). So
     DDP, clipping, accumulation, schedulers and checkpoints find the values by themselves, and any optimizer over
-    ``tuner.parameters()`` trains them (`shira.AdamW` does step and write in one pass). Use it as a context manager to
-    have the base back at the end.
+    ``tuner.parameters()`` trains them (`shira.AdamW` takes the step and writes the weights in one pass). As a context
+    manager it puts the base back at the end.
 
     A tied weight (an embedding and the head that shares it) is one target: the gradients of its uses are summed.
     Buffers, such as the running statistics of batch normalisation, are neither trained nor put back: keep such layers
-    in ``eval()``. A tuner is not copied or pickled, `state_dict` and `adapter` are for that; a copy of the model
-    computes as the model does, and `shira.detach` gives its base back. Several tuners may train different weights of
-    one model, and be detached in any order. What replaces or freezes parameters (``fully_shard``, PEFT's
-    ``get_peft_model``) comes before the tuner; afterwards training is refused. Who counts the model's parameters
-    counts the values beside the weights they are in; `nnz` is what trains.
+    in ``eval()``. A tuner cannot be copied or pickled (use `state_dict` or `adapter`). A copy of the model computes
+    what the model does, and `shira.detach` puts its base back. Several tuners may train different weights of one model,
+    and be detached in any order. Anything that replaces or freezes parameters (``fully_shard``, PEFT's
+    ``get_peft_model``) must come before the tuner; after it, training is refused. A count of the model's parameters
+    includes both the values and the weights that hold them; `nnz` is the number of trained entries.
 
     Args:
-        model: the model; its weights are changed in place, their storage stays. Wrap it in DistributedDataParallel
+        model: the model; its weights are changed in place, in the same storage. Wrap it in DistributedDataParallel
             afterwards, with the same mask on every rank (the first step compares them).
         mask: one of ``shira.masks``; or 0/1 tensors by the weights' names, or a function of a weight's name and the
             weight that gives one (`shira.masks.Given`). None: ``shira.masks.default()``, random granules, 1 % of every
@@ -278,20 +138,22 @@ class SparseTuner:
             embedding and attention modules; for any other its own matrices), or of parameters. Or a list of such names,
             whole or their last parts (``"q_proj"``). None or ``"all-linear"``: every ``nn.Linear`` and transformers'
             ``Conv1D``, and 3-D weights of experts, but nothing of the model's output head (what
-            ``get_output_embeddings()`` or timm's ``get_classifier()`` gives, and ``score`` and ``classifier`` of
-            transformers' models); with masks by name just the weights these name.
+            ``get_output_embeddings()`` or timm's ``get_classifier()`` returns, and ``score`` and ``classifier`` of
+            transformers' models), and no layers that PEFT added, such as LoRA's; with masks by name, the weights that
+            they name.
         exclude: what to leave out of the targets: a regular expression searched in names of modules and parameters, or
-            a list of such names. A module's name means all that is in it; of a tied weight any name will do.
+            a list of such names. A module's name stands for all that is in it, any name of a tied weight for the
+            weight.
         whole: parameters to train as a whole, such as a new head: a regular expression searched in parameter names, or
             a list of names of parameters or modules. They become part of the adapter, and `detach` puts them back.
-        gradient: ``"sampled"`` takes the gradient at the mask alone wherever the layer allows it; ``"dense"`` makes the
-            full gradient of every target and masks it, as in the paper (arXiv 2406.13175, section 3.2). A sampled
-            gradient is that of the calls of its layers alone: a weight that is also used without them, as in
-            ``F.linear(x, self.embedding.weight)``, needs ``"dense"``. The first step refuses what shows: a target
-            without a gradient, and a tied weight with a layer that did not run.
+        gradient: ``"sampled"`` computes the gradient at the mask alone wherever the layer allows it; ``"dense"`` makes
+            the full gradient of every target and masks it, as in the paper (arXiv 2406.13175, section 3.2). A sampled
+            gradient covers only the calls of the weight's layers: a weight that is also used without them, as in
+            ``F.linear(x, self.embedding.weight)``, needs ``"dense"``. The first step refuses the signs of such a use:
+            a target without a gradient, and a tied weight with a layer that did not run.
         calibration: batches for a mask by gradients (`shira.masks.Grad`, `shira.masks.Snip`): a batch is what the model
-            is called with, a mapping, a tuple, a list or a tensor. The model is as before afterwards.
-        loss: ``loss(model, batch)`` gives the scalar for calibration; None: the model's own ``output.loss``.
+            is called with, a mapping, a tuple, a list or a tensor. Afterwards the model is as it was.
+        loss: ``loss(model, batch)`` returns the scalar for calibration; None: the model's own ``output.loss``.
         allow_unused: accept targets that get no gradient in the first step (layers that run only now and then), and
             tied weights with a layer that did not run.
     """
@@ -335,6 +197,9 @@ class SparseTuner:
             heads = [name for name in names.heads() if not any(one.startswith(f"{name}.") for one in entire)]
             if heads:
                 self._notes.append(f"left out: {_model.some(heads)}, the output head")
+            added = names.added()
+            if added:
+                self._notes.append(f"left out: {_model.some(added)}, which PEFT added to the model's own layers")
 
     @classmethod
     def from_adapter(
@@ -347,13 +212,13 @@ class SparseTuner:
         check_finite: bool = True,
         rename: Rename = None,
     ) -> SparseTuner:
-        """Go on training a saved adapter: its entries are the mask, and the values start where it ended.
+        """Continue to train a saved adapter: its entries are the mask, and the values start where it ended.
 
-        The model must be at the base the adapter was made for (refused by fingerprint otherwise), and `detach` gives
-        that base back. The strength ``alpha`` plays no part in training; `adapter` keeps it.
+        The model must hold the base that the adapter was made for (any other is refused, by fingerprint), and `detach`
+        puts that base back. The strength ``alpha`` has no effect on training; `adapter` keeps it.
 
         Args:
-            model: the model, at the base.
+            model: the model, which holds the base.
             adapter: an `Adapter`, or the path of its file. A delta adapter starts at base + delta, and what is trained
                 is saved as an overwriting one.
             gradient, allow_unused: as for `SparseTuner`.
@@ -370,7 +235,7 @@ class SparseTuner:
             entry.check_indices(f"{who}: weight {named(name)}")
             if check_finite:
                 entry.check_finite(f"{who}: weight {named(name)}")
-        places = _trainable_places(who, adapter, tuner.model, rename)
+        places = _targets.of_adapter(who, adapter, tuner.model, rename)
         names.check_apart({names.of(place.slot)[0].name for place in places.values()})
         tuner._about, tuner._alpha = adapter.mask, adapter.alpha
         plans = []
@@ -443,7 +308,7 @@ class SparseTuner:
         return _Plan(name, group, indices, granule, saved, fingerprint, seed)
 
     def _install(self, plans: Sequence[_Plan], allow_unused: bool) -> None:
-        """Everything is checked: from here on the model changes. Should this fail all the same, nothing has."""
+        """Put the plans, which have been checked, on the model. If that fails all the same, the model is as before."""
         try:
             self._put_on(plans, allow_unused)
         except BaseException:
@@ -454,12 +319,12 @@ class SparseTuner:
         names = _targets.Names(self.model)
         slots = _model.slots(self.model)
         for slot in (slot for name, slot in slots.items() if not name.endswith(VALUES_SUFFIX)):
-            kept = slot.module.__dict__.setdefault(_KEPT, {})
+            kept = slot.module.__dict__.setdefault(_hooks.KEPT, {})
             tuners, required = kept.get(slot.attribute, (0, slot.weight.requires_grad))
             kept[slot.attribute] = tuners + 1, required
             self._froze.append(slot)
         for slot in self._froze:
-            # What another tuner trains is its own affair.
+            # Leave alone what another tuner trains.
             if not any(hasattr(one.module, one.attribute + VALUES_SUFFIX) for one in names.of(slot)):
                 slot.weight.requires_grad_(False)
         for plan in plans:
@@ -467,7 +332,7 @@ class SparseTuner:
         weights = [tuned.plan.slots[0].weight for tuned in self._tuned if tuned.target.site.dense]
         indices = [getattr(tuned.owner, tuned.target.site.indices_name) for tuned in self._tuned]
         self._ignored = _ranks.ignore(self.model, [*weights, *indices])
-        # The forward of the modules of dense ones may not run, so the model's own looks after all of them.
+        # The forward of a module with a dense site may not run, so the model's own forward checks all sites.
         sites = [(tuned.target.site, tuned.owner) for tuned in self._tuned]
         self._root.append(self.model.register_forward_pre_hook(partial(follow, sites, True), prepend=True))
         self._root.append(self.model.register_forward_hook(partial(uncover, self._group), always_call=True))
@@ -475,7 +340,7 @@ class SparseTuner:
         _held.add(self)
         if any(plan.start is not None for plan in plans):
             self.sync()
-        _watch_optimizers()
+        _hooks.watch_optimizers()
 
     def _put(self, plan: _Plan, allow_unused: bool) -> None:
         owner, weight = plan.slots[0].module, plan.slots[0].weight
@@ -492,7 +357,7 @@ class SparseTuner:
         )  # fmt: skip
         target = Target(site, weakref.ref(owner))
         self._tuned.append(_Tuned(plan, target))
-        # On the first owner alone: under several names it would be one more tied weight to those who save models.
+        # On the first owner alone: under several names, libraries that save models would see one more tied weight.
         owner.register_parameter(site.values_name, values)
         owner.register_buffer(site.indices_name, plan.indices, persistent=False)
         plan.indices = site.indices
@@ -511,9 +376,9 @@ class SparseTuner:
     def sync(self) -> None:
         """Write the values into the weights.
 
-        Optimizer steps do it by themselves, and after an edit by hand the next forward of the model. Needed before
-        anything else reads the weights, and after an edit between two steps where the model is compiled as a part of
-        something else (the backward says so).
+        Steps of optimizers do so by themselves, and after an edit by hand the next forward of the model does. It is
+        needed when anything else reads the weights after an edit, and after an edit between two steps where the model
+        is compiled as a part of something else (an error in backward says so).
         """
         self._enabled("sync")
         write((tuned.target.site, *tuned.target.tensors()) for tuned in self._attached())
@@ -522,7 +387,8 @@ class SparseTuner:
         """The trained entries as an `Adapter`: exactly what the weights now hold, in the weights' dtype.
 
         Args:
-            alpha: the strength it will have unless another is asked for: 1, or that of the adapter this went on from.
+            alpha: the strength it will have unless another is asked for. None is 1, or the strength of the adapter from
+                which training went on (`from_adapter`).
             provenance: anything worth keeping, in JSON's types.
         """
         self._enabled("adapter")
@@ -548,15 +414,16 @@ class SparseTuner:
         return Adapter(entries, alpha=alpha, mask=self._about, provenance=provenance)
 
     def _trained(self) -> Iterator[nn.Parameter]:
-        """The values and the weights that follow them: what a tuner's state stands for."""
+        """The values and the weights that follow them, which a tuner's state covers."""
         for tuned in self._attached():
             yield tuned.values
             yield getattr(tuned.owner, tuned.target.site.attribute)
 
     def state_dict(self) -> dict[str, Any]:
-        """The values in full precision, and what they belong to: to go on later, where `adapter` is to use.
+        """The values in full precision, and what they belong to, for continuing the training later.
 
-        Tensors, strings and numbers only, so ``torch.load(weights_only=True)`` reads it.
+        To use what was trained, save `adapter`. The state has only tensors, strings and numbers, so that
+        ``torch.load(weights_only=True)`` reads it.
         """
         weights = {}
         for tuned in self._attached():
@@ -564,7 +431,7 @@ class SparseTuner:
         return {"version": 1, "weights": weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take values from a `state_dict`; refuses, with nothing changed, that of another base, mask or model."""
+        """Take the values of a `state_dict`. One of another base, mask or model is refused, with nothing changed."""
         self._enabled("load_state_dict")
         self.check_state_dict(state)
         with torch.no_grad():
@@ -573,7 +440,7 @@ class SparseTuner:
         self.sync()
 
     def check_state_dict(self, state: Any) -> None:
-        """Raise the `ValueError` that `load_state_dict` would raise, and take nothing."""
+        """Raise the `ValueError` that `load_state_dict` would raise, without taking anything."""
         version = state.get("version") if isinstance(state, Mapping) else None
         if type(version) is not int or version != 1 or not isinstance(state.get("weights"), Mapping):
             raise ValueError(f"SparseTuner: this is not a state of a tuner (version {version!r:.80})")
@@ -603,11 +470,12 @@ class SparseTuner:
     # ---- taking off ------------------------------------------------------------------------------------------
 
     def verify(self) -> None:
-        """Raise `RuntimeError`, naming the weights, where an entry that does not train has changed since the start.
+        """Raise `RuntimeError`, naming the weights, if an entry that does not train has changed since the tuner was
+        attached.
 
-        Then something else has written to the model: `detach` would not give the base back, and `adapter` would not
-        hold all of the change. Puts the base's entries in for as long as it reads a weight, so no forward may run
-        meanwhile, nor wait for its backward.
+        Then something else has written to the model: `detach` would not put the base back, and `adapter` would not
+        hold the whole change. While a weight is read it holds the base's entries, so no forward pass may run at the
+        same time, and none may be waiting for its backward pass.
         """
         self._enabled("verify")
         wrong = []
@@ -629,16 +497,17 @@ class SparseTuner:
             )
 
     def detach(self) -> None:
-        """Give the base back, bit for bit, and remove everything the tuner put on the model. Twice is once.
+        """Put the base back, bit for bit, and remove everything that the tuner put on the model.
 
-        Only the entries that train are written: what anything else changed meanwhile stays (`verify` tells).
+        Only the entries that train are written; what anything else has changed stays changed (`verify` tells). A second
+        call does nothing.
         """
         self._enabled("detach")
         if self._tuned:
             self._take_off()
 
     def _take_off(self) -> None:
-        """Whatever of `_put_on` has been done is undone."""
+        """Undo `_put_on`, however far it came."""
         take_off([(tuned.target.site, tuned.owner) for tuned in self._tuned])
         for handle in self._root:
             handle.remove()
@@ -647,26 +516,27 @@ class SparseTuner:
         _keep(self.model, _ROOT, left)
         _held.discard(self)
         for slot in self._froze:
-            kept = slot.module.__dict__[_KEPT]
+            kept = slot.module.__dict__[_hooks.KEPT]
             tuners, required = kept.pop(slot.attribute)
-            if tuners > 1:  # the last tuner to go gives back what was before the first
+            if tuners > 1:  # the last tuner that goes restores what was there before the first
                 kept[slot.attribute] = tuners - 1, required
             elif (weight := slot.now()) is not None:
                 weight.requires_grad_(required)
-            _keep(slot.module, _KEPT, kept)
+            _keep(slot.module, _hooks.KEPT, kept)
         self._tuned.clear()
         self._froze.clear()
         self._ignored.clear()
         self._root.clear()
-        _stop_watching()
+        _hooks.stop_watching()
 
     @contextmanager
     def disabled(self) -> Iterator[SparseTuner]:
         """The base within a ``with`` block, for reference logits, say; afterwards the trained weights, bit for bit.
 
-        Nothing that is computed inside gives the values a gradient. Blocks may be nested, and stand between a forward
-        and its backward, since the weights are the same again, to autograd too; a backward inside the block is refused
-        by autograd where it needs the trained weights. Optimizers cannot step inside. Holds a copy of the entries.
+        What is computed inside gives the values no gradient. Blocks may be nested. A block may stand between a forward
+        pass and its backward pass, since afterwards the weights are the same again, for autograd too; autograd refuses
+        a backward pass inside the block that needs the trained weights. Optimizers cannot step inside. Keeps a copy of
+        the trained entries meanwhile.
         """
         if self._disabled:
             self._disabled += 1
@@ -675,7 +545,7 @@ class SparseTuner:
             finally:
                 self._disabled -= 1
             return
-        # The weights hold the values first of all: what is put back afterwards is what they are now.
+        # First let the weights hold the values: afterwards what they hold now is put back.
         items = [(tuned.target.site, *tuned.target.tensors()) for tuned in self._attached()]
         settle(items)
         required = [weight.requires_grad for _, weight, _, _ in items]
@@ -685,14 +555,14 @@ class SparseTuner:
         self._disabled, self._group.off = 1, True
         try:
             scatter((site.granule, weight, at, site.saved.to(weight.device)) for site, weight, at, _ in items)
-            # A version of its own tells autograd what was saved inside from what was saved outside.
+            # By the version autograd distinguishes what was saved inside from what was saved outside.
             _set_versions((weight, version + _ASIDE) for weight, version in before)
             for weight, _ in before:
                 weight.requires_grad_(False)
             yield self
         finally:
             self._disabled, self._group.off = 0, False
-            # Wherever the model is by now.
+            # The weights that the model has by now.
             now = [getattr(tuned.owner, tuned.target.site.attribute) for tuned in self._tuned]
             undisturbed = [
                 (weight, version)
@@ -703,7 +573,7 @@ class SparseTuner:
                 (site.granule, weight, getattr(tuned.owner, site.indices_name), entries.to(weight.device, weight.dtype))
                 for tuned, (site, *_), weight, entries in zip(self._tuned, items, now, trained, strict=True)
             )
-            # The very bits that autograd saved are there again.
+            # The bits are those that autograd saved, so it may have their versions again.
             _set_versions(undisturbed)
             for weight, requires in zip(now, required, strict=True):
                 weight.requires_grad_(requires)
@@ -731,18 +601,18 @@ class SparseTuner:
 
     @property
     def nnz(self) -> int:
-        """Trainable entries."""
+        """The number of trainable entries."""
         return sum(tuned.plan.saved.numel() for tuned in self._tuned)
 
     @property
     def density(self) -> float:
-        """Share of the targeted weights' entries that train."""
+        """The share of the targeted weights' entries that train."""
         return self.nnz / max(1, sum(tuned.plan.slots[0].weight.numel() for tuned in self._tuned))
 
     def summary(self) -> str:
-        """A table of what trains: names, shape, entries, density, granule, and how the gradient is taken.
+        """A table of what trains: names, shape, entries, density, granule, and how the gradient is computed.
 
-        Layers that differ in their number alone share a row, ``*`` for the number.
+        Layers whose names differ only in a number share a row, with ``*`` for the number.
         """
         kinds: dict[tuple[str, ...], list[str]] = {}
         for tuned in self._attached():
@@ -789,10 +659,10 @@ class SparseTuner:
 
 
 def detach(model: nn.Module) -> None:
-    """Take every tuner off a model and give the base back, bit for bit; without one, nothing happens.
+    """Take every tuner off a model and put the base back, bit for bit; without a tuner, nothing happens.
 
-    The way back where the tuner is no longer at hand. Also for a copied or unpickled model, which has all that a tuner
-    put on the first one; that one stays as it is.
+    For when the tuner is no longer at hand; also for a copied or unpickled model, which has everything that a tuner put
+    on the first model (that one stays as it is).
     """
     model = _model.unwrap(model)
     modules = list(model.modules())
@@ -817,33 +687,18 @@ def detach(model: nn.Module) -> None:
     for module in modules:
         for handle in module.__dict__.get(_ROOT, ()):
             handle.remove()
-        for attribute, (_, required) in module.__dict__.get(_KEPT, {}).items():
+        for attribute, (_, required) in module.__dict__.get(_hooks.KEPT, {}).items():
             weight = _model.held(module, attribute)
             if weight is not None:
                 weight.requires_grad_(required)
         _ranks.unignore(module)
-        for name in (_ROOT, _KEPT):
+        for name in (_ROOT, _hooks.KEPT):
             _keep(module, name, None)
-    _stop_watching()
-
-
-def _trainable_places(who: str, adapter: Adapter, model: nn.Module, rename: Rename) -> dict[str, _places.Place]:
-    """Where the adapter's weights are in the model, by the adapter's names; refuses what cannot go on training."""
-    with _live.LOCK:
-        found = _places.find(who, adapter.weights, _model.slots(model, buffers=True), rename)
-        for places in found.values():
-            if len(places) > 1:
-                both = _fit.one_in_adapter(places[1].name, places[0].name)
-                raise AdapterError(f"{both} two in the model, which training would let drift apart; tie them first")
-            if not isinstance(places[0].slot.weight, nn.Parameter):
-                raise AdapterError(f"{places[0].name} is a buffer, not a parameter, so it cannot be trained")
-        anything = _fit.indifferent(adapter.weights, adapter.delta, 1.0)
-        _fit.check_content(who, adapter.weights, found, where=_places.WHERE, kind="model", anything=anything)
-    return {name: places[0] for name, places in found.items()}
+    _hooks.stop_watching()
 
 
 def _keep(module: nn.Module, name: str, content: Any) -> None:
-    """An attribute of the module, gone when there is nothing in it."""
+    """Set an attribute of the module; remove it if there is nothing in it."""
     if content:
         setattr(module, name, content)
     elif name in module.__dict__:
@@ -860,7 +715,7 @@ def _master_dtype(weight: Tensor) -> torch.dtype:
 
 
 def _identity(tuned: _Tuned) -> dict[str, Any]:
-    """What values belong to: a state whose identity differs is another adapter's."""
+    """What values belong to. A state with another identity is the state of another adapter."""
     return {
         "shape": list(tuned.plan.slots[0].weight.shape),
         "granule": tuned.plan.granule,

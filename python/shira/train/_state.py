@@ -1,58 +1,23 @@
-"""What a training run needs besides its loop: a loss, random states, batches on a device, a display of progress."""
+"""What a checkpoint holds besides the values: random states, states of optimizers, and what else training may change.
+
+States that come from a file are checked before anything takes them.
+"""
 
 from __future__ import annotations
 
 import numbers
 import random
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from shira.train.tuner import SparseTuner
+from shira.train.tuner import SparseTuner
 
-
-def loss_of_model(model: nn.Module, batch: Any) -> Tensor:
-    """The loss the model itself gives: ``output.loss`` or ``output["loss"]``, or its output if that is a tensor.
-
-    The model is called with a mapping as ``model(**batch)``, a tuple or list as ``model(*batch)``, a tensor as
-    ``model(batch)``.
-    """
-    if isinstance(batch, Mapping):
-        output = model(**batch)
-    elif isinstance(batch, (tuple, list)):
-        output = model(*batch)
-    elif isinstance(batch, Tensor):
-        output = model(batch)
-    else:
-        raise ValueError(
-            f"a batch must be a mapping, a tuple, a list or a tensor, got {type(batch).__name__}; for any other give "
-            f"loss=, a function of (model, batch)"
-        )
-    if isinstance(output, Tensor):
-        return output
-    found = getattr(output, "loss", None)
-    if found is None and isinstance(output, Mapping):
-        found = output.get("loss")
-    if found is None:
-        raise ValueError(
-            f"the model's output, {type(output).__name__}, has no loss; give the batches their labels, or loss=, a "
-            f"function of (model, batch)"
-        )
-    return found  # type: ignore[no-any-return]
-
-
-def scalar(loss: Any, what: str) -> Tensor:
-    """The loss, if it is a tensor of one number."""
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        given = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"{what} must be a scalar tensor, got {given}")
-    return loss
+# ---- random states -------------------------------------------------------------------------------------------
 
 
 def _generators(datas: tuple[Any, ...]) -> list[torch.Generator]:
@@ -68,8 +33,8 @@ def _generators(datas: tuple[Any, ...]) -> list[torch.Generator]:
 
 
 def random_state(*datas: Any) -> dict[str, Any]:
-    """The state of every source of chance: torch, numpy's and Python's global ones, and the data's own."""
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - others draw from the global one
+    """The state of every random generator: those of torch, numpy and Python, and those of the data loaders."""
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - data sets draw from the global one
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
@@ -90,7 +55,7 @@ def _python_state(state: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def check_random_state(state: Any, *datas: Any) -> None:
-    """Refuse what is no `random_state`, or not of these data; nothing is set."""
+    """Refuse what is not a `random_state`, or belongs to other data; nothing is set."""
     generators = _generators(datas)
     try:
         if len(generators) != len(state["generators"]):
@@ -112,9 +77,9 @@ def check_random_state(state: Any, *datas: Any) -> None:
 
 
 def set_random_state(state: Mapping[str, Any], *datas: Any) -> None:
-    """Go back to a `random_state` that was checked."""
+    """Go back to a `random_state` that has been checked."""
     torch.set_rng_state(state["torch"])
-    # Those of devices that are not here have nobody to draw from them.
+    # Nothing draws from the generators of devices that this machine does not have.
     for device, saved in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
         torch.cuda.set_rng_state(saved, device)
     np.random.set_state(_numpy_state(state))  # noqa: NPY002
@@ -127,7 +92,7 @@ def set_random_state(state: Mapping[str, Any], *datas: Any) -> None:
 
 
 def others(tuner: SparseTuner) -> dict[str, Tensor]:
-    """What training may change besides values: persistent buffers, and parameters that were unfrozen by hand."""
+    """What training may change besides the values: persistent buffers, and parameters that were unfrozen by hand."""
     model, ours = tuner.model, {id(p) for p in tuner._trained()}
     persistent = model.state_dict(keep_vars=True)
     buffers = {name: tensor for name, tensor in model.named_buffers() if name in persistent}
@@ -135,7 +100,7 @@ def others(tuner: SparseTuner) -> dict[str, Tensor]:
 
 
 def check_others(mine: Mapping[str, Tensor], theirs: Any) -> None:
-    """Refuse the `others` of another model."""
+    """Refuse the `others` of a different model."""
     if not isinstance(theirs, dict) or theirs.keys() != mine.keys():
         raise ValueError("the checkpoint is of a model with other buffers or other unfrozen parameters")
     for name, tensor in mine.items():
@@ -150,10 +115,10 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.d
 
 
 def plain(value: Any, where: str) -> Any:
-    """The state with Python's numbers for numpy's, as ``torch.load(weights_only=True)`` reads it back.
+    """The state with Python's numbers in place of numpy's, which ``torch.load(weights_only=True)`` does not read.
 
-    Refuses what that would refuse, before it is written. Python's numbers go on as numpy's did: float32 is the
-    exception, with which a schedule would give other learning rates.
+    Refuses what it would not read either, before anything is written. A schedule goes on with Python's numbers as with
+    numpy's, except for float32, which is refused: with more digits it would give other learning rates.
     """
     if isinstance(value, Tensor) or type(value) in _PLAIN:
         return value
@@ -180,7 +145,7 @@ def _is_number(value: Any) -> bool:
 
 
 def check_form(mine: Any, theirs: Any, where: str) -> None:
-    """Refuse a loaded state that has another form than the one it takes the place of; numbers and texts may differ."""
+    """Refuse a loaded state whose form differs from that of the state it will replace; numbers and texts may differ."""
     wrong = None
     if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
         if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
@@ -201,7 +166,7 @@ def check_form(mine: Any, theirs: Any, where: str) -> None:
             for at, (one, two) in enumerate(zip(mine, theirs, strict=True)):
                 check_form(one, two, f"{where}[{at}]")
     elif mine is None or isinstance(mine, bool):
-        # Options that are True, False or left to torch; and what is not known yet.
+        # Options that are True, False or None (torch decides), and what has no value yet.
         if not (theirs is None or isinstance(theirs, bool) or (mine is None and isinstance(theirs, (int, float, str)))):
             wrong = f"must be {mine!r} or the like, got {type(theirs).__name__}"
     elif _is_number(mine) or isinstance(mine, Tensor):
@@ -215,7 +180,7 @@ def check_form(mine: Any, theirs: Any, where: str) -> None:
         raise ValueError(f"the checkpoint's {where} {wrong:.400}")
 
 
-# Entries of an optimizer's state that are as large as the parameter, by the names that everybody gives them.
+# The entries of an optimizer's state that have the parameter's shape, by the names that most optimizers give them.
 _OF_PARAMETERS_SIZE = frozenset(
     [
         "exp_avg",
@@ -229,13 +194,13 @@ _OF_PARAMETERS_SIZE = frozenset(
         "sum",
     ]
 )
-# Options of an optimizer's groups that are True, False or left to torch.
+# Options of an optimizer's groups that are True, False or None (torch decides).
 _FLAGS = frozenset(["foreach", "fused", "capturable", "differentiable", "maximize", "nesterov", "amsgrad"])
 _ADAM = frozenset(["step", "exp_avg", "exp_avg_sq"])
 
 
 def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
-    """Refuse a state that is not a state of this optimizer, which ``load_state_dict`` takes as it comes."""
+    """Refuse a state that is not a state of this optimizer; ``load_state_dict`` itself would take it."""
     mine = optimizer.state_dict()
     if not isinstance(state, dict) or state.keys() != mine.keys():
         raise ValueError("the checkpoint's optimizer has no state and param_groups")
@@ -272,41 +237,3 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
         missing = sorted(_ADAM - next(iter(names)))
         if missing or not all(isinstance(one["step"], Tensor) for one in states.values() if one):
             raise ValueError(f"the checkpoint's optimizer's state lacks {', '.join(missing) or 'a tensor step'}")
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on the model's device."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch
-
-
-@contextmanager
-def progress(show: bool, done: int, total: int | None, every: int) -> Iterator[Callable[[int, float, float], None]]:
-    """Something to tell step, loss and learning rate to."""
-    if not show:
-        yield lambda step, loss, lr: None
-        return
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    except ImportError:
-        terminal = False
-    else:
-        terminal = (console := Console(stderr=True)).is_terminal
-    if not terminal:
-        # Another line for every step would fill a log.
-        def line(step: int, loss: float, lr: float) -> None:
-            if step % every == 0 or step == total:
-                print(f"step {step}{'' if total is None else f'/{total}'}  loss {loss:.4f}  lr {lr:.3g}", flush=True)
-
-        yield line
-        return
-    columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("train", total=total, completed=done, text="")
-        yield lambda step, loss, lr: bar.update(task, completed=step, text=f"loss {loss:.4f}  lr {lr:.3g}")

@@ -1,17 +1,30 @@
-// The registers that sampled_grad computes in, for each vector width: what csrc/cpu/gradient_kernel.h is written over.
+// The registers that products are computed in, for each vector width: what csrc/cpu/*_kernel.h are written over.
 //
 // A type of registers has
 //   Value                   what a lane holds: float or double
 //   Register, kLanes        a register and its number of lanes
+//   kSums                   how many sums stay in registers, beside what is added to them
 //   load(p)                 kLanes numbers of a dtype, as `Value`: exact
-//   store, zero, multiply_add
+//   store, zero, multiply, multiply_add
+//   broadcast(x)            a number in every lane
+//   fused(a, b, sum)        multiply_add of single numbers: what a lane of registers gives
 //   transpose(r)            kLanes registers as a square of numbers
 //   sum(a, p)               p[k] = the sum of the lanes of a[k], for kGroup registers
 #pragma once
+#include <algorithm>
+#include <memory>
+#include <new>
+
 #include "../core/arithmetic.h"
 #include "../core/width.h"
 
 namespace shira::cpu {
+
+template <typename T>
+std::unique_ptr<T[], void (*)(T*)> allocate(int64_t count) {  // by lines: a register across two loads at half the speed
+  constexpr std::align_val_t kLine{64};
+  return {static_cast<T*>(::operator new(count * sizeof(T), kLine)), [](T* p) { ::operator delete(p, kLine); }};
+}
 
 constexpr int kGroup = 8;  // entries whose sums run side by side: enough to hide the latency of a multiply-add
 
@@ -27,7 +40,7 @@ namespace portable {
 template <typename T>
 struct Lanes {
   using Value = T;
-  static constexpr int kLanes = 4;
+  static constexpr int kLanes = 4, kSums = 8;
   struct Register {
     T lane[kLanes];
   };
@@ -46,10 +59,21 @@ struct Lanes {
     for (int i = 0; i < kLanes; ++i) to[i] = r.lane[i];
   }
   static Register zero() { return Register{}; }
+  static Register broadcast(T x) {
+    Register r;
+    for (int i = 0; i < kLanes; ++i) r.lane[i] = x;
+    return r;
+  }
+  static Register multiply(const Register& a, const Register& b) {
+    Register r;
+    for (int i = 0; i < kLanes; ++i) r.lane[i] = a.lane[i] * b.lane[i];
+    return r;
+  }
   static Register multiply_add(const Register& a, const Register& b, Register sum) {
     for (int i = 0; i < kLanes; ++i) sum.lane[i] += a.lane[i] * b.lane[i];
     return sum;
   }
+  static T fused(T a, T b, T sum) { return sum + a * b; }
   static void transpose(Register* r) {
     for (int i = 0; i < kLanes; ++i)
       for (int k = 0; k < i; ++k) std::swap(r[i].lane[k], r[k].lane[i]);
@@ -69,7 +93,7 @@ namespace avx2 {
 struct Floats {
   using Value = float;
   using Register = __m256;
-  static constexpr int kLanes = 8;
+  static constexpr int kLanes = 8, kSums = 8;
   SHIRA_AVX2 static __m256 load(const float* from) { return _mm256_loadu_ps(from); }
   SHIRA_AVX2 static __m256 load(Source<core::Float32> from) {
     return _mm256_loadu_ps(reinterpret_cast<const float*>(from.data));
@@ -83,6 +107,9 @@ struct Floats {
   }
   SHIRA_AVX2 static void store(float* to, __m256 r) { _mm256_storeu_ps(to, r); }
   SHIRA_AVX2 static __m256 zero() { return _mm256_setzero_ps(); }
+  SHIRA_AVX2 static __m256 broadcast(float x) { return _mm256_set1_ps(x); }
+  SHIRA_AVX2 static __m256 multiply(__m256 a, __m256 b) { return _mm256_mul_ps(a, b); }
+  SHIRA_AVX2 static float fused(float a, float b, float sum) { return __builtin_fmaf(a, b, sum); }
   SHIRA_AVX2 static __m256 multiply_add(__m256 a, __m256 b, __m256 sum) { return _mm256_fmadd_ps(a, b, sum); }
   SHIRA_AVX2 static void transpose(__m256* r) {
     __m256 s[8];
@@ -113,13 +140,19 @@ struct Floats {
 struct Doubles {
   using Value = double;
   using Register = __m256d;
-  static constexpr int kLanes = 4;
+  static constexpr int kLanes = 4, kSums = 8;
   SHIRA_AVX2 static __m256d load(const double* from) { return _mm256_loadu_pd(from); }
   SHIRA_AVX2 static __m256d load(Source<core::Float64> from) {
     return _mm256_loadu_pd(reinterpret_cast<const double*>(from.data));
   }
+  SHIRA_AVX2 static __m256d load(Source<core::Float32> from) {
+    return _mm256_cvtps_pd(_mm_loadu_ps(reinterpret_cast<const float*>(from.data)));
+  }
   SHIRA_AVX2 static void store(double* to, __m256d r) { _mm256_storeu_pd(to, r); }
   SHIRA_AVX2 static __m256d zero() { return _mm256_setzero_pd(); }
+  SHIRA_AVX2 static __m256d broadcast(double x) { return _mm256_set1_pd(x); }
+  SHIRA_AVX2 static __m256d multiply(__m256d a, __m256d b) { return _mm256_mul_pd(a, b); }
+  SHIRA_AVX2 static double fused(double a, double b, double sum) { return __builtin_fma(a, b, sum); }
   SHIRA_AVX2 static __m256d multiply_add(__m256d a, __m256d b, __m256d sum) { return _mm256_fmadd_pd(a, b, sum); }
   SHIRA_AVX2 static void transpose(__m256d* r) {
     const __m256d a = _mm256_unpacklo_pd(r[0], r[1]), b = _mm256_unpackhi_pd(r[0], r[1]);
@@ -144,7 +177,7 @@ namespace avx512 {
 struct Floats {
   using Value = float;
   using Register = __m512;
-  static constexpr int kLanes = 16;
+  static constexpr int kLanes = 16, kSums = 16;
   SHIRA_AVX512 static __m512 load(const float* from) { return _mm512_loadu_ps(from); }
   SHIRA_AVX512 static __m512 load(Source<core::Float32> from) { return _mm512_loadu_ps(from.data); }
   SHIRA_AVX512 static __m512 load(Source<core::Float16> from) {
@@ -156,6 +189,9 @@ struct Floats {
   }
   SHIRA_AVX512 static void store(float* to, __m512 r) { _mm512_storeu_ps(to, r); }
   SHIRA_AVX512 static __m512 zero() { return _mm512_setzero_ps(); }
+  SHIRA_AVX512 static __m512 broadcast(float x) { return _mm512_set1_ps(x); }
+  SHIRA_AVX512 static __m512 multiply(__m512 a, __m512 b) { return _mm512_mul_ps(a, b); }
+  SHIRA_AVX512 static float fused(float a, float b, float sum) { return __builtin_fmaf(a, b, sum); }
   SHIRA_AVX512 static __m512 multiply_add(__m512 a, __m512 b, __m512 sum) { return _mm512_fmadd_ps(a, b, sum); }
   SHIRA_AVX512 static void transpose(__m512* r) {
     __m512 s[16];
@@ -200,11 +236,17 @@ struct Floats {
 struct Doubles {
   using Value = double;
   using Register = __m512d;
-  static constexpr int kLanes = 8;
+  static constexpr int kLanes = 8, kSums = 16;
   SHIRA_AVX512 static __m512d load(const double* from) { return _mm512_loadu_pd(from); }
   SHIRA_AVX512 static __m512d load(Source<core::Float64> from) { return _mm512_loadu_pd(from.data); }
+  SHIRA_AVX512 static __m512d load(Source<core::Float32> from) {
+    return _mm512_cvtps_pd(_mm256_loadu_ps(reinterpret_cast<const float*>(from.data)));
+  }
   SHIRA_AVX512 static void store(double* to, __m512d r) { _mm512_storeu_pd(to, r); }
   SHIRA_AVX512 static __m512d zero() { return _mm512_setzero_pd(); }
+  SHIRA_AVX512 static __m512d broadcast(double x) { return _mm512_set1_pd(x); }
+  SHIRA_AVX512 static __m512d multiply(__m512d a, __m512d b) { return _mm512_mul_pd(a, b); }
+  SHIRA_AVX512 static double fused(double a, double b, double sum) { return __builtin_fma(a, b, sum); }
   SHIRA_AVX512 static __m512d multiply_add(__m512d a, __m512d b, __m512d sum) { return _mm512_fmadd_pd(a, b, sum); }
   SHIRA_AVX512 static void transpose(__m512d* r) {
     __m512d s[8];

@@ -1,0 +1,177 @@
+"""Adapters laid over a layer of 4096 x 4096 that is not written, beside unmerged LoRA of equal parameters; 1 % a layer.
+
+LoRA     its two products of rank 20, the second fused into the addition: `output.addmm_(input @ a.T, b.T)`
+layer    the layer's own product
+stream   the indices and values read once, as fast as a plain loop can
+mixed    PEFT's LoRA with `adapter_names`: 32 adapters, a token each; its base layer is not computed, here as there
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.speed import common
+from benchmarks.speed.common import BF16, FP32, Report, compare, lora_rank, random_indices, settings
+
+shira, machine = torch.ops.shira, torch.ops.shira_bench
+DTYPES = pytest.mark.parametrize("dtype", [FP32, BF16], ids=common.dtype_name)
+GRANULES = pytest.mark.parametrize("granule", [16, 1])
+ADAPTERS, ALPHA = 32, 0.5
+
+
+class Adapters:
+    """Masks with values, and LoRA's factors, of as many parameters each. Small integers: all sums are exact."""
+
+    def __init__(self, dtype: torch.dtype, granule: int, count: int = 1) -> None:
+        side, rank = settings.side, lora_rank()
+        rng, self.granule = np.random.default_rng(granule), granule
+        limit = side * side // granule
+        entries = max(32, limit // 100 // 32 * 32)  # whole lines of the cache, which `machine.read` asks for
+        self.indices = [random_indices(rng, limit, entries).clone() for _ in range(count)]
+        self.random = torch.Generator().manual_seed(granule)
+        self.values = [self.numbers(len(one) * granule, dtype=dtype) for one in self.indices]
+        self.a = [self.numbers(rank, side, dtype=dtype) for _ in range(count)]
+        self.b = [self.numbers(side, rank, dtype=dtype) for _ in range(count)]
+        self.alphas = torch.full((count,), ALPHA)
+
+    def numbers(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.randint(-2, 3, shape, generator=self.random).to(dtype)
+
+    def nbytes(self) -> int:
+        return sum(one.nbytes for one in (*self.indices, *self.values))
+
+
+@dataclass
+class Batch:
+    """Tokens in and out, and the adapter that each names."""
+
+    input: torch.Tensor
+    output: torch.Tensor
+    named: torch.Tensor
+
+    @classmethod
+    def of(cls, adapters: Adapters, tokens: int, dtype: torch.dtype, named: torch.Tensor) -> Batch:
+        input, output = (adapters.numbers(tokens, settings.side, dtype=dtype) for _ in range(2))
+        return cls(input, output, named.to(torch.int32))
+
+    def overlay(self, adapters: Adapters) -> None:
+        shira.sparse_linear_add_(
+            self.output,
+            self.input,
+            adapters.indices,
+            adapters.values,
+            self.named,
+            adapters.alphas,
+            granule=adapters.granule,
+        )
+
+    def prove(self, adapters: Adapters) -> None:
+        """Exact against dense products in fp64, for some of the outputs."""
+        own = copy.deepcopy(self)
+        own.overlay(adapters)
+        some = torch.arange(0, settings.side, max(1, settings.side // 64))
+        for k in self.named.unique().tolist():
+            dense = torch.zeros(settings.side**2 // adapters.granule, adapters.granule, dtype=torch.float64)
+            dense[adapters.indices[k].long()] = adapters.values[k].double().view(-1, adapters.granule)
+            rows, weight = self.named == k, dense.view(settings.side, settings.side)[some]
+            wanted = self.output[rows][:, some].double() + ALPHA * (self.input[rows].double() @ weight.T)
+            assert torch.equal(own.output[rows][:, some], wanted.to(self.output.dtype))
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 128, *(pytest.param(one, marks=pytest.mark.full) for one in (16, 64, 512))])
+@GRANULES
+@DTYPES
+def bench_overlay(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, granule: int, tokens: int) -> None:
+    adapters = Adapters(dtype, granule)
+    batch = Batch.of(adapters, tokens, dtype, torch.zeros(tokens))
+    batch.prove(adapters)
+    weight = adapters.numbers(settings.side, settings.side, dtype=dtype)
+    layer = torch.empty_like(batch.output)
+
+    def lora() -> None:
+        batch.output.addmm_(batch.input @ adapters.a[0].T, adapters.b[0].T, alpha=ALPHA)
+
+    def stream() -> None:
+        for one in (adapters.indices[0], adapters.values[0]):
+            machine.read(one, False)
+
+    name = common.dtype_name(dtype)
+    op = "sparse_linear_add_"
+    ways = {"LoRA": lora, "layer": lambda: torch.mm(batch.input, weight.T, out=layer), "stream": stream}
+    # Warm, as a layer's adapter is in the loop over one batch's tokens; LoRA's factors are as large.
+    timing = compare(benchmark, (op, lambda: batch.overlay(adapters)), ways, cold=False)
+    report = Report(benchmark, threads, dtype=name, tokens=tokens, granule=granule, side=settings.side)
+    report.seconds(timing)
+    report.bandwidth(timing, op, adapters.nbytes() + batch.input.nbytes + 2 * batch.output.nbytes)
+    variant = f"{tokens} tokens"
+    if tokens == 128:
+        report.ratio(f"overlay of LoRA {name}, granule {granule}", variant, timing, op, "LoRA")
+    else:
+        report.ratio("overlay of LoRA, other batches", f"{name}, granule {granule}, {variant}", timing, op, "LoRA")
+    if tokens == 1:
+        report.ratio("overlay of stream", f"{name}, granule {granule}", timing, op, "stream")
+    report.share("overlay of layer", f"{name}, granule {granule}, {variant}", timing, "layer")
+
+
+class Given(torch.nn.Linear):
+    """A layer whose output is there already: what adapters cost alone."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.output
+
+
+def peft_layer(adapters: Adapters, batch: Batch) -> Any:
+    """PEFT's layer over `Given`, with LoRA's factors as its adapters."""
+    peft = pytest.importorskip("peft")
+    model = torch.nn.Sequential(Given(settings.side, settings.side, bias=False, dtype=batch.input.dtype))
+    model[0].output = batch.output.clone()
+    config = peft.LoraConfig(r=lora_rank(), lora_alpha=ALPHA * lora_rank(), target_modules=["0"])
+    made = peft.get_peft_model(model, config, adapter_name="0", autocast_adapter_dtype=False)
+    for k in range(1, len(adapters.indices)):
+        made.add_adapter(str(k), config)
+    layer = made.base_model.model[0]
+    for k in range(len(adapters.indices)):
+        layer.lora_A[str(k)].weight = torch.nn.Parameter(adapters.a[k], requires_grad=False)
+        layer.lora_B[str(k)].weight = torch.nn.Parameter(adapters.b[k], requires_grad=False)
+    return layer.eval()
+
+
+@GRANULES
+@DTYPES
+def bench_mixed(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, granule: int) -> None:
+    adapters = Adapters(dtype, granule, ADAPTERS)
+    batch = Batch.of(adapters, ADAPTERS, dtype, torch.arange(ADAPTERS))
+    batch.prove(adapters)
+    layer, names = peft_layer(adapters, batch), [str(k) for k in range(ADAPTERS)]
+    factors = ((a.double(), b.double()) for a, b in zip(adapters.a, adapters.b, strict=True))
+    wanted = [x.double() @ a.T @ b.T * ALPHA for x, (a, b) in zip(batch.input, factors, strict=True)]
+    with torch.no_grad():
+        given = layer(batch.input, adapter_names=names)
+        torch.testing.assert_close(given.double(), batch.output.double() + torch.stack(wanted), rtol=2**-5, atol=4)
+
+        def mixed() -> None:
+            layer(batch.input, adapter_names=names)
+
+        def stream() -> None:
+            for one in (*adapters.indices, *adapters.values):
+                machine.read(one, False)
+
+        timing = compare(
+            benchmark,
+            ("sparse_linear_add_", lambda: batch.overlay(adapters)),
+            {"mixed": mixed, "stream": stream},
+            cold=False,
+        )
+    name = common.dtype_name(dtype)
+    report = Report(benchmark, threads, dtype=name, granule=granule, adapters=ADAPTERS, side=settings.side)
+    report.seconds(timing)
+    report.bandwidth(timing, "sparse_linear_add_", adapters.nbytes())
+    report.ratio(f"overlay over mixed, granule {granule}", name, timing, "mixed")
+    report.ratio("mixed overlay of stream", f"{name}, granule {granule}", timing, "sparse_linear_add_", "stream")

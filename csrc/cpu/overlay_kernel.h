@@ -1,0 +1,168 @@
+// The loops of the overlay family. Included once for each vector width, in its namespace: Floats and Doubles are the
+// registers of that width, and SHIRA_TARGET lets the compiler use its instructions.
+//
+// Over packed tokens a lane is a token: an output is one sum over its entries in the mask's order, whatever the other
+// tokens are, and however many registers lie side by side. `row_sums` makes the same sums of one token.
+#include "pack_kernel.h"
+
+// sums[r] = the sums of row `first + r`, of kSide registers of tokens; x has as many a column.
+template <typename Registers, int kSide, typename I, bool single>
+SHIRA_TARGET void rows(Walk<I, single> walk, int64_t first, int64_t count, const typename Registers::Value* values,
+                       const typename Registers::Value* x, typename Registers::Value* sums) {
+  constexpr int64_t kDepth = kSide * Registers::kLanes;
+  for (int64_t row = first; row < first + count; ++row, sums += kDepth) {
+    typename Registers::Register sum[kSide];
+    for (int side = 0; side < kSide; ++side) sum[side] = Registers::zero();
+    int64_t column, length;
+    while (walk.next(row * walk.columns, column, length)) {
+      const auto* from = x + column * kDepth;
+      for (int64_t k = 0; k < length; ++k, from += kDepth) {
+        const auto value = Registers::broadcast(*values++);
+        for (int side = 0; side < kSide; ++side)
+          sum[side] = Registers::multiply_add(value, Registers::load(from + side * Registers::kLanes), sum[side]);
+      }
+    }
+    for (int side = 0; side < kSide; ++side) Registers::store(sums + side * Registers::kLanes, sum[side]);
+  }
+}
+
+// `rows` for granules that lie side by side in a row, column by column: those of one column need the same packed
+// columns, which then stay in the first-level cache and are loaded once for several rows. sums[row] are added to; the
+// granules of an earlier column come first, so each sum is made in the order of `rows`.
+template <typename Registers, int kSide, int kTall>
+SHIRA_TARGET void column_of(const Placed* placed, int64_t count, int64_t granule,
+                            const typename Registers::Value* values, const typename Registers::Value* x,
+                            typename Registers::Value* sums) {
+  constexpr int64_t kDepth = kSide * Registers::kLanes;
+  for (; count >= kTall; count -= kTall, placed += kTall) {
+    typename Registers::Register sum[kTall][kSide];
+    const typename Registers::Value* own[kTall];
+    for (int k = 0; k < kTall; ++k) {
+      own[k] = values + placed[k].number * granule;
+      for (int side = 0; side < kSide; ++side)
+        sum[k][side] = Registers::load(sums + placed[k].row * kDepth + side * Registers::kLanes);
+    }
+    for (int64_t j = 0; j < granule; ++j) {
+      typename Registers::Register numbers[kSide];
+      for (int side = 0; side < kSide; ++side)
+        numbers[side] = Registers::load(x + j * kDepth + side * Registers::kLanes);
+      for (int k = 0; k < kTall; ++k) {
+        const auto value = Registers::broadcast(own[k][j]);
+        for (int side = 0; side < kSide; ++side)
+          sum[k][side] = Registers::multiply_add(value, numbers[side], sum[k][side]);
+      }
+    }
+    for (int k = 0; k < kTall; ++k)
+      for (int side = 0; side < kSide; ++side)
+        Registers::store(sums + placed[k].row * kDepth + side * Registers::kLanes, sum[k][side]);
+  }
+  if constexpr (kTall > 1)
+    if (count > 0) column_of<Registers, kSide, kTall / 2>(placed, count, granule, values, x, sums);
+}
+
+template <typename Registers, int kSide>
+SHIRA_TARGET void columns(const Placed* placed, const int64_t* starts, int64_t count, int64_t granule,
+                          const typename Registers::Value* values, const typename Registers::Value* x,
+                          typename Registers::Value* sums) {
+  for (int64_t column = 0; column < count; ++column, x += granule * kSide * Registers::kLanes)
+    column_of<Registers, kSide, Registers::kSums / kSide>(placed + starts[column], starts[column + 1] - starts[column],
+                                                          granule, values, x, sums);
+}
+
+// `rows` transposed: x has the rows from `first` on, and sums are those of all columns, added to.
+template <typename Registers, int kSide, typename I, bool single>
+SHIRA_TARGET void spread(Walk<I, single> walk, int64_t first, int64_t count, const typename Registers::Value* values,
+                         const typename Registers::Value* x, typename Registers::Value* sums) {
+  constexpr int64_t kDepth = kSide * Registers::kLanes;
+  for (int64_t row = first; row < first + count; ++row, x += kDepth) {
+    typename Registers::Register own[kSide];
+    for (int side = 0; side < kSide; ++side) own[side] = Registers::load(x + side * Registers::kLanes);
+    int64_t column, length;
+    while (walk.next(row * walk.columns, column, length)) {
+      auto* to = sums + column * kDepth;
+      for (int64_t k = 0; k < length; ++k, to += kDepth) {
+        const auto value = Registers::broadcast(*values++);
+        for (int side = 0; side < kSide; ++side) {
+          auto* const place = to + side * Registers::kLanes;
+          Registers::store(place, Registers::multiply_add(value, own[side], Registers::load(place)));
+        }
+      }
+    }
+  }
+}
+
+// `rows` for one token: x has a number a column.
+template <typename Registers, typename I, bool single>
+SHIRA_TARGET void row_sums(Walk<I, single> walk, int64_t first, int64_t count, const typename Registers::Value* values,
+                           const typename Registers::Value* x, typename Registers::Value* sums) {
+  for (int64_t row = first; row < first + count; ++row, ++sums) {
+    typename Registers::Value sum = 0;
+    int64_t column, length;
+    while (walk.next(row * walk.columns, column, length))
+      for (int64_t k = 0; k < length; ++k) sum = Registers::fused(*values++, x[column + k], sum);
+    *sums = sum;
+  }
+}
+
+// `spread` for one token.
+template <typename Registers, typename I, bool single>
+SHIRA_TARGET void row_spread(Walk<I, single> walk, int64_t first, int64_t count,
+                             const typename Registers::Value* values, const typename Registers::Value* x,
+                             typename Registers::Value* sums) {
+  for (int64_t row = first; row < first + count; ++row, ++x) {
+    int64_t column, length;
+    while (walk.next(row * walk.columns, column, length))
+      for (int64_t k = 0; k < length; ++k) sums[column + k] = Registers::fused(*values++, *x, sums[column + k]);
+  }
+}
+
+// One token and granules that fill registers and end with their rows: a granule is summed across its lanes, and then
+// added to its row. `a_row` granules are in a row, `inverse` is 1 / a_row;
+// sums are those of the rows from `first` on.
+template <typename Registers, typename V, typename I>
+SHIRA_TARGET void granule_sums(const I* indices, int64_t n, int64_t granule, int64_t a_row, double inverse,
+                               int64_t first, const typename V::Bits* values, const typename Registers::Value* x,
+                               typename Registers::Value* sums) {
+  constexpr int64_t kLanes = Registers::kLanes;
+  typename Registers::Register sum[kGroup];
+  typename Registers::Value total[kGroup];
+  int64_t rows[kGroup];
+  for (int64_t from = 0; from < n; from += kGroup) {
+    const int64_t here = std::min<int64_t>(kGroup, n - from);
+    for (int k = 0; k < kGroup; ++k) {
+      const int64_t at = from + std::min<int64_t>(k, here - 1), index = indices[at];
+      // Half an index away from the next whole number, which rounding does not bridge below 2^50.
+      rows[k] = static_cast<int64_t>((static_cast<double>(index) + 0.5) * inverse);
+      const auto* const own = x + (index - rows[k] * a_row) * granule;
+      const auto* const value = values + at * granule;
+      sum[k] = Registers::multiply(Registers::load(Source<V>{value}), Registers::load(own));
+      for (int64_t lane = kLanes; lane < granule; lane += kLanes)
+        sum[k] = Registers::multiply_add(Registers::load(Source<V>{value + lane}), Registers::load(own + lane), sum[k]);
+    }
+    Registers::sum(sum, total);
+    for (int64_t k = 0; k < here; ++k) sums[rows[k] - first] += total[k];
+  }
+}
+
+template <typename Registers, typename I, bool single>
+Loops<typename Registers::Value, I, single> loops_of() {
+  return {{rows<Registers, 1, I, single>, rows<Registers, 2, I, single>, rows<Registers, 4, I, single>,
+           rows<Registers, 8, I, single>},
+          {spread<Registers, 1, I, single>, spread<Registers, 2, I, single>, spread<Registers, 4, I, single>,
+           spread<Registers, 8, I, single>},
+          row_sums<Registers, I, single>,
+          row_spread<Registers, I, single>};
+}
+
+template <typename W, typename V, typename I>
+Kernel<W, V, I> kernel_of() {
+  using C = typename W::Compute;
+  using Registers = std::conditional_t<std::is_same_v<C, double>, Doubles, Floats>;
+  return {Registers::kLanes,
+          pack<Registers, W>,
+          pack<Registers, Wide<C>>,
+          granule_sums<Registers, V, I>,
+          {columns<Registers, 1>, columns<Registers, 2>},
+          loops_of<Registers, I, true>(),
+          loops_of<Registers, I, false>()};
+}
