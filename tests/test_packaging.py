@@ -93,7 +93,8 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert result.returncode == 0, result.stderr
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as file:
-        file.extractall(folder / "unpacked", filter="data")
+        # Python 3.10 and 3.11 have the filter from their later patches on only.
+        file.extractall(folder / "unpacked", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     (unpacked,) = (folder / "unpacked").iterdir()
     return unpacked
 

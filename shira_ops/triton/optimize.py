@@ -27,7 +27,8 @@ def given(x, TYPE: tl.constexpr):
     if TYPE is None:
         return number(x, tl.float64)
     else:
-        return tl.load(x.to(tl.pointer_type(TYPE))).to(tl.float64)
+        # 64 bits first: the interpreter takes a low address for an int32.
+        return tl.load(x.to(tl.int64).to(tl.pointer_type(TYPE))).to(tl.float64)
 
 
 @triton.jit
@@ -77,7 +78,7 @@ def adamw_numbers_kernel(
     if STEP is None:
         t = step
     else:
-        t = tl.load(step.to(tl.pointer_type(STEP))).to(tl.int64)
+        t = tl.load(step.to(tl.int64).to(tl.pointer_type(STEP))).to(tl.int64)
     rate = given(lr, LR)
     first, second = number(beta1, tl.float64), number(beta2, tl.float64)
     C: tl.constexpr = numbers.dtype.element_ty

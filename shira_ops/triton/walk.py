@@ -83,13 +83,13 @@ def field(jobs, members, member, K: tl.constexpr, DEAL: tl.constexpr):
 def memory(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """Entries travel as integers, so that no load or store looks at them."""
     if TYPE.primitive_bitwidth == 8:
-        pointer = address.to(tl.pointer_type(tl.int8))
+        pointer = address.to(tl.int64).to(tl.pointer_type(tl.int8))
     elif TYPE.primitive_bitwidth == 16:
-        pointer = address.to(tl.pointer_type(tl.int16))
+        pointer = address.to(tl.int64).to(tl.pointer_type(tl.int16))
     elif TYPE.primitive_bitwidth == 32:
-        pointer = address.to(tl.pointer_type(tl.int32))
+        pointer = address.to(tl.int64).to(tl.pointer_type(tl.int32))
     else:
-        pointer = address.to(tl.pointer_type(tl.int64))
+        pointer = address.to(tl.int64).to(tl.pointer_type(tl.int64))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
