@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shira import _live, _model, _places, _text
+from shira import _granules, _live, _model, _places, _text
 from shira._live import LOCK, SwitchError, Weight
 from shira._text import AdapterError
 from shira.adapter.adapter import Adapter
@@ -273,7 +273,7 @@ class Switcher:
             weight = self._ledger.weight(slot.weight)
             if weight is None:
                 with quiet():
-                    return _live.fingerprint(slot.weight)
+                    return _granules.fingerprint(slot.weight)
             return self._ledger.fingerprint(weight)
 
     def verify(self, *, full: bool = False) -> None:

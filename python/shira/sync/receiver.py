@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import shira_ops
-from shira import _live, _model
-from shira._granules import dtype_name
+from shira import _granules, _live, _model
+from shira._granules import WORD, dtype_name
 from shira._live import SwitchError
 from shira._model import VALUES_SUFFIX
 from shira._text import AdapterError, named
@@ -21,7 +21,6 @@ from shira.serve.switcher import Switcher
 from shira.sync._weights import Weight, by_call, fingerprints, refuse_moved, weights_of
 from shira.sync.update import SyncError, Update, bits, compose, shown_version, version_of
 
-_WORD = 2**64 - 1
 _ANEW = "make a new Receiver"
 
 
@@ -135,7 +134,7 @@ class Receiver:
         with _live.LOCK, torch.no_grad():
             tensors = [slot.weight for slot in _model.slots(self.model, buffers=True).values()]
             with _bare("the first look", tensors):
-                self._weights = weights_of("Receiver", self.model, exclude, _fingerprint)
+                self._weights = weights_of("Receiver", self.model, exclude)
         self._names = {slot.name: weight for weight in self._weights.values() for slot in weight.slots}
         self._state = _State(version_of(fingerprints(self._weights)))
 
@@ -219,7 +218,9 @@ class Receiver:
             refuse_moved("Receiver", self._weights.values(), _ANEW)
             self._heal(switchers)
             different = [
-                name for name, weight in self._weights.items() if _fingerprint(weight.tensor) != weight.fingerprint
+                name
+                for name, weight in self._weights.items()
+                if _granules.fingerprint(weight.tensor) != weight.fingerprint
             ]
             if different:
                 raise SyncError(f"Receiver: {_model.some(different)} changed since the last commit; {_LOAD}")
@@ -273,7 +274,7 @@ class Receiver:
             self._heal(switchers)
             for weight in self._weights.values():
                 known = not weight.touched() or _live.base_of(weight.slots[0].weight) == weight.fingerprint
-                if not known and _fingerprint(weight.tensor) != weight.fingerprint:
+                if not known and _granules.fingerprint(weight.tensor) != weight.fingerprint:
                     raise SyncError(f"Receiver: {what} refused: {weight.name} was changed by someone else; {_LOAD}")
                 weight.note()
             self._state = self._state._replace(torn=_Torn(moves, back))
@@ -292,7 +293,7 @@ class Receiver:
         wrong = [
             weight.name
             for weight, difference in differences.items()
-            if (weight.fingerprint + difference) & _WORD != moves.fingerprint(weight, written=not back)
+            if (weight.fingerprint + difference) & WORD != moves.fingerprint(weight, written=not back)
         ]
         if wrong:
             raise SyncError(
@@ -363,10 +364,6 @@ def _differences(shares: dict[Weight, tuple[Tensor, Tensor]]) -> dict[Weight, in
         before, after = (torch.stack(side).tolist() for side in sides)
         found |= {weight: new - old for weight, old, new in zip(weights, before, after, strict=True)}
     return found
-
-
-def _fingerprint(tensor: Tensor) -> int:
-    return int(shira_ops.fingerprint(tensor.detach())) & _WORD
 
 
 @contextmanager
