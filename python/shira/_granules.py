@@ -10,6 +10,7 @@ from torch import Tensor
 
 import shira_ops
 from shira._text import dtype_name as dtype_name
+from shira_ops.checks import index_dtype as index_dtype
 
 WORD = 2**64 - 1
 """The largest 64-bit word; ``number & WORD`` is the number modulo 2^64, as fingerprints are added."""
@@ -44,11 +45,6 @@ def fingerprint(weight: Tensor) -> int:
 def fingerprint_at(weight: Tensor, indices: Tensor, granule: int) -> int:
     """`shira_ops.fingerprint_at` as an unsigned Python number."""
     return int(shira_ops.fingerprint_at(weight.detach(), indices, granule=granule)) & WORD
-
-
-def index_dtype(granules: int) -> torch.dtype:
-    """int32 while every granule number fits, else int64."""
-    return torch.int32 if granules < 2**31 else torch.int64
 
 
 def refine(indices: Tensor, granule: int, finer: int, numel: int) -> Tensor:

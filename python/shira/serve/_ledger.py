@@ -18,7 +18,7 @@ from shira.serve._layout import BASE, Layout, Part, State, Way
 from shira.serve._streams import Events, mark, wait
 from shira.serve._watch import Watch
 
-# A part keeps what it adds to its weight's fingerprint for so many sets of strengths.
+# For how many sets of strengths a part remembers what it adds to its weight's fingerprint.
 _MOST_DIFFERENCES = 64
 
 

@@ -1,4 +1,4 @@
-"""`Publisher`: what has changed in a model's weights since it was asked last."""
+"""`Publisher`: what has changed in a model's weights since the last call."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from shira.sync._weights import Weight, by_call, fingerprints, refuse_moved, wei
 from shira.sync.update import SyncError, Update, bits, shown_version, version_of
 from shira.train.tuner import SparseTuner
 
+__all__ = ["Publisher"]
+
 # Indices, values, their granule, and the weight's fingerprint now.
 _Change = tuple[Tensor, Tensor, int, int]
 _ANEW = "make a new Publisher, whose receivers start from a copy of the model"
@@ -22,7 +24,7 @@ _ANEW = "make a new Publisher, whose receivers start from a copy of the model"
 
 @dataclass(eq=False)
 class _Sent:
-    """Of a weight whose changing entries are known: where they are, and what was sent of them."""
+    """A weight whose changing entries are known: where they are, and what was sent of them last."""
 
     indices: Tensor
     values: Tensor
@@ -32,11 +34,11 @@ class _Sent:
 
 
 class Publisher:
-    """Tells what has changed in a model's weights since it told last, as an `Update`.
+    """Finds what has changed in a model's weights since the last call, as an `Update`.
 
-    Of a **model**, whatever trains it: a copy of every weight is kept (the snapshot), and `publish` compares both, bit
-    by bit, and brings the copy up to date in the same pass (`shira_ops.diff_`), at the speed at which memory is read.
-    Of a **SparseTuner**, whose entries are known: there is no copy of the model, and `publish` looks at these entries
+    From a **model**, whatever trains it: a copy of every weight is kept (the snapshot), and `publish` compares both,
+    bit by bit, and brings the copy up to date in the same pass (`shira_ops.diff_`), at the speed at which memory is read.
+    From a **SparseTuner**, whose entries are known: there is no copy of the model, and `publish` looks at these entries
     alone. What else may change then (persistent buffers, parameters that were unfrozen) is compared as above; weights
     that are frozen must stay as they are, and one that was written to is refused.
 
@@ -75,7 +77,7 @@ class Publisher:
         if self._device is not None and self._device.type == "meta":
             raise ValueError("Publisher: snapshot must be a device that keeps content, got 'meta'")
         self.step = 0
-        # The fingerprints before a `publish` that has begun and did not come to its end.
+        # The fingerprints before a `publish` that began and was interrupted.
         self._torn: dict[Weight, int] | None = None
         if self._tuner is not None:
             self._tuner.sync()
@@ -101,7 +103,7 @@ class Publisher:
 
     @property
     def version(self) -> int:
-        """Of the weights as they were last published; see `Update`."""
+        """The version of the weights as they were last published; see `Update`."""
         return version_of(fingerprints(self._weights))
 
     def __repr__(self) -> str:

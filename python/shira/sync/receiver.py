@@ -21,11 +21,13 @@ from shira.serve.switcher import Switcher
 from shira.sync._weights import Weight, by_call, fingerprints, refuse_moved, weights_of
 from shira.sync.update import SyncError, Update, bits, compose, shown_version, version_of
 
+__all__ = ["Receiver"]
+
 _ANEW = "make a new Receiver"
 
 
 class _Entry(NamedTuple):
-    """Of one weight: where, and what goes there next."""
+    """The entries of one weight: where they are, and what goes there next."""
 
     indices: Tensor
     values: Tensor
@@ -62,7 +64,7 @@ class _Moves:
                 self._swap([weight], entry.granule)
 
     def fingerprint(self, weight: Weight, *, written: bool) -> int:
-        """Of a weight, on either side."""
+        """A weight's fingerprint on either side."""
         return self.update.after[weight.name] if written else self.update.weights[weight.name].fingerprint or 0
 
     def _swap(self, weights: list[Weight], granule: int) -> None:
@@ -100,7 +102,7 @@ class _State(NamedTuple):
 
 
 class Receiver:
-    """Takes over, in place, what a `Publisher` tells of a model's weights.
+    """Takes over, in place, what a `Publisher` finds has changed in a model's weights.
 
     - **Staged.** `stage` checks an update against the model and brings it to the weights' devices, O(its entries).
       Several may be staged, one after the other: `commit` writes each entry once.
@@ -319,7 +321,7 @@ class Receiver:
             switcher.rebase({weight.slots[0].weight: weight.fingerprint for weight in moves.entries})
 
     def _heal(self, switchers: Sequence[Switcher]) -> None:
-        """Take moves back that have begun and did not come to their end, wherever an error or an interrupt hit them."""
+        """Take back moves that began and did not finish, wherever an error or an interrupt hit them."""
         if self._state.torn is not None:
             moves, written, told = self._state.torn
             moves.restore(written=written)
@@ -356,7 +358,7 @@ def _read(given: Update | bytes | str | os.PathLike[str]) -> Update:
 
 
 def _differences(shares: dict[Weight, tuple[Tensor, Tensor]]) -> dict[Weight, int]:
-    """After minus before; each device is waited for once."""
+    """After minus before; waits for each device once."""
     found: dict[Weight, int] = {}
     for device in dict.fromkeys(before.device for before, _ in shares.values()):
         weights = [weight for weight, (before, _) in shares.items() if before.device == device]

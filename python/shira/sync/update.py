@@ -23,6 +23,8 @@ from shira._text import AdapterError, named, shown
 from shira.adapter._entry import Entry
 from shira.adapter.adapter import Adapter
 
+__all__ = ["SyncError", "Update", "compose"]
+
 _KEY = "shira.sync"
 
 
@@ -273,6 +275,3 @@ def _in_memory() -> Iterator[Path]:
             path = Path(folder, "update")
             path.touch()
             yield path
-
-
-__all__ = ["SyncError", "Update", "compose"]
