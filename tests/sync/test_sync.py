@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import subprocess
 import sys
@@ -553,3 +554,20 @@ def test_an_update_goes_under_active_adapters(strengths: dict[str, float]) -> No
     assert same(state(served), state(trained))
     follower.rollback()
     follower.verify()
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_publishers_and_receivers_are_not_copied(duplicate) -> None:
+    """A copy would share weights or a snapshot with the first one, and each would not know what the other did."""
+    model = model_of()
+    with pytest.raises(TypeError, match="Publisher: a publisher cannot be copied or pickled; make another one"):
+        duplicate(Publisher(model))
+    with pytest.raises(TypeError, match="Receiver: a receiver cannot be copied or pickled; make another one"):
+        duplicate(Receiver(model))
+
+
+def test_a_folder_takes_updates_alone(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    with pytest.raises(TypeError, match="Folder.put: update must be an Update, got str"):
+        folder.put("update.safetensors")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []

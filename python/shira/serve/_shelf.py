@@ -288,12 +288,12 @@ class Shelf:
         if not self._make_room(nbytes, keep):
             raise SwitchError(
                 f"Switcher: {' + '.join(names)} would need {nbytes:,} bytes on the device beside what is active, and "
-                f"the budget is {self.budget:,}; {self.ledger.state.told()}"
+                f"the budget is {self.budget:,}: set switcher.budget to more; {self.ledger.state.told()}"
             )
 
     def _make_room(self, nbytes: int, keep: Iterable[Names]) -> bool:
         """Make room for this many more bytes: what was not used for longest leaves, but not the layouts in ``keep``;
-        and where that is not enough, what only saves time. Returns whether there is room; if there is not, nothing left."""
+        and where that is not enough, what only saves time. Returns whether there is room; if not, nothing has left."""
         if self.budget is None:
             return True
         kept = {*keep, *((name,) for names in keep for name in names)}

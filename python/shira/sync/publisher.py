@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class Publisher:
     """Finds what has changed in a model's weights since the last call, as an `Update`.
 
     From a **model**, whatever trains it: a copy of every weight is kept (the snapshot), and `publish` compares both,
-    bit by bit, and brings the copy up to date in the same pass (`shira_ops.diff_`), at the speed at which memory is read.
+    bit by bit, and brings the copy up to date in the same pass (`shira_ops.diff_`), as fast as memory is read.
     From a **SparseTuner**, whose entries are known: there is no copy of the model, and `publish` looks at these entries
     alone. What else may change then (persistent buffers, parameters that were unfrozen) is compared as above; weights
     that are frozen must stay as they are, and one that was written to is refused.
@@ -105,6 +106,10 @@ class Publisher:
     def version(self) -> int:
         """The version of the weights as they were last published; see `Update`."""
         return version_of(fingerprints(self._weights))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A shallow copy would share the snapshot, and what one of them publishes the other would never see.
+        raise TypeError("Publisher: a publisher cannot be copied or pickled; make another one for a copy of the model")
 
     def __repr__(self) -> str:
         nbytes = sum(tensor.nbytes for tensor in self._snapshots.values())

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -155,6 +155,10 @@ class Receiver:
         """What `commit` would write: one update, whatever was staged."""
         moves = self._state.staged
         return None if moves is None else moves.update
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A shallow copy would write into the weights of the first one, which would still have the old version.
+        raise TypeError("Receiver: a receiver cannot be copied or pickled; make another one for a copy of the model")
 
     def __repr__(self) -> str:
         staged = "nothing staged" if self.staged is None else f"staged: {self.staged!r}"
