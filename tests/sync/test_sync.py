@@ -568,6 +568,6 @@ def test_publishers_and_receivers_are_not_copied(duplicate) -> None:
 
 def test_a_folder_takes_updates_alone(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
-    with pytest.raises(TypeError, match="Folder.put: update must be an Update, got str"):
+    with pytest.raises(TypeError, match=r"Folder\.put: update must be an Update, got str"):
         folder.put("update.safetensors")  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
