@@ -571,3 +571,25 @@ def test_a_folder_takes_updates_alone(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"Folder\.put: update must be an Update, got str"):
         folder.put("update.safetensors")  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_that_was_replaced_is_refused() -> None:
+    """What is written into the old one, or read from it, would have no effect on the model."""
+    trained, served = model_of(), model_of()
+    publisher, receiver = Publisher(trained), Receiver(served)
+    disturb(trained, torch.Generator().manual_seed(0))
+    receiver.stage(publisher.publish())
+    for model in (trained, served):
+        model[0] = copy.deepcopy(model[0])
+    before = state(served)
+    with pytest.raises(
+        SyncError, match=r"Receiver: the module of 0\.weight, 0\.bias was replaced, and is not in the model"
+    ):
+        receiver.commit()
+    with pytest.raises(SyncError, match="Receiver: the module of"):
+        receiver.verify()
+    assert same(state(served), before)
+    with pytest.raises(
+        SyncError, match=r"Publisher: the module of 0\.weight, 0\.bias was replaced, .*make a new Publisher"
+    ):
+        publisher.publish()

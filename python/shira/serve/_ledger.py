@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import shira_ops
 from shira import _fit, _granules, _live, _model, _places
@@ -276,6 +276,16 @@ class Ledger:
         self.written = mark(tensor.device for tensor, _ in targets)
 
     # ---- weights that were moved -----------------------------------------------------------------------------
+
+    def refuse_gone(self, model: nn.Module) -> None:
+        """Refuse weights of modules that are not in the model any more: what is written there has no effect."""
+        gone = _model.gone(model, (place for weight in self.weights.values() for place in weight.places))
+        if gone:
+            raise SwitchError(
+                f"Switcher: the module of {_model.some(gone)} is no longer a part of the model: it was replaced after "
+                f"an adapter for it was added; {self.state.told()}. Put it back, or load the base and make a "
+                f"new Switcher"
+            )
 
     def moved(self) -> dict[Weight, Weight]:
         """The weights that are in other memory than they were, and what is in their places now.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -123,7 +123,12 @@ def by_call(weights: Iterable[tuple[Weight, int]]) -> Iterator[tuple[list[Weight
         yield [weight for weight, _ in group], granule
 
 
-def refuse_moved(who: str, weights: Iterable[Weight], advice: str) -> None:
+def refuse_moved(who: str, model: nn.Module, weights: Collection[Weight], advice: str) -> None:
+    gone = _model.gone(model, (slot for weight in weights for slot in weight.slots))
+    if gone:
+        raise SyncError(
+            f"{who}: the module of {_model.some(gone)} was replaced, and is not in the model any more; {advice}"
+        )
     for weight in weights:
         problem = weight.moved()
         if problem is not None:

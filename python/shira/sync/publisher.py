@@ -127,7 +127,7 @@ class Publisher:
         """
         if self._tuner is not None:
             self._tuner.sync()
-        refuse_moved("Publisher", self._weights.values(), _ANEW)
+        refuse_moved("Publisher", self.model, self._weights.values(), _ANEW)
         with _live.LOCK, torch.no_grad():
             torn = self._torn is not None
             for weight, fingerprint in (self._torn or {}).items():
@@ -160,7 +160,7 @@ class Publisher:
         the tuner does not train, and that somebody wrote to.
         """
         with _live.LOCK, torch.no_grad():
-            refuse_moved("Publisher", self._weights.values(), _ANEW)
+            refuse_moved("Publisher", self.model, self._weights.values(), _ANEW)
             different = [
                 name
                 for name, weight in self._weights.items()

@@ -221,7 +221,7 @@ class Receiver:
     def verify(self) -> None:
         """Read all weights and compare them with what the updates say they are; `SyncError` names those that differ."""
         with _live.LOCK, torch.no_grad(), _bare("verify", self._tensors()) as switchers:
-            refuse_moved("Receiver", self._weights.values(), _ANEW)
+            refuse_moved("Receiver", self.model, self._weights.values(), _ANEW)
             self._heal(switchers)
             different = [
                 name
@@ -274,7 +274,7 @@ class Receiver:
 
     def _apply(self, what: str, moves: _Moves, then: _State, *, verify: bool, back: bool = False) -> None:
         """Swap, all or nothing: the Receiver is at `then` afterwards, or everything is as it was."""
-        refuse_moved("Receiver", self._weights.values(), _ANEW)
+        refuse_moved("Receiver", self.model, self._weights.values(), _ANEW)
         self._refuse_tuned(what)
         with _bare(what, self._tensors()) as switchers:
             self._heal(switchers)
