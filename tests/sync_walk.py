@@ -7,12 +7,13 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+import pytest
 import torch
 from torch import Tensor
 
 import shira_ops
 from shira import AdapterError, Switcher
-from shira.sync import Publisher, Receiver, SyncError, Update
+from shira.sync import Publisher, Receiver, SyncError, Update, receiver
 from switcher_walk import NAMES, STRENGTHS, adapter_of, bits, differing, model_of, restore
 
 
@@ -22,13 +23,13 @@ class Failing:
     def __init__(self, op: Callable[..., object], at: int, after: bool, error: type[BaseException]) -> None:
         self.op, self.left, self.after, self.error, self.failed = op, at, after, error, False
 
-    def __call__(self, *args: object, **options: object) -> None:
+    def __call__(self, *args: object, **options: object) -> object:
         fails, self.left = self.left == 0, self.left - 1
-        if not fails or self.after:
-            self.op(*args, **options)
+        done = self.op(*args, **options) if not fails or self.after else None
         if fails:
             self.failed = True
             raise self.error("no memory")
+        return done
 
 
 class SyncWalk:
@@ -75,7 +76,9 @@ class SyncWalk:
         if self.random.random() < 0.02:
             operations = [self.anew]
         operation = self.random.choice(operations)
-        operation()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(receiver, "_CACHE", self.random.choice((256, 2**19)))  # a few entries a piece, or all
+            operation()
         self.counts[operation.__name__] = self.counts.get(operation.__name__, 0) + 1
         self.same(operation.__name__)
 
@@ -165,16 +168,15 @@ class SyncWalk:
 
     def fails(self, call: Callable[[], None]) -> bool:
         """With an op that fails somewhere; whether the version is another all the same."""
-        before, op = self.receiver.version, shira_ops.foreach_swap_
+        before, name = self.receiver.version, self.random.choice(("swap_", "foreach_swap_", "fingerprint_at"))
         error = self.random.choice((RuntimeError, KeyboardInterrupt))
-        failing = Failing(op, self.random.randrange(5), self.random.random() < 0.5, error)
-        shira_ops.foreach_swap_ = failing
-        try:
-            call()
-        except (SyncError, KeyboardInterrupt):
-            assert failing.failed
-        finally:
-            shira_ops.foreach_swap_ = op
+        failing = Failing(getattr(shira_ops, name), self.random.randrange(9), self.random.random() < 0.5, error)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shira_ops, name, failing)
+            try:
+                call()
+            except (SyncError, KeyboardInterrupt):
+                assert failing.failed
         return self.receiver.version != before
 
     def written(self) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import shira_ops
 from shira import AdamW, Adapter, AdapterError, Entry, SparseTuner, Switcher, masks
-from shira.sync import Folder, Publisher, Receiver, SyncError, Update, compose, receiver
+from shira.sync import Folder, Publisher, Receiver, SyncError, Update, compose
 from sync_walk import SyncWalk
 
 
@@ -338,20 +339,22 @@ def test_a_commit_that_fails_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> N
     with torch.no_grad():
         trained[1].weight.add_(1)
     follower.stage(compose(first, coarse.publish()))
-    before, swap, calls = state(served), shira_ops.foreach_swap_, []
+    before = state(served)
+    for verify, name in ((True, "swap_"), (False, "foreach_swap_")):
+        swap, calls = getattr(shira_ops, name), []
 
-    def fail(*args: object, **kwargs: object) -> None:
-        calls.append(args)
-        if len(calls) == 2:
-            raise RuntimeError("out of memory")
-        swap(*args, **kwargs)  # type: ignore[arg-type]
+        def fail(*args: object, _swap: Any = swap, _calls: list[Any] = calls, **kwargs: object) -> None:
+            _calls.append(args)
+            if len(_calls) == 2:
+                raise RuntimeError("out of memory")
+            _swap(*args, **kwargs)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(receiver.shira_ops, "foreach_swap_", fail)
-        with pytest.raises(SyncError, match=r"commit failed and nothing has changed\. Cause: out of memory"):
-            follower.commit()
-    assert len(calls) == 3
-    assert same(state(served), before)
+        with monkeypatch.context() as patch:
+            patch.setattr(shira_ops, name, fail)
+            with pytest.raises(SyncError, match=r"commit failed and nothing has changed\. Cause: out of memory"):
+                follower.commit(verify=verify)
+        assert len(calls) >= 2
+        assert same(state(served), before)
     follower.commit()
     assert same(state(served), state(trained))
 
