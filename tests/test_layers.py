@@ -174,6 +174,8 @@ def test_modules_of_version_0_1(name: str) -> None:
 def test_functions_of_version_0_1() -> None:
     """In a new process, each as it was imported then."""
     code = """
+import shira
+assert shira.optim.AdamW is shira.AdamW and shira.hub.FILE.endswith(".safetensors")
 from shira.merge import merge
 from shira.mask import Rand, from_description
 from shira.peft import from_peft, to_peft

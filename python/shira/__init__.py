@@ -85,6 +85,9 @@ def __getattr__(name: str) -> Any:
         home, member = _HOMES[name]
         module = importlib.import_module(home)
         value = module if member is None else getattr(module, member)
+    elif f"shira.{name}" in _moved.NAMES:
+        # In version 0.1 these were attributes once anything had imported them, such as the use of `shira.Switcher`.
+        value = importlib.import_module(f"shira.{name}")
     else:
         raise AttributeError(f"module 'shira' has no attribute {name!r}")
     globals()[name] = value

@@ -1,4 +1,4 @@
-"""Arithmetic that the whole library shares: 64-bit words, dtypes of indices, and granules of other sizes.
+"""Arithmetic that the whole library shares: 64-bit words, fingerprints, dtypes of indices, granules of other sizes.
 
 A granule is a run of consecutive entries of the flat weight; an index selects one granule.
 """
@@ -8,16 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import shira_ops
 from shira._text import dtype_name as dtype_name
+from shira_ops.checks import index_dtype as index_dtype
 
-_WORD = 2**64 - 1
+WORD = 2**64 - 1
+"""The largest 64-bit word; ``number & WORD`` is the number modulo 2^64, as fingerprints are added."""
 
 
 def splitmix64(x: int) -> int:
     """The mixer of 64-bit words that the ops use too."""
-    z = (x + 0x9E3779B97F4A7C15) & _WORD
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _WORD
+    z = (x + 0x9E3779B97F4A7C15) & WORD
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & WORD
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & WORD
     return z ^ (z >> 31)
 
 
@@ -25,7 +28,7 @@ def fnv1a64(text: str) -> int:
     """FNV-1a of the text's UTF-8 bytes, 64 bits."""
     value = 0xCBF29CE484222325
     for byte in text.encode():
-        value = ((value ^ byte) * 0x100000001B3) & _WORD
+        value = ((value ^ byte) * 0x100000001B3) & WORD
     return value
 
 
@@ -34,9 +37,14 @@ def signed(word: int) -> int:
     return word - 2**64 if word >= 2**63 else word
 
 
-def index_dtype(granules: int) -> torch.dtype:
-    """int32 while every granule number fits, else int64."""
-    return torch.int32 if granules < 2**31 else torch.int64
+def fingerprint(weight: Tensor) -> int:
+    """`shira_ops.fingerprint` as an unsigned Python number."""
+    return int(shira_ops.fingerprint(weight.detach())) & WORD
+
+
+def fingerprint_at(weight: Tensor, indices: Tensor, granule: int) -> int:
+    """`shira_ops.fingerprint_at` as an unsigned Python number."""
+    return int(shira_ops.fingerprint_at(weight.detach(), indices, granule=granule)) & WORD
 
 
 def refine(indices: Tensor, granule: int, finer: int, numel: int) -> Tensor:

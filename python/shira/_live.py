@@ -17,15 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-import shira_ops
-from shira import _model
+from shira import _granules, _model
 from shira._granules import dtype_name
 from shira._model import VALUES_SUFFIX
 
 LOCK = threading.RLock()
 """Held by every call that reads or writes weights or what is known about them: two Switchers may share a model."""
-
-_WORD = 2**64 - 1
 
 
 class SwitchError(RuntimeError):
@@ -177,7 +174,7 @@ class Weight:
 
     def fingerprint(self) -> int:
         """The fingerprint of what the memory holds now. Reads all of it."""
-        return fingerprint(self.tensor)
+        return _granules.fingerprint(self.tensor)
 
     def changed(self) -> bool:
         """Whether someone else has written to it since `note`, as far as its version tells."""
@@ -275,21 +272,6 @@ _BACK = (
     "entries there whatever it is"
 )
 _UNCAST = "cast it back and call rebind(), or load the base and make a new Switcher"
-
-
-def fingerprint(weight: Tensor) -> int:
-    """`shira_ops.fingerprint` as an unsigned Python number."""
-    return int(shira_ops.fingerprint(weight.detach())) & _WORD
-
-
-def fingerprint_at(weight: Tensor, indices: Tensor, granule: int) -> int:
-    """`shira_ops.fingerprint_at` as an unsigned Python number."""
-    return int(shira_ops.fingerprint_at(weight.detach(), indices, granule=granule)) & _WORD
-
-
-def word(number: int) -> int:
-    """The number modulo 2^64, as fingerprints are added."""
-    return number & _WORD
 
 
 def refuse_first(weights: Iterable[Weight], why: Callable[[Weight], str | None]) -> None:

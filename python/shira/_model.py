@@ -93,6 +93,12 @@ def slots(model: nn.Module, *, buffers: bool = False) -> dict[str, Slot]:
     return found
 
 
+def gone(model: nn.Module, places: Iterable[Slot]) -> list[str]:
+    """The names of places whose module is not in the model any more. Walks over the whole model."""
+    there = set(map(id, model.modules()))
+    return [place.name for place in places if id(place.module) not in there]
+
+
 def memory(weight: Tensor) -> object:
     """A key that is equal for two weights exactly when they are one, by identity or by the memory they share."""
     if isinstance(weight, UninitializedParameter) or foreign(weight) is not None or not weight.data_ptr():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from shira import _fit, _live, _model, _text
+from shira import _fit, _granules, _live, _model, _text
 from shira._fit import Wanted
 from shira._live import Weight
 from shira._model import Slot
@@ -57,7 +57,7 @@ class Place:
 
     def fingerprint(self) -> int:
         if self._fingerprint is None:
-            self._fingerprint = _live.fingerprint(self.slot.weight)
+            self._fingerprint = _granules.fingerprint(self.slot.weight)
         return self._fingerprint
 
     def equal(self, other: Place) -> bool:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import shira_ops
-from shira import Adapter, AdapterError, Entry, SparseTuner, Switcher, _fit, _live
+from shira import Adapter, AdapterError, Entry, SparseTuner, Switcher, _fit, _granules
 from shira.adapter._checkpoint import open_checkpoint
 from shira.adapter.bake import bake
 
@@ -148,14 +148,14 @@ def test_going_on_reads_each_weight_once(monkeypatch: pytest.MonkeyPatch) -> Non
     model = net()
     adapter = Adapter({name: entry_of(weight) for name, weight in model.named_parameters() if weight.dim() == 2})
     read: list[int] = []
-    fingerprint = _live.fingerprint
+    fingerprint = _granules.fingerprint
 
     def counted(weight: torch.Tensor) -> int:
         if weight.dim() == 2:  # and not the values
             read.append(weight.data_ptr())
         return fingerprint(weight)
 
-    monkeypatch.setattr(_live, "fingerprint", counted)
+    monkeypatch.setattr(_granules, "fingerprint", counted)
     with SparseTuner.from_adapter(model, adapter) as tuner:
         assert sorted(read) == sorted([model["a"].weight.data_ptr(), model["b"].weight.data_ptr()])
         now = tuner.adapter()

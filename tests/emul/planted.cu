@@ -1,4 +1,4 @@
-// Kernels with a planted defect each, and what they are without: tests/test_emul.py sees that the emulator tells.
+// Kernels with a planted defect each, and what they are without: tests/ops/test_emul.py sees that the emulator tells.
 #include <string>
 
 #include "../../csrc/cuda/memory.h"

@@ -344,7 +344,8 @@ def test_a_budget_keeps_the_adapters_used_last(tmp_path):
     switcher.activate("1")
     state = bits(model)
     with pytest.raises(
-        SwitchError, match=r"would need .* bytes on the device beside what is active, and the budget is"
+        SwitchError,
+        match=r"would need .* bytes on the device beside what is active, and the budget is .*: set switcher\.budget",
     ):
         switcher.activate({"1": 1.0, "2": 1.0})
     assert equal(bits(model), state)

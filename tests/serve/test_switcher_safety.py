@@ -769,3 +769,22 @@ def test_streams_are_ordered(monkeypatch: pytest.MonkeyPatch) -> None:
     layout.freeing()
     assert told == ["caller 0 waits for side 0", "caller 1 waits for side 1", "caller 0 marks", "caller 1 marks",
                     "host waits for caller 0", "host waits for caller 1"]  # fmt: skip
+
+
+def test_a_module_that_was_replaced_is_found() -> None:
+    """By `verify` and `rebind`, which may walk over the model: what is written into the old module has no effect."""
+    model, switcher = switcher_of()
+    switcher.activate("a")
+    parent, old = model, model[0]
+    parent[0] = copy.deepcopy(old)
+    for call in (switcher.verify, switcher.rebind):
+        with pytest.raises(
+            SwitchError, match=r"the module of 0\.weight.* is no longer a part of the model: .*active is 'a'"
+        ):
+            call()
+    parent[0] = old
+    switcher.verify(full=True)
+    switcher.rebind()
+    # A module that is wrapped is still there.
+    parent[0] = nn.Sequential(old)
+    switcher.verify(full=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import subprocess
 import sys
@@ -556,3 +557,42 @@ def test_an_update_goes_under_active_adapters(strengths: dict[str, float]) -> No
     assert same(state(served), state(trained))
     follower.rollback()
     follower.verify()
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_publishers_and_receivers_are_not_copied(duplicate) -> None:
+    """A copy would share weights or a snapshot with the first one, and each would not know what the other did."""
+    model = model_of()
+    with pytest.raises(TypeError, match="Publisher: a publisher cannot be copied or pickled; make another one"):
+        duplicate(Publisher(model))
+    with pytest.raises(TypeError, match="Receiver: a receiver cannot be copied or pickled; make another one"):
+        duplicate(Receiver(model))
+
+
+def test_a_folder_takes_updates_alone(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    with pytest.raises(TypeError, match=r"Folder\.put: update must be an Update, got str"):
+        folder.put("update.safetensors")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_that_was_replaced_is_refused() -> None:
+    """What is written into the old one, or read from it, would have no effect on the model."""
+    trained, served = model_of(), model_of()
+    publisher, receiver = Publisher(trained), Receiver(served)
+    disturb(trained, torch.Generator().manual_seed(0))
+    receiver.stage(publisher.publish())
+    for model in (trained, served):
+        model[0] = copy.deepcopy(model[0])
+    before = state(served)
+    with pytest.raises(
+        SyncError, match=r"Receiver: the module of 0\.weight, 0\.bias was replaced, and is not in the model"
+    ):
+        receiver.commit()
+    with pytest.raises(SyncError, match="Receiver: the module of"):
+        receiver.verify()
+    assert same(state(served), before)
+    with pytest.raises(
+        SyncError, match=r"Publisher: the module of 0\.weight, 0\.bias was replaced, .*make a new Publisher"
+    ):
+        publisher.publish()

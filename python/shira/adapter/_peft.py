@@ -22,7 +22,7 @@ from torch import Tensor
 
 import shira_ops
 from shira import _codec, _model, _text
-from shira._granules import dtype_name, index_dtype
+from shira._granules import WORD, dtype_name, index_dtype
 from shira._text import AdapterError, Rename
 from shira.adapter import _file
 from shira.adapter._checkpoint import Checkpoint, Source, Stored, map_file, open_checkpoint, ties
@@ -36,7 +36,6 @@ __all__ = ["from_peft", "to_peft"]
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
-_WORD = 2**64 - 1
 _MOST_CONFIG_BYTES = 16 << 20
 _AT_ONCE = 1 << 22
 _KEY = re.compile(
@@ -271,7 +270,7 @@ def _entry(stored: Stored, indices: Tensor, values: Tensor, granule: int = 1) ->
         stored.shape,
         getattr(torch, stored.dtype),
         granule,
-        _codec.fingerprint(stored.bytes()) & _WORD,
+        _codec.fingerprint(stored.bytes()) & WORD,
     )
 
 

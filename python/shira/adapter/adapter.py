@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import shira_ops
-from shira import _fit, _text
+from shira import _fit, _granules, _text
 from shira._granules import dtype_name, index_dtype, refine, signed
 from shira._text import AdapterError, named
 from shira.adapter import _file
@@ -151,7 +151,7 @@ class Adapter:
                 **({"aliases": list(entry.aliases)} if entry.aliases else {}),
             }
             values = entry.values.detach().cpu().contiguous()
-            prints.append((_fingerprint(values), 0 if code is None else _fingerprint(code)))
+            prints.append((_granules.fingerprint(values), 0 if code is None else _granules.fingerprint(code)))
         about = {
             "alpha": self.alpha,
             "delta": self.delta,
@@ -594,7 +594,7 @@ def _fingerprint_of_base(name: str, weight: Tensor, parts: list[tuple[Adapter, f
     known = {entry.fingerprint for _, _, entry in parts if entry.fingerprint is not None}
     if known and not any(entry.whole and not adapter.delta for adapter, _, entry in parts):
         return known.pop()  # compared with the base already
-    actual = _fingerprint(weight)
+    actual = _granules.fingerprint(weight)
     if known - {actual} and sum(strength != 0 for _, strength, _ in parts) > 1:
         raise AdapterError(
             f"fuse: an adapter replaces {named(name)} as a whole, and was made where the content there was another (by "
@@ -641,10 +641,6 @@ def _fused(weight: Tensor, parts: list[tuple[Adapter, float, Entry]], fingerprin
         tuple(aliases),
         checked=True,
     )
-
-
-def _fingerprint(tensor: Tensor) -> int:
-    return int(shira_ops.fingerprint(tensor)) & (2**64 - 1)
 
 
 def _drawn(numel: int, count: int, seed: int, granule: int) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import shira_ops
-from shira._granules import fnv1a64, refine, splitmix64
+from shira._granules import WORD, fnv1a64, refine, splitmix64
 from shira._text import named, shown, strength
 from shira.adapter._checkpoint import Source
 from shira.adapter._entry import Entry
@@ -33,7 +33,6 @@ from shira.adapter.adapter import Adapter
 
 __all__ = ["dare", "magnitude_prune", "ties"]
 
-_WORD = 2**64 - 1
 
 Style: TypeAlias = Literal["paper", "peft"]
 # Merges the adapters' values (0 where one has none) by their weights.
@@ -202,7 +201,7 @@ def _dropped(delta: Adapter, drop: float, seed: int, number: int) -> Adapter:
     kept = []
     for name, entry in delta.weights.items():
         entries = refine(entry.indices.cpu(), entry.granule, 1, entry.numel).numpy().astype(np.uint64)
-        key = splitmix64(splitmix64((seed & _WORD) ^ fnv1a64(name)) ^ (number + 1))
+        key = splitmix64(splitmix64((seed & WORD) ^ fnv1a64(name)) ^ (number + 1))
         keep = torch.from_numpy(_uniform(key, entries) >= drop)
         kept.append((entry.values.detach().cpu() / (1 - drop)).where(keep, 0))
     return _with_values(delta, kept)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from shira import _codec, _model, _text
+from shira._granules import WORD
 from shira._text import AdapterError
 from shira.adapter import _file
 from shira.adapter._align import Aligned, align
@@ -28,7 +29,6 @@ from shira.adapter._entry import Entry, Lost, Made, Report
 __all__ = ["Lost", "Progress", "Report", "difference"]
 
 _CHUNK = 4 << 20  # bytes of one checkpoint: few enough to stay in the caches, and enough to be worth a call
-_WORD = 2**64 - 1
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -239,7 +239,7 @@ def _entry(pair: _Pair, density: float | None, pool: Executor, ahead: int) -> tu
         held = _codec.squared_difference(*_floats(pair, old, new))
         total = total or held
         lost = min(1.0, max(0.0, 1.0 - held / total)) if total else 0.0
-    dtype, fingerprint = getattr(torch, pair.dtype), sparse.mark & _WORD
+    dtype, fingerprint = getattr(torch, pair.dtype), sparse.mark & WORD
     entry = Entry(indices, kept, pair.shape, dtype, granule, fingerprint, None, pair.aliases, checked=True)
     return entry, Lost(pair.numel, sparse.changed, kept.numel(), lost, total)
 

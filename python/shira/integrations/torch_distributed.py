@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from shira._granules import signed
 from shira.sync import Folder, SyncError, Update
 from shira.sync.update import shown_version
 
@@ -39,9 +40,9 @@ def broadcast(
     Args:
         update: what to send, at `src`; elsewhere it is not looked at, and may be None.
         src: the global rank that sends, as for ``torch.distributed.broadcast``.
-        group: the group; the default one unless given. Its timeout is how long is waited for a rank that hangs.
+        group: the group; the default one unless given. Its timeout is how long it waits for a rank that hangs.
         device: where the buffers lie; unless given, the current accelerator where the group's backend takes no CPU
-            tensors (NCCL), and the CPU else.
+            tensors (NCCL), otherwise the CPU.
 
     Returns the update: the same object at `src`, at others one that was checked as `Update.from_bytes` does. The same
     bytes arrive at every rank.
@@ -87,7 +88,7 @@ def catch_up(
     """
     me = _rank("catch_up", group)
     home = _home(group, device)
-    asked = torch.tensor([0 if version is None else 1, _signed(version or 0)], dtype=torch.int64, device=home)
+    asked = torch.tensor([0 if version is None else 1, signed(version or 0)], dtype=torch.int64, device=home)
     answers = [torch.empty_like(asked) for _ in range(dist.get_world_size(group))]
     _call("catch_up", src, lambda: dist.all_gather(answers, asked, group=group))
     wanted = {number % 2**64 for asks, number in (answer.tolist() for answer in answers) if asks}
@@ -183,7 +184,3 @@ def _home(group: dist.ProcessGroup | None, device: str | torch.device | None) ->
         if accelerator is not None:
             return torch.device(accelerator.type, torch.accelerator.current_device_index())
     return torch.device("cpu")
-
-
-def _signed(word: int) -> int:
-    return word - 2**64 if word >= 2**63 else word

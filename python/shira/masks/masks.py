@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 import shira_ops
 from shira import _model
-from shira._granules import fnv1a64, index_dtype, regranule, signed, splitmix64
+from shira._granules import WORD, fnv1a64, index_dtype, regranule, signed, splitmix64
 from shira.masks import calibration as _calibration
 from shira_ops.reference import granule_scores
 
@@ -72,7 +72,6 @@ DEFAULT_SEED = 0
 AUTO_GRANULE = 16
 """The largest granule that ``granule="auto"`` takes, a power of two."""
 
-_WORD = 2**64 - 1
 _N = TypeVar("_N", float, int)
 
 
@@ -381,7 +380,7 @@ class Rand(Mask):
             seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
         if type(seed) is not int:
             raise ValueError(f"Rand: seed must be a whole number or None, got {seed!r}")
-        self.seed = seed & _WORD
+        self.seed = seed & WORD
 
     def seed_for(self, name: str) -> int | None:
         return None if self.skip else self._seed(name)

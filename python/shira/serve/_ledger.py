@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import shira_ops
-from shira import _fit, _live, _model, _places
+from shira import _fit, _granules, _live, _model, _places
 from shira._live import SwitchError, Weight
 from shira._text import AdapterError
 from shira.adapter.adapter import Adapter
@@ -18,7 +18,7 @@ from shira.serve._layout import BASE, Layout, Part, State, Way
 from shira.serve._streams import Events, mark, wait
 from shira.serve._watch import Watch
 
-# A part keeps what it adds to its weight's fingerprint for so many sets of strengths.
+# For how many sets of strengths a part remembers what it adds to its weight's fingerprint.
 _MOST_DIFFERENCES = 64
 
 
@@ -191,7 +191,7 @@ class Ledger:
                 part.differences.clear()
             with quiet():
                 part.differences[strengths] = self._difference(weight, part)
-        return _live.word(weight.record.base + part.differences[strengths])
+        return (weight.record.base + part.differences[strengths]) & _granules.WORD
 
     def _difference(self, weight: Weight, part: Part) -> int:
         """What an active part adds to the base's fingerprint.
@@ -199,24 +199,24 @@ class Ledger:
         Computed on a copy that is shown to be the base, so that what others may have done to the weight does not count.
         """
         copy = part.base_copy()
-        if _live.fingerprint(copy) != weight.record.base:
+        if _granules.fingerprint(copy) != weight.record.base:
             raise self._foreign(weight)
-        before = _live.fingerprint_at(copy, part.indices, part.granule)
+        before = _granules.fingerprint_at(copy, part.indices, part.granule)
         shira_ops.scatter_(copy, part.indices, self.state.expected(part), granule=part.granule)
-        return _live.word(_live.fingerprint_at(copy, part.indices, part.granule) - before)
+        return (_granules.fingerprint_at(copy, part.indices, part.granule) - before) & _granules.WORD
 
     def _read_base(self, weight: Weight) -> None:
         """Read the base's fingerprint; from a copy, where adapters are on the weight."""
         part = self.state.part(weight)
         with quiet():
-            weight.record.base = _live.fingerprint(weight.tensor if part is None else part.base_copy())
+            weight.record.base = _granules.fingerprint(weight.tensor if part is None else part.base_copy())
 
     def _is_right(self, weight: Weight) -> bool:
         """Whether all of the weight is the base plus what is active."""
         part = self.state.part(weight)
         if part is None:
             return weight.fingerprint() == weight.record.base
-        return _live.fingerprint(part.base_copy()) == weight.record.base and self._holds(part)
+        return _granules.fingerprint(part.base_copy()) == weight.record.base and self._holds(part)
 
     def _holds(self, part: Part) -> bool:
         """Whether the weight has the part's entries, bit for bit; for a part that is not active, the base's entries."""
@@ -277,6 +277,16 @@ class Ledger:
 
     # ---- weights that were moved -----------------------------------------------------------------------------
 
+    def refuse_gone(self, model: nn.Module) -> None:
+        """Refuse weights of modules that are not in the model any more: what is written there has no effect."""
+        gone = _model.gone(model, (place for weight in self.weights.values() for place in weight.places))
+        if gone:
+            raise SwitchError(
+                f"Switcher: the module of {_model.some(gone)} is no longer a part of the model: it was replaced after "
+                f"an adapter for it was added; {self.state.told()}. Put it back, or load the base and make a "
+                f"new Switcher"
+            )
+
     def moved(self) -> dict[Weight, Weight]:
         """The weights that are in other memory than they were, and what is in their places now.
 
@@ -326,14 +336,14 @@ class Ledger:
         """Whether the memory where a weight is now has the content that the weight should have."""
         part, now = self.state.part(weight), fresh.tensor.detach()
         if part is None:
-            return weight.record.base in (None, _live.fingerprint(now))
+            return weight.record.base in (None, _granules.fingerprint(now))
         indices = part.indices.to(now.device)
         entries = shira_ops.gather(now, indices, granule=part.granule)
         if not _equal(entries, self.state.expected(part).to(now.device)):
             return False
         base = now.clone()
         shira_ops.scatter_(base, indices, part.saved.to(now.device), granule=part.granule)
-        return weight.record.base in (None, _live.fingerprint(base))
+        return weight.record.base in (None, _granules.fingerprint(base))
 
 
 @contextmanager

@@ -284,16 +284,16 @@ class Shelf:
         return 0 if self.budget is None else sum(layout.nbytes for layout in self.layouts.values()) - self.budget
 
     def _need(self, nbytes: int, keep: Iterable[Names], names: Names) -> None:
-        """Make room for so many bytes more, or refuse."""
+        """Make room for this many more bytes, or refuse."""
         if not self._make_room(nbytes, keep):
             raise SwitchError(
                 f"Switcher: {' + '.join(names)} would need {nbytes:,} bytes on the device beside what is active, and "
-                f"the budget is {self.budget:,}; {self.ledger.state.told()}"
+                f"the budget is {self.budget:,}: set switcher.budget to more; {self.ledger.state.told()}"
             )
 
     def _make_room(self, nbytes: int, keep: Iterable[Names]) -> bool:
-        """Make room for so many bytes more: what was not used for longest leaves, but not the layouts in ``keep``; and
-        where that is not enough, what only saves time. Returns whether there is room; if there is not, nothing left."""
+        """Make room for this many more bytes: what was not used for longest leaves, but not the layouts in ``keep``;
+        and where that is not enough, what only saves time. Returns whether there is room; if not, nothing has left."""
         if self.budget is None:
             return True
         kept = {*keep, *((name,) for names in keep for name in names)}

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shira import _live, _model, _places, _text
+from shira import _granules, _live, _model, _places, _text
 from shira._live import LOCK, SwitchError, Weight
 from shira._text import AdapterError
 from shira.adapter.adapter import Adapter
@@ -245,13 +245,14 @@ class Switcher:
         """Go on with the memory that the weights have now, where they were moved or replaced since they were found.
 
         For use after ``model.share_memory()``, ``.to(device)`` or ``weight.data = ...``. The content must still be the
-        base plus what is active; all of it is read. Raises `SwitchError`, naming the weights, if it is not, or if
-        shapes or dtypes differ; nothing has changed then.
+        base plus what is active; all of it is read. Raises `SwitchError`, naming the weights, if it is not, if
+        shapes or dtypes differ, or if their modules are not in the model any more; nothing has changed then.
         """
         with LOCK, quiet():
             self._refuse_torn()
             self._ledger.wait()
             self._slots = _model.slots(self.model, buffers=True)
+            self._ledger.refuse_gone(self.model)
             moved = self._ledger.moved()
             if moved:
                 self._ledger.rebind(moved)
@@ -273,7 +274,7 @@ class Switcher:
             weight = self._ledger.weight(slot.weight)
             if weight is None:
                 with quiet():
-                    return _live.fingerprint(slot.weight)
+                    return _granules.fingerprint(slot.weight)
             return self._ledger.fingerprint(weight)
 
     def verify(self, *, full: bool = False) -> None:
@@ -287,6 +288,7 @@ class Switcher:
         """
         with LOCK, quiet():
             self._refuse_torn()
+            self._ledger.refuse_gone(self.model)
             active = self._ledger.state.layout
             self._ledger.verify([active] if active.names else list(self._shelf.layouts.values()), full=full)
 

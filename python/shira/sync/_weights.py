@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from shira import _model
+from shira import _granules, _model
 from shira._granules import dtype_name
 from shira._model import INDICES_SUFFIX, VALUES_SUFFIX
 from shira.adapter import _file
@@ -19,11 +19,11 @@ from shira.sync.update import SyncError
 
 @dataclass(eq=False)
 class Weight:
-    """A weight, and what is known of it."""
+    """A weight, and what is known about it."""
 
     slots: tuple[_model.Slot, ...]
     pointer: int
-    # Of the content that it is known to have, and its version then (inference tensors have none).
+    # The fingerprint of the content that it is known to have, and its version counter then (None: inference tensors).
     fingerprint: int
     version: int | None
 
@@ -42,11 +42,11 @@ class Weight:
 
     def note(self) -> None:
         """The content is what the fingerprint says."""
-        self.version = version_of(self.slots[0].weight)
+        self.version = _counter(self.slots[0].weight)
 
     def touched(self) -> bool:
         """Whether somebody wrote to it since, as far as versions tell."""
-        now = version_of(self.slots[0].weight)
+        now = _counter(self.slots[0].weight)
         return now is None or now != self.version
 
     def moved(self) -> str | None:
@@ -59,13 +59,12 @@ class Weight:
         return None
 
 
-def version_of(weight: Tensor) -> int | None:
+def _counter(weight: Tensor) -> int | None:
+    """Its version counter; inference tensors have none."""
     return None if weight.is_inference() else weight._version
 
 
-def weights_of(
-    who: str, model: nn.Module, exclude: str | None, fingerprint: Callable[[Tensor], int]
-) -> dict[str, Weight]:
+def weights_of(who: str, model: nn.Module, exclude: str | None) -> dict[str, Weight]:
     """The model's parameters and persistent buffers by their first names; refuses what cannot be followed in place.
 
     A tuner's values and indices are not weights. Those whose names `exclude` is found in are left out.
@@ -90,7 +89,7 @@ def weights_of(
         problem = _problem(slots, weight)
         if problem is not None:
             raise SyncError(f"{who}: {slots[0].name} {problem}; leave it out with exclude= if it does not change")
-        found[slots[0].name] = Weight(tuple(slots), weight.data_ptr(), fingerprint(weight), version_of(weight))
+        found[slots[0].name] = Weight(tuple(slots), weight.data_ptr(), _granules.fingerprint(weight), _counter(weight))
     if not found:
         raise SyncError(f"{who}: the model must have a parameter or persistent buffer, and has none that counts")
     return found
@@ -124,7 +123,12 @@ def by_call(weights: Iterable[tuple[Weight, int]]) -> Iterator[tuple[list[Weight
         yield [weight for weight, _ in group], granule
 
 
-def refuse_moved(who: str, weights: Iterable[Weight], advice: str) -> None:
+def refuse_moved(who: str, model: nn.Module, weights: Collection[Weight], advice: str) -> None:
+    gone = _model.gone(model, (slot for weight in weights for slot in weight.slots))
+    if gone:
+        raise SyncError(
+            f"{who}: the module of {_model.some(gone)} was replaced, and is not in the model any more; {advice}"
+        )
     for weight in weights:
         problem = weight.moved()
         if problem is not None:

@@ -27,6 +27,8 @@ class Folder:
 
     def put(self, update: Update) -> Path:
         """Write an update, and return its file. One that changes nothing is written too: its step counts."""
+        if not isinstance(update, Update):
+            raise TypeError(f"Folder.put: update must be an Update, got {type(update).__name__}")
         if not 0 <= update.step < 10**12:
             raise SyncError(f"Folder: step must be below 10^12, got {update.step}")
         name = f"{update.step:012}-{shown_version(update.start)}-{shown_version(update.end)}.safetensors"

@@ -1,21 +1,23 @@
-"""`Publisher`: what has changed in a model's weights since it was asked last."""
+"""`Publisher`: what has changed in a model's weights since the last call."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import shira_ops
-from shira import _live, _model
-from shira._granules import index_dtype
+from shira import _granules, _live, _model
+from shira._granules import WORD, index_dtype
 from shira.adapter._entry import Entry
 from shira.sync._weights import Weight, by_call, fingerprints, refuse_moved, weights_of
 from shira.sync.update import SyncError, Update, bits, shown_version, version_of
 from shira.train.tuner import SparseTuner
 
-_WORD = 2**64 - 1
+__all__ = ["Publisher"]
+
 # Indices, values, their granule, and the weight's fingerprint now.
 _Change = tuple[Tensor, Tensor, int, int]
 _ANEW = "make a new Publisher, whose receivers start from a copy of the model"
@@ -23,7 +25,7 @@ _ANEW = "make a new Publisher, whose receivers start from a copy of the model"
 
 @dataclass(eq=False)
 class _Sent:
-    """Of a weight whose changing entries are known: where they are, and what was sent of them."""
+    """A weight whose changing entries are known: where they are, and what was sent of them last."""
 
     indices: Tensor
     values: Tensor
@@ -33,11 +35,11 @@ class _Sent:
 
 
 class Publisher:
-    """Tells what has changed in a model's weights since it told last, as an `Update`.
+    """Finds what has changed in a model's weights since the last call, as an `Update`.
 
-    Of a **model**, whatever trains it: a copy of every weight is kept (the snapshot), and `publish` compares both, bit
-    by bit, and brings the copy up to date in the same pass (`shira_ops.diff_`), at the speed at which memory is read.
-    Of a **SparseTuner**, whose entries are known: there is no copy of the model, and `publish` looks at these entries
+    From a **model**, whatever trains it: a copy of every weight is kept (the snapshot), and `publish` compares both,
+    bit by bit, and brings the copy up to date in the same pass (`shira_ops.diff_`), as fast as memory is read.
+    From a **SparseTuner**, whose entries are known: there is no copy of the model, and `publish` looks at these entries
     alone. What else may change then (persistent buffers, parameters that were unfrozen) is compared as above; weights
     that are frozen must stay as they are, and one that was written to is refused.
 
@@ -76,12 +78,12 @@ class Publisher:
         if self._device is not None and self._device.type == "meta":
             raise ValueError("Publisher: snapshot must be a device that keeps content, got 'meta'")
         self.step = 0
-        # The fingerprints before a `publish` that has begun and did not come to its end.
+        # The fingerprints before a `publish` that began and was interrupted.
         self._torn: dict[Weight, int] | None = None
         if self._tuner is not None:
             self._tuner.sync()
         with _live.LOCK, torch.no_grad():
-            self._weights = weights_of("Publisher", self.model, exclude, _fingerprint)
+            self._weights = weights_of("Publisher", self.model, exclude)
             self._sent: dict[str, _Sent] = {}
             if self._tuner is not None:
                 self._note_known(self._tuner)
@@ -102,8 +104,12 @@ class Publisher:
 
     @property
     def version(self) -> int:
-        """Of the weights as they were last published; see `Update`."""
+        """The version of the weights as they were last published; see `Update`."""
         return version_of(fingerprints(self._weights))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A shallow copy would share the snapshot, and what one of them publishes the other would never see.
+        raise TypeError("Publisher: a publisher cannot be copied or pickled; make another one for a copy of the model")
 
     def __repr__(self) -> str:
         nbytes = sum(tensor.nbytes for tensor in self._snapshots.values())
@@ -121,7 +127,7 @@ class Publisher:
         """
         if self._tuner is not None:
             self._tuner.sync()
-        refuse_moved("Publisher", self._weights.values(), _ANEW)
+        refuse_moved("Publisher", self.model, self._weights.values(), _ANEW)
         with _live.LOCK, torch.no_grad():
             torn = self._torn is not None
             for weight, fingerprint in (self._torn or {}).items():
@@ -154,9 +160,11 @@ class Publisher:
         the tuner does not train, and that somebody wrote to.
         """
         with _live.LOCK, torch.no_grad():
-            refuse_moved("Publisher", self._weights.values(), _ANEW)
+            refuse_moved("Publisher", self.model, self._weights.values(), _ANEW)
             different = [
-                name for name, weight in self._weights.items() if _fingerprint(weight.tensor) != weight.fingerprint
+                name
+                for name, weight in self._weights.items()
+                if _granules.fingerprint(weight.tensor) != weight.fingerprint
             ]
         if different:
             raise SyncError(f"Publisher: {_model.some(different)} changed since the last publish; {_ANEW}")
@@ -169,7 +177,7 @@ class Publisher:
             weight = names.get(name)
             if weight is None:
                 continue  # excluded
-            share = _share(weight.tensor, entry.indices, entry.granule)
+            share = _granules.fingerprint_at(weight.tensor, entry.indices, entry.granule)
             self._sent[weight.name] = _Sent(entry.indices, entry.values, entry.granule, share)
 
     def _known_changes(self) -> dict[str, _Change]:
@@ -180,11 +188,11 @@ class Publisher:
             changed = (bits(values) != bits(sent.values)).nonzero().view(-1)
             if not changed.numel():
                 continue
-            share = _share(weight.tensor, sent.indices, sent.granule)
+            share = _granules.fingerprint_at(weight.tensor, sent.indices, sent.granule)
             granules = sent.indices[changed // sent.granule].to(torch.int64)
             indices = granules * sent.granule + changed % sent.granule
             kind = index_dtype(weight.tensor.numel())
-            fingerprint = (weight.fingerprint + share - sent.share) & _WORD
+            fingerprint = (weight.fingerprint + share - sent.share) & WORD
             found[name] = (indices.to(kind), values[changed], 1, fingerprint)
             self._sent[name] = replace(sent, values=values, share=share)
         return found
@@ -193,7 +201,7 @@ class Publisher:
         for name, weight in self._weights.items():
             if name in self._sent or name in self._snapshots or not weight.touched():
                 continue
-            if _fingerprint(weight.tensor) != weight.fingerprint:
+            if _granules.fingerprint(weight.tensor) != weight.fingerprint:
                 raise SyncError(
                     f"Publisher: {name} is frozen, so a Publisher of a tuner keeps no copy of it, and it was written "
                     f"to; unfreeze it before the Publisher is made, or make one of the model: Publisher(tuner.model)"
@@ -218,7 +226,7 @@ class Publisher:
             changes = shira_ops.foreach_diff_(snapshots, tensors, granule=granule)
             for weight, tensor, indices, values in zip(weights, tensors, *changes, strict=True):
                 if indices.numel():
-                    found[weight.name] = (indices, values, granule, _fingerprint(tensor))
+                    found[weight.name] = (indices, values, granule, _granules.fingerprint(tensor))
         return found
 
     # ---- after a call that failed half way -------------------------------------------------------------------
@@ -228,11 +236,11 @@ class Publisher:
         found: dict[str, _Change] = {}
         for name, weight in self._weights.items():
             tensor = weight.tensor
-            fingerprint = _fingerprint(tensor)
+            fingerprint = _granules.fingerprint(tensor)
             sent, snapshot = self._sent.get(name), self._snapshots.get(name)
             if sent is not None:
                 values = shira_ops.gather(tensor, sent.indices, granule=sent.granule)
-                share = _share(tensor, sent.indices, sent.granule)
+                share = _granules.fingerprint_at(tensor, sent.indices, sent.granule)
                 self._sent[name] = replace(sent, values=values, share=share)
             if snapshot is not None:
                 snapshot.copy_(tensor)
@@ -242,11 +250,3 @@ class Publisher:
                 indices = torch.arange(count, dtype=index_dtype(count), device=tensor.device)
                 found[name] = (indices, tensor.flatten().clone(), granule, fingerprint)
         return found
-
-
-def _fingerprint(tensor: Tensor) -> int:
-    return int(shira_ops.fingerprint(tensor.detach())) & _WORD
-
-
-def _share(tensor: Tensor, indices: Tensor, granule: int) -> int:
-    return int(shira_ops.fingerprint_at(tensor, indices, granule=granule)) & _WORD

@@ -6,14 +6,14 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import shira_ops
-from shira import _live, _model
-from shira._granules import dtype_name
+from shira import _granules, _live, _model
+from shira._granules import WORD, dtype_name
 from shira._live import SwitchError
 from shira._model import VALUES_SUFFIX
 from shira._text import AdapterError, named
@@ -21,7 +21,8 @@ from shira.serve.switcher import Switcher
 from shira.sync._weights import Weight, by_call, fingerprints, refuse_moved, weights_of
 from shira.sync.update import SyncError, Update, bits, compose, shown_version, version_of
 
-_WORD = 2**64 - 1
+__all__ = ["Receiver"]
+
 _ANEW = "make a new Receiver"
 _LINE = 64
 # Half of what a core has for itself today, in bytes.
@@ -29,7 +30,7 @@ _CACHE = 2**19
 
 
 class _Entry(NamedTuple):
-    """Of one weight: where, and what goes there next."""
+    """The entries of one weight: where they are, and what goes there next."""
 
     indices: Tensor
     values: Tensor
@@ -89,7 +90,7 @@ class _Moves:
                     piece.swap(weight.tensor)
 
     def fingerprint(self, weight: Weight, *, written: bool) -> int:
-        """Of a weight, on either side."""
+        """A weight's fingerprint on either side."""
         return self.update.after[weight.name] if written else self.update.weights[weight.name].fingerprint or 0
 
 
@@ -114,7 +115,7 @@ class _State(NamedTuple):
 
 
 class Receiver:
-    """Takes over, in place, what a `Publisher` tells of a model's weights.
+    """Takes over, in place, what a `Publisher` finds has changed in a model's weights.
 
     - **Staged.** `stage` checks an update against the model and brings it to the weights' devices, O(its entries).
       Several may be staged, one after the other: `commit` writes each entry once.
@@ -148,7 +149,7 @@ class Receiver:
         with _live.LOCK, torch.no_grad():
             tensors = [slot.weight for slot in _model.slots(self.model, buffers=True).values()]
             with _bare("the first look", tensors):
-                self._weights = weights_of("Receiver", self.model, exclude, _fingerprint)
+                self._weights = weights_of("Receiver", self.model, exclude)
         self._names = {slot.name: weight for weight in self._weights.values() for slot in weight.slots}
         self._state = _State(version_of(fingerprints(self._weights)))
 
@@ -167,6 +168,10 @@ class Receiver:
         """What `commit` would write: one update, whatever was staged."""
         moves = self._state.staged
         return None if moves is None else moves.update
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A shallow copy would write into the weights of the first one, which would still have the old version.
+        raise TypeError("Receiver: a receiver cannot be copied or pickled; make another one for a copy of the model")
 
     def __repr__(self) -> str:
         staged = "nothing staged" if self.staged is None else f"staged: {self.staged!r}"
@@ -231,10 +236,12 @@ class Receiver:
     def verify(self) -> None:
         """Read all weights and compare them with what the updates say they are; `SyncError` names those that differ."""
         with _live.LOCK, torch.no_grad(), _bare("verify", self._tensors()) as switchers:
-            refuse_moved("Receiver", self._weights.values(), _ANEW)
+            refuse_moved("Receiver", self.model, self._weights.values(), _ANEW)
             self._heal(switchers)
             different = [
-                name for name, weight in self._weights.items() if _fingerprint(weight.tensor) != weight.fingerprint
+                name
+                for name, weight in self._weights.items()
+                if _granules.fingerprint(weight.tensor) != weight.fingerprint
             ]
             if different:
                 raise SyncError(f"Receiver: {_model.some(different)} changed since the last commit; {_LOAD}")
@@ -283,13 +290,13 @@ class Receiver:
 
     def _apply(self, what: str, moves: _Moves, then: _State, *, verify: bool, back: bool = False) -> None:
         """Swap, all or nothing: the Receiver is at `then` afterwards, or everything is as it was."""
-        refuse_moved("Receiver", self._weights.values(), _ANEW)
+        refuse_moved("Receiver", self.model, self._weights.values(), _ANEW)
         self._refuse_tuned(what)
         with _bare(what, self._tensors()) as switchers:
             self._heal(switchers)
             for weight in self._weights.values():
                 known = not weight.touched() or _live.base_of(weight.slots[0].weight) == weight.fingerprint
-                if not known and _fingerprint(weight.tensor) != weight.fingerprint:
+                if not known and _granules.fingerprint(weight.tensor) != weight.fingerprint:
                     raise SyncError(f"Receiver: {what} refused: {weight.name} was changed by someone else; {_LOAD}")
                 weight.note()
             self._state = self._state._replace(torn=_Torn(moves, back))
@@ -308,7 +315,7 @@ class Receiver:
         wrong = [
             weight.name
             for weight, difference in differences.items()
-            if (weight.fingerprint + difference) & _WORD != moves.fingerprint(weight, written=not back)
+            if (weight.fingerprint + difference) & WORD != moves.fingerprint(weight, written=not back)
         ]
         if wrong:
             raise SyncError(
@@ -334,7 +341,7 @@ class Receiver:
             switcher.rebase({weight.slots[0].weight: weight.fingerprint for weight in moves.entries})
 
     def _heal(self, switchers: Sequence[Switcher]) -> None:
-        """Take moves back that have begun and did not come to their end, wherever an error or an interrupt hit them."""
+        """Take back moves that began and did not finish, wherever an error or an interrupt hit them."""
         if self._state.torn is not None:
             moves, written, told = self._state.torn
             moves.restore(written=written)
@@ -371,7 +378,7 @@ def _read(given: Update | bytes | str | os.PathLike[str]) -> Update:
 
 
 def _piece(values: Tensor, granule: int) -> int:
-    """On a CPU, so many granules that their cache lines fit the cores' own caches: the next op finds them there."""
+    """On a CPU, as many granules as have their cache lines in the cores' own caches: the next op finds them there."""
     if values.device.type != "cpu":
         return max(1, values.numel())
     lines = -(-granule * values.element_size() // _LINE)
@@ -379,7 +386,7 @@ def _piece(values: Tensor, granule: int) -> int:
 
 
 def _differences(shares: Sequence[tuple[Weight, Tensor, Tensor]]) -> dict[Weight, int]:
-    """After minus before, over the pieces of each weight; each device is waited for once."""
+    """After minus before, over the pieces of each weight; waits for each device once."""
     found: dict[Weight, int] = {}
     for device in dict.fromkeys(before.device for _, before, _ in shares):
         weights, *sides = zip(*(share for share in shares if share[1].device == device), strict=True)
@@ -387,10 +394,6 @@ def _differences(shares: Sequence[tuple[Weight, Tensor, Tensor]]) -> dict[Weight
         for weight, old, new in zip(weights, before, after, strict=True):
             found[weight] = found.get(weight, 0) + new - old
     return found
-
-
-def _fingerprint(tensor: Tensor) -> int:
-    return int(shira_ops.fingerprint(tensor.detach())) & _WORD
 
 
 @contextmanager

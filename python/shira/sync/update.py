@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 import shira_ops
-from shira._granules import dtype_name, fnv1a64, refine, splitmix64
+from shira import _granules
+from shira._granules import WORD, dtype_name, fnv1a64, refine, splitmix64
 from shira._text import AdapterError, named, shown
 from shira.adapter._entry import Entry
 from shira.adapter.adapter import Adapter
 
-_WORD = 2**64 - 1
+__all__ = ["SyncError", "Update", "compose"]
+
 _KEY = "shira.sync"
 
 
@@ -37,7 +39,7 @@ def term(name: str, fingerprint: int) -> int:
 
 def version_of(fingerprints: Mapping[str, int]) -> int:
     """The version of a model: the sum mod 2^64 of what its weights add, so that it follows a change in O(changed)."""
-    return sum(term(name, fingerprint) for name, fingerprint in fingerprints.items()) & _WORD
+    return sum(term(name, fingerprint) for name, fingerprint in fingerprints.items()) & WORD
 
 
 def shown_version(version: int) -> str:
@@ -74,7 +76,7 @@ class Update:
             "start": self.start,
             **{f"after {named(name)}": one for name, one in self.after.items()},
         }.items():
-            if type(word) is not int or not 0 <= word <= _WORD:
+            if type(word) is not int or not 0 <= word <= WORD:
                 raise AdapterError(f"Update: {what} must be a whole number below 2^64, got {shown(word)}")
         if type(self.step) is not int or not 0 <= self.step < 2**63:
             raise AdapterError(f"Update: step must be a whole number from 0, got {shown(self.step)}")
@@ -96,7 +98,7 @@ class Update:
         change = sum(
             term(name, self.after[name]) - term(name, entry.fingerprint or 0) for name, entry in self.weights.items()
         )
-        return (self.start + change) & _WORD
+        return (self.start + change) & WORD
 
     @property
     def nnz(self) -> int:
@@ -204,7 +206,7 @@ class Update:
             tensor = next((weights[one] for one in (name, *entry.aliases) if one in weights), None)
             if tensor is None:
                 raise SyncError(f"Update.invert: weights must have {named(name)}, which the update changes")
-            before = _fingerprint(tensor)
+            before = _granules.fingerprint(tensor)
             if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype or before != entry.fingerprint:
                 raise SyncError(f"Update.invert: {named(name)} is not what the update starts from (by fingerprint)")
             with torch.no_grad():
@@ -253,10 +255,6 @@ def _overlaid(first: Entry, second: Entry) -> Entry:
     return Entry(kept, values, first.shape, first.dtype, granule, first.fingerprint, None, aliases, checked=True)
 
 
-def _fingerprint(tensor: Tensor) -> int:
-    return int(shira_ops.fingerprint(tensor.detach())) & _WORD
-
-
 def _word(what: str, text: Any) -> int:
     if not isinstance(text, str) or not re.fullmatch("[0-9a-f]{16}", text):
         raise AdapterError(f"{what} must be 16 hex digits, got {shown(text)}")
@@ -277,6 +275,3 @@ def _in_memory() -> Iterator[Path]:
             path = Path(folder, "update")
             path.touch()
             yield path
-
-
-__all__ = ["SyncError", "Update", "compose"]

@@ -30,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import shira_ops
-from shira import _live, _model
+from shira import _granules, _model
 from shira._granules import dtype_name
 from shira._model import INDICES_SUFFIX, VALUES_SUFFIX
 from shira.train import _layers
@@ -199,7 +199,7 @@ class Site:
         """Whether the values have the content that was written; None if that is not known."""
         if self.written is None or self.written.content is None:
             return None
-        return self.written.content == _live.fingerprint(values)
+        return self.written.content == _granules.fingerprint(values)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied model has its own values, which nobody has compared with its weights.
@@ -627,7 +627,7 @@ def mark_written(site: Site, values: Tensor, weight: Tensor | None = None) -> No
     if weight is None:
         site.written = None
         return
-    content = _live.fingerprint(values) if values.device.type == "cpu" else None
+    content = _granules.fingerprint(values) if values.device.type == "cpu" else None
     site.written = _Written(weakref.ref(values), weakref.ref(weight), _marks(weight, values), content)
 
 

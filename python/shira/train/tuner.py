@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import shira_ops
-from shira import _live, _model
+from shira import _granules, _live, _model
 from shira._model import VALUES_SUFFIX
 from shira._text import AdapterError, Rename, hex_word, named
 from shira.adapter._entry import Entry
@@ -304,7 +304,7 @@ class SparseTuner:
         """``fingerprint``: the weight's, if it is known already."""
         weight = group[0].weight.detach()
         saved = shira_ops.gather(weight, indices, granule=granule)
-        fingerprint = _live.fingerprint(weight) if fingerprint is None else fingerprint
+        fingerprint = _granules.fingerprint(weight) if fingerprint is None else fingerprint
         return _Plan(name, group, indices, granule, saved, fingerprint, seed)
 
     def _install(self, plans: Sequence[_Plan], allow_unused: bool) -> None:
@@ -485,7 +485,7 @@ class SparseTuner:
             with torch.no_grad():
                 shira_ops.swap_(weight, indices, other, granule=plan.granule)
                 try:
-                    now = _live.fingerprint(weight)
+                    now = _granules.fingerprint(weight)
                 finally:
                     shira_ops.swap_(weight, indices, other, granule=plan.granule)
             if now != plan.fingerprint:
@@ -719,6 +719,6 @@ def _identity(tuned: _Tuned) -> dict[str, Any]:
     return {
         "shape": list(tuned.plan.slots[0].weight.shape),
         "granule": tuned.plan.granule,
-        "indices": hex_word(_live.fingerprint(tuned.plan.indices.to(torch.int64))),
+        "indices": hex_word(_granules.fingerprint(tuned.plan.indices.to(torch.int64))),
         "fingerprint": hex_word(tuned.plan.fingerprint),
     }
