@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -449,10 +447,11 @@ def test_two_tuners_train_side_by_side() -> None:
 # Several processes
 
 
-def _process(rank: int, port: int, folder: str) -> None:
+def _process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    # Not a TCPStore: its thread may outlive the rank that serves it, and abort the process.
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     model = model_of()
     tuner = SparseTuner(model, RAND, EVERYTHING, whole="classifier")
     if rank:
@@ -526,10 +525,7 @@ def _refused(rank: int, wrapped: DistributedDataParallel) -> None:
 
 def test_distributed_data_parallel(tmp_path: Path) -> None:
     """Two processes, one sample each: what one process does with both. Sampled, dense and whole ones alike."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_process, (port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
     given = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     model = model_of()
     optimizer = AdamW(SparseTuner(model, RAND, EVERYTHING, whole="classifier"), lr=0.01)
