@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import shira
 import shira_ops
-from benchmarks.quality.task import Task
+from benchmarks.quality.task import Task, measured
 from shira import Adapter, Entry, masks
 from shira.masks.masks import Mask
 
@@ -73,8 +73,12 @@ class BalancedRand(masks.Rand):
 
 
 MASKS = ("rand", "struct", "wm", "grad", "snip")
+"""The paper's."""
+LATER = ("principal",)
+"""What others have proposed since; compared in experiment 1 alone."""
 _CLASSES: dict[str, type[Mask]] = {
     "rand": masks.Rand, "struct": masks.Struct, "wm": masks.WeightMagnitude, "grad": masks.Grad, "snip": masks.Snip,
+    "principal": masks.Principal,
 }  # fmt: skip
 
 
@@ -212,6 +216,7 @@ class Lora(Method):
         modules = [name.removesuffix(".weight") for name in targets]
         config = LoraConfig(r=self.r, lora_alpha=2 * self.r, target_modules=modules, use_dora=self.dora)
         inject_adapter_in_model(config, model)
+        trained_in_float(model)
         for name in whole:
             model.get_parameter(name).requires_grad_(True)
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -248,8 +253,39 @@ class Full(Method):
         names = [name for name, _ in model.named_parameters()]
         base = copies(model, names)
         parameters = [parameter.requires_grad_(True) for parameter in model.parameters()]
-        optimizer = torch.optim.AdamW(groups(model.named_parameters(), task, lr), weight_decay=0.0)
+        # Half precision would swallow small steps: they are taken in float32, and the weights follow.
+        masters = {
+            name: one if one.dtype == torch.float32 else nn.Parameter(one.detach().float())
+            for name, one in model.named_parameters()
+        }
+        optimizer = torch.optim.AdamW(groups(masters.items(), task, lr), weight_decay=0.0)
+        follow(optimizer, [(one, masters[name]) for name, one in model.named_parameters() if one is not masters[name]])
         yield Attached(parameters, optimizer, lambda: dense_adapter(model, base, names))
+
+
+def trained_in_float(model: nn.Module) -> None:
+    """Adapters of a half precision model in float32, as ``peft.get_peft_model`` has them."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+
+
+def follow(optimizer: torch.optim.Optimizer, pairs: list[tuple[nn.Parameter, nn.Parameter]]) -> None:
+    """Steps are taken with the second of each pair, and copied to the first, which has the gradients."""
+
+    def before(*_: Any) -> None:
+        for weight, master in pairs:
+            master.grad = None if weight.grad is None else weight.grad.float()
+            weight.grad = None
+
+    @torch.no_grad()
+    def after(*_: Any) -> None:
+        for weight, master in pairs:
+            weight.copy_(master)
+
+    if pairs:
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(after)
 
 
 KINDS: dict[str, type[Method]] = {method.kind: method for method in (Shira, Lora, Dora, Full)}
@@ -291,8 +327,7 @@ def train(task: Task, method: Method, lr: float, seed: int, steps: int, fraction
             optimizer.step()
         model.eval()
         record = {
-            "validation": task.score(model, "validation"),
-            "test": task.score(model, "test"),
+            **measured(task, model),
             "loss": last if math.isfinite(last) else None,
             "trainable": attached.trainable,
         }

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from benchmarks.quality.findings import is_accuracy, mean, standard_error
 from benchmarks.quality.methods import Method, Shira
 
-NAMES = {"rand": "Rand", "struct": "Struct", "wm": "WM", "grad": "Grad", "snip": "Snip"}
+NAMES = {"rand": "Rand", "struct": "Struct", "wm": "WM", "grad": "Grad", "snip": "Snip", "principal": "Principal"}
 
 MIXED = {"first": "more in the first weights", "last": "more in the last", "magnitude": "by magnitude over all weights"}
 
