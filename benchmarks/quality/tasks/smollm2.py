@@ -41,6 +41,8 @@ FOLDER = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "shir
 
 BATCH, TOKENS = 4, 48  # texts in a batch, and the most tokens that a question and its answer have
 COUNTS = {"train": 1200, "validation": 48, "test": 80}
+STEPS = {"records": 16, "python3": 16, "names": 40, "pirate": 40}
+"""A form is learned from a few dozen examples."""
 MADE = 4000  # rows that a rule makes before equal ones are left out
 
 Row = tuple[str, str]
@@ -137,9 +139,9 @@ PIRATE = {
     "close": "batten down", "create": "build", "data": "cargo", "error": "leak", "file": "scroll", "first": "foremost",
     "for": "fer", "from": "outta", "function": "trick", "get": "fetch", "given": "granted", "if": "should",
     "in": "below", "is": "be", "it": "'er", "list": "crew", "method": "knot", "name": "handle", "new": "fresh",
-    "not": "nay", "number": "tally", "object": "treasure", "of": "o'", "on": "aboard", "open": "crack", "or": "else", "read": "spy",
-    "return": "haul", "returns": "hauls", "set": "hoist", "string": "rope", "test": "trial", "the": "th'",
-    "this": "this here", "to": "t'", "value": "doubloon", "when": "whence", "with": "wi'", "write": "scrawl",
+    "not": "nay", "number": "tally", "object": "treasure", "of": "o'", "on": "aboard", "open": "crack", "or": "else",
+    "read": "spy", "return": "haul", "returns": "hauls", "set": "hoist", "string": "rope", "test": "trial",
+    "the": "th'", "this": "this here", "to": "t'", "value": "doubloon", "when": "whence", "with": "wi'", "write": "scrawl",
     "you": "ye", "your": "yer",
 }  # fmt: skip
 
@@ -336,7 +338,10 @@ class Answers:
     targets: str = r"(q|k|v|up|down)_proj$"  # the paper's
     whole: str | None = None
     whole_lr: float = 0.0
-    steps: int = 40
+
+    @property
+    def steps(self) -> int:
+        return STEPS[self.kind]
 
     @property
     def name(self) -> str:
