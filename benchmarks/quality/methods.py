@@ -206,16 +206,20 @@ class Lora(Method):
 
     r: int = 1
 
+    def config(self, modules: list[str], seed: int) -> Any:
+        from peft import LoraConfig
+
+        return LoraConfig(r=self.r, lora_alpha=2 * self.r, target_modules=modules, use_dora=self.dora)
+
     @contextmanager
     def attached(self, model: nn.Module, task: Task, lr: float, seed: int) -> Iterator[Attached]:
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import inject_adapter_in_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         targets, whole = target_names(model, task)
         base = copies(model, [*targets, *whole])
         modules = [name.removesuffix(".weight") for name in targets]
-        config = LoraConfig(r=self.r, lora_alpha=2 * self.r, target_modules=modules, use_dora=self.dora)
-        inject_adapter_in_model(config, model)
+        inject_adapter_in_model(self.config(modules, seed), model)
         trained_in_float(model)
         for name in whole:
             model.get_parameter(name).requires_grad_(True)
@@ -239,6 +243,19 @@ class Dora(Lora):
 
     kind: ClassVar[str] = "dora"
     dora: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class PeftShira(Lora):
+    """PEFT's own SHiRA with a random mask, which adds a sparse matrix to the weight in every forward pass."""
+
+    kind: ClassVar[str] = "peft-shira"
+    start: ClassVar[float] = 1e-1
+
+    def config(self, modules: list[str], seed: int) -> Any:
+        from peft import ShiraConfig
+
+        return ShiraConfig(r=self.r, target_modules=modules, random_seed=seed)
 
 
 @dataclass(frozen=True)
@@ -288,7 +305,7 @@ def follow(optimizer: torch.optim.Optimizer, pairs: list[tuple[nn.Parameter, nn.
         optimizer.register_step_post_hook(after)
 
 
-KINDS: dict[str, type[Method]] = {method.kind: method for method in (Shira, Lora, Dora, Full)}
+KINDS: dict[str, type[Method]] = {method.kind: method for method in (Shira, Lora, Dora, PeftShira, Full)}
 
 
 def from_description(description: dict[str, Any]) -> Method:

@@ -28,7 +28,7 @@ def plan(families: Sequence[str], experiments: Sequence[str], seeds: int) -> lis
         job
         for family in families
         for experiment in experiments
-        if family not in LARGE or experiment == "single"
+        if family not in LARGE or experiment in ("single", "cost")
         for job in EXPERIMENTS[experiment](family, seeds)
     ]
     return sorted(jobs, key=lambda job: job.rank)

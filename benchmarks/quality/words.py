@@ -40,7 +40,7 @@ def difference(family: str, values: Sequence[float]) -> str:
 def label(method: Method) -> str:
     """A method as the tables call it."""
     if not isinstance(method, Shira):
-        return {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tuning"}[method.kind]
+        return {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tuning", "peft-shira": "PEFT's SHiRA"}[method.kind]
     parts = [f"SHiRA-{NAMES[method.mask]}"]
     if method.granule > 1:
         parts.append(f"granule {method.granule}")

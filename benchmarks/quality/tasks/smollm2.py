@@ -141,8 +141,8 @@ PIRATE = {
     "in": "below", "is": "be", "it": "'er", "list": "crew", "method": "knot", "name": "handle", "new": "fresh",
     "not": "nay", "number": "tally", "object": "treasure", "of": "o'", "on": "aboard", "open": "crack", "or": "else",
     "read": "spy", "return": "haul", "returns": "hauls", "set": "hoist", "string": "rope", "test": "trial",
-    "the": "th'", "this": "this here", "to": "t'", "value": "doubloon", "when": "whence", "with": "wi'", "write": "scrawl",
-    "you": "ye", "your": "yer",
+    "the": "th'", "this": "this here", "to": "t'", "value": "doubloon", "when": "whence", "with": "wi'",
+    "write": "scrawl", "you": "ye", "your": "yer",
 }  # fmt: skip
 
 
