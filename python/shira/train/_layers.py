@@ -13,28 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 import shira_ops
+from shira._linears import CONV1D, EMBEDDING, LINEAR, forward_of, is_linear, is_replaced, kind_of
 
 __all__ = ["Attach", "owned", "rule_of"]
 
-# transformers' linear layer of GPT-2, whose weight is [in, out]. Known by name, so that transformers is not imported.
-_TRANSPOSED = ("transformers.pytorch_utils", "Conv1D")
 _CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONVOLUTION_GRADIENTS = (conv1d_weight, conv2d_weight, conv3d_weight)
-
-
-def _forward_of(module: nn.Module) -> type:
-    """The class whose ``forward`` the module runs."""
-    return next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
-
-
-def is_linear(module: nn.Module) -> bool:
-    """``nn.Linear`` and subclasses, and transformers' ``Conv1D``: the layers that a tuner trains by default."""
-    return isinstance(module, nn.Linear) or any(
-        (kind.__module__, kind.__qualname__) == _TRANSPOSED for kind in type(module).__mro__
-    )
 
 
 def owned(module: nn.Module) -> tuple[str, ...] | None:
@@ -49,22 +35,21 @@ def owned(module: nn.Module) -> tuple[str, ...] | None:
 
 def rule_of(module: nn.Module, attribute: str, granule: int) -> str | None:
     """``linear``, ``transposed``, ``conv`` or ``embedding``; None if only autograd knows the gradient."""
-    # accelerate replaces forward to run its hooks; any other replacement may compute something else.
-    replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")
-    if attribute != "weight" or replaced:
+    if attribute != "weight":
         return None
-    forward = _forward_of(module)
-    if forward is nn.Linear:
-        # nn.MultiheadAttention's out_proj: its forward never runs.
-        return None if isinstance(module, NonDynamicallyQuantizableLinear) else "linear"
-    if (forward.__module__, forward.__qualname__) == _TRANSPOSED:
+    kind = kind_of(module)
+    if kind == LINEAR:
+        return "linear"
+    if kind == CONV1D:
         return "transposed"
-    for kind in _CONVOLUTIONS:
-        if forward is kind:
-            return "conv" if type(module)._conv_forward is kind._conv_forward else None  # type: ignore[attr-defined]
-    if forward is nn.Embedding and isinstance(module, nn.Embedding):
+    if kind == EMBEDDING and isinstance(module, nn.Embedding):
         whole_rows = module.embedding_dim % granule == 0
         return "embedding" if whole_rows and not module.scale_grad_by_freq else None
+    forward = forward_of(module)
+    for convolution in _CONVOLUTIONS:
+        if forward is convolution and not is_replaced(module):
+            own = type(module)._conv_forward is not convolution._conv_forward  # type: ignore[attr-defined]
+            return None if own else "conv"
     return None
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from shira import _fit, _live, _model, _places
+from shira import _fit, _linears, _live, _model, _places
 from shira._granules import dtype_name
 from shira._model import VALUES_SUFFIX
 from shira._text import AdapterError, Rename
@@ -80,13 +80,13 @@ class Names:
             for child in map(module._modules.get, names if isinstance(names, tuple) else ()):
                 added |= set() if child is None else {id(inner) for inner in child.modules()}
         found = ((name, module) for name, module in self.modules.items() if id(module) in added)
-        return {name: module for name, module in found if _layers.is_linear(module)}
+        return {name: module for name, module in found if _linears.is_linear(module)}
 
     def _all_linear(self) -> list[str]:
         """Linear layers except for the output head's and PEFT's, and 3-D weights of experts."""
         heads, added = self.heads(), self.added()
         inside = {id(module) for head in heads.values() for module in head.modules()}
-        linear = [(name, module) for name, module in self.modules.items() if _layers.is_linear(module)]
+        linear = [(name, module) for name, module in self.modules.items() if _linears.is_linear(module)]
         linear = [(name, module) for name, module in linear if name not in added]
         names = [_join(name, "weight") for name, module in linear if id(module) not in inside]
         names += [slot.name for slot in self.slots.values() if _is_experts(slot)]
