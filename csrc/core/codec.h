@@ -192,7 +192,7 @@ inline std::string explain_block(const Code& code, int64_t block) {
   return "decode_indices: code changed while it was decoded";
 }
 
-// The rest is for the host alone: nvcc would compile it without the vector paths, and the linker might keep that one.
+// The rest is for the host only: nvcc would compile it without the vector paths, and the linker might keep that copy.
 #if !defined(__CUDACC__)
 
 // ---------------------------------------------------------------------------------------------- encoder
