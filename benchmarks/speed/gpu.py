@@ -4,8 +4,8 @@ python -m benchmarks.speed.gpu        (or: make gpu)
 
 The sections, the most important first, are: build (unless the package is already built for this torch), parity of every
 op with the references, captured graphs, measurements (gpu_bench.py) of the compiled kernels, contract tests, ncu's
-counters, compute-sanitizer; then parity, captured graphs and measurements of Triton's kernels. Each has processes of its
-own, so that a failure there does not end the run. A section that does not fit into the time left is reported as
+counters, compute-sanitizer; then parity, captured graphs and measurements of Triton's kernels. Each runs in processes
+of its own, so that a failure there does not end the run. A section that does not fit into the time left is reported as
 skipped. Results are written as they come. The exit status is 1 where something failed.
 
 `--device cpu --quick` runs, at tiny sizes, all that a CPU can, to see whether it works. The figures mean nothing then.
