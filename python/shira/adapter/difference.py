@@ -28,8 +28,8 @@ from shira.adapter._entry import Entry, Lost, Made, Report
 
 __all__ = ["Lost", "Progress", "Report", "difference"]
 
-# Bytes of one checkpoint for a call. What is compared is read again for the fingerprint, so it must stay in a core's own
-# cache; scores are counted in half a megabyte for each call, which larger chunks share.
+# Bytes of one checkpoint for a call. What is compared is read again for the fingerprint, so it must stay in a core's
+# own cache; scores are counted in half a megabyte for each call, which larger chunks share.
 _CHUNK, _SCORED = 1 << 20, 4 << 20
 _T = TypeVar("_T")
 _R = TypeVar("_R")
