@@ -22,7 +22,8 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int
 @pytest.fixture(autouse=True, params=["one chunk", "many chunks"])
 def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "many chunks":
-        monkeypatch.setattr(difference_module, "_CHUNK", 512)
+        for size in ("_CHUNK", "_SCORED"):
+            monkeypatch.setattr(difference_module, size, 512)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
