@@ -1,4 +1,4 @@
-"""One command on a machine with an NVIDIA GPU and no network: builds, proves, measures, and writes what it found.
+"""One command on a machine with an NVIDIA GPU and no network: it builds, proves, measures, and writes what it found.
 
 python -m benchmarks.speed.gpu        (or: make gpu)
 

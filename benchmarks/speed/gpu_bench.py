@@ -113,7 +113,7 @@ def swap(bench: Bench) -> Found:
 
 
 def swap_granule_16(bench: Bench) -> Found:
-    """Llama-3-8B, 1 % in runs of 16: a sector each."""
+    """Llama-3-8B, 1 % in runs of 16: one sector each."""
     return _swap(bench, 16)
 
 
