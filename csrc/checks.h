@@ -197,7 +197,7 @@ inline void check_one_dimensional(const char* op, Name name, const Tensor& t) {
   SHIRA_CHECK(t.dim() == 1, op, ": ", name, " must be 1-D, got shape ", list_text(t.sizes()));
 }
 
-// One entry for each that `indices` selects.
+// A tensor with one entry for each that `indices` selects.
 inline void check_entries(const char* op, Name name, const Tensor& t, const Tensor& indices, int64_t granule) {
   check_one_dimensional(op, name, t);
   SHIRA_CHECK(t.numel() == indices.numel() * granule, op, ": ", name, " must have ", indices.numel() * granule,

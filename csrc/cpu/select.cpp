@@ -80,7 +80,7 @@ void score_granules(const Scores<core::Key<typename W::Compute>>& call, int64_t 
 
 // ---- where keys reach a threshold --------------------------------------------------------------------------
 
-// Positions i of [0, n) with keys[i] >= least, ascending; `at` has room for a vector more. n <= kBlock.
+// Positions i of [0, n) with keys[i] >= least, ascending; `at` has room for one more vector. n <= kBlock.
 template <typename Key>
 int64_t reaching_portable(const Key* keys, int64_t begin, int64_t n, Key least, int32_t* at, int64_t found) {
   for (int64_t i = begin; i < n; ++i) {
@@ -502,5 +502,5 @@ SHIRA_LIBRARY_IMPL(CPU, m) {
   shira::SelectOps<shira::cpu::Cpu>::implement(m);
 }
 
-// No tensor argument tells a device: `device` does.
+// No tensor argument gives the device: `device` does.
 SHIRA_LIBRARY_IMPL(CompositeExplicitAutograd, m) { m.impl("select_random", TORCH_BOX(&shira::cpu::select_random)); }
