@@ -385,9 +385,10 @@ def of(name: str, module: nn.Module, floats: torch.dtype = torch.float32) -> Lay
 
 
 def unknown(name: str, module: nn.Module) -> str:
-    """Why nothing can be laid over a module that is not among `find`, as a sentence that begins with the weight."""
+    """Why nothing can be laid over a weight that is not among `find`, as a sentence that begins with its name."""
     found = _recognised(name, module, torch.float32)
-    assert isinstance(found, str)
+    if isinstance(found, Layer):
+        found = f"is not the weight of the {type(module).__name__} that has it, so nothing can be laid over it"
     return f"{name} {found}"
 
 

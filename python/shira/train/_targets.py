@@ -271,11 +271,6 @@ def _check_layers(name: str, group: Sequence[_model.Slot], layers: _linears.Laye
     _check_free(name, group)
     for slot in group:
         layer = layers.get(slot.name)
-        if slot.attribute != "weight":
-            raise ValueError(
-                f"SparseTuner: {slot.name} is not the weight of a layer, so an overlay cannot train it; leave it out "
-                f"with exclude=, or train it with a tuner of its own, without overlay"
-            )
         if layer is None:
             raise ValueError(f"SparseTuner: {_linears.unknown(slot.name, slot.module)}; leave it out with exclude=")
         if layer.obstacle is not None:
