@@ -70,6 +70,11 @@ class Publisher:
             raise TypeError(
                 f"Publisher: source must be a torch.nn.Module or a SparseTuner, got {type(source).__name__}"
             )
+        if self._tuner is not None and self._tuner.overlay:
+            raise ValueError(
+                "Publisher: a tuner with overlay=True writes no weights, so there is nothing to publish; send its "
+                "adapter, tuner.adapter(), to an Overlay"
+            )
         if type(granule) is not int or granule < 1:
             raise ValueError(f"Publisher: granule must be a whole number of at least 1, got {granule!r}")
         self.model = _model.unwrap(self._tuner.model if self._tuner is not None else source)  # type: ignore[arg-type]

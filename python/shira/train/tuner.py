@@ -324,7 +324,7 @@ class SparseTuner:
         self.model = _model.unwrap(model)
         _live.refuse_active(self.model)
         self.mask, self._about = mask, about
-        self._gradient, self._overlay = gradient, overlay
+        self._gradient, self.overlay = gradient, overlay
         self._alpha = 1.0
         self._tuned: list[_Tuned] = []
         self._froze: list[_model.Slot] = []
@@ -498,7 +498,7 @@ class SparseTuner:
                 checked=True,
             )
         alpha = self._alpha if alpha is None else alpha
-        return Adapter(entries, alpha=alpha, delta=self._overlay, mask=self._about, provenance=provenance)
+        return Adapter(entries, alpha=alpha, delta=self.overlay, mask=self._about, provenance=provenance)
 
     def _trained(self) -> Iterator[nn.Parameter]:
         """The values and the weights that follow them, which a tuner's state covers."""
@@ -720,7 +720,7 @@ class SparseTuner:
                 f"{entries:,}",
                 f"{entries / weight.numel():.2%}",
                 "whole" if tuned.whole else str(plan.granule),
-                "dense" if tuned.target.site.dense else "overlay" if self._overlay else "sampled",
+                "dense" if tuned.target.site.dense else "overlay" if self.overlay else "sampled",
                 ", ".join(slot.name for slot in plan.slots[1:]),
             )
             kinds.setdefault(row, []).append(tuned.name)
@@ -734,7 +734,7 @@ class SparseTuner:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         sizes = {id(slot.weight): slot.weight.numel() for slot in self._froze}
-        if self._overlay:  # two codes of 4 bits are one entry of what holds them
+        if self.overlay:  # two codes of 4 bits are one entry of what holds them
             layers = _linears.find(self.model).values()
             sizes |= {id(layer.weight): math.prod(layer.shape) for layer in layers if layer.weight is not None}
         share = self.nnz / max(1, sum(sizes.values()))
