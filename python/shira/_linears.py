@@ -145,6 +145,15 @@ class Layer:
         """What identifies the base: `shira_ops.fingerprint` of the weight, or one over codes and scales."""
         return _granules.fingerprint(self.dense().contiguous())
 
+    def keep(self) -> Kept | None:
+        """Have the module store its weight as it does now until the result is removed; None where it does so anyway."""
+        return None
+
+    @property
+    def blind(self) -> str | None:
+        """Why no gradient comes back through the layer: the rest of a sentence, or None."""
+        return None
+
     # As the rules of `shira._fit` see it.
 
     @property
@@ -161,6 +170,18 @@ class Layer:
 
     def equal(self, other: Layer) -> bool:
         return self.fingerprint() == other.fingerprint()
+
+
+@dataclass(eq=False)
+class Kept:
+    """An attribute of a module that has another value until this is removed."""
+
+    module: nn.Module
+    attribute: str
+    before: Any
+
+    def remove(self) -> None:
+        setattr(self.module, self.attribute, self.before)
 
 
 class _Quantized(Layer):
@@ -263,6 +284,22 @@ class _FourBit(_Quantized):
         nested = (state.state2.absmax, state.state2.code, state.offset) if state.nested else ()
         return weight.detach(), state.absmax, state.code, *nested
 
+    def keep(self) -> Kept | None:
+        packs = getattr(self.module, _PACKS, None)
+        if packs is None:
+            return None
+        setattr(self.module, _PACKS, False)
+        return Kept(self.module, _PACKS, packs)
+
+    @property
+    def blind(self) -> str | None:
+        if not self._is_packed:
+            return None
+        return (
+            "was packed for this CPU by bitsandbytes, in a forward in eval(), and computes no gradients any more: load "
+            "the model again"
+        )
+
     def fingerprint(self) -> int:
         weight = self.weight
         if not self._is_packed:
@@ -276,6 +313,9 @@ class _FourBit(_Quantized):
             )
         known: int = _unpacked[weight]
         return known
+
+
+_PACKS = "support_avx512bf16_for_cpu"
 
 
 class _EightBit(_Quantized):
