@@ -292,6 +292,29 @@ class Switcher:
         with LOCK:
             return not self._ledger.weights.keys().isdisjoint(map(_model.memory, tensors))
 
+    def base_fingerprint(self, tensor: Tensor) -> int:
+        """The base's fingerprint of a weight that has adapters of this Switcher, as an unsigned number.
+
+        Raises `SwitchError` if someone else has changed the weight.
+        """
+        with LOCK, quiet():
+            return self._ledger.base_fingerprint(self._known_weight(tensor))
+
+    def base_entries(self, tensor: Tensor, indices: Tensor, granule: int) -> Tensor:
+        """The base's entries of a weight that has adapters of this Switcher, in the weight's dtype; otherwise as
+        `base_fingerprint`."""
+        with LOCK, quiet():
+            weight = self._known_weight(tensor)
+            return _layout.base_entries(weight, indices, granule, self._ledger.state.part(weight))
+
+    def _known_weight(self, tensor: Tensor) -> Weight:
+        self._refuse_torn()
+        weight = self._ledger.weight(tensor)
+        assert weight is not None
+        self._ledger.wait()
+        self._ledger.examine([weight])
+        return weight
+
     def rebase(self, bases: Mapping[Tensor, int]) -> None:
         """Take what these weights hold now as the base, after a `shira.sync.Receiver` has written an update into them.
 
