@@ -103,22 +103,8 @@ class Group(Shared):
             adapters: for each token the number of an adapter among ``names``, or -1.
             alphas: the strength of each.
         """
-        if differentiable:
-            laid: Tensor = _lay(
-                result, input, adapters, alphas, self.transposed, self.granule, *self.indices, *self.values
-            )
-            return laid
-        shira_ops.sparse_linear_add_(
-            result,
-            input,
-            self.indices,
-            self.values,
-            adapters,
-            alphas,
-            transposed=self.transposed,
-            granule=self.granule,
-        )
-        return result
+        lay = _lay if differentiable else _laid
+        return lay(result, input, adapters, alphas, self.transposed, self.granule, *self.indices, *self.values)
 
 
 class Rows(Group):
@@ -310,11 +296,7 @@ class _Lay(torch.autograd.Function):
     def forward(
         output: Tensor, input: Tensor, adapters: Tensor, alphas: Tensor, transposed: bool, granule: int, *deltas: Tensor
     ) -> Tensor:
-        count, result = len(deltas) // 2, output.clone()
-        shira_ops.sparse_linear_add_(
-            result, input, deltas[:count], deltas[count:], adapters, alphas, transposed=transposed, granule=granule
-        )
-        return result
+        return _laid(output.clone(), input, adapters, alphas, transposed, granule, *deltas)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -327,13 +309,27 @@ class _Lay(torch.autograd.Function):
         adapters, alphas, *deltas = ctx.saved_tensors
         to_input = None
         if ctx.needs_input_grad[1]:
-            to_input = _lay(
-                grad.new_zeros(ctx.shape), grad.contiguous(), adapters, alphas, not ctx.transposed, ctx.granule, *deltas
-            )
+            # A second backward pass goes through the function; a compiler cannot follow it without one.
+            lay = _lay if torch.is_grad_enabled() else _laid
+            nothing = grad.new_zeros(ctx.shape)
+            to_input = lay(nothing, grad.contiguous(), adapters, alphas, not ctx.transposed, ctx.granule, *deltas)
         return (grad, to_input, *[None] * (4 + len(deltas)))
 
 
-_lay: Any = _Lay.apply
+def _laid(
+    output: Tensor, input: Tensor, adapters: Tensor, alphas: Tensor, transposed: bool, granule: int, *deltas: Tensor
+) -> Tensor:
+    """Add to ``output``, in place; ``deltas`` are the indices of all adapters, and then the values."""
+    count = len(deltas) // 2
+    shira_ops.sparse_linear_add_(
+        output, input, deltas[:count], deltas[count:], adapters, alphas, transposed=transposed, granule=granule
+    )
+    return output
+
+
+def _lay(*args: Any) -> Tensor:
+    """The same as a function that can be differentiated."""
+    return _Lay.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _lay_rows(result: Tensor, ids: Tensor, delta: RowDelta, adapters: Tensor, number: int, alphas: Tensor) -> Tensor:
