@@ -7,14 +7,22 @@ which that is known.
 
 from __future__ import annotations
 
+import copy
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import shira_ops
 from shira import _granules, _model
+from shira._model import INDICES_SUFFIX, VALUES_SUFFIX
+from shira._text import AdapterError, dtype_name
 
 LINEAR, CONV1D, EMBEDDING = "linear", "conv1d", "embedding"
 
@@ -69,20 +77,22 @@ class Layer:
     """A layer whose output is linear in its weight: the weight's name and place, its features, and what it stores.
 
     ``kind`` is ``linear`` (the weight is ``[out, in]``), ``conv1d`` (``[in, out]``) or ``embedding`` (``[in, out]``,
-    where an index stands for the row that it selects).
+    where an index stands for the row that it selects). A layer is a `shira._fit.Found`, and `Layers` a base.
     """
 
     name: str
     module: nn.Module
     attribute: str
     kind: str
+    # The dtype of the model's other weights, for layers that do not say which floats their codes stand for.
+    floats: torch.dtype = torch.float32
+
+    quantized: ClassVar[bool] = False
 
     @property
-    def weight(self) -> Tensor:
-        """What the module holds now under the weight's name: for a quantized layer, its codes."""
-        found = _model.held(self.module, self.attribute)
-        assert found is not None
-        return found
+    def weight(self) -> Tensor | None:
+        """What the module holds now under the weight's name: the weight or its codes; None where it is elsewhere."""
+        return _model.held(self.module, self.attribute)
 
     @property
     def transposed(self) -> bool:
@@ -92,7 +102,7 @@ class Layer:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight, dequantized."""
-        return tuple(self.weight.shape)
+        return tuple(self.stored()[0].shape)
 
     @property
     def in_features(self) -> int:
@@ -105,15 +115,20 @@ class Layer:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weight, dequantized."""
-        return self.weight.dtype
+        return self.stored()[0].dtype
 
     @property
     def device(self) -> torch.device:
-        return self.weight.device
+        return self.stored()[0].device
 
     def dense(self) -> Tensor:
-        """The weight, dequantized. Of a layer that is not quantized, the weight itself: not to be written to."""
-        return self.weight.detach()
+        """The weight, dequantized: float32 or the layer's dtype. Of a plain layer the weight itself: not to be written
+        to."""
+        return self.stored()[0]
+
+    def stand_in(self) -> Tensor:
+        """A tensor of the weight's shape, dtype and device without content, for what depends on nothing else."""
+        return torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape)
 
     def entries(self, indices: Tensor, granule: int) -> Tensor:
         """The weight's entries at the indices, in float32 (float64 for float64)."""
@@ -122,38 +137,302 @@ class Layer:
 
     def stored(self) -> tuple[Tensor, ...]:
         """The tensors that the weight is stored in: itself, or codes and scales."""
-        return (self.weight.detach(),)
+        weight = self.weight
+        assert weight is not None
+        return (weight.detach(),)
 
     def fingerprint(self) -> int:
         """What identifies the base: `shira_ops.fingerprint` of the weight, or one over codes and scales."""
-        return _granules.fingerprint(self.weight.contiguous())
+        return _granules.fingerprint(self.dense().contiguous())
+
+    # As the rules of `shira._fit` see it.
+
+    @property
+    def one(self) -> object:
+        return _model.memory(self.stored()[0])
+
+    @property
+    def foreign(self) -> str | None:
+        return None
+
+    @property
+    def obstacle(self) -> str | None:
+        return "is on the meta device" if self.device.type == "meta" else None
+
+    def equal(self, other: Layer) -> bool:
+        return self.fingerprint() == other.fingerprint()
 
 
-def find(model: nn.Module) -> dict[str, Layer]:
+class _Quantized(Layer):
+    """A linear layer that stores codes and scales."""
+
+    quantized = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        module: Any = self.module
+        return module.out_features, module.in_features
+
+    @property
+    def dtype(self) -> torch.dtype:
+        bias = _model.held(self.module, "bias")
+        return self.floats if bias is None or not bias.is_floating_point() else bias.dtype
+
+    def fingerprint(self) -> int:
+        word = 0
+        for tensor in self.stored():
+            content = tensor.detach().contiguous().view(-1).view(torch.uint8)
+            word = _granules.splitmix64(word ^ _granules.fingerprint(content))
+        return word
+
+    @property
+    def one(self) -> object:
+        return id(self.module)
+
+
+class _Wrapped(_Quantized):
+    """A weight that is a tensor around others, as torchao and optimum-quanto make it."""
+
+    @property
+    def _wrapper(self) -> Any:
+        return self.weight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self._wrapper.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        found: torch.dtype = self._wrapper.dtype
+        return found
+
+    def dense(self) -> Tensor:
+        found: Tensor = self._wrapper.detach().dequantize()
+        return found
+
+    def stored(self) -> tuple[Tensor, ...]:
+        return tuple(_inner(self._wrapper.detach()))
+
+
+def _inner(tensor: Any) -> Iterator[Tensor]:
+    """The plain tensors in a wrapper, at any depth."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _inner(getattr(tensor, name))
+
+
+# The fingerprints of 4-bit weights as they were before bitsandbytes packed them; see `_FourBit`.
+_unpacked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+class _FourBit(_Quantized):
+    """bitsandbytes' ``Linear4bit``: two codes in a byte, and a scale for each block, which may itself be in codes.
+
+    On CPUs that multiply in bfloat16 its first forward in ``eval()`` packs the codes in another order and rounds the
+    scales. Then the weight has no longer the bytes that identify it.
+    """
+
+    @property
+    def _state(self) -> Any:
+        return self.weight.quant_state  # type: ignore[union-attr]
+
+    @property
+    def _is_packed(self) -> bool:
+        return bool(getattr(self._state, "packing_format_for_cpu", False))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        found: torch.dtype = self._state.original_dtype if self._is_packed else self._state.dtype
+        return found
+
+    def dense(self) -> Tensor:
+        functional, (codes, *_), state = sys.modules["bitsandbytes"].functional, self.stored(), self._state
+        if self._is_packed:
+            scales, state = state.absmax.T.float().reshape(-1), copy.copy(state)
+            state.original_nested = False
+            codes, state = functional._convert_weight_packed_for_cpu_inverse(codes, state)
+            state.absmax, state.dtype = scales, self.dtype
+        found: Tensor = functional.dequantize_4bit(codes, state)
+        return found
+
+    def stored(self) -> tuple[Tensor, ...]:
+        weight, state = self.weight, self._state
+        assert weight is not None
+        nested = (state.state2.absmax, state.state2.code, state.offset) if state.nested else ()
+        return weight.detach(), state.absmax, state.code, *nested
+
+    def fingerprint(self) -> int:
+        weight = self.weight
+        if not self._is_packed:
+            found = _unpacked[weight] = super().fingerprint()
+            return found
+        if weight not in _unpacked:
+            raise AdapterError(
+                f"{self.name} cannot be compared with another base any more: bitsandbytes has packed it for this CPU, "
+                f"in a forward in eval(), and has rounded its scales; do this before the first such forward, or load "
+                f"the model again"
+            )
+        known: int = _unpacked[weight]
+        return known
+
+
+class _EightBit(_Quantized):
+    """bitsandbytes' ``Linear8bitLt``: int8, and a scale for each row."""
+
+    def dense(self) -> Tensor:
+        codes, scales = self.stored()
+        return codes * scales.view(-1, 1) * _EIGHT_BIT_UNIT
+
+    def entries(self, indices: Tensor, granule: int) -> Tensor:
+        codes, scales = self.stored()
+        rows = indices.to(torch.int64) * granule // self.in_features
+        found = shira_ops.gather(codes, indices, granule=granule).view(-1, granule)
+        return (found * scales[rows, None] * _EIGHT_BIT_UNIT).view(-1)
+
+    def stored(self) -> tuple[Tensor, ...]:
+        weight: Any = self.weight
+        state: Any = self.module.state
+        scales = weight.SCB if weight.SCB is not None else state.SCB
+        return weight.detach(), scales
+
+
+_EIGHT_BIT_UNIT = 1 / 127  # float32(1 / 127), with which bitsandbytes multiplies too
+
+
+class _Blocks(_Quantized):
+    """transformers' ``FP8Linear``: float8, and a scale for the whole weight or for each block."""
+
+    def dense(self) -> Tensor:
+        codes, scales = self.stored()
+        if scales.dim() != 2:
+            return codes.float() * scales.float()
+        rows, columns = self._block()
+        spread = scales.float().repeat_interleave(rows, 0)[: codes.shape[0]]
+        return codes.float() * spread.repeat_interleave(columns, 1)[:, : codes.shape[1]]
+
+    def _block(self) -> tuple[int, int]:
+        module: Any = self.module
+        rows, columns = module.block_size
+        return rows, columns
+
+    def stored(self) -> tuple[Tensor, ...]:
+        weight, module = self.weight, self.module
+        assert weight is not None
+        scales: Any = module.weight_scale_inv
+        return weight.detach(), scales.detach()
+
+
+class _Own(_Quantized):
+    """Any other module that has ``in_features``, ``out_features`` and ``dequantize()``."""
+
+    def dense(self) -> Tensor:
+        module: Any = self.module
+        found: Tensor = module.dequantize()
+        if not isinstance(found, Tensor) or tuple(found.shape) != self.shape or not found.is_floating_point():
+            got = f"{list(found.shape)} of {dtype_name(found.dtype)}" if isinstance(found, Tensor) else type(found)
+            raise AdapterError(
+                f"{self.name}: dequantize() of {type(module).__name__} must return floats of shape "
+                f"{list(self.shape)}, [out_features, in_features], got {got}"
+            )
+        return found.detach()
+
+    def stored(self) -> tuple[Tensor, ...]:
+        held = {**self.module._parameters, **self.module._buffers}
+        ours = (VALUES_SUFFIX, INDICES_SUFFIX)
+        found = {name: t for name, t in held.items() if t is not None and name != "bias" and not name.endswith(ours)}
+        return tuple(found[name].detach() for name in sorted(found))
+
+
+# By the class whose forward runs; by name, so that nothing is imported.
+_BY_FORWARD: dict[tuple[str, str], type[_Quantized]] = {
+    ("bitsandbytes.nn.modules", "Linear4bit"): _FourBit,
+    ("bitsandbytes.nn.modules", "Linear8bitLt"): _EightBit,
+    ("optimum.quanto.nn.qlinear", "QLinear"): _Wrapped,
+    ("transformers.integrations.finegrained_fp8", "FP8Linear"): _Blocks,
+}
+
+
+# ---- finding them --------------------------------------------------------------------------------------------
+
+
+class Layers(dict[str, Layer]):
+    """Layers by their weights' names: a base, for the rules of `shira._fit`."""
+
+    def names(self) -> Iterable[str]:
+        return self.keys()
+
+
+def find(model: nn.Module) -> Layers:
     """Every layer of the model of which it is known what it computes, by its weight's name, in the model's order.
 
-    A module under several names is there under each of them.
+    A module under several names is there under each of them. `unknown` says why a module is not among them.
     """
-    found: dict[str, Layer] = {}
+    found, floats = Layers(), _floats(model)
     for prefix, module in model.named_modules(remove_duplicate=False):
         name = _model.clean(f"{prefix}.weight" if prefix else "weight")
-        layer = of(name, module)
+        layer = of(name, module, floats)
         if layer is not None:
             found[name] = layer
     return found
 
 
-def of(name: str, module: nn.Module) -> Layer | None:
+def of(name: str, module: nn.Module, floats: torch.dtype = torch.float32) -> Layer | None:
     """The layer that a module is, if it is known what it computes."""
-    kind, weight = kind_of(module), _model.held(module, "weight")
-    if kind is None or weight is None or weight.dim() != 2 or _model.foreign(weight) is not None:
-        return None
-    return Layer(name, module, "weight", kind)
+    found = _recognised(name, module, floats)
+    return found if isinstance(found, Layer) else None
 
 
 def unknown(name: str, module: nn.Module) -> str:
-    """Why nothing can be laid over a module that is not among `find`, as a sentence that begins with the weight."""
+    """Why nothing can be laid over a weight that is not among `find`, as a sentence that begins with its name."""
+    found = _recognised(name, module, torch.float32)
+    if isinstance(found, Layer):
+        found = f"is not the weight of the {type(module).__name__} that has it, so nothing can be laid over it"
+    return f"{name} {found}"
+
+
+def _recognised(name: str, module: Any, floats: torch.dtype) -> Layer | str:
+    """The layer, or why it is not known, as the rest of a sentence after the weight's name."""
+    weight: Any = _model.held(module, "weight")
+    called, own = type(module).__name__, not is_replaced(module)
+    storage, kind = _BY_FORWARD.get(_name(forward_of(module))) if own else None, kind_of(module)
+    wraps: bool = is_traceable_wrapper_subclass(weight)
+    if wraps:
+        known = kind == LINEAR or (storage is _Wrapped and module.activation_qtype is None)
+        if known and weight.dim() == 2 and type(weight).dequantize is not Tensor.dequantize:
+            return _Wrapped(name, module, "weight", LINEAR, floats)
+        return f"is a {type(weight).__name__} in a {called}, which nothing can be laid over"
+    if storage is not None and weight is not None:
+        # Before it is quantized, such a layer computes with whatever it will make of its weight.
+        if storage is _Wrapped:
+            return f"is in a {called} that is not quantized yet: call optimum.quanto.freeze(model) first"
+        if storage is _FourBit and getattr(weight, "quant_state", None) is None:
+            return f"is in a {called} that is not quantized yet: move the model to its device first"
+        if storage is _FourBit and tuple(weight.quant_state.shape) != (module.out_features, module.in_features):
+            return f"is in a {called} whose weight was quantized as [in, out]: quantize it as [out, in]"
+        if storage is _FourBit or weight.itemsize == 1:
+            return storage(name, module, "weight", LINEAR, floats)
+        kind = LINEAR
+    if kind is not None and weight is not None and weight.dim() == 2 and weight.layout == torch.strided:
+        return Layer(name, module, "weight", kind, floats)
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    if own and callable(getattr(module, "dequantize", None)) and all(type(size) is int for size in sizes):
+        return _Own(name, module, "weight", LINEAR, floats)
     return (
-        f"{name} belongs to a {type(module).__name__}, of which it is not known how it computes with its weight; an "
-        f"overlay takes nn.Linear, transformers' Conv1D and nn.Embedding, with their own forward"
+        f"belongs to a {called}, and it is not known how that computes with it: nn.Linear, transformers' Conv1D and "
+        f"nn.Embedding are, with their own forward; quantized linear layers of bitsandbytes, torchao, optimum-quanto "
+        f"and transformers' FP8Linear; and any module with in_features, out_features and dequantize()"
     )
+
+
+def _floats(model: nn.Module) -> torch.dtype:
+    """The dtype of the model's weights that are not quantized."""
+    for name, parameter in model.named_parameters():
+        plain = parameter.dtype in _FLOATS and _model.foreign(parameter) is None
+        if plain and name.rpartition(".")[2] in ("weight", "bias"):
+            return parameter.dtype
+    return torch.float32
+
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -450,7 +450,7 @@ def given(name: str, adapter: str | os.PathLike[str] | Adapter, *, check_finite:
 
 
 def stamp_of(file: Path) -> Stamp:
-    """Tells whether a file was written again, or another one has its name now."""
+    """Changes when a file is written again, or when another one takes its name."""
     found = file.stat()
     return found.st_mtime_ns, found.st_size, found.st_dev, found.st_ino
 
