@@ -6,7 +6,6 @@ Here are the public calls, and what is known about the layers that adapters are 
 from __future__ import annotations
 
 import copy
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,21 +15,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from shira import _fit, _granules, _linears, _live, _model, _places, _text
+from shira import _fit, _linears, _model, _places, _text
 from shira._granules import dtype_name
 from shira._live import LOCK, SwitchError
 from shira._text import AdapterError
 from shira.adapter import _file
-from shira.adapter._entry import Entry
 from shira.adapter.adapter import Adapter
 from shira.serve import _laying, _shelf
-from shira.serve._laying import Batch, Biases, Delta, Entrance, Group, Hook, RowDelta, Rows, Selection, Strengths
+from shira.serve._laying import Batch, Biases, Delta, Entrance, Group, Hook, Rows, Selection, Strengths
 from shira.serve._ledger import quiet
 from shira.serve._shelf import Memory, Stored
-from shira.serve._streams import send
+from shira.serve._spots import Place, Spot, Spots, Watched, compute_dtype, deltas_of, estimate
 
 __all__ = ["Overlay"]
 
@@ -39,159 +37,6 @@ Which = str | Mapping[str, float] | None
 
 # Layers that are given some of the tokens, in an order of their own.
 _EXPERTS = re.compile(r"(^|\.)experts?\.")
-
-
-class Spot:
-    """A weight or bias of a layer in the model, as the rules of `_fit` see it (`_fit.Found`).
-
-    Its content is the base's, also where a `Switcher` has adapters on it.
-    """
-
-    def __init__(self, name: str, layer: _linears.Layer | None, slot: _model.Slot | None, obstacle: str | None) -> None:
-        self.name, self._layer, self._slot, self._obstacle = name, layer, slot, obstacle
-        # Whether it is an ordinary parameter, which a Switcher may know.
-        self.plain = layer is None or type(layer) is _linears.Layer
-
-    @property
-    def layer(self) -> _linears.Layer:
-        assert self._layer is not None
-        return self._layer
-
-    @property
-    def is_bias(self) -> bool:
-        return self._slot is not None
-
-    def stored(self) -> tuple[Tensor, ...]:
-        """The tensors that hold it."""
-        if self._slot is None:
-            return self.layer.stored()
-        now = self._slot.now()
-        return () if now is None else (now.detach(),)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.layer.shape if self._slot is None else tuple(self._slot.weight.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.layer.dtype if self._slot is None else self.stored()[0].dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.stored()[0].device
-
-    @property
-    def one(self) -> object:
-        return _model.memory(self.stored()[0]) if self.plain else id(self.layer.module)
-
-    @property
-    def foreign(self) -> str | None:
-        return None
-
-    @property
-    def obstacle(self) -> str | None:
-        if self._obstacle is None and self.device.type == "meta":
-            return "is on the meta device"
-        return self._obstacle
-
-    def signature(self) -> tuple[object, ...]:
-        """Changes when someone writes to it in a way that moves a version counter, or puts it elsewhere."""
-        return tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in self.stored())
-
-    def parameter(self) -> Tensor | None:
-        """The parameter that a Switcher may know."""
-        place = (self.layer.module, self.layer.attribute) if self._slot is None else (self._slot.module, "bias")
-        return _model.held(*place) if self.plain else None
-
-    def fingerprint(self) -> int:
-        tensor = self.parameter()
-        if tensor is None or not tensor.is_contiguous():
-            return (
-                self.layer.fingerprint() if self._slot is None else _granules.fingerprint(self.stored()[0].contiguous())
-            )
-        holder = self._holder(tensor)
-        if holder is not None:
-            base: int = holder.base_fingerprint(tensor)
-            return base
-        known = _live.base_of(tensor)
-        return _granules.fingerprint(tensor) if known is None else known
-
-    def entries(self, indices: Tensor, granule: int) -> Tensor:
-        """The base's entries, in the dtype that deltas are computed in."""
-        tensor = self.parameter()
-        holder = None if tensor is None or not tensor.is_contiguous() else self._holder(tensor)
-        if holder is not None:
-            found: Tensor = holder.base_entries(tensor, indices, granule)
-        elif self._slot is None:
-            found = self.layer.entries(indices, granule)
-        else:
-            found = self.stored()[0].contiguous().view(-1, granule)[indices.to(torch.int64)].view(-1)
-        return found.to(compute_dtype(self.dtype))
-
-    def _holder(self, tensor: Tensor) -> Any | None:
-        try:
-            return _live.holder(tensor)
-        except SwitchError as error:
-            raise SwitchError(f"Overlay: {self.name}: {error}") from error
-
-    def equal(self, other: Spot) -> bool:
-        return self.fingerprint() == other.fingerprint()
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of deltas and sums."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-class _Base:
-    """A model as the rules of `_fit` see it: every weight, with what stands against laying something over it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.slots = _model.slots(model, buffers=True)
-        self.layers = _linears.find(model)
-        self._of_module = {layer.module: layer for layer in reversed(self.layers.values())}
-
-    def get(self, name: str) -> Spot | None:
-        layer, slot = self.layers.get(name), self.slots.get(name)
-        if layer is not None:
-            return Spot(name, layer, None, None if slot is None else _places.restless(slot))
-        if slot is None:
-            return None
-        owner = self._of_module.get(slot.module)
-        if owner is not None and slot.attribute == "bias" and owner.kind != _linears.EMBEDDING:
-            return Spot(name, owner, slot, None)
-        return Spot(name, None, slot, _linears.unknown(name, slot.module).removeprefix(f"{name} "))
-
-    def names(self) -> Iterable[str]:
-        return dict.fromkeys((*self.layers, *self.slots))
-
-    def sharing(self, spot: Spot) -> list[Spot]:
-        """Every spot that holds the same (tied) weight; its own comes first."""
-        found = [spot]
-        modules = {(spot.layer.module, spot.is_bias)}
-        for name in self.names() if spot.plain else ():
-            other = self.get(name)
-            slot = self.slots.get(name)
-            if slot is None or other is None or _model.memory(slot.weight) != spot.one:
-                continue
-            if other.obstacle is not None:
-                raise AdapterError(f"Overlay: {spot.name} is the same (tied) weight as {name}, which {other.obstacle}")
-            if (other.layer.module, other.is_bias) not in modules:
-                modules.add((other.layer.module, other.is_bias))
-                found.append(other)
-        return found
-
-
-@dataclass(eq=False)
-class _Watched:
-    """The base of a weight when adapters for it were added."""
-
-    spot: Spot
-    dtype: torch.dtype
-    # None where it was not asked for (`Overlay.add(verify=False)`).
-    fingerprint: int | None
-    # None: to be compared before it is used.
-    signature: tuple[object, ...] | None
 
 
 @dataclass(eq=False, kw_only=True)
@@ -287,7 +132,7 @@ class Overlay:
         self._added: dict[str, _Laid] = {}
         # The adapters on the devices, the least recently used first.
         self._recent: dict[str, None] = {}
-        self._watched: dict[object, _Watched] = {}
+        self._watched: dict[Place, Watched] = {}
         self._hooks: dict[nn.Module, _Installed] = {}
         self._entrances: dict[nn.Module, list[RemovableHandle]] = {}
         # What is active where no block of `using` is open, and for compiled models.
@@ -353,11 +198,11 @@ class Overlay:
                 raise AdapterError(f"an adapter {name!r} was already added; remove it first")
             laid, watched = self._find(name, given, verify, rename)
             self._check(laid)
-            needed = _estimate(given.adapter)
+            needed = estimate(given.adapter)
             if self._budget is not None and needed > self._budget:
                 raise AdapterError(f"{given.where} needs {needed:,} bytes, more than the budget of {self._budget:,}")
             if self._make_room(needed, keep=self._in_use()):
-                laid.deltas = _deltas(given.where, given.adapter, laid.spots)
+                laid.deltas = deltas_of(given.adapter, laid.spots)
             # From here on nothing fails.
             self._watched |= watched
             self._added[name] = laid
@@ -377,8 +222,8 @@ class Overlay:
             if self._selection is not None and name in self._selection.mentioned:
                 rest = [{k: v for k, v in one.items() if k != name} for one in self._selection.given]
                 self._selection = self._ready(Selection(rest)) if any(rest) else None
-            used = {spot.one for other in self._added.values() for spots in other.spots.values() for spot in spots}
-            self._watched = {one: watched for one, watched in self._watched.items() if one in used}
+            used = {spot.place for other in self._added.values() for spots in other.spots.values() for spot in spots}
+            self._watched = {place: watched for place, watched in self._watched.items() if place in used}
             self._regroup(laid.modules)
             self._share()
 
@@ -445,22 +290,7 @@ class Overlay:
         """
         with LOCK, quiet():
             self._refuse_gone()
-            wrong = []
-            for watched in self._watched.values():
-                spot = watched.spot
-                tensor = spot.parameter()
-                switcher = None if tensor is None else _live.holder(tensor)
-                if switcher is not None:
-                    switcher.verify(full=True)
-                if watched.fingerprint is None and watched.signature == spot.signature():
-                    watched.fingerprint = spot.fingerprint()
-                    continue
-                held = switcher is not None or not spot.plain
-                now = spot.fingerprint() if held else _granules.fingerprint(spot.stored()[0].contiguous())
-                if now != watched.fingerprint:
-                    wrong.append(spot.name)
-                else:
-                    watched.signature = spot.signature()
+            wrong = [watched.spot.name for watched in dict.fromkeys(self._watched.values()) if not watched.holds()]
             if wrong:
                 raise SwitchError(
                     f"Overlay: {len(wrong)} weight(s) are not what they were when adapters for them were added: "
@@ -508,10 +338,8 @@ class Overlay:
             state = {**self.__dict__, "_blocks": [], "_traced": False, "_shared_batch": None, "_shared": None}
             state["_selection"] = None if self._selection is None else Selection(self._selection.given)
             new.__dict__.update(copy.deepcopy(state, memo))
-            # By their new memory, once that is there.
-            new._watched = {id(watched): watched for watched in new._watched.values()}
             for watched in new._watched.values():
-                watched.signature = None
+                watched.distrust()
             new._share()
         return new
 
@@ -632,9 +460,9 @@ class Overlay:
 
     def _find(
         self, name: str, given: _shelf.Given, verify: bool, rename: _text.Rename
-    ) -> tuple[_Laid, dict[object, _Watched]]:
+    ) -> tuple[_Laid, dict[Place, Watched]]:
         """Find an adapter's weights in the model, and compare the base; refuses what does not fit."""
-        base = _Base(self.model)
+        base = Spots(self.model)
         weights = _fit.renamed(given.adapter.weights, rename)
         advice = (lambda rule: f"rename={rule!r}") if rename is None else None
         places = _fit.places(given.where, weights, base, where=_places.WHERE, kind="model", advice=advice)
@@ -672,14 +500,13 @@ class Overlay:
             elsewhere=tuple(elsewhere),
             spots=spots,
         )
-        watched = {}
-        for found in places.values():
-            for spot in found:
-                if spot.one not in self._watched:
-                    fingerprint = spot.fingerprint() if verify else None
-                    watched[spot.one] = _Watched(spot, spot.dtype, fingerprint, spot.signature())
-                elif verify and self._watched[spot.one].fingerprint is None:
-                    self._watched[spot.one].fingerprint = spot.fingerprint()
+        watched: dict[Place, Watched] = {}
+        for group in spots.values():
+            for spot in group:
+                known = self._watched.get(group[0].place) or watched.get(group[0].place)
+                watched[spot.place] = known or Watched(group[0], None)
+                if verify and watched[spot.place].fingerprint is None:
+                    watched[spot.place].fingerprint = spot.fingerprint()
         return laid, watched
 
     def _settle(self, names: Sequence[str]) -> None:
@@ -691,20 +518,20 @@ class Overlay:
         for name in names:
             laid = self._added[name]
             if laid.deltas is not None and any(
-                delta.values.device != module_device(self._hooks[module].hook.layer)
+                delta.values.device != self._hooks[module].hook.layer.device
                 for module, deltas in laid.deltas.items()
                 for delta in deltas.values()
             ):
                 self._leave(name)  # the model was moved
             if laid.deltas is None:
                 adapter = laid.read()
-                needed = _estimate(adapter)
+                needed = estimate(adapter)
                 if not self._make_room(needed, keep=[*self._in_use(), *names]):
                     raise SwitchError(
                         f"Overlay: {name!r} would need {needed:,} bytes on the device beside what is in use, and the "
                         f"budget is {self._budget:,}: set overlay.budget to more"
                     )
-                laid.deltas, laid.adapter = _deltas(f"adapter {name!r}", adapter, laid.spots), adapter
+                laid.deltas, laid.adapter = deltas_of(adapter, laid.spots), adapter
                 self._arrived(laid)
             self._recent[name] = self._recent.pop(name, None)
 
@@ -746,34 +573,11 @@ class Overlay:
 
     def _check(self, laid: _Laid) -> None:
         """Refuse weights that someone has changed since adapters were added for them."""
-        known = {(watched.spot.layer.module, watched.spot.is_bias): watched for watched in self._watched.values()}
         for spots in laid.spots.values():
             for spot in spots:
-                watched = known.get((spot.layer.module, spot.is_bias))
-                if watched is not None and watched.signature != spot.signature():
-                    self._compare(watched)
-
-    def _compare(self, watched: _Watched) -> None:
-        spot = watched.spot
-        if not spot.stored() or spot.dtype != watched.dtype:
-            raise SwitchError(
-                f"Overlay: {spot.name} was {dtype_name(watched.dtype)} when adapters for it were added, and was cast "
-                f"or removed since; cast it back, or add adapters of the new dtype to a new Overlay"
-            )
-        tensor, right = spot.parameter(), watched.signature is None and watched.fingerprint is None
-        record = None if tensor is None else _live.left(tensor)
-        if record is not None:
-            # A Switcher has written to it, and says which base is under its adapters.
-            right = watched.fingerprint is None or record.base in (None, watched.fingerprint)
-        elif watched.fingerprint is not None:
-            right = spot.fingerprint() == watched.fingerprint
-        if not right:
-            raise SwitchError(
-                f"Overlay: {spot.name} was changed by someone else since adapters for it were added, and differences "
-                f"from the old base do not fit it; load the base again, or remove the adapters and add those of the "
-                f"new base"
-            )
-        watched.signature = spot.signature()
+                watched = self._watched.get(spot.place)
+                if watched is not None:
+                    watched.refuse_changed()
 
     def _refuse_replaced(self, modules: Iterable[nn.Module]) -> None:
         """Refuse layers that are not in the model any more."""
@@ -824,9 +628,10 @@ class Overlay:
             for bias, delta in ((laid.deltas or {}).get(layer.module) or {}).items():
                 kinds.setdefault((bias, delta.granule), {})[name] = delta
         compute = compute_dtype(layer.dtype)
-        group = Rows if layer.kind == _linears.EMBEDDING else Group
-        found = [(Biases if bias else group)(deltas, layer, compute) for (bias, _), deltas in sorted_groups(kinds)]
-        return found, any(bias for bias, _ in kinds)
+        kind = Rows if layer.kind == _linears.EMBEDDING else Group
+        weights = [kind(deltas, layer, compute) for (bias, _), deltas in kinds.items() if not bias]
+        biases = [Biases(deltas, layer, compute) for (bias, _), deltas in kinds.items() if bias]
+        return [*weights, *biases], bool(biases)
 
     def _install(self, layer: _linears.Layer) -> None:
         hook = Hook(self, layer)
@@ -851,54 +656,3 @@ class Overlay:
                     module.register_forward_pre_hook(entrance.before, with_kwargs=True, prepend=True),
                     module.register_forward_hook(entrance.after, with_kwargs=True, always_call=True),
                 ]
-
-
-def module_device(layer: _linears.Layer) -> torch.device:
-    return layer.stored()[0].device
-
-
-def sorted_groups(kinds: dict[tuple[bool, int], dict[str, Delta]]) -> list[tuple[tuple[bool, int], dict[str, Delta]]]:
-    """Weights before biases."""
-    return sorted(kinds.items(), key=lambda item: item[0][0])
-
-
-# ---- differences ---------------------------------------------------------------------------------------------------
-
-
-def _estimate(adapter: Adapter) -> int:
-    """The bytes that an adapter needs on the devices, about."""
-    return sum(e.indices.nbytes + e.nnz * compute_dtype(e.dtype).itemsize for e in adapter.weights.values())
-
-
-def _deltas(where: str, adapter: Adapter, spots: Mapping[str, list[Spot]]) -> dict[nn.Module, dict[bool, Delta]]:
-    """What an adapter adds to the weights, on their devices. Reads the base's entries where it replaces them."""
-    found: dict[nn.Module, dict[bool, Delta]] = {}
-    for name, places in spots.items():
-        delta = _delta(adapter.weights[name], adapter.delta, places[0])
-        rows: RowDelta | None = None
-        for spot in places:
-            if not spot.is_bias and spot.layer.kind == _linears.EMBEDDING:
-                rows = rows or RowDelta.of(delta, *spot.shape)
-                made: Delta = rows
-            else:
-                made = delta
-            found.setdefault(spot.layer.module, {})[spot.is_bias] = made
-    return found
-
-
-def _delta(entry: Entry, is_delta: bool, spot: Spot) -> Delta:
-    compute = compute_dtype(spot.dtype)
-    indices, granule = send(entry.indices, spot.device), entry.granule
-    values = send(entry.values.detach(), spot.device).to(compute)
-    if not is_delta:
-        values = values - spot.entries(indices, granule)
-    if spot.is_bias:
-        dense = torch.zeros(entry.numel, dtype=compute, device=spot.device)
-        dense.view(-1, granule)[indices.to(torch.int64)] = values.view(-1, granule)
-        return Delta(indices[:0], dense, 0)
-    columns = spot.shape[1]
-    if columns % granule:
-        # A granule over several rows, such as a weight that is replaced as a whole.
-        finer = math.gcd(granule, columns)
-        indices, granule = _granules.refine(indices, granule, finer, entry.numel), finer
-    return Delta(indices, values, granule)
