@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from shira.adapter.adapter import Adapter
 
-__all__ = ["accelerate", "from_peft", "restore", "to_peft"]
+__all__ = ["SparseConfig", "SparseModel", "accelerate", "from_peft", "restore", "to_peft"]
 
 from_peft = Adapter.from_peft
 """`Adapter.from_peft`, as a function."""
@@ -22,6 +22,7 @@ to_peft = Adapter.to_peft
 
 try:
     from shira.integrations.peft._accelerate import accelerate, restore
+    from shira.integrations.peft._method import SparseConfig, SparseModel
 except ImportError as error:
     _missing = error
 

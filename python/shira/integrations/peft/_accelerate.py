@@ -109,8 +109,7 @@ class _Indices(UserDict):  # type: ignore[type-arg]
     def __setitem__(self, name: str, indices: Tensor) -> None:
         if self.data.get(name) is not indices:
             # PEFT leaves them where they are when the model moves.
-            values = self.values_of[name] if name in self.values_of else indices
-            self.plans.make(name, indices, values.device)
+            self.plans.make(name, indices, self.values_of.get(name, indices).device)
             self.data[name] = indices
 
     def __delitem__(self, name: str) -> None:
@@ -119,7 +118,7 @@ class _Indices(UserDict):  # type: ignore[type-arg]
 
     def refresh(self) -> None:
         for name, indices in self.data.items():
-            self.plans.make(name, indices, self.values_of[name].device)
+            self.plans.make(name, indices, self.values_of.get(name, indices).device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -179,7 +178,7 @@ class _Layer(nn.Module):
         if adapter_names is not None:
             _mixed.check_samples(self, x, adapter_names)
         if peft.disable_adapters or peft.merged:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         there = self._names()
         if adapter_names is not None:
             named = [name for name in dict.fromkeys(adapter_names) if name in there]
@@ -190,7 +189,7 @@ class _Layer(nn.Module):
             return _overlay.add_by_row(result, x, adapter_names, parts) if parts else result
         active = [name for name in peft.active_adapters if name in there]
         if not self._ours(active):
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         return _overlay.add(peft.base_layer(x, *args, **kwargs), x, [self._part(name) for name in active])
 
 
@@ -198,9 +197,11 @@ class ShiraLinear(_Layer, shira_layer.Linear):  # type: ignore[misc]
     """PEFT's SHiRA layer on `shira_ops.sparse_linear`."""
 
     shira_indices: _Indices
+    shira_weight: nn.ParameterDict
+    scaling: dict[str, float]
 
     def _names(self) -> Iterable[str]:
-        return self.shira_weight  # type: ignore[no-any-return]
+        return self.shira_weight
 
     def _part(self, name: str) -> Part:
         source = self.shira_indices.data.get(name)
@@ -209,7 +210,7 @@ class ShiraLinear(_Layer, shira_layer.Linear):  # type: ignore[misc]
         return self.shira_indices.plans.part(name, source, self.shira_weight[name], self.scaling[name])
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.shira_indices.refresh()
         return self
 
@@ -217,8 +218,12 @@ class ShiraLinear(_Layer, shira_layer.Linear):  # type: ignore[misc]
 class SupertuningLinear(_Layer, super_layer.Linear):  # type: ignore[misc]
     """PEFT's Super-Tuning layer on `shira_ops.sparse_linear`. With a LoRA beside it, PEFT's own forward runs."""
 
+    supertuning_indices: _Buffers
+    supertuning_values: nn.ParameterDict
+    supertuning_rank: dict[str, int]
+
     def _names(self) -> Iterable[str]:
-        return self.supertuning_values  # type: ignore[no-any-return]
+        return self.supertuning_values
 
     def _part(self, name: str) -> Part:
         indices = self.supertuning_indices
@@ -280,12 +285,12 @@ def _leave(module: Any) -> None:
 def accelerate(model: _M) -> _M:
     """Let a PEFT model's own SHiRA and Super-Tuning layers run on our ops: faster, and without a dense copy.
 
-    PEFT copies each weight in each forward, adds the adapter, and in training computes the whole weight's gradient. From
-    now on a layer computes ``base_layer(x)`` and adds `shira_ops.sparse_linear` of the entries alone. Outputs are the
-    same within rounding (in bf16 nearer to the exact ones: the sum of weight and adapter is not rounded). All else
-    is PEFT's, and stays as it is: the parameters, their order and names, the state dict, the files, ``set_adapter``,
-    ``disable_adapter``, merging, ``load_adapter`` and ``delete_adapter``. Adapters that are added or loaded later are
-    followed, and so are ``.to()``, copies and pickles (which need this module to be read).
+    PEFT copies each weight in each forward, adds the adapter, and in training computes the gradient of the whole
+    weight. From now on a layer computes ``base_layer(x)`` and adds `shira_ops.sparse_linear` of the entries alone.
+    Outputs are the same within rounding (in bf16 nearer to the exact ones: the sum of weight and adapter is not
+    rounded). All else is PEFT's, and stays as it is: the parameters, their order and names, the state dict, the files,
+    ``set_adapter``, ``disable_adapter``, merging, ``load_adapter`` and ``delete_adapter``. Adapters that are added or
+    loaded later are followed, and so are ``.to()``, copies and pickles (which need this module to be read).
 
     Beyond PEFT: ``adapter_names=`` gives each sample of a batch its own adapter, in forward and in ``generate``, as
     with LoRA; without this call PEFT ignores it here. Hooks of the base layers run. Quantized base weights are not
@@ -314,7 +319,9 @@ def accelerate(model: _M) -> _M:
         )
     for name, module in found:
         if isinstance(module, tuple(_CLASSES)) and type(module) not in (*_CLASSES, *_OURS):
-            raise ValueError(f"accelerate: {name} is a {type(module).__qualname__}, a subclass of PEFT's, not PEFT's own")
+            raise ValueError(
+                f"accelerate: {name} is a {type(module).__qualname__}, a subclass of PEFT's, not PEFT's own"
+            )
         if type(module) in _CLASSES and "forward" in vars(module):
             raise ValueError(
                 f"accelerate: the forward of {name} was replaced on the object, by a hook of the accelerate library, "

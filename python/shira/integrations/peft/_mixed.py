@@ -1,4 +1,4 @@
-"""``model(..., adapter_names=["style", "__base__", ...])``: an adapter for each sample of a batch, as PEFT's LoRA has it."""
+"""``model(..., adapter_names=["style", "__base__"])``: an adapter for each sample of a batch, as PEFT's LoRA has it."""
 
 from __future__ import annotations
 
