@@ -319,9 +319,7 @@ def accelerate(model: _M) -> _M:
         )
     for name, module in found:
         if isinstance(module, tuple(_CLASSES)) and type(module) not in (*_CLASSES, *_OURS):
-            raise ValueError(
-                f"accelerate: {name} is a {type(module).__qualname__}, a subclass of PEFT's, not PEFT's own"
-            )
+            raise ValueError(f"accelerate: {name} is a {type(module).__qualname__}, a subclass of PEFT's own class")
         if type(module) in _CLASSES and "forward" in vars(module):
             raise ValueError(
                 f"accelerate: the forward of {name} was replaced on the object, by a hook of the accelerate library, "

@@ -149,6 +149,7 @@ class Linear(nn.Module, SparseLayer):
     base_layer: nn.Module
     shira_ops_saved: Any
     set_adapter: Any
+    active_adapters: list[str]
 
     def __init__(self, base_layer: nn.Module, where: str, **options: Any) -> None:
         super().__init__()
