@@ -83,7 +83,7 @@ def _config(folder: str) -> dict[str, Any]:
         raise AdapterError(f"{path}: this cannot be read: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") not in _PARTS:
         kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise AdapterError(f"{path}: only PEFT's SHIRA and LORA and our {METHOD} can be read, got {kind!r:.80}")
+        raise AdapterError(f"{path}: only SHIRA, LORA and {METHOD} can be read, got {kind!r:.80}")
     patterns = config.get("alpha_pattern")
     if not (patterns is None or isinstance(patterns, dict)):
         raise AdapterError(f"{path}: alpha_pattern must map patterns to numbers, got {patterns!r:.80}")
