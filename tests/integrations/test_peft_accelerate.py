@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import re
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -538,7 +539,45 @@ def test_other_peoples_forwards_and_classes_are_refused() -> None:
     class Special(shira_layer.Linear):  # type: ignore[misc]
         pass
 
+    plain = layer.__class__
     layer.__class__ = Special
     with pytest.raises(ValueError, match=r"is a .*Special, a subclass of PEFT's own class"):
         accelerate(model)
     assert type(layers(model)[0]) is shira_layer.Linear
+    # What others make of our class, as fully_shard does.
+    layer.__class__ = plain
+    accelerate(model)
+    layer.__class__ = type("Sharded", (type(layer),), {})
+    wanted = model(INPUT)
+    assert torch.equal(accelerate(model)(INPUT), wanted)
+    with pytest.raises(ValueError, match=r"restore: base_model.model.second is a Sharded now, a class that was made"):
+        restore(model)
+    assert type(layers(model)[0]) is not shira_layer.Linear
+
+
+def test_quantized_layers_are_not_dequantized() -> None:
+    from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
+
+    model = made("SHIRA")
+    for layer in layers(model):
+        layer.quantization_backend = ForwardOnlyQuantizationBackend("codes")  # refuses to give the weight
+    wanted = model(INPUT)
+    torch.testing.assert_close(accelerate(model)(INPUT), wanted, rtol=1e-5, atol=1e-5)
+
+
+@KINDS
+def test_inputs_of_any_shape(kind: str) -> None:
+    plain, model = made(kind), accelerate(made(kind))
+    for x in (INPUT[0, 0], INPUT[:0], INPUT.transpose(0, 1), INPUT[:, ::2], INPUT.unsqueeze(1)):
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-5, atol=1e-5)
+
+
+@KINDS
+def test_pefts_own_reports(kind: str) -> None:
+    plain, model = made(kind), accelerate(made(kind))
+    assert model.get_model_status() == plain.get_model_status()
+    found, wanted = ([vars(layer) for layer in one.get_layer_status()] for one in (model, plain))
+    for ours, theirs in zip(found, wanted, strict=True):
+        kinds = ours.pop("module_type"), theirs.pop("module_type")
+        assert re.sub("Shira(?=Linear)|Supertuning(?=Linear)", "", kinds[0]) == kinds[1]
+        assert ours == theirs

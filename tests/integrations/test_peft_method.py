@@ -216,6 +216,53 @@ def test_saved_and_loaded(tmp_path: Path, mask: str, trainable: bool, low_cpu_me
         assert torch.equal(more(INPUT), wanted)
 
 
+def test_without_a_peft_model() -> None:
+    """In a model that others own, as in transformers."""
+    net, other = Net(), Net()
+    peft.inject_adapter_in_model(config(), net)
+    state = peft.get_peft_model_state_dict(net)
+    assert set(state) == {f"{part}.shira_ops_{what}" for part in TARGETS for what in ("values", "indices")}
+    peft.inject_adapter_in_model(config(seed=9, density=0.3, granule=4), other)
+    found = peft.set_peft_model_state_dict(other, state)
+    assert not found.unexpected_keys
+    assert torch.equal(other(INPUT), net(INPUT))
+
+
+def test_pefts_own_reports() -> None:
+    model = made()
+    model.add_adapter("other", config(target_modules=["first"]))
+    status = model.get_model_status()
+    assert (status.adapter_model_type, status.num_adapter_layers) == ("SparseModel", 2)
+    assert status.available_adapters == ["default", "other"]
+    assert {layer.name: layer.available_adapters for layer in model.get_layer_status()} == {
+        "model.first": ["default", "other"], "model.second": ["default"],
+    }  # fmt: skip
+
+
+def test_inside_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+
+    def llama() -> Any:
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+                num_key_value_heads=2,
+            )
+        )  # fmt: skip
+
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.21", raising=False)
+    ids = torch.tensor([[3, 4, 5]])
+    model = llama()
+    model.add_adapter(config(target_modules=["q_proj", "down_proj"]))
+    wanted = model(ids).logits
+    assert not torch.equal(wanted, llama()(ids).logits)
+    model.save_pretrained(tmp_path)
+    again = llama()
+    again.load_adapter(str(tmp_path))
+    assert torch.equal(again(ids).logits, wanted)
+
+
 def test_several_adapters() -> None:
     model = made()
     model.add_adapter("other", config(mask="struct", granule=1, target_modules=["first"]))

@@ -75,20 +75,20 @@ class _Plans:
         self.shape, self.where = (layer.out_features, layer.in_features), where
         self.made: dict[str, _Plan] = {}
 
-    def make(self, name: str, source: Tensor, device: torch.device) -> None:
+    def make(self, name: str, source: Tensor, device: torch.device) -> _Plan | None:
         """Refuses indices that cannot be right, and then changes nothing. Those on meta are yet to be loaded."""
         if source.is_meta or device.type == "meta":
             self.made.pop(name, None)
-        else:
-            self.made[name] = _Plan(f"{self.where}, adapter {name!r}", self.shape, source, device)
+            return None
+        plan = self.made[name] = _Plan(f"{self.where}, adapter {name!r}", self.shape, source, device)
+        return plan
 
     def part(self, name: str, source: Tensor, values: Tensor, scale: float) -> Part:
         plan = self.made.get(name)
         # A compiled graph cannot sort and compare. What PEFT does to indices makes the plan anew when it happens; only
         # who writes into them by hand, or moves them around the module, has to run the model once before.
         if not torch.compiler.is_compiling() and (plan is None or not plan.of(source, values.device)):
-            self.make(name, source, values.device)
-            plan = self.made.get(name)
+            plan = self.make(name, source, values.device)
         if plan is None:
             raise RuntimeError(f"{self.where}: adapter {name!r} has no indices yet; load its weights")
         return Part(plan.indices, values if plan.order is None else values.index_select(0, plan.order), scale, 1)
@@ -318,7 +318,7 @@ def accelerate(model: _M) -> _M:
             "peft.get_peft_model(model, peft.ShiraConfig(...)). Those of SparseConfig run on the ops already"
         )
     for name, module in found:
-        if isinstance(module, tuple(_CLASSES)) and type(module) not in (*_CLASSES, *_OURS):
+        if isinstance(module, tuple(_CLASSES)) and not (type(module) in _CLASSES or isinstance(module, tuple(_OURS))):
             raise ValueError(f"accelerate: {name} is a {type(module).__qualname__}, a subclass of PEFT's own class")
         if type(module) in _CLASSES and "forward" in vars(module):
             raise ValueError(
@@ -345,10 +345,20 @@ def restore(model: _M) -> _M:
 
     Returns:
         The model.
+
+    Raises:
+        ValueError: somebody has changed the class of a layer since, as ``fully_shard`` does. Nothing has been changed.
+        TypeError: it is not a module.
     """
-    for _, module in _modules(model, "restore"):
-        if type(module) in _OURS:
-            _leave(module)
+    ours = [(name, module) for name, module in _modules(model, "restore") if isinstance(module, tuple(_OURS))]
+    for name, module in ours:
+        if type(module) not in _OURS:
+            raise ValueError(
+                f"restore: {name} is a {type(module).__qualname__} now, a class that was made of ours (by fully_shard "
+                f"or a parametrization?); take that off first"
+            )
+    for _, module in ours:
+        _leave(module)
     return model
 
 
