@@ -24,12 +24,10 @@ from peft.utils import (
     resolve_quantization_backend,
 )
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 import shira_ops
-from shira import masks
-from shira._granules import index_dtype
+from shira import _model, masks
 from shira._text import dtype_name
 from shira.adapter._file import ARITHMETIC
 from shira.adapter._peft import METHOD
@@ -39,7 +37,7 @@ from shira.masks.masks import Mask
 
 __all__ = ["SparseConfig", "SparseModel"]
 
-VALUES, INDICES, SAVED = "shira_ops_values", "shira_ops_indices", "shira_ops_saved"
+VALUES, INDICES = "shira_ops_values", "shira_ops_indices"
 _KINDS = {"rand": masks.Rand, "struct": masks.Struct, "wm": masks.WeightMagnitude}
 
 
@@ -99,6 +97,11 @@ class SparseConfig(PeftConfig):  # type: ignore[misc]
         # Not a field: the configuration's file holds the description alone.
         self._given: Mask | None = None
         if isinstance(self.mask, Mask):
+            if (self.density, self.r, self.granule) != (None, None, "auto"):
+                raise ValueError(
+                    f"SparseConfig: a mask of shira.masks has density, r and granule of its own, got {self.mask!r:.80} "
+                    f"and density {self.density!r}, r {self.r!r}, granule {self.granule!r}"
+                )
             self._given, self.mask = self.mask, self.mask.describe()
         elif isinstance(self.mask, str) and self.mask in ("grad", "snip"):
             raise ValueError(
@@ -130,23 +133,19 @@ class SparseConfig(PeftConfig):  # type: ignore[misc]
 # ---- layer ---------------------------------------------------------------------------------------------------
 
 
-class SparseLayer(BaseTunerLayer):  # type: ignore[misc]
-    """What PEFT wants to know of the layers of a method."""
-
-    quantization_backend: Any
-
-    adapter_layer_names = (VALUES,)
-    other_param_names = (INDICES, "scaling", "granule")
-
-
-class Linear(nn.Module, SparseLayer):
+class Linear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """A linear layer of any kind and the adapters over it.
 
     For each adapter by name: ``shira_ops_values``, the trainable entries ``[nnz]``; ``shira_ops_indices``, the
     granules that they are in, ascending, in the flat weight of the base layer as it lies; and ``granule``.
     """
 
+    # PEFT reads these: what is trained, and what else there is for each adapter.
+    adapter_layer_names = (VALUES,)
+    other_param_names = (INDICES, "scaling", "granule")
+
     base_layer: nn.Module
+    quantization_backend: Any
     shira_ops_saved: Any
     set_adapter: Any
     active_adapters: list[str]
@@ -156,8 +155,9 @@ class Linear(nn.Module, SparseLayer):
         self.base_layer, self.where = base_layer, where
         self.shira_ops_values = nn.ParameterDict({})
         self.shira_ops_indices = BufferDict(persistent=True)
-        # Of merged adapters: the weight's entries before and after, [2, nnz]. A buffer, so that a cast or a move of the
-        # model does to them what it does to the weight.
+        # Of merged adapters: where they are, whatever is loaded in the meantime, and the weight's entries before and
+        # after, [2, nnz]. Buffers, so that a cast or a move of the model does to them what it does to the weight.
+        self.shira_ops_merged = BufferDict(persistent=False)
         self.shira_ops_saved = BufferDict(persistent=False)
         self.scaling: dict[str, float] = {}
         self.granule: dict[str, int] = {}
@@ -176,6 +176,8 @@ class Linear(nn.Module, SparseLayer):
     def update_layer(self, adapter_name: str, config: SparseConfig, inference_mode: bool = False) -> None:
         """Add an adapter, with zeros at the entries that the configuration's mask takes."""
         device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
+        if device.type == "meta":  # offloaded
+            device = torch.device("cpu")
         mask = config.made()
         if mask is None:
             # To be replaced by what is loaded; until then nothing can be computed with it.
@@ -205,17 +207,14 @@ class Linear(nn.Module, SparseLayer):
         return torch.zeros((), device=device).expand(self.shape)
 
     def _plain(self) -> Tensor | None:
-        """The weight, if its entries can be read where it is; sharded ones too, for the mask to refuse."""
+        """The weight, if its entries can be read and written where it is."""
         weight: Any = getattr(self.base_layer, "weight", None)
-        if self.quantization_backend is not None or not isinstance(weight, Tensor):
+        if self.quantization_backend is not None or not isinstance(weight, Tensor) or weight.is_meta:
             return None
-        wrapped: bool = is_traceable_wrapper_subclass(weight)
-        if tuple(weight.shape) != self.shape or (wrapped and not hasattr(weight, "placements")):
-            return None
-        return weight.detach()
+        return weight.detach() if tuple(weight.shape) == self.shape and _model.foreign(weight) is None else None
 
-    def take(self, adapter_name: str, indices: Tensor, values: Tensor) -> None:
-        """Make room for a saved adapter with these entries. Refuses what cannot be one, and then changes nothing."""
+    def check(self, adapter_name: str, indices: Tensor, values: Tensor) -> None:
+        """Refuse what cannot be an adapter of this layer, from a file."""
         numel = self.in_features * self.out_features
         granule = values.numel() // max(1, indices.numel())
         what = f"{self.where}, adapter {adapter_name!r}"
@@ -233,14 +232,17 @@ class Linear(nn.Module, SparseLayer):
             shira_ops.check_indices(indices.contiguous(), numel // granule)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{what}: {error}") from error
+
+    def resize(self, adapter_name: str, indices: Tensor, values: Tensor) -> None:
+        """Make room for these, which are loaded next, if they are of another size. A parameter may be a new one."""
         there, own = self.shira_ops_values[adapter_name], self.shira_ops_indices[adapter_name]
         if there.shape != values.shape:
             fresh = torch.empty(values.shape, dtype=there.dtype, device=there.device)
             self.shira_ops_values[adapter_name] = nn.Parameter(fresh, requires_grad=there.requires_grad)
         if own.shape != indices.shape:
-            dtype = index_dtype(numel // granule)
-            self.shira_ops_indices[adapter_name] = torch.empty(indices.shape, dtype=dtype, device=own.device)
-        self.granule[adapter_name] = granule
+            fresh = torch.empty(indices.shape, dtype=indices.dtype, device=own.device)
+            self.shira_ops_indices[adapter_name] = fresh
+        self.granule[adapter_name] = values.numel() // indices.numel()
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """The strength of an adapter in this layer, 1 at first; merged adapters keep theirs. Others are ignored."""
@@ -305,12 +307,12 @@ class Linear(nn.Module, SparseLayer):
                 values = values.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
             if safe_merge:
                 entries = shira_ops.gather(weight, part.indices, granule=granule)
-                if not bool(torch.isfinite(entries + part.scale * values).all()):
+                if not bool(torch.isfinite((entries + part.scale * values).to(weight.dtype)).all()):
                     raise ValueError(f"{self.where}: with adapter {name!r} its weight would not be finite")
             saved = torch.empty(2, values.numel(), dtype=weight.dtype, device=weight.device)
             shira_ops.apply_(weight, part.indices, values, saved[0], alpha=part.scale, delta=True, granule=granule)
             saved[1] = shira_ops.gather(weight, part.indices, granule=granule)
-            self.shira_ops_saved[name] = saved
+            self.shira_ops_merged[name], self.shira_ops_saved[name] = part.indices.clone(), saved
             self.merged_adapters.append(name)
 
     @torch.no_grad()
@@ -320,17 +322,18 @@ class Linear(nn.Module, SparseLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
             name = self.merged_adapters[-1]
-            weight, part = self._writable(), self._part(name)
+            weight, indices = self._writable(), self.shira_ops_merged[name]
             before, after = self.shira_ops_saved[name].unbind()
-            now = shira_ops.gather(weight, part.indices, granule=part.granule)
+            granule = before.numel() // indices.numel()
+            now = shira_ops.gather(weight, indices, granule=granule)
             if not torch.equal(now.view(torch.uint8), after.view(torch.uint8)):
                 raise ValueError(
                     f"{self.where}: its weight was changed since adapter {name!r} was merged, by another model that "
                     f"shares it, say; undo that first, or load the base again"
                 )
-            shira_ops.scatter_(weight, part.indices, before, granule=part.granule)
+            shira_ops.scatter_(weight, indices, before, granule=granule)
             self.merged_adapters.pop()
-            del self.shira_ops_saved[name]
+            del self.shira_ops_merged[name], self.shira_ops_saved[name]
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         # PEFT makes adapters of the weight's dtype; but one of 8 bits is for storage.
@@ -345,7 +348,10 @@ class Linear(nn.Module, SparseLayer):
 
 
 def _features(base_layer: nn.Module, where: str) -> tuple[int, int]:
-    """The features of a linear layer, of any class; other layers are refused."""
+    """The features of a linear layer, of any class; other layers are refused, and sharded ones."""
+    weight: Any = getattr(base_layer, "weight", None)
+    if hasattr(weight, "placements"):
+        raise ValueError(f"SparseConfig: the weight of {where} {_model.foreign(weight)}")
     features: tuple[int | None, int | None] = (None, None)
     if hasattr(base_layer, "in_features") or hasattr(base_layer, "infeatures") or isinstance(base_layer, Conv1D):
         with warnings.catch_warnings():
@@ -366,7 +372,7 @@ class SparseModel(_mixed.MixedBatches, BaseTuner):  # type: ignore[misc]
     """The model that PEFT makes of a `SparseConfig`."""
 
     prefix = "shira_ops_"
-    tuner_layer_cls = SparseLayer
+    tuner_layer_cls = Linear
     target_module_mapping = TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING
 
     def _create_and_replace(
@@ -418,7 +424,9 @@ class SparseModel(_mixed.MixedBatches, BaseTuner):  # type: ignore[misc]
                 if there:
                     found.append((layer, there))
         for layer, (indices, values) in found:
-            layer.take(adapter_name, indices, values)
+            layer.check(adapter_name, indices, values)
+        for layer, (indices, values) in found:
+            layer.resize(adapter_name, indices, values)
         return state
 
 
