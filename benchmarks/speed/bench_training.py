@@ -1,6 +1,6 @@
 """A training step, forward + backward + optimizer: shira's tuner beside PEFT's LoRA, DoRA, SHiRA and Super-Tuning.
 
-The paper's Table 7 has LoRA, DoRA and SHiRA. All train as many parameters, r * (m + n) a layer, on the same frozen
+The paper's Table 7 has LoRA, DoRA and SHiRA. All train as many parameters, r * (m + n) per layer, on the same frozen
 weights: four linear layers of 4096 x 4096, and a Llama of two layers, 2048 wide, with LoRA's usual targets. (DoRA also
 trains a magnitude for each row, and Super-Tuning the same share of every weight.) shira steps with `shira.AdamW`,
 PEFT with torch's fused AdamW. Steps are interleaved and not preceded by other data: a step moves more than any cache
@@ -105,7 +105,7 @@ class Trained:
         elif way == FROZEN:
             made.requires_grad_(False)
             first = next(one for name, one in made.named_modules() if re.fullmatch(targets, name))
-            # So that the gradient has to come as far as the first trained layer.
+            # So that the gradient has to reach the first trained layer.
             start = nn.Parameter(torch.zeros((), dtype=dtype))
             first.register_forward_hook(lambda module, args, output: output + start)
             first.register_parameter("start", start)

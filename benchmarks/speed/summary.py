@@ -198,7 +198,7 @@ def figures(result: dict[str, float]) -> str:
 
 
 def is_disturbed(info: dict[str, Any]) -> bool:
-    """Whether other processes ran for a measurable time where this benchmark should have. Not known of several threads,
+    """Whether other processes ran for a measurable time where this benchmark should have. Unknown for several threads,
     since they wait for each other."""
     return info["threads"] == 1 and info.get("on_cpu", 1.0) < 0.97
 
@@ -247,7 +247,7 @@ def show(found: Sequence[dict[str, Any]], console: Console | None = None) -> Non
 
 
 def show_seconds(found: Sequence[dict[str, Any]], console: Console | None = None) -> None:
-    """Everything that the benchmarks timed: median microseconds a call, and bandwidths where they are known."""
+    """Everything that the benchmarks timed: median microseconds per call, and bandwidths where they are known."""
     console = console or Console(width=150)
     table = Table(title="Microseconds a call (medians)")
     table.add_column("benchmark")

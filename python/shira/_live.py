@@ -216,7 +216,7 @@ class Weight:
         )
 
     def tuned(self) -> str | None:
-        """The sentence that a tuner trains it, or None."""
+        """The sentence that says that a tuner trains it, or None."""
         for place in self.places:
             if place.attribute + VALUES_SUFFIX in place.module._parameters:
                 return f"{place.name} is being tuned by a SparseTuner; detach it first (shira.detach(model))"

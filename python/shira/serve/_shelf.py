@@ -367,7 +367,7 @@ _SPILLED = "shira-spilled-"
 
 
 def stamp_of(file: Path) -> Stamp:
-    """Tells whether a file was written again, or another one has its name now."""
+    """Changes when a file is written again, or when another one takes its name."""
     found = file.stat()
     return found.st_mtime_ns, found.st_size, found.st_dev, found.st_ino
 

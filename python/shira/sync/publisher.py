@@ -25,7 +25,7 @@ _ANEW = "make a new Publisher, whose receivers start from a copy of the model"
 
 @dataclass(eq=False)
 class _Sent:
-    """A weight whose changing entries are known: where they are, and what was sent of them last."""
+    """A weight whose changing entries are known: where they are, and what was last sent for them."""
 
     indices: Tensor
     values: Tensor

@@ -25,7 +25,7 @@ __all__ = ["Receiver"]
 
 _ANEW = "make a new Receiver"
 _LINE = 64
-# Half of what a core has for itself today, in bytes.
+# In bytes: half of the cache that a core of today has to itself.
 _CACHE = 2**19
 
 
@@ -104,7 +104,7 @@ class _Torn(NamedTuple):
 
 
 class _State(NamedTuple):
-    """What a Receiver is at. It is replaced as a whole, so that an interrupt finds the old one or the new one."""
+    """The state of a Receiver. It is replaced as a whole, so that an interrupt finds the old one or the new one."""
 
     version: int
     step: int | None = None
