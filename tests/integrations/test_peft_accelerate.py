@@ -7,6 +7,7 @@ import gc
 import io
 import pickle
 import re
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -276,6 +277,41 @@ def test_files_go_both_ways(kind: str, low_cpu_mem_usage: bool, tmp_path: Path) 
     again = peft.PeftModel.from_pretrained(Net(), str(tmp_path / "ours"))
     assert torch.equal(again(INPUT), wanted)
     assert type(layers(again)[0]) in (shira_layer.Linear, super_layer.Linear)
+
+
+def test_a_trainer_saves_and_goes_on(tmp_path: Path) -> None:
+    transformers, library = pytest.importorskip("transformers"), pytest.importorskip("accelerate")
+
+    class Lossy(Net):
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+            return {"loss": (super().forward(x) - labels).square().mean()}
+
+    generator = torch.Generator().manual_seed(1)
+    rows = [
+        {"x": torch.randn(24, generator=generator), "labels": torch.randn(16, generator=generator)} for _ in range(16)
+    ]
+
+    def run(folder: str, steps: int, resume: bool = False, seed: int = 1) -> nn.Module:
+        model = accelerate(peft.get_peft_model(Lossy(), config("SHIRA", seed)))
+        options = transformers.TrainingArguments(
+            str(tmp_path / folder), use_cpu=True, report_to=[], disable_tqdm=True, per_device_train_batch_size=4,
+            max_steps=steps, save_steps=2, logging_strategy="no", learning_rate=0.1, lr_scheduler_type="constant",
+        )  # fmt: skip
+        transformers.Trainer(model, options, train_dataset=rows).train(resume_from_checkpoint=resume or None)
+        return model
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch and the trainer themselves
+            torch.manual_seed(7)
+            wanted = bits(run("whole", 4))
+            torch.manual_seed(7)
+            run("halves", 2)
+            # Another mask, until the checkpoint is there.
+            assert same_bits(run("halves", 4, resume=True, seed=2), wanted)
+    finally:
+        library.state.AcceleratorState._reset_state(reset_partial_state=True)
+        library.state.GradientState._reset_state()
 
 
 @KINDS

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import pickle
+import re
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import shira
 import shira_ops
 from shira import Adapter, AdapterError, Switcher, masks
-from test_import import python, said
 from tuning import bits, same_bits
 
 peft = pytest.importorskip("peft", minversion="0.21")
@@ -543,23 +546,34 @@ def test_a_drawn_seed_is_in_the_configuration(tmp_path: Path) -> None:
 # ---- without PEFT --------------------------------------------------------------------------------------------
 
 
-def test_without_peft() -> None:
-    code = """
-import sys
-import shira, shira.cli, shira.train.tuner, shira.serve.switcher, shira.adapter.adapter
-print("peft" in sys.modules, "transformers" in sys.modules)
-sys.modules["peft"] = None
-import shira.integrations.peft as module
-print(module.from_peft.__name__, module.to_peft.__name__)
-for name in ("accelerate", "restore", "SparseConfig", "SparseModel", "else"):
-    try:
-        getattr(module, name)
-    except (ImportError, AttributeError) as error:
-        print(type(error).__name__, error)
-"""
-    lines = said(python(code)).splitlines()
-    assert lines[:2] == ["False False", "from_peft to_peft"]
-    for line, name in zip(lines[2:6], ("accelerate", "restore", "SparseConfig", "SparseModel"), strict=True):
-        assert line.startswith(f"ImportError shira.integrations.peft.{name} needs peft 0.21 or newer (")
-        assert line.endswith("install it with: pip install 'peft>=0.21'")
-    assert lines[6:] == ["AttributeError module 'shira.integrations.peft' has no attribute 'else'"]
+def test_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    import shira.integrations.peft as package
+
+    for name in [name for name in sys.modules if name.startswith("shira.integrations.peft")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
+        monkeypatch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
+    monkeypatch.setattr("shira.integrations.peft", package)  # which the import replaces, and which is put back
+    again = importlib.import_module("shira.integrations.peft")
+    assert again is not package
+    assert again.from_peft == Adapter.from_peft
+    assert again.to_peft is Adapter.to_peft
+    for name in ("accelerate", "restore", "SparseConfig", "SparseModel"):
+        with pytest.raises(
+            ImportError,
+            match=rf"peft\.{name} needs peft 0\.21 or newer \(.*\); install it with: pip install 'peft>=0\.21'",
+        ):
+            getattr(again, name)
+    with pytest.raises(AttributeError, match="no attribute 'else'"):
+        getattr(again, "else")
+
+
+def test_the_library_does_not_import_peft() -> None:
+    """Not when it is imported; only this integration may."""
+    folder = Path(shira.__file__).parent
+    found = {
+        str(path.relative_to(folder))
+        for path in folder.rglob("*.py")
+        if re.search(r"^(import|from) (peft|transformers)\b", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert found == {f"integrations/peft/_{name}.py" for name in ("accelerate", "method", "mixed")}
