@@ -495,7 +495,8 @@ def test_a_lora_beside_super_tuning_keeps_pefts_forward() -> None:
         model.eval()(INPUT, adapter_names=["default"] * 3)
 
 
-def test_generating_with_beams() -> None:
+@pytest.mark.parametrize("encoder", [False, True])
+def test_generating_with_beams(encoder: bool) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     base = transformers.LlamaForCausalLM(
@@ -504,7 +505,14 @@ def test_generating_with_beams() -> None:
             num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         )
     )  # fmt: skip
-    targets = {"target_modules": ["q_proj", "down_proj"]}
+    if encoder:  # which sees each sample once
+        base = transformers.T5ForConditionalGeneration(
+            transformers.T5Config(
+                vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0,
+                pad_token_id=0, eos_token_id=31,
+            )
+        )  # fmt: skip
+    targets = {"target_modules": ["q", "wo"] if encoder else ["q_proj", "down_proj"]}
     model = accelerate(peft.get_peft_model(base, config("SHIRA", **targets)))
     model.add_adapter("other", config("SHIRA", seed=2, **targets))
     model.eval()

@@ -31,6 +31,7 @@ from shira.integrations.peft._method import Linear  # noqa: E402
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*was active which is now deleted",
     "ignore:Already following adapters",
+    "ignore:Already found a `peft_config`",
     "ignore:.*is_gradient_checkpointing",
     "ignore:.*find a config file",
 )
@@ -527,6 +528,11 @@ def test_layers_that_cannot_be_adapted() -> None:
             peft.get_peft_model(attention, config(target_modules=[target]))
     with pytest.raises(ValueError, match=r"granule 5 must divide the last dimension of every weight"):
         made(granule=5)
+    lora = peft.get_peft_model(Net(), peft.LoraConfig(target_modules=["first"])).base_model.model
+    with pytest.raises(
+        ValueError, match=r"first has adapters of another method already \(Linear\); unload those first"
+    ):
+        SparseModel(lora, {"default": config()}, "default")
     with pytest.raises(ValueError, match="there is no adapter 'x'"):
         made().eval()(INPUT, adapter_names=["x", "default", "default"])
 

@@ -394,7 +394,10 @@ class SparseModel(_mixed.MixedBatches, BaseTuner):  # type: ignore[misc]
             target.update_layer(adapter_name, peft_config, peft_config.inference_mode)
             return
         if isinstance(target, BaseTunerLayer):
-            raise ValueError(f"SparseConfig: {current_key} has adapters of another method already")
+            raise ValueError(
+                f"SparseConfig: {current_key} has adapters of another method already ({type(target).__qualname__}); "
+                f"unload those first, or leave it out with exclude_modules="
+            )
         layer = Linear(target, current_key, **get_quantization_kwargs(self.model))
         layer._active_adapter = adapter_name  # type: ignore[assignment]
         layer.update_layer(adapter_name, peft_config, peft_config.inference_mode)
