@@ -33,6 +33,7 @@ _Integers = NDArray[np.int64]
 
 # Entries that are decoded at once.
 _CHUNK = 2**22
+_ROWS = 2**20
 # Boxes of one weight. A real layout has a few; shuffled rows would have one each, which no longer is O(entries).
 _BOXES = 1024
 
@@ -210,7 +211,8 @@ class _Writes:
         if new is None:
             part.fill_(_mark(flat.dtype))
         else:
-            part.masked_fill_(new, _mark(flat.dtype))
+            mark = bits(torch.full((), _mark(flat.dtype), dtype=flat.dtype, device=flat.device))
+            bits(part).masked_fill_(new, mark)  # floats of 8 bits have no masked_fill_
 
     def restore(self) -> None:
         for name, others in self.kept.items():
@@ -711,6 +713,7 @@ def _entries(landing: _Landing, group: _Group, kinds: list[_Dims], owners: list[
     owners[:] = range(len(group.layouts))
     span, flat = landing.span, landing.numbers.reshape(-1)
     steps = [math.prod(span.sizes[at + 1 :]) for at in range(len(span.sizes))]
+    rows = np.array([_row(layout.shape) for layout in group.layouts.values()])
     found: list[_Runs] = []
     for begin in range(0, flat.numel(), _CHUNK):
         numbers = flat[begin : begin + _CHUNK].to(torch.int64).cpu().numpy()
@@ -722,19 +725,61 @@ def _entries(landing: _Landing, group: _Group, kinds: list[_Dims], owners: list[
         if not there.all():
             target, numbers = target[there], numbers[there]
         kind = np.searchsorted(group.begins, numbers, side="right") - 1
-        found.append(_merged(_Runs(target, numbers, kind), kinds, owners))
+        # Without this, the last row of one block and the first row of the next one could be one row of twice the
+        # length, and no other one like it.
+        edges = (numbers - group.begins[kind]) % rows[kind] == 0
+        some = _merged(_Runs(target, numbers, kind), kinds, owners, edges)
+        if len(edges) and not edges[0] and found:
+            some = _joined(found[-1], some, kinds, owners)
+        if len(some.kind):
+            found.append(some)
+    if not found:
+        return _Runs(*[np.zeros(0, dtype=np.int64)] * 3)
     if sum(len(one.kind) for one in found) > _CHUNK:
         raise _Cannot("is scattered over the model entry by entry: its order is not a layout, but a shuffle")
     return _Runs(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
 
 
-def _merged(runs: _Runs, kinds: list[_Dims], owners: list[int]) -> _Runs:
-    """Neighbours of one kind at regular distances become one; new kinds are added to the lists."""
+def _row(shape: Sequence[int]) -> int:
+    """Entries of a row: of the last dimension, or of several where there would be very many rows."""
+    row = 1
+    for size in reversed(shape):
+        row *= size
+        if math.prod(shape) <= row * _ROWS:
+            break
+    return row
+
+
+def _joined(before: _Runs, after: _Runs, kinds: list[_Dims], owners: list[int]) -> _Runs:
+    """Where the first of these runs goes on with the last one before, that one becomes both; returns what is left."""
+    one, other = (
+        (int(runs.target[at]), int(runs.source[at]), int(runs.kind[at])) for runs, at in ((before, -1), (after, 0))
+    )
+    dims, more = kinds[one[2]], kinds[other[2]]
+    count = dims[0][0] if dims else 1
+    pace = dims or more
+    forward, step = pace[0][1:] if pace else (other[0] - one[0], other[1] - one[1])
+    goes_on = owners[one[2]] == owners[other[2]] and (not more or more[0][1:] == (forward, step)) and step > 0
+    if not goes_on or (one[0] + count * forward, one[1] + count * step) != other[:2]:
+        return after
+    kinds.append(((count + (more[0][0] if more else 1), forward, step),))
+    owners.append(owners[one[2]])
+    before.kind[-1] = len(kinds) - 1
+    return _Runs(*(array[1:] for array in after))
+
+
+def _merged(runs: _Runs, kinds: list[_Dims], owners: list[int], edges: NDArray[np.bool_] | None = None) -> _Runs:
+    """Neighbours of one kind at regular distances become one; new kinds are added to the lists.
+
+    Where entries follow each other in the source, a run does not go over an edge.
+    """
     target, source, kind = runs
     if len(kind) < 2:
         return runs
     ahead, on = np.diff(target), np.diff(source)
     apart = (np.diff(kind) != 0) | (on <= 0)
+    if edges is not None:
+        apart |= edges[1:] & (on == 1)
     turn = np.zeros(len(ahead), dtype=bool)
     turn[1:] = ~apart[1:] & ~apart[:-1] & ((ahead[1:] != ahead[:-1]) | (on[1:] != on[:-1]))
     # The step from a row to the next one differs from the steps in either: of turns one after the other, every second
@@ -749,13 +794,14 @@ def _merged(runs: _Runs, kinds: list[_Dims], owners: list[int]) -> _Runs:
     row = np.stack([kind[first], count, np.where(long, ahead[after], 0), np.where(long, on[after], 0)], axis=1)
     new, which = np.unique(row, axis=0, return_inverse=True)
     numbers = []
+    known = {(dims, owner): at for at, (dims, owner) in enumerate(zip(kinds, owners, strict=True))}
     for old, size, forward, step in new.tolist():
-        if size == 1:
-            numbers.append(old)
-            continue
-        numbers.append(len(kinds))
-        kinds.append((*kinds[old], (size, forward, step)))
-        owners.append(owners[old])
+        dims = (*kinds[old], (size, forward, step)) if size > 1 else kinds[old]
+        at = known.setdefault((dims, owners[old]), len(kinds))
+        if at == len(kinds):
+            kinds.append(dims)
+            owners.append(owners[old])
+        numbers.append(at)
     return _Runs(target[first], source[first], np.asarray(numbers)[which.reshape(-1)])
 
 
