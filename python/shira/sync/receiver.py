@@ -487,7 +487,8 @@ class Receiver:
             f"{told}"
         )
         if step is None:
-            return f"{text}: the model must hold the weights that the Publisher started from"
+            plan = "" if self.plan is None else ", and the plan be recorded with publisher.shapes"
+            return f"{text}: the model must hold the weights that the Publisher started from{plan}"
         if update.step <= step:
             return f"{text}: it is older, or was committed already"
         missing = "is missing" if update.step == step + 2 else "are missing"
