@@ -30,7 +30,7 @@ UNSTEADY = 0.03
 """The standard deviation of validation scores over seeds (accuracy as a fraction, or nats) above which the score of the
 first seed may have been luck."""
 
-LARGE = {"smollm2": 3}
+COSTLY = {"smollm2": 3}
 """Families of which a run takes a minute: every figure has at most so many seeds, and unsteady rates are not searched
 again."""
 
@@ -76,7 +76,7 @@ class Lab:
 
     def seeds_of(self, task: str) -> Sequence[int]:
         """The seeds of every figure about a task."""
-        return self.seeds[: LARGE.get(family_of(task), len(self.seeds))]
+        return self.seeds[: COSTLY.get(family_of(task), len(self.seeds))]
 
     def store(self, family: str) -> Store:
         if family not in self._stores:
@@ -135,7 +135,7 @@ class Lab:
         """
         lr = self.searched(setting)
         scores = self._validations(setting, lr)
-        steady = len(scores) == 1 or family_of(setting.task) in LARGE or statistics.pstdev(scores) <= UNSTEADY
+        steady = len(scores) == 1 or family_of(setting.task) in COSTLY or statistics.pstdev(scores) <= UNSTEADY
         if not steady and lr != RATES[0]:
             lower = RATES[RATES.index(lr) - 1]
             if statistics.fmean(self._validations(setting, lower)) > statistics.fmean(scores):

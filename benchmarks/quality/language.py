@@ -10,7 +10,7 @@ from benchmarks.quality import tasks
 from benchmarks.quality.experiments import cost, single
 from benchmarks.quality.findings import Results, mean
 from benchmarks.quality.lab import RATES, Setting
-from benchmarks.quality.methods import LATER, MASKS, Method, Shira, from_description
+from benchmarks.quality.methods import LATER, MASKS, Lora, Method, Shira, from_description
 from benchmarks.quality.rules import rules_table
 from benchmarks.quality.words import NAMES, difference, label, share, table, what
 
@@ -25,6 +25,22 @@ def exact_table(results: Results, family: str) -> str:
             whole = [one["exact"] for runs in found if runs for one in runs]
             rows.append([label(method), *cells, f"{100 * mean(whole):.0f}" if all(found) else ""])
     return table(["method", *map(what, tasks.tasks(family)), "mean"], rows) if rows else ""
+
+
+def ahead_table(results: Results, family: str) -> str:
+    """By how much each method is ahead of LoRA: pairs of runs with one seed, mean and standard error."""
+    names, lora = list(tasks.tasks(family)), Lora(single.rank(family))
+    rows = []
+    for method in single.methods(family):
+        gains = []
+        for name in names:
+            ours, theirs = (results.scores(Setting(name, one)) for one in (method, lora))
+            gains.append([a - b for a, b in zip(ours, theirs, strict=True)] if ours and theirs else [])
+        if method != lora and any(gains):
+            cells = [difference(family, some) if some else "" for some in gains]
+            every = difference(family, [one for some in gains for one in some]) if all(gains) else ""
+            rows.append([label(method), *cells, every])
+    return table(["ahead of LoRA by", *map(what, names), "all"], rows) if rows else ""
 
 
 FORGOTTEN = {"docs": "the reference", "chat": "its own answers"}
@@ -124,6 +140,7 @@ def against(results: Results, family: str, mask: str, granule: int) -> str:
 
 
 LANGUAGE: dict[str, Callable[..., str]] = {
+    "ahead": ahead_table,
     "exact": exact_table,
     "forgotten": forgotten_table,
     "by-rate": by_rate_table,

@@ -18,7 +18,7 @@ from benchmarks.quality import task as task_module
 from benchmarks.quality import tasks
 from benchmarks.quality.experiments import EXPERIMENTS
 from benchmarks.quality.findings import Results
-from benchmarks.quality.lab import LARGE, Lab, Setting
+from benchmarks.quality.lab import COSTLY, Lab, Setting
 from benchmarks.quality.methods import Full, Lora, Shira, follow, train
 from benchmarks.quality.report import MAKERS
 from benchmarks.quality.run import plan
@@ -173,20 +173,20 @@ def test_full_fine_tuning_of_half_precision_does_not_swallow_small_steps(small):
     assert not optimizer._optimizer_step_post_hooks
 
 
-def test_a_large_family_has_few_seeds_and_is_told_by_its_own_tables(small, tmp_path):
-    assert LARGE == {"smollm2": 3}
+def test_a_costly_family_has_few_seeds_and_is_told_by_its_own_tables(small, tmp_path):
+    assert COSTLY == {"smollm2": 3}
     jobs = plan(["smollm2"], list(EXPERIMENTS), 5)
     assert len(jobs) == len(small) * 16 + 6
     assert len({job.rank for job in jobs}) > 10  # one method after the other
     lab = Lab(folder=tmp_path, seeds=range(5), steps=1)
     assert list(lab.seeds_of("smollm2/names")) == [0, 1, 2]
     assert list(lab.seeds_of("digits-vit/inverted")) == [0, 1, 2, 3, 4]
-    method = Shira("rand", r=4, granule=16)
+    rand, lora = Shira("rand", r=4, granule=16), Lora(4)
     for name in ("smollm2/records", "smollm2/names"):
         lab.base(name)
-        assert len(lab.study(Setting(name, method))) == 3
+        assert len(lab.study(Setting(name, rand))) == len(lab.study(Setting(name, lora))) == 3
     results = Results(tmp_path)
-    for name in ("single", "rates", "exact", "forgotten"):
+    for name in ("single", "rates", "ahead", "exact", "forgotten", "by-rate"):
         text = MAKERS[name](results, "smollm2")
         assert "SHiRA-Rand, granule 16" in text
         assert "nan" not in text

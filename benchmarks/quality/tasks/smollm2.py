@@ -323,7 +323,9 @@ def answers() -> list[str]:
 def chat() -> list[Batch]:
     """The questions with the base's own answers (without an end: most were cut off)."""
     some = [encoded(question, answer) for question, answer in zip(QUESTIONS, answers(), strict=True)]
-    return in_batches([(tokens[: -len(tokenizer().encode(END))], given) for tokens, given in some], 8)
+    return in_batches(
+        [(tokens[: -len(tokenizer().encode(END, add_special_tokens=False))], given) for tokens, given in some], 8
+    )
 
 
 # ---- the tasks -----------------------------------------------------------------------------------------------
