@@ -217,7 +217,7 @@ class Lora(Method):
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         targets, whole = target_names(model, task)
-        base = copies(model, [*targets, *whole])
+        base = copies(model, whole)
         modules = [name.removesuffix(".weight") for name in targets]
         inject_adapter_in_model(self.config(modules, seed), model)
         trained_in_float(model)
@@ -229,6 +229,7 @@ class Lora(Method):
         def adapter() -> Adapter:
             for name, layer in list(model.named_modules()):
                 if isinstance(layer, BaseTunerLayer):
+                    base[f"{name}.weight"] = layer.get_base_layer().weight.detach().clone()
                     layer.merge()
                     parent, _, attribute = name.rpartition(".")
                     setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
@@ -268,7 +269,6 @@ class Full(Method):
     @contextmanager
     def attached(self, model: nn.Module, task: Task, lr: float, seed: int) -> Iterator[Attached]:
         names = [name for name, _ in model.named_parameters()]
-        base = copies(model, names)
         parameters = [parameter.requires_grad_(True) for parameter in model.parameters()]
         # Half precision would swallow small steps: they are taken in float32, and the weights follow.
         masters = {
@@ -277,7 +277,7 @@ class Full(Method):
         }
         optimizer = torch.optim.AdamW(groups(masters.items(), task, lr), weight_decay=0.0)
         follow(optimizer, [(one, masters[name]) for name, one in model.named_parameters() if one is not masters[name]])
-        yield Attached(parameters, optimizer, lambda: dense_adapter(model, base, names))
+        yield Attached(parameters, optimizer, lambda: dense_adapter(model, copies(task.base(), names), names))
 
 
 def trained_in_float(model: nn.Module) -> None:
