@@ -153,6 +153,18 @@ class Mask:
         self.r: int | dict[str, int] | None = dict(r) if isinstance(r, Mapping) else r
         self._set(granule, skip)
 
+    @property
+    def reads_entries(self) -> bool:
+        """Whether the mask looks at a weight's entries or gradient, and not only at its name, shape and device.
+
+        If not, it can be made for a weight that no device holds as a whole.
+        """
+        return True
+
+    def _skips_by_shape(self) -> bool:
+        """Whether what is skipped needs no entries either."""
+        return not any(isinstance(other, Mask) and other.reads_entries for other in self.skip)
+
     def _set(self, granule: Granule, skip: Skip) -> None:
         """The arguments that a mask without a budget has, too."""
         kind = type(self).__name__
@@ -382,6 +394,10 @@ class Rand(Mask):
             raise ValueError(f"Rand: seed must be a whole number or None, got {seed!r}")
         self.seed = seed & WORD
 
+    @property
+    def reads_entries(self) -> bool:
+        return not self._skips_by_shape()
+
     def seed_for(self, name: str) -> int | None:
         return None if self.skip else self._seed(name)
 
@@ -584,6 +600,10 @@ class Struct(Mask):
         if flat:
             raise ValueError(f"Struct: every weight must have rows and columns; not so for {', '.join(flat)}")
 
+    @property
+    def reads_entries(self) -> bool:
+        return not self._skips_by_shape()
+
     def _plan(self, name: str, weight: Tensor) -> tuple[int, Tensor, Tensor]:
         """``f``, the selected lines (bool, for each row or column of granules), and the diagonal's granules."""
         m, n = rows_and_columns(weight)
@@ -687,6 +707,10 @@ class Given(Mask):
     def names(self) -> tuple[str, ...] | None:
         """The weights it has masks for; None for a function."""
         return tuple(self.given) if isinstance(self.given, Mapping) else None
+
+    @property
+    def reads_entries(self) -> bool:
+        return self.names is None or not self._skips_by_shape()
 
     def _check_budget(self, weights: Mapping[str, Tensor]) -> None:
         without = [name for name in weights if isinstance(self.given, Mapping) and name not in self.given]

@@ -25,21 +25,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import shira_ops
-from shira import _granules, _live, _model
+from shira import _granules, _live, _model, _shards
 from shira._model import VALUES_SUFFIX
 from shira._text import AdapterError, Rename, hex_word, named
 from shira.adapter._entry import Entry
 from shira.adapter.adapter import Adapter
 from shira.masks.masks import AUTO_GRANULE, Given, Mask, default
-from shira.train import _hooks, _ranks, _targets
+from shira.train import _hooks, _ranks, _sharded, _targets
 from shira.train._layers import Attach
+from shira.train._sharded import Sharded
 from shira.train._sites import (
     Group,
     Place,
@@ -55,6 +56,7 @@ from shira.train._sites import (
     take_off,
     target_of,
     uncover,
+    whole_values,
     write,
 )
 
@@ -84,6 +86,11 @@ class _Plan:
     fingerprint: int
     seed: int | None = None
     start: Tensor | None = None
+    shard: Sharded | None = None
+
+    @property
+    def nnz(self) -> int:
+        return self.indices.numel() * self.granule
 
 
 @dataclass(eq=False)
@@ -180,10 +187,19 @@ class SparseTuner:
         chosen = {name: group for name, group in names.targets(targets, exclude).items() if name not in entire}
         if not chosen and not entire:
             raise ValueError("SparseTuner: targets is empty, so nothing would train")
-        mask.check({name: group[0].weight for name, group in chosen.items()})
+        _sharded.check_trainable(self.model, {**chosen, **entire})
+        sharded = {name: group for name, group in chosen.items() if _shards.is_dtensor(group[0].weight)}
+        for name in sharded:
+            _sharded.check_mask(mask, name)
+        if entire and sharded:
+            self._refuse_dense(next(iter(entire)))
+        mask.check({name: _sharded.stand_in(group[0].weight) for name, group in chosen.items()})
         places = {name: [(slot.module, slot.attribute) for slot in group] for name, group in chosen.items()}
         mask.prepare(self.model, places, calibration, loss)
-        sparse = [self._masked(mask, name, group) for name, group in chosen.items()]
+        if sharded:
+            sparse = self._masked_together(mask, sharded)
+        else:
+            sparse = [self._masked(mask, name, group) for name, group in chosen.items()]
         self._install([*sparse, *(self._entire(name, group) for name, group in entire.items())], allow_unused)
         if mask.granule == "auto":
             finer = [plan.name for plan in sparse if plan.granule < AUTO_GRANULE]
@@ -263,6 +279,7 @@ class SparseTuner:
         if isinstance(model, nn.Module):
             _targets.check_model(model)
         self.model = _model.unwrap(model)
+        _sharded.reshard(self.model)
         _live.refuse_active(self.model)
         self.mask, self._about = mask, about
         self._gradient = gradient
@@ -283,6 +300,43 @@ class SparseTuner:
         except RuntimeError as error:
             raise ValueError(f"SparseTuner: {mask!r} gave {name} bad indices: {error}") from error
         return self._plan(name, group, indices, granule, mask.seed_for(name))
+
+    def _masked_together(self, mask: Mask, groups: Mapping[str, list[_model.Slot]]) -> list[_Plan]:
+        """The plans for weights that ranks hold together. A collective call."""
+        first: Any = next(iter(groups.values()))[0].weight
+        rules = {name: self._rules(group, mask.granule_of(group[0].weight)) for name, group in groups.items()}
+        for name, found in rules.items():
+            if found[0] is None:
+                self._refuse_dense(name)
+        ranks = _sharded.Ranks(first.device_mesh)
+        _sharded.compare_plans(ranks, list(groups), mask)
+        plans = []
+        for name, group in groups.items():
+            weight: Any = group[0].weight
+            granule = mask.granule_of(weight)
+            indices = _sharded.indices_of(mask, name, weight, ranks)
+            shira_ops.check_indices(indices, weight.numel(), granule=granule)
+            shard = Sharded.of(self.model, group[0], ranks, indices, granule)
+            if shard.tensor_parallel and rules[name][0] != "linear":
+                raise ValueError(
+                    f"SparseTuner: {name} is divided by tensor parallelism in a layer other than nn.Linear, which is "
+                    f"not supported; leave it out with exclude="
+                )
+            saved = shira_ops.gather(_shards.local(weight), shard.part.indices, granule=shard.part.granule)
+            plans.append(_Plan(name, group, indices, granule, saved, 0, mask.seed_for(name), shard=shard))
+        _sharded.compare_indices(ranks, {plan.name: (plan.indices, plan.granule) for plan in plans})
+        weights: list[Any] = [plan.slots[0].weight for plan in plans]
+        for plan, fingerprint in zip(plans, _sharded.fingerprints(ranks, weights), strict=True):
+            plan.fingerprint = fingerprint
+        return plans
+
+    @staticmethod
+    def _refuse_dense(name: str) -> NoReturn:
+        raise ValueError(
+            f"SparseTuner: {name} is sharded and would train by its dense gradient, which is not supported: weights "
+            f'that ranks hold together need gradient="sampled" and a layer that allows it (linear, convolution, '
+            f"embedding), and cannot train as a whole; leave it out"
+        )
 
     def _entire(self, name: str, group: list[_model.Slot]) -> _Plan:
         weight = group[0].weight
@@ -327,6 +381,10 @@ class SparseTuner:
             # Leave alone what another tuner trains.
             if not any(hasattr(one.module, one.attribute + VALUES_SUFFIX) for one in names.of(slot)):
                 slot.weight.requires_grad_(False)
+        shards = [(plan.shard, plan) for plan in plans if plan.shard is not None]
+        saved = [(shard, plan.saved.to(_master_dtype(plan.saved))) for shard, plan in shards]
+        for (shard, plan), chunk in zip(shards, _sharded.spread(saved), strict=True):
+            plan.start = shard.ranks.values(chunk, shard.count)
         for plan in plans:
             self._put(plan, allow_unused)
         weights = [tuned.plan.slots[0].weight for tuned in self._tuned if tuned.target.site.dense]
@@ -338,30 +396,37 @@ class SparseTuner:
         self._root.append(self.model.register_forward_hook(partial(uncover, self._group), always_call=True))
         self.model.__dict__.setdefault(_ROOT, []).extend(self._root)
         _held.add(self)
-        if any(plan.start is not None for plan in plans):
+        if any(plan.start is not None and plan.shard is None for plan in plans):
             self.sync()
         _hooks.watch_optimizers()
 
     def _put(self, plan: _Plan, allow_unused: bool) -> None:
         owner, weight = plan.slots[0].module, plan.slots[0].weight
-        rules: list[str | None] = [None] * len(plan.slots)
-        if self._gradient == "sampled" and plan.granule < weight.numel():
-            rules = _targets.rules(plan.slots, plan.granule)
+        rules = self._rules(plan.slots, plan.granule)
         dtype = _master_dtype(weight)
         start = plan.saved if plan.start is None else plan.start
-        values = nn.Parameter(start.to(dtype, copy=True))
+        values = nn.Parameter(start.to(dtype, copy=True) if plan.shard is None else start)
         places = [Place(slot.name, rule) for slot, rule in zip(plan.slots, rules, strict=True)]
+        indices, granule = plan.indices, plan.granule
+        if plan.shard is not None:
+            indices, granule = plan.shard.part.indices, plan.shard.part.granule
         site = Site(
-            plan.name, plan.slots[0].attribute, plan.granule, dtype, rules[0] is None, plan.saved,
-            plan.indices.to("cpu", copy=True), self._group, places, allow_unused,
+            plan.name, plan.slots[0].attribute, granule, dtype, rules[0] is None, plan.saved,
+            indices.to("cpu", copy=True), self._group, places, allow_unused, shard=plan.shard,
         )  # fmt: skip
         target = Target(site, weakref.ref(owner))
         self._tuned.append(_Tuned(plan, target))
         # On the first owner alone: under several names, libraries that save models would see one more tied weight.
         owner.register_parameter(site.values_name, values)
         owner.register_buffer(site.indices_name, plan.indices, persistent=False)
-        plan.indices = site.indices
+        plan.indices = site.indices if plan.shard is None else plan.indices.to("cpu", copy=True)
         put(target, [slot.module for slot in plan.slots], rules)
+
+    def _rules(self, group: Sequence[_model.Slot], granule: int) -> list[str | None]:
+        """How the gradient is taken in each place that holds the weight; None: by the dense gradient."""
+        if self._gradient == "sampled" and granule < group[0].weight.numel():
+            return _targets.rules(group, granule)
+        return [None] * len(group)
 
     # ---- while it trains -------------------------------------------------------------------------------------
 
@@ -394,11 +459,16 @@ class SparseTuner:
         self._enabled("adapter")
         self.sync()
         entries: dict[str, Entry] = {}
+        together = self._together(master=False)
         for tuned in self._tuned:
-            weight, indices, _ = tuned.target.tensors()
             plan = tuned.plan
-            with torch.no_grad():
-                values = shira_ops.gather(weight, indices, granule=plan.granule)
+            weight: Tensor = plan.slots[0].weight
+            if plan.shard is None:
+                weight, indices, _ = tuned.target.tensors()
+                with torch.no_grad():
+                    values = shira_ops.gather(weight, indices, granule=plan.granule)
+            else:
+                indices, values = plan.indices, together[tuned.name]
             entries[tuned.name] = Entry(
                 indices.clone(),
                 values,
@@ -413,6 +483,11 @@ class SparseTuner:
         alpha = self._alpha if alpha is None else alpha
         return Adapter(entries, alpha=alpha, mask=self._about, provenance=provenance)
 
+    def _together(self, master: bool) -> dict[str, Tensor]:
+        """All values of the weights that ranks hold together: in fp32 (fp64), or in the weights' dtype."""
+        sites = [(tuned.target.site, tuned.values) for tuned in self._attached() if tuned.plan.shard is not None]
+        return {site.name: whole for (site, _), whole in zip(sites, whole_values(sites, master), strict=True)}
+
     def _trained(self) -> Iterator[nn.Parameter]:
         """The values and the weights that follow them, which a tuner's state covers."""
         for tuned in self._attached():
@@ -425,9 +500,10 @@ class SparseTuner:
         To use what was trained, save `adapter`. The state has only tensors, strings and numbers, so that
         ``torch.load(weights_only=True)`` reads it.
         """
-        weights = {}
+        weights, together = {}, self._together(master=True)
         for tuned in self._attached():
-            weights[tuned.name] = {**_identity(tuned), "values": tuned.values.detach().clone()}
+            values = together[tuned.name] if tuned.name in together else tuned.values.detach().clone()
+            weights[tuned.name] = {**_identity(tuned), "values": values}
         return {"version": 1, "weights": weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -436,7 +512,12 @@ class SparseTuner:
         self.check_state_dict(state)
         with torch.no_grad():
             for tuned in self._attached():
-                tuned.values.copy_(state["weights"][tuned.name]["values"])
+                values = state["weights"][tuned.name]["values"]
+                if tuned.plan.shard is None:
+                    tuned.values.copy_(values)
+                else:
+                    begin, count = tuned.plan.shard.ranks.span(values.numel())
+                    _shards.local(tuned.values).copy_(values[begin : begin + count])
         self.sync()
 
     def check_state_dict(self, state: Any) -> None:
@@ -481,13 +562,14 @@ class SparseTuner:
         wrong = []
         for tuned in self._attached():
             weight, indices, _ = tuned.target.tensors()
-            plan, other = tuned.plan, tuned.plan.saved.to(weight.device, copy=True)
+            plan, granule = tuned.plan, tuned.target.site.granule
+            other = plan.saved.to(weight.device, copy=True)
             with torch.no_grad():
-                shira_ops.swap_(weight, indices, other, granule=plan.granule)
+                shira_ops.swap_(weight, indices, other, granule=granule)
                 try:
-                    now = _granules.fingerprint(weight)
+                    now = self._fingerprint(plan, weight)
                 finally:
-                    shira_ops.swap_(weight, indices, other, granule=plan.granule)
+                    shira_ops.swap_(weight, indices, other, granule=granule)
             if now != plan.fingerprint:
                 wrong.append(tuned.name)
         if wrong:
@@ -495,6 +577,13 @@ class SparseTuner:
                 f"SparseTuner: {len(wrong)} weight(s) have changed where nothing trains: {_model.some(wrong)}; "
                 "something else wrote to them"
             )
+
+    @staticmethod
+    def _fingerprint(plan: _Plan, weight: Tensor) -> int:
+        if plan.shard is None:
+            return _granules.fingerprint(weight)
+        stored: Any = plan.shard.stored()
+        return _sharded.fingerprints(plan.shard.ranks, [stored])[0]
 
     def detach(self) -> None:
         """Put the base back, bit for bit, and remove everything that the tuner put on the model.
@@ -546,6 +635,7 @@ class SparseTuner:
                 self._disabled -= 1
             return
         # First let the weights hold the values: afterwards what they hold now is put back.
+        _sharded.reshard(self.model)
         items = [(tuned.target.site, *tuned.target.tensors()) for tuned in self._attached()]
         settle(items)
         required = [weight.requires_grad for _, weight, _, _ in items]
@@ -563,15 +653,16 @@ class SparseTuner:
         finally:
             self._disabled, self._group.off = 0, False
             # The weights that the model has by now.
-            now = [getattr(tuned.owner, tuned.target.site.attribute) for tuned in self._tuned]
+            _sharded.reshard(self.model)
+            now = [tuned.target.site.held(tuned.owner) for tuned in self._tuned]
             undisturbed = [
                 (weight, version)
                 for (weight, version), found in zip(before, now, strict=True)
                 if weight is found and weight._version == version + _ASIDE
             ]
             scatter(
-                (site.granule, weight, getattr(tuned.owner, site.indices_name), entries.to(weight.device, weight.dtype))
-                for tuned, (site, *_), weight, entries in zip(self._tuned, items, now, trained, strict=True)
+                (site.granule, weight, indices.to(weight.device), entries.to(weight.device, weight.dtype))
+                for (site, _, indices, _), weight, entries in zip(items, now, trained, strict=True)
             )
             # The bits are those that autograd saved, so it may have their versions again.
             _set_versions(undisturbed)
@@ -602,7 +693,7 @@ class SparseTuner:
     @property
     def nnz(self) -> int:
         """The number of trainable entries."""
-        return sum(tuned.plan.saved.numel() for tuned in self._tuned)
+        return sum(tuned.plan.nnz for tuned in self._tuned)
 
     @property
     def density(self) -> float:
@@ -617,7 +708,7 @@ class SparseTuner:
         kinds: dict[tuple[str, ...], list[str]] = {}
         for tuned in self._attached():
             weight, plan = tuned.plan.slots[0].weight, tuned.plan
-            entries = plan.saved.numel()
+            entries = plan.nnz
             row = (
                 re.sub(r"(?<![^.])\d+(?=\.)", "*", tuned.name),
                 "x".join(map(str, weight.shape)) or "scalar",
