@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, distributed, nn
@@ -192,6 +192,37 @@ def fsdp_of(model: nn.Module, owner: nn.Module, attribute: str) -> tuple[Any, An
     return None
 
 
+class Taken(NamedTuple):
+    """A weight that FSDP has sharded with a tuner on it, and its values, which FSDP has sharded too."""
+
+    weight: nn.Parameter
+    values: nn.Parameter
+    group: Any
+    of_values: tuple[Any, Any]
+
+    def release(self) -> None:
+        """Have FSDP leave the values to the tuner, which needs neither their gathering nor FSDP's reduction."""
+        group, found = self.of_values
+        found.to_sharded()
+        group.fsdp_params.remove(found)
+        found._post_load_hook_handle.remove()
+
+
+def taken(model: nn.Module, site: Site, owner: nn.Module) -> Taken | None:
+    """What ``fully_shard`` has made of a weight and its values after the tuner was attached; None if a tuner cannot go
+    on with that."""
+    weight, values = fsdp_of(model, owner, site.attribute), fsdp_of(model, owner, site.values_name)
+    if weight is None or values is None or site.dense:
+        return None
+    sharded: Any = weight[1].sharded_param
+    kept: Any = values[1].sharded_param
+    if weight[1].is_dtensor or sharded.device_mesh != kept.device_mesh or sharded.device_mesh.ndim != 1:
+        return None
+    if not kept.placements[0].is_shard() or weight[1].offload_to_cpu or values[1].offload_to_cpu:
+        return None
+    return Taken(sharded, kept, weight[0], values)
+
+
 def check_trainable(model: nn.Module, groups: Mapping[str, Sequence[_model.Slot]]) -> None:
     """Refuse targets whose sharding cannot be trained, before anything is put on the model."""
     sharded = {name: group[0] for name, group in groups.items() if _shards.is_dtensor(group[0].weight)}
@@ -292,6 +323,8 @@ class Sharded:
     # FSDP's group of parameters, if the weight is in one; and whether the weight is divided while layers compute.
     fsdp: Any
     tensor_parallel: bool
+    # Of the base, if it was sharded with a tuner on it: the ranks have not compared theirs then.
+    fingerprint: int = 0
     # What gives a layer's output a gradient. The values themselves get theirs at the end of the pass.
     lead: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
     # The base's entries where this rank's values are; made when they are asked for.
@@ -333,6 +366,14 @@ class Sharded:
             return False
         return not _shards.is_dtensor(held) or held.device_mesh.ndim < weight.device_mesh.ndim
 
+    def everywhere(self, site: Site) -> Tensor:
+        """The granules of the whole weight."""
+        owner = self.owner()
+        assert owner is not None
+        found = owner._buffers[site.indices_name]
+        assert found is not None
+        return found
+
     def here(self) -> _shards.Part:
         """This rank's part, on the weight's device."""
         device = _shards.local(self.stored()).device
@@ -346,7 +387,7 @@ class Sharded:
         """The local tensor of the weight, and the granules in it."""
         return _shards.local(self.stored()), self.here().indices
 
-    def entries(self, whole: Tensor, indices: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    def entries(self, site: Site, whole: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         """All values, as entries of this rank's part of the weight: granule, tensor, indices, entries.
 
         Also those of what FSDP has gathered, if it has: that would be computed with otherwise.
@@ -358,11 +399,11 @@ class Sharded:
         if held is None or held is self.weight():
             return
         if _shards.is_dtensor(held):
-            computed = self._computed((held.device_mesh, tuple(held.placements)), indices)
+            computed = self._computed((held.device_mesh, tuple(held.placements)), self.everywhere(site))
             local = _shards.local(held)
             yield computed.granule, local, computed.indices, computed.of(whole).to(local.dtype)
         else:
-            yield self.granule, held.detach(), indices, whole.to(held.dtype)
+            yield self.granule, held.detach(), self.everywhere(site), whole.to(held.dtype)
 
     def _computed(self, layout: Layout, indices: Tensor) -> _shards.Part:
         """The part of the adapter in the box with which this rank computes."""
@@ -379,19 +420,17 @@ class Sharded:
 
     # ---- gradients -------------------------------------------------------------------------------------------
 
-    def attach(self, site: Site, rule: str, module: Any, output: Tensor, input: Tensor, indices: Tensor) -> Any:
+    def attach(self, site: Site, rule: str, module: Any, output: Tensor, input: Tensor) -> Any:
         """The layer's output, whose backward pass gives the values their gradient."""
         held: Any = module._parameters[self.attribute]
         layout = (held.device_mesh, tuple(held.placements)) if _shards.is_dtensor(held) else None
         options = _layers.options(rule, module)
-        gradient = partial(self._collect, site, layout, rule, options, indices)
+        gradient = partial(self._collect, site, layout, rule, options)
         return _Watch.apply(output, self.lead, input, gradient)  # type: ignore[no-untyped-call]
 
-    def _collect(
-        self, site: Site, layout: Layout, rule: str, options: Any, indices: Tensor, grad_output: Tensor, input: Tensor
-    ) -> None:
+    def _collect(self, site: Site, layout: Layout, rule: str, options: Any, grad_output: Tensor, input: Tensor) -> None:
         """The gradient of this rank's batch, kept until the end of the backward pass."""
-        size = self.ranks.size
+        size, indices = self.ranks.size, self.everywhere(site)
         if layout is None:
             found = _layers.gradient(rule, grad_output, input, indices, self.granule, options)
         else:
@@ -487,6 +526,11 @@ def flush(group: Group, task: int) -> None:
     if not shards:
         return
     ranks = shards[0].ranks
+    if not all(site.compared for site in sites):
+        compare(ranks, {site.name: (shard.everywhere(site), shard.granule, shard.fingerprint)
+                        for site, shard in zip(sites, shards, strict=True)})  # fmt: skip
+        for site in sites:
+            site.compared = True
     came = [site in pending for site in sites]
     if any(site.allow_unused for site in sites):  # such a layer may have run on some ranks alone
         came = list(map(bool, ranks.most(came)))
@@ -520,18 +564,21 @@ def compare_plans(ranks: Ranks, names: Sequence[str], mask: Mask) -> None:
         )
 
 
-def compare_indices(ranks: Ranks, masks: Mapping[str, tuple[Tensor, int]]) -> None:
-    """Refuse ranks whose masks have other entries. A collective call."""
+def compare(ranks: Ranks, weights: Mapping[str, tuple[Tensor, int, int]]) -> None:
+    """Refuse ranks whose masks or bases differ: by indices, granule and the base's fingerprint. A collective call."""
     words = [
         signed(fnv1a64(f"{granule} {_granules.fingerprint(indices.to(torch.int64))} {indices.numel()}"))
-        for indices, granule in masks.values()
+        for indices, granule, _ in weights.values()
     ]
-    differ = [name for name, same in zip(masks, ranks.same(words), strict=True) if not same]
-    if differ:
-        raise ValueError(
-            f"SparseTuner: the ranks have different masks for {_model.some(differ)}; give every rank the same mask: "
-            f"the same seed, or the same tensors"
-        )
+    same = ranks.same([*words, *(signed(base) for _, _, base in weights.values())])
+    advices = (
+        ("masks", "give every rank the same mask: the same seed, or the same tensors", same[: len(weights)]),
+        ("base weights", "load the same base on every rank before the tuner is attached", same[len(weights) :]),
+    )
+    for what, advice, agreed in advices:
+        differ = [name for name, one in zip(weights, agreed, strict=True) if not one]
+        if differ:
+            raise ValueError(f"SparseTuner: the ranks have different {what} for {_model.some(differ)}; {advice}")
 
 
 def fingerprints(ranks: Ranks, weights: Sequence[DTensor]) -> list[int]:

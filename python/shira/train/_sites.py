@@ -313,6 +313,17 @@ def put(target: Target, holders: Sequence[nn.Module], rules: Sequence[str | None
     groups.add(site.group)
 
 
+def become_sharded(target: Target, shard: Sharded, saved: Tensor, values: nn.Parameter) -> None:
+    """Go on with a weight that was sharded with its site on it."""
+    site = target.site
+    site.shard, site.saved, site.granule = shard, saved, shard.part.granule
+    site.compared = False
+    site.indices = shard.part.indices.to("cpu", copy=True)
+    site.values_ref, site.weight_ref = weakref.ref(values), weakref.ref(shard.stored())
+    site.written = None
+    known[values] = target
+
+
 def take_off(placed: Sequence[tuple[Site, nn.Module]]) -> None:
     """Write the base's entries back and remove everything that `put` has put on modules."""
     for model in {id(model): model for site, _ in placed if (model := _whole(site)) is not None}.values():
@@ -404,9 +415,7 @@ def _attach(
     place.ran = True
     input = args[0] if args else next(iter(kwargs.values()))
     if site.shard is not None:
-        everywhere = (owner or module)._buffers[site.indices_name]
-        assert everywhere is not None
-        return site.shard.attach(site, rule, module, output, input, everywhere)
+        return site.shard.attach(site, rule, module, output, input)
     return _layers.attach(rule, module, output, values, input, indices, site.granule)
 
 
@@ -550,7 +559,8 @@ def refuse_replaced(name: str) -> None:
         f"SparseTuner: {name} was replaced by another parameter after the tuner was attached, so what the model "
         f"computes with is not what the tuner and its optimizer train. fully_shard, conversions under "
         f"torch.__future__.set_overwrite_module_params_on_conversion and load_state_dict(assign=True) do so; do that "
-        f"first and then attach the tuner, or detach it, do that, and attach again"
+        f"first and then attach the tuner, or detach it, do that, and attach again. After fully_shard it is enough to "
+        f"make the optimizer from tuner.parameters(), or to call tuner.sync()"
     )
 
 
@@ -651,10 +661,7 @@ def _write(items: Iterable[Item]) -> None:
     sharded = [(site, site.shard) for site, *_ in items if site.shard is not None]
     wholes = whole_values([(site, values) for site, _, _, values in items if site.shard is not None])
     scatter(
-        entries
-        for (site, shard), whole in zip(sharded, wholes, strict=True)
-        if (owner := shard.owner()) is not None
-        for entries in shard.entries(whole, getattr(owner, site.indices_name))
+        entries for (site, shard), whole in zip(sharded, wholes, strict=True) for entries in shard.entries(site, whole)
     )
 
 

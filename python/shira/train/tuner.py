@@ -22,7 +22,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn
@@ -46,6 +46,7 @@ from shira.train._sites import (
     Place,
     Site,
     Target,
+    become_sharded,
     follow,
     is_detached,
     mark_written,
@@ -324,7 +325,7 @@ class SparseTuner:
                 )
             saved = shira_ops.gather(_shards.local(weight), shard.part.indices, granule=shard.part.granule)
             plans.append(_Plan(name, group, indices, granule, saved, 0, mask.seed_for(name), shard=shard))
-        _sharded.compare_indices(ranks, {plan.name: (plan.indices, plan.granule) for plan in plans})
+        _sharded.compare(ranks, {plan.name: (plan.indices, plan.granule, 0) for plan in plans})
         weights: list[Any] = [plan.slots[0].weight for plan in plans]
         for plan, fingerprint in zip(plans, _sharded.fingerprints(ranks, weights), strict=True):
             plan.fingerprint = fingerprint
@@ -412,7 +413,8 @@ class SparseTuner:
             indices, granule = plan.shard.part.indices, plan.shard.part.granule
         site = Site(
             plan.name, plan.slots[0].attribute, granule, dtype, rules[0] is None, plan.saved,
-            indices.to("cpu", copy=True), self._group, places, allow_unused, shard=plan.shard,
+            indices.to("cpu", copy=True), self._group, places, allow_unused,
+            compared=plan.shard is not None, shard=plan.shard,
         )  # fmt: skip
         target = Target(site, weakref.ref(owner))
         self._tuned.append(_Tuned(plan, target))
@@ -686,7 +688,36 @@ class SparseTuner:
     def _attached(self) -> list[_Tuned]:
         if not self._tuned:
             raise RuntimeError("SparseTuner: the tuner is detached")
+        self._take_over()
         return self._tuned
+
+    def _take_over(self) -> None:
+        """Go on with what ``fully_shard`` has made of the weights and values, if it came after the tuner."""
+        replaced = [
+            tuned
+            for tuned in self._tuned
+            if tuned.plan.shard is None and tuned.owner._parameters.get(tuned.target.site.attribute) is not None
+            and tuned.owner._parameters[tuned.target.site.attribute] is not tuned.target.site.own_weight
+        ]  # fmt: skip
+        found = [_sharded.taken(self.model, tuned.target.site, tuned.owner) for tuned in replaced]
+        takes = [one for one in found if one is not None]
+        if not takes or len(takes) < len(self._tuned):
+            return  # the next forward says what is wrong
+        _sharded.reshard(self.model)
+        first: Any = takes[0].weight
+        ranks = _sharded.Ranks(first.device_mesh)
+        for tuned, taken in zip(replaced, takes, strict=True):
+            taken.release()
+            plan, target = tuned.plan, tuned.target
+            # What was there before is a whole weight, which nothing may keep.
+            plan.slots = [replace(slot, weight=taken.weight) for slot in plan.slots]
+            device = _shards.local(taken.weight).device
+            plan.shard = Sharded.of(self.model, plan.slots[0], ranks, plan.indices.to(device), plan.granule)
+            plan.shard.fingerprint = plan.fingerprint
+            plan.saved = plan.shard.part.of(plan.saved.to(device))
+            become_sharded(target, plan.shard, plan.saved, taken.values)
+        now = _model.slots(self.model)
+        self._froze = [now.get(slot.name, slot) for slot in self._froze]
 
     # ---- what it is ------------------------------------------------------------------------------------------
 
