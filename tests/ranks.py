@@ -1,4 +1,4 @@
-"""Run a program on several ranks of this machine: ``python ranks.py COUNT FOLDER PROGRAM [ARGUMENTS]``.
+"""Run programs on several ranks of this machine, each in its own folder: ``ranks.py COUNT FOLDER PROGRAM ...``.
 
 As ``torchrun`` does it, but torch is imported once, and then forked; and the ranks meet in a file of the folder. (A
 TCP store's thread may outlive the rank that serves it, and abort the process.)
@@ -6,21 +6,37 @@ TCP store's thread may outlive the rank that serves it, and abort the process.)
 
 from __future__ import annotations
 
+import importlib
 import os
 import runpy
 import sys
 import traceback
 from datetime import timedelta
+from pathlib import Path
+
+IMPORTED = (
+    "pytest", "shira.train.optim", "shira.train.tuner", "torch.distributed.fsdp", "torch.distributed.tensor.parallel",
+)  # fmt: skip
+
+
+def run(rank: int, count: int, folder: Path, program: Path) -> None:
+    import torch.distributed as dist
+
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
+    store = dist.FileStore("store", count)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=60))
+    sys.argv = [str(program)]
+    runpy.run_path(str(program), run_name="__main__")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def main() -> int:
-    count, folder, program, *arguments = int(sys.argv[1]), *sys.argv[2:]
-    import torch.distributed as dist
-
-    import shira
-
-    _ = shira.SparseTuner, shira.AdamW, shira.masks  # imported on use; here, once for all ranks
-    sys.argv = [program, *arguments]
+    count, folder, programs = int(sys.argv[1]), Path(sys.argv[2]).resolve(), [Path(p).resolve() for p in sys.argv[3:]]
+    for module in IMPORTED:
+        importlib.import_module(module)
     children = []
     for rank in range(count):
         if child := os.fork():
@@ -28,12 +44,8 @@ def main() -> int:
             continue
         code = 1
         try:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
-            store = dist.FileStore(f"{folder}/store", count)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=60))
-            runpy.run_path(program, run_name="__main__")
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            for program in programs:
+                run(rank, count, folder / program.stem, program)
             code = 0
         except BaseException:
             traceback.print_exc()

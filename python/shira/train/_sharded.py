@@ -360,11 +360,14 @@ class Sharded:
     def is_holder_of(self, held: Any) -> bool:
         """Whether what the module holds is the weight, or what FSDP has gathered of it."""
         weight: Any = self.weight()
-        if held is weight or held is None:
-            return held is not None
+        if weight is None or held is None or held is weight:
+            return weight is not None and held is weight
         if self.fsdp is None or tuple(held.shape) != tuple(weight.shape):
             return False
-        return not _shards.is_dtensor(held) or held.device_mesh.ndim < weight.device_mesh.ndim
+        if not _shards.is_dtensor(held):
+            return True
+        # On a mesh of its own: that of tensor parallelism, or a smaller one on which FSDP keeps it after a forward.
+        return held.device_mesh != weight.device_mesh
 
     def everywhere(self, site: Site) -> Tensor:
         """The granules of the whole weight."""
@@ -409,7 +412,7 @@ class Sharded:
         """The part of the adapter in the box with which this rank computes."""
         assert layout is not None
         mesh, placements = layout
-        key = placements, indices.device
+        key = mesh, placements, indices.device
         if key not in self._parts:
             coordinate = mesh.get_coordinate()
             assert coordinate is not None
@@ -420,6 +423,7 @@ class Sharded:
 
     # ---- gradients -------------------------------------------------------------------------------------------
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def attach(self, site: Site, rule: str, module: Any, output: Tensor, input: Tensor) -> Any:
         """The layer's output, whose backward pass gives the values their gradient."""
         held: Any = module._parameters[self.attribute]
