@@ -15,7 +15,8 @@ from datetime import timedelta
 from pathlib import Path
 
 IMPORTED = (
-    "pytest", "shira.train.optim", "shira.train.tuner", "torch.distributed.fsdp", "torch.distributed.tensor.parallel",
+    "pytest", "shira.train.optim", "shira.train.tuner", "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp", "torch.distributed.tensor.parallel",
 )  # fmt: skip
 
 

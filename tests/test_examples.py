@@ -1,4 +1,7 @@
-"""The examples run as a newcomer runs them: offline, in their own process, and do what they say."""
+"""The examples run as a newcomer runs them: offline, in their own process, and do what they say.
+
+Those of several ranks run in `train.test_sharded`.
+"""
 
 from __future__ import annotations
 
@@ -39,21 +42,6 @@ def test_train_transformers(tmp_path: Path) -> None:
     assert after < before - 1
     assert losses[1].split()[1] == f"{before:.3f}"  # on the base again
     assert Adapter.load(tmp_path / "a.safetensors").nnz > 1000
-
-
-def test_two_ranks(tmp_path: Path) -> None:
-    programs = [str(EXAMPLES / name) for name in ("fsdp2.py", "tensor_parallel.py")]
-    command = [sys.executable, str(Path(__file__).parent / "ranks.py"), "2", str(tmp_path), *programs]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    losses = [float(line.split()[-1]) for line in lines if line.startswith("step ")]
-    assert losses[0] > 1 > 0.2 > losses[3]
-    assert losses[4] > 1 > 0.2 > losses[7]
-    assert "449 of 896 values on this rank, all of them in adapter.safetensors" in lines
-    assert lines[-1] == "192 entries in adapter.safetensors, base restored bit for bit: True"
-    assert Adapter.load(tmp_path / "fsdp2/adapter.safetensors").nnz == 896
-    assert Adapter.load(tmp_path / "tensor_parallel/adapter.safetensors").nnz == 192
 
 
 def test_serve_adapters(tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
@@ -157,8 +159,8 @@ def base_is_back(model: nn.Module) -> None:
     assert not any(hasattr(module, "_shira_sites") for module in model.modules())
 
 
-def my(mesh: DeviceMesh) -> Tensor:
-    return IDS.chunk(mesh.size())[mesh.get_local_rank()]
+def my(mesh: DeviceMesh, batch: Tensor = IDS) -> Tensor:
+    return batch.chunk(mesh.size())[mesh.get_local_rank()]
 
 
 def like_one_process(
@@ -240,6 +242,35 @@ def fsdp_and_tensor_parallel(mesh: DeviceMesh, both: DeviceMesh) -> None:
         tuner.verify()
         tuner.detach()
         base_is_back(model)
+
+
+def few_entries(mesh: DeviceMesh, both: DeviceMesh) -> None:
+    """Fewer than there are ranks; and what FSDP keeps on a smaller mesh after a forward pass."""
+    mask = masks.Rand(density=1e-9)
+    model = shard(net(), mesh, reshard_after_forward=2)
+    tuner = SparseTuner(model, mask, LINEAR)
+    like_one_process(model, tuner, my(mesh), mask, LINEAR, "AdamW")
+    assert [values.to_local().numel() for values in tuner.parameters()] == [int(dist.get_rank() == 0)] * 5
+    tuner.detach()
+    base_is_back(model)
+
+
+def convolution(mesh: DeviceMesh, both: DeviceMesh) -> None:
+    """Also over two backward passes, of which FSDP would reduce the second one alone."""
+
+    def layers() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv1d(8, 8, 3), nn.ReLU(), nn.Conv1d(8, 16, 3))
+
+    x = torch.randn(4, 8, 9, generator=torch.Generator().manual_seed(0))
+    alone, model = layers(), fully_shard(layers(), mesh=mesh)
+    tuner, wanted = (SparseTuner(one, masks.WeightMagnitude(density=0.1), "0|2") for one in (model, alone))
+    for last in (False, True):
+        model.set_requires_gradient_sync(last)
+        model(my(mesh, x)).square().mean().backward()
+        alone(x).square().mean().backward()
+    for values, other in zip(tuner.parameters(), wanted.parameters(), strict=True):
+        torch.testing.assert_close(full(values.grad), other.grad, rtol=1e-5, atol=1e-7)
 
 
 def hybrid(mesh: DeviceMesh, both: DeviceMesh) -> None:
@@ -401,6 +432,23 @@ def budget(mesh: DeviceMesh, both: DeviceMesh) -> None:
     assert own <= 1.1 * 3 * 4 * tuner.nnz / 4, (own, tuner.nnz)
 
 
+def checkpoint_to_resume(mesh: DeviceMesh, both: DeviceMesh) -> None:
+    """For `resume_ranks`, which goes on with other ranks."""
+    model = shard(net(), mesh)
+    tuner = SparseTuner(model, RAND, LINEAR)
+    optimizer = OPTIMIZERS["AdamW"](tuner)
+    for step in range(3):
+        if step == 2:
+            weights, moments = get_state_dict(model, optimizer)
+            dcp.save({"weights": weights, "moments": moments}, checkpoint_id="checkpoint")
+        loss_of(model, my(mesh)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        adapter = tuner.adapter()
+        if dist.get_rank() == 0:
+            adapter.save(f"{step}.safetensors")
+
+
 def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
     rank = dist.get_rank()
     model = shard(net(), mesh)
@@ -432,6 +480,11 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
     fully_shard(ignoring, mesh=mesh, ignored_params={ignoring.head.weight})
     with pytest.raises(ValueError, match=r"head\.weight is not sharded, and nothing would average its gradient"):
         SparseTuner(ignoring, RAND, "head")
+    table = parallelize_module(net(), mesh, {"embed": RowwiseParallel(input_layouts=Replicate())})
+    with pytest.raises(
+        ValueError, match=r"embed\.weight is divided by tensor parallelism in a layer other than nn\.Lin"
+    ):
+        SparseTuner(table, RAND, "embed")
     part = parallel(net(), mesh)
     with pytest.raises(
         ValueError, match=r"head\.weight is not sharded, but blocks\.0\.up\.weight is, and nothing says"
@@ -465,8 +518,8 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
 
 
 CHECKS = (
-    fsdp, attached_before, tensor_parallel, fsdp_and_tensor_parallel, hybrid, tied, replicated, edits_and_states,
-    mixed_precision, budget, refusals,
+    fsdp, attached_before, tensor_parallel, fsdp_and_tensor_parallel, few_entries, convolution, hybrid, tied,
+    replicated, edits_and_states, mixed_precision, budget, refusals, checkpoint_to_resume,
 )  # fmt: skip
 
 
