@@ -133,6 +133,10 @@ def _entry_of(adapter: Adapter, name: str) -> Entry | None:
 class Mask:
     """What all masks share: budget, granule, entries to leave out, description. Subclasses define ``select``."""
 
+    by_shape = False
+    """Whether the mask depends on nothing of a weight but its name, shape and device, so that a quantized one need not
+    be dequantized for it, and no device need hold the whole of a sharded one."""
+
     def __init__(
         self, density: Density | None = None, *, r: Rank | None = None, granule: Granule = 1, skip: Skip = ()
     ) -> None:
@@ -152,18 +156,6 @@ class Mask:
             self.density = float(density)
         self.r: int | dict[str, int] | None = dict(r) if isinstance(r, Mapping) else r
         self._set(granule, skip)
-
-    @property
-    def reads_entries(self) -> bool:
-        """Whether the mask looks at a weight's entries or gradient, and not only at its name, shape and device.
-
-        If not, it can be made for a weight that no device holds as a whole.
-        """
-        return True
-
-    def _skips_by_shape(self) -> bool:
-        """Whether what is skipped needs no entries either."""
-        return not any(isinstance(other, Mask) and other.reads_entries for other in self.skip)
 
     def _set(self, granule: Granule, skip: Skip) -> None:
         """The arguments that a mask without a budget has, too."""
@@ -270,11 +262,16 @@ class Mask:
             mask._selected = {}
 
         def visit(name: str, gradient: Tensor) -> None:
-            weight = getattr(*weights[name][0]).detach()
+            weight = _calibration.dense(name, *weights[name][0])
             for mask in needing:  # those that are skipped come first
                 mask._selected[name] = mask._choose(name, weight, gradient)
 
         _calibration.stream(model, weights, calibration, loss, visit)
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether this mask, or one that it skips, depends on what a weight holds."""
+        return not all(mask.by_shape for mask in self._with_skipped())
 
     def _with_skipped(self) -> Iterator[Mask]:
         """The masks that this one skips, each after those that it skips itself; this one comes last."""
@@ -378,6 +375,8 @@ class Rand(Mask):
             is then in ``mask.seed`` and `describe`.
     """
 
+    by_shape = True
+
     def __init__(
         self,
         density: Density | None = None,
@@ -393,10 +392,6 @@ class Rand(Mask):
         if type(seed) is not int:
             raise ValueError(f"Rand: seed must be a whole number or None, got {seed!r}")
         self.seed = seed & WORD
-
-    @property
-    def reads_entries(self) -> bool:
-        return not self._skips_by_shape()
 
     def seed_for(self, name: str) -> int | None:
         return None if self.skip else self._seed(name)
@@ -576,6 +571,8 @@ class Struct(Mask):
     how many entries were taken.
     """
 
+    by_shape = True
+
     def __init__(
         self,
         density: Density | None = None,
@@ -599,10 +596,6 @@ class Struct(Mask):
         flat = [f"{name} {list(weight.shape)}" for name, weight in weights.items() if weight.dim() < 2]
         if flat:
             raise ValueError(f"Struct: every weight must have rows and columns; not so for {', '.join(flat)}")
-
-    @property
-    def reads_entries(self) -> bool:
-        return not self._skips_by_shape()
 
     def _plan(self, name: str, weight: Tensor) -> tuple[int, Tensor, Tensor]:
         """``f``, the selected lines (bool, for each row or column of granules), and the diagonal's granules."""
@@ -688,6 +681,8 @@ class Given(Mask):
             what = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
             raise TypeError(f"Given: takes 0/1 tensors by name, or a function of a name and a weight, got {what}")
         self.given, self.density, self.r = given, None, None
+        self.by_shape = isinstance(given, Mapping)
+        self.by_shape = isinstance(given, Mapping)
         self._set(granule, skip)
 
     @classmethod
@@ -707,10 +702,6 @@ class Given(Mask):
     def names(self) -> tuple[str, ...] | None:
         """The weights it has masks for; None for a function."""
         return tuple(self.given) if isinstance(self.given, Mapping) else None
-
-    @property
-    def reads_entries(self) -> bool:
-        return self.names is None or not self._skips_by_shape()
 
     def _check_budget(self, weights: Mapping[str, Tensor]) -> None:
         without = [name for name in weights if isinstance(self.given, Mapping) and name not in self.given]

@@ -98,8 +98,8 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         site, module = target.site, target.module()
         for name, wanted in ((site.values_name, values), (site.attribute, site.own_weight)):
             held = module._parameters.get(name)
-            gathered = site.shard is not None and name == site.attribute and site.shard.is_holder_of(held)
-            if held is not wanted and not gathered:
+            elsewhere = name == site.attribute and (site.overlay or (site.shard and site.shard.is_holder_of(held)))
+            if held is not wanted and not elsewhere:
                 refuse_replaced(site.name + name.removeprefix(site.attribute))
         if site.group.off:
             raise RuntimeError(
@@ -145,7 +145,7 @@ def _in_backward() -> bool:
 
 
 def _write_targets(targets: Sequence[tuple[Tensor, Target]]) -> None:
-    write((target.site, *target.tensors()) for _, target in targets)
+    write((target.site, *target.tensors()) for _, target in targets if not target.site.overlay)
 
 
 # ---- what a step is refused for ------------------------------------------------------------------------------

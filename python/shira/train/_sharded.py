@@ -223,14 +223,20 @@ def taken(model: nn.Module, site: Site, owner: nn.Module) -> Taken | None:
     return Taken(sharded, kept, weight[0], values)
 
 
-def check_trainable(model: nn.Module, groups: Mapping[str, Sequence[_model.Slot]]) -> None:
-    """Refuse targets whose sharding cannot be trained, before anything is put on the model."""
+def check_targets(model: nn.Module, groups: Mapping[str, Sequence[_model.Slot]], overlay: bool) -> list[str]:
+    """The targets that are sharded: all of them or none. Refuses what cannot be trained, before anything is put on the
+    model."""
     sharded = {name: group[0] for name, group in groups.items() if _shards.is_dtensor(group[0].weight)}
+    if overlay:
+        if sharded or _fsdp_modules(model):
+            _refuse(next(iter(sharded or groups)), "is sharded, or in a model that is; an overlay cannot be trained "
+                    "there: train without overlay=True, or in one process")  # fmt: skip
+        return []
     if not sharded:
         if groups and _fsdp_modules(model):
             _refuse(next(iter(groups)), "is not sharded, and nothing would average its gradient over the ranks (is it "
                     "one of fully_shard's ignored_params?); leave it out with exclude=")  # fmt: skip
-        return
+        return []
     for name in groups:
         if name not in sharded:
             _refuse(name, f"is not sharded, but {next(iter(sharded))} is, and nothing says whether the ranks compute "
@@ -251,6 +257,7 @@ def check_trainable(model: nn.Module, groups: Mapping[str, Sequence[_model.Slot]
         if _shards.local(weight).device.type != mesh.device_type:
             _refuse(name, f"is kept on {_shards.local(weight).device} by a CPUOffloadPolicy and computed with on "
                     f"{mesh.device_type}, which is not supported; use fully_shard without it")  # fmt: skip
+    return list(sharded)
 
 
 def _refuse(name: str, why: str) -> NoReturn:
@@ -273,7 +280,7 @@ def check_mask(mask: Mask, name: str) -> None:
             option = "balanced=True" if mask.balanced else "skip"
             _refuse(name, f"is sharded, for which {kind} cannot take {option}; leave it out, or make the mask on one "
                     f"process and give its tensors by name")  # fmt: skip
-    elif mask.reads_entries:
+    elif mask.reads_weights:
         advice = " or give the function's tensors by name" if isinstance(mask, Given) else ""
         _refuse(name, f"is sharded, and {kind} reads the whole weight or its gradient; take Rand, Struct or "
                 f"WeightMagnitude{advice}, or make the mask on one process and give its tensors by name")  # fmt: skip
@@ -367,7 +374,7 @@ class Sharded:
         if not _shards.is_dtensor(held):
             return True
         # On a mesh of its own: that of tensor parallelism, or a smaller one on which FSDP keeps it after a forward.
-        return held.device_mesh != weight.device_mesh
+        return bool(held.device_mesh != weight.device_mesh)
 
     def everywhere(self, site: Site) -> Tensor:
         """The granules of the whole weight."""
