@@ -346,6 +346,13 @@ def edits_and_states(mesh: DeviceMesh, both: DeviceMesh) -> None:
     with tuner.disabled():
         assert_same_output(model, net())
     assert_same_output(model, alone)
+    failing = model.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # FSDP keeps what it has gathered until then
+        model(IDS)
+    failing.remove()
+    with tuner.disabled():
+        assert_same_output(model, net())
+    assert_same_output(model, alone)
 
 
 def assert_same_output(model: nn.Module, alone: nn.Module) -> None:

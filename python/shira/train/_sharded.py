@@ -164,6 +164,9 @@ def reshard(model: nn.Module) -> None:
     """Have FSDP drop what it gathered, so that modules hold their shards."""
     for module in _fsdp_modules(model):
         module.reshard()
+        for group in _fsdp_groups(module):  # which after a forward that has failed does nothing
+            if group is not None and group.is_unsharded:
+                group._to_sharded()
 
 
 def _fsdp_modules(model: nn.Module) -> list[Any]:
@@ -330,7 +333,8 @@ class Sharded:
     # FSDP's group of parameters, if the weight is in one; and whether the weight is divided while layers compute.
     fsdp: Any
     tensor_parallel: bool
-    # Of the base, if it was sharded with a tuner on it: the ranks have not compared theirs then.
+    # Whether the ranks know that they have the same mask and base; not yet if FSDP came after the tuner.
+    compared: bool = True
     fingerprint: int = 0
     # What gives a layer's output a gradient. The values themselves get theirs at the end of the pass.
     lead: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
@@ -537,11 +541,11 @@ def flush(group: Group, task: int) -> None:
     if not shards:
         return
     ranks = shards[0].ranks
-    if not all(site.compared for site in sites):
+    if not all(shard.compared for shard in shards):
         compare(ranks, {site.name: (shard.everywhere(site), shard.granule, shard.fingerprint)
                         for site, shard in zip(sites, shards, strict=True)})  # fmt: skip
-        for site in sites:
-            site.compared = True
+        for shard in shards:
+            shard.compared = True
     came = [site in pending for site in sites]
     if any(site.allow_unused for site in sites):  # such a layer may have run on some ranks alone
         came = list(map(bool, ranks.most(came)))

@@ -338,7 +338,6 @@ def become_sharded(target: Target, shard: Sharded, saved: Tensor, values: nn.Par
     """Go on with a weight that was sharded with its site on it."""
     site = target.site
     site.shard, site.saved, site.granule = shard, saved, shard.part.granule
-    site.compared = False
     site.indices = shard.part.indices.to("cpu", copy=True)
     site.values_ref, site.weight_ref = weakref.ref(values), weakref.ref(shard.stored())
     site.written = None

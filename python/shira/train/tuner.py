@@ -489,7 +489,7 @@ class SparseTuner:
         site = Site(
             plan.name, plan.slots[0].attribute, granule, dtype, rules[0] is None, plan.saved,
             indices.to("cpu", copy=True), self._group, places, allow_unused, plan.layer is not None,
-            compared=plan.shard is not None, shard=plan.shard,
+            shard=plan.shard,
         )  # fmt: skip
         target = Target(site, weakref.ref(owner))
         self._tuned.append(_Tuned(plan, target))
@@ -680,6 +680,7 @@ class SparseTuner:
         """
         self._enabled("detach")
         if self._tuned:
+            self._take_over()
             self._take_off()
 
     def _take_off(self) -> None:
@@ -800,7 +801,7 @@ class SparseTuner:
             plan.slots = [replace(slot, weight=taken.weight) for slot in plan.slots]
             device = _shards.local(taken.weight).device
             plan.shard = Sharded.of(self.model, plan.slots[0], ranks, plan.indices.to(device), plan.granule)
-            plan.shard.fingerprint = plan.fingerprint
+            plan.shard.fingerprint, plan.shard.compared = plan.fingerprint, False
             plan.saved = plan.shard.part.of(plan.saved.to(device))
             become_sharded(target, plan.shard, plan.saved, taken.values)
         now = _model.slots(self.model)
