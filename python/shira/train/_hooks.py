@@ -189,11 +189,10 @@ def _has_gradient(site: Site) -> bool:
 def _compare_ranks(targets: Sequence[tuple[Tensor, Target]]) -> None:
     """At the first step, refuse ranks that differ. A collective call: all ranks of a model come here together."""
     trained = []
-    _ranks.refuse_wrapped((target.site.name, target.module()) for _, target in targets if target.site.shard is not None)
     for values, target in targets:
         site, owner = target.site, target.module()
         if site.shard is not None:
-            continue  # compared already
+            continue  # the ranks have compared theirs already
         dense = site.own_weight if site.dense else None
         trained.append(_ranks.Trained(site.name, owner, site.granule, site.indices, values, site.saved, dense))
     _ranks.compare(trained)

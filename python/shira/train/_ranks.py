@@ -81,12 +81,12 @@ def compare(weights: Sequence[Trained]) -> None:
         return
     if distributed.get_world_size() == 1:
         return
-    wrappers = _wrappers(one.owner for one in weights)
+    wrappers = _wrappers(weights)
     knowing = [wrapper for wrapper in wrappers if _knows(wrapper, weights)]
     if wrappers and not knowing:
         del wrappers
         gc.collect()  # one that is not used any more may still be in a reference cycle
-        if _wrappers(one.owner for one in weights):
+        if _wrappers(weights):
             raise RuntimeError(
                 f"SparseTuner: the model was wrapped in DistributedDataParallel before the tuner was attached, so that "
                 f"nothing synchronises the values of {_model.some(one.name for one in weights)} between ranks; attach "
@@ -97,19 +97,9 @@ def compare(weights: Sequence[Trained]) -> None:
         _compare_in(knowing[-1].process_group, weights)
 
 
-def refuse_wrapped(sharded: Iterable[tuple[str, nn.Module]]) -> None:
-    """Refuse weights that ranks hold together, given by name and module, in a model that DDP has too."""
-    weights = list(sharded)
-    if weights and _wrappers(owner for _, owner in weights):
-        raise RuntimeError(
-            f"SparseTuner: {weights[0][0]} is sharded, and the model is in DistributedDataParallel, which cannot "
-            f"average what ranks hold together; use fully_shard with a mesh of two dimensions (replicas of shards)"
-        )
-
-
-def _wrappers(modules: Iterable[nn.Module]) -> list[DistributedDataParallel]:
-    """The DDPs around modules. A module does not know its wrappers, so all objects are searched, once."""
-    owners = {id(one) for one in modules}
+def _wrappers(weights: Sequence[Trained]) -> list[DistributedDataParallel]:
+    """The DDPs around the weights. A module does not know its wrappers, so all objects are searched, once."""
+    owners = {id(one.owner) for one in weights}
     found = [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]
     several = [one for one in found if distributed.get_world_size(one.process_group) > 1]
     return [one for one in several if any(id(module) in owners for module in one.modules())]

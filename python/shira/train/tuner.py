@@ -141,9 +141,16 @@ class SparseTuner:
     Buffers, such as the running statistics of batch normalisation, are neither trained nor put back: keep such layers
     in ``eval()``. A tuner cannot be copied or pickled (use `state_dict` or `adapter`). A copy of the model computes
     what the model does, and `shira.detach` puts its base back. Several tuners may train different weights of one model,
-    and be detached in any order. Anything that replaces or freezes parameters (``fully_shard``, PEFT's
+    and be detached in any order. Anything that replaces or freezes parameters (``parallelize_module``, PEFT's
     ``get_peft_model``) must come before the tuner; after it, training is refused. A count of the model's parameters
     includes both the values and the weights that hold them; `nnz` is the number of trained entries.
+
+    Weights may be sharded over ranks by FSDP2 (``fully_shard``), by tensor parallelism (``parallelize_module`` with
+    ``nn.Linear``), or by both. Then all ranks call the tuner together, with the same arguments; the values of a weight
+    are one DTensor of `nnz` entries in the order of the adapter's file, divided evenly between all ranks; masks select
+    what they select in one process; and every rank gets the same whole `adapter`. For that ``gradient`` must be
+    ``"sampled"``, and the mask `shira.masks.Rand`, `shira.masks.Struct`, `shira.masks.WeightMagnitude` or 0/1 tensors
+    by name. ``fully_shard`` may also follow the tuner, with the optimizer made from ``tuner.parameters()`` after it.
 
     Args:
         model: the model; its weights are changed in place, in the same storage. Wrap it in DistributedDataParallel
