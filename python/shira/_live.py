@@ -25,7 +25,8 @@ LOCK = threading.RLock()
 
 
 class SwitchError(RuntimeError):
-    """A switch was refused, or it failed. The message says why, and which adapters are active now."""
+    """A switch was refused, or it failed: the message says why, and which adapters are active now. Or a layer cannot be
+    given what an `Overlay` has for it."""
 
 
 @dataclass(eq=False)
@@ -69,11 +70,28 @@ switchers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 def base_of(tensor: Tensor) -> int | None:
     """The fingerprint of a weight that a Switcher left at the base, if nobody has written to it since."""
-    record, hold = _records.get(id(tensor)), _holds.get(_model.memory(tensor))
+    record, hold = left(tensor), _holds.get(_model.memory(tensor))
     held = hold is None or hold.holder is not None or hold.storage.expired()
-    if record is None or held or tensor.is_inference() or record.version != tensor._version:
+    return None if record is None or held else record.base
+
+
+def holder(tensor: Tensor) -> Any | None:
+    """The `Switcher` that has adapters on a weight, or None. Refuses one whose Switcher does not exist any more."""
+    hold = _holds.get(_model.memory(tensor))
+    if hold is None or hold.holder is None or hold.storage.expired():
         return None
-    return record.base if record.pointer == tensor.data_ptr() else None
+    found = hold.holder()
+    if found is None:
+        raise SwitchError("the weight has adapters of a Switcher that no longer exists; load the base again")
+    return found
+
+
+def left(tensor: Tensor) -> Record | None:
+    """What Switchers know about a weight that one of them wrote or examined last, whatever is on it."""
+    record = _records.get(id(tensor))
+    if record is None or tensor.is_inference() or record.version != tensor._version:
+        return None
+    return record if record.pointer == tensor.data_ptr() else None
 
 
 def _hold(tensor: Tensor) -> Hold:
