@@ -76,7 +76,7 @@ class Spot:
             return "is on the meta device"
         return self._obstacle
 
-    @property
+    @cached_property
     def place(self) -> Place:
         return self.layer.module, self.is_bias
 

@@ -36,7 +36,7 @@ __all__ = ["Overlay"]
 Which = str | Mapping[str, float] | None
 """What a sample gets: an adapter, several with their strengths, or none."""
 
-# Layers that are given some of the tokens, in an order of their own.
+# Layers of a mixture of experts.
 _EXPERTS = re.compile(r"(^|\.)experts?\.")
 
 
@@ -60,6 +60,11 @@ class _Laid(Stored):
     @property
     def weight_names(self) -> list[str]:
         return [spot.name for spot in self.all_spots]
+
+    @cached_property
+    def experts(self) -> list[str]:
+        """The weights of its layers that are given some of the tokens, in an order of their own."""
+        return [name for name in self.weight_names if _EXPERTS.search(name)]
 
     def is_elsewhere(self) -> bool:
         """Whether a weight is on another device than what is added to it."""
@@ -151,6 +156,8 @@ class Overlay:
         self._shared: Selection | None = None
         self._shared_batch: Batch | None = None
         self._blocks: list[_Block] = []
+        # Whether the hooks are there that tell the batch of a forward pass.
+        self._surveyed = False
         # Whether a compiler has followed a hook.
         self._traced = False
 
@@ -439,7 +446,6 @@ class Overlay:
         self._settle([name for name in self._added if name in selection.names])
         if selection.count > 1:
             self._refuse_order(selection)
-            self._install_entrances()
         return self._ready(selection)
 
     def _strengths(self, which: Which, alpha: float | None = None) -> Strengths:
@@ -455,14 +461,17 @@ class Overlay:
 
     def _refuse_order(self, selection: Selection) -> None:
         """Refuse models and layers in which the rows of a sample are not where they are looked for."""
-        for name, module in self.model.named_modules():
-            if getattr(module, "batch_first", True) is False:
-                raise SwitchError(
-                    f"Overlay: {name or 'the model'} is a {type(module).__name__} with batch_first=False, so the batch "
-                    f"may be the second dimension here; select the same adapters for every sample"
-                )
+        if not self._surveyed:
+            for name, module in self.model.named_modules():
+                if getattr(module, "batch_first", True) is False:
+                    raise SwitchError(
+                        f"Overlay: {name or 'the model'} is a {type(module).__name__} with batch_first=False, so the "
+                        f"batch may be the second dimension here; select the same adapters for every sample"
+                    )
+            self._install_entrances()
+            self._surveyed = True
         for name in selection.names:
-            experts = [one for one in self._added[name].weight_names if _EXPERTS.search(one)]
+            experts = self._added[name].experts
             if experts:
                 raise SwitchError(
                     f"Overlay: {name!r} changes {_model.some(experts, 2)}, which get some of the tokens in an order of "
@@ -617,6 +626,7 @@ class Overlay:
                 continue
             if module not in self._hooks:
                 self._install(layer)
+                self._surveyed = False
             hook = self._hooks[module].hook
             hook.groups, hook.biased = self._groups(layer)
         for selection in [self._selection, *(block.selection for block in self._blocks)]:
