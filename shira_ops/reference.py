@@ -776,7 +776,8 @@ def _words(weight: Tensor, begin: int, end: int) -> Tensor:
     return padded.view(torch.int64)
 
 
-def _hash(words: Tensor, positions: Tensor) -> Tensor:
+def words_hash(words: Tensor, positions: Tensor) -> Tensor:
+    """What 64-bit words at these positions of a weight add to its fingerprint."""
     return _splitmix64(words ^ (positions * _GOLDEN)).sum()
 
 
@@ -786,7 +787,7 @@ def fingerprint(weight: Tensor, granule: int = 1) -> Tensor:
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
     for begin in range(0, count, chunk):
         end = min(begin + chunk, count)
-        total += _hash(_words(weight, begin, end), torch.arange(begin, end, device=weight.device))
+        total += words_hash(_words(weight, begin, end), torch.arange(begin, end, device=weight.device))
     return total
 
 
@@ -801,7 +802,7 @@ def fingerprint_at(weight: Tensor, indices: Tensor, granule: int = 1) -> Tensor:
     # Granules that share a word count it once.
     touched = first[:, None] + torch.arange((size + 6) // 8 + 1, device=weight.device)
     positions = touched[touched <= last[:, None]].unique_consecutive()
-    return _hash(_words(weight, 0, count)[positions], positions)
+    return words_hash(_words(weight, 0, count)[positions], positions)
 
 
 # ---- diff --------------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +145,20 @@ class Layer:
         """What identifies the base: `shira_ops.fingerprint` of the weight, or one over codes and scales."""
         return _granules.fingerprint(self.dense().contiguous())
 
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """The tensors besides the parameter of its name that a quantized weight is made of: their names in the state
+        dict of the module, and the places where the module may have them."""
+        return {}
+
+    def keep(self) -> Kept | None:
+        """Have the module store its weight as it does now until the result is removed; None where it does so anyway."""
+        return None
+
+    @property
+    def blind(self) -> str | None:
+        """Why no gradient comes back through the layer: the rest of a sentence, or None."""
+        return None
+
     # As the rules of `shira._fit` see it.
 
     @property
@@ -161,6 +175,18 @@ class Layer:
 
     def equal(self, other: Layer) -> bool:
         return self.fingerprint() == other.fingerprint()
+
+
+@dataclass(eq=False)
+class Kept:
+    """An attribute of a module that has another value until this is removed."""
+
+    module: nn.Module
+    attribute: str
+    before: Any
+
+    def remove(self) -> None:
+        setattr(self.module, self.attribute, self.before)
 
 
 class _Quantized(Layer):
@@ -211,16 +237,28 @@ class _Wrapped(_Quantized):
         return found
 
     def stored(self) -> tuple[Tensor, ...]:
-        return tuple(_inner(self._wrapper.detach()))
+        return tuple(inner(self._wrapper.detach(), "").values())
+
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        return {name: (name,) for name in inner(self._wrapper, self.attribute)}
 
 
-def _inner(tensor: Any) -> Iterator[Tensor]:
-    """The plain tensors in a wrapper, at any depth."""
-    if not is_traceable_wrapper_subclass(tensor):
-        yield tensor
-        return
-    for name in tensor.__tensor_flatten__()[0]:
-        yield from _inner(getattr(tensor, name))
+def inner(wrapper: Any, name: str) -> dict[str, Tensor]:
+    """The plain tensors in a wrapper, at any depth, by their names below that of the wrapper; of any other tensor, the
+    tensor."""
+    wraps: bool = is_traceable_wrapper_subclass(wrapper)
+    if not wraps:
+        return {name: wrapper}
+    found: dict[str, Tensor] = {}
+    for attribute in wrapper.__tensor_flatten__()[0]:
+        found |= inner(getattr(wrapper, attribute), f"{name}.{attribute}")
+    return found
+
+
+def is_quantized(weight: Any) -> bool:
+    """Whether it is a tensor that wraps codes and scales."""
+    wraps: bool = is_traceable_wrapper_subclass(weight)
+    return wraps and type(weight).dequantize is not Tensor.dequantize
 
 
 # The fingerprints of 4-bit weights as they were before bitsandbytes packed them; see `_FourBit`.
@@ -263,6 +301,27 @@ class _FourBit(_Quantized):
         nested = (state.state2.absmax, state.state2.code, state.offset) if state.nested else ()
         return weight.detach(), state.absmax, state.code, *nested
 
+    def keep(self) -> Kept | None:
+        packs = getattr(self.module, _PACKS, None)
+        if packs is None:
+            return None
+        setattr(self.module, _PACKS, False)
+        return Kept(self.module, _PACKS, packs)
+
+    @property
+    def blind(self) -> str | None:
+        if not self._is_packed:
+            return None
+        return (
+            "was packed for this CPU by bitsandbytes, in a forward in eval(), and computes no gradients any more: load "
+            "the model again"
+        )
+
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        nested = {"nested_absmax": "state2.absmax", "nested_quant_map": "state2.code"} if self._state.nested else {}
+        parts = {"absmax": "absmax", "quant_map": "code", **nested}
+        return {f"{self.attribute}.{name}": (f"{self.attribute}.quant_state.{path}",) for name, path in parts.items()}
+
     def fingerprint(self) -> int:
         weight = self.weight
         if not self._is_packed:
@@ -276,6 +335,9 @@ class _FourBit(_Quantized):
             )
         known: int = _unpacked[weight]
         return known
+
+
+_PACKS = "support_avx512bf16_for_cpu"
 
 
 class _EightBit(_Quantized):
@@ -294,8 +356,10 @@ class _EightBit(_Quantized):
     def stored(self) -> tuple[Tensor, ...]:
         weight: Any = self.weight
         state: Any = self.module.state
-        scales = weight.SCB if weight.SCB is not None else state.SCB
-        return weight.detach(), scales
+        return weight.detach(), state.SCB if weight.SCB is None else weight.SCB
+
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        return {"SCB": (f"{self.attribute}.SCB", "state.SCB")}  # the first forward moves it
 
 
 _EIGHT_BIT_UNIT = 1 / 127  # float32(1 / 127), with which bitsandbytes multiplies too
@@ -311,6 +375,9 @@ class _Blocks(_Quantized):
         rows, columns = self._block()
         spread = scales.float().repeat_interleave(rows, 0)[: codes.shape[0]]
         return codes.float() * spread.repeat_interleave(columns, 1)[:, : codes.shape[1]]
+
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        return {"weight_scale_inv": ("weight_scale_inv",)}
 
     def _block(self) -> tuple[int, int]:
         module: Any = self.module
@@ -339,10 +406,20 @@ class _Own(_Quantized):
         return found.detach()
 
     def stored(self) -> tuple[Tensor, ...]:
+        return tuple(tensor.detach() for tensor in self._held().values())
+
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        passing = self.module._non_persistent_buffers_set
+        return {name: (name,) for name in self._held() if name not in passing}
+
+    def _held(self) -> dict[str, Tensor]:
         held = {**self.module._parameters, **self.module._buffers}
         ours = (VALUES_SUFFIX, INDICES_SUFFIX)
-        found = {name: t for name, t in held.items() if t is not None and name != "bias" and not name.endswith(ours)}
-        return tuple(found[name].detach() for name in sorted(found))
+        return {
+            name: tensor
+            for name, tensor in sorted(held.items())
+            if tensor is not None and name != "bias" and not name.endswith(ours)
+        }
 
 
 # By the class whose forward runs; by name, so that nothing is imported.
@@ -384,6 +461,41 @@ def of(name: str, module: nn.Module, floats: torch.dtype = torch.float32) -> Lay
     return found if isinstance(found, Layer) else None
 
 
+@dataclass(frozen=True)
+class Part(_model.Slot):
+    """A tensor of a quantized weight, at the first of these paths that the module has."""
+
+    paths: tuple[str, ...] = ()
+    layer: str = "weight"
+
+    @property
+    def values_name(self) -> str:
+        return self.layer + VALUES_SUFFIX
+
+    def now(self) -> Tensor | None:
+        for path in self.paths:
+            found: Any = self.module
+            for attribute in path.split("."):
+                found = getattr(found, attribute, None)
+            if isinstance(found, Tensor):
+                return found
+        return None
+
+
+def slots(model: nn.Module) -> dict[str, _model.Slot]:
+    """Every tensor of the model's state dict under every one of its names: parameters, persistent buffers, and what
+    quantized weights are made of."""
+    found = _model.slots(model, buffers=True)
+    for layer in find(model).values():
+        prefix = layer.name.removesuffix(layer.attribute)
+        for name, paths in layer.parts().items():
+            part = Part(prefix + name, layer.module, name, cast("nn.Parameter", None), paths, layer.attribute)
+            tensor = part.now()
+            if tensor is not None:
+                found[prefix + name] = replace(part, weight=cast("nn.Parameter", tensor))
+    return found
+
+
 def unknown(name: str, module: nn.Module) -> str:
     """Why nothing can be laid over a weight that is not among `find`, as a sentence that begins with its name."""
     found = _recognised(name, module, torch.float32)
@@ -400,7 +512,7 @@ def _recognised(name: str, module: Any, floats: torch.dtype) -> Layer | str:
     wraps: bool = is_traceable_wrapper_subclass(weight)
     if wraps:
         known = kind == LINEAR or (storage is _Wrapped and module.activation_qtype is None)
-        if known and weight.dim() == 2 and type(weight).dequantize is not Tensor.dequantize:
+        if known and weight.dim() == 2 and is_quantized(weight):
             return _Wrapped(name, module, "weight", LINEAR, floats)
         return f"is a {type(weight).__name__} in a {called}, which nothing can be laid over"
     if storage is not None and weight is not None:

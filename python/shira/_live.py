@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from shira import _granules, _model
+from shira import _granules, _linears, _model
 from shira._granules import dtype_name
-from shira._model import VALUES_SUFFIX
 
 LOCK = threading.RLock()
 """Held by every call that reads or writes weights or what is known about them: two Switchers may share a model."""
@@ -236,7 +235,7 @@ class Weight:
     def tuned(self) -> str | None:
         """The sentence that says that a tuner trains it, or None."""
         for place in self.places:
-            if place.attribute + VALUES_SUFFIX in place.module._parameters:
+            if place.values_name in place.module._parameters:
                 return f"{place.name} is being tuned by a SparseTuner; detach it first (shira.detach(model))"
         return None
 
@@ -314,7 +313,7 @@ def refuse_active(model: torch.nn.Module) -> None:
             if weight.hold.holder is not None and weight.moved() is not None
             for place in weight.places
         }
-    for slot in _model.slots(model, buffers=True).values():
+    for slot in _linears.slots(model).values():
         hold = _holds.get(_model.memory(slot.weight))
         if hold is None or hold.holder is None or hold.storage.expired():
             hold = moved.get((slot.module, slot.attribute))

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shira import _granules, _live, _model, _places, _text
+from shira import _granules, _linears, _live, _model, _places, _text
 from shira._live import LOCK, SwitchError, Weight
 from shira._text import AdapterError
 from shira.adapter.adapter import Adapter
@@ -77,7 +77,7 @@ class Switcher:
         self, model: nn.Module, *, budget: int | None = None, spill: str | os.PathLike[str] | None = None
     ) -> None:
         self.model = _model.unwrap(model)
-        self._slots = _model.slots(self.model, buffers=True)
+        self._slots = _linears.slots(self.model)
         me: weakref.ref[object] = weakref.ref(self)
         self._ledger = Ledger(me)
         self._shelf = Shelf(self._ledger, None if spill is None else Path(spill))
@@ -147,7 +147,7 @@ class Switcher:
             self._heal()
             ledger.wait()
             # Parameters may have been replaced since.
-            self._slots = _model.slots(self.model, buffers=True)
+            self._slots = _linears.slots(self.model)
             places = _places.places(where, adapter.weights, self._slots, rename)
             devices = [group[0].weight.device for groups in places.values() for group in groups]
             with shelf.streams.staging(devices) as ready:
@@ -241,7 +241,7 @@ class Switcher:
         with LOCK, quiet():
             self._refuse_torn()
             self._ledger.wait()
-            self._slots = _model.slots(self.model, buffers=True)
+            self._slots = _linears.slots(self.model)
             self._ledger.refuse_gone(self.model)
             moved = self._ledger.moved()
             if moved:

@@ -112,6 +112,15 @@ class Publisher:
         """The version of the weights as they were last published; see `Update`."""
         return version_of(fingerprints(self._weights))
 
+    @property
+    def shapes(self) -> dict[str, Tensor]:
+        """What is published, by all of its names: tensors without content (on the meta device), for `Plan.record`."""
+        return {
+            slot.name: torch.empty_like(slot.weight, device="meta", requires_grad=False)
+            for weight in self._weights.values()
+            for slot in weight.slots
+        }
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A shallow copy would share the snapshot, and what one of them publishes the other would never see.
         raise TypeError("Publisher: a publisher cannot be copied or pickled; make another one for a copy of the model")

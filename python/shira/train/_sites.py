@@ -30,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import shira_ops
-from shira import _granules, _model
+from shira import _granules, _linears, _model
 from shira._granules import dtype_name
 from shira._model import INDICES_SUFFIX, VALUES_SUFFIX
 from shira.train import _layers
@@ -114,7 +114,7 @@ class Site:
     # Whether a compiled graph of something else has used the weight since the last gradient.
     traced: bool = False
     # The handles of the module hooks. Copied with a module, a handle belongs to the copy.
-    handles: list[RemovableHandle] = field(default_factory=list)
+    handles: list[RemovableHandle | _linears.Kept] = field(default_factory=list)
     # The parameters it was made for; None in a copied model.
     values_ref: weakref.ref[Tensor] | None = None
     weight_ref: weakref.ref[Tensor] | None = None
@@ -304,7 +304,9 @@ def put(target: Target, holders: Sequence[nn.Module], rules: Sequence[str | None
             # Before all other hooks, which may change the output: this one needs the layer's own.
             hook = partial(_lay if site.overlay else _attach, site, elsewhere, rule, place)
             site.handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
-    if not site.overlay:
+    if site.overlay:
+        site.handles.append(owner.register_state_dict_post_hook(partial(_saved, site.values_name)))
+    else:
         mark_written(site, values)
     site.group.sites.append(site)
     groups.add(site.group)
@@ -344,8 +346,8 @@ def take_off(placed: Sequence[tuple[Site, nn.Module]]) -> None:
                 handle.remove()
         if not site.overlay:
             getattr(owner, site.attribute).requires_grad_(False)
-        for handle in site.handles:
-            handle.remove()
+        for each in site.handles:
+            each.remove()
         groups.discard(site.group)
         # If `put` has failed, not all of them are there.
         for name in (site.values_name, site.indices_name):
@@ -416,8 +418,7 @@ def _lay(
         if input.requires_grad and not output.requires_grad:
             raise RuntimeError(
                 f"SparseTuner: the {type(module).__name__} of {site.name} computes no gradient of its input, so the "
-                f"layers before it would not train. bitsandbytes' 4-bit layers lose it on a CPU with their first "
-                f"forward in eval(): keep the model in train(), or load it again"
+                f"layers before it would not train; leave them out with exclude="
             )
     return _layers.lay(rule, module, output, values, input, indices, site.granule)
 
@@ -586,6 +587,13 @@ def _loaded(site: Site, module: nn.Module, _: Any) -> None:
         raise RuntimeError("SparseTuner: a state cannot be loaded inside `with tuner.disabled()`; load it after that")
     if not site.overlay:
         write([(site, *site.tensors(module))])
+
+
+def _saved(name: str, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """After a state dict was made: optimum-quanto's layers save nothing but their own parameters."""
+    values = module._parameters.get(name)
+    if values is not None:
+        state.setdefault(prefix + name, values.detach())
 
 
 def _gathered(target: Target, weight: Tensor) -> None:

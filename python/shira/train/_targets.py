@@ -275,6 +275,8 @@ def _check_layers(name: str, group: Sequence[_model.Slot], layers: _linears.Laye
             raise ValueError(f"SparseTuner: {_linears.unknown(slot.name, slot.module)}; leave it out with exclude=")
         if layer.obstacle is not None:
             raise ValueError(f"SparseTuner: {slot.name} {layer.obstacle}; leave it out, or load it first")
+        if layer.blind is not None:
+            raise ValueError(f"SparseTuner: {slot.name} {layer.blind}")
         if getattr(slot.module, "scale_grad_by_freq", False):
             raise ValueError(
                 f"SparseTuner: {slot.name} scales its gradient by frequency (scale_grad_by_freq), which an overlay "
@@ -330,10 +332,9 @@ def check_model(model: nn.Module) -> None:
             raise ValueError(f"SparseTuner: {_model.clean(name)} has no shape yet; run the model once first")
 
 
-def laid(group: Sequence[_model.Slot]) -> list[str | None]:
-    """How a delta is laid over the layer in each place that holds the weight."""
-    layers = [_linears.of(slot.name, slot.module) for slot in group]
-    return [None if layer is None else _layers.RULES[layer.kind] for layer in layers]
+def laid(group: Sequence[_model.Slot]) -> list[_linears.Layer]:
+    """The layers that hold the weight."""
+    return [layer for slot in group if (layer := _linears.of(slot.name, slot.module)) is not None]
 
 
 def rules(group: Sequence[_model.Slot], granule: int) -> list[str | None]:

@@ -40,7 +40,7 @@ from shira.adapter._entry import Entry
 from shira.adapter.adapter import Adapter
 from shira.masks.masks import AUTO_GRANULE, Given, Mask, default
 from shira.train import _hooks, _ranks, _targets
-from shira.train._layers import Attach
+from shira.train._layers import RULES, Attach
 from shira.train._sites import (
     Group,
     Place,
@@ -423,8 +423,9 @@ class SparseTuner:
     def _put(self, plan: _Plan, allow_unused: bool) -> None:
         owner, weight = plan.slots[0].module, plan.weight
         rules: list[str | None] = [None] * len(plan.slots)
-        if plan.layer is not None:
-            rules = _targets.laid(plan.slots)
+        laid = [] if plan.layer is None else _targets.laid(plan.slots)
+        if laid:
+            rules = [RULES[layer.kind] for layer in laid]
         elif self._gradient == "sampled" and plan.granule < weight.numel():
             rules = _targets.rules(plan.slots, plan.granule)
         dtype, start = _master_dtype(weight), plan.start
@@ -442,6 +443,7 @@ class SparseTuner:
         owner.register_parameter(site.values_name, values)
         owner.register_buffer(site.indices_name, plan.indices, persistent=False)
         plan.indices = site.indices
+        site.handles += [kept for layer in laid if (kept := layer.keep()) is not None]
         put(target, [slot.module for slot in plan.slots], rules)
 
     # ---- while it trains -------------------------------------------------------------------------------------
@@ -736,7 +738,8 @@ class SparseTuner:
         sizes = {id(slot.weight): slot.weight.numel() for slot in self._froze}
         if self.overlay:  # two codes of 4 bits are one entry of what holds them
             layers = _linears.find(self.model).values()
-            sizes |= {id(layer.weight): math.prod(layer.shape) for layer in layers if layer.weight is not None}
+            places = ((layer.module if layer.weight is None else layer.weight, layer.shape) for layer in layers)
+            sizes |= {id(place): math.prod(shape) for place, shape in places}
         share = self.nnz / max(1, sum(sizes.values()))
         lines.append(
             f"{self.nnz:,} trainable entries: {self.density:.2%} of {len(self._tuned)} weights, "
