@@ -183,6 +183,12 @@ class Selection:
         """Groups have changed."""
         self.rounds, self.ready, self._calls = {}, False, {}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Selection:
+        """The same for a copy of the model: nothing but `_calls` knows its layers."""
+        new = memo[id(self)] = Selection(self.given, listed=self.listed)
+        new.rounds, new.ready = dict(self.rounds), self.ready
+        return new
+
     def prepare(self, group: Group) -> Rounds:
         """The rounds for a group's adapters; made once."""
         found = self.rounds.get(group.key)

@@ -353,12 +353,11 @@ class Overlay:
         new = memo[id(self)] = object.__new__(type(self))
         with LOCK:
             memo |= {id(laid.adapter): laid.adapter for laid in self._added.values() if laid.adapter is not None}
-            state = {**self.__dict__, "_blocks": [], "_traced": False, "_shared_batch": None, "_shared": None}
-            state["_selection"] = None if self._selection is None else Selection(self._selection.given)
+            fresh = {"_blocks": [], "_shared": self._selection, "_shared_batch": None, "_traced": False}
+            state = {**self.__dict__, **fresh}
             new.__dict__.update(copy.deepcopy(state, memo))
             for watched in new._watched.values():
                 watched.distrust()
-            new._share()
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
