@@ -1,4 +1,4 @@
-// The code of a list of indices: strictly increasing numbers as bytes, one byte an index where the mask is dense
+// The code of a list of indices: strictly increasing numbers as bytes, one byte per index where the mask is dense
 // enough. This is the only encoder and the only decoder; docs/format.md describes the format in prose.
 //
 // Blocks of 4096 indices, the last one shorter. The code is an anchor of 16 bytes for each block, then the
@@ -9,7 +9,7 @@
 //   mode 0  a byte; 255 adds 255 to the gap and goes on, any other unit ends it
 //   mode 1  a u16; 65535 likewise
 //   mode 2  a u64, the gap itself
-// The encoder takes mode 0 if its payload has at most 2 bytes an index of the block, else mode 1 if at most 8,
+// The encoder takes mode 0 if its payload has at most 2 bytes per index of the block, else mode 1 if at most 8,
 // else mode 2. Everything is little-endian.
 //
 // The decoder trusts nothing: what it writes is bounded by `count`, and `count` by the size of the code.
@@ -192,7 +192,7 @@ inline std::string explain_block(const Code& code, int64_t block) {
   return "decode_indices: code changed while it was decoded";
 }
 
-// The rest is for the host alone: nvcc would compile it without the vector paths, and the linker might keep that one.
+// The rest is for the host only: nvcc would compile it without the vector paths, and the linker might keep that copy.
 #if !defined(__CUDACC__)
 
 // ---------------------------------------------------------------------------------------------- encoder

@@ -1,4 +1,4 @@
-"""Arithmetic that the whole library shares: 64-bit words, fingerprints, dtypes of indices, granules of other sizes.
+"""Arithmetic that the whole library shares: 64-bit words, fingerprints, index dtypes, granules of other sizes.
 
 A granule is a run of consecutive entries of the flat weight; an index selects one granule.
 """

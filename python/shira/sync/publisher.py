@@ -25,7 +25,7 @@ _ANEW = "make a new Publisher, whose receivers start from a copy of the model"
 
 @dataclass(eq=False)
 class _Sent:
-    """A weight whose changing entries are known: where they are, and what was sent of them last."""
+    """A weight whose changing entries are known: where they are, and what was last sent for them."""
 
     indices: Tensor
     values: Tensor
@@ -69,6 +69,11 @@ class Publisher:
         if self._tuner is None and not isinstance(source, nn.Module):
             raise TypeError(
                 f"Publisher: source must be a torch.nn.Module or a SparseTuner, got {type(source).__name__}"
+            )
+        if self._tuner is not None and self._tuner.overlay:
+            raise ValueError(
+                "Publisher: a tuner with overlay=True writes no weights, so there is nothing to publish; send its "
+                "adapter, tuner.adapter(), to an Overlay"
             )
         if type(granule) is not int or granule < 1:
             raise ValueError(f"Publisher: granule must be a whole number of at least 1, got {granule!r}")

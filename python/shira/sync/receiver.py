@@ -28,7 +28,7 @@ __all__ = ["Receiver"]
 
 _ANEW = "make a new Receiver"
 _LINE = 64
-# Half of what a core has for itself today, in bytes.
+# In bytes: half of the cache that a core of today has to itself.
 _CACHE = 2**19
 
 
@@ -137,7 +137,7 @@ class _Torn(NamedTuple):
 
 
 class _State(NamedTuple):
-    """What a Receiver is at. It is replaced as a whole, so that an interrupt finds the old one or the new one."""
+    """The state of a Receiver. It is replaced as a whole, so that an interrupt finds the old one or the new one."""
 
     # None: with a plan, before the first update, if the weights do not tell.
     version: int | None
@@ -468,7 +468,7 @@ class Receiver:
     def _refuse_tuned(self, what: str) -> None:
         for weight in self._weights.values():
             for slot in weight.slots:
-                if slot.attribute + VALUES_SUFFIX in slot.module._parameters:
+                if slot.values_name in slot.module._parameters:
                     raise SyncError(
                         f"Receiver: {what} refused: a SparseTuner trains {slot.name}; detach it first "
                         f"(shira.detach(model))"
