@@ -353,7 +353,7 @@ class Overlay:
         new = memo[id(self)] = object.__new__(type(self))
         with LOCK:
             memo |= {id(laid.adapter): laid.adapter for laid in self._added.values() if laid.adapter is not None}
-            fresh = {"_blocks": [], "_shared": self._selection, "_shared_batch": None, "_traced": False}
+            fresh: dict[str, Any] = {"_blocks": [], "_shared": self._selection, "_shared_batch": None, "_traced": False}
             state = {**self.__dict__, **fresh}
             new.__dict__.update(copy.deepcopy(state, memo))
             for watched in new._watched.values():
