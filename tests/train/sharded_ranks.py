@@ -302,18 +302,26 @@ def tied(mesh: DeviceMesh, both: DeviceMesh) -> None:
     assert tuner.adapter().weights["embed.weight"].aliases == ("head.weight",)
 
 
-def replicated(mesh: DeviceMesh, both: DeviceMesh) -> None:
-    """A weight that every rank has, for the same tokens or for a part of them each."""
+def by_hand(mesh: DeviceMesh, both: DeviceMesh) -> None:
+    """DTensors without a style of torch's: a weight that every rank has, for the same tokens or for a part of them
+    each; and a weight whose rows and columns are divided."""
     x = torch.randn(8, 16, generator=torch.Generator().manual_seed(3))
     alone = nn.Linear(16, 32)
     wanted = SparseTuner(alone, RAND)
     alone(x).square().sum().backward()
-    for placement in (Replicate(), Shard(0)):
+    tiled = [Shard(0), Shard(1)]
+    for where, placements, of_weight in (
+        (mesh, [Replicate()], [Replicate()]),
+        (mesh, [Shard(0)], [Replicate()]),
+        (both, [Replicate(), Replicate()], tiled),
+        (both, [Shard(0), Shard(1)], tiled),
+    ):
         layer = nn.Linear(16, 32)
         layer.load_state_dict({"weight": full(wanted.model.weight), "bias": alone.bias}, strict=False)
-        distribute_module(layer, mesh)
+        layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), where, of_weight))
+        distribute_module(layer, where)
         tuner = SparseTuner(layer, RAND)
-        layer(distribute_tensor(x, mesh, [placement])).square().sum().backward()
+        layer(distribute_tensor(x, where, placements)).square().sum().backward()
         [values], [other] = tuner.parameters(), wanted.parameters()
         torch.testing.assert_close(full(values.grad), other.grad)
 
@@ -483,10 +491,27 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
             ValueError, match=r"weight is sharded and would train by its dense gradient, which is not supported"
         ):
             SparseTuner(model, RAND, "up", **options)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"blocks\.0\.up\.weight is a DTensor in a Linear, which nothing can be laid ov"
+    ):
+        SparseTuner(model, RAND, "up", overlay=True)
+    without_names = nn.Linear(16, 32)
+    distribute_module(without_names, init_device_mesh("cpu", (2, 2)))
+    with pytest.raises(ValueError, match=r"weight is on a device mesh of several dimensions without names"):
+        SparseTuner(without_names, RAND)
+    column = nn.Linear(16, 32, bias=False)
+    local = column.weight.detach().t().contiguous().t()
+    column.weight = nn.Parameter(DTensor.from_local(local, mesh, [Replicate()]))
+    with pytest.raises(
+        ValueError, match=r"SparseTuner: weight (must be contiguous|is a DTensor whose local tensor is)"
+    ):
+        SparseTuner(column, RAND)
     ignoring = net()
     fully_shard(ignoring, mesh=mesh, ignored_params={ignoring.head.weight})
     with pytest.raises(ValueError, match=r"head\.weight is not sharded, and nothing would average its gradient"):
         SparseTuner(ignoring, RAND, "head")
+    with pytest.raises(ValueError, match=r"head\.weight is not sharded, and nothing would average its gradient"):
+        SparseTuner(ignoring, RAND, "head", overlay=True)
     table = parallelize_module(net(), mesh, {"embed": RowwiseParallel(input_layouts=Replicate())})
     with pytest.raises(
         ValueError, match=r"embed\.weight is divided by tensor parallelism in a layer other than nn\.Lin"
@@ -526,7 +551,7 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
 
 CHECKS = (
     fsdp, attached_before, tensor_parallel, fsdp_and_tensor_parallel, few_entries, convolution, hybrid, tied,
-    replicated, edits_and_states, mixed_precision, budget, refusals, checkpoint_to_resume,
+    by_hand, edits_and_states, mixed_precision, budget, refusals, checkpoint_to_resume,
 )  # fmt: skip
 
 

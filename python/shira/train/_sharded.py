@@ -226,16 +226,11 @@ def taken(model: nn.Module, site: Site, owner: nn.Module) -> Taken | None:
     return Taken(sharded, kept, weight[0], values)
 
 
-def check_targets(model: nn.Module, groups: Mapping[str, Sequence[_model.Slot]], overlay: bool) -> list[str]:
+def check_targets(model: nn.Module, groups: Mapping[str, Sequence[_model.Slot]]) -> list[str]:
     """The targets that are sharded: all of them or none. Refuses what cannot be trained, before anything is put on the
     model."""
     sharded = {name: group[0] for name, group in groups.items() if _shards.is_dtensor(group[0].weight)}
-    if overlay:
-        if sharded or _fsdp_modules(model):
-            _refuse(next(iter(sharded or groups)), "is sharded, or in a model that is; an overlay cannot be trained "
-                    "there: train without overlay=True, or in one process")  # fmt: skip
-        return []
-    if not sharded:
+    if not sharded:  # as those of an overlay never are
         if groups and _fsdp_modules(model):
             _refuse(next(iter(groups)), "is not sharded, and nothing would average its gradient over the ranks (is it "
                     "one of fully_shard's ignored_params?); leave it out with exclude=")  # fmt: skip
@@ -257,6 +252,9 @@ def check_targets(model: nn.Module, groups: Mapping[str, Sequence[_model.Slot]],
             _shards.Box.of(weight)
         except ValueError as error:
             _refuse(name, str(error))
+        if not _shards.local(weight).is_contiguous():
+            _refuse(name, "is a DTensor whose local tensor is not contiguous, and only contiguous memory can be "
+                    "written; distribute a weight of which every rank has its own copy of its part")  # fmt: skip
         if _shards.local(weight).device.type != mesh.device_type:
             _refuse(name, f"is kept on {_shards.local(weight).device} by a CPUOffloadPolicy and computed with on "
                     f"{mesh.device_type}, which is not supported; use fully_shard without it")  # fmt: skip

@@ -217,7 +217,7 @@ class SparseTuner:
         if not chosen and not entire:
             raise ValueError("SparseTuner: targets is empty, so nothing would train")
         layers: Mapping[str, _linears.Layer] = names.layers or {}
-        sharded = _sharded.check_targets(self.model, {**chosen, **entire}, overlay)
+        sharded = _sharded.check_targets(self.model, {**chosen, **entire})
         for name in sharded:
             _sharded.check_mask(mask, name)
         if entire and sharded:
