@@ -34,7 +34,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import shira
-from shira import SparseTuner, masks
+from shira import SparseTuner, _shards, masks
+from shira.train import _sharded
 
 RAND = masks.Rand(density=0.1, granule=4)
 LINEAR = "up|down|head"
@@ -109,9 +110,9 @@ OPTIMIZERS: dict[str, Make] = {
 def fit(
     model: nn.Module, tuner: SparseTuner, ids: Tensor, optimizer: str, parts: int = 1, clip: float = 0.05
 ) -> tuple[Tensor, list[float]]:
-    """Three steps of ``parts`` microbatches each; the losses, and the norms of the gradients."""
+    """Two steps of ``parts`` microbatches each; the losses, and the norms of the gradients."""
     made, losses, norms = OPTIMIZERS[optimizer](tuner), [], []
-    for _ in range(3):
+    for _ in range(2):
         total = torch.zeros(())
         for part in ids.chunk(parts):
             loss = loss_of(model, part) / parts
@@ -180,6 +181,32 @@ def like_one_process(
 # ---- what is checked -----------------------------------------------------------------------------------------
 
 
+def boxes(mesh: DeviceMesh, both: DeviceMesh) -> None:
+    """What a rank holds of torch's own tensors: uneven, padded, empty, divided twice."""
+    several = [
+        distribute_tensor(torch.randn(*shape, generator=torch.Generator().manual_seed(5)), where, placements)
+        for where, shape, placements in (
+            (mesh, (6, 8), [Shard(0)]),
+            (mesh, (2, 8), [Shard(0)]),
+            (mesh, (3, 10), [Shard(1)]),
+            (both, (5, 6, 8), [Shard(2), Shard(0)]),
+            (both, (7, 8), [Shard(0), Shard(0)]),
+            (both, (5, 8), [Replicate(), Shard(0)]),
+        )
+    ]
+    odd = nn.Sequential(nn.Linear(10, 7), nn.Linear(7, 10))
+    plan = {"0": ColwiseParallel(), "1": RowwiseParallel()}
+    several += fully_shard(parallelize_module(odd, both["tp"], plan), mesh=both["dp"]).parameters()
+    for weight in several:
+        box, local = _shards.Box.of(weight), _shards.local(weight)
+        at = box.globally(torch.arange(local.numel()), 1)
+        whole = weight.detach().full_tensor()
+        assert torch.equal(local.flatten(), whole.view(-1)[at])
+        first = torch.tensor([_shards.is_first(weight) * local.numel()])
+        dist.all_reduce(first)
+        assert first == whole.numel()
+
+
 def fsdp(mesh: DeviceMesh, both: DeviceMesh) -> None:
     by_columns = {"shard_placement_fn": lambda p: Shard(p.dim() - 1) if p.shape[-1] % 4 == 0 else None}
     gathered = {"reshard_after_forward": False}
@@ -188,7 +215,8 @@ def fsdp(mesh: DeviceMesh, both: DeviceMesh) -> None:
         (masks.Struct(density=0.2), LINEAR, "SGD", gathered),
         (masks.WeightMagnitude(density=0.1), f"{LINEAR}|embed", "torch", by_columns),
     ):
-        model = shard(net(), mesh, **options)
+        model: Any = shard(net(), mesh, **options)
+        model.set_reshard_after_backward(not options)  # what FSDP keeps gathered must follow a step too
         tuner = SparseTuner(model, mask, targets)
         like_one_process(model, tuner, my(mesh), mask, targets, optimizer)
         tuner.detach()
@@ -277,7 +305,9 @@ def hybrid(mesh: DeviceMesh, both: DeviceMesh) -> None:
     """Two replicas of two shards each, and values that are divided between all four."""
     model = shard(net(), both)
     tuner = SparseTuner(model, RAND, LINEAR)
-    like_one_process(model, tuner, my(mesh), RAND, LINEAR, "AdamW", parts=1)
+    before, _sharded._BUCKET = _sharded._BUCKET, 60  # several collectives
+    like_one_process(model, tuner, my(mesh), RAND, LINEAR, "AdamW")
+    _sharded._BUCKET = before
     assert all(values.to_local().numel() <= -(-values.numel() // 4) for values in tuner.parameters())
     tuner.detach()
     base_is_back(model)
@@ -550,7 +580,7 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
 
 
 CHECKS = (
-    fsdp, attached_before, tensor_parallel, fsdp_and_tensor_parallel, few_entries, convolution, hybrid, tied,
+    boxes, fsdp, attached_before, tensor_parallel, fsdp_and_tensor_parallel, few_entries, convolution, hybrid, tied,
     by_hand, edits_and_states, mixed_precision, budget, refusals, checkpoint_to_resume,
 )  # fmt: skip
 

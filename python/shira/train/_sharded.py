@@ -44,6 +44,18 @@ Layout: TypeAlias = "tuple[DeviceMesh, tuple[Any, ...]] | None"
 _BUCKET = 2**26
 
 
+def runs(counts: Sequence[int], dtypes: Sequence[torch.dtype]) -> Iterator[slice]:
+    """Runs of tensors that travel together: of one dtype, and not too many entries."""
+    begin, total = 0, 0
+    for at, (count, dtype) in enumerate(zip(counts, dtypes, strict=True)):
+        if at > begin and (total + count > _BUCKET or dtype != dtypes[begin]):
+            yield slice(begin, at)
+            begin, total = at, 0
+        total += count
+    if counts:
+        yield slice(begin, len(counts))
+
+
 # ---- exchanges between ranks ---------------------------------------------------------------------------------
 
 
@@ -74,46 +86,35 @@ class Ranks:
     def join(self, chunks: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
         """Every rank's values, from the chunks of all ranks."""
         joined: list[Tensor] = []
-        for begin, end in self._buckets(chunks, counts):
-            widths = [self.chunk(count) for count in counts[begin:end]]
-            sent = chunks[begin].new_zeros(sum(widths))
-            for place, chunk in zip(sent.split(widths), chunks[begin:end], strict=True):
+        for run in runs(counts, [chunk.dtype for chunk in chunks]):
+            widths = [self.chunk(count) for count in counts[run]]
+            sent = chunks[run.start].new_zeros(sum(widths))
+            for place, chunk in zip(sent.split(widths), chunks[run], strict=True):
                 place[: chunk.numel()] = chunk
             got = sent.new_empty(self.size * sent.numel())
             _collective("all_gather")(got, sent, group=self.group)
             columns = got.view(self.size, -1).split(widths, 1)
-            joined += (column.reshape(-1)[:count] for column, count in zip(columns, counts[begin:end], strict=True))
+            joined += (column.reshape(-1)[:count] for column, count in zip(columns, counts[run], strict=True))
         return joined
 
     def add(self, wholes: Sequence[Tensor]) -> list[Tensor]:
         """Of tensors that are added up over all ranks, the chunks of this rank."""
         chunks: list[Tensor] = []
         counts = [whole.numel() for whole in wholes]
-        for begin, end in self._buckets(wholes, counts):
-            widths = [self.chunk(count) for count in counts[begin:end]]
-            sent = wholes[begin].new_zeros(self.size, sum(widths))
+        for run in runs(counts, [whole.dtype for whole in wholes]):
+            widths = [self.chunk(count) for count in counts[run]]
+            sent = wholes[run.start].new_zeros(self.size, sum(widths))
             at = 0
-            for whole, width in zip(wholes[begin:end], widths, strict=True):
+            for whole, width in zip(wholes[run], widths, strict=True):
                 rows = whole.new_zeros(self.size * width)
                 rows[: whole.numel()] = whole
                 sent[:, at : at + width] = rows.view(self.size, width)
                 at += width
             got = sent.new_empty(sum(widths))
             _collective("reduce_scatter")(got, sent.view(-1), group=self.group)
-            for chunk, count in zip(got.split(widths), counts[begin:end], strict=True):
+            for chunk, count in zip(got.split(widths), counts[run], strict=True):
                 chunks.append(chunk[: self.span(count)[1]].clone())
         return chunks
-
-    def _buckets(self, tensors: Sequence[Tensor], counts: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Runs of tensors that travel together: of one dtype, and not too many entries."""
-        begin, total = 0, 0
-        for at, (tensor, count) in enumerate(zip(tensors, counts, strict=True)):
-            if at > begin and (total + count > _BUCKET or tensor.dtype != tensors[begin].dtype):
-                yield begin, at
-                begin, total = at, 0
-            total += count
-        if tensors:
-            yield begin, len(tensors)
 
     def same(self, words: Sequence[int]) -> list[bool]:
         """Which of these 64-bit words are the same on all ranks, which give equally many."""
