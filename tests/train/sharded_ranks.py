@@ -272,6 +272,20 @@ def fsdp_and_tensor_parallel(mesh: DeviceMesh, both: DeviceMesh) -> None:
         base_is_back(model)
 
 
+def masks_by_gradients(mesh: DeviceMesh, both: DeviceMesh) -> None:
+    """Two batches on each of four ranks are eight in one process."""
+    batches = [IDS[i : i + 1].roll(turn, 1) for i in range(4) for turn in (0, 1)]
+    for kind, granule, where in ((masks.Snip, 1, mesh), (masks.Grad, 4, both)):
+        mask = kind(density=0.1, granule=granule)
+        model, alone = shard(net(), where), net()
+        wanted = SparseTuner(alone, mask, LINEAR, calibration=batches, loss=loss_of)
+        own = batches[2 * dist.get_rank() :][:2]
+        tuner = SparseTuner(model, mask, LINEAR, calibration=own, loss=loss_of)
+        same(tuner.adapter(), wanted.adapter(), exact=True)
+        tuner.detach()
+        base_is_back(model)
+
+
 def few_entries(mesh: DeviceMesh, both: DeviceMesh) -> None:
     """Fewer than there are ranks; and what FSDP keeps on a smaller mesh after a forward pass."""
     mask = masks.Rand(density=1e-9)
@@ -509,7 +523,7 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
     with SparseTuner(model, same_mask) as tuner:
         same(tuner.adapter(), SparseTuner(net(), same_mask).adapter(), exact=True)
     for mask, says in (
-        (masks.Grad(density=0.1), r"Grad reads the whole weight or its gradient; take Rand, Struct or WeightMagnit"),
+        (masks.Grad(density=0.1, balanced=True), r"for which Grad cannot take balanced=True"),
         (masks.Given(lambda name, weight: weight > 0), r"Given reads .* or give the function's tensors by name"),
         (masks.WeightMagnitude(density=0.1, balanced=True), r"WeightMagnitude cannot take balanced=True"),
         (masks.Rand(density=0.1, skip=masks.WeightMagnitude(density=0.1)), r"Rand reads the whole weight"),
@@ -547,7 +561,13 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
         ValueError, match=r"embed\.weight is divided by tensor parallelism in a layer other than nn\.Lin"
     ):
         SparseTuner(table, RAND, "embed")
+    with pytest.raises(ValueError, match=r"Snip: needs calibration batches: SparseTuner"):
+        SparseTuner(model, masks.Snip(density=0.1), LINEAR)
+    with pytest.raises(ValueError, match=r"calibration: embed\.weight is sharded"):
+        SparseTuner(model, masks.Grad(density=0.1), "embed", calibration=[my(mesh)], loss=loss_of)
     part = parallel(net(), mesh)
+    with pytest.raises(ValueError, match=r"up\.weight is divided by tensor parallelism, where Grad has no gradients"):
+        SparseTuner(part, masks.Grad(density=0.1), "up", calibration=[IDS], loss=loss_of)
     with pytest.raises(
         ValueError, match=r"head\.weight is not sharded, but blocks\.0\.up\.weight is, and nothing says"
     ):
@@ -580,8 +600,8 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
 
 
 CHECKS = (
-    boxes, fsdp, attached_before, tensor_parallel, fsdp_and_tensor_parallel, few_entries, convolution, hybrid, tied,
-    by_hand, edits_and_states, mixed_precision, budget, refusals, checkpoint_to_resume,
+    boxes, fsdp, attached_before, tensor_parallel, fsdp_and_tensor_parallel, masks_by_gradients, few_entries,
+    convolution, hybrid, tied, by_hand, edits_and_states, mixed_precision, budget, refusals, checkpoint_to_resume,
 )  # fmt: skip
 
 
