@@ -497,6 +497,12 @@ class Strange:
             elif kind == "order":
                 order = torch.randperm(3200, generator=torch.Generator().manual_seed(1))
                 self["three"].data.copy_(weight.view(-1)[order].view(800, 4))
+            elif kind == "inference":
+                with torch.inference_mode():
+                    self["three"].copy_(weight * 1)
+            elif kind == "buffer":
+                del self.model.few
+                self.model.register_buffer("few", weight.clone())
             elif kind == "part":
                 self["two"].data.zero_()
                 self["two"].data[1:, 2:5] = weight
@@ -521,7 +527,7 @@ SHAPES = {
     "thread": (6, 8), "numpy": (8, 6), "replaces": (4, 800), "data": (800, 4), "scaled": (6, 8), "added": (6,),
     "exp": (6,), "whole_numbers": (6,), "order": (3200,), "shuffled": (3200,), "part": (5, 3), "wrong": (2, 2),
     "other_shape": (7,), "l.q": (2, 8), "l.k": (1, 8), "l.v": (3, 8), "l.gate": (400, 2), "l.up": (400, 2),
-    "kept.a": (2, 8), "kept.b": (4, 8), "nowhere": (3, 3), "empty": (0, 4),
+    "inference": (800, 4), "buffer": (6,), "kept.a": (2, 8), "kept.b": (4, 8), "nowhere": (3, 3), "empty": (0, 4),
 }  # fmt: skip
 
 
@@ -557,6 +563,11 @@ def test_recordings_that_fail() -> None:
     before = state(strange.model)
     with pytest.raises(SyncError, match=r"not one weight can be followed\. wrong is refused by the loader: KeyError"):
         Plan.record(strange.model, strange.load, {"wrong": (2, 2)}, exclude="mask")
+
+    with pytest.raises(
+        SyncError, match="the loader writes nothing to the model for nothing, either; give it the model"
+    ):
+        Plan.record(strange.model, strange.load, {"nothing": (2, 2), "either": (3,)}, exclude="mask")
 
     def stop(weights: Iterable[tuple[str, Tensor]]) -> None:
         strange.load(weights)
