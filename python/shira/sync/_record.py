@@ -85,8 +85,8 @@ def recorded(
             raise SyncError(f"Plan.record: not one weight can be followed. {name} {problem}")
         if not recording.found and any(layout.numel for layout in wanted.values()):
             raise SyncError(
-                f"Plan.record: the loader writes nothing to the model for {_model.some(wanted)}; give the model that it "
-                f"loads, and the names of the checkpoint that it takes"
+                f"Plan.record: the loader writes nothing to the model for {_model.some(wanted)}; give the model that "
+                f"it loads, and the names of the checkpoint that it takes"
             )
         return recording.result()
 
