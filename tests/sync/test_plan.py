@@ -411,6 +411,10 @@ def test_two_names_for_one_memory(tied: bool) -> None:
     receiver.stage(publisher.publish())
     receiver.commit()
     assert torch.equal(model._parameters["head"], trained._parameters["embed"])
+    # Beside a larger weight both are loaded in one run, where the second one is written over the first.
+    model.register_parameter("large", nn.Parameter(torch.zeros(100).bfloat16()))
+    shapes = {**trained.state_dict(), "large": torch.zeros(100).bfloat16()}
+    assert Plan.record(model, load, shapes).shared == plan.shared
     if not tied:
         with torch.no_grad():
             trained._parameters["head"][0, 0] = 5.0

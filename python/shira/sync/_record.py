@@ -1,9 +1,10 @@
 """How a `Plan` is recorded: a loader is run on weights whose entries say where they come from.
 
-An entry's place in the checkpoint is written in digits that every dtype holds exactly, however few bits it has: one run
-of the loader for each digit. One more run has the first digit's complement, which a constant that the loader writes
-(padding) cannot have, and the last one has random values. What the loader writes to is seen below autograd, where every
-op says which tensors it writes to (`TorchDispatchMode`): the part is kept, and marked, before the first write.
+Entries are numbered, and the numbers written in digits that every dtype holds exactly, however few bits it has: one run
+of the loader for each digit. One more run has the lowest digit's complement, which a constant that the loader writes
+(padding) cannot have beside that digit, and the last one has random values. What the loader writes to is seen below
+autograd, where every op says which tensors it writes to (`TorchDispatchMode`): the part is kept, and marked, before the
+first write.
 """
 
 from __future__ import annotations
@@ -386,7 +387,8 @@ class _Recording:
         alone: list[str] = []
         for group in self._packs():
             left = self._try(group)
-            if len(group) > 1 and any(left.values()):
+            # One of several may have been written over by the next, or suffer from what another one does.
+            if len(group) > 1 and (len(left) < len(group) or any(left.values())):
                 alone += left
             else:
                 pending |= left
