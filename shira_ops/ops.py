@@ -669,8 +669,9 @@ def diff_(snapshot: Tensor, weight: Tensor, granule: int = 1, *, before: bool = 
 
     `snapshot` has the weight's shape, dtype (any of 1, 2, 4 or 8 bytes) and device. Returns `indices`, the granules
     whose bits differ (int32, int64 from 2^31 granules on), and `values`, the weight's entries there: what `scatter_`
-    takes to bring a copy of the old snapshot up to date; with `before`, what the snapshot had there. Bits are compared, not numbers: NaNs with other payloads
-    differ, and so do 0.0 and -0.0. Synchronises on a GPU, since the sizes of the results depend on the content.
+    takes to bring a copy of the old snapshot up to date; with `before`, what the snapshot had there. Bits are compared,
+    not numbers: NaNs with other payloads differ, and so do 0.0 and -0.0. Synchronises on a GPU, since the sizes of the
+    results depend on the content.
 
     The same in plain PyTorch, for a two-byte dtype::
 

@@ -636,7 +636,7 @@ def _units(gaps: _U64, most: int) -> int:
     return int((gaps // np.uint64(most)).sum(dtype=np.uint64)) + gaps.size
 
 
-def _bits(numbers: _U64, width: int) -> npt.NDArray[np.uint8]:
+def _low_bits(numbers: _U64, width: int) -> npt.NDArray[np.uint8]:
     """The low `width` bits of each number, from the lowest one on."""
     places = np.arange(width, dtype=np.uint64)
     return (numbers[:, None] >> places & np.uint64(1)).astype(np.uint8).reshape(-1)
@@ -652,7 +652,7 @@ def _rice(gaps: _U64) -> tuple[int, bytes]:
     low = lengths.index(min(lengths))
     ones = np.zeros(lengths[low] - gaps.size * low, dtype=np.uint8)
     ones[((gaps >> np.uint64(low)) + np.uint64(1)).cumsum().astype(np.int64) - 1] = 1
-    return low, _packed(_bits(gaps, low)) + _packed(ones)
+    return low, _packed(_low_bits(gaps, low)) + _packed(ones)
 
 
 @_op

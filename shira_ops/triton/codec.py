@@ -68,7 +68,7 @@ def decode_payload(payload, units, n, first, out, SIZE: tl.constexpr, STEP: tl.c
 
 @triton.jit
 def decode_rice(payload, size, low, n, first, out, STEP: tl.constexpr):
-    """Gaps of mode 3 + `low` to out[1 .. n), as `decode_payload` does: a zero of the bitmap reaches 2^low further, and a
+    """Gaps of mode 3 + `low` to out[1 .. n), as `decode_payload` does: a zero of the bitmap reaches 2^low further, a
     one by the low bits of its gap and 1."""
     lane = tl.arange(0, STEP)
     lows = ((n - 1) * low + 7) // 8
