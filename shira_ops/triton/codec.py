@@ -143,23 +143,24 @@ def decode_kernel(code, out, refused, bytes, count, bound, blocks, STEP: tl.cons
         tl.atomic_min(refused, block, sem="relaxed")
 
 
-def fewest_bytes(code: Tensor, count: int, blocks: int) -> int:
-    """How long a code must be at the least, asked before anything is allocated."""
-    fewest = count + (ANCHOR.value - 1) * blocks
-    if code.numel() >= fewest:
-        return fewest
+def is_long_enough(code: Tensor, count: int, blocks: int) -> bool:
+    """Asked before anything is allocated."""
+    size = code.numel()
+    if size >= count + (ANCHOR.value - 1) * blocks or size < ANCHOR.value * blocks:
+        return bool(size >= ANCHOR.value * blocks)
     # Blocks of mode 3 + k may have less than a byte an index.
     low = code[15 : blocks * ANCHOR.value : ANCHOR.value].to(torch.int64) - RICE.value
     gaps = torch.full_like(low, BLOCK.value - 1)
     gaps[-1] = count - (blocks - 1) * BLOCK.value - 1
     rice = (low >= 0) & (low <= MOST_LOW.value)
-    return blocks * ANCHOR.value + int(torch.where(rice, (gaps * low + 7) // 8 + (gaps + 7) // 8, gaps).sum())
+    payloads = torch.where(rice, (gaps * low + 7) // 8 + (gaps + 7) // 8, gaps).sum()
+    return int(payloads) <= size - blocks * ANCHOR.value
 
 
 @checked
 def decode_indices(code: Tensor, count: int, limit: int, dtype: torch.dtype, granule: int) -> Tensor:
     blocks = triton.cdiv(count, BLOCK.value)
-    if count == 0 or code.numel() < blocks * ANCHOR.value or code.numel() < fewest_bytes(code, count, blocks):
+    if count == 0 or not is_long_enough(code, count, blocks):
         return reference.decode_indices(code, count, limit, dtype, granule)
     out = torch.empty(count, dtype=dtype, device=code.device)
     refused = torch.full((), blocks, dtype=torch.int64, device=code.device)

@@ -531,7 +531,7 @@ def write_entries(
     prints: list[tuple[int, int]] = []
     for name, entry in weights.items():
         code = codes.get(name)
-        values, printed = entry.values.detach().cpu().contiguous(), None
+        values, printed = entry.values, None
         if name in differences:
             numbers, printed = differences[name]
             values = _difference.encode(numbers)
@@ -549,6 +549,7 @@ def write_entries(
             **({"aliases": list(entry.aliases)} if entry.aliases else {}),
             **({} if printed is None else {"values": "difference", "print": _text.hex_word(printed)}),
         }
+        values = values.detach().cpu().contiguous()
         prints.append((_granules.fingerprint(values), 0 if code is None else _granules.fingerprint(code)))
     metadata = {
         "format": "pt",

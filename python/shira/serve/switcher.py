@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+import shira_ops
 from shira import _granules, _live, _model, _places, _text
 from shira._live import LOCK, SwitchError, Weight
 from shira._text import AdapterError
@@ -301,6 +303,16 @@ class Switcher:
         """Whether adapters were added that change any of these weights."""
         with LOCK:
             return not self._ledger.weights.keys().isdisjoint(map(_model.memory, tensors))
+
+    def base_entries(self, weight: Tensor, indices: Tensor, *, granule: int = 1) -> Tensor:
+        """The base's entries of one of the model's weights at these granules, whatever is active. Only reads."""
+        with LOCK, quiet(), torch.no_grad():
+            self._heal()
+            self._ledger.wait()
+            known = self._ledger.weights.get(_model.memory(weight))
+            if known is None:
+                return shira_ops.gather(weight.detach(), indices, granule=granule)
+            return _layout.base_entries(known, indices, granule, self._ledger.state.layout.parts.get(known))
 
     def rebase(self, bases: Mapping[Tensor, int]) -> None:
         """Take what these weights hold now as the base, after a `shira.sync.Receiver` has written an update into them.

@@ -17,6 +17,7 @@ from shira._granules import WORD, dtype_name
 from shira._live import SwitchError
 from shira._model import VALUES_SUFFIX
 from shira._text import AdapterError, named
+from shira.adapter._entry import Entry
 from shira.serve.switcher import Switcher
 from shira.sync._weights import Weight, by_call, fingerprints, refuse_moved, weights_of
 from shira.sync.update import SyncError, Update, bits, compose, shown_version, version_of
@@ -194,6 +195,7 @@ class Receiver:
                 if update.start != at:
                     raise SyncError(self._out_of_order(update, at, step, staged=found is not None))
                 self._check(update)
+                update = self._decoded(update, found)
                 found = update if found is None else compose(found, update)
             if found is not None:
                 self._state = self._state._replace(staged=self._moves(found))
@@ -277,6 +279,31 @@ class Receiver:
         for weight, name in taken.items():
             if weight.name != name:
                 raise AdapterError(f"{where}: {named(name)} is called {named(weight.name)} here")
+
+    def _decoded(self, update: Update, staged: Update | None) -> Update:
+        """The update with its values, where a file has differences from the entries it will meet."""
+        if not update.relative:
+            return update
+        if self._state.torn is not None:
+            with _bare("stage", self._tensors()) as switchers:
+                self._heal(switchers)
+        holders = [switcher for switcher in list(_live.switchers) if switcher.active]
+
+        def entries(name: str, entry: Entry) -> Tensor:
+            tensor = self._names[name].slots[0].weight.detach()
+            indices = entry.indices.to(tensor.device)
+            holder = next((switcher for switcher in holders if switcher.knows([tensor])), None)
+            if holder is None:
+                found = shira_ops.gather(tensor, indices, granule=entry.granule)
+            else:
+                found = holder.base_entries(tensor, indices, granule=entry.granule)
+            earlier = None if staged is None else staged.weights.get(name)
+            if earlier is not None:
+                others, values = earlier.indices.to(tensor.device), earlier.values.to(tensor.device)
+                _granules.overlay_(found, indices, entry.granule, others, values, earlier.granule, tensor.numel())
+            return found
+
+        return update.decoded("Receiver.stage", entries)
 
     def _moves(self, update: Update) -> _Moves:
         entries = {}
