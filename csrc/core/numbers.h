@@ -57,11 +57,11 @@ inline Number unzigzag(uint64_t z) {
 }
 inline int length_of(uint64_t x) { return x == 0 ? 0 : 64 - __builtin_clzll(x); }
 
-// Bits one after the other, into zeros.
+// Bits one after the other.
 class Writer {
  public:
   explicit Writer(uint8_t* at) : at_(at) {}
-  // `bits` has at most 63 of them, and nothing above.
+  // `bits` has `width` of them, at most 63, and nothing above.
   void put(uint64_t bits, int width) {
     if (width > 32) {
       put(bits & 0xFFFFFFFFu, 32);
@@ -69,13 +69,19 @@ class Writer {
       width -= 32;
     }
     pending_ |= bits << held_;
-    for (held_ += width; held_ >= 8; held_ -= 8, pending_ >>= 8) *at_++ = static_cast<uint8_t>(pending_);
+    held_ += width;
+    if (held_ < 32) return;
+    store(at_, static_cast<uint32_t>(pending_));
+    at_ += 4;
+    pending_ >>= 32;
+    held_ -= 32;
   }
-  uint8_t* pad() {
-    if (held_ > 0) *at_++ = static_cast<uint8_t>(pending_);
-    pending_ = 0;
-    held_ = 0;
-    return at_;
+  void put_length(int length) {
+    for (; length > 31; length -= 32) put(0, 32);
+    put(uint64_t{1} << length, length + 1);
+  }
+  void pad() {
+    for (; held_ > 0; held_ -= 8, pending_ >>= 8) *at_++ = static_cast<uint8_t>(pending_);
   }
 
  private:
@@ -114,20 +120,19 @@ inline std::vector<uint8_t> encode(const Number* numbers, int64_t count) {
     const uint64_t mode = static_cast<uint64_t>(low) | (zeros ? 0 : kNoZeros);
     store(code.data() + block * kAnchorBytes, mode << 56 | start);
     code.resize(code.size() + static_cast<size_t>(codec::low_bytes(n, low) + (ones + 7) / 8 + (rests + 7) / 8));
-    uint8_t* at = code.data() + blocks * kAnchorBytes + start;
-    Writer lows(at);
-    for (int64_t i = 0; i < n; ++i) lows.put(z[i] & ((uint64_t{1} << low) - 1), low);
-    at = lows.pad();
-    int64_t bit = 0;
-    for (int64_t i = 0; i < n; ++i, ++bit) {
-      bit += length_of(z[i] >> low);
-      at[bit / 8] |= static_cast<uint8_t>(1 << bit % 8);
-    }
-    Writer rest(at + (ones + 7) / 8);
+    uint8_t* const at = code.data() + blocks * kAnchorBytes + start;
+    uint8_t* const bitmap = at + codec::low_bytes(n, low);
+    Writer lows(at), lengths_of(bitmap), rest(bitmap + (ones + 7) / 8);
+    const uint64_t mask = (uint64_t{1} << low) - 1;
     for (int64_t i = 0; i < n; ++i) {
       const uint64_t v = z[i] >> low;
-      if (v > 1) rest.put(v & ~(uint64_t{1} << (length_of(v) - 1)), length_of(v) - 1);
+      const int length = length_of(v);
+      lows.put(z[i] & mask, low);
+      lengths_of.put_length(length);
+      if (length > 1) rest.put(v & ~(uint64_t{1} << (length - 1)), length - 1);
     }
+    lows.pad();
+    lengths_of.pad();
     rest.pad();
   }
   return code;

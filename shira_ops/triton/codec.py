@@ -154,7 +154,7 @@ def is_long_enough(code: Tensor, count: int, blocks: int) -> bool:
     gaps[-1] = count - (blocks - 1) * BLOCK.value - 1
     rice = (low >= 0) & (low <= MOST_LOW.value)
     payloads = torch.where(rice, (gaps * low + 7) // 8 + (gaps + 7) // 8, gaps).sum()
-    return int(payloads) <= size - blocks * ANCHOR.value
+    return bool(int(payloads) <= size - blocks * ANCHOR.value)
 
 
 @checked

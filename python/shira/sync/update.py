@@ -193,6 +193,8 @@ class Update:
 
     def decoded(self, who: str, entries: Callable[[str, Entry], Tensor]) -> Update:
         """`decode`, where a function gathers the entries before."""
+        if not self.relative:
+            return self
         found, before = dict(self.weights), dict(self.before)
         for name, printed in self.prints.items():
             entry = self.weights[name]
