@@ -197,7 +197,7 @@ inline void check_one_dimensional(const char* op, Name name, const Tensor& t) {
   SHIRA_CHECK(t.dim() == 1, op, ": ", name, " must be 1-D, got shape ", list_text(t.sizes()));
 }
 
-// One entry for each that `indices` selects.
+// A tensor with one entry for each that `indices` selects.
 inline void check_entries(const char* op, Name name, const Tensor& t, const Tensor& indices, int64_t granule) {
   check_one_dimensional(op, name, t);
   SHIRA_CHECK(t.numel() == indices.numel() * granule, op, ": ", name, " must have ", indices.numel() * granule,
@@ -216,7 +216,7 @@ inline void check_values(const char* op, Name name, const Tensor& values, Values
 
 inline int64_t last_size(const Tensor& t) { return t.size(t.dim() - 1); }
 
-// One token of the one for each of the other; how many there are.
+// Both must have the same tokens; returns how many.
 inline int64_t check_leads(const char* op, Name name, const Tensor& t, const Tensor& other) {
   const auto sizes = other.sizes();
   const std::vector<int64_t> lead(sizes.begin(), sizes.end() - 1);
@@ -235,8 +235,8 @@ inline void check_activations(const char* op, Name name, const Tensor& t) {
   check_contiguous(op, name, t);
 }
 
-// The weight of a linear layer, where the op has only what goes in and out: how many entries it has. Without tokens
-// the arguments are empty, however many those are.
+// The number of entries in the weight of a linear layer, for ops that are given only input and output. Without tokens
+// those are empty, however many entries it has.
 inline int64_t check_matrix(const char* op, int64_t rows, int64_t columns, int64_t granule) {
   int64_t entries;
   SHIRA_CHECK(!__builtin_mul_overflow(rows, columns, &entries), op,
@@ -305,7 +305,7 @@ class Overlap {
   std::vector<Range> ranges_;
 };
 
-// The limit of indices that have no weight: they must increase and not be negative, and that is all.
+// The limit of indices that have no weight: they must only be increasing and not negative.
 constexpr int64_t kNoLimit = -1;
 
 // Entry `position` of `indices` is out of range, or not above the one before it.

@@ -9,8 +9,8 @@ SHIRA_LIBRARY(m) {
   SHIRA_SCHEMAS(m);
   m.def("_build_info() -> int");
   m.def("_select_random(Tensor like, int numel, int k, int seed, int granule) -> Tensor");  // see csrc/ops/select.h
-  // In any vector width that the processor has, or in either way of a GPU: their bits depend on that, so the tests ask
-  // for each.
+  // In any vector width that the processor has, or in either way on a GPU: the bits depend on it, so the tests ask for
+  // each.
   m.def("_sampled_grad(Tensor grad_output, Tensor input, Tensor indices, int granule, str how) -> Tensor");
   m.def(
       "_sparse_linear(Tensor input, Tensor indices, Tensor values, int out_features, bool transposed, int granule, "

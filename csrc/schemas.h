@@ -1,6 +1,6 @@
 // The contract: every op of torch.ops.shira, one line each, grouped by family.
 // Nothing else declares an op. Fakes (shira_ops/fake.py) and references (shira_ops/reference.py)
-// stand in the same order; the words used here are defined in docs/concepts.md.
+// are in the same order; the words used here are defined in docs/concepts.md.
 #pragma once
 
 // clang-format off

@@ -6,8 +6,8 @@
 #include <stdexcept>
 #include <string>
 
-// An error of torch's own keeps its text ("CUDA out of memory ..."), where this torch tells it: torch's macro would say
-// in which line of its headers the call stands.
+// An error raised by torch keeps its text ("CUDA out of memory ...") if this torch provides it; torch's macro would
+// name a line of its own headers.
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace shira {

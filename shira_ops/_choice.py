@@ -1,4 +1,4 @@
-"""What SHIRA_BACKEND asks for, read in this one place, and before anything registers."""
+"""What SHIRA_BACKEND asks for, read in this one place, before anything registers."""
 
 from __future__ import annotations
 

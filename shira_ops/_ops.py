@@ -17,7 +17,7 @@ _here = Path(__file__).parent
 
 
 def _hidden_by_this() -> Path | None:
-    """Another shira_ops on the path, one that was built, where this one is the bare sources and comes first."""
+    """A built shira_ops elsewhere on the path, if this one is the bare sources and comes first."""
     others = (Path(entry).absolute() / "shira_ops" for entry in sys.path)
     return next((other for other in others if other != _here and any(other.glob("_C.*"))), None)
 
@@ -32,7 +32,7 @@ def _refuse_sources(installed: Path) -> NoReturn:
 
 try:
     _compiled = Path(import_module("._C", __package__).__file__ or "").parent
-    if _compiled != _here:  # of an editable install elsewhere: two versions would be mixed
+    if _compiled != _here:  # from an editable install elsewhere: two versions would be mixed
         _refuse_sources(_compiled)
 except ModuleNotFoundError as error:
     if error.name != f"{__package__}._C":

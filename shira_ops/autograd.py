@@ -57,7 +57,7 @@ def _refuse(op: str, arguments: Sequence[tuple[str, Tensor]]) -> NoReturn:
 
 
 def _is_special(t: Tensor) -> bool:
-    """Whether a tensor may have a dispatch key that an ordinary one does not have: asking for its keys takes longer."""
+    """Whether a tensor may have a dispatch key that an ordinary one does not; faster than asking for its keys."""
     return type(t) is not Tensor or t.is_neg() or t.layout is not _strided or t.is_quantized or t.is_nested
 
 
@@ -181,7 +181,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(values: Tensor, indices: Tensor, shape: torch.Size, granule: int) -> Tensor:
         dense = values.new_zeros(shape)
-        # A gradient may be a view of anything, as an expanded number after sum().
+        # A gradient may be a view of anything, such as an expanded number after sum().
         with torch._C._AutoDispatchBelowAutograd():
             _shira.scatter_.default(dense, indices, values.contiguous().resolve_conj().resolve_neg(), granule)
         return dense

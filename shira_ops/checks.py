@@ -106,7 +106,7 @@ def checked(op: str, *, memory: bool = True, content: bool = False) -> Callable[
 
 
 class _Checks:
-    """What one op refuses, worked out of its schema once."""
+    """What one op refuses, worked out once from its schema."""
 
     def __init__(self, op: str) -> None:
         own = overload(op)
@@ -595,7 +595,7 @@ def _activations(call: Call, word: str, tensor: Tensor) -> None:
 
 
 def _tokens(call: Call, word: str, tensor: Tensor, lead: Tensor) -> None:
-    """One token of the tensor for each of `lead`."""
+    """Refuses a tensor without exactly one token for each of `lead`."""
     sizes, text = lead.shape[:-1], "must have {} before its last dimension"
     call.require(tensor.dim() == lead.dim(), word, text, sizes, got=tensor.shape)
     for size, wanted in zip(tensor.shape[:-1], sizes, strict=True):
@@ -603,7 +603,7 @@ def _tokens(call: Call, word: str, tensor: Tensor, lead: Tensor) -> None:
 
 
 def _matrix(call: Call, rows: int, columns: int, granule: int) -> None:
-    """The weight of a linear layer, where the op has only what goes in and out."""
+    """The weight of a linear layer, for ops that are given only input and output."""
     entries = rows * columns
     if isinstance(entries, int):
         shape = torch.Size([rows, columns])
@@ -704,7 +704,7 @@ def _sparse_linear_content(input: Tensor, indices: Tensor, out_features: int, gr
 
 
 def _table(call: Call, word: str, tensor: Tensor, lead: Tensor, dtype: torch.dtype, count: int, others: str) -> None:
-    """One entry for each of `count` others."""
+    """A tensor with one entry for each of `count` others."""
     _device(call, word, tensor, lead)
     _one_of(call, word, tensor, dtype)
     _one_dimensional(call, word, tensor)
@@ -748,7 +748,7 @@ def _sparse_linear_add_(
 def _sparse_linear_add_content(
     output: Tensor, input: Tensor, indices: Sequence[Tensor], adapters: Tensor, granule: int
 ) -> None:
-    """Of the adapters that a token names: the others are not looked at."""
+    """Checks only the adapters that a token names."""
     bad = (adapters < -1) | (adapters >= len(indices))
     if bool(bad.any()):
         at = int(bad.nonzero()[0])
@@ -869,7 +869,7 @@ def _memory(op: str, arguments: Sequence[tuple[str, int | None, Tensor, bool]]) 
 
 
 def content(op: str, name: str, indices: Tensor, granules: int | None) -> None:
-    """Refuses indices that are not strictly increasing in [0, granules); None: only not negative.
+    """Refuses indices that are not strictly increasing in [0, granules), or from 0 on if that is None.
 
     Synchronises.
     """

@@ -19,7 +19,7 @@ from ._ops import ops as _shira
 
 
 def _index_dtype(granules: int) -> torch.dtype:
-    """As `checks.index_dtype`, also of a size that only the run knows: that is then taken for a small one."""
+    """As `checks.index_dtype`; a size that is known only at run time is taken for a small one."""
     return torch.int64 if guard_or_false(granules >= 2**31) else torch.int32
 
 

@@ -108,7 +108,7 @@ _sparse_linear_add_ = _shira.sparse_linear_add_.default
 def gather(weight: Tensor, indices: Tensor, granule: int = 1) -> Tensor:
     """The entries that `indices` select: a 1-D tensor `[nnz]` of the weight's dtype.
 
-    `weight` may have any dtype of 1, 2, 4 or 8 bytes an entry. Differentiable in `weight` (any number of times, and
+    `weight` may have any dtype of 1, 2, 4 or 8 bytes per entry. Differentiable in `weight` (any number of times, and
     in forward mode); the backward makes a dense gradient of the weight's shape.
 
     The same in plain PyTorch::
@@ -121,7 +121,7 @@ def gather(weight: Tensor, indices: Tensor, granule: int = 1) -> Tensor:
 def scatter_(weight: Tensor, indices: Tensor, values: Tensor, granule: int = 1) -> None:
     """Overwrites the entries that `indices` select. This also takes an adapter out again.
 
-    `values`: `[nnz]`, the weight's dtype, any of 1, 2, 4 or 8 bytes an entry. Bits are moved; nothing is computed.
+    `values`: `[nnz]`, the weight's dtype, any of 1, 2, 4 or 8 bytes per entry. Bits are moved; nothing is computed.
 
     The same in plain PyTorch::
 
@@ -133,7 +133,7 @@ def scatter_(weight: Tensor, indices: Tensor, values: Tensor, granule: int = 1) 
 def swap_(weight: Tensor, indices: Tensor, values: Tensor, granule: int = 1) -> None:
     """Exchanges the selected entries with `values`, both in place; a second call restores both.
 
-    `values`: `[nnz]`, the weight's dtype, any of 1, 2, 4 or 8 bytes an entry. Bits are moved; nothing is computed.
+    `values`: `[nnz]`, the weight's dtype, any of 1, 2, 4 or 8 bytes per entry. Bits are moved; nothing is computed.
 
     The same in plain PyTorch::
 
@@ -701,7 +701,7 @@ def foreach_diff_(
 def sparse_linear(
     input: Tensor, indices: Tensor, values: Tensor, out_features: int, *, transposed: bool = False, granule: int = 1
 ) -> Tensor:
-    """A linear layer whose weight is zero but for `values` at `indices`: `[..., K] -> [..., out_features]`.
+    """A linear layer whose weight is zero except for `values` at `indices`: `[..., K] -> [..., out_features]`.
 
     - `input`: `[..., K]`, a float dtype; the result has its dtype.
     - `values`: `[nnz]`, input's dtype or float32. The indices number granules of the weight `[out_features, K]`, or,
@@ -738,7 +738,7 @@ def sparse_linear_add_(
     """Lays adapters over a layer that is never written: adds to each token's output what its adapter's delta gives.
 
     `output[t] += alphas[k] * (weight_k @ input[t])` for each token t and `k = adapters[t]`, where `weight_k` is zero
-    but for `values[k]` at `indices[k]`, as in `sparse_linear`.
+    except for `values[k]` at `indices[k]`, as in `sparse_linear`.
 
     - `output`: `[..., m]`, a float dtype, changed in place. `input`: `[..., n]`, the same dtype and leading dimensions.
     - `indices`, `values`: a tensor for each adapter, 1 to 32767 of them; all values have output's dtype or all float32.

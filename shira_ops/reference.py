@@ -1,7 +1,7 @@
 """Every op in plain torch: the executable specification, slow and obvious.
 
 One function per op, named as the op, in the order of csrc/schemas.h. Its arguments are checked before it is called, by
-`checks.checked`, so what stands here are formulas. The arithmetic is fp32 (fp64 for fp64): one torch operation per
+`checks.checked`, so only the formulas are here. The arithmetic is fp32 (fp64 for fp64): one torch operation per
 rounding, then one rounding to the weight's dtype, and NaN stored as the canonical quiet NaN. Backends are tested
 against these functions bit for bit; they serve where a build has no kernel of its own.
 """
@@ -226,7 +226,7 @@ def foreach_switch_(
 
 @_op
 def check_indices(indices: Tensor, limit: int, granule: int = 1) -> None:
-    """All that it does is the check of its content."""
+    """The check of its content is all that it does."""
 
 
 # ---- fuse --------------------------------------------------------------------------------------------------
@@ -608,7 +608,7 @@ def select_random(numel: int, k: int, seed: int, *, device: torch.device | None 
     keys = _mix64(np.array(states, dtype=np.uint64))
     bits = max(2, (domain - 1).bit_length())
     chosen = _permute(np.arange(k, dtype=np.uint64), keys, bits)
-    # Cycle walking: the permutation covers a power of two, and an image outside the domain is permuted on.
+    # Cycle walking: the permutation covers a power of two, and an image outside the domain is permuted again.
     while (outside := np.flatnonzero(chosen >= domain)).size:
         chosen[outside] = _permute(chosen[outside], keys, bits)
     chosen.sort()
@@ -823,7 +823,7 @@ _GOLDEN, _FACTOR1, _FACTOR2 = (_signed(x) for x in (0x9E3779B97F4A7C15, 0xBF5847
 
 
 def _shifted(x: Tensor, n: int) -> Tensor:
-    """x >> n of the 64 bits without their sign, which int64 carries along."""
+    """x >> n on 64 bits without a sign: int64's own shift would copy the sign."""
     return torch.bitwise_and(x >> n, 2 ** (64 - n) - 1)
 
 
@@ -843,7 +843,8 @@ def _words(weight: Tensor, begin: int, end: int) -> Tensor:
     return padded.view(torch.int64)
 
 
-def _hash(words: Tensor, positions: Tensor) -> Tensor:
+def words_hash(words: Tensor, positions: Tensor) -> Tensor:
+    """What 64-bit words at these positions of a weight add to its fingerprint."""
     return _splitmix64(words ^ (positions * _GOLDEN)).sum()
 
 
@@ -853,7 +854,7 @@ def fingerprint(weight: Tensor, granule: int = 1) -> Tensor:
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
     for begin in range(0, count, chunk):
         end = min(begin + chunk, count)
-        total += _hash(_words(weight, begin, end), torch.arange(begin, end, device=weight.device))
+        total += words_hash(_words(weight, begin, end), torch.arange(begin, end, device=weight.device))
     return total
 
 
@@ -868,7 +869,7 @@ def fingerprint_at(weight: Tensor, indices: Tensor, granule: int = 1) -> Tensor:
     # Granules that share a word count it once.
     touched = first[:, None] + torch.arange((size + 6) // 8 + 1, device=weight.device)
     positions = touched[touched <= last[:, None]].unique_consecutive()
-    return _hash(_words(weight, 0, count)[positions], positions)
+    return words_hash(_words(weight, 0, count)[positions], positions)
 
 
 # ---- diff --------------------------------------------------------------------------------------------------

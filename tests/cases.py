@@ -225,7 +225,7 @@ class Case:
             self.args[word] = value
 
     def clone(self) -> Case:
-        """A copy whose tensors are their own base (views share a version counter)."""
+        """A copy whose tensors are not views (views share a version counter)."""
         return Case(self.op, map_tensors(lambda t: t.detach().clone(), self.args))
 
     def split(self) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Fixtures of the contract tests. What they share otherwise stands in cases.py."""
+"""Fixtures of the contract tests. What else they share is in cases.py."""
 
 from __future__ import annotations
 

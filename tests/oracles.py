@@ -504,7 +504,7 @@ def sparse_linear(
     transposed: bool = False,
     granule: int = 1,
 ) -> torch.Tensor:
-    """With sums in double precision: of numbers whose sums are exact."""
+    """With sums in double precision, for numbers whose sums are exact."""
     *lead, features = input.shape
     shape = (features, out_features) if transposed else (out_features, features)
     dense = _dense(indices, values, shape, transposed, granule)

@@ -77,7 +77,7 @@ class SyncWalk:
             operations = [self.anew]
         operation = self.random.choice(operations)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(receiver, "_CACHE", self.random.choice((256, 2**19)))  # a few entries a piece, or all
+            patch.setattr(receiver, "_CACHE", self.random.choice((256, 2**19)))  # a few entries per piece, or all
             operation()
         self.counts[operation.__name__] = self.counts.get(operation.__name__, 0) + 1
         self.same(operation.__name__)

@@ -401,7 +401,7 @@ def test_folders_and_names_on_the_hub_go_wherever_a_file_goes(files: Path, monke
         assert same(content(files / f"out{number}"), content(files / "tuned.safetensors"))
         run("fuse", f"{given}=0.5", "--base", "base", "--out", f"fused{number}.safetensors")
     assert asked == ["somebody/style"] * 4
-    assert "no such file or directory" in refused("inspect", "other/gone")  # a folder here is no name there
+    assert "no such file or directory" in refused("inspect", "other/gone")  # a local folder is not a name
     monkeypatch.setattr(hub, "download", lambda *rest, **more: hub_missing())
     assert "there is no such file or folder, and as a name on the Hub: not there" in refused("inspect", "no/such")
     (files / "other" / "second.safetensors").write_bytes(b"")

@@ -45,7 +45,7 @@ def test_every_op_has_a_case_and_a_reference() -> None:
 
 @pytest.mark.parametrize("op", [op for op in OPS if "." not in op])
 def test_public_functions(op: str) -> None:
-    """One an op: named, documented, with the schema's arguments in its order, and its defaults."""
+    """One per op: named, documented, with the schema's arguments in its order, and its defaults."""
     function = getattr(shira_ops, op)
     assert op in shira_ops.__all__
     assert inspect.getdoc(function)

@@ -42,7 +42,7 @@ def adapter_of(model, seed, density=0.1, granule=1, names=("a.weight", "b.weight
 
 
 def change(adapter, model, name):
-    """What an adapter changes of a weight, in full, float64."""
+    """The change that an adapter makes to a weight, dense, in float64."""
     weight, entry = model.get_parameter(name).detach(), adapter.weights[name]
     new = weight.flatten().clone()
     at = (entry.indices.long()[:, None] * entry.granule + torch.arange(entry.granule)).flatten()

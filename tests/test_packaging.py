@@ -72,7 +72,7 @@ def stub_torch(folder: Path) -> str:
 
 
 def files_under(folder: Path) -> set[str]:
-    """The files of a folder, less what a build leaves in it."""
+    """The files of a folder, except those that a build leaves in it."""
     built = (".so", ".o", ".pyc", ".part")
     return {
         path.relative_to(folder).as_posix()
@@ -100,7 +100,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_source_distribution_is_whole(sdist: Path) -> None:
-    """All of csrc, every module, the types, the tests and their files; nothing that a build leaves."""
+    """All of csrc, every module, the types, the tests and their files; nothing that a build leaves behind."""
     wanted = {"setup.py", "pyproject.toml", "README.md", "LICENSE", "Makefile", "CHANGELOG.md", "CONTRIBUTING.md"}
     wanted |= {"build.toml", "CITATION.cff", "SECURITY.md"}
     for folder in ("csrc", "shira_ops", "python/shira", "tests"):

@@ -44,7 +44,7 @@ X = torch.linspace(-1, 1, 48).view(3, 16)
 
 
 def adapter(model: nn.Module, targets: str | None = None) -> shira.Adapter:
-    """One that moves outputs far."""
+    """An adapter that changes the outputs a lot."""
     with shira.SparseTuner(model, shira.masks.Rand(density=0.25, granule=1, seed=1), targets=targets) as tuner:
         with torch.no_grad():
             for values in tuner.parameters():

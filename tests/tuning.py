@@ -25,7 +25,7 @@ def same_bits(model: nn.Module, before: dict[str, Tensor]) -> bool:
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights that differ from zero, which many models start some of theirs at."""
+    """Gives all weights values other than zero, at which many models start some of theirs."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -55,7 +55,7 @@ def indices_of(model: nn.Module, values_name: str) -> Tensor:
 def check_gradients(
     tuner: SparseTuner, wanted: dict[str, Tensor], times: int = 1, rtol: float = 1e-10, atol: float = 1e-10
 ) -> None:
-    """The values' gradients are the dense ones at the mask; and nothing of the dense ones is left anywhere."""
+    """The values' gradients are the dense ones at the mask, and no dense gradient is left anywhere."""
     for name, values in tuner.named_parameters():
         assert values.grad is not None, name
         expected = at_mask(wanted[name.removesuffix(VALUES)], indices_of(tuner.model, name), values.numel())

@@ -95,7 +95,7 @@ class Results:
 
     @functools.cached_property
     def switching(self) -> dict[tuple[float, int], float]:
-        """Milliseconds a layer by density and granule, measured; granule 0 is the LoRA fuse."""
+        """Milliseconds per layer by density and granule, measured; granule 0 is the LoRA fuse."""
         path = self.folder / "switching.json"
         if not path.exists():
             return {}

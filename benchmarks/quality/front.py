@@ -81,7 +81,7 @@ def point(task: str, name: str, accuracy: float, milliseconds: float, size: floa
 
 
 def text(results: Results) -> str:
-    """The file, one point a line."""
+    """The file, one point per line."""
     lines = ",\n ".join(json.dumps(one) for one in points(results))
     return f'{{"front": [\n {lines}\n]}}\n'
 

@@ -1,4 +1,4 @@
-"""Results that outlive the process: one JSON object a line, appended when a run is finished, keyed by what was run."""
+"""Results that outlive the process: one JSON object per line, appended when a run ends, keyed by what was run."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ PATH = RESULTS / "switching.json"
 
 
 def measure(side: int = SIDE, layers: int = LAYERS, rounds: int = ROUNDS) -> list[dict[str, Any]]:
-    """Milliseconds a layer for every density and granule, and for LoRA."""
+    """Milliseconds per layer for every density and granule, and for LoRA."""
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(side, side, generator=generator).bfloat16() for _ in range(layers)]
     other = torch.zeros(96 << 20, dtype=torch.uint8)

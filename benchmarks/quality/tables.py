@@ -384,7 +384,7 @@ def growth_table(results: Results, *families: str) -> str:
 
 
 def switching_table(results: Results) -> str:
-    """Milliseconds a layer by density and granule, and the LoRA fuse."""
+    """Milliseconds per layer by density and granule, and the LoRA fuse."""
     if not results.switching:
         return ""
     rows = [

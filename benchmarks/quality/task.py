@@ -1,4 +1,4 @@
-"""What an experiment needs to know of a task: a pretrained base, data that the base has not been trained for, a score.
+"""What an experiment needs to know about a task: a pretrained base, data it was not trained for, a score.
 
 A task is a dataset with a split into train, validation and test that never changes. Learning rates are chosen on
 ``validation``; every reported figure is of ``test``. The tasks of a family share one base, so that their adapters
@@ -50,7 +50,7 @@ class Task(Protocol):
         ...
 
     def score(self, model: nn.Module, split: str = "test") -> float:
-        """On ``"test"`` or ``"validation"``, higher is better: accuracy, or minus the mean loss (nats a token)."""
+        """On ``"test"`` or ``"validation"``, higher is better: accuracy, or minus the mean loss (nats per token)."""
         ...
 
     def inputs(self) -> list[Any]:

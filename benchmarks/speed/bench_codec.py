@@ -1,4 +1,4 @@
-"""Indices to bytes and back, from memory to memory: billions of indices a second on one core.
+"""Indices to bytes and back, from memory to memory: billions of indices per second on one core.
 
 Beside it numpy's diff and cumsum on gaps that are stored as raw 16-bit numbers and never checked. Then both versions of
 the code from 0.02 % to 5 %: how far they are from the entropy, and how fast they are read."""

@@ -78,7 +78,7 @@ class Stack:
 
 
 def whole_lines(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bytes, without those of a last cache line that it does not fill."""
+    """The tensor's bytes, without those of a last cache line that is not full."""
     flat = tensor.view(torch.uint8)
     return flat[: len(flat) // LINE * LINE]
 

@@ -1,9 +1,9 @@
-"""Adapters laid over a layer of 4096 x 4096 that is not written, beside unmerged LoRA of equal parameters; 1 % a layer.
+"""Adapters laid over a layer of 4096 x 4096 that is not written, beside unmerged LoRA of equal parameters; 1 % each.
 
 LoRA     its two products of rank 20, the second fused into the addition: `output.addmm_(input @ a.T, b.T)`
 layer    the layer's own product
 stream   the indices and values read once, as fast as a plain loop can
-mixed    PEFT's LoRA with `adapter_names`: 32 adapters, a token each; its base layer is not computed, here as there
+mixed    PEFT's LoRA with `adapter_names`: 32 adapters, one token each; its base layer is not computed, here as there
 """
 
 from __future__ import annotations

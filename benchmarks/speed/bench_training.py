@@ -1,6 +1,6 @@
 """A training step, forward + backward + optimizer: shira's tuner beside PEFT's LoRA, DoRA, SHiRA and Super-Tuning.
 
-The paper's Table 7 has LoRA, DoRA and SHiRA. All train as many parameters, r * (m + n) a layer, on the same frozen
+The paper's Table 7 has LoRA, DoRA and SHiRA. All train as many parameters, r * (m + n) per layer, on the same frozen
 weights: four linear layers of 4096 x 4096, and a Llama of two layers, 2048 wide, with LoRA's usual targets. (DoRA also
 trains a magnitude for each row, and Super-Tuning the same share of every weight.) shira steps with `shira.AdamW`,
 PEFT with torch's fused AdamW. Steps are interleaved and not preceded by other data: a step moves more than any cache
@@ -34,6 +34,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 shira = pytest.importorskip("shira")
 from benchmarks.speed import peers  # noqa: E402
+from shira.integrations.peft import SparseConfig, accelerate  # noqa: E402
 
 TOKENS = 128
 TARGETS = {
@@ -42,10 +43,20 @@ TARGETS = {
 }
 LORA, DORA, SHIRA, SUPER = peers.LORA, peers.DORA, peers.SHIRA, peers.SUPER
 OURS, FROZEN = "shira", "the frozen model"
+# Measured in bench_peft.py.
+FAST_SHIRA, FAST_SUPER = f"{SHIRA}, accelerated", f"{SUPER}, accelerated"
+METHOD, METHOD_16 = "SparseConfig", "SparseConfig, granule 16"
 WORDS = {LORA: "LoRA", DORA: "DoRA", SHIRA: "SHiRA", SUPER: "Super-Tuning"}
 
 
-CONFIGS = {LORA: peft.LoraConfig, DORA: peft.LoraConfig, SHIRA: peft.ShiraConfig, SUPER: peft.SupertuningConfig}
+CONFIGS = {
+    LORA: peft.LoraConfig,
+    DORA: peft.LoraConfig,
+    SHIRA: peft.ShiraConfig,
+    SUPER: peft.SupertuningConfig,
+    METHOD: SparseConfig,
+    METHOD_16: SparseConfig,
+}
 
 
 def rank(model: str) -> int:
@@ -94,20 +105,25 @@ class Trained:
         elif way == FROZEN:
             made.requires_grad_(False)
             first = next(one for name, one in made.named_modules() if re.fullmatch(targets, name))
-            # So that the gradient has to come as far as the first trained layer.
+            # So that the gradient has to reach the first trained layer.
             start = nn.Parameter(torch.zeros((), dtype=dtype))
             first.register_forward_hook(lambda module, args, output: output + start)
             first.register_parameter("start", start)
             self.optimizer = torch.optim.SGD([start], lr=0.0)
         else:
             options: dict[str, Any] = {"target_modules": targets}
-            if way == SUPER:
+            kind = {FAST_SHIRA: SHIRA, FAST_SUPER: SUPER}.get(way, way)
+            if kind in (METHOD, METHOD_16):
+                options |= {"r": r, "granule": 16 if kind == METHOD_16 else 1}
+            elif kind == SUPER:
                 linear = [one for name, one in made.named_modules() if re.fullmatch(targets, name)]
                 trainable = r * sum(sum(one.weight.shape) for one in linear)
                 options["sparsity"] = 1 - trainable / sum(one.weight.numel() for one in linear)
             else:
-                options |= {"r": r, **{DORA: {"use_dora": True}, SHIRA: {"random_seed": 1}}.get(way, {})}
-            made = peft.get_peft_model(made, CONFIGS[way](**options))
+                options |= {"r": r, **{DORA: {"use_dora": True}, SHIRA: {"random_seed": 1}}.get(kind, {})}
+            made = peft.get_peft_model(made, CONFIGS[kind](**options))
+            if kind != way:
+                accelerate(made)
             trained = [one for one in made.parameters() if one.requires_grad]
             self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
         self.model = made

@@ -332,7 +332,7 @@ class Report:
         )
 
     def seconds(self, timing: Timing, calls: int = 1) -> None:
-        """Seconds a call, of everything that was timed."""
+        """Seconds per call, for everything that was timed."""
         for name, samples in timing.samples.items():
             self.info["seconds"][name] = spread([sample / calls for sample in samples])
         self.info["page_faults"] = {name: statistics.median(found) / calls for name, found in timing.faults.items()}

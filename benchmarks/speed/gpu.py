@@ -1,12 +1,12 @@
-"""One command on a machine with an NVIDIA GPU and no network: builds, proves, measures, and writes what it found.
+"""One command on a machine with an NVIDIA GPU and no network: it builds, proves, measures, and writes what it found.
 
 python -m benchmarks.speed.gpu        (or: make gpu)
 
 The sections, the most important first, are: build (unless the package is already built for this torch), parity of every
-op with the references, captured graphs, measurements (gpu_bench.py) of the compiled kernels, contract tests,
-compute-sanitizer; then parity, captured graphs and measurements of Triton's kernels. Each runs in processes of its own,
-so that a failure there does not end the run. A section that does not fit into the time left is reported as skipped.
-Results are written as they come. The exit status is 1 where something failed.
+op with the references, captured graphs, measurements (gpu_bench.py) of the compiled kernels, contract tests, ncu's
+counters, compute-sanitizer; then parity, captured graphs and measurements of Triton's kernels. Each runs in processes
+of its own, so that a failure there does not end the run. A section that does not fit into the time left is reported as
+skipped. Results are written as they come. The exit status is 1 where something failed.
 
 `--device cpu --quick` runs, at tiny sizes, all that a CPU can, to see whether it works. The figures mean nothing then.
 """
@@ -14,6 +14,7 @@ Results are written as they come. The exit status is 1 where something failed.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import re
@@ -37,7 +38,17 @@ DEVICE_LOST = 3  # the exit status of gpu_bench.py
 NAMES = (
     *("copy", "swap", "swap_granule_16", "adamw", "sampled_grad", "sampled_grad_14336_columns", "select_top"),
     *("sampled_grad_3072_columns", "sampled_grad_64_tokens", "decode_indices", "fuse", "switch", "fingerprint"),
-    "training",
+    *("training", "fetch"),
+)
+# What ncu reads of a kernel: bytes of the memory, of L2 sectors, and of their peaks.
+METRICS = (
+    *("gpu__time_duration.sum", "dram__bytes_read.sum", "dram__bytes_write.sum"),
+    *(
+        "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+        "lts__t_sectors_op_read.sum",
+        "lts__t_sectors_op_write.sum",
+    ),
+    *("sm__warps_active.avg.pct_of_peak_sustained_active", "launch__registers_per_thread"),
 )
 Told = dict[str, Any]
 
@@ -334,6 +345,42 @@ def graph(run: Run, **environment: str) -> Told:
     return judged(done, "; ".join(done.output.strip().splitlines()[-3:]))
 
 
+def profile(run: Run) -> Told:
+    """What ncu counts in the first swaps of a whole model."""
+    if not run.cuda:
+        return skipped("ncu needs a GPU")
+    tool = shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
+    if tool is None:
+        return skipped("there is no ncu")
+    with tempfile.TemporaryDirectory() as folder:
+        program = python("-m", "benchmarks.speed.gpu_bench", "--lines", f"{folder}/lines", "--only", "swap")
+        chosen = ["--kernel-name-base", "demangled", "--kernel-name", "regex:shira", "--launch-count", "2"]
+        options = ["--csv", "--page", "raw", "--kill", "yes", "--metrics", ",".join(METRICS)]
+        done = run.one([tool, *chosen, *options, *program], min(120, run.left()))
+    if "ERR_NVGPUCTRPERM" in done.output:
+        return skipped("this user may not read the GPU's counters")
+    kernels = counted(done.output)
+    if not kernels:
+        return {"state": "failed", "why": f"ncu told nothing (exit status {done.code})", "output": done.tail}
+    why = "; ".join(f"{kernel['Kernel Name'][:60]}: {kernel.get(METRICS[3], 'not told')}" for kernel in kernels)
+    return {"state": "passed", "why": f"of the memory's peak: {why}", "kernels": kernels}
+
+
+def counted(output: str) -> list[dict[str, str]]:
+    """The kernels of an output of `ncu --csv --page raw`: a head, the units, and a row for each kernel."""
+    lines = output.splitlines()
+    head = next((i for i, line in enumerate(lines) if line.startswith('"ID",')), None)
+    if head is None:
+        return []
+    table = csv.DictReader(line for line in lines[head:] if line.startswith('"'))
+    units = next(table, {})
+    kept = ("Kernel Name", *METRICS)
+    return [
+        {name: f"{kernel[name]} {units.get(name) or ''}".strip() for name in kept if kernel.get(name) is not None}
+        for kernel in table
+    ]
+
+
 def written(lines: Path) -> dict[str, Told]:
     """The measurements that a process wrote; it may have been stopped in the middle of a line."""
     found = {}
@@ -437,6 +484,7 @@ def main() -> None:
     # First of all that takes long: tests, sanitizers and Triton have what time is left.
     run.section("measurements, compiled", 15, lambda: measure(run, "compiled", given.only, run.left() - 5))
     run.section("contract tests", 20, lambda: tests(run))
+    run.section("profile", 30, lambda: profile(run))
     run.section("sanitizer", 30, lambda: sanitizer(run))
     if run.cuda and run.told["about"]["triton"] is not None:
         chosen = {"SHIRA_BACKEND": "triton"}

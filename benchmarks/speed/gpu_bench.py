@@ -113,8 +113,32 @@ def swap(bench: Bench) -> Found:
 
 
 def swap_granule_16(bench: Bench) -> Found:
-    """Llama-3-8B, 1 % in runs of 16: a sector each."""
+    """Llama-3-8B, 1 % in runs of 16: one sector each."""
     return _swap(bench, 16)
+
+
+def fetch(bench: Bench) -> Found:
+    """Llama-3-8B, 1 % of single entries, where the L2 cache may fetch 32, 64 or 128 bytes at a time: a hint, which a
+    driver may ignore. The fact is what it was in all other measurements."""
+    mask = Mask.of(bench, range(len(bench.model.weights)))
+    sectors = mask.pieces(bench, SECTOR)
+    by, touch = bench.touch(bench.model.memory, sectors, SECTOR)
+
+    def swap() -> None:
+        shira.foreach_swap_(mask.weights, mask.indices, mask.values, 1)
+
+    given = captured(swap) if bench.cuda else swap
+    found = Found("proved by `swap`", {}, facts={"touch": by, "fetch granularity": bench.fetch_granularity()})
+    lists = {"touch": sectors.nbytes, "foreach_swap_": mask.lists + 2 * mask.nnz * BF16.itemsize}
+    try:
+        for size in (32, 64, 128):
+            bench.fetch_granularity(size)
+            timed = bench.time({"touch": touch, "foreach_swap_": given})
+            found.seconds |= {f"{way}, {size} bytes": took for way, took in timed.items()}
+            found.bytes |= {f"{way}, {size} bytes": 2 * SECTOR * len(sectors) + lists[way] for way in timed}
+    finally:
+        bench.fetch_granularity(found.facts["fetch granularity"])
+    return found
 
 
 def adamw(bench: Bench) -> Found:

@@ -11,6 +11,7 @@ How a comparison is measured
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import gc
 import itertools
@@ -28,6 +29,7 @@ from benchmarks.speed.samples import spread
 BF16 = torch.bfloat16
 SECTOR = 32  # the least number of bytes that a GPU's memory moves
 DENSITY = 0.01
+L2_FETCH_LIMIT = 5  # CU_LIMIT_MAX_L2_FETCH_GRANULARITY of cuda.h
 GATE, DOWN = 4, 6  # the places of two projections among the weights of a decoder layer
 Call = Callable[[], object]
 
@@ -120,6 +122,18 @@ class Bench:
             for words, block in itertools.product((1, size // 8), (256, 512, 1024, 2048))
         }
         return self.fastest(ways)
+
+    def fetch_granularity(self, size: int | None = None) -> int | None:
+        """The most bytes that the L2 cache fetches at once, after setting it to `size`; None without a GPU."""
+        if not self.cuda:
+            return None
+        driver, limit, told = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(L2_FETCH_LIMIT), ctypes.c_size_t()
+        torch.cuda.synchronize()  # this thread has torch's context from here on
+        if size is not None and (error := driver.cuCtxSetLimit(limit, ctypes.c_size_t(size))):
+            raise RuntimeError(f"cuCtxSetLimit(CU_LIMIT_MAX_L2_FETCH_GRANULARITY, {size}) returned {error}")
+        if error := driver.cuCtxGetLimit(ctypes.byref(told), limit):
+            raise RuntimeError(f"cuCtxGetLimit(CU_LIMIT_MAX_L2_FETCH_GRANULARITY) returned {error}")
+        return told.value
 
     def mask(self, limit: int, density: float = DENSITY) -> torch.Tensor:
         """About `density * limit` ascending indices."""

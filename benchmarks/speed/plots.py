@@ -56,7 +56,7 @@ def bars(axes: Axes, names: list[str], found: list[dict[str, float]], shades: li
 
 
 def ways(f: texts.Figures) -> Figure | None:
-    """Milliseconds a layer for every way to put an adapter in, beside touch."""
+    """Milliseconds per layer for every way to put an adapter in, beside touch."""
     infos = {info["dtype"]: info for info in f.info("bench_ways[1thread")}
     if not infos:
         return None
@@ -105,7 +105,7 @@ def ratios(f: texts.Figures) -> Figure | None:
 
 
 def shares(f: texts.Figures) -> Figure | None:
-    """Bytes a second of every op whose bytes are known, beside the machine's limits."""
+    """Bytes per second of every op whose bytes are known, beside the machine's limits."""
     limits = {line.removeprefix("limit, "): one["median"] for (line, _, n), one in f.all.items()
               if line in ("limit, touch", "limit, copy", "limit, read") and n == 1}  # fmt: skip
     rates: dict[str, dict[str, float]] = {}

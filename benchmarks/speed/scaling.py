@@ -41,7 +41,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Model:
-    """Seconds a term: a call, a line by itself, a line in a run, a streamed byte, an entry. 0: no more cost."""
+    """Seconds per term: a call, a line by itself, a line in a run, a streamed byte, an entry. 0: no extra cost."""
 
     calls: float
     scattered: float
@@ -59,7 +59,7 @@ class Model:
         return self.calls + lines + self.streamed * work.streamed + self.entries * work.entries
 
     def bandwidth(self, term: str) -> float:
-        """Bytes a second of `scattered`, of `runs` (both in and out) or of `streamed`."""
+        """Bytes per second of `scattered`, of `runs` (both in and out) or of `streamed`."""
         cost = getattr(self, term) / (1 if term == "streamed" else 2 * LINE)
         return 1 / cost if cost else float("inf")
 

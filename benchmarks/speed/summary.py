@@ -131,6 +131,22 @@ LINES = {
     "training memory over SHiRA": Line("peak memory of training, of PEFT SHiRA's", None, at_least=False),
     "training memory over DoRA": Line("peak memory of training, of PEFT DoRA's", 1.0, at_least=False),
     "training memory over Super-Tuning": Line("peak memory of training, of PEFT Super-Tuning's", 1.0, at_least=False),
+    "accelerate over SHiRA": Line("a step of PEFT SHiRA after accelerate, of before", 0.6, at_least=False),
+    "accelerate: memory over SHiRA": Line("peak memory of PEFT SHiRA after accelerate, of before", 0.6, at_least=False),
+    "accelerate over Super-Tuning": Line(
+        "a step of PEFT Super-Tuning after accelerate, of before", None, at_least=False
+    ),
+    "accelerate: memory over Super-Tuning": Line(
+        "peak memory of PEFT Super-Tuning after accelerate, of before", None, at_least=False
+    ),
+    "SparseConfig over LoRA": Line("a step with SparseConfig, of PEFT LoRA's", None, at_least=False),
+    "SparseConfig: memory over LoRA": Line("peak memory with SparseConfig, of PEFT LoRA's", None, at_least=False),
+    "SparseConfig, granule 16 over LoRA": Line(
+        "a step with SparseConfig, granule 16, of PEFT LoRA's", None, at_least=False
+    ),
+    "SparseConfig, granule 16: memory over LoRA": Line(
+        "peak memory with SparseConfig, granule 16, of PEFT LoRA's", None, at_least=False
+    ),
     "encode": Line("encode_indices, a core", 1.0, " G/s"),
     "decode": Line("decode_indices, a core", 1.0, " G/s"),
     "encode over diff": Line("encode_indices, over numpy.diff to raw 16-bit gaps", None),
@@ -188,7 +204,7 @@ def figures(result: dict[str, float]) -> str:
 
 
 def is_disturbed(info: dict[str, Any]) -> bool:
-    """Whether other processes ran for a measurable time where this benchmark should have. Not known of several threads,
+    """Whether other processes ran for a measurable time where this benchmark should have. Unknown for several threads,
     since they wait for each other."""
     return info["threads"] == 1 and info.get("on_cpu", 1.0) < 0.97
 
@@ -237,7 +253,7 @@ def show(found: Sequence[dict[str, Any]], console: Console | None = None) -> Non
 
 
 def show_seconds(found: Sequence[dict[str, Any]], console: Console | None = None) -> None:
-    """Everything that the benchmarks timed: median microseconds a call, and bandwidths where they are known."""
+    """Everything that the benchmarks timed: median microseconds per call, and bandwidths where they are known."""
     console = console or Console(width=150)
     table = Table(title="Microseconds a call (medians)")
     table.add_column("benchmark")

@@ -80,7 +80,7 @@ SHIRA_HD typename W::Bits convert(typename V::Bits value) {
 }
 
 // weight = base + alpha*values (delta) or base + alpha*(values - base). Alpha 0 and the overwrite at
-// alpha 1 are exact by definition, so they are moves. That is decided once a call, not for every entry.
+// alpha 1 are exact by definition, so they are moves. That is decided once per call, not for every entry.
 enum class Rule { Keep, Overwrite, Blend, Delta };
 
 SHIRA_HD Rule rule_of(double alpha, bool delta) {

@@ -9,7 +9,7 @@
 //   mode 0  a byte; 255 adds 255 to the gap and goes on, any other unit ends it
 //   mode 1  a u16; 65535 likewise
 //   mode 2  a u64, the gap itself
-// The encoder takes mode 0 if its payload has at most 2 bytes an index of the block, else mode 1 if at most 8,
+// The encoder takes mode 0 if its payload has at most 2 bytes per index of the block, else mode 1 if at most 8,
 // else mode 2. Everything is little-endian.
 //
 // Version 2 has one mode more, with a parameter k from 0 to 24: the Rice code, within 2 % of the entropy of a random
@@ -270,7 +270,7 @@ inline std::string explain_block(const Code& code, int64_t block) {
   return "decode_indices: code changed while it was decoded";
 }
 
-// The rest is for the host alone: nvcc would compile it without the vector paths, and the linker might keep that one.
+// The rest is for the host only: nvcc would compile it without the vector paths, and the linker might keep that copy.
 #if !defined(__CUDACC__)
 
 struct Word {

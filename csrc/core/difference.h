@@ -1,5 +1,5 @@
-// Where two buffers of one length differ. Entries are compared by their bits: NaNs with other payloads differ, and so
-// do 0.0 and -0.0.
+// Where two buffers of equal length differ. Entries are compared by their bits: NaNs with different payloads differ,
+// and so do 0.0 and -0.0.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -34,7 +34,7 @@ inline int64_t count_differing(const uint8_t* one, const uint8_t* two, int64_t b
   return found;
 }
 
-// A line of 64 bytes: a bit for each entry that differs.
+// A line of 64 bytes: one bit per entry, set if it differs.
 #if SHIRA_X86
 template <typename Unit>
 SHIRA_AVX512 inline uint64_t line_avx512(const uint8_t* one, const uint8_t* two) {
@@ -62,7 +62,7 @@ SHIRA_AVX2 inline uint64_t line_avx2(const uint8_t* one, const uint8_t* two) {
     same = bits(static_cast<uint32_t>(_mm256_movemask_epi8(equal[0])),
                 static_cast<uint32_t>(_mm256_movemask_epi8(equal[1])), 32);
   if constexpr (sizeof(Unit) == 2) {
-    // The pack takes the halves' halves in turns.
+    // The pack interleaves the halves of its arguments; the permutation puts them in order.
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi16(equal[0], equal[1]), 0xD8);
     same = static_cast<uint32_t>(_mm256_movemask_epi8(packed));
   }
@@ -87,7 +87,7 @@ inline uint64_t line_portable(const uint8_t* one, const uint8_t* two) {
   return bits;
 }
 
-// The bits of a line as entries. Most lines have none or one: those take no branch.
+// Writes the bits of a line as entry numbers. Most lines have none or one: those take no branch.
 inline int64_t put_line(uint64_t bits, int64_t at, int64_t found, int32_t* out) {
   out[found] = static_cast<int32_t>(at + __builtin_ctzll(bits | uint64_t{1} << 63));
   found += bits != 0;
@@ -122,7 +122,7 @@ inline int64_t lines_portable(const uint8_t* one, const uint8_t* two, int64_t li
   return found;
 }
 
-// The entries of [begin, end) that differ, counted from `begin`, into room for all of them; returns how many.
+// Writes the entries of [begin, end) that differ, counted from `begin`. `out` has room for all; returns how many.
 template <typename Unit>
 inline int64_t differing(const uint8_t* one, const uint8_t* two, int64_t begin, int64_t end, int32_t* out,
                          Width width = widest()) {
@@ -144,7 +144,7 @@ inline int64_t differing(const uint8_t* one, const uint8_t* two, int64_t begin, 
 }
 
 // How far apart two buffers of floats are, granule by granule: the sum of |two - one| in entry order, as the integer
-// with its bits. Sums are never negative, so ranks are in their order; NaN counts as infinitely far.
+// with the same bits, its rank. Sums are never negative, so ranks sort like them; NaN counts as infinitely far.
 template <typename F>
 struct Ranks {
   using Rank = typename F::Bits;
@@ -186,7 +186,7 @@ struct Ranks {
     }
   }
 
-  // Counts 16 bits of each rank, those from `shift` on, where the bits above them are `last`.
+  // Counts 16 bits of each rank, from bit `shift` on, among the ranks whose bits above them are `last`.
   void count(int64_t granules, int shift, uint64_t last, int64_t* histogram) const {
     Wide ranks[kBlock];
     for (int64_t begin = 0; begin < granules; begin += kBlock) {
@@ -218,7 +218,7 @@ struct Ranks {
     }
   }
 
-  // The sum of the squared differences, without those that are NaN or infinite.
+  // The sum of the squared differences, leaving out those that are NaN or infinite.
   double squares(int64_t entries) const {
     double lanes[8] = {};
     int64_t i = 0;

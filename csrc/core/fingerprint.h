@@ -28,7 +28,7 @@ SHIRA_HD uint64_t load_word(const uint8_t* data, int64_t bytes, int64_t position
   return word;
 }
 
-// The rest is for the host alone: nvcc would compile it without the vector paths, and the linker might keep that one.
+// The rest is for the host only: nvcc would compile it without the vector paths, and the linker might keep that copy.
 #if !defined(__CUDACC__)
 
 // Whole words [begin, end) only; a last word that is padded is left to the caller.
@@ -122,8 +122,8 @@ inline uint64_t sum_words(const uint8_t* data, int64_t bytes, int64_t begin, int
   return sum + sum_words_portable(data, begin, end);
 }
 
-// The share of the words that granules `indices[begin .. end)` touch, of `granule_bytes` bytes each, every word
-// once: a word that granule `begin - 1` touches too belongs to that one.
+// The share of the words that granules `indices[begin .. end)`, of `granule_bytes` bytes each, touch. Each word counts
+// once: one that granule `begin - 1` touches too belongs to that granule.
 template <typename Index>
 inline uint64_t sum_touched(const uint8_t* data, int64_t bytes, const Index* indices, int64_t begin, int64_t end,
                             int64_t granule_bytes, Width width = widest()) {

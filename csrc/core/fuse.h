@@ -30,8 +30,8 @@ SHIRA_HD typename W::Bits mix_by(Rule rule, typename W::Bits base, typename V::B
   return rule == Rule::Keep ? base : rule == Rule::Overwrite ? exact : mixed;
 }
 
-// Neighbouring entries of a granule, which the same adapters change, added in their order. Those of strength 0 do not
-// count; one alone is exact where apply_ is.
+// Neighbouring entries of a granule, changed by the same adapters, which are added in order. Those of strength 0 do not
+// count; a single one is exact where apply_ is.
 template <typename W, typename V, int kEntries = 1>
 class FusedEntries {
  public:

@@ -7,11 +7,11 @@
 
 namespace shira::core {
 
-// A number given with the call, or read where it lies when the step runs: a captured graph follows the memory.
+// A number given with the call, or read from memory when the step runs: a captured graph follows that memory.
 template <typename T>
 struct Number {
   T given;
-  const void* at = nullptr;  // T or, where `is_float`, float
+  const void* at = nullptr;  // a T or, if `is_float`, a float
   bool is_float = false;
 
   SHIRA_HD T get() const {
@@ -101,7 +101,7 @@ struct Sgd {
   SHIRA_HD C decayed(C p, C g) const { return decays ? g + decay * p : g; }
 };
 
-// The dtype of an optimizer's state beside a weight of dtype W.
+// The dtype of the optimizer state for a weight of dtype W.
 template <typename W>
 using StateOf = std::conditional_t<std::is_same_v<W, Float64>, Float64, Float32>;
 

@@ -6,7 +6,7 @@
 #include "hd.h"
 
 #if SHIRA_X86
-#if defined(__GNUC__) && !defined(__clang__)  // gcc 12's own header warns of itself once it is inlined
+#if defined(__GNUC__) && !defined(__clang__)  // gcc 12's own header causes a warning once it is inlined
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -24,7 +24,7 @@ enum class Width { Portable, Avx2, Avx512 };
 
 #if !defined(__CUDACC__)
 #if SHIRA_X86
-// clang's __builtin_cpu_supports learnt this name late. That the system keeps the registers is asked with "avx2".
+// clang's __builtin_cpu_supports learnt this name late. Whether the system saves the registers is checked with "avx2".
 inline bool has_f16c() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;

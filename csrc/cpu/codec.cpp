@@ -42,8 +42,8 @@ struct Cpu {
     Tensor indices = torch::stable::new_empty(bytes, {count}, dtype);
     Index* out = indices.mutable_data_ptr<Index>();
     const core::Width width = core::widest();
-    // The first block that is refused is named, whichever thread finds it: an exception raised in the pool would
-    // lose its sentence.
+    // The first block that is refused is named, whichever thread finds it: an exception raised in the pool would lose
+    // its message.
     std::atomic<int64_t> refused{code.blocks()};
     torch::stable::parallel_for(0, code.blocks(), kBlocksAThread, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {

@@ -1,8 +1,8 @@
 // The diff family on the CPU: one pass at the speed of reading both.
 //
-// The weights are cut into chunks that stay in the second-level cache. A thread compares a chunk (core/difference.h),
-// keeps what it found, and only then refreshes the snapshot there. What the snapshot held is kept too until the results
-// have their memory: if that cannot be had, the snapshots are put back, and no change is lost.
+// The weights are cut into chunks that stay in L2. A thread compares a chunk (core/difference.h), keeps what it found,
+// and only then refreshes the snapshot there. What the snapshot held is kept too until the results have their memory:
+// if there is none, the snapshots are put back, and no change is lost.
 #include <atomic>
 #include <memory>
 #include <new>
@@ -17,25 +17,25 @@
 namespace shira::cpu {
 namespace {
 
-constexpr int64_t kChunkBytes = 64 << 10;  // a chunk has at most as many units
-constexpr int64_t kWideGranule = 64;       // a granule of at least so many bytes is compared as a whole
+constexpr int64_t kChunkBytes = 64 << 10;  // a chunk has at most this many units
+constexpr int64_t kWideGranule = 64;       // a granule of at least this many bytes is compared as a whole
 
 // A range of granules of one weight, and what was found there.
 struct Chunk {
   size_t tensor;
   int64_t begin, end;
   int64_t count = 0;
-  std::unique_ptr<int32_t[]> granules;       // from `begin` on
+  std::unique_ptr<int32_t[]> granules;       // counted from `begin`
   std::unique_ptr<char[]> values, previous;  // the weight's entries and the snapshot's
 };
 
-// The granules of a chunk whose bits differ, into `found`, which has room for every unit of the chunk.
+// Puts the granules of a chunk whose bits differ into `found`, which has room for every unit of the chunk.
 template <typename Unit>
 int64_t differing(const uint8_t* snapshot, const uint8_t* weight, int64_t granules, int64_t bytes, int32_t* found) {
   const int64_t units = bytes / static_cast<int64_t>(sizeof(Unit));
   const int64_t n = core::differing<Unit>(snapshot, weight, 0, granules * units, found);
   if (units == 1) return n;
-  // From units to the granules they lie in; never ahead of what is still to be read.
+  // Replaces units by the granules they lie in, in place: writing never gets ahead of reading.
   int64_t kept = 0;
   int32_t last = -1;
   for (int64_t k = 0; k < n; ++k) {
@@ -63,7 +63,7 @@ int64_t differing(const uint8_t* snapshot, const uint8_t* weight, int64_t granul
   }
 }
 
-// Copies `bytes` for each k of `count`, to and from where `place(k)` says; a size that is known here needs no call.
+// Copies `bytes` for each k of `count`, to and from where `place(k)` says; a constant size is copied without a call.
 template <typename Place>
 void copy_each(int64_t count, int64_t bytes, const Place& place) {
   const auto all = [&](auto size) {
@@ -87,7 +87,7 @@ void put(char* to, const char* from, const int32_t* granules, int64_t count, int
   copy_each(count, bytes, [=](int64_t k) { return std::pair(to + granules[k] * bytes, from + k * bytes); });
 }
 
-// f(chunk) for all of them, by torch's threads.
+// f(chunk) for all of them, on torch's threads.
 template <typename F>
 void each(std::vector<Chunk>& chunks, const F& f) {
   const auto n = static_cast<int64_t>(chunks.size());
@@ -130,7 +130,7 @@ struct Cpu {
         chunks.push_back({t, begin, std::min(granules, begin + step), 0, nullptr, nullptr, nullptr});
     }
 
-    // An exception raised in the pool would lose its sentence.
+    // An exception raised in the pool would lose its message.
     std::atomic<bool> failed{false};
     torch::stable::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t begin, int64_t end) {
       try {
@@ -157,7 +157,7 @@ struct Cpu {
     }
 
     Tensors indices, values;
-    std::vector<int64_t> places;  // of each chunk, among its tensor's
+    std::vector<int64_t> places;  // where each chunk begins in its tensor's results
     try {
       places.reserve(chunks.size());
       size_t next = 0;

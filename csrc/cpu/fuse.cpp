@@ -234,7 +234,7 @@ void plan_content(const Tensor& offsets, const Tensor& sources, const Tensors& v
 
 constexpr int64_t kBlock = 512;  // entries of granules whose buffers stay in L1 together
 // Single entries that are gathered, mixed and scattered together: each line is written soon after it was read. Measured
-// on a Zen 5: from 48 to 96 fastest, 128 a tenth slower.
+// on a Zen 5: 48 to 96 were fastest, 128 a tenth slower.
 constexpr int64_t kEntries = 64;
 
 // base -> mixed for n entries of one source each. `rules` is read where the adapters do not share one.

@@ -1,18 +1,18 @@
 // The weight gradient of a linear layer at the selected entries alone.
 //
-// An entry is the dot of a column of grad_output with a column of input, over the tokens. Both are strided, so blocks
-// of them are packed first: turned, so that a column's tokens are contiguous, and converted to the compute type. Then
-// the mask is visited tile by tile, so that the packed columns of a tile stay in a cache:
+// An entry is the dot product of a column of grad_output and a column of input, over the tokens. Both are strided, so
+// blocks of them are packed first: transposed, so that a column's tokens are contiguous, and converted to the compute
+// type. Then the mask is visited tile by tile, so that the packed columns of a tile stay in cache:
 //
-//   for each block of tokens              so that packed blocks are small: see kShare
-//     pack input                          threads share it
+//   for each block of tokens              keeps packed blocks small: see kShare
+//     pack input                          shared by all threads
 //     for each part                       some rows; threads divide the parts
 //       pack grad_output
 //       for each run, by tile, by row     entries of one row whose columns are in one tile
 //         dots
 //
-// The sums of an entry are made in an order that depends on shape and vector width alone, so that any number of
-// threads, and any mask around the entry, gives the same bits.
+// The order of an entry's sums depends on shape and vector width alone, so that any number of threads, and any mask
+// around the entry, gives the same bits.
 #include "../ops/gradient.h"
 
 #include <limits>
@@ -49,11 +49,11 @@ using namespace shira::cpu::avx512;
 }  // namespace avx512
 #endif
 
-// A column's tokens in one packed block: 8 registers of the widest kind.
+// A column's tokens in one packed block: 8 of the widest registers.
 constexpr int64_t kDepthBytes = 512;
-// Columns of a tile, as powers of 2. Packed, 32 fit the first-level cache beside the column of grad_output that meets
-// them: best where a mask holds many of them at once, as granules and whole rows do. Else 1024, which fit the second
-// level: runs are longer there, and so groups fuller.
+// Columns per tile, as powers of 2. Packed, 32 fit in L1 beside the column of grad_output that meets them: best where a
+// mask holds many of them at once, as granules and whole rows do. Otherwise 1024, which fit in L2: runs are longer
+// there, so groups are fuller.
 constexpr int kSmallTile = 5, kLargeTile = 10;
 constexpr int64_t kRowBytes = 256 << 10;  // the packed rows of a part, at most
 // Each side's packed block has at most this share of the dense gradient's bytes.
@@ -62,7 +62,7 @@ constexpr int64_t kLanesMost = 16;
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// The loops of one width for a dtype.
+// The loops for a dtype at one vector width.
 template <typename D>
 struct Kernel {
   using C = typename D::Compute;
@@ -87,22 +87,22 @@ Kernel<D> kernel_of(core::Width width) {
   return {portable::pack<Registers, D>, portable::dots<Registers>};
 }
 
-// `count` entries from entry `first` of the part on; `row` counts from the part's first row.
+// `count` entries, from entry `first` of the part on; `row` counts from the part's first row.
 struct Run {
   uint32_t first;
   uint16_t row, count;
 };
 static_assert(1 << kLargeTile <= std::numeric_limits<uint16_t>::max());
 
-// What one thread does at a time.
+// What one thread handles at a time.
 struct Part {
   int64_t row_begin, row_end;
   int64_t entry_begin;  // in the flat result
   std::vector<Run> runs;
-  std::vector<bool> used;  // the squares of rows that have an entry; the others are not packed
+  std::vector<bool> used;  // which squares of rows have an entry; the others are not packed
 };
 
-// The logarithm of a tile's columns, judged by the first entries: small tiles where their runs fill whole groups.
+// The log2 of a tile's columns, judged by the first entries: small tiles if their runs fill whole groups.
 template <typename I>
 int tile_of(const Mask<I>& mask, int64_t begin, int64_t end) {
   end = std::min<int64_t>(end, begin + 1024);
@@ -118,7 +118,7 @@ void find_runs(const Mask<I>& mask, Part& part, int64_t end) {
   const int log = tile_of(mask, part.entry_begin, end);
   std::vector<uint32_t> starts((mask.columns >> log) + 2, 0);
   part.used.assign((part.row_end - part.row_begin + kLanesMost - 1) / kLanesMost, false);
-  // The same walk twice: to count each tile's runs, and to put them into their places.
+  // The same walk twice: first to count each tile's runs, then to put them in their places.
   mask.runs(part.entry_begin, end, log, [&](int64_t, int64_t row, int64_t tile, int64_t) {
     ++starts[tile + 1];
     part.used[(row - part.row_begin) / kLanesMost] = true;
@@ -169,13 +169,13 @@ class Sampled {
 
  private:
   int64_t part_rows() const {
-    constexpr int64_t kEntries = std::numeric_limits<uint32_t>::max();  // what Run can count
+    constexpr int64_t kEntries = std::numeric_limits<uint32_t>::max();  // the most that Run can count
     const int64_t most = std::min<int64_t>(kRowBytes / (depth_ * sizeof(C)), kEntries / problem_.columns);
     return std::min(most, longest_);
   }
 
-  // Shares of equal work, in parts of at most so many rows. Rows weigh what they cost: their entries, and the packing
-  // of one column, some four entries.
+  // Shares of equal work, in parts of at most that many rows. A row is weighed by its cost: its entries, and the
+  // packing of one column, worth about four entries.
   void divide() {
     const auto weight = [&](int64_t row) { return mask_.row_start(row) + 4 * row; };
     const int64_t total = weight(problem_.rows), grain = 16 * kGrain / depth_;
@@ -259,7 +259,7 @@ void with_dtype(ScalarType type, F&& f) {
   }
 }
 
-// In the width that `width` gives.
+// For the vector width that `width` returns.
 template <core::Width (*width)()>
 struct Cpu {
   static void content(const char* op, Name name, const Tensor& indices, int64_t limit) {

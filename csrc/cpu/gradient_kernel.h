@@ -1,8 +1,8 @@
 // The loop of sampled_grad over packed columns. Included once for each vector width, in its namespace: Floats and
 // Doubles are the registers of that width, and SHIRA_TARGET lets the compiler use its instructions.
 
-// to[k] (+)= the dot of `left` with the packed column at right + offsets[k]. An entry's sum depends on nothing but its
-// two columns: neither on its neighbours nor on where a thread's share ends.
+// to[k] (+)= the dot product of `left` and the packed column at right + offsets[k]. An entry's sum depends on its two
+// columns alone, not on its neighbours or on where a thread's share ends.
 template <typename Registers>
 SHIRA_TARGET void dots(const typename Registers::Value* left, const typename Registers::Value* right,
                        const int64_t* offsets, int64_t count, int64_t depth, typename Registers::Value* to, bool add) {

@@ -1,4 +1,4 @@
-// The content of `indices`: checked once a call, before the first write.
+// The content of `indices`: checked once per call, before the first write.
 #pragma once
 #include <atomic>
 

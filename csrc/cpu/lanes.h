@@ -21,14 +21,14 @@
 namespace shira::cpu {
 
 template <typename T>
-std::unique_ptr<T[], void (*)(T*)> allocate(int64_t count) {  // by lines: a register across two loads at half the speed
+std::unique_ptr<T[], void (*)(T*)> allocate(int64_t count) {  // by lines: loading across two takes twice as long
   constexpr std::align_val_t kLine{64};
   return {static_cast<T*>(::operator new(count * sizeof(T), kLine)), [](T* p) { ::operator delete(p, kLine); }};
 }
 
 constexpr int kGroup = 8;  // entries whose sums run side by side: enough to hide the latency of a multiply-add
 
-// Dtypes are told apart by type: both 16-bit floats are uint16_t.
+// The dtype is part of the type, since both 16-bit floats are uint16_t.
 template <typename D>
 struct Source {
   using Bits = typename D::Bits;
@@ -219,7 +219,7 @@ struct Floats {
   }
   SHIRA_AVX512 static void sum(const __m512* a, float* to) {
     __m512 half[4], quarter[2];
-    for (int k = 0; k < 4; ++k)  // of two registers each: the upper half onto the lower
+    for (int k = 0; k < 4; ++k)  // adds the upper half of each of two registers to its lower half
       half[k] = _mm512_add_ps(_mm512_shuffle_f32x4(a[2 * k], a[2 * k + 1], 0x44),
                               _mm512_shuffle_f32x4(a[2 * k], a[2 * k + 1], 0xEE));
     for (int k = 0; k < 2; ++k)

@@ -22,7 +22,7 @@ struct Mask {
     return (found - indices) * granule + std::max<int64_t>(0, place - int64_t{*found} * granule);
   }
 
-  // f(first entry, row, tile, entries) for the runs of entries [begin, end), by row; tiles have 2^log columns.
+  // f(first entry, row, tile, entries) for the runs in entries [begin, end), by row; tiles have 2^log columns.
   template <typename F>
   void runs(int64_t begin, int64_t end, int log, F&& f) const {
     int64_t number = begin / granule, within = begin % granule, row = 0, row_end = 0;
@@ -53,12 +53,12 @@ struct Mask {
   }
 };
 
-// Where a loop stands in a mask. `single`: granules of one entry, which need less to be remembered.
+// The position of a loop in a mask. `single`: granules of one entry, which need less state.
 template <typename I, bool single>
 struct Walk {
   const I* indices;
   int64_t n, granule, columns;
-  int64_t number, within;  // the granule, and the entry of it
+  int64_t number, within;  // the granule, and the entry within it
 
   Walk(const Mask<I>& mask, int64_t entry)
       : indices(mask.indices),
@@ -68,7 +68,7 @@ struct Walk {
         number(entry / mask.granule),
         within(entry % mask.granule) {}
 
-  // The next entry, or run of entries, of the row that starts at `start`: false at its end.
+  // Moves to the next entry, or run of entries, of the row that starts at `start`; false at its end.
   SHIRA_INLINE bool next(int64_t start, int64_t& column, int64_t& length) {
     if (number == n) return false;
     if constexpr (single) {

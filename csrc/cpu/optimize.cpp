@@ -22,14 +22,14 @@ struct StepTask {
   void (*chunk)(const StepTask&, int64_t begin, int64_t end);
   char* weight;
   const void* indices;
-  std::array<void*, 3> state;  // the master and, where the rule has them, its averages
+  std::array<void*, 3> state;  // the master and the rule's averages, if any
   const char* grad;
   const void* rule;
   int64_t granule;
   int64_t total;
 };
 
-// How many buffers beside the gradient a rule steps.
+// How many buffers a rule steps, not counting the gradient.
 template <typename C>
 struct PlainSgd : core::Sgd<C> {
   static constexpr int kStates = 1;

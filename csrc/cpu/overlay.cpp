@@ -1,12 +1,12 @@
-// Products with a sparse matrix beside a weight that is never written.
+// Products with the sparse matrix of an adapter; the weight itself is never written.
 //
-// Tokens of one adapter are packed as in sampled_grad: turned, so that a column's tokens are contiguous, and converted
-// to the compute type. Then the mask is walked once for each block of tokens: an entry takes one value and one packed
-// column, and the sums of a row stay in registers. Transposed, the packed row stays there, and the sums lie in memory.
+// The tokens of one adapter are packed as in sampled_grad: transposed, so that a column's tokens are contiguous, and
+// converted to the compute type. Then the mask is walked once per block of tokens: an entry takes one value and one
+// packed column, and a row's sums stay in registers (transposed: the packed row).
 //
-// A token alone is not packed: it stays in the first-level cache, and the walk picks its numbers there. Its sums are
-// made in the same order. Granules that fill registers are summed across their lanes instead where there are but few
-// tokens an adapter; that is decided by the shapes, since it is another order.
+// A single token is not packed: it stays in L1, where the walk reads its numbers. Its sums have the same order. With
+// few tokens per adapter, granules that fill registers are summed across lanes: another order, so the shapes alone
+// decide.
 #include "../ops/overlay.h"
 
 #include "../dispatch.h"
@@ -18,18 +18,18 @@ namespace shira::cpu {
 namespace {
 
 constexpr int64_t kLanesMost = 16;
-constexpr int64_t kRows = 64;  // of a walk, whose sums are then turned back: a multiple of kLanesMost
+constexpr int64_t kRows = 64;  // rows per walk, whose sums are then transposed back: a multiple of kLanesMost
 constexpr int64_t kPackedBytes = 1 << 20;
 constexpr int kSides = 4;                     // 1, 2, 4 or 8 registers of tokens lie side by side
-constexpr int64_t kColumnGranule = 8;         // from which on packed granules are taken column by column
-constexpr int64_t kFew = 4;                   // tokens an adapter up to which granules are summed across lanes
+constexpr int64_t kColumnGranule = 8;         // packed granules of at least this size are taken column by column
+constexpr int64_t kFew = 4;                   // up to this many tokens per adapter, granules are summed across lanes
 constexpr int64_t kExact = int64_t{1} << 50;  // see granule_sums
 
-// Numbers of the compute type, as a dtype.
+// The dtype of numbers in the compute type.
 template <typename C>
 using Wide = std::conditional_t<std::is_same_v<C, double>, core::Float64, core::Float32>;
 
-// A granule of a mask by its number in the list, and its row among those of a share.
+// A granule of a mask: its number in the list, and its row within the share.
 struct Placed {
   int64_t number, row;
 };
@@ -40,7 +40,7 @@ struct Loops {
   using Loop = void (*)(Walk<I, single>, int64_t first, int64_t count, const C* values, const C* x, C* sums);
   Loop rows[kSides], spread[kSides], row_sums, row_spread;
 };
-// and those for input's dtype, values' and the indices'.
+// and those for the dtypes of input, values and indices.
 template <typename W, typename V, typename I>
 struct Kernel {
   using C = typename W::Compute;
@@ -86,7 +86,7 @@ Kernel<W, V, I> kernel_of(core::Width width) {
   return portable::kernel_of<W, V, I>();
 }
 
-// Some tokens of one call, in their order: `list`, or those from `first` on.
+// Some tokens of one call, in order: those in `list`, or those from `first` on.
 struct Tokens {
   const int64_t* list;
   int64_t first, count;
@@ -98,7 +98,7 @@ struct Tokens {
   bool together() const { return count == 0 || (*this)[count - 1] - (*this)[0] == count - 1; }
 };
 
-// One adapter over the tokens of a call.
+// One adapter on the tokens of a call.
 template <typename W, typename V, typename I>
 class Product {
   using C = typename W::Compute;
@@ -119,7 +119,7 @@ class Product {
   // Whether a granule's entries fill registers and lie in one row.
   bool fills() const { return !problem_.transposed && aligned() && problem_.granule % kernel_.lanes == 0; }
 
-  // Rows [begin, end) of the sums of one token; transposed, all rows.
+  // Rows [begin, end) of the sums of one token; for the transposed product, all rows.
   void alone(int64_t token, bool across, int64_t begin, int64_t end) const {
     const int64_t outs = problem_.transposed ? problem_.out_features : end - begin;
     const auto x = allocate<C>(problem_.features), sums = allocate<C>(outs);
@@ -163,7 +163,7 @@ class Product {
   }
 
  private:
-  // Whether a row is so many granules: of number n, row = (n + 0.5) * inverse().
+  // Whether a row is a whole number of granules: granule n is then in row (n + 0.5) * inverse().
   bool aligned() const { return mask_.columns % problem_.granule == 0 && problem_.limit() < kExact; }
   int64_t a_row() const { return mask_.columns / problem_.granule; }
   double inverse() const { return 1.0 / static_cast<double>(a_row()); }
@@ -171,7 +171,7 @@ class Product {
   // The values of some rows, in the compute type.
   struct Numbers {
     std::vector<C> room;
-    int64_t first = 0;  // entry
+    int64_t first = 0;  // the first entry
 
     const C* operator()(const Product& product, int64_t begin, int64_t end) {
       first = product.mask_.row_start(begin);
@@ -184,7 +184,7 @@ class Product {
     }
   };
 
-  // f(loops, walk): the loops for the mask's granule, and a walk from an entry on.
+  // f(loops, walk): the loops for the mask's granule, and a function that starts a walk at an entry.
   template <typename F>
   void with_loops(const F& f) const {
     if (problem_.granule == 1)
@@ -193,8 +193,7 @@ class Product {
       f(kernel_.granules, [this](int64_t entry) { return Walk<I, false>(mask_, entry); });
   }
 
-  // The most registers of tokens side by side with which what is packed stays in the second-level cache, as a power
-  // of 2.
+  // As a power of 2, the most registers of tokens side by side for which the packed data stays in L2.
   int deepest() const {
     const int64_t bytes = (problem_.transposed ? problem_.out_features : problem_.features) * kernel_.lanes * sizeof(C);
     int side = 0;
@@ -202,14 +201,14 @@ class Product {
     return side;
   }
 
-  // How many registers of tokens there are side by side, as a power of 2.
+  // As a power of 2, how many registers of tokens lie side by side.
   int side(int64_t tokens) const {
     int side = 0;
     while ((kernel_.lanes << side) < tokens) ++side;
     return side;
   }
 
-  // The input of some tokens, where they follow one another: their own, or a copy that `room` holds.
+  // The input of some tokens: in place if they are consecutive, else a copy that `room` owns.
   const Bits* gathered(const Tokens& tokens, std::vector<Bits>& room) const {
     if (tokens.together()) return input_ + tokens[0] * problem_.features;
     room.resize(tokens.count * problem_.features);
@@ -229,7 +228,7 @@ class Product {
     });
   }
 
-  // Some rows, and their granules by column.
+  // Some rows, and their granules sorted by column.
   struct Share {
     int64_t begin, end;
     std::vector<int64_t> starts;
@@ -335,13 +334,13 @@ class Product {
                 turned.get());
   }
 
-  // The sums of outputs [first, first + count) of packed tokens.
+  // Finishes outputs [first, first + count) of packed tokens, whose sums are transposed back.
   void turn_back(const Tokens& tokens, int64_t first, int64_t count, int64_t depth, const C* sums, C* turned) const {
     kernel_.turn(reinterpret_cast<const typename Wide<C>::Bits*>(sums), depth, count, tokens.count, turned, kRows);
     for (int64_t i = 0; i < tokens.count; ++i) finish(tokens[i], first, count, turned + i * kRows);
   }
 
-  // The sums of outputs [first, first + count) of one token.
+  // Writes outputs [first, first + count) of one token from their sums.
   void finish(int64_t token, int64_t first, int64_t count, const C* sums) const {
     Bits* const to = output_ + token * problem_.out_features + first;
     if (adds_)
@@ -360,14 +359,14 @@ class Product {
   const bool adds_;
 };
 
-// In the width that `width` gives.
+// For the vector width that `width` returns.
 template <core::Width (*width)()>
 struct Cpu {
   static void content(const char* op, Name name, const Tensor& indices, int64_t limit) {
     check_indices_content(op, name, indices, limit);
   }
 
-  // One adapter over some of the call's tokens; few: the call has few tokens an adapter.
+  // One adapter on some of the call's tokens. `few`: the call has few tokens per adapter.
   template <typename W, typename V>
   static void one(const SparseLinear& problem, const Tensor& input, const Tensor& output, const Tensor& indices,
                   const Tensor& values, typename W::Compute alpha, bool adds, const Tokens& tokens, bool few) {
@@ -378,7 +377,7 @@ struct Cpu {
                                      width());
       const bool across = few && product.fills();
       if (!across && tokens.count > 1) return product.packed(tokens);
-      // Each token's rows in as many parts as keep the threads busy.
+      // Each token's rows are split into as many parts as keep the threads busy.
       const int64_t work = values.numel() + problem.rows();
       const int64_t threads = (torch::stable::get_num_threads() + tokens.count - 1) / tokens.count;
       const int64_t parts = problem.transposed ? 1 : std::clamp<int64_t>(work / (4 * kGrain), 1, threads);
@@ -405,7 +404,7 @@ struct Cpu {
     const auto count = static_cast<int64_t>(indices.size());
     const int32_t* const named = adapters.const_data_ptr<int32_t>();
     check_adapter_numbers(problem.op, named, problem.tokens, count);
-    // The tokens by adapter, those of one in their order.
+    // The tokens by adapter; those of one adapter stay in order.
     std::vector<int64_t> starts(count + 1, 0), order(problem.tokens);
     for (int64_t t = 0; t < problem.tokens; ++t)
       if (named[t] >= 0) ++starts[named[t] + 1];

@@ -1,11 +1,11 @@
 // The loops of the overlay family. Included once for each vector width, in its namespace: Floats and Doubles are the
 // registers of that width, and SHIRA_TARGET lets the compiler use its instructions.
 //
-// Over packed tokens a lane is a token: an output is one sum over its entries in the mask's order, whatever the other
-// tokens are, and however many registers lie side by side. `row_sums` makes the same sums of one token.
+// With packed tokens a lane is a token: an output is one sum over its entries in the mask's order, whatever the other
+// tokens are, and however many registers lie side by side. `row_sums` makes the same sums for one token.
 #include "pack_kernel.h"
 
-// sums[r] = the sums of row `first + r`, of kSide registers of tokens; x has as many a column.
+// sums[r] = the sums of row `first + r`, in kSide registers of tokens; x has as many per column.
 template <typename Registers, int kSide, typename I, bool single>
 SHIRA_TARGET void rows(Walk<I, single> walk, int64_t first, int64_t count, const typename Registers::Value* values,
                        const typename Registers::Value* x, typename Registers::Value* sums) {
@@ -26,9 +26,9 @@ SHIRA_TARGET void rows(Walk<I, single> walk, int64_t first, int64_t count, const
   }
 }
 
-// `rows` for granules that lie side by side in a row, column by column: those of one column need the same packed
-// columns, which then stay in the first-level cache and are loaded once for several rows. sums[row] are added to; the
-// granules of an earlier column come first, so each sum is made in the order of `rows`.
+// `rows` for granules that lie side by side in a row, taken column by column: those of one column need the same packed
+// columns, which then stay in L1 and are loaded once for several rows. The results are added to sums[row]; earlier
+// columns come first, so each sum is made in the same order as in `rows`.
 template <typename Registers, int kSide, int kTall>
 SHIRA_TARGET void column_of(const Placed* placed, int64_t count, int64_t granule,
                             const typename Registers::Value* values, const typename Registers::Value* x,
@@ -69,7 +69,7 @@ SHIRA_TARGET void columns(const Placed* placed, const int64_t* starts, int64_t c
                                                           granule, values, x, sums);
 }
 
-// `rows` transposed: x has the rows from `first` on, and sums are those of all columns, added to.
+// `rows` transposed: x has the rows from `first` on; `sums` has all columns, and is added to.
 template <typename Registers, int kSide, typename I, bool single>
 SHIRA_TARGET void spread(Walk<I, single> walk, int64_t first, int64_t count, const typename Registers::Value* values,
                          const typename Registers::Value* x, typename Registers::Value* sums) {
@@ -91,7 +91,7 @@ SHIRA_TARGET void spread(Walk<I, single> walk, int64_t first, int64_t count, con
   }
 }
 
-// `rows` for one token: x has a number a column.
+// `rows` for one token: x has one number per column.
 template <typename Registers, typename I, bool single>
 SHIRA_TARGET void row_sums(Walk<I, single> walk, int64_t first, int64_t count, const typename Registers::Value* values,
                            const typename Registers::Value* x, typename Registers::Value* sums) {
@@ -116,9 +116,8 @@ SHIRA_TARGET void row_spread(Walk<I, single> walk, int64_t first, int64_t count,
   }
 }
 
-// One token and granules that fill registers and end with their rows: a granule is summed across its lanes, and then
-// added to its row. `a_row` granules are in a row, `inverse` is 1 / a_row;
-// sums are those of the rows from `first` on.
+// One token, with granules that fill registers and end with their rows: each granule is summed across its lanes and
+// then added to its row. A row has `a_row` granules, and `inverse` is 1 / a_row; `sums` has the rows from `first` on.
 template <typename Registers, typename V, typename I>
 SHIRA_TARGET void granule_sums(const I* indices, int64_t n, int64_t granule, int64_t a_row, double inverse,
                                int64_t first, const typename V::Bits* values, const typename Registers::Value* x,
@@ -131,7 +130,7 @@ SHIRA_TARGET void granule_sums(const I* indices, int64_t n, int64_t granule, int
     const int64_t here = std::min<int64_t>(kGroup, n - from);
     for (int k = 0; k < kGroup; ++k) {
       const int64_t at = from + std::min<int64_t>(k, here - 1), index = indices[at];
-      // Half an index away from the next whole number, which rounding does not bridge below 2^50.
+      // The 0.5 is half an index away from the next whole number, more than rounding bridges below 2^50.
       rows[k] = static_cast<int64_t>((static_cast<double>(index) + 0.5) * inverse);
       const auto* const own = x + (index - rows[k] * a_row) * granule;
       const auto* const value = values + at * granule;

@@ -1,8 +1,8 @@
-// Packing: numbers turned, so that what lay across a stride is contiguous, and converted to the compute type. Included
-// once for each vector width, in its namespace: Floats and Doubles are the registers of that width, and SHIRA_TARGET
-// lets the compiler use its instructions.
+// Packing: numbers are transposed, so that what was strided becomes contiguous, and converted to the compute type.
+// Included once for each vector width, in its namespace: Floats and Doubles are the registers of that width, and
+// SHIRA_TARGET lets the compiler use its instructions.
 
-// One square tile: kLanes tokens of kLanes columns, turned so that a column's tokens lie in a row.
+// One square tile: kLanes tokens of kLanes columns, transposed so that a column's tokens lie in a row.
 template <typename Registers, typename D>
 SHIRA_TARGET inline void pack_tile(const typename D::Bits* from, int64_t stride, typename Registers::Value* to,
                                    int64_t depth, int64_t columns) {

@@ -80,7 +80,7 @@ void score_granules(const Scores<core::Key<typename W::Compute>>& call, int64_t 
 
 // ---- where keys reach a threshold --------------------------------------------------------------------------
 
-// Positions i of [0, n) with keys[i] >= least, ascending; `at` has room for a vector more. n <= kBlock.
+// Positions i of [0, n) with keys[i] >= least, ascending; `at` has room for one more vector. n <= kBlock.
 template <typename Key>
 int64_t reaching_portable(const Key* keys, int64_t begin, int64_t n, Key least, int32_t* at, int64_t found) {
   for (int64_t i = begin; i < n; ++i) {
@@ -190,7 +190,7 @@ Key guess_threshold(const Scores<Key>& scores, int64_t rank) {
   return sample[rank];
 }
 
-// What a little more than k granules reach, as a sample has it; nothing where a weight is too small for one.
+// A key that a little more than k granules reach, guessed from a sample; nothing if the weight is too small for one.
 template <typename Key>
 std::optional<Key> guess(const Scores<Key>& scores, int64_t k) {
   if (scores.granules < 2 * kSample) return std::nullopt;
@@ -200,7 +200,7 @@ std::optional<Key> guess(const Scores<Key>& scores, int64_t k) {
   return rank < kSample ? guess_threshold(scores, rank) : Key{0};
 }
 
-// All granules that reach `least`, unless they are more than O(k); and how many of each chunk come next, at one less.
+// All granules that reach `least`, unless they are more than O(k). `next`: how many in each chunk have `least - 1`.
 template <typename Key>
 std::optional<Candidates<Key>> candidates(const Scores<Key>& scores, int64_t k, Key least,
                                           std::vector<int64_t>* next = nullptr) {
@@ -236,7 +236,7 @@ std::optional<Candidates<Key>> candidates(const Scores<Key>& scores, int64_t k, 
 
 // ---- the cut -------------------------------------------------------------------------------------------------
 
-// Selected are all keys above `key`, and of those equal to it the first `ties`.
+// All keys above `key` are selected, and the first `ties` of those equal to it.
 template <typename Key>
 struct Cut {
   Key key;
@@ -326,13 +326,13 @@ void select_from(const Source& source, int64_t k, const Tensor& indices) {
   });
 }
 
-// All of `above`, and of the granules with key `equal`, of which each chunk has so many, the first that are left of k.
-// Only the chunks that have those are looked at again.
+// All of `above` and, up to k, the first granules with key `equal`, of which chunk i has equals[i]. Only the chunks
+// that have some of those are looked at again.
 template <typename Index, typename Key>
 void write_with_equals(const Scores<Key>& scores, const Candidates<Key>& above, Key equal,
                        const std::vector<int64_t>& equals, int64_t k, Index* out) {
   struct Share {
-    int64_t begin, equals;  // of the output; of the equal ones
+    int64_t begin, equals;  // the first output; how many equal ones
   };
   std::vector<Share> shares;
   int64_t left = k - above.count(), begin = 0;
@@ -502,5 +502,5 @@ SHIRA_LIBRARY_IMPL(CPU, m) {
   shira::SelectOps<shira::cpu::Cpu>::implement(m);
 }
 
-// No tensor argument tells a device: `device` does.
+// No tensor argument gives the device: `device` does.
 SHIRA_LIBRARY_IMPL(CompositeExplicitAutograd, m) { m.impl("select_random", TORCH_BOX(&shira::cpu::select_random)); }

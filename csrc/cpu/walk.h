@@ -34,8 +34,8 @@ inline void prefetch(const char* p, int64_t bytes) {
   }
 }
 
-// Calls f(byte offset in the weight, first entry of values, entries) for the runs of [begin, end), in order.
-// `ramp`: fetch the first lines too; not needed where the walk goes on from an earlier one.
+// Calls f(byte offset in the weight, first entry of values, entries) for the runs of [begin, end), in order. `ramp`:
+// fetch the first lines too, which is not needed where the walk continues an earlier one.
 template <int64_t kBytes, Fetch fetch, typename I, typename F>
 SHIRA_INLINE void walk(const char* weight, const I* indices, int64_t granule, int64_t begin, int64_t end, int64_t nnz,
                        bool ramp, F&& f) {

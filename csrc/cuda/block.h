@@ -1,4 +1,4 @@
-// Sums over the threads of a block. All of its kThreads threads must come.
+// Sums over the threads of a block. All kThreads threads must call them.
 #pragma once
 #include "memory.h"
 
@@ -7,13 +7,13 @@ namespace shira::cuda {
 constexpr int kWarps = kThreads / 32;
 constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
 
-// The sum over the block, in thread 0. Mod 2^64, so the order of the threads does not show.
+// The sum over the block, in thread 0. It is mod 2^64, so the order of the threads does not matter.
 __device__ __forceinline__ uint64_t block_sum(uint64_t x) {
   SHIRA_SHARED(sums, kWarps, uint64_t);
   const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
-  __syncthreads();  // what an earlier call left may still be read
+  __syncthreads();  // an earlier call's sums may still be read
   if (thread % 32 == 0) sums[thread / 32] = x;
   __syncthreads();
   if (thread == 0)
@@ -25,7 +25,7 @@ struct Plain {
   __device__ __forceinline__ uint64_t operator()(uint64_t a, uint64_t b) const { return a + b; }
 };
 
-// The sum over the threads before this one, and over all of them. `add` must be associative; 0 is its zero.
+// The sum over the threads before this one; `total` is that over all. `add` is associative, with 0 as its zero.
 template <typename Add>
 __device__ __forceinline__ uint64_t block_scan(uint64_t x, uint64_t& total, const Add& add) {
   SHIRA_SHARED(sums, kWarps, uint64_t);
@@ -36,7 +36,7 @@ __device__ __forceinline__ uint64_t block_scan(uint64_t x, uint64_t& total, cons
     const uint64_t before = __shfl_up_sync(kAllLanes, sum, lanes);
     if (lane >= lanes) sum = add(before, sum);
   }
-  __syncthreads();  // what an earlier call left may still be read
+  __syncthreads();  // an earlier call's sums may still be read
   if (lane == 31) sums[thread / 32] = sum;
   __syncthreads();
   uint64_t before = 0;

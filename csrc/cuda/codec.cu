@@ -1,9 +1,9 @@
-// Indices to bytes and back on CUDA: core/codec.h is the format. A block of threads has a block of the code.
+// Indices to bytes and back on CUDA, in the format of core/codec.h. A thread block handles one block of the code.
 //
-// Both directions refuse content, and the size of a code is not known before it is made, so both synchronise: a code is
-// made when an adapter is saved and read when it is loaded. What a block decodes it finds by sums over its units, how
-// far each reaches and how many gaps have ended before it. Units come and indices go through shared memory: a thread
-// has neighbouring ones, and memory is asked for them in whole lines.
+// Both directions check content, and the size of a code is known only once it is made, so both synchronise: a code is
+// made when an adapter is saved and read when it is loaded. A thread block decodes by sums over its units: how far each
+// one advances the index, and how many gaps have ended before it. Units and decoded indices go through shared memory:
+// each thread handles neighbouring ones, yet memory is accessed in whole lines.
 #include "../core/codec.h"
 
 #include "../ops/codec.h"
@@ -16,11 +16,11 @@ namespace codec = shira::core::codec;
 
 constexpr uint64_t kMost = ~uint64_t{0};
 
-// Sums that stop at the largest number instead of passing it: what reaches it is refused.
+// Sums that saturate at the largest number: an index that reaches it is refused.
 struct Saturating {
   __device__ __forceinline__ uint64_t operator()(uint64_t a, uint64_t b) const { return a + b < a ? kMost : a + b; }
 };
-// Codes have any alignment. Neighbouring threads read neighbouring units, so single bytes come from L1.
+// Codes may have any alignment. Neighbouring threads read neighbouring units, so single bytes come from L1.
 template <typename T>
 __device__ __forceinline__ T read(const uint8_t* at) {
   uint64_t value = 0;
@@ -39,8 +39,8 @@ __device__ __forceinline__ void write(uint8_t* at, T value) {
 struct DecodeRow {
   const uint8_t* code;
   int64_t bytes, count;
-  uint64_t bound;               // of every index
-  unsigned long long* refused;  // the first block that is
+  uint64_t bound;               // every index must be below it
+  unsigned long long* refused;  // the first block that is refused
 };
 
 template <typename Index>
@@ -51,16 +51,16 @@ struct Decode {
   };
   static int64_t tiles(const Row& row) { return codec::block_count(row.count); }
 
-  // Units of a thread in one step: a block's at 1 % (4440 bytes, of 5120) are one step. Five words of shared memory, so
-  // that the lanes of a warp read from banks of their own.
+  // Units per thread in one step: at 1 %, the payload of a block (4440 bytes, of 5120) is one step. They are five words
+  // of shared memory, so the lanes of a warp read from different banks.
   template <typename Unit>
   static constexpr int kItems = sizeof(Unit) == 1   ? 20
                                 : sizeof(Unit) == 2 ? 10
                                                     : 2;
   static constexpr int kStaged = kThreads * 20;
 
-  // Units of the payload [at, end) into out[1 .. n). Whether they are n - 1 gaps, the last of which ends with the
-  // payload; `index` is the last one.
+  // Decodes the units of the payload [at, end) into out[1 .. n). Returns whether they are n - 1 gaps, the last of which
+  // ends with the payload; `index` becomes the last index.
   template <typename Unit>
   static __device__ bool payload(const uint8_t* at, const uint8_t* end, int n, uint8_t* staged, Index* out,
                                  uint64_t& index) {
@@ -71,14 +71,14 @@ struct Decode {
     const int thread = static_cast<int>(threadIdx.x);
     const int64_t units = (end - at) / kSize;
     if (units * kSize != end - at) return false;
-    // Escapes may be many: in a payload that no encoder writes, the sum is all that is asked of them.
+    // A payload that no encoder writes may have any number of escapes; only their sum matters.
     uint64_t written = 0;
     for (int64_t begin = 0; begin < units; begin += kStep) {
       const int here = static_cast<int>(units - begin < kStep ? units - begin : kStep);
       for (int i = thread; i < here * static_cast<int>(kSize); i += kThreads)
         staged[i] = load_cached(at + begin * kSize + i);
       __syncthreads();
-      // Read twice, since registers for all of them would cost half of the blocks that a multiprocessor runs at once.
+      // Read twice: registers for all of them would halve the number of blocks that a multiprocessor runs at once.
       const auto unit = [&](int k, bool& last) {
         const int i = thread * kOwn + k;
         const Unit own = i < here ? codec::load<Unit>(staged + i * kSize) : Unit{0};
@@ -93,9 +93,9 @@ struct Decode {
         sum = kEscapes ? sum + own + last : Saturating{}(sum, Saturating{}(own, last));
         ends += last;
       }
-      uint64_t reach, gaps;  // of the units before this thread's
+      uint64_t reach, gaps;  // sums over the units before this thread's
       if constexpr (kEscapes) {
-        // Both sums in one number: at most 5120 gaps, which reach less than 2^28.
+        // Both sums in one number: at most 5120 gaps, which together reach less than 2^28.
         const uint64_t before = block_scan(sum << 16 | ends, total, Plain{});
         reach = Saturating{}(index, before >> 16);
         gaps = written + (before & 0xFFFF);
@@ -202,7 +202,7 @@ struct Decode {
       }
     }
     if (!good || index >= row.bound || (!last && anchors[2] <= index)) return false;
-    __syncthreads();  // a block of one index has had none since it was written
+    __syncthreads();  // for a block of one index, the first barrier since it was written
     for (int i = thread; i < n; i += kThreads) store_stream(out + i, indices[i]);
     return true;
   }
@@ -220,17 +220,17 @@ __device__ __forceinline__ uint64_t units_of(uint64_t gap) {
   return sizeof(Unit) == 8 ? 1 : gap / codec::kEscape<Unit> + 1;
 }
 
-constexpr int kItems = 8;  // indices of a thread in one step
+constexpr int kItems = 8;  // indices per thread in one step
 constexpr int kStep = kThreads * kItems;
 
 struct EncodeRow {
   Indices indices;
   int64_t version;
-  uint64_t* places;             // a block's mode << 56 | the bytes of its payload; then | where that starts
-  unsigned long long* refused;  // the first position that is
+  uint64_t* places;             // for each block, mode << 56 | the size of its payload, later | the payload's start
+  unsigned long long* refused;  // the first position that is refused
 };
 
-// Which mode a block takes, and how long it is in that.
+// Which mode each block takes, and the size of its payload in that mode.
 struct Measure {
   using Row = EncodeRow;
   struct Scalars {};
@@ -382,7 +382,7 @@ struct Cuda {
     const int64_t count = indices.numel(), blocks = codec::block_count(count);
     if (count == 0) return torch::stable::new_empty(indices, {0}, ScalarType::Byte);
     const Device device(indices);
-    // The places of the blocks, and the first position that is refused.
+    // The places of the blocks, then the first position that is refused.
     const Tensor scratch = torch::stable::new_empty(indices, {blocks + 1}, ScalarType::Long);
     auto* places = address<uint64_t>(scratch);
     const EncodeRow row{indices_of(indices), version, places, reinterpret_cast<unsigned long long*>(places + blocks)};
@@ -409,7 +409,7 @@ struct Cuda {
     Tensor code = torch::stable::new_empty(indices, {blocks * codec::kAnchorBytes + static_cast<int64_t>(start)},
                                            ScalarType::Byte);
     launch_one<Encode>({address<uint8_t>(code)}, row, device.stream);
-    SHIRA_CUDA_CHECK(cudaStreamSynchronize(device.stream));  // `place` is read until then
+    SHIRA_CUDA_CHECK(cudaStreamSynchronize(device.stream));  // the copy reads `place` until then
     return code;
   }
 

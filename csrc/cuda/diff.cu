@@ -1,9 +1,9 @@
-// The diff family on CUDA: tiles count the granules that differ, a scan tells each tile where its share begins, the
-// host reads the sizes, and tiles write what they found and refresh their share of the snapshot.
+// The diff family on CUDA: tiles count the granules that differ, a scan tells each tile where its output begins, the
+// host reads the sizes, and tiles write what they found and refresh their part of the snapshot.
 //
-// Both passes read both tensors, so the whole takes about twice the time of reading them. Granules that divide 16
-// bytes come 16 bytes at a time, several in each; others are compared in the widest units that their size and both
-// addresses allow: by a thread, or, where they are large, by a block.
+// Both passes read both tensors, so the op takes about twice the time of reading them. Granules whose size divides 16
+// bytes are read 16 bytes at a time, several per load; others are compared in the widest units that their size and both
+// addresses allow, by one thread per granule or, for large ones, by one block.
 #include "../ops/diff.h"
 #include "../ops/select.h"
 #include "block.h"
@@ -13,17 +13,17 @@ namespace shira::cuda {
 namespace {
 
 constexpr int kItems = 4;
-constexpr int64_t kWideGranule = 1024;  // bytes from which on a block has a granule
+constexpr int64_t kWideGranule = 1024;  // granules of at least this many bytes get a block each
 
 struct DiffRow {
   void* snapshot;
   const void* weight;
   int64_t granules;
-  int64_t units;     // of a granule; of a line, where that holds several
-  uint64_t* counts;  // of each tile; then before it
+  int64_t units;     // per granule; per line, where a line holds several granules
+  uint64_t* counts;  // differing granules in each tile; after the scan, before it
   void *indices, *values;
-  bool wide;    // int64 indices
-  bool before;  // the values are the snapshot's
+  bool wide;    // whether indices are int64
+  bool before;  // whether the values are the snapshot's
 };
 
 __device__ __forceinline__ void put_index(const DiffRow& row, uint64_t place, int64_t index) {
@@ -33,7 +33,7 @@ __device__ __forceinline__ void put_index(const DiffRow& row, uint64_t place, in
     store_stream(static_cast<int32_t*>(row.indices) + place, static_cast<int32_t>(index));
 }
 
-// Lines of 16 bytes with 16 / kBytes granules each; a thread has kItems of a tile, a block apart.
+// Lines of 16 bytes with 16 / kBytes granules each; a thread has kItems lines of a tile, kThreads apart.
 template <int kBytes>
 struct Lines {
   static constexpr int kGranules = 16 / kBytes, kTile = kThreads * kItems * kGranules;
@@ -49,7 +49,7 @@ struct Lines {
     else
       return a != b;
   }
-  // A bit for each granule of a line that differs. The last line may be cut: its granules are read one by one.
+  // One bit per granule of a line, set if it differs. The last line may be partial: its granules are read one by one.
   static __device__ __forceinline__ uint32_t read(const DiffRow& row, int64_t line, Line& now) {
     uint32_t bits = 0;
     const int64_t first = line * kGranules;
@@ -121,15 +121,15 @@ struct WriteLines {
   }
 };
 
-// Granules of several units: a thread has one, and a tile as many as a block has threads; where they are large, a tile
-// is one, and the block's threads share its units.
+// Granules of several units: one per thread, and as many per tile as a block has threads. A large granule is a tile of
+// its own, and the block's threads share its units.
 template <int kUnit, bool kByBlock>
 struct Granules {
   static constexpr int kTile = kByBlock ? 1 : kThreads;
   static __device__ __forceinline__ int64_t first() { return kByBlock ? static_cast<int64_t>(threadIdx.x) : 0; }
   static constexpr int64_t kStep = kByBlock ? kThreads : 1;
 
-  // Whether a thread's share of a granule differs.
+  // Whether this thread's part of a granule differs.
   static __device__ __forceinline__ bool differs(const DiffRow& row, int64_t granule) {
     if (granule >= row.granules) return false;
     for (int64_t unit = first(); unit < row.units; unit += kStep) {
@@ -176,7 +176,7 @@ struct WriteGranules {
   static __device__ void tile(const Scalars&, const Row& row, int64_t tile) {
     const uint64_t before = load_stream(row.counts + tile);
     if constexpr (kByBlock) {
-      // The scan left how many came before each tile: this one has its granule if the next begins behind it.
+      // The scan left the count before each tile: this tile's granule differs if the next count is higher.
       if (load_stream(row.counts + tile + 1) > before) G::write(row, tile, before);
     } else {
       const bool own = G::differs(row, G::granule(tile));
@@ -187,7 +187,7 @@ struct WriteGranules {
   }
 };
 
-// The totals that scans left, side by side, so that the host reads them at once.
+// Puts the totals of the scans side by side, so that the host reads them at once.
 struct TotalRow {
   const uint64_t* from;
   uint64_t* to;
@@ -214,7 +214,7 @@ template <typename Count, typename Write>
 Launches launches() {
   return {Count::tiles, start<Count>, start<Write>};
 }
-// The kernels for granules of so many bytes in memory of this alignment; `units` is set.
+// Chooses the kernels for granules of `bytes` bytes in memory of this alignment, and sets `units`.
 Launches choose(int64_t bytes, int64_t aligned, int64_t& units) {
   units = 1;
   if (aligned == 16 && 16 % bytes == 0) {

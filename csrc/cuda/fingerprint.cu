@@ -1,8 +1,8 @@
-// The fingerprint on CUDA: of a weight, whole or of the words that some granules touch.
+// The fingerprint on CUDA: of a whole weight, or of the words that some granules touch.
 //
-// The whole is read at the speed of memory: 16 bytes a load, kItems loads in flight a thread, and some thirty
-// instructions a word, of which a GPU has about twice as many as words arrive. A block adds up its tile and gives the
-// total to one atomic: sums mod 2^64 have the same bits in any order.
+// A whole weight is read at the speed of memory: 16 bytes per load, kItems loads in flight per thread. Mixing a word
+// takes some thirty instructions, about half of what a GPU can issue while the next one arrives. A block adds up its
+// tile and adds the total with one atomic: sums mod 2^64 have the same bits in any order.
 #include "../core/fingerprint.h"
 #include "../ops/fingerprint.h"
 #include "block.h"
@@ -13,7 +13,7 @@ namespace {
 constexpr int kItems = 4;
 constexpr int kTile = kThreads * kItems;
 
-// The word at `position`, in accesses of kUnit bytes, and by bytes where the memory ends within it.
+// The word at `position`, read kUnit bytes at a time, or byte by byte if the memory ends within it.
 template <int kUnit>
 __device__ __forceinline__ uint64_t word_at(const uint8_t* data, int64_t bytes, int64_t position) {
   const int64_t at = position * core::kWordBytes;
@@ -42,7 +42,7 @@ struct Bytes {
   int64_t bytes;
 };
 
-// Pairs of words from memory that is aligned to 16 bytes; other memory a word at a time.
+// Pairs of words if the memory is aligned to 16 bytes, else one word at a time.
 template <int kUnit>
 struct Whole {
   using Row = Bytes;
@@ -89,10 +89,10 @@ struct TouchedRow {
   int64_t bytes;
   Indices indices;
   int64_t limit, granule_bytes;
-  Granule words;  // as many as a granule can touch
+  Granule words;  // the most words that a granule can touch
 };
 
-// A thread has a granule and one of the words it may touch; a word that the granule before touches too is that one's.
+// Each item is a granule and one of the words it may touch; a word that the previous one touches too is left to it.
 template <int kUnit>
 struct Touched {
   using Row = TouchedRow;
@@ -111,7 +111,7 @@ struct Touched {
 #pragma unroll
     for (int k = 0; k < kItems; ++k) earlier[k] = items.number[k] > 0 ? items.number[k] - 1 : 0;
     row.indices.all(earlier, previous);
-    // The word of each item, or below 0; then all words are on their way before the first is mixed.
+    // The word of each item, or -1 for none. All words are in flight before the first is mixed.
     int64_t at[kItems];
     uint64_t word[kItems];
 #pragma unroll
@@ -135,7 +135,7 @@ struct Touched {
 };
 
 struct Cuda {
-  static void content(const char*, Name, const Tensor&, int64_t) {}  // guarded where it is used
+  static void content(const char*, Name, const Tensor&, int64_t) {}  // each access is guarded instead
 
   static Tensor whole(const Tensor& weight) {
     const Device device(weight);
@@ -148,7 +148,7 @@ struct Cuda {
   static Tensor touched(const Tensor& weight, const Tensor& indices, int64_t granule) {
     const Device device(weight);
     const int64_t bytes = granule * static_cast<int64_t>(weight.element_size());
-    // A granule that does not start at a word's first byte may touch one word more.
+    // A granule that does not start at a word's first byte may touch one more word.
     const int64_t words = bytes % 8 == 0 ? bytes / 8 : 8 % bytes == 0 ? 1 : (bytes + 6) / 8 + 1;
     const TouchedRow row{address<const uint8_t>(weight),
                          byte_size(weight),

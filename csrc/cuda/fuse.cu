@@ -1,4 +1,4 @@
-// The fuse family on CUDA: fuse_plan ranks the adapters' entries among one another, fuse_ walks the union.
+// The fuse family on CUDA: fuse_plan ranks the adapters' entries against one another, fuse_ walks the union.
 #include "../core/fuse.h"
 
 #include "../dispatch.h"
@@ -15,12 +15,12 @@ constexpr int kTile = kThreads * kItems;
 
 // ---- fuse_plan -----------------------------------------------------------------------------------------
 //
-// The lists are sorted, so an entry's place among all of them is the sum of its places in each: no sort, and the
-// adapters' order within an entry comes by itself. The union is what is the first of its entry, compacted.
+// The lists are sorted, so an entry's place in the merged list is the sum of its places in each list: there is nothing
+// to sort, and the adapters of an entry stay in order. The union is the first source of each entry, compacted.
 
 struct PlanRow {
   const Indices* lists;
-  const int64_t* starts;  // of each list among all entries, and how many there are
+  const int64_t* starts;  // where each list begins among all entries, then their number
   int32_t adapters;
   int64_t total;
   // In the order of the merged lists:
@@ -29,7 +29,7 @@ struct PlanRow {
   uint8_t* firsts;  // whether this source is the first of its entry
 };
 
-// How many of a list's indices are below x, or not above it.
+// How many of a list's indices are below x, or (`or_equal`) not above it.
 __device__ __forceinline__ int64_t count_below(const Indices& list, int64_t x, bool or_equal) {
   int64_t low = 0, count = list.count;
   while (count > 0) {
@@ -88,7 +88,7 @@ struct UnionRow {
   const uint8_t* firsts;
   const int64_t* entries;
   int64_t total;
-  uint64_t* counts;  // of firsts in each tile; then of those before it
+  uint64_t* counts;  // firsts in each tile; after the scan, before it
   void *indices, *offsets;
   bool wide_indices, wide_offsets;
 };
@@ -147,9 +147,9 @@ struct Adapter {
 };
 
 static_assert(sizeof(Adapter) % 8 == 0);
-constexpr int kFew = 64;  // adapters that travel with the launch; more are put into a table on the device first
+constexpr int kFew = 64;  // this many adapters travel with the launch; more are put into a table on the device first
 
-// The table's lines travel with launches too, and not by a copy from the host: a captured graph holds them.
+// The table's lines are kernel parameters too, not a copy from the host, so that a captured graph holds them.
 struct PutRow {
   Adapter* table;
   Adapter few[kFew];
@@ -175,20 +175,20 @@ struct FuseRow {
   void* saved;
   Indices indices, offsets;
   const int64_t* sources;
-  int64_t total;  // sources
+  int64_t total;  // number of sources
   const void* alphas;
-  const Adapter* many;  // on the device, where there are more than kFew
+  const Adapter* many;  // on the device, if there are more than kFew
   Adapter few[kFew];
   int64_t adapters;
   int64_t limit;
-  Granule granule;  // in units of kEntries
+  Granule granule;  // in units of kEntries entries
   bool refuse;
-  int32_t tile;  // units of a block
+  int32_t tile;  // units per block
 
   SHIRA_HD int64_t units() const { return indices.count * granule.units; }
 };
 
-// A unit is some neighbouring entries of a granule: they have the same sources.
+// A unit is kEntries neighbouring entries of a granule: they have the same sources.
 template <typename W, typename V, int kEntries>
 struct Fuse {
   using Row = FuseRow;
@@ -199,7 +199,7 @@ struct Fuse {
 
   static int64_t tiles(const Row& row) { return (row.units() + row.tile - 1) / row.tile; }
 
-  // What a thread needs of an adapter, in shared memory for a few: neighbours ask for different ones.
+  // What a thread needs to know about an adapter. A few are kept in shared memory: neighbours ask for different ones.
   struct Strength {
     const void* values;
     int64_t granules;
@@ -223,8 +223,8 @@ struct Fuse {
       __syncthreads();
     }
     const int64_t total = row.units(), begin = tile * row.tile, stop = begin + row.tile;
-    // Of all units of a thread: where they are, then their bases and first sources, are on their way together. The
-    // sums then wait for one source after the other, most often for one or none.
+    // For all units of a thread, the indices are in flight together, then the bases and first sources. The sums then
+    // wait for one source after the other, most often for one or none.
     const Items<kItems> items(row.indices, row.granule, begin, stop < total ? stop : total);
     int64_t next[kItems], to[kItems], at[kItems], end[kItems], source[kItems];  // `to` below 0: nothing to do
     Base base[kItems];
@@ -234,7 +234,7 @@ struct Fuse {
     row.offsets.all(next, end);
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
-      // A plan that no check has seen: what does not fit is skipped.
+      // The plan's content may be unchecked: what does not fit is skipped.
       if (at[k] < 0) at[k] = 0;
       if (end[k] > row.total) end[k] = row.total;
       const bool inside = items.is(k) && within(items.index[k], row.limit);
@@ -267,10 +267,10 @@ struct Fuse {
 };
 
 struct Cuda {
-  static void content(const char*, Name, const Tensor&, int64_t) {}                   // guarded where it is used
+  static void content(const char*, Name, const Tensor&, int64_t) {}                   // each access is guarded instead
   static void plan_content(const Tensor&, const Tensor&, const Tensors&, int64_t) {}  // likewise
 
-  // A copy on the device, in memory that `room` holds.
+  // A copy on the device, in memory that `room` owns.
   template <typename T>
   static const T* upload(const std::vector<T>& list, const Tensor& like, Tensor& room, cudaStream_t stream) {
     const int64_t bytes = static_cast<int64_t>(list.size() * sizeof(T));
@@ -328,7 +328,7 @@ struct Cuda {
     return {indices, offsets, sources};
   }
 
-  // A table on the device, in memory that `room` holds.
+  // A table on the device, in memory that `room` owns.
   static const Adapter* put(const std::vector<Adapter>& adapters, const Tensor& like, Tensor& room,
                             cudaStream_t stream) {
     room =

@@ -1,13 +1,13 @@
-// sampled_grad on CUDA, two ways. Both give the same bits on every run of one device, and no dense gradient is left.
+// sampled_grad on CUDA, in two ways. Both give the same bits on every run on one device and keep no dense gradient.
 //
-// Sampled: the dot of a column of grad_output and a column of input over the tokens, at the selected entries alone.
-// Tokens are the outer dimension of both, so columns are strided. Both are turned first, a block of tokens at a time,
-// so that a dot reads two contiguous runs, in accesses of 16 bytes: the copies take (rows + columns) * kTokens entries,
-// however many tokens there are. A warp has kEntries entries side by side; they are neighbours in a row more often than
-// not, and then its run of grad_output comes from L1. The order of a sum depends on the shapes alone.
+// Sampled: at the selected entries alone, the dot product of a column of grad_output and a column of input over the
+// tokens. Tokens are the outer dimension of both, so columns are strided. Both are transposed first, a block of tokens
+// at a time, so that a dot reads two contiguous runs, 16 bytes per access: the copies take (rows + columns) * kTokens
+// entries, however many tokens there are. A warp computes kEntries entries side by side; most often they are neighbours
+// in a row, and then its run of grad_output comes from L1. The order of a sum depends on the shapes alone.
 //
-// Dense: the matrix product that torch runs on tensor cores, with its sums in float32, some rows at a time into a
-// scratch of 64 MB, of which the entries are taken. In float32 it follows torch's own setting of the product's
+// Dense: the matrix product that torch runs on tensor cores, with sums in float32, some rows at a time into a scratch
+// buffer of 64 MB, from which the entries are taken. In float32 it follows torch's own setting of the product's
 // precision, as a dense backward does.
 #include <array>
 #include <cmath>
@@ -19,12 +19,12 @@
 namespace shira::cuda {
 namespace {
 
-// The share of entries from which the dense way is taken, at many tokens and at few. Predicted for Hopper, not
-// measured. Of 16-bit entries tensor cores multiply 7.5e14 / 2 pairs a second; a dot takes an entry of input a pair
-// from L2, at 5.5 TB/s: as long at 0.7 %, and below it the copies that turn both take a third of the dense product's
-// time. Float32 has a tenth of the rate and twice the bytes, float64 likewise. However few the tokens are, the dense
-// way writes its sums, as long as it takes to multiply `least` tokens; a dot finds its columns and adds up its lanes,
-// as long as it takes to read `fixed` more. At 1 % of 16-bit entries that makes 100 tokens.
+// The share of entries from which the dense way is taken, with many tokens and with few. Predicted for Hopper, not
+// measured. On 16-bit entries, tensor cores multiply 7.5e14 / 2 pairs a second; a dot loads one entry of input per pair
+// from L2, at 5.5 TB/s. They take equally long at 0.7 %, and below that the copies that transpose both take a third of
+// the dense product's time. Float32 has a tenth of the rate and twice the bytes; float64 likewise. With few tokens, the
+// dense way still writes its sums, which takes as long as multiplying `least` tokens; a dot finds its columns and adds
+// up its lanes, which takes as long as reading `fixed` more. At 1 % of 16-bit entries, dense begins at 100 tokens.
 struct Threshold {
   double share;
   int64_t least, fixed;
@@ -34,11 +34,11 @@ struct Threshold {
   }
 };
 constexpr Threshold kNarrow{0.005, 500, 150}, kWide{0.02, 50, 75};
-constexpr int64_t kScratch = int64_t{1} << 24;  // entries of the dense gradient that are there at a time
-constexpr int64_t kRowBlock = 256;              // rows of them, or a multiple
+constexpr int64_t kScratch = int64_t{1} << 24;  // entries of the dense gradient that exist at a time
+constexpr int64_t kRowBlock = 256;              // they are whole blocks of this many rows
 
-constexpr int64_t kTokens = 4096;  // turned at a time
-constexpr int kEntries = 4;        // of a warp
+constexpr int64_t kTokens = 4096;  // transposed at a time
+constexpr int kEntries = 4;        // per warp
 
 struct DotRow {
   const void* grad_output;  // [rows, tokens]
@@ -46,9 +46,9 @@ struct DotRow {
   Indices indices;
   void* result;
   int64_t tokens, limit;
-  Granule width;  // a row of the weight, as its columns
+  Granule width;  // the weight's columns, to split an entry into row and column
   Granule granule;
-  bool adds;  // to what an earlier block of tokens gave
+  bool adds;  // to the sums of earlier blocks of tokens
 };
 
 __device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
@@ -68,9 +68,9 @@ struct Dot {
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const int64_t total = row.indices.count * row.granule.units, first = (tile * kWarps + warp) * kEntries;
     const int64_t runs = row.tokens / kWide;
-    int64_t left[kEntries], right[kEntries];  // the first run of each column, or below 0: nothing to do
+    int64_t left[kEntries], right[kEntries];  // the first run of each column, or -1 if there is nothing to do
     C sum[kEntries];
-    if (first >= total) return;  // a whole warp
+    if (first >= total) return;  // true for the whole warp
     int64_t item[kEntries], number[kEntries], offset[kEntries], index[kEntries], entry[kEntries], line[kEntries],
         column[kEntries];
 #pragma unroll
@@ -121,7 +121,7 @@ struct TakeRow {
   void* result;
   int64_t limit;
   Granule granule;
-  bool first;  // of the blocks: what is out of range gives 0
+  bool first;  // the first block of rows: it writes 0 for indices out of range
 };
 
 template <typename T>
@@ -151,8 +151,8 @@ struct Take {
   }
 };
 
-// torch's own product of two matrices, in the dtype of the sums. The forms of mm that autocast leaves alone: under it
-// the plain one would give another dtype.
+// torch's own product of two matrices, in the dtype of the sums. It uses the forms of mm that autocast leaves alone:
+// the plain form would return another dtype under it.
 Tensor product(const Tensor& left, const Tensor& right, ScalarType sums) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{};
@@ -163,7 +163,7 @@ Tensor product(const Tensor& left, const Tensor& right, ScalarType sums) {
   } else if (left.is_cuda()) {
     stack = {from(left), from(right), from(sums)};
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "dtype", stack.data(), TORCH_ABI_VERSION));
-  } else {  // emulated: torch has it on CUDA alone
+  } else {  // emulated: torch has the form above on CUDA only
     return product(torch::stable::to(left, sums), torch::stable::to(right, sums), sums);
   }
   return torch::stable::detail::to<Tensor>(stack[0]);
@@ -173,9 +173,9 @@ enum class Way { Faster, Sampled, Dense };
 
 template <Way way>
 struct Cuda {
-  static void content(const char*, Name, const Tensor&, int64_t) {}  // guarded where it is used
+  static void content(const char*, Name, const Tensor&, int64_t) {}  // each access is guarded instead
 
-  // Tokens [begin, begin + n) of a tensor of `columns`, turned.
+  // Tokens [begin, begin + n) of a tensor with `columns` columns, transposed.
   static Tensor turned(const Tensor& tensor, int64_t tokens, int64_t columns, int64_t begin, int64_t n) {
     Tensor rows = torch::stable::view(tensor, {tokens, columns});
     rows = torch::stable::narrow(rows, 0, begin, n);
@@ -197,8 +197,8 @@ struct Cuda {
     const Tensor left =
         torch::stable::transpose(torch::stable::view(grad_output, {problem.tokens, problem.rows}), 0, 1);
     const Tensor right = torch::stable::view(input, {problem.tokens, problem.columns});
-    // Whole blocks of rows: a part's first column of grad_output is then as aligned as all of it is, and cuBLAS takes
-    // its fast kernels at addresses of 16 bytes alone.
+    // Whole blocks of rows: each part's first column of grad_output is then as aligned as the tensor itself, and cuBLAS
+    // uses its fast kernels only at multiples of 16 bytes.
     const int64_t fit = kScratch / std::max<int64_t>(1, problem.columns);
     const int64_t most = std::max(kRowBlock, fit / kRowBlock * kRowBlock);
     for (int64_t row = 0; row == 0 || row < problem.rows; row += most) {
@@ -247,7 +247,7 @@ struct Cuda {
   }
 };
 
-// One way or the other, for the tests: which is taken depends on the density and the tokens alone.
+// For the tests: the given way. Otherwise the density and the number of tokens decide.
 Tensor sampled_grad_by(const Tensor& grad_output, const Tensor& input, const Tensor& indices, int64_t granule,
                        std::string name) {
   const bool sampled = name == "sampled";

@@ -1,4 +1,4 @@
-// Content of `indices`, for the ops that must look at it: those may synchronise.
+// Checks the content of `indices`, for the ops that must look at it: those may synchronise.
 #pragma once
 #include "memory.h"
 
@@ -16,7 +16,7 @@ struct Check {
   static constexpr int kItems = 4, kTile = kThreads * kItems;
   static int64_t tiles(const Row& row) { return (row.indices.count + kTile - 1) / kTile; }
   static __device__ void tile(const Scalars&, const Row& row, int64_t tile) {
-    // An index and the one before it; both of all items are on their way at once.
+    // Each index and the one before it; the loads of all items are in flight at once.
     int64_t at[kItems], before[kItems], index[kItems], previous[kItems];
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
@@ -35,7 +35,7 @@ struct Check {
   }
 };
 
-// Refuses what is not strictly increasing in [0, limit), or not at least 0 where that is kNoLimit.
+// Refuses indices that are not strictly increasing in [0, limit); kNoLimit leaves only the lower bound.
 inline void check_content(const char* op, Name name, const Tensor& indices, int64_t limit, cudaStream_t stream) {
   if (indices.numel() == 0) return;
   const Tensor found = torch::stable::new_empty(indices, {1}, ScalarType::Long);

@@ -1,7 +1,7 @@
 // How kernels are started: the device, the stream, and a list of tensors as one launch.
 //
-// This is also the seam between real CUDA and tests/emul, which compiles the same sources as C++ and runs them on
-// CPU tensors: what differs between the two stands here, in memory.h and in tests/emul/cuda_emul.h alone.
+// This is also the seam between real CUDA and tests/emul, which compiles the same sources as C++ and runs them on CPU
+// tensors: the two differ only here, in memory.h and in tests/emul/cuda_emul.h.
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -26,7 +26,7 @@ inline cudaStream_t current_stream(int32_t) { return nullptr; }
 #include <cuda_runtime.h>
 #define SHIRA_KEY CUDA
 
-// A kernel's parameter that is too large for a copy a thread; the type comes last, since it may have commas.
+// A kernel parameter too large for a copy per thread. The type comes last, since it may contain commas.
 #define SHIRA_PARAMETER(name, ...) const __grid_constant__ __VA_ARGS__ name
 #define SHIRA_SHARED(name, count, ...) __shared__ __VA_ARGS__ name[count]
 #define SHIRA_LAUNCH(kernel, grid, block, stream, ...)     \
@@ -53,8 +53,8 @@ inline cudaStream_t current_stream(int32_t device) {
 }  // namespace shira::cuda
 #endif
 
-// The runtime remembers an error until it is asked for it: what is refused here must not be found after the next
-// launch, whose kernel runs all the same.
+// The runtime keeps an error until it is read: one that is refused here must not show up after the next launch, whose
+// kernel runs all the same.
 #define SHIRA_CUDA_CHECK(call)                                                               \
   do {                                                                                       \
     const cudaError_t status = (call);                                                       \
@@ -68,7 +68,7 @@ namespace shira::cuda {
 
 constexpr int kThreads = 256;
 
-// Makes the tensor's device the current one for as long as it lives, and gives torch's current stream there.
+// Makes the tensor's device the current one for as long as this object lives, and holds torch's current stream there.
 class Device {
  public:
   explicit Device(const Tensor& tensor)
@@ -81,7 +81,7 @@ class Device {
 
 inline int64_t byte_size(const Tensor& t) { return t.numel() * static_cast<int64_t>(t.element_size()); }
 
-// Where a tensor lies, for a kernel. The emulator learns here what a kernel may touch: const T is read-only.
+// A tensor's address for a kernel. The emulator learns here what a kernel may touch: const T is read-only.
 template <typename T>
 inline T* address(const Tensor& tensor) {
 #if defined(SHIRA_EMULATE)
@@ -90,7 +90,7 @@ inline T* address(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
-// From the device, waiting for everything before it on the stream.
+// Copies from the device, after waiting for everything before it on the stream.
 inline void fetch(void* to, const void* from, int64_t bytes, cudaStream_t stream) {
   SHIRA_CUDA_CHECK(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost, stream));
   SHIRA_CUDA_CHECK(cudaStreamSynchronize(stream));
@@ -98,11 +98,10 @@ inline void fetch(void* to, const void* from, int64_t bytes, cudaStream_t stream
 
 // ---- a list of tensors as one launch -------------------------------------------------------------------
 //
-// Work is cut into tiles, one a block, so it is balanced by entries and not by tensors. The tensors' pointers and
+// Work is cut into tiles, one per block, so it is balanced by entries and not by tensors. The tensors' pointers and
 // sizes travel as a kernel parameter: nothing is copied to the device, and a captured graph holds all of it.
 
-// What a kernel may take: 4 KB before CUDA 12.1. 32 KB are 430 weights a launch, 280 for
-// switch_.
+// The size limit of kernel parameters: 4 KB before CUDA 12.1. 32 KB hold 430 weights, 280 for switch_.
 #if defined(SHIRA_EMULATE) || CUDART_VERSION >= 12010
 constexpr int kParameterBytes = 32764;
 #else
@@ -121,9 +120,9 @@ struct Table {
   typename Work::Row row[kRows];
 };
 
-// For sm_100 and sm_120 ptxas spills, in a few kernels, to have more blocks at once than two a multiprocessor, which
-// are what latency asks for: told so, it does not. For sm_80 and sm_90 it does so to Work that names its own number,
-// and for the others the bound would cost blocks: 0 is none.
+// For sm_100 and sm_120, ptxas spills in a few kernels to fit more than two blocks per multiprocessor, though two are
+// enough to hide latency: with a bound of two it does not. For sm_80 and sm_90 it spills only in Works that name a
+// bound of their own; in the others a bound would cost blocks. 0 means no bound.
 template <typename Work>
 constexpr int named_blocks() {
   if constexpr (requires { Work::kLeastBlocks; }) return Work::kLeastBlocks;
@@ -143,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks<Work>)
   const int32_t tile = static_cast<int32_t>(blockIdx.x);
   int found = 0;
   if constexpr (kRows > 1) {
-    int end = table.rows;  // the last row whose first tile is not past this one
+    int end = table.rows;  // finds the last row whose first tile is not past this one
     while (end - found > 1) {
       const int middle = (found + end) / 2;
       if (table.first[middle] <= tile)
@@ -179,7 +178,7 @@ void launch_table(const typename Work::Scalars& scalars, const std::vector<typen
   }
 }
 
-// One row has a kernel of its own: its parameter is small, and so is the time a call takes on the host.
+// One row has its own kernel: its parameter is small, and so a call takes little time on the host.
 template <typename Work>
 void launch_one(const typename Work::Scalars& scalars, const typename Work::Row& row, cudaStream_t stream) {
   launch_table<Work, 1>(scalars, {row}, stream);
@@ -190,7 +189,7 @@ void launch_list(const typename Work::Scalars& scalars, const std::vector<typena
   constexpr int kHeader = sizeof(typename Work::Scalars) + 16;
   constexpr int kMost = (kParameterBytes - kHeader) / static_cast<int>(sizeof(typename Work::Row) + sizeof(int32_t));
   static_assert(sizeof(Table<Work, kMost>) <= kParameterBytes);
-  constexpr int kFewRows = 16;  // a layer's weights: to send 32 KB with them takes longer than to launch them
+  constexpr int kFewRows = 16;  // a layer's weights: sending 32 KB with them would take longer than the launch
   if (rows.size() == 1)
     launch_table<Work, 1>(scalars, rows, stream);
   else if (kFewRows < kMost && rows.size() <= kFewRows)
@@ -199,8 +198,8 @@ void launch_list(const typename Work::Scalars& scalars, const std::vector<typena
     launch_table<Work, kMost>(scalars, rows, stream);
 }
 
-// A list whose members need different kernels (dtypes, alignments): those of one kernel go together, so that a
-// model of one dtype is one launch. `Launch` is what starts them, compared as a pointer.
+// Groups a list whose members need different kernels (dtypes, alignments) by kernel, so that a model of one dtype is
+// one launch. `Launch` starts them and is compared as a pointer.
 template <typename Row, typename Launch>
 class Groups {
  public:

@@ -2,8 +2,8 @@
 //
 // Indices, values and saved entries are streams: each byte is used once, by neighbouring threads at neighbouring
 // addresses, and should not push anything out of the caches (evict-first, .cs). The weight is touched in scattered
-// sectors that are also used once, but read and then written: it goes past L1, whose 128-byte lines would be a
-// quarter used, and stays in L2 between the two (.cg). Memory that several threads read goes through L1 (load_cached).
+// sectors that are also used once, but read and then written: it bypasses L1, whose 128-byte lines would be a quarter
+// used, and stays in L2 between the two (.cg). Memory that several threads read goes through L1 (load_cached).
 #pragma once
 #include "../core/arithmetic.h"
 #include "launch.h"
@@ -66,7 +66,7 @@ template <typename T>
 __device__ __forceinline__ T load_cached(const T* p) {
   return __ldg(p);
 }
-// What one block writes while another reads it: one word, which is there or not.
+// For one word that a block writes while another reads it: the reader sees it whole or not at all.
 template <typename T>
 __device__ __forceinline__ T load_volatile(const T* p) {
   return *static_cast<const volatile T*>(p);
@@ -104,7 +104,7 @@ auto with_unit(int64_t unit, F&& f) {
   }
 }
 
-// Some neighbouring entries, moved in accesses of 16 bytes at most.
+// A few neighbouring entries, moved in accesses of at most 16 bytes.
 template <typename T, int kEntries>
 struct Pack {
   static constexpr int kBytes = sizeof(T) * kEntries, kAccess = kBytes < 16 ? kBytes : 16, kParts = kBytes / kAccess;
@@ -114,7 +114,7 @@ struct Pack {
     Part part[kParts];
   };
 
-  // Pack number `at` of the memory from p on.
+  // Pack number `at` of the memory at p.
   static __device__ __forceinline__ Pack stream(const void* p, int64_t at) {
     Pack pack;
 #pragma unroll
@@ -143,8 +143,8 @@ struct Pack {
   }
 };
 
-// A list of granule numbers, int32 or int64: decided a row and not a kernel, since the branch is the same for a
-// whole block and memory is what a kernel waits for.
+// A list of granule numbers, int32 or int64. The width is a branch per row, not a kernel of its own: it is the same for
+// a whole block, and memory is what a kernel waits for.
 struct Indices {
   const void* data;
   int64_t count;
@@ -154,13 +154,13 @@ struct Indices {
     return wide ? load_stream(static_cast<const int64_t*>(data) + i)
                 : int64_t{load_stream(static_cast<const int32_t*>(data) + i)};
   }
-  // What several threads ask for.
+  // For an index that several threads read.
   __device__ __forceinline__ int64_t cached(int64_t i) const {
     return wide ? load_cached(static_cast<const int64_t*>(data) + i)
                 : int64_t{load_cached(static_cast<const int32_t*>(data) + i)};
   }
-  // Several at once. Loads keep their order among one another and stay behind any branch, so with a test of the first
-  // before the second is asked for, a thread waits for each of them in turn: here all are on their way at once.
+  // Loads several at once. Loads stay in order and below any branch before them: if the first were tested before the
+  // second is issued, a thread would wait for each in turn. Here all are in flight at once.
   template <int kItems>
   __device__ __forceinline__ void all(const int64_t (&at)[kItems], int64_t (&index)[kItems]) const {
     if (wide) {
@@ -175,12 +175,12 @@ struct Indices {
     }
   }
 };
-// Also the offsets of a plan.
+// Also for the offsets of a plan.
 inline Indices indices_of(const Tensor& indices) {
   return {address<const void>(indices), indices.numel(), indices.scalar_type() == ScalarType::Long};
 }
 
-// A granule as units: which one a unit of the flat list is in, and which of its units.
+// Splits a flat list into granules: which granule a unit is in, and which of the granule's units it is.
 struct Granule {
   int64_t units;
   int32_t shift;  // log2(units), or -1
@@ -197,7 +197,7 @@ struct Granule {
     number = numbers[0];
     offset = offsets[0];
   }
-  // Several units, of which `last` is the largest: how to divide is decided once.
+  // Several units, of which `last` is the largest, so that how to divide is decided once.
   template <int kItems>
   __device__ __forceinline__ void split(const int64_t (&unit)[kItems], int64_t last, int64_t (&number)[kItems],
                                         int64_t (&offset)[kItems]) const {
@@ -208,7 +208,7 @@ struct Granule {
         offset[k] = unit[k] & (units - 1);
       }
     } else if ((static_cast<uint64_t>(last) | static_cast<uint64_t>(units)) >> 32 == 0) {
-      const uint32_t n = static_cast<uint32_t>(units);  // a fifth of the time
+      const uint32_t n = static_cast<uint32_t>(units);  // 32-bit division takes a fifth of the time
 #pragma unroll
       for (int k = 0; k < kItems; ++k) {
         const uint32_t u = static_cast<uint32_t>(unit[k]);
@@ -229,14 +229,14 @@ __device__ __forceinline__ bool within(int64_t index, int64_t limit) {
   return static_cast<uint64_t>(index) < static_cast<uint64_t>(limit);
 }
 
-// A thread's items of a tile, a block apart: which granule of the list each is in, which of its units it is, and what
-// index the granule has. Items past the last one have what the last one has, so that nothing is decided before all
-// loads are on their way; `is` tells.
+// A thread's items of a tile, kThreads apart: which granule of the list each is in, which of its units it is, and the
+// granule's index. Items past the end repeat the last one, so that no branch comes before all loads are in flight; `is`
+// tells them apart.
 template <int kItems>
 struct Items {
   int64_t first, end, number[kItems], offset[kItems], index[kItems];
 
-  // Of items [begin, end) of the list; there is at least one.
+  // For items [begin, end) of the list; there is at least one.
   __device__ __forceinline__ Items(const Indices& indices, const Granule& granule, int64_t begin, int64_t end)
       : first(begin + threadIdx.x), end(end) {
     int64_t item[kItems];
@@ -249,8 +249,8 @@ struct Items {
   __device__ __forceinline__ bool is(int k) const { return at(k) < end; }
 };
 
-// How many items a tile has: kItems a thread, or one where that is enough to keep every thread of the largest GPUs
-// busy (132 multiprocessors of 2048 threads), and a second item would only be waited for.
+// How many items a tile has: kItems per thread, or one if all items together do not exceed the threads of the largest
+// GPUs (132 multiprocessors of 2048): a second item would only add waiting.
 constexpr int64_t kBusy = 132 * 2048;
 template <int kItems>
 inline int32_t tile_of(int64_t items) {

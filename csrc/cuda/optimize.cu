@@ -1,10 +1,10 @@
 // The optimize family on CUDA: adamw_, sgd_ and their foreach_ forms.
 //
-// One pass, bound by memory: the state streams in whole lines (AdamW: 32 bytes an entry with gradient and index), and
-// of the weight's scattered sectors, which are written in part, each is fetched and written back (64 bytes an entry,
-// where one has a sector to itself). A thread loads all of its entries' state before it steps the first. A rule's
-// numbers (bias corrections, rates) are worked out in double once: on the host, or, where `step` and `lr` are tensors
-// that a captured graph must follow, by a launch of one thread before.
+// One pass, bound by memory: the state streams in whole lines (AdamW: 32 bytes per entry with gradient and index), and
+// the weight's scattered sectors, which are written in part, are each fetched and written back (64 bytes per entry, if
+// it has a sector to itself). A thread loads the state of all its entries before it steps the first. A rule's numbers
+// (bias corrections, rates) are computed in double once: on the host or, if `step` and `lr` are tensors that a captured
+// graph must follow, by a one-thread launch before the step.
 #include "../core/optimize.h"
 
 #include "../dispatch.h"
@@ -17,7 +17,7 @@ namespace {
 constexpr int kItems = 4;
 constexpr int kTile = kThreads * kItems;
 
-// How many buffers beside the gradient a rule steps.
+// How many buffers a rule steps, not counting the gradient.
 template <typename C>
 struct PlainSgd : core::Sgd<C> {
   using Options = core::SgdOptions;
@@ -40,8 +40,8 @@ struct Adamw : core::Adamw<C> {
 bool in_tensors(const core::SgdOptions& options) { return options.lr.at != nullptr; }
 bool in_tensors(const core::AdamwOptions& options) { return options.step.at != nullptr; }
 
-// Where step and lr lie on the device, the device makes the rule; the one made here is not read, and must not follow
-// the device's pointers.
+// If step and lr lie on the device, the device makes the rule. The one made here is not read, and must not dereference
+// device pointers.
 core::SgdOptions placeholder(core::SgdOptions options) {
   options.lr = {0};
   return options;
@@ -55,18 +55,18 @@ core::AdamwOptions placeholder(core::AdamwOptions options) {
 struct StepRow {
   void* weight;
   Indices indices;
-  void* state[3];  // the master and, where the rule has them, its averages
+  void* state[3];  // the master and the rule's averages, if any
   const void* grad;
   int64_t limit;
   Granule granule;
   bool dense;            // the gradient has the weight's shape
-  int32_t tile = kTile;  // entries of a block
+  int32_t tile = kTile;  // entries per block
 
   int64_t entries() const { return indices.count * granule.units; }
 };
 
-// A rule whose step and lr lie on the device: made once, by a launch of its own. Powers in double take longer than a
-// block's share of a step does.
+// A rule whose step and lr lie on the device is made once, by its own launch: powers in double take longer than a
+// block's share of a step.
 template <typename R>
 struct MakeRow {
   typename R::Options options;
@@ -101,8 +101,8 @@ struct Step {
   using Row = StepRow;
   using Rule = R;
   struct Scalars {
-    Rule rule;             // where the numbers are given with the call
-    const uint32_t* made;  // else the one on the device
+    Rule rule;             // if the numbers are given with the call
+    const uint32_t* made;  // else the rule on the device
   };
   using S = core::StateOf<W>;
   using C = typename W::Compute;
@@ -115,7 +115,7 @@ struct Step {
     if (scalars.made != nullptr) Make<Rule>::read(scalars.made, rule);
     const int64_t total = row.indices.count * row.granule.units, begin = tile * row.tile, end = begin + row.tile;
     const Items<kItems> items(row.indices, row.granule, begin, end < total ? end : total);
-    int64_t at[kItems];  // the entry of the weight, or below 0: nothing to do
+    int64_t at[kItems];  // the entry of the weight, or -1 if there is nothing to do
 #pragma unroll
     for (int k = 0; k < kItems; ++k)
       at[k] =
@@ -164,7 +164,7 @@ void start(std::vector<StepRow>& rows, const Tensor& like, const typename Work::
   launch_list<Work>({Rule(placeholder(options)), made}, rows, stream);
 }
 
-// `states`: the masters, and the lists of the rule's own buffers.
+// `states`: the masters, then the lists of the rule's own buffers.
 template <template <typename> class Rule, typename Options>
 void step(const Tensors& weights, const Tensors& indices, const std::vector<const Tensors*>& states,
           const Tensors& grads, const Options& options, int64_t granule) {
@@ -191,7 +191,7 @@ void step(const Tensors& weights, const Tensors& indices, const std::vector<cons
 }
 
 struct Cuda {
-  static void content(const char*, Name, const Tensor&, int64_t) {}  // guarded where it is used
+  static void content(const char*, Name, const Tensor&, int64_t) {}  // each access is guarded instead
 
   static void adamw(const Tensors& weights, const Tensors& indices, const Tensors& masters, const Tensors& exp_avgs,
                     const Tensors& exp_avg_sqs, const Tensors& grads, const core::AdamwOptions& options,

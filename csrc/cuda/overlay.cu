@@ -1,12 +1,12 @@
-// Products with sparse matrices on CUDA: one launch for all adapters, whose tokens name them.
+// Products with sparse matrices on CUDA: one launch for all adapters, with an adapter named for each token.
 //
-// A block has some tokens and some rows of their matrix, which it finds in the sorted indices by bisection. The input
-// of its tokens is staged in shared memory, turned so that the tokens of a column lie side by side, some columns at a
-// time; each thread keeps its place in its rows. Eight threads share a row: one a token, or, where there are but few
-// tokens an adapter, all eight for the one token, whose entries they take in turn. Which of the two depends on the
-// shapes alone, and so does the order of a sum.
+// A block handles some tokens and some rows of their matrix, which it finds in the sorted indices by bisection. The
+// input of its tokens is staged in shared memory, some columns at a time, transposed so that the tokens of a column lie
+// side by side; each thread keeps its place in its rows. Eight threads share a row: one per token or, with few tokens
+// per adapter, all eight for a single token, whose entries they take in turn. Which of the two depends on the shapes
+// alone, and so does the order of a sum.
 //
-// Transposed, the mask is turned first: sorted by column, on the device.
+// For the transposed product, the mask is turned first: sorted by column, on the device.
 #include "../ops/overlay.h"
 
 #include <array>
@@ -19,36 +19,35 @@
 namespace shira::cuda {
 namespace {
 
-constexpr int kShare = 8;                  // threads of a row
-constexpr int kSlots = kThreads / kShare;  // rows of a block at a time,
-constexpr int kEach = 4;                   // and how many times
+constexpr int kShare = 8;                  // threads per row
+constexpr int kSlots = kThreads / kShare;  // slots per block,
+constexpr int kEach = 4;                   // and rows per slot
 constexpr int kBlockRows = kSlots * kEach;
-constexpr int kStagedBytes = 32 << 10;  // of the input
+constexpr int kStagedBytes = 32 << 10;  // for the input
 
 struct Delta {
   const void* values;
   const void* indices;
   int64_t count;
-  int64_t wide;  // int64 indices
+  int64_t wide;  // whether indices are int64
 
   __device__ __forceinline__ Indices list() const { return {indices, count, wide != 0}; }
 };
 
-constexpr int kFew = 64;  // adapters that travel with the launch; more are put into a table on the device first
+constexpr int kFew = 64;  // this many adapters travel with the launch; more are put into a table on the device first
 
 struct OverlayRow {
   const void* input;
   void* output;
-  const int32_t* adapters;  // none: all tokens have the first one,
+  const int32_t* adapters;  // null: all tokens have the first adapter,
   const void* alphas;       // and its sums are the output
-  const Delta* many;        // on the device, where there are more than kFew
+  const Delta* many;        // on the device, if there are more than kFew
   Delta few[kFew];
   int64_t count, tokens, features, out_features, limit, row_blocks;
   Granule granule;
 };
 
-// The first entry of the sorted list that is not before `place`; entries are counted, and searched in [low, high)
-// granules.
+// The first entry of the sorted list at or after `place`. The result counts entries; granules [low, high) are searched.
 __device__ __forceinline__ int64_t entry_at(const Indices& list, const Granule& granule, int64_t place, int64_t low,
                                             int64_t high) {
   int64_t count = high - low;
@@ -88,7 +87,7 @@ struct Overlay {
       const int32_t name = names[k];
       bool seen = name < 0 || name >= row.count;
       for (int before = 0; before < k; ++before) seen |= names[before] == name;
-      if (seen) continue;  // of a whole block
+      if (seen) continue;  // the whole block agrees
       C alpha = 1;
       if (row.alphas != nullptr) {
         alpha = load_cached(static_cast<const C*>(row.alphas) + name);
@@ -137,7 +136,7 @@ struct Overlay {
     const int32_t wide = static_cast<int32_t>(features);
     for (int32_t begin = 0; begin < wide; begin += kColumns) {
       const int32_t columns = wide - begin < kColumns ? wide - begin : kColumns;
-      __syncthreads();  // what was staged before may still be read
+      __syncthreads();  // the previous columns may still be read
 #pragma unroll 1
       for (int t = 0; t < kTokens; ++t) {
         if (names[t] != name) continue;
@@ -154,7 +153,7 @@ struct Overlay {
           row.granule.split(entry, number, offset);
           const int64_t index = list.cached(number), column = index * row.granule.units + offset - start;
           const bool inside = within(index, row.limit);
-          if (inside && column >= columns) break;  // staged later
+          if (inside && column >= columns) break;  // not staged yet
           if (inside && column >= 0) {
             const auto* const value = static_cast<const typename V::Bits*>(delta.values) + entry;
             sum[r] = fused(static_cast<C>(V::load(load_cached(value))),
@@ -175,13 +174,13 @@ struct Overlay {
   }
 };
 
-// Two blocks a multiprocessor are promised, or ptxas spills to have more of them at once.
+// With a bound of two blocks per multiprocessor, ptxas does not spill to fit more of them.
 template <typename W, typename V, int kTokens>
 __global__ void __launch_bounds__(kThreads, 2) overlay_kernel(SHIRA_PARAMETER(row, OverlayRow)) {
   Overlay<W, V, kTokens>::block(row, static_cast<int64_t>(blockIdx.x));
 }
 
-// The key of each entry of a mask by column and then by row, or past all of them where its index is out of range.
+// The sort key of each entry of a mask: by column, then by row; past all others if its index is out of range.
 struct KeyRow {
   Indices indices;
   int64_t* keys;
@@ -209,7 +208,7 @@ struct Keys {
   }
 };
 
-// A mask and its values as those of the transposed matrix, of single entries.
+// A mask and its values as those of the transposed matrix, in granules of one entry.
 struct Turned {
   Tensor indices, values;
 };
@@ -230,7 +229,7 @@ Turned turned(const SparseLinear& problem, const Tensor& indices, const Tensor& 
 }
 
 struct Cuda {
-  static void content(const char*, Name, const Tensor&, int64_t) {}  // guarded where it is used
+  static void content(const char*, Name, const Tensor&, int64_t) {}  // each access is guarded instead
 
   template <typename W, typename V, int kTokens>
   static void launch(const OverlayRow& row, cudaStream_t stream) {
@@ -246,7 +245,7 @@ struct Cuda {
     SHIRA_CHECK(problem.features < INT32_MAX / kBlockRows, problem.op, ": input must have fewer than ",
                 INT32_MAX / kBlockRows, " features, got ", problem.features);
     const Device device(input);
-    std::vector<Turned> masks;  // holds what the launch reads
+    std::vector<Turned> masks;  // owns what the launch reads
     std::vector<Delta> deltas;
     for (size_t k = 0; k < indices.size(); ++k) {
       masks.push_back(problem.transposed ? turned(problem, indices[k], values[k], device.stream)

@@ -1,15 +1,15 @@
-// From the counts of a launch's tiles to where each tile's share begins.
+// Turns the counts of a launch's tiles into where each tile's output begins.
 #pragma once
 #include "block.h"
 
 namespace shira::cuda {
 
 struct ScanRow {
-  uint64_t* counts;  // n of them; then what was before each, and the total behind them
+  uint64_t* counts;  // n of them; after the scan, the sum before each, and the total behind them
   int64_t n;
 };
 
-// One block, a row a list: there is a count for a thousand entries or more, and each is read and written once. A thread
+// One block per list: there is one count for a thousand entries or more, and each is read and written once. A thread
 // has several, since every step waits for memory and for the block.
 struct Scan {
   using Row = ScanRow;

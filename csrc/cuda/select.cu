@@ -1,12 +1,12 @@
 // The select family on CUDA.
 //
-// select_top: the exact top-k without a score tensor, and without a word to the host. The k-th highest key is found
-// digit by digit, 11 bits at a time from the top: a pass over the weight counts the keys of each digit within what the
-// digits before left open, and one block picks the digit that holds the k-th. With the cut known, a last pass writes in
-// order: a tile learns where from those before it, which say what they have as soon as they know. Four passes for
-// float32 scores, three where a score is an entry of 16 bits, each at the speed of memory (a thread has all of its
-// entries on their way before it scores the first). Scores are made anew in each, but for granules of kLong entries or
-// more: their keys take at most an eighth of the weight's memory, and are made once.
+// select_top: the exact top-k without a score tensor and without waiting for the host. The k-th highest key is found
+// digit by digit, 11 bits at a time from the top: a pass over the weight counts the next digits of the keys that agree
+// with the digits found so far, and one block picks the digit that holds the k-th. Once the cut is known, a last pass
+// writes in order: a tile learns its offset from the tiles before it, which publish their counts as soon as they know
+// them. This takes four passes for float32 scores, three if a score is one 16-bit entry, each at the speed of memory (a
+// thread has all its entries in flight before it scores the first). Each pass computes the scores again, except for
+// granules of kLong entries or more: their keys take at most an eighth of the weight's memory, and are computed once.
 //
 // select_random: the images of 0 .. k-1, sorted by torch.
 #include "../ops/select.h"
@@ -26,9 +26,9 @@ constexpr int kDigit = 11, kBins = 1 << kDigit;
 
 constexpr int kBlocks = 1024, kMostRounds = 16;  // about as many blocks as the largest GPUs run at once
 
-// Selected are all keys above `key`, and of those equal to it the first `ties`.
+// All keys above `key` are selected, and the first `ties` of those equal to it.
 struct Cut {
-  int64_t key;  // while it is being found: the digits found so far
+  int64_t key;  // during the search: the digits found so far
   int64_t ties;
 };
 
@@ -37,13 +37,13 @@ struct SelectRow {
   int64_t granule, granules;
   Cut* cut;
   unsigned long long* histogram;  // [kBins], zeros before and after every digit
-  uint64_t *above, *ties;         // what each tile says of itself: zeros first
-  uint32_t* next;                 // tile that a block takes
-  void* keys;                     // of granules of kLong entries or more
+  uint64_t *above, *ties;         // what each tile has published; zeros at first
+  uint32_t* next;                 // the next tile to take
+  void* keys;                     // for granules of kLong entries or more
   void* out;
   int64_t k;
-  int32_t shift, drop;  // of the digit; the low bits of a score that are always 0
-  int32_t rounds;       // tiles of a block that counts digits: what it does once it does for all of them
+  int32_t shift, drop;  // the digit's lowest bit; how many low bits of a score are always 0
+  int32_t rounds;       // tiles per counting block, which adds up its histogram once for all of them
   bool first, wide, aligned;
 };
 
@@ -64,7 +64,7 @@ struct Scores {
     const Key whole = core::score_key(total);
     return whole == 0 ? 0 : ((whole - 1) >> row.drop) + 1;
   }
-  // f(e, key) for each of a thread's granules of a tile, which are neighbours; the key is below 0 past the last one.
+  // f(e, key) for each of a thread's granules of a tile, which are neighbours; past the last one, the key is below 0.
   template <typename F>
   static __device__ __forceinline__ void each(const SelectRow& row, int64_t tile, const F& f) {
     const int64_t run = tile * kThreads + threadIdx.x, first = run * kItems;
@@ -89,14 +89,14 @@ struct Scores {
         Weight weight = 0;
         Grad grad = 0;
         load(row.weight, row.grad, i, weight, grad);
-        total += core::entry_score<W, G, score>(&weight, &grad, 0);  // in the entries' order
+        total += core::entry_score<W, G, score>(&weight, &grad, 0);  // in entry order
       }
       f(e, e < left ? key(row, total) : Key{-1});
     }
   }
 };
 
-// Keys that have been made.
+// Keys that were computed before.
 template <typename KeyOf>
 struct Kept {
   using Key = KeyOf;
@@ -117,9 +117,9 @@ struct Kept {
   }
 };
 
-// Makes the keys of long granules. A sum is in the entries' order, so of one thread; but the block loads, in whole
-// lines, for the lanes that add. kTeam warps load for the 32 granules of one of them: all where granules are longer
-// than what one has of each at a time.
+// Computes the keys of long granules. A sum is in entry order, so one thread makes it; but the whole block loads, in
+// whole lines, for the lanes that add. kTeam warps load for the 32 granules of one of them: all warps, if granules are
+// longer than what one warp loads of each at a time.
 template <typename W, typename G, Score score, int kTeam>
 struct Sum {
   using Row = SelectRow;
@@ -127,7 +127,7 @@ struct Sum {
   static constexpr int kLeastBlocks = 4;
   using C = typename W::Compute;
   using Own = Scores<W, G, score>;
-  static constexpr int kColumns = 128 / sizeof(C), kPitch = kColumns + 1;  // of a warp; no two lanes in one bank
+  static constexpr int kColumns = 128 / sizeof(C), kPitch = kColumns + 1;  // no bank conflicts
   static constexpr int kGranules = kThreads / kTeam;
   static constexpr int kAtOnce = score == Score::Snip ? 4 : 8;
 
@@ -180,7 +180,7 @@ struct Histogram {
     const Bits base = static_cast<Bits>(load_cached(&row.cut->key));
     for (int32_t round = 0; round < row.rounds; ++round)
       Keys::each(row, tile * row.rounds + round, [&](int, Key key) {
-        // Keys below the base wrap to large numbers.
+        // Keys below the base wrap around to large numbers.
         const Bits bin = static_cast<Bits>(static_cast<Bits>(key) - base) >> row.shift;
         if (key >= 0 && bin < kBins) atomicAdd(bins + bin, 1u);
       });
@@ -190,7 +190,7 @@ struct Histogram {
   }
 };
 
-// One block: the bin that holds the k-th highest key. Every thread has kBins / kThreads of them, from the top.
+// One block finds the bin that holds the k-th highest key. Each thread has kBins / kThreads bins, from the top.
 struct Pick {
   using Row = SelectRow;
   struct Scalars {};
@@ -207,10 +207,10 @@ struct Pick {
       sum += count[k];
     }
     const uint64_t wanted = static_cast<uint64_t>(cut.ties);
-    uint64_t above = block_scan(sum, total, Plain{});  // a barrier: every thread has read the cut
+    uint64_t above = block_scan(sum, total, Plain{});  // also a barrier: every thread has read the cut
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
-      if (above < wanted && wanted <= above + count[k]) {  // of one thread alone
+      if (above < wanted && wanted <= above + count[k]) {  // true in one thread only
         const int64_t bin = kBins - 1 - (static_cast<int>(threadIdx.x) * kOwn + k);
         store_stream(&row.cut->key, cut.key + (bin << row.shift));
         store_stream(&row.cut->ties, static_cast<int64_t>(wanted - above));
@@ -220,14 +220,14 @@ struct Pick {
   }
 };
 
-// Two counts below 2^32 in one sum.
+// Two counts below 2^32, packed into one sum.
 __device__ __forceinline__ uint64_t both(uint32_t above, uint32_t ties) { return uint64_t{above} << 32 | ties; }
 
-// What a tile says of itself: nothing yet (0), what it has, or what it and all before it have.
+// What a tile publishes: nothing yet (0), its own counts, or those of itself and all tiles before it.
 constexpr uint64_t kHas = uint64_t{1} << 62, kUpTo = uint64_t{2} << 62, kSaid = kHas - 1;
 
-// What all tiles before this one have above the cut, and at it. All of a warp: it looks at 32 tiles at a time, back to
-// one that knows what is before it. Tiles are taken in order, so those that are waited for are under way.
+// The counts of all tiles before this one, above the cut and at it. Called by a whole warp: it looks at 32 tiles at a
+// time, back to one that knows what is before it. Tiles are taken in order, so those it waits for are running.
 __device__ __forceinline__ void look_back(const SelectRow& row, int64_t tile, uint64_t own_above, uint64_t own_ties,
                                           uint64_t& above, uint64_t& ties) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -238,11 +238,11 @@ __device__ __forceinline__ void look_back(const SelectRow& row, int64_t tile, ui
   }
   for (int64_t end = tile; end > 0; end -= 32) {
     const int64_t at = end - 1 - lane;
-    uint64_t a = kUpTo, t = kUpTo;  // before the first there is nothing
+    uint64_t a = kUpTo, t = kUpTo;  // there is nothing before the first tile
     if (at >= 0) do {
         a = load_volatile(row.above + at);
         t = load_volatile(row.ties + at);
-      } while (a <= kSaid || a >> 62 != t >> 62);  // the two are said one after the other
+      } while (a <= kSaid || a >> 62 != t >> 62);  // the two are published one after the other
     const uint32_t up_to = __ballot_sync(kAllLanes, a >= kUpTo);
     const int last = up_to == 0 ? 31 : __ffs(static_cast<int>(up_to)) - 1;
     a = lane <= last ? a & kSaid : 0;
@@ -269,7 +269,7 @@ struct Write {
   static constexpr int kLeastBlocks = 3;
   static int64_t tiles(const Row& row) { return tile_count(row); }
   static __device__ void tile(const Scalars&, const Row& row, int64_t) {
-    SHIRA_SHARED(shared, 3, uint64_t);  // the tile; then what is before it
+    SHIRA_SHARED(shared, 3, uint64_t);  // what is before the tile; then the tile
     if (threadIdx.x == 0) shared[2] = atomicAdd(row.next, 1u);
     __syncthreads();
     const auto tile = static_cast<int64_t>(shared[2]);
@@ -312,7 +312,7 @@ struct Write {
   }
 };
 
-// How many low bits of every score are 0: those that a 16-bit entry gains as a float32.
+// How many low bits of every score are 0: those that a 16-bit entry gains when it is widened to float32.
 template <typename W, typename G, Score score>
 constexpr int32_t low_bits() {
   if constexpr (score == Score::Snip) return 0;
@@ -415,7 +415,7 @@ struct Cuda {
     row.wide = indices.scalar_type() == ScalarType::Long;
     row.rounds = static_cast<int32_t>(std::clamp<int64_t>(granules / (int64_t{kTile} * kBlocks), 1, kMostRounds));
     row.aligned = widest_unit(16, row.weight, row.grad) == 16;
-    // The cut, the histogram, the next tile, and what the tiles say; and of long granules the keys.
+    // The cut, the histogram, the next tile, and what the tiles publish; for long granules, the keys too.
     const int64_t tiles = tile_count(row), size = 2 + kBins + 1 + 2 * tiles;
     const Tensor scratch = torch::stable::new_empty(weight, {size}, ScalarType::Long);
     auto* room = address<int64_t>(scratch);

@@ -1,18 +1,18 @@
 // The switch family on CUDA: gather, scatter_, swap_, apply_, switch_, scatter_add_, their foreach_ forms, and
 // check_indices.
 //
-// What bounds these ops is memory: at 1 % a bfloat16 weight is touched in 15 % of its 32-byte sectors, each read and
-// written once, beside three or four streams of nnz entries. A kernel comes near what a plain touch of those sectors
-// takes if it keeps enough of them in flight, and that decides everything here:
-//   - A thread has kItems units, all of whose indices, then all of whose sectors, are loaded before the first store:
-//     two latencies a tile instead of two a unit. 2048 threads a multiprocessor with 4 sectors each are 256 KB in
-//     flight, ten times what 4.8 TB/s at 700 ns asks of it, so occupancy may halve and nothing is lost.
-//   - Items are dealt a block apart (unit = tile + k * kThreads + thread): neighbouring threads have neighbouring
+// Memory bounds these ops: at 1 % a bfloat16 weight is touched in 15 % of its 32-byte sectors, each read and written
+// once, beside three or four streams of nnz entries. A kernel takes little longer than touching those sectors alone if
+// it keeps enough of them in flight, and that decides everything here:
+//   - A thread has kItems units and loads all their indices, then all their sectors, before the first store: two
+//     latencies per tile instead of two per unit. 2048 threads per multiprocessor with 4 sectors each are 256 KB in
+//     flight, ten times what 4.8 TB/s at 700 ns needs, so occupancy may halve without loss.
+//   - A thread's items are kThreads apart (unit = tile + k * kThreads + thread): neighbouring threads have neighbouring
 //     indices, so streams coalesce to whole lines and entries of one sector are fetched by one request.
 //   - Granules move in the widest accesses, up to 16 bytes, that their size and every address allow.
-//   - A tile is kThreads * kItems units of whichever tensor, so a model of large and small weights is balanced.
-// No kernel waits for another and none synchronises with the host, but check_indices. An index that is out of range
-// is skipped where it is used (gather gives 0), so that content needs no pass of its own.
+//   - A tile is kThreads * kItems units of any one tensor, so a model of large and small weights is balanced.
+// No kernel waits for another, and only check_indices synchronises with the host. An index that is out of range is
+// skipped where it is used (gather gives 0), so that content needs no pass of its own.
 #include "../dispatch.h"
 #include "../ops/switch.h"
 #include "indices.h"
@@ -23,7 +23,7 @@ namespace {
 constexpr int kItems = 4;
 constexpr int kTile = kThreads * kItems;
 
-// What becomes of a base entry and a value: bits of any dtype as they are, or arithmetic.
+// How a base entry and a value combine: as bits of any dtype, or by arithmetic.
 template <int kUnit>
 struct Copy {
   using Base = Pack<Unit<kUnit>, 1>;
@@ -40,8 +40,8 @@ struct Mix {
   using Base = Pack<typename W::Bits, kEntries>;
   using Value = Pack<typename V::Bits, kEntries>;
   struct Strength {
-    typename W::Compute alpha;  // rounded before anything is decided by it
-    core::Rule rule;            // a value and not a template argument: it is the same for a whole launch
+    typename W::Compute alpha;  // rounded before anything depends on it
+    core::Rule rule;            // a runtime value, not a template argument: it is the same for a whole launch
     Strength() = default;
     Strength(double alpha, bool delta)
         : alpha(static_cast<typename W::Compute>(alpha)), rule(core::rule_of(this->alpha, delta)) {}
@@ -71,7 +71,7 @@ struct WalkRow {
   void* saved;
   int64_t limit;  // granules in the weight
   Granule granule;
-  int32_t tile = kTile;  // units of a block
+  int32_t tile = kTile;  // units per block
 
   int64_t units() const { return indices.count * granule.units; }
 };
@@ -93,7 +93,7 @@ struct Walk {
   static __device__ void tile(const Scalars& strength, const Row& row, int64_t tile) {
     const int64_t total = row.indices.count * row.granule.units, begin = tile * row.tile, end = begin + row.tile;
     const Items<kItems> items(row.indices, row.granule, begin, end < total ? end : total);
-    int64_t at[kItems];  // the unit of the weight, or below 0: nothing to do
+    int64_t at[kItems];  // the unit of the weight, or -1 if there is nothing to do
 #pragma unroll
     for (int k = 0; k < kItems; ++k)
       at[k] =
@@ -128,9 +128,9 @@ struct Walk {
 // ---- switch_: one pass over two sorted lists -----------------------------------------------------------
 //
 // The merged list of both is cut into equal tiles ("merge path"), whatever the two have in common. A block finds its
-// two cuts by a search 32 ways wide (four rounds for a million entries, where bisecting takes twenty dependent
-// loads), and brings both segments into shared memory. There each granule of one list is looked for in the other: one
-// that comes in takes its base from what goes out, if it goes out too, and one that only goes out is restored.
+// two cuts by a 32-way search (four rounds for a million entries, where bisection takes twenty dependent loads), and
+// loads both segments into shared memory. There each granule of one list is looked up in the other: one that comes in
+// takes its base from what goes out, if it is there too, and one that only goes out is restored.
 
 struct SwitchRow {
   void* weight;
@@ -147,15 +147,15 @@ struct SwitchRow {
   int64_t merged() const { return (out.count + in.count + elements - 1) / elements; }
 };
 
-// How many of the first `diagonal` granules of the merged list come from `out`; of a granule in both, out's is the
-// first. All of a warp, with one answer, which is within both lists whatever they hold: no more lanes can say yes than
-// have probes below `high`.
+// How many of the first `diagonal` granules of the merged list come from `out`; if both lists have a granule, out's is
+// first. Called by a whole warp, whose lanes get one answer. It is within both lists whatever they hold: at most as
+// many lanes can say yes as have probes below `high`.
 __device__ __forceinline__ int64_t cut(const Indices& out, const Indices& in, int64_t diagonal) {
   int64_t low = diagonal > in.count ? diagonal - in.count : 0, high = diagonal < out.count ? diagonal : out.count;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   while (low < high) {
     const int64_t step = (high - low + 31) / 32, probe = low + (lane + 1) * step - 1;
-    // Probes rise with the lanes, and so do out[probe] and, falling, in's: the lanes that say yes are the first ones.
+    // Along the lanes out[probe] rises and in's entry falls, so the lanes that say yes are the first ones.
     const bool before = probe < high && out.cached(probe) <= in.cached(diagonal - 1 - probe);
     const int64_t found = __popc(__ballot_sync(0xFFFFFFFFu, before)), bound = low + (found + 1) * step - 1;
     low += found * step;
@@ -164,7 +164,7 @@ __device__ __forceinline__ int64_t cut(const Indices& out, const Indices& in, in
   return low;
 }
 
-// The first place of a sorted segment of shared memory that is not below x.
+// The first place in a sorted segment of shared memory whose entry is not below x.
 __device__ __forceinline__ int find(const int64_t* segment, int count, int64_t x) {
   int low = 0;
   while (count > 0) {
@@ -202,11 +202,11 @@ struct Exchange {
       if (thread % 32 == 0) cuts[thread / 32] = found;
     }
     __syncthreads();
-    // Where lists are not sorted the cuts may cross: what is not between them is left alone.
+    // If the lists are not sorted, the cuts may cross: what is not between them is left alone.
     const int64_t out_begin = cuts[0], in_begin = begin - out_begin;
     const int n_out = clamp(cuts[1] - out_begin, row.elements);
     const int n_in = clamp(end - cuts[1] - in_begin, row.elements - n_out);
-    // A granule of both may be cut from its twin: the one before the first out, the one after the last in.
+    // A cut may part a granule's twins: out also needs the one before its first, in the one after its last.
     const int before = out_begin > 0, after = in_begin + n_in < row.in.count;
     int64_t* const out = segments;
     int64_t* const in = segments + before + n_out;
@@ -218,7 +218,7 @@ struct Exchange {
     const Granule share = row.parts == 1 ? row.granule : Granule{left < kTile ? left : kTile, -1};
     const int64_t items = (n_out + n_in) * share.units;
 
-    // `to` is the unit of the weight, or below 0: nothing to do. A granule that comes in is `enters`.
+    // `to` is the unit of the weight, or -1 if there is nothing to do. `enters`: the granule comes in.
     int64_t to[kItems], unit[kItems];
     bool enters[kItems];
     Base base[kItems];
@@ -239,7 +239,7 @@ struct Exchange {
       const int count = enters[k] ? before + n_out : n_in + after;
       const int twin = find(other, count, index);
       const bool twins = twin < count && other[twin] == index;
-      if (!enters[k] && twins) continue;  // the one that comes in writes
+      if (!enters[k] && twins) continue;  // its twin, which comes in, writes
       to[k] = index * row.granule.units + offset;
       unit[k] = (enters[k] ? in_begin + own : out_begin - before + own) * row.granule.units + offset;
       if (!enters[k])
@@ -281,7 +281,7 @@ void start(std::vector<typename Work::Row>& rows, double alpha, bool delta, cuda
 template <typename Row>
 using Start = Groups<Row, void (*)(std::vector<Row>&, double alpha, bool delta, cudaStream_t)>;
 
-// f(Type<Cell>{}, units of the cell in a granule) for the widest cell of arithmetic.
+// f(Type<Cell>{}, cells per granule) for the widest cell of arithmetic.
 template <typename F>
 auto with_mix(const Tensor& weight, const Tensor& values, int64_t granule, int64_t unit, F&& f) {
   return with_dtypes(weight.scalar_type(), values.scalar_type(), [&](auto w, auto v) {
@@ -305,7 +305,7 @@ bool is_copy(const Tensor& weight, const Tensor& values, core::Rule rule) {
 }
 
 struct Cuda {
-  static void content(const char*, Name, const Tensor&, int64_t) {}  // guarded where it is used
+  static void content(const char*, Name, const Tensor&, int64_t) {}  // each access is guarded instead
 
   static void check(const char* op, const Tensor& indices, int64_t limit) {
     check_content(op, {"indices"}, indices, limit, Device(indices).stream);

@@ -1,11 +1,11 @@
-// A table on the device that travels with launches and not by a copy from the host: a captured graph holds it.
+// A table on the device whose lines are kernel parameters, not a copy from the host: a captured graph holds them.
 #pragma once
 #include "launch.h"
 #include "memory.h"
 
 namespace shira::cuda {
 
-// T is trivially copyable, in words of 8 bytes.
+// T is trivially copyable, and its size is a multiple of 8 bytes.
 template <typename T, int kLines>
 struct PutRow {
   T* table;
@@ -27,7 +27,7 @@ struct Put {
   }
 };
 
-// In memory that `room` holds.
+// The table, in memory that `room` owns.
 template <typename T>
 const T* put(const std::vector<T>& lines, const Tensor& like, Tensor& room, cudaStream_t stream) {
   constexpr int kLines = kThreads / static_cast<int>(sizeof(T) / sizeof(uint64_t));

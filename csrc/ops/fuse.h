@@ -108,7 +108,7 @@ template <typename O>
   refuse("fuse_: offsets changed while they were checked");
 }
 
-// Whether a source names one of the adapters and a granule of it: of `sizes[adapter]` granules, or of `size` each.
+// Whether a source names one of the adapters and one of its granules: `sizes[adapter]` of them, or `size` for each.
 inline bool source_fits(int64_t source, const int64_t* sizes, int64_t adapters) {
   const int64_t adapter = core::adapter_of(source);
   return adapter >= 0 && adapter < adapters && core::position_of(source) < sizes[adapter];
@@ -118,7 +118,7 @@ inline bool source_fits(int64_t source, int64_t size, int64_t adapters) {
   return (adapter >= 0) & (adapter < adapters) & (core::position_of(source) < size);  // no branch: loops vectorise
 }
 
-// Names the first of `sources` that does not name an adapter and one of its granules, of which there are `sizes`.
+// Names the first of `sources` that does not name an adapter and one of its `sizes[adapter]` granules.
 [[noreturn]] inline void refuse_sources(const int64_t* sources, int64_t n, const int64_t* sizes, int64_t adapters) {
   for (int64_t i = 0; i < n; ++i)
     if (!source_fits(sources[i], sizes, adapters))

@@ -16,7 +16,7 @@
 
 namespace shira {
 
-// Where the weight's own shape is [nnz], the gradient is taken for [nnz].
+// If the weight's own shape is [nnz], the gradient counts as [nnz].
 inline bool is_dense(const Tensor& grad, const Tensor& weight, int64_t nnz) {
   return !(grad.dim() == 1 && grad.numel() == nnz) && same_shape(grad, weight);
 }
@@ -124,7 +124,7 @@ struct OptimizeOps {
     check_contiguous(call.op, name, grad);
   }
 
-  // A number in a tensor, of dtype `own` or `other`, of which one is float32.
+  // A number in a tensor, of dtype `own` or `other`, one of which is float32.
   template <typename T>
   static void number(const Call& call, const char* word, const Tensor& tensor, const Tensors& weights, ScalarType own,
                      ScalarType other, core::Number<T>& number) {

@@ -94,7 +94,7 @@ struct OverlayOps {
     if (tokens > 0) Backend::add(problem, output, input, indices, values, adapters, alphas);
   }
 
-  // One entry for each of `count` others.
+  // A table with one entry for each of `count` others.
   static void check_table(const char* op, Name name, const Tensor& t, const Tensor& output, Name owner,
                           ScalarType dtype, int64_t count, const char* others) {
     check_device(op, name, t, output, owner);

@@ -29,7 +29,7 @@ inline void check_select_random(int64_t numel, int64_t k, int64_t granule) {
   check_count(op, k, numel / granule);
 }
 
-// select_random has no tensor that tells its device. For a GPU, `op` ("<library>::_select_random") is called with an
+// select_random has no tensor that shows its device. For a GPU, `op` ("<library>::_select_random") is called with an
 // empty tensor that does.
 inline Tensor select_random_on(const char* op, const torch::stable::Device& device, int64_t numel, int64_t k,
                                int64_t seed, int64_t granule) {

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from shira.adapter import combine as merging
     from shira.adapter._entry import Entry
     from shira.adapter.adapter import Adapter
+    from shira.serve.overlay import Overlay
     from shira.serve.switcher import Switcher
     from shira.train.optim import SGD, AdamW
     from shira.train.trainer import Trainer
@@ -41,6 +42,7 @@ __all__ = [
     "Adapter",
     "AdapterError",
     "Entry",
+    "Overlay",
     "SparseTuner",
     "SwitchError",
     "Switcher",
@@ -59,6 +61,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "AdapterError": ("shira._text", "AdapterError"),
     "AdamW": ("shira.train.optim", "AdamW"),
     "Entry": ("shira.adapter._entry", "Entry"),
+    "Overlay": ("shira.serve.overlay", "Overlay"),
     "SGD": ("shira.train.optim", "SGD"),
     "SparseTuner": ("shira.train.tuner", "SparseTuner"),
     "SwitchError": ("shira._live", "SwitchError"),

@@ -1,4 +1,4 @@
-"""Arithmetic that the whole library shares: 64-bit words, fingerprints, dtypes of indices, granules of other sizes.
+"""Arithmetic that the whole library shares: 64-bit words, fingerprints, index dtypes, granules of other sizes.
 
 A granule is a run of consecutive entries of the flat weight; an index selects one granule.
 """
@@ -12,10 +12,13 @@ from torch import Tensor
 
 import shira_ops
 from shira._text import dtype_name as dtype_name
+from shira_ops import reference
 from shira_ops.checks import index_dtype as index_dtype
 
 WORD = 2**64 - 1
 """The largest 64-bit word; ``number & WORD`` is the number modulo 2^64, as fingerprints are added."""
+
+WORD_BYTES = 8
 
 
 def splitmix64(x: int) -> int:
@@ -47,6 +50,11 @@ def fingerprint(weight: Tensor) -> int:
 def fingerprint_at(weight: Tensor, indices: Tensor, granule: int) -> int:
     """`shira_ops.fingerprint_at` as an unsigned Python number."""
     return int(shira_ops.fingerprint_at(weight.detach(), indices, granule=granule)) & WORD
+
+
+def share(words: Tensor, positions: Tensor) -> Tensor:
+    """What 64-bit words at these positions of a weight add to its fingerprint: int64, without dimensions."""
+    return reference.words_hash(words, positions)
 
 
 def refine(indices: Tensor, granule: int, finer: int, numel: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""The ops as Triton kernels: what serves a GPU where the build had no CUDA toolkit.
+"""The ops as Triton kernels, for a GPU where the build had no CUDA toolkit.
 
-A module a family, named as in csrc/. Nothing here imports triton: `find` does, when an op is first called. Set
-TRITON_INTERPRET=1 before that and the kernels run on CPU tensors, without a GPU.
+One module per family, named as in csrc/. Nothing here imports triton: `find` does, when an op is first called. If
+TRITON_INTERPRET=1 is set before that, the kernels run on CPU tensors, without a GPU.
 
 A kernel is compiled and loaded when it is first called, which cannot happen while a CUDA graph is captured: call each
 op once with the same dtypes, granule and length of lists before the capture, as `torch.cuda.graph` asks for anyway.
@@ -38,7 +38,7 @@ OPS = {op: family for family, ops in FAMILIES.items() for op in ops}
 
 @cache
 def installed() -> bool:
-    """Whether there is a triton to import."""
+    """Whether triton can be imported."""
     try:
         return find_spec("triton") is not None
     except ImportError:  # an import hook that hides it

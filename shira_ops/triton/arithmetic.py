@@ -1,5 +1,5 @@
 """csrc/core/arithmetic.h in Triton: numbers as bits, fp32 (fp64 for fp64) arithmetic, one rounding to the weight's
-dtype, NaN stored as the canonical quiet NaN. Entries travel as integers, so that no load or store looks at them.
+dtype, NaN stored as the canonical quiet NaN. Entries travel as integers, so that loads and stores keep their bits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def widen(bits, DTYPE: tl.constexpr, C: tl.constexpr):
 def narrow(x, DTYPE: tl.constexpr):
     """The bits of x rounded to nearest even."""
     if tl.bfloat16 == DTYPE:
-        # By hand: what hardware makes of a NaN is another one than ours.
+        # By hand: the hardware turns a NaN into a different one than ours.
         u = x.to(tl.uint32, bitcast=True)
         return tl.where(x != x, 0x7FC0, (u + 0x7FFF + ((u >> 16) & 1)) >> 16).to(tl.int16)
     elif tl.float16 == DTYPE:
@@ -43,7 +43,7 @@ def narrow(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def convert(bits, V: tl.constexpr, W: tl.constexpr, C: tl.constexpr):
-    """A value of dtype V as an entry of dtype W: its own bits where they agree, one rounding where not."""
+    """A value of dtype V as an entry of dtype W: its own bits if the dtypes agree, else rounded once."""
     if V == W:
         return bits
     else:

@@ -1,8 +1,8 @@
-"""The codec family: indices to bytes and back. csrc/core/codec.h is the format.
+"""The codec family: indices to bytes and back, in the format of csrc/core/codec.h.
 
-Both directions refuse content, and the size of a code is not known before it is made, so both synchronise. A program
-has a block of the code, a step at a time: to decode, it adds up how far each unit reaches and how many gaps have ended
-before it; to encode, how many units the gaps before one take. What is wrong with a code the reference says, and it
+Both directions check content, and the size of a code is known only once it is made, so both synchronise. A program
+handles a block of the code, a step at a time: to decode, it adds up how far each unit advances the index and how many
+gaps have ended before it; to encode, how many units the earlier gaps take. The reference explains what is wrong, and
 encodes version 2, on the CPU.
 """
 
@@ -26,7 +26,7 @@ STEP = 1024  # units, or indices, or bits
 
 @triton.jit
 def read(at, mask, SIZE: tl.constexpr):
-    """Little-endian unsigned numbers of SIZE bytes, at addresses of any alignment; 0 where there is none."""
+    """Little-endian unsigned numbers of SIZE bytes, at addresses of any alignment; 0 where masked."""
     value = tl.load(at, mask=mask, other=0).to(tl.uint64)
     for byte in tl.static_range(1, SIZE):
         value |= tl.load(at + byte, mask=mask, other=0).to(tl.uint64) << (8 * byte)
@@ -35,8 +35,8 @@ def read(at, mask, SIZE: tl.constexpr):
 
 @triton.jit
 def decode_payload(payload, units, n, first, out, SIZE: tl.constexpr, STEP: tl.constexpr):
-    """Units of SIZE bytes to out[1 .. n): whether they are n - 1 gaps, the last of which ends with them; the last
-    index; and the highest number met. Sums wrap only after one that is out of range, so that one tells."""
+    """Decodes units of SIZE bytes into out[1 .. n). Returns whether they are n - 1 gaps, the last of which ends with
+    them, the last index, and the highest number met, which is out of range before a sum can wrap."""
     lane = tl.arange(0, STEP)
     index = first
     highest = first
@@ -105,7 +105,7 @@ def decode_rice(payload, size, low, n, first, out, STEP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["bytes", "count", "bound", "blocks"])
 def decode_kernel(code, out, refused, bytes, count, bound, blocks, STEP: tl.constexpr):
-    """The first block that is not right stays in `refused`."""
+    """`refused` becomes the first block that is wrong."""
     block = tl.program_id(0).to(tl.int64)
     inner = block + 1 < blocks
     anchor = code + block * ANCHOR
@@ -173,14 +173,14 @@ def decode_indices(code: Tensor, count: int, limit: int, dtype: torch.dtype, gra
 
 @triton.jit
 def write(at, value, mask, SIZE: tl.constexpr):
-    """What `read` reads."""
+    """The inverse of `read`."""
     for byte in tl.static_range(SIZE):
         tl.store(at + byte, (value >> (8 * byte)).to(tl.uint8), mask=mask)
 
 
 @triton.jit
 def gaps_of(indices, at, n):
-    """The gaps before indices[at], and which of those there are."""
+    """The gaps before indices[at], and which of them exist."""
     here = at < n
     index = tl.load(indices + at, mask=here, other=0).to(tl.int64)
     before = tl.load(indices + at - 1, mask=here, other=0).to(tl.int64)
@@ -189,7 +189,7 @@ def gaps_of(indices, at, n):
 
 @triton.jit
 def units_of(gap, here, SIZE: tl.constexpr):
-    """How many units of SIZE bytes each gap takes; 0 where there is none."""
+    """How many units of SIZE bytes each gap takes; 0 where there is no gap."""
     if SIZE < 8:
         units = tl.where(here, (gap // ((1 << (8 * SIZE)) - 1) + 1).to(tl.int64), 0)
     else:
@@ -199,7 +199,7 @@ def units_of(gap, here, SIZE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count"])
 def measure_kernel(indices, places, count, STEP: tl.constexpr):
-    """Which mode each block takes, and how many bytes its payload has: `mode << 56 | bytes`."""
+    """The mode of each block and the size of its payload: `mode << 56 | bytes`."""
     block = tl.program_id(0).to(tl.int64)
     n = tl.minimum(count - block * BLOCK, BLOCK)
     own = indices + block * BLOCK
@@ -217,14 +217,14 @@ def measure_kernel(indices, places, count, STEP: tl.constexpr):
 
 @triton.jit
 def encode_payload(indices, n, payload, SIZE: tl.constexpr, STEP: tl.constexpr):
-    """The gaps before indices[1 .. n), each by the unit that ends it."""
+    """Writes, for each gap before indices[1 .. n), the unit that ends it."""
     written = tl.zeros((), tl.int64)
     begin = tl.full((), 1, tl.int64)
     while begin < n:
         gap, here = gaps_of(indices, begin + tl.arange(0, STEP), n)
         units = units_of(gap, here, SIZE)
         end = written + tl.cumsum(units, 0)
-        if SIZE < 8:  # what its escapes leave
+        if SIZE < 8:  # what its escapes leave over
             gap -= (units - 1).to(tl.uint64) * ((1 << (8 * SIZE)) - 1)
         write(payload + (end - 1) * SIZE, gap, here, SIZE)
         written += tl.sum(units, 0)
@@ -233,7 +233,7 @@ def encode_payload(indices, n, payload, SIZE: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count", "blocks"])
 def encode_kernel(indices, places, code, count, blocks, STEP: tl.constexpr):
-    """All but the escapes: `code` is full of them."""
+    """Writes everything except the escapes, with which `code` is filled already."""
     block = tl.program_id(0).to(tl.int64)
     n = tl.minimum(count - block * BLOCK, BLOCK)
     own = indices + block * BLOCK
@@ -263,7 +263,7 @@ def encode_indices(indices: Tensor, granule: int, version: int) -> Tensor:
     launch(measure_kernel, blocks, indices, places, count, STEP=STEP)
     sizes = places & START.value
     ends = sizes.cumsum(0)
-    places += ends - 2 * sizes  # of `mode << 56 | size` makes `mode << 56 | start`
+    places += ends - 2 * sizes  # turns `mode << 56 | size` into `mode << 56 | start`
     escape = 255
     code = torch.full((blocks * ANCHOR.value + int(ends[-1]),), escape, dtype=torch.uint8, device=indices.device)
     launch(encode_kernel, blocks, indices, places, code, count, blocks, STEP=STEP, num_warps=8)

@@ -1,4 +1,4 @@
-"""The diff family: programs count the granules that differ, and then each knows where to write its own.
+"""The diff family: programs count the granules that differ, so that each then knows where to write its own.
 
 Granules are compared in the widest units that every address and their size allow.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import checks
 from .launch import checked, launch
 
-ROWS = 256  # granules a program: a scan takes registers
+ROWS = 256  # granules per program: a scan takes registers
 _UNITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -43,8 +43,8 @@ def tally_kernel(snapshot, weight, tallies, granules, units, ROWS: tl.constexpr)
 
 @triton.jit
 def write_kernel(snapshot, weight, starts, indices, values, granules, units, BEFORE: tl.constexpr, ROWS: tl.constexpr):
-    """Each program writes from its start on, which counts what those before it write, and refreshes its share of the
-    snapshot; with BEFORE, it writes what the snapshot had."""
+    """Each program writes from its start on, which is how many granules those before it write, and refreshes its share
+    of the snapshot; with BEFORE, it writes what the snapshot had."""
     program = tl.program_id(0).to(tl.int64)
     row = program * ROWS + tl.arange(0, ROWS)
     found = differing(snapshot, weight, row, granules, units)
@@ -75,7 +75,7 @@ def _diffs(
         launch(tally_kernel, len(own), *jobs[-1], ROWS=ROWS)
     ends = torch.cat([tallies.new_zeros(1), tallies.cumsum(0)])
     last = [0, *itertools.accumulate(shares)]
-    # One look at the device for all of them.
+    # One read from the device for all of them.
     totals = ends[torch.tensor(last, device=device)].cpu().tolist()
     indices, values = [], []
     for job, weight, behind, after, first in zip(jobs, weights, totals, totals[1:], last, strict=False):

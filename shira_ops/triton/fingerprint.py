@@ -1,7 +1,7 @@
 """The fingerprint family: sums mod 2^64 over words, so that programs may add in any order.
 
 csrc/core/fingerprint.h has the definition. Words are put together from the widest units that every address and the
-length allow: one load a word for all but views at odd places and odd lengths.
+length allow: one load per word, except for views at odd addresses and for odd lengths.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _UNITS = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}
 @triton.jit
 def add_words(total, data, positions, mask, bytes, UNIT: tl.constexpr):
     """Adds the share of the words at `positions` to `total`; what lies past the last byte reads as zero."""
-    each: tl.constexpr = 64 // UNIT.primitive_bitwidth  # units a word
+    each: tl.constexpr = 64 // UNIT.primitive_bitwidth  # units per word
     units = data.to(tl.pointer_type(UNIT), bitcast=True)
     word = tl.zeros(positions.shape, tl.uint64)
     for i in tl.static_range(each):
@@ -59,7 +59,7 @@ def touched_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The words of granules of `size` bytes, at most `words` each: one that the granule before touches is its own."""
+    """The words of granules of `size` bytes, at most `words` each, less those that the granule before touches too."""
     program = tl.program_id(0)
     parts = tl.cdiv(words, COLUMNS)
     row = (program // parts).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -74,7 +74,7 @@ def touched_kernel(
 
 
 def _of(weight: Tensor) -> tuple[Tensor, Tensor, int, tl.dtype]:
-    """The sum so far, the weight's bytes, how many, and the unit in which they can be read."""
+    """A sum of 0, the weight's bytes, their number, and the unit in which they can be read."""
     data = weight.view(-1).view(torch.uint8)
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
     return total, data, data.numel(), _UNITS[math.gcd(data.data_ptr(), data.numel(), 8)]

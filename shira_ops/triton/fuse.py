@@ -18,7 +18,7 @@ from .arithmetic import convert, narrow, widen
 from .launch import checked, compute, content, dtype
 from .walk import deal, granule_of, keep, lines, memory, put, walk
 
-_FIELDS = tl.constexpr(3)  # of an adapter in the table: where its values are, how many granules, whether deltas
+_FIELDS = tl.constexpr(3)  # per adapter in the table: the address of its values, their granules, whether it is a delta
 
 
 class Rule(NamedTuple):
@@ -30,7 +30,7 @@ class Rule(NamedTuple):
 @triton.jit
 def fuse_tile(pointers, place, settings, WHOLE: tl.constexpr, DEAL: tl.constexpr, RULE: tl.constexpr):
     """weight[i] = saved[i] + sum_k alpha_k * d_k[i], in the plan's order. `exact` is what an entry becomes without a
-    sum: its base where nothing with a strength contributes, an adapter's own value where that alone overwrites."""
+    sum: its base if no adapter with a strength contributes, an adapter's own value if only that one overwrites."""
     weight, indices, saved, offsets = pointers
     sources, total, table, alphas, adapters = settings
     W: tl.constexpr = DEAL.types[0]

@@ -1,9 +1,9 @@
 """The gradient family: the weight gradient of a linear layer at `indices` alone.
 
-Two ways. Sampled: each entry is a dot product over the tokens, whose two columns are first made contiguous. Dense: the
-matrix product that torch runs on tensor cores, a block of rows at a time in a small scratch, of which the entries
-are taken; in float32 it follows torch's own setting (`torch.set_float32_matmul_precision`), as a dense backward does.
-Both give the same bits on every run of one device.
+There are two ways. Sampled: each entry is a dot product over the tokens, of two columns that are made contiguous first.
+Dense: the matrix product that torch runs on tensor cores, a block of rows at a time in a small scratch buffer, from
+which the entries are taken; in float32 it follows `torch.set_float32_matmul_precision`, as a dense backward does.
+Both give the same bits on every run on one device.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from .. import checks
 from .launch import TILE, checked, compute, launch
 
 # Below this density of selected entries the sampled way is taken. Predicted, not measured: at 2048 tokens of a
-# 4096 x 4096 layer an H100's tensor cores need about 100 us for the dense product, in which its L2 cache delivers
-# the columns of some 0.3 % of the entries (float32) to 0.6 % (bfloat16).
+# 4096 x 4096 layer an H100's tensor cores need about 100 us for the dense product, and in that time its L2 cache
+# delivers the columns of some 0.3 % of the entries (float32) to 0.6 % (bfloat16).
 DENSE_FROM = 0.003
-SCRATCH = 2**22  # entries of the dense gradient that are there at a time: 16 MB, which stay in the L2 cache
+SCRATCH = 2**22  # entries of the dense gradient that exist at a time: 16 MB, which stay in the L2 cache
 ENTRIES, TOKENS = 8, 128
 
 
@@ -71,8 +71,8 @@ def take_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The entries that lie in [begin, end) of the weight, which is what `dense` holds: those of the indices from
-    bounds[block] to bounds[block + 1], and the last ones before, since a granule may begin in the block before."""
+    """Takes the entries in [begin, end) of the weight, which `dense` holds: those of the indices from bounds[block] to
+    bounds[block + 1], and of the one before, since that granule may begin in the previous block."""
     first = tl.maximum(tl.load(bounds + block) - 1, 0) + tl.program_id(0).to(tl.int64) * ROWS
     last = tl.load(bounds + block + 1)
     while first < last:
@@ -99,7 +99,7 @@ def _sampled(left: Tensor, right: Tensor, indices: Tensor, out: Tensor, granule:
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """In the forms of mm that autocast leaves alone."""
+    """Uses the forms of mm that autocast leaves alone."""
     if left.dtype != dtype and left.is_cuda and torch.version.hip is None:
         return torch.mm(left, right, out_dtype=dtype)  # float16 and bfloat16 with the sums in float32
     out = torch.empty(left.shape[0], right.shape[1], dtype=dtype, device=left.device)
@@ -108,10 +108,10 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _dense(left: Tensor, right: Tensor, indices: Tensor, out: Tensor, granule: int) -> None:
     rows, columns = left.shape[1], right.shape[1]
-    # Matrices that start at multiples of 16 bytes are what tensor cores want.
+    # Tensor cores need matrices that start at multiples of 16 bytes.
     block = max(256, SCRATCH // columns // 256 * 256)
     begins = range(0, rows, block)
-    # Where each block's indices start. A granule is one of the block that it begins in, and may reach into the next.
+    # Where each block's indices start. A granule belongs to the block in which it begins, and may reach into the next.
     before = (torch.arange(len(begins) + 1, device=indices.device) * (block * columns) - 1) // granule
     before = before.clamp_(max=torch.iinfo(indices.dtype).max).to(indices.dtype)
     bounds = torch.searchsorted(indices, before, right=True)

@@ -1,4 +1,4 @@
-"""How kernels are started: what is refused first, and the device."""
+"""How kernels are started: the checks before them, and the device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _DTYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
-TILE = 1024  # entries a program, where a kernel does not need many registers an entry
+TILE = 1024  # entries per program, where a kernel does not need many registers per entry
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def dtype(tensor: Tensor) -> tl.dtype:
-    """The Triton dtype of what `bits` holds; of a dtype without arithmetic the integers themselves."""
+    """The Triton dtype of what `bits` holds; for a dtype without arithmetic, that of the integers."""
     return _DTYPES.get(tensor.dtype) or bits_dtype(tensor)
 
 
@@ -47,20 +47,20 @@ def compute(weight: Tensor) -> tl.dtype:
 
 
 def rounded(value: float, dtype: tl.dtype) -> float:
-    """A number of double precision in the compute dtype."""
+    """A number in double precision, rounded to the compute dtype."""
     return value if dtype == tl.float64 else ctypes.c_float(value).value
 
 
 def number_bits(value: float, dtype: tl.dtype) -> int:
-    """What `arithmetic.number` takes for a number, which is rounded to the dtype."""
+    """A number, rounded to the dtype, as `arithmetic.number` takes it."""
     number = ctypes.c_double(value) if dtype == tl.float64 else ctypes.c_float(value)
     return int.from_bytes(number, sys.byteorder, signed=True)
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The op of this name, after what every backend refuses and on the device of its arguments.
+    """The op of this name: first every backend's checks, then the function, on the device of its arguments.
 
-    The content of indices is not looked at: that would synchronise. Kernels guard each access.
+    The content of indices is not checked: that would synchronise. Kernels guard each access.
     """
 
     @checks.checked(function.__name__)
@@ -76,14 +76,14 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
-    """Runs a kernel, without contraction: fused multiplications and additions have other bits."""
+    """Runs a kernel without contraction: fused multiply-adds give different bits."""
     if programs > 0:
         kernel[(programs,)](*args, **constants, enable_fp_fusion=False)
 
 
 @triton.jit(do_not_specialize=["n", "granules"])
 def check_kernel(indices, first, n, granules, LIMITED: tl.constexpr, BLOCK: tl.constexpr):
-    """The first position that is refused stays in `first`."""
+    """`first` becomes the first position that is refused."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     index = tl.load(indices + at, mask=at < n, other=0).to(tl.int64)
     before = tl.load(indices + at - 1, mask=(at < n) & (at > 0), other=-1).to(tl.int64)
@@ -96,7 +96,7 @@ def check_kernel(indices, first, n, granules, LIMITED: tl.constexpr, BLOCK: tl.c
 
 
 def content(op: str, name: str, indices: Tensor, granules: int | None) -> None:
-    """As `checks.content`, which says what is wrong. Synchronises."""
+    """Like `checks.content`, which it calls to say what is wrong. Synchronises."""
     n = indices.numel()
     first = torch.full((), n, dtype=torch.int64, device=indices.device)
     constants = {"LIMITED": granules is not None, "BLOCK": TILE}

@@ -1,7 +1,7 @@
 """The optimize family: masked-gradient steps, state in fp32 (fp64 for fp64) beside the weight's own dtype.
 
-Formulas and the order of their roundings are those of csrc/core/optimize.h. What is one number a call is computed in
-double by the kernel itself, so that `step` and `lr` may be tensors that nobody waits for.
+The formulas and the order of their roundings are those of csrc/core/optimize.h. Numbers that a whole call shares are
+computed in double on the device, so that `step` and `lr` may be tensors without the host waiting for them.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .walk import deal, tile, walk
 
 @triton.jit
 def given(x, TYPE: tl.constexpr):
-    """A number of double precision: an argument's bits, or read where it lies, of a TYPE there."""
+    """A number in double precision: from an argument's bits, or read from memory, where it is a TYPE."""
     if TYPE is None:
         return number(x, tl.float64)
     else:
-        # 64 bits first: the interpreter takes a low address for an int32.
+        # To 64 bits first: the interpreter takes a low address for an int32.
         return tl.load(x.to(tl.int64).to(tl.pointer_type(TYPE))).to(tl.float64)
 
 
@@ -73,8 +73,8 @@ def adamw_numbers_kernel(
     STEP: tl.constexpr,
     LR: tl.constexpr,
 ):
-    """What adamw_tile reads: decay, rest1, beta2, rest2, root, eps, step_size, each rounded once. STEP and LR are the
-    types of tensors, where their addresses are given."""
+    """Writes what adamw_tile reads: decay, rest1, beta2, rest2, root, eps, step_size, each rounded once. STEP and LR
+    are the types of the tensors if `step` and `lr` are addresses, else None."""
     if STEP is None:
         t = step
     else:
@@ -92,14 +92,14 @@ def adamw_numbers_kernel(
 
 
 class Rule(NamedTuple):
-    """How the gradient comes, and of sgd what is there at all."""
+    """The form of the gradient, and which parts of sgd are used."""
 
     dense: bool
     wide: tl.dtype  # of the arithmetic
     buffer: bool = False
     decays: bool = False
     nesterov: bool = False
-    lr: tl.dtype | None = None  # of a tensor
+    lr: tl.dtype | None = None  # of the tensor, if it is one
 
 
 @triton.jit
@@ -199,12 +199,12 @@ def _adamw(
     weight_decay: float,
     granule: int,
 ) -> None:
-    """Of members (weight, indices, grad, master, exp_avg, exp_avg_sq)."""
+    """For members (weight, indices, grad, master, exp_avg, exp_avg_sq)."""
     dense = _dense(granule)
 
     @cache
     def numbers_of(wide: torch.dtype, device: torch.device) -> Tensor:
-        """Once a compute dtype: a list may hold fp64 weights beside others."""
+        """Made once per compute dtype: a list may hold fp64 weights beside others."""
         numbers = torch.empty(7, dtype=wide, device=device)
         at = step.data_ptr() if isinstance(step, Tensor) else step
         others = (_number(x) for x in (lr, beta1, beta2, eps, weight_decay))
@@ -274,7 +274,7 @@ def _sgd(
     nesterov: bool,
     granule: int,
 ) -> None:
-    """Of members (weight, indices, grad, master) or (weight, indices, grad, master, momentum_buffer)."""
+    """For members (weight, indices, grad, master) or (weight, indices, grad, master, momentum_buffer)."""
     dense = _dense(granule)
 
     def rule(*member: Tensor) -> tuple[tuple[int, ...], Rule]:

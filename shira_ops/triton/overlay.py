@@ -1,7 +1,7 @@
-"""The overlay family: a program has some tokens and some rows of their matrices, which it finds in the sorted
+"""The overlay family: a program handles some tokens and some rows of their matrices, which it finds in the sorted
 indices by bisection, and walks each row's entries.
 
-Transposed, the mask is turned first: sorted by column, on the device.
+For the transposed product, the mask is turned first: sorted by column, on the device.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 from .arithmetic import narrow, widen
 from .launch import bits, bits_dtype, checked, compute, dtype, launch
 
-_FIELDS = tl.constexpr(4)  # of an adapter in the table: its indices, whether they are int64, how many, its values
-_ADAPTERS = 8  # that one launch writes
-TILE = 128  # sums of a program
-MOST_TOKENS = 8  # of a program
+_FIELDS = tl.constexpr(4)  # per adapter in the table: its indices, whether they are int64, their number, its values
+_ADAPTERS = 8  # written by one launch
+TILE = 128  # sums per program
+MOST_TOKENS = 8  # per program
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def table_kernel(
     i0, w0, n0, v0, i1, w1, n1, v1, i2, w2, n2, v2, i3, w3, n3, v3,
     i4, w4, n4, v4, i5, w5, n5, v5, i6, w6, n6, v6, i7, w7, n7, v7,
 ):  # fmt: skip
-    """The numbers travel as a kernel's arguments: a copy from the host would wait, and not be captured."""
+    """The numbers are kernel arguments: a copy from the host would wait, and could not be captured."""
     put(table, 0, i0, w0, n0, v0)
     put(table, 1, i1, w1, n1, v1)
     put(table, 2, i2, w2, n2, v2)
@@ -50,7 +50,7 @@ def table_kernel(
 
 @triton.jit
 def index_at(indices, wide, number, mask):
-    """int32 or int64, a list each: read as words of 32 bits."""
+    """Each list is int32 or int64, so it is read as 32-bit words."""
     word = indices + (number << wide)
     low = tl.load(word, mask=mask, other=0).to(tl.int64)
     high = tl.load(word + 1, mask=mask & (wide != 0), other=0).to(tl.int64)
@@ -59,7 +59,7 @@ def index_at(indices, wide, number, mask):
 
 @triton.jit
 def entry_at(indices, wide, count, place, granule):
-    """The first entry of a sorted list that is not before `place`."""
+    """The first entry of a sorted list at or after `place`."""
     low = place * 0
     high = low + count
     while tl.max(tl.max(high - low, 1), 0) > 0:
@@ -143,7 +143,7 @@ def _table(indices: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
 
 
 def _turned(indices: Tensor, values: Tensor, rows: int, columns: int, granule: int) -> tuple[Tensor, Tensor]:
-    """A mask and its values as those of the transposed matrix, of single entries; what is out of range comes last."""
+    """A mask and its values as those of the transposed matrix, in single entries; what is out of range comes last."""
     index = indices.to(torch.int64)
     entry = (index[:, None] * granule + torch.arange(granule, device=index.device)).view(-1)
     outside = ((index < 0) | (index >= rows * columns // granule)).repeat_interleave(granule, output_size=entry.numel())

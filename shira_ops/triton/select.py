@@ -1,8 +1,8 @@
 """The select family: masks.
 
-`select_top` finds the k-th largest score digit by digit, from the highest on: a pass over the weight counts the
-granules that agree with what is found so far by their next digit, and one program takes the digit. Scores are
-computed anew in each pass and never stored; nothing waits for a count.
+`select_top` finds the k-th largest score digit by digit, from the highest on: a pass over the weight counts, by their
+next digit, the granules that agree with the digits found so far, and one program picks the digit. Scores are computed
+again in each pass and never stored; the host does not wait for a count.
 
 `select_random` draws as csrc/core/select.h does, and torch sorts.
 """
@@ -24,7 +24,7 @@ from .splitmix import GOLDEN, splitmix64
 DIGIT = 8  # bits
 BINS = tl.constexpr(2**DIGIT)
 ROWS = 1024  # granules that a program looks at together
-PROGRAMS = 1024  # that count: each adds to the same few numbers, once
+PROGRAMS = 1024  # that count; each adds its result once to the same few numbers
 
 
 class Rule(NamedTuple):
@@ -36,7 +36,7 @@ class Rule(NamedTuple):
 
 
 def key_bits(rule: Rule) -> int:
-    """Of a key. A 16-bit number alone is its own key: made wide, it would end in zeros."""
+    """The bits of a key. A single 16-bit number is its own key: widened, it would end in zeros."""
     looked_at = rule.grad if rule.score == "grad" else rule.weight
     alone = rule.single and rule.score != "snip"
     return 16 if alone and looked_at.primitive_bitwidth == 16 else rule.wide.primitive_bitwidth
@@ -55,7 +55,7 @@ def term_of(weight, grad, entry, given, RULE: tl.constexpr):
 
 @triton.jit
 def score_keys(weight, grad, row, given, granule, RULE: tl.constexpr, KEY: tl.constexpr):
-    """Scores as integers in their order, NaN below all: a sum of magnitudes is never negative."""
+    """Scores as integers in the same order, with NaN lowest: a sum of magnitudes is never negative."""
     if RULE.single:
         total = term_of(weight, grad, row, given, RULE)
     else:
@@ -102,11 +102,11 @@ def count_kernel(
 
 @triton.jit
 def digit_kernel(counts, state):
-    """state: the digits so far, and how many of the granules that agree with them are wanted."""
+    """`state`: the digits so far, and how many of the granules that agree with them are wanted."""
     bins = tl.arange(0, BINS)
     number = tl.load(counts + bins)
     wanted = tl.load(state + 1)
-    above = tl.sum(number) - tl.cumsum(number)  # granules of a higher digit
+    above = tl.sum(number) - tl.cumsum(number)  # granules with a higher digit
     digit = tl.max(tl.where(above + number >= wanted, bins, 0))
     tl.store(state, tl.load(state) * 256 + digit)
     tl.store(state + 1, wanted - tl.sum(tl.where(bins > digit, number, 0)))
@@ -155,8 +155,8 @@ def write_kernel(
     weight, grad, before, state, out, granules: tl.int64, granule, RULE: tl.constexpr, KEY: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Each program knows what stands before it: every granule above, and of the equal ones the first few. `before`
-    counts what is above for each program, and goes on with what is equal."""
+    """Writes every granule above the k-th score, and the first few of those equal to it. `before` is a running
+    count: of those above, program by program, and then of those that are equal."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     if (tl.program_id(0).to(tl.int64) + 1) * ROWS <= granules:
         write_tile(weight, grad, before, state, out, row, tl.full([ROWS], True, tl.int1), granule, RULE, KEY)
@@ -182,7 +182,7 @@ def select_top(weight: Tensor, grad: Tensor | None, k: int, score: str, granule:
     for shift in range(width - DIGIT, -1, -DIGIT):
         launch(count_kernel, min(programs, PROGRAMS), *args, counts, state, *sizes, shift, **constants)
         launch(digit_kernel, 1, counts, state)
-    # One scan of a flat list is many times as fast as two scans of rows.
+    # One scan of a flat list is many times faster than two scans of rows.
     tallies = torch.empty(2 * programs, dtype=torch.int64, device=weight.device)
     launch(tally_kernel, programs, *args, tallies, state, *sizes, **constants)
     before = tallies.cumsum(0) - tallies
@@ -206,7 +206,7 @@ def permute(x, seed, low, high):
 
 @triton.jit(do_not_specialize=["k", "domain", "seed", "low", "high"])
 def draw_kernel(out, k, domain, seed, low, high, BLOCK: tl.constexpr):
-    """The images of 0 .. k-1; one outside the domain is permuted on."""
+    """The images of 0 .. k-1; an image outside the domain is permuted again."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     key, end = seed.to(tl.uint64), domain.to(tl.uint64)
     low, high = low.to(tl.uint64), high.to(tl.uint64)

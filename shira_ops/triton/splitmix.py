@@ -1,4 +1,4 @@
-"""csrc/core/splitmix.h in Triton: the one mixer, of unsigned 64-bit integers."""
+"""csrc/core/splitmix.h in Triton: the one mixer, for unsigned 64-bit integers."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def gather_tile(pointers, place, settings, WHOLE: tl.constexpr, DEAL: tl.constex
 
 @triton.jit(do_not_specialize=["members", "granule"])
 def gather_kernel(jobs, members, granule, DEAL: tl.constexpr, RULE: tl.constexpr):
-    """What is out of range gives "zero", or stays as it was."""
+    """RULE "zero": an index out of range gives 0; otherwise its output stays as it was."""
     walk(gather_tile, jobs, members, granule, None, DEAL, RULE)
 
 
@@ -120,8 +120,8 @@ def _wide(weight: Tensor) -> tl.dtype:
 
 
 def _mix(members: Members, alpha: float, delta: bool, granule: int) -> None:
-    """Of members (weight, indices, values) or (weight, indices, values, saved)."""
-    # Alpha may be 0 or 1 once it is rounded, which depends on the weight.
+    """For members (weight, indices, values) or (weight, indices, values, saved)."""
+    # Alpha may become 0 or 1 when it is rounded, which depends on the weight.
     members = list(members)
     for wide in dict.fromkeys(_wide(weight) for weight, *_ in members):
         own = [member for member in members if _wide(member[0]) == wide]
@@ -178,7 +178,7 @@ def switch_(
     delta: bool,
     granule: int,
 ) -> None:
-    # One walk would have to look up each entry of one mask in the other, for at most a seventh of the bytes.
+    # One walk would have to look up each entry of one mask in the other, to save at most a seventh of the bytes.
     _scatter([(weight, indices_out, saved_out)], granule)
     _mix([(weight, indices_in, values, saved_in)], alpha, delta, granule)
 

@@ -1,8 +1,8 @@
-"""How the entries of a list of weights are dealt to programs: one launch for all that are alike.
+"""How the entries of a list of weights are dealt out to programs: one launch for all that are alike.
 
 A kernel gets its tensors as numbers, their addresses and sizes: those of a single weight as arguments, those of a list
-in a table on the device, in which a program finds its own. So one compiled kernel serves weights of any size, and what
-a kernel may assume of them is said here once: `Deal`.
+in a table on the device, in which a program finds its own. So one compiled kernel serves weights of any size, and
+`Deal` alone says what a kernel may assume about them.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from torch import Tensor
 
 from .launch import TILE, dtype, launch
 
-MEMBERS = 512  # of a list, a launch: a program looks through all their first programs at once
-_PUT = 256  # numbers that one launch writes to a table: 2 of the 4 KB that a kernel's arguments may have
+MEMBERS = 512  # per launch: a program looks through the first programs of all of them at once
+_PUT = 256  # numbers that one launch writes to a table: 2 KB of the 4 KB that kernel arguments may take
 _HIDDEN = tl.constexpr(1 << 62)
 
 
 class Deal(NamedTuple):
-    """What a kernel is compiled for. `types` are those of weight, indices and the streams beside these."""
+    """What a kernel is compiled for. `types` are those of the weight, the indices and the other streams."""
 
     types: tuple[tl.dtype, ...]
-    rows: int  # granules a program
+    rows: int  # granules per program
     columns: int  # entries of each, a power of two
-    granule: int  # where it is as many as the columns, so that nothing is left out; else 0, and known at the launch
+    granule: int  # if it equals the columns, so that none is masked; else 0, and known only at the launch
     aligned: bool  # vectors of 16 bytes may be moved
     listed: int  # a power of two that the list's length does not exceed; 0 for one weight
 
@@ -40,8 +40,8 @@ class Deal(NamedTuple):
 
 
 def hidden(numbers: Iterable[int]) -> tuple[int, ...]:
-    """Numbers below 2**59 as elements of a tuple that all look alike: Triton compiles a kernel for an int of 64 bits
-    and one of 32, for 1, and for multiples of 16, and of a tuple's elements it cannot be told not to."""
+    """Numbers below 2**59 as elements of a tuple that all look alike: Triton compiles separate kernels for ints of 64
+    bits, of 32 bits, for 1, and for multiples of 16, and for elements of a tuple it cannot be told not to."""
     return tuple(_HIDDEN.value + 4 * number + 3 for number in numbers)
 
 
@@ -57,8 +57,8 @@ def put_kernel(table, numbers):
 
 
 def put(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """A table of numbers on the device. They travel as a kernel's arguments: a copy from the host would wait for the
-    device, and a graph would not keep its source."""
+    """A table of numbers on the device. They are kernel arguments: a copy from the host would wait for the device,
+    and a graph would not keep its source."""
     size = min(_PUT, triton.next_power_of_2(len(numbers)))  # few sizes to compile
     filled = [*numbers, *[0] * (-len(numbers) % size)]
     table = torch.empty(len(filled), dtype=torch.int64, device=device)
@@ -72,7 +72,7 @@ def put(numbers: Sequence[int], device: torch.device) -> Tensor:
 
 @triton.jit
 def field(jobs, members, member, K: tl.constexpr, DEAL: tl.constexpr):
-    """A job is: its first program, its number of indices, how many granules its weight has, addresses."""
+    """A job has: its first program, its number of indices, the granules in its weight, addresses."""
     if DEAL.listed > 0:
         return tl.load(jobs + K * members + member)
     else:
@@ -81,7 +81,7 @@ def field(jobs, members, member, K: tl.constexpr, DEAL: tl.constexpr):
 
 @triton.jit
 def memory(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Entries travel as integers, so that no load or store looks at them."""
+    """Entries travel as integers, so that loads and stores keep their bits."""
     if TYPE.primitive_bitwidth == 8:
         pointer = address.to(tl.int64).to(tl.pointer_type(tl.int8))
     elif TYPE.primitive_bitwidth == 16:
@@ -97,8 +97,8 @@ def memory(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def walk(TILE: tl.constexpr, jobs, members, granule, settings, DEAL: tl.constexpr, RULE: tl.constexpr):
-    """Runs the function TILE on a program's share: pointers to weight, indices and streams, the share's place for
-    `lines` or `tile`, and what the kernel was given for itself. A WHOLE share needs no masks: then streams move in
+    """Runs the function TILE on a program's share, with pointers to weight, indices and streams, the share's place
+    for `lines` or `tile`, and the kernel's own `settings`. A WHOLE share needs no masks, so its streams move in
     vectors."""
     program = tl.program_id(0)
     member = 0
@@ -134,8 +134,8 @@ def granule_of(place, DEAL: tl.constexpr):
 
 @triton.jit
 def lines(indices, place, WHOLE: tl.constexpr, DEAL: tl.constexpr):
-    """A share by rows and columns: [rows] numbers of granules in the streams, whether there is such a one, the granule
-    of the weight, whether the weight has such a one, and [columns] entries of a granule."""
+    """A share by rows and columns: [rows] granule numbers in the streams, whether they exist, granules of the weight,
+    whether those exist, and [columns] entries within a granule."""
     begin, part, n, granules, _ = place
     row = begin + tl.arange(0, DEAL.rows)
     if WHOLE:
@@ -149,8 +149,8 @@ def lines(indices, place, WHOLE: tl.constexpr, DEAL: tl.constexpr):
 
 @triton.jit
 def tile(indices, place, WHOLE: tl.constexpr, DEAL: tl.constexpr):
-    """A share, [rows, columns]: positions in the streams, entries of the weight, whether there is such a position,
-    and whether the weight has such an entry too."""
+    """A share, [rows, columns]: positions in the streams, entries of the weight, whether a position exists, and
+    whether the weight has its entry too."""
     row, given, index, known, column = lines(indices, place, WHOLE, DEAL)
     granule = granule_of(place, DEAL)
     position = row[:, None] * granule + column[None, :]
@@ -164,8 +164,8 @@ def tile(indices, place, WHOLE: tl.constexpr, DEAL: tl.constexpr):
 
 @triton.jit
 def keep(pointer, new, given, inside):
-    """Stores what is `inside`, as if it were all that is `given`: a mask that depends on indices would take vectors
-    apart. What is not inside, in no list that was checked, stays as it was."""
+    """Stores what is `inside` with the mask `given`: a mask that depends on the indices would split up vectors. What is
+    not inside (never in a list that was checked) stays as it was."""
     old = tl.load(pointer, mask=given & (inside == 0))
     tl.store(pointer, tl.where(inside, new, old), mask=given)
 
@@ -181,10 +181,10 @@ def deal(
     apart: Callable[..., Hashable] | None = None,
     entries: int = TILE,
 ) -> None:
-    """Runs a kernel over members (weight, indices, streams...), a launch for all that are alike: in dtypes, in how
-    they are aligned, and in what `apart` says of them. What is alike has one `rule`: what the kernel is given for
-    itself, and its RULE. A program has some `entries`, half as many where they have 8 bytes."""
-    looked_at = 0 if granule > 1 else 1  # no vector of a weight's scattered entries
+    """Runs a kernel over members (weight, indices, streams...), one launch for all that are alike: in dtypes, in
+    alignment, and in what `apart` returns for them. Those share one `rule`: the kernel's own arguments and its RULE.
+    A program handles `entries` entries, or half as many if these have 8 bytes."""
+    looked_at = 0 if granule > 1 else 1  # a weight's scattered entries do not move in vectors
     groups: dict[tuple[Any, ...], list[tuple[tuple[Tensor, ...], tuple[int, ...]]]] = {}
     for member in members:
         n = member[1].numel()

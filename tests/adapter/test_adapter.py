@@ -62,7 +62,7 @@ def test_copies_and_pickles_are_the_same_adapter():
 
 @pytest.mark.parametrize("by", ["pickle", "deepcopy", "torch.save", "multiprocessing"])
 def test_a_copy_has_its_values_alone(tmp_path, by):
-    """Not the file they are mapped from, and not the memory they are a part of, once a weight."""
+    """Not the file they are mapped from, nor, once per weight, the memory they are a part of."""
     numel, layers = 4096, 20
     memory = torch.randn(layers * numel)
     indices = torch.arange(0, 2 * numel, 2)
@@ -95,7 +95,7 @@ def test_round_trip(tmp_path, mask, dtype):
     adapter = adapter_of(mask, dtype)
     adapter.save(tmp_path / "a.safetensors")
     same(adapter, Adapter.load(tmp_path / "a.safetensors"))
-    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]  # no temporary left
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]  # no temporary file is left
 
 
 def test_seeds_leave_the_indices_out(tmp_path):
@@ -139,7 +139,7 @@ def test_reads_with_the_stock_library(tmp_path):
 
 @pytest.mark.parametrize("spaces", [1, 2, 4])
 def test_tensors_at_any_address(tmp_path, spaces):
-    """Other writers may not align them."""
+    """Other writers may leave them unaligned."""
     adapter, path = adapter_of(), tmp_path / "a.safetensors"
     adapter.save(path)
     raw = path.read_bytes()
@@ -366,7 +366,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-# Sizes: bytes an entry of the whole file.
+# Sizes: bytes per entry, of the whole file.
 
 LAYER = 2048
 
@@ -656,7 +656,7 @@ def test_a_new_head_needs_nothing_of_the_base():
 
 
 def test_a_file_replaced_while_it_is_read(tmp_path, monkeypatch):
-    """What was opened is what is read: no header of one with the values of another."""
+    """What was opened is what is read: never the header of one file with the values of another."""
     path, other = tmp_path / "a.safetensors", tmp_path / "other.safetensors"
     adapter = adapter_of()
     adapter.save(path)
@@ -735,7 +735,7 @@ def test_a_checkpoint_larger_than_memory(tmp_path):
     assert stored.nbytes == size
     tensor = stored.tensor()
     assert tensor[-3:].tolist() == [0, 0, 0]
-    tensor[-1] = 1  # a page of its own
+    tensor[-1] = 1  # on a page of its own
     assert stored.tensor()[-1] == 1
     path.unlink()
 
@@ -813,7 +813,7 @@ def test_what_killed_runs_left_is_cleaned(tmp_path):
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOSYS, errno.EACCES, errno.EIO])
 def test_a_folder_that_cannot_be_synced(tmp_path, monkeypatch, code):
-    """Network shares cannot; the file is in its place by then. A broken disk is another matter."""
+    """Network shares cannot sync; the file is in its place by then. A broken disk is a different matter."""
     sync, synced = os.fsync, []
 
     def failing(descriptor):
@@ -864,7 +864,7 @@ def test_a_link_stays_one(tmp_path):
 
 
 def test_whatever_torchs_default_device_and_dtype_are(tmp_path):
-    """What the library makes for itself it makes where, and of what, it needs it."""
+    """Tensors of the library's own get the device and dtype that it needs, whatever the defaults are."""
     torch.manual_seed(0)
     x = torch.randn(4, 16)
 

@@ -276,7 +276,7 @@ def test_running_statistics_are_carried_exactly(tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     save_file(before, tmp_path / "base.safetensors")
     model(torch.randn(8, 4))
-    assert int(model[1].num_batches_tracked) == 2**53 + 1  # beyond the whole numbers of float64
+    assert int(model[1].num_batches_tracked) == 2**53 + 1  # beyond what float64 can count exactly
     adapter = Adapter.from_difference(before, model)
     assert set(adapter.weights) == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
     merge(adapter, tmp_path / "base.safetensors", tmp_path / "out.safetensors")

@@ -22,7 +22,8 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int
 @pytest.fixture(autouse=True, params=["one chunk", "many chunks"])
 def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "many chunks":
-        monkeypatch.setattr(difference_module, "_CHUNK", 512)
+        for size in ("_CHUNK", "_SCORED"):
+            monkeypatch.setattr(difference_module, size, 512)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -41,7 +42,7 @@ def put_on(base: dict[str, torch.Tensor], adapter: Adapter) -> dict[str, torch.T
 
 
 def changed(tensor: torch.Tensor, share: float, seed: int = 0) -> torch.Tensor:
-    """Other bits in about this share of the entries."""
+    """A copy with other bits in about this share of the entries."""
     generator = torch.Generator().manual_seed(seed)
     out = tensor.clone()
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
@@ -111,7 +112,7 @@ def test_whole_where_that_is_smaller() -> None:
     adapter = Adapter.from_difference(base, tuned)
     assert all(entry.whole for entry in adapter.weights.values())
     sparse, _ = pair()
-    tuned = {**sparse, "a.weight": changed(sparse["a.weight"], 0.4)}  # 3 bytes an entry: sparse below two thirds
+    tuned = {**sparse, "a.weight": changed(sparse["a.weight"], 0.4)}  # 3 bytes per entry: sparse below two thirds
     assert not Adapter.from_difference(sparse, tuned).weights["a.weight"].whole
     tuned = {**sparse, "a.weight": changed(sparse["a.weight"], 0.9)}
     assert Adapter.from_difference(sparse, tuned).weights["a.weight"].whole

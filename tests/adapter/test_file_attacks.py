@@ -78,7 +78,7 @@ print("refused", len(sys.argv) - 2)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits its own memory")
 def test_memory_is_bounded(corpus: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
-    """No file of the corpus has a megabyte: 24 MB of fresh memory must do for all of them."""
+    """No file of the corpus has a megabyte: 24 MB of fresh memory must be enough for each of them."""
     folder, says = corpus
     good = tmp_path / "good.safetensors"
     good.write_bytes(GOOD)
@@ -91,7 +91,7 @@ def test_memory_is_bounded(corpus: tuple[Path, dict[str, str]], tmp_path: Path) 
 
 
 def accepts_or_refuses(path: Path, data: bytes) -> None:
-    """Either a file that says something else, or one sentence; from both readers alike."""
+    """Either a file that says something else, or one sentence; the same from both readers."""
     path.write_bytes(data)
     verdicts = []
     for reader in READERS.values():

@@ -124,7 +124,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A Hub of its own, an empty cache, and no token but those the test gives."""
+    """A Hub of its own, an empty cache, and no tokens except those the test gives."""
     served = Hub()
     thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()

@@ -64,7 +64,7 @@ def ties_reference(tau, mask, weights, density):
     trimmed = torch.zeros_like(tau)
     for t in range(len(tau)):
         k = max(1, round(density * int(mask[t].sum())))
-        top = torch.topk(tau[t].abs(), k).indices  # random numbers: no ties
+        top = torch.topk(tau[t].abs(), k).indices  # random numbers, so there are no ties
         trimmed[t, top] = tau[t, top]
     return elected(trimmed * torch.tensor(weights, dtype=tau.dtype)[:, None])
 

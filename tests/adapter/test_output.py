@@ -216,7 +216,7 @@ def test_copies_of_a_tied_weight(tmp_path: Path) -> None:
     for other in (torch.arange(2.0), torch.arange(4.0).half(), -torch.arange(4.0), torch.arange(4.0).view(2, 2)):
         save_file({**base, "head": other}, path)
         refused(tmp_path, tied, path, tmp_path / "new.safetensors", says)
-    # Zeros of both signs are equal, and no equal bits.
+    # Zeros of both signs are equal, but their bits are not.
     save_file({**base, "head": torch.tensor([-0.0, 1.0, 2.0, 3.0])}, path)
     refused(tmp_path, tied, path, tmp_path / "new.safetensors", says)
 

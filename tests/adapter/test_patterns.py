@@ -1,4 +1,4 @@
-"""Patterns of strangers' files: they match what Python's do, and never keep anybody busy."""
+"""Patterns from strangers' files: they match what Python's do, and never take long."""
 
 from __future__ import annotations
 

@@ -243,7 +243,7 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="granule 3 must divide"):
         Adapter.from_peft(lora(), base, density=0.1, granule=3)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
-    with pytest.raises(AdapterError, match="only PEFT's SHIRA and LORA can be read, got 'IA3'"):
+    with pytest.raises(AdapterError, match="only SHIRA, LORA and SHIRA_OPS can be read, got 'IA3'"):
         Adapter.from_peft(tmp_path, base)
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(AdapterError, match="cannot be read"):
@@ -328,7 +328,7 @@ def t5() -> nn.Module:
 
 
 class Mixed(nn.Module):
-    """Square matrices of both kinds, and others that tell theirs."""
+    """Square matrices of both kinds, and others whose kind shows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -429,7 +429,7 @@ def test_shiras_of_transformers_models_both_ways(tmp_path: Path, build: Callable
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
 def test_squares_that_cannot_be_told(tmp_path: Path) -> None:
-    """A file has no classes: what tells is which way round the matrices with a bias are, if all agree."""
+    """A file does not name classes: the matrices with a bias show which way round the others are, if all agree."""
     trained(Mixed, peft.LoraConfig(r=2, target_modules=["one", "two"]), tmp_path / "mixed")
     with pytest.raises(AdapterError, match=r"whether 'one\.weight' is a Linear's .* give the model itself as base="):
         Adapter.from_peft(tmp_path / "mixed", made(Mixed).state_dict(), density=0.5)

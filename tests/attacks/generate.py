@@ -3,7 +3,7 @@
     python tests/attacks/generate.py FOLDER
 
 writes them and says what is wrong with each. The right one comes from plain Python and numpy, byte by byte, as
-docs/format.md has it: it is no output of the library that is tested.
+docs/format.md has it, and is not an output of the library that is tested.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from benchmarks.speed import gpu, gpu_graph
 
 ROOT = Path(__file__).parents[2]
 NEEDS_A_GPU = (
-    *("sanitizer", "captured graphs"),
+    *("sanitizer", "captured graphs", "profile"),
     *("parity, triton", "captured graphs, triton", "measurements, triton"),
 )
 
@@ -106,6 +106,27 @@ def test_captured_graphs_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(gpu_graph, "captured", lambda call: call() or (lambda: None))  # a graph that does nothing
         with pytest.raises(AssertionError, match="a replay differs from an eager call"):
             gpu_graph.captured_calls()
+
+
+COUNTED = """\
+==PROF== Connected to process 4711
+"ID","Process ID","Kernel Name","dram__bytes_read.sum","dram__throughput.avg.pct_of_peak_sustained_elapsed"
+"","","","Gbyte","%"
+"0","4711","void list_kernel<Walk, 1>(T1)","2.31","81.5"
+"1","4711","void list_kernel<Walk, 1>(T1)","2.30","82"
+==PROF== Disconnected
+"""
+
+
+def test_what_ncu_counted() -> None:
+    first, second = gpu.counted(COUNTED)
+    assert first["dram__bytes_read.sum"] == "2.31 Gbyte"
+    assert second == {
+        "Kernel Name": "void list_kernel<Walk, 1>(T1)",
+        "dram__bytes_read.sum": "2.30 Gbyte",
+        "dram__throughput.avg.pct_of_peak_sustained_elapsed": "82 %",
+    }
+    assert gpu.counted("==ERROR== ERR_NVGPUCTRPERM") == []
 
 
 UNINITIALIZED = """\

@@ -1,7 +1,7 @@
 """The CUDA sources compiled as C++, to run on CPU tensors: `library()` builds them on first use.
 
-Every object is kept under a hash of all that went into it, in `tests/emul/build`, so that a change rebuilds only what
-it must, and processes that want the library at once wait for the one that builds.
+Every object is kept in `tests/emul/build`, under a hash of everything that went into it. So a change rebuilds only what
+it must, and processes that need the library at the same time wait for the one that builds it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch.utils import cpp_extension
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 BUILD = HERE / "build"
-# -O1: most of the time goes into compiling. Contractions would give other bits, as everywhere.
+# -O1: most of the time goes into compiling. As everywhere, contraction would change the bits.
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DSHIRA_EMULATE=1"]
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020B000000000000", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 FLAGS += ["-DSHIRA_NAMESPACE=shira_emul"]  # beside torch.ops.shira
-# SHIRA_SANITIZE=1: under the address sanitizer, which must be preloaded. It does not look at stacks: the emulator gives
-# its threads their own.
+# SHIRA_SANITIZE=1: with the address sanitizer, which must be preloaded. It does not check stacks, since the emulator
+# gives its threads their own.
 SANITIZE = os.environ.get("SHIRA_SANITIZE") == "1"
 if SANITIZE:
     FLAGS += ["-fsanitize=address", "-fno-omit-frame-pointer", "--param=asan-stack=0"]
@@ -55,7 +55,7 @@ def checked(command: list[str]) -> None:
 
 @cache
 def library() -> None:
-    """Loads torch.ops.shira_emul, after building it where that has not been done."""
+    """Loads torch.ops.shira_emul, and builds it first if needed."""
     cxx = compiler()
     command = [*cxx, *FLAGS, f"-I{HERE}", *(f"-isystem{path}" for path in cpp_extension.include_paths())]
     headers = [*sorted(CSRC.rglob("*.h")), *sorted(HERE.glob("*.h"))]

@@ -25,7 +25,7 @@ namespace {
 // ---- fibers --------------------------------------------------------------------------------------------------
 
 #if defined(__x86_64__)
-// A switch between stacks: ucontext's makes a system call each way, and would take most of the time.
+// Switches between stacks. ucontext makes a system call for each switch, which would take most of the time.
 using Context = void*;
 extern "C" void shira_emul_switch(void** from, void* to) __attribute__((visibility("hidden")));
 asm(R"(
@@ -54,7 +54,7 @@ shira_emul_switch:
 void switch_to(Context& from, Context& to) { shira_emul_switch(&from, to); }
 void prepare(Context& context, char* stack, size_t bytes, void (*entry)()) {
   void** top = reinterpret_cast<void**>(stack + bytes) - 2;
-  top[0] = reinterpret_cast<void*>(entry);  // where `ret` goes; above it the address entry would return to
+  top[0] = reinterpret_cast<void*>(entry);  // where `ret` goes; above it, the address to which entry would return
   top[1] = nullptr;
   context = top - 6;  // six registers
   std::fill(top - 6, top, nullptr);
@@ -94,8 +94,8 @@ struct Shared {
 
 struct Block {
   std::vector<Fiber> fibers;
-  std::vector<uint64_t> received;  // 32 a warp
-  std::vector<char*> stacks;       // that no fiber has now
+  std::vector<uint64_t> received;  // 32 per warp
+  std::vector<char*> stacks;       // those that no fiber uses now
   Context scheduler{};
   const std::function<void()>* kernel = nullptr;
   std::exception_ptr error;
@@ -155,7 +155,7 @@ void resume(Fiber& fiber) {
   if (block.error) std::rethrow_exception(std::exchange(block.error, nullptr));
 }
 
-// Lets the lanes of a warp go on whose operation all of its lanes have reached.
+// Resumes the lanes of a warp that wait in an operation which all of its lanes have reached.
 bool release_warp(unsigned warp) {
   const unsigned begin = warp * 32, end = std::min<unsigned>(begin + 32, static_cast<unsigned>(block.fibers.size()));
   bool released = false;
@@ -184,7 +184,7 @@ bool release_warp(unsigned warp) {
   return released;
 }
 
-// That nothing was written past the end of a shared array, as far as to the next one.
+// Checks that nothing was written past the end of a shared array, up to the start of the next.
 void check_red_zones() {
   for (const Shared& shared : block.sites) {
     const char* const end = block.shared + shared.offset + shared.bytes;
@@ -194,7 +194,7 @@ void check_red_zones() {
 }
 
 void run_block(unsigned threads, std::mt19937_64& random) {
-  // An error leaves fibers unfinished: their stacks are as good as new, and what they held is lost.
+  // An error leaves fibers unfinished: their stacks can be used again, and what they held is lost.
   for (Fiber& fiber : block.fibers)
     if (fiber.stack != nullptr) block.stacks.push_back(fiber.stack);
   block.fibers.assign(threads, Fiber{});
@@ -239,7 +239,7 @@ struct Range {
   uintptr_t begin, end;
   bool writable;
 };
-thread_local std::vector<Range> allowed;  // of the op that this thread of the host is in
+thread_local std::vector<Range> allowed;  // of the op that this host thread is in
 const std::vector<Range>* touched = nullptr;
 
 }  // namespace
@@ -293,7 +293,7 @@ void check_access(const void* p, size_t bytes, bool writes) {
   if (begin % bytes != 0) fail("a thread ", what, bytes, " bytes at an address that is not aligned to them");
   const auto shared = reinterpret_cast<uintptr_t>(block.shared);
   if (begin >= shared && end <= shared + block.shared_used) return;
-  // The range that begins last before it has it, but where arguments share memory that is only read.
+  // Usually the last range that begins before the access holds it, unless read-only arguments share memory.
   auto range = std::upper_bound(touched->begin(), touched->end(), begin,
                                 [](uintptr_t x, const Range& r) { return x < r.begin; });
   bool read_only = false;

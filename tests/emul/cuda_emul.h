@@ -1,16 +1,16 @@
-// CUDA's kernels on the CPU, so that their logic is proved where there is no GPU: the .cu files, host code and all,
-// compiled as C++.
+// Runs CUDA kernels on the CPU, so that their logic is tested where there is no GPU: the .cu files, host code included,
+// are compiled as C++.
 //
 // A block's threads are fibers that run in turn, each from one barrier or warp operation to the next; blocks run in
-// turn too. The order of both is set by order(): forward, reverse, or shuffled by a seed. So a missing barrier shows
-// as a result that depends on the order. What else shows, as an error that names it:
-//   - an access outside the tensors that the host code gave an address() of, a write to one that it gave as const,
-//     and an access that is not aligned to its size
-//   - a barrier, or a warp operation, that some of its threads never reach, or reach with other masks
+// turn too. set_order() sets the order of both: forward, reverse, or shuffled by a seed. So a missing barrier shows as
+// a result that depends on the order. These are errors, with a message:
+//   - an access outside the tensors that the host code took an address() of, a write to one that it took as const, and
+//     an access that is not aligned to its size
+//   - a barrier or warp operation that some of its threads never reach, or reach with other masks
 //   - shared memory beyond 48 KB, and a write past the end of a shared array
-//   - while capturing(): a copy from or to the host, and waiting for a stream
-// Shared memory is filled with 0xCD before a block runs. It cannot show what only parallel threads do: a race within
-// one step, memory ordering, or how fast anything is.
+//   - while capturing: a copy from or to the host, and waiting for a stream
+// Shared memory is filled with 0xCD before a block runs. What only parallel threads do cannot be seen here: a race
+// within one step, memory ordering, or how fast anything is.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -48,8 +48,8 @@ inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "operation not permitted when stream is capturing";
 }
 namespace shira::emul {
-extern bool capturing;                       // a graph; what a graph cannot hold is an error
-extern thread_local cudaError_t last_error;  // of all calls, until it is asked for
+extern bool capturing;                       // whether a graph is captured; what it cannot hold is an error
+extern thread_local cudaError_t last_error;  // of any call, until it is read
 inline cudaError_t unless_capturing() {
   if (capturing) last_error = cudaErrorStreamCaptureUnsupported;
   return capturing ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
@@ -57,7 +57,7 @@ inline cudaError_t unless_capturing() {
 }  // namespace shira::emul
 inline cudaError_t cudaGetLastError() { return std::exchange(shira::emul::last_error, cudaSuccess); }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return shira::emul::unless_capturing(); }
-// The host's memory is pageable.
+// All host memory counts as pageable.
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
   if (kind != cudaMemcpyDeviceToDevice && shira::emul::unless_capturing() != cudaSuccess)
     return cudaErrorStreamCaptureUnsupported;
@@ -76,8 +76,8 @@ struct Thread {
   Dim3 index;
   int lane = 0;
   uint64_t sent = 0;                   // by this lane, to a warp operation
-  const uint64_t* received = nullptr;  // by every lane of its warp
-  uint32_t mask = 0, arrived = 0;      // who was asked for, and who took part in the last one
+  const uint64_t* received = nullptr;  // by each lane of its warp
+  uint32_t mask = 0, arrived = 0;      // the lanes asked for, and those that took part in the last operation
 };
 struct Grid {
   Thread* current = nullptr;

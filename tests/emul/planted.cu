@@ -1,4 +1,4 @@
-// Kernels with a planted defect each, and what they are without: tests/ops/test_emul.py sees that the emulator tells.
+// A kernel with one planted defect at a time, or none: tests/ops/test_emul.py checks that the emulator finds it.
 #include <string>
 
 #include "../../csrc/cuda/memory.h"
@@ -15,7 +15,7 @@ struct Job {
   Defect defect;
 };
 
-// Each block's share of `in`, turned around, plus the sum of the first lanes.
+// Each block's share of `in` in reverse order; each entry plus that of its warp's first lane.
 __global__ void turn(SHIRA_PARAMETER(job, Job)) {
   SHIRA_SHARED(share, kThreads, int64_t);
   const int thread = static_cast<int>(threadIdx.x);

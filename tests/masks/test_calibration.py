@@ -81,13 +81,13 @@ def check(model, names, batches, loss=square, weights=None):
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_linear_gradients_are_autograds(count, tokens, dtype):
-    """Few tokens are kept, many are accumulated, 3 over 5 batches begin as the one and end as the other."""
+    """Few tokens are kept, many are accumulated; 3 over 5 batches begin as one and end as the other."""
     model = mlp(12, 20, 6, dtype=dtype)
     check(model, ["0.weight", "2.weight"], some(count, tokens, 12, dtype=dtype))
 
 
 class Zoo(nn.Module):
-    """Weights of every kind of place."""
+    """Weights in every kind of place."""
 
     def __init__(self):
         super().__init__()
@@ -119,7 +119,7 @@ ZOO = [
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_gradients_of_every_kind_of_weight(count):
-    """Tied, shared, checkpointed, of functional and of plain use; a loss by the model itself, batches as mappings."""
+    """Tied, shared, checkpointed, used by functions and plainly; the model's own loss, batches as mappings."""
     model = Zoo()
     tokens = [batch % 11 for batch in torch.arange(count * 10).view(count, 2, 5)]
     batches = [{"tokens": batch, "labels": batch.flip(1)} for batch in tokens]

@@ -85,7 +85,7 @@ def test_balanced_takes_as_many_of_every_row(shape, granule, ties):
     rows = shape[0] if len(shape) > 1 else 1
     score = weight.abs().view(-1, granule).sum(1).nan_to_num(-1).view(rows, -1).numpy()
     some = torch.randperm(score.size, generator=generator)[: score.size // 3].sort().values
-    # A row of which nothing is left, and one that has a single granule.
+    # A row with nothing left, and one with a single granule.
     most = torch.cat([some, torch.arange(score.shape[1] * 2 - 1)]).unique() if rows > 3 else some
     for density in (0.001, 0.05, 0.3, 0.5):
         for taken in (some[:0], some, most):
@@ -187,7 +187,7 @@ def adapter_of(indices, weight, granule, name="w"):
 @pytest.mark.parametrize("other", [1, 2, 8])
 @pytest.mark.parametrize("granule", [1, 4, 8])
 def test_skip(kind, granule, other):
-    """The mask itself, of the granules that hold nothing of what is left out, be that an adapter or a mask."""
+    """The same mask among the granules that hold none of the entries left out, for an adapter and for a mask."""
     weight = torch.randn(16, 24, generator=torch.Generator().manual_seed(2))
     gradient = torch.randn(16, 24, generator=torch.Generator().manual_seed(3))
     first = masks.WeightMagnitude(density=0.2, granule=other)

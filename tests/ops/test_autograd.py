@@ -32,7 +32,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 
 def fresh(backend: Backend, op: str, **setup: Any) -> Case:
-    """A case whose tensors are each their own base, on the backend's device."""
+    """A case on the backend's device, none of whose tensors is a view."""
     case = build(op, Setup(**setup))
     return Case(op, map_tensors(lambda t: t.to(backend.device).detach().clone(), case.args))
 
@@ -66,7 +66,7 @@ def test_mutating_ops_are_those_whose_schema_says_so() -> None:
 @pytest.mark.parametrize("mode", GRAD_MODES)
 @pytest.mark.parametrize("op", MUTATING_OPS)
 def test_versions_move(backend: Backend, op: str, mode: str) -> None:
-    """Of what is changed and of nothing else, in every mode: a normal tensor may be saved for a later backward."""
+    """Those of what is changed and no others, in every mode: a normal tensor may be saved for a later backward."""
     case = fresh(backend, op)
     mutated = {name for name, _ in case.mutated()}
     assert mutated
@@ -339,7 +339,7 @@ def test_sampled_grad_gradients_keep_the_dtype(backend: Backend, dtype: torch.dt
 
 @pytest.mark.parametrize("op", ["select_top", "fingerprint", "fingerprint_at"])
 def test_integer_results_need_no_formula(backend: Backend, op: str) -> None:
-    """Of a weight that requires grad: an answer without a graph (warnings are errors here)."""
+    """For a weight that requires grad the answer has no graph (warnings are errors here)."""
     case = fresh(backend, op)
     wanted = backend(op, **case.args)
     for name in differentiable(case):
@@ -415,7 +415,7 @@ def test_functional_transforms_never_lose_a_gradient() -> None:
 
 
 def test_every_combination_of_alpha_and_delta_refuses() -> None:
-    """The scalars do not open a way around."""
+    """The scalars do not offer a way around it."""
     for alpha, delta in itertools.product((0.0, 1.0, 0.5), (False, True)):
         case = fresh(DISPATCHER, "apply_")
         case.args |= {"alpha": alpha, "delta": delta}

@@ -230,7 +230,7 @@ def test_edges(edge: int) -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 17, 300, 4096])
 def test_mode_bounds(n: int) -> None:
-    """Mode 0 up to 2 bytes an index, mode 1 up to 8: the last gap takes the payload to the bound, and past it."""
+    """Mode 0 up to 2 bytes per index, mode 1 up to 8: the last gap takes the payload to the bound, and past it."""
     for unit, most, bound in ((1, 255, 2 * n), (2, 65535, 8 * n)):
         if n == 1:
             assert mode_of(assert_code([9], torch.int64)) == 0
@@ -568,7 +568,7 @@ def attacks(draw: st.DrawFn) -> tuple[bytes, int, int, torch.dtype]:
     code, count = bytearray(written(indices, draw(st.sampled_from([1, 2])))), len(indices)
     limit = draw(st.sampled_from([2**63 - 1, (indices[-1] if indices else 0) + draw(st.integers(0, 2))]))
     for _ in range(draw(st.integers(0, 3))):
-        # Anchors are where one byte decides most.
+        # A single byte matters most in the anchors.
         anchors = max(1, min(len(code), ANCHOR * -(-count // BLOCK)))
         at = draw(st.one_of(st.integers(0, anchors - 1), st.integers(0, max(0, len(code) - 1))))
         kind = draw(st.sampled_from(["byte", "escape", "word", "cut", "longer", "count", "random"]))
@@ -613,7 +613,7 @@ def test_arbitrary_bytes(attack: tuple[bytes, int, int, torch.dtype]) -> None:
 @settings(max_examples=100, deadline=None)
 @given(gap_lists(), st.integers(0, 2**32 - 1), st.integers(1, 3))
 def test_encoders_refuse_the_same(indices: list[int], seed: int, changes: int) -> None:
-    """Unordered and negative numbers, steps that wrap in 32 or 64 bits among them: one sentence from everyone."""
+    """Unordered and negative numbers, including steps that wrap in 32 or 64 bits: every encoder says the same."""
     if not indices:
         return
     rng = np.random.default_rng(seed)

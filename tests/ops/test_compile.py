@@ -26,7 +26,7 @@ EAGER = ("foreach_diff_",)  # see test_what_cannot_be_traced
 
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
-    """Compiled code of one test is not another's."""
+    """No test uses compiled code of another one."""
     torch._dynamo.reset()
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         yield
@@ -223,7 +223,7 @@ def test_fakes_refuse_as_the_ops_do() -> None:
 
 
 def test_fakes_give_the_real_shapes() -> None:
-    """Of every result: dtype, shape, strides, device."""
+    """Dtype, shape, strides and device of every result."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     for op in OPS:

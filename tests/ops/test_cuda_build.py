@@ -92,7 +92,7 @@ def test_compiles_without_spills(source: Path, arch: str, tmp_path: Path) -> Non
         print(f"{kernel.registers:4} {kernel.stack:4} {kernel.spills:4}  {name}")
     spilled = [kernel for kernel in kernels if kernel.spills or kernel.stack]
     assert not spilled, readable([kernel.name for kernel in spilled])
-    # 256 threads of 128 registers: two blocks a multiprocessor, below which latency shows.
+    # 256 threads of 128 registers: two blocks per multiprocessor; with fewer, latency shows.
     assert max(kernel.registers for kernel in kernels) <= 128
 
 
@@ -126,12 +126,12 @@ def test_a_finished_build_spills_nowhere() -> None:
         print(f"{arch}: {len(kernels)} kernels; registers, stack, local")
         for kernel, text in sorted(zip(kernels, readable([k.name for k in kernels]), strict=True), key=lambda k: k[1]):
             print(f"{kernel.registers:4} {kernel.stack:4} {kernel.spills:4}  {text}")
-        # Eight bytes of stack are a return address: a division or a root in float64 is a call on some targets.
+        # Eight bytes of stack are a return address: float64 division and square root are calls on some targets.
         assert all(kernel.spills == 0 and kernel.stack <= 8 for kernel in kernels), arch
         assert max(kernel.registers for kernel in kernels) <= 128, arch
 
 
 def test_every_family_on_the_cpu_compiles_for_cuda() -> None:
-    """One name for a family everywhere."""
+    """A family has the same name everywhere."""
     families = {path.stem for path in (ROOT / "csrc/cpu").glob("*.cpp")}
     assert {source.stem for source in SOURCES} <= families

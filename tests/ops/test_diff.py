@@ -58,7 +58,7 @@ def test_granules_that_no_line_holds(backend: Backend, bytes_of_granule: int) ->
 
 
 def test_bits_and_not_numbers(backend: Backend) -> None:
-    """Zeros of both signs differ, and so do NaNs with other payloads; equal NaNs do not."""
+    """Zeros of both signs differ, and so do NaNs with different payloads; equal NaNs do not."""
     weight = torch.tensor([0x0000, 0x7FC0, 0x7FC1, 0x3F80], dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     snapshot = torch.tensor([-0x8000, 0x7FC0, 0x7FC0, 0x3F80], dtype=torch.int16).view(torch.bfloat16)
     indices, values = backend("diff_", snapshot=snapshot, weight=weight, granule=1)
@@ -85,7 +85,7 @@ def test_a_list(backend: Backend) -> None:
 
 
 def test_scatter_follows(backend: Backend) -> None:
-    """The pair is what an old copy takes to become the weight."""
+    """The pair turns an old copy into the weight."""
     case = build("diff_", Setup(dtype=torch.float32, granule=16, limit=500, count=40))
     old = case.args["snapshot"].clone()
     indices, values = backend("diff_", **case.args)

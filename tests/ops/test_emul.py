@@ -1,5 +1,5 @@
 """The CUDA kernels on the CPU: in any order of their threads, over more tensors than a launch takes, on content that
-no check has seen; and that the emulator itself tells a missing barrier and a wrong address."""
+was not checked. Also that the emulator itself finds a missing barrier and a wrong address."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import emul
 from cases import ALL, EMULATOR, Case, Setup, assert_same, build, run
 
 ORDERS = {"forward": 0, "reverse": 1, "shuffled": 7}
-SHUFFLED = 2  # what every other test runs in
+SHUFFLED = 2  # the order in which every other test runs
 
 
 @pytest.fixture(params=ORDERS.values(), ids=ORDERS.keys())
@@ -43,7 +43,7 @@ def planted(defect: str) -> torch.Tensor:
 
 
 def turned() -> torch.Tensor:
-    """What the planted kernel computes: each block's 256 entries turned around, plus the warp's first of them."""
+    """What the planted kernel computes: each block's 256 entries in reverse, each plus the first one of its warp."""
     entries = torch.cat([torch.arange(600), torch.zeros(168, dtype=torch.int64)]).view(3, 256).flip(1)
     return (entries + entries.view(3, 8, 32)[:, :, :1].expand(3, 8, 32).reshape(3, 256)).view(-1)[:600]
 
@@ -53,7 +53,7 @@ def test_the_kernel_without_a_defect(order: int) -> None:
 
 
 def test_a_missing_barrier_shows() -> None:
-    """As wrong results, in at least one order of the threads."""
+    """It gives wrong results in at least one order of the threads."""
     wrong = []
     for number in (*ORDERS.values(), SHUFFLED):
         torch.ops.shira_emul._order(number)
@@ -86,16 +86,16 @@ def test_a_defect_is_told(order: int, defect: str, says: str) -> None:
 
 @pytest.mark.parametrize("granule", [1, 3, 8, ALL])
 def test_any_order_of_threads(order: int, granule: int | str) -> None:
-    """Barriers stand where they must: a block's threads and a launch's blocks may come in any order."""
+    """Barriers are where they must be: a block's threads and a launch's blocks may run in any order."""
     for op in ops():
-        for offset, dtype in enumerate((torch.bfloat16, torch.float32)):  # of the second no address suits 16 bytes
+        for offset, dtype in enumerate((torch.bfloat16, torch.float32)):  # the second is never aligned to 16 bytes
             if granule == ALL:
                 setup = Setup(dtype=dtype, granule=2600, limit=1, count=1)
             else:
                 setup = Setup(dtype=dtype, granule=granule, limit=4000 // granule, count=1400 // granule)
             case = build(op, setup)
             given = run(EMULATOR, case, offset=offset)
-            if op == "sampled_grad":  # has an order of its own, but one
+            if op == "sampled_grad":  # has an order of its own, but only one
                 torch.ops.shira_emul._order(SHUFFLED)
                 assert_same(given, run(EMULATOR, case, offset=offset))
                 torch.ops.shira_emul._order(order)
@@ -121,7 +121,7 @@ def test_more_tensors_than_a_launch_takes(op: str) -> None:
 @pytest.mark.parametrize("granule", [1, 2, 40, 1100])
 @pytest.mark.parametrize("counts", [(1500, 1500), (0, 1025), (1025, 0), (1, 1500), (1500, 1), (3000, 1700)], ids=str)
 def test_switch_is_cut_anywhere(counts: tuple[int, int], granule: int) -> None:
-    """Masks equal, apart and partly shared, where a granule and its twin come to lie in two tiles."""
+    """Equal, disjoint and partly shared masks, where a granule and its twin lie in two tiles."""
     divisor = 1 if granule < 40 else 64
     for limit in (3000 // divisor, 10_000 // divisor):
         setup = Setup(dtype=torch.bfloat16, limit=limit, granule=granule, count=counts[1] // divisor)
@@ -136,7 +136,7 @@ def test_switch_is_cut_anywhere(counts: tuple[int, int], granule: int) -> None:
 
 
 def hostile(n: int, limit: int, index: torch.dtype) -> Iterator[torch.Tensor]:
-    """Lists no check has seen: out of range, falling, all the same, shuffled with wild numbers."""
+    """Unchecked lists: out of range, decreasing, all the same, shuffled with wild numbers."""
     generator = torch.Generator().manual_seed(0)
     wild = torch.randint(-(2**31), 2**31 - 1, (n,), generator=generator)
     mixed = torch.randint(-3, limit + 3, (n,), generator=generator)
@@ -190,7 +190,7 @@ def test_hostile_indices_of_a_dense_gradient() -> None:
 
 @pytest.mark.parametrize("how", ["sampled", "dense"])
 def test_hostile_indices_of_a_sampled_gradient(how: str) -> None:
-    """What is out of range gives 0."""
+    """An index out of range gives 0."""
     emul.library()
     for granule, bad in itertools.product((1, 8), hostile(300, 309, torch.int64)):
         x, y = (torch.randint(1, 4, (5, n * granule)).float() for n in (103, 3))
@@ -202,7 +202,7 @@ def test_hostile_indices_of_a_sampled_gradient(how: str) -> None:
 
 @pytest.mark.parametrize("many", [False, True], ids=("few", "many"))
 def test_a_hostile_plan_reaches_no_other_memory(many: bool) -> None:
-    """Of fuse_: indices, offsets and sources that no plan has, each alone and all at once."""
+    """fuse_ with indices, offsets and sources that no plan has, each alone and all at once."""
     generator = torch.Generator().manual_seed(1)
     for granule, refuse in itertools.product((1, 40), (False, True)):
         case = build("fuse_", Setup(dtype=torch.bfloat16, granule=granule, limit=700, count=300), refuse=refuse)
@@ -229,7 +229,7 @@ def test_a_hostile_plan_reaches_no_other_memory(many: bool) -> None:
 
 
 def test_what_is_out_of_range_is_left_alone() -> None:
-    """Entries in range are treated as ever; of the others neither `values` nor `saved` changes."""
+    """Entries in range are treated as usual; for the others neither `values` nor `saved` changes."""
     limit, indices = 8, torch.tensor([-1, 0, 3, 8, 2**40])
     good = (indices >= 0) & (indices < limit)
     for op, written in (("swap_", "values"), ("apply_", "saved"), ("switch_", "saved_in")):
@@ -264,13 +264,13 @@ def test_a_call_is_one_launch() -> None:
         )
         before = launches()
         EMULATOR(op, **case.args)
-        # A rule whose numbers lie on the device is worked out there first; what differs is counted, then written.
+        # A rule whose numbers lie on the device is made there first; diff counts what differs, and then writes it.
         wanted = 2 if op.endswith(".tensor") else 4 if op == "foreach_diff_" else 1
         assert launches() - before == wanted, op
 
 
 def test_what_a_graph_can_hold() -> None:
-    """No op waits for the device or copies from the host, but those that say so."""
+    """No op waits for the device or copies from the host, except those that say so."""
     for op in ops():
         case = build(op, Setup(dtype=torch.bfloat16, limit=200, count=100))
         torch.ops.shira_emul._capturing(True)

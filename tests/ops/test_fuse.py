@@ -128,7 +128,7 @@ def test_fuse_past_the_grain(backend: Backend) -> None:
 @pytest.mark.parametrize("granule", [1, 8])
 @pytest.mark.parametrize("refuse", [False, True], ids=("first", "refuse"))
 def test_entries_without_sources_keep_their_bits(backend: Backend, refuse: bool, granule: int) -> None:
-    """A plan that a caller cut: some entries have nothing left, the last ones too."""
+    """A plan that a caller has cut: some entries have no sources left, including the last ones."""
     setup = Setup(dtype=torch.bfloat16, granule=granule, limit=600, count=400, specials=True)
     case = fuse_case(setup, [0.7, 1.0, -0.5], [False, False, True], refuse)
     offsets, sources = case.args["offsets"], case.args["sources"]

@@ -31,7 +31,7 @@ def of_width(width: str) -> Callable[[str], Callable[..., torch.Tensor]]:
 
 
 def sampled(**args: Any) -> torch.Tensor:
-    """Triton's way for masks too sparse for these tests."""
+    """Triton's sampled way, otherwise taken only for masks sparser than those of these tests."""
     gradient = import_module("shira_ops.triton.gradient")
     with mock.patch.object(gradient, "DENSE_FROM", math.inf):
         return gradient.sampled_grad(**args)
@@ -41,7 +41,7 @@ WIDTHS = [Backend(width, "cpu", of_width(width), has="sampled_grad".__eq__) for 
 
 
 def compiled_sampled(backend: Backend) -> Callable[[str], Callable[..., torch.Tensor]]:
-    """CUDA's way for masks too sparse for these tests."""
+    """CUDA's sampled way, otherwise taken only for masks sparser than those of these tests."""
 
     def sampled_grad(
         grad_output: torch.Tensor, input: torch.Tensor, indices: torch.Tensor, granule: int = 1
@@ -97,7 +97,7 @@ def test_exact_sums(backend: Backend, dtype: torch.dtype, granule: int | str) ->
     for i, setup in enumerate(cases.setups((0, 1, 7, 33, 64, 65), granule, dtype=dtype)):
         setup = replace(setup, index=cases.INDEX_DTYPES[i % 2])
         if setup.limit == 0:
-            continue  # no weight: DESIGN has no layer without entries but the one below
+            continue  # no weight: the only layer without entries is tested below
         case = exact(build("sampled_grad", setup), i)
         assert_same(run(backend, case, offset=i % 3), run(cases.ORACLE, case))
 
@@ -172,7 +172,7 @@ def test_larger_than_a_block(backend: Backend) -> None:
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=id_of)
 def test_more_tokens_than_are_turned_at_a_time(dtype: torch.dtype, way: Backend) -> None:
-    """CUDA's sampled way takes 4096 tokens after the other, and adds up."""
+    """CUDA's sampled way takes 4096 tokens after another, and adds up the sums."""
     rng = np.random.default_rng(12)
     for tokens in (4097, 8192, 9001):
         grad_output, input = (integers(rng, (tokens, n), dtype) for n in (3, 4))
@@ -194,8 +194,8 @@ def emulated(how: str, *args: torch.Tensor) -> torch.Tensor:
     ids=str,
 )
 def test_the_density_decides(dtype: torch.dtype, tokens: int, least: int) -> None:
-    """With the tokens: of few, the dense way writes as many sums. Numbers whose sum depends on the order tell which
-    way was taken."""
+    """And the number of tokens: with few, the dense way still writes all its sums. Numbers whose sum depends on the
+    order show which way was taken."""
     rng = np.random.default_rng(13)
     x, y = (cases.random_numbers(rng, tokens * n, dtype).view(tokens, n) for n in (40, 50))
     for count, how in ((least - 1, "sampled"), (least, "dense")):
@@ -259,7 +259,7 @@ def test_rounding(width: Backend, dtype: torch.dtype, tokens: int) -> None:
 
 
 def test_the_measure_of_rounding_can_fail(width: Backend) -> None:
-    """A sum that loses its last token, or one bit of bf16, is out of it."""
+    """A sum that loses its last token, or one bit of bf16, is outside the bound."""
     case = random_case(np.random.default_rng(8), (33, 40, 48), torch.float32)
     given = run(width, case)["result"]
     assert not within(case, given * (1 + 2.0**-9))
@@ -279,7 +279,7 @@ def test_subnormal_numbers_count(width: Backend) -> None:
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=id_of)
 def test_bits_of_an_entry_depend_on_its_columns_alone(width: Backend, dtype: torch.dtype) -> None:
-    """Neither on the threads, nor on what else the mask holds, nor on the granule."""
+    """Not on the threads, the rest of the mask or the granule."""
     rng = np.random.default_rng(9)
     case = random_case(rng, (300, 136, 520), dtype)
     args = case.args

@@ -81,7 +81,7 @@ def test_past_the_grain(backend: Backend, op: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=id_of)
 @pytest.mark.parametrize("op", STEPS)
 def test_dense_gradient(backend: Backend, op: str, dtype: torch.dtype, granule: int) -> None:
-    """Of the weight's shape: read at the indices only, so what stands elsewhere does not matter."""
+    """It has the weight's shape and is read only at the indices, so what is elsewhere does not matter."""
     for values in values_dtypes(dtype):
         case = build(op, Setup(dtype=dtype, values=values, granule=granule, limit=70, count=33))
         weight, indices, grad = (case.args[name] for name in ("weight", "indices", "grad"))

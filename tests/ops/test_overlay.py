@@ -98,7 +98,7 @@ def test_exact_sums(backend: Backend, dtype: torch.dtype, granule: int | str) ->
 @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=id_of)
 def test_any_number_of_tokens(backend: Backend, dtype: torch.dtype, transposed: bool) -> None:
-    """Alone, few and packed, in and past whole registers; of granules that fill them and of others."""
+    """Alone, few and packed, in whole registers and beyond; with granules that fill registers and others."""
     rng = np.random.default_rng(0)
     for tokens, granule in itertools.product((1, 2, 4, 5, 9, 17), (1, 3, 16)):
         case = case_of(rng, tokens, (48, 96) if granule == 16 else (70, 33), dtype, granule, transposed)
@@ -196,7 +196,7 @@ def test_what_is_not_there_is_not_multiplied(backend: Backend, tokens: int) -> N
 @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
 @pytest.mark.parametrize("granule", [1, 16])
 def test_any_number_of_threads_gives_the_same_bits(width: Backend, granule: int, transposed: bool) -> None:
-    """Of numbers whose sums depend on their order."""
+    """For numbers whose sums depend on the order."""
     rng = np.random.default_rng(6)
     for tokens in (1, 3, 200):
         case = case_of(rng, tokens, (160, 1024), torch.float32, granule, transposed, exact=False)
@@ -210,7 +210,7 @@ def test_any_number_of_threads_gives_the_same_bits(width: Backend, granule: int,
 @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
 @pytest.mark.parametrize("granule", [1, 3])
 def test_a_token_does_not_depend_on_the_others(width: Backend, granule: int, transposed: bool) -> None:
-    """Of granules that do not fill registers: alone or in any company, the same bits."""
+    """With granules that do not fill registers: alone or in any company, the same bits."""
     case = case_of(np.random.default_rng(7), 150, (60, 96), torch.bfloat16, granule, transposed, exact=False)
     together = run(width, case)["result"]
     for begin, end in ((0, 1), (149, 150), (3, 5), (20, 90)):
@@ -272,7 +272,7 @@ def test_exact_overlays(backend: Backend, dtype: torch.dtype, granule: int | str
 @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
 @pytest.mark.parametrize("granule", [1, 16])
 def test_tokens_name_their_adapters(backend: Backend, granule: int, transposed: bool) -> None:
-    """In runs, scattered, one each, none at all; few of a call and many of them."""
+    """In runs, scattered, one each, none at all; few in a call, and many."""
     rng = np.random.default_rng(9)
     rows: list[list[int]] = [
         *([0], [-1], [2, 2, 2], [0, 1, 2], [-1, -1, 0], [2, 0, 2, 0, 2, -1, 1]),
@@ -293,7 +293,7 @@ def test_any_number_of_adapters(backend: Backend, count: int) -> None:
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=id_of)
 def test_what_has_no_strength_keeps_its_bits(backend: Backend, dtype: torch.dtype) -> None:
-    """No adapter, and alpha 0 or -0, whatever the numbers."""
+    """Without an adapter, or with alpha 0 or -0, whatever the numbers are."""
     rng = np.random.default_rng(11)
     case = adapters_of(rng, [-1, 1, 0, 2] * 5, (16, 32), dtype)
     case.args["output"] = cases.random_bits(rng, 20 * 16, dtype).view(20, 16)

@@ -825,7 +825,7 @@ def test_storage_that_was_freed(backend: Backend, op: str, left: int) -> None:
 @pytest.mark.subset
 @pytest.mark.parametrize("op", [op for op in OPS if op != "select_random"])
 def test_memory_that_starts_between_two_entries(backend: Backend, op: str) -> None:
-    """As numpy's and mapped files' may: torch itself makes no such tensor."""
+    """Memory of numpy or of mapped files may; torch itself makes no such tensor."""
     if backend.device != "cpu":
         pytest.skip("torch makes no such tensor on a GPU")
     names = [name for name, t in valid(backend, op).tensors() if t.numel() and t.element_size() > 1]
@@ -877,7 +877,7 @@ def test_tensors_without_a_kernel(backend: Backend, op: str) -> None:
 @pytest.mark.subset
 @pytest.mark.parametrize("op", [op for op in OPS if op != "select_random"])
 def test_none_for_a_tensor(backend: Backend, op: str) -> None:
-    """The dispatcher lets it pass, as a tensor that is not there."""
+    """The dispatcher lets None pass as a tensor that is not there."""
     if backend is cases.EMULATOR:
         pytest.skip("the dispatcher lets it pass")
     for name in [a.name for a in cases.schema_of(op).arguments if str(a.type) == "Tensor"]:
@@ -967,12 +967,12 @@ def offences(n: int, granules: int) -> Iterator[tuple[list[tuple[int, int]], str
             yield [(at, -7)], f"-7 at position {at}"
     yield [(4, granules), (2, 1)], "1 after 1 at position 2"  # the first is named
     yield [(4, 3), (2, granules + 5)], f"{granules + 5} at position 2"
-    yield [(3, -9)], "-9 at position 3"  # out of range is told before not increasing
+    yield [(3, -9)], "-9 at position 3"  # out of range is reported before not increasing
     yield [(3, -(2**31))], f"{-(2**31)} at position 3"
     yield [(3, 2**31 - 1)], f"{2**31 - 1} at position 3"
 
 
-WIDE = (2**32 + 3, 2**63 - 1, -(2**63), -(2**32) + 3)  # whose low 32 bits may look harmless
+WIDE = (2**32 + 3, 2**63 - 1, -(2**63), -(2**32) + 3)  # their low 32 bits may look harmless
 
 
 @pytest.mark.subset

@@ -41,7 +41,7 @@ def test_top_past_the_grain(backend: Backend, score: str) -> None:
 
 @pytest.mark.parametrize("share", [0.5, 0.999, 1.0])
 def test_top_of_mostly_equal_scores(backend: Backend, share: float) -> None:
-    """More of them than a guess may keep: the cut is among them, or above."""
+    """More equal scores than a guess may keep: the cut is among them, or above."""
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(200_001, generator=generator).abs() + 2
     weight[torch.rand(len(weight), generator=generator) < share] = 1
@@ -234,7 +234,7 @@ def test_random_device(backend: Backend) -> None:
 
 
 def test_random_beyond_memory() -> None:
-    """Torch's own reason comes with it; torch 2.11 and 2.12 do not tell theirs."""
+    """The error gives torch's own reason, which torch 2.11 and 2.12 do not provide."""
     said = r"select_random: there is no memory for k 2305843009213693952 indices \(.+\)|a call into torch failed"
     with pytest.raises(RuntimeError, match=said):
         torch.ops.shira.select_random(2**62, 2**61, 1)

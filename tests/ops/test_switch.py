@@ -176,7 +176,7 @@ def test_scatter_reverts_apply(backend: Backend, dtype: torch.dtype, granule: in
 
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
 def test_switch_is_scatter_then_apply(backend: Backend, alpha: float) -> None:
-    """For masks apart, partly shared, equal, and empty on either side."""
+    """For disjoint, partly shared and equal masks, and masks that are empty on either side."""
     for count_out, count_in in ((40, 40), (0, 40), (40, 0), (61, 61), (61, 5), (1, 61)):
         case = build("switch_", Setup(count=count_in), alpha=alpha)
         other = build("scatter_", Setup(count=count_out, seed=9))
@@ -210,7 +210,7 @@ def test_switch_between_two_adapters_of_one_mask(backend: Backend) -> None:
 @pytest.mark.parametrize("granule", [1, 2])
 @pytest.mark.parametrize(("alpha", "delta"), [(1.0, False), (0.5, False), (0.5, True), (0.0, False)])
 def test_switch_where_masks_coincide(backend: Backend, alpha: float, delta: bool, granule: int) -> None:
-    """In one tensor, in another of either dtype, and but for a few granules, so that equal parts stand apart."""
+    """In one tensor, in two of any index dtypes, and with a few granules that differ, so that equal parts are apart."""
     setup = Setup(dtype=torch.bfloat16, granule=granule, limit=20_000, count=9_001, index=torch.int32, specials=True)
     case = build("switch_", setup, alpha=alpha, delta=delta)
     mask = case.args["indices_in"]
@@ -278,7 +278,7 @@ def test_lists_of_several_dtypes_and_sizes(backend: Backend, op: str) -> None:
     """One call over a model: tiny and large weights, empty ones, several dtypes, int32 and int64 indices."""
     single = op.removeprefix("foreach_")
     dtypes = (torch.bfloat16, torch.float32, torch.int8, torch.float64, torch.bfloat16, torch.float16)
-    for granule, least in ((1, 0), (2, 1)):  # of an empty weight a granule is one entry
+    for granule, least in ((1, 0), (2, 1)):  # a granule of an empty weight is one entry
         members = []
         for i, dtype in enumerate(dtypes):
             limit, count = ((4096, 1000), (1, 1), (64, 64), (least, 0), (70_001, 9_001), (9, 0))[i]

@@ -21,7 +21,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 
 def large(op: str, granule: int) -> Case:
-    """Past the grain of a parallel loop, in pieces that no number of threads divides."""
+    """Past the grain of a parallel loop, in sizes that no number of threads divides evenly."""
     if op == "sampled_grad":
         rng = np.random.default_rng(0)
         grad_output, input = (cases.random_numbers(rng, 257 * n, torch.float32).view(257, n) for n in (96, 128))

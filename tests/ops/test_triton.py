@@ -36,7 +36,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 # Interpreted
 
 
-# A part of each family's contract tests: the interpreter takes 2 ms a program.
+# A part of each family's contract tests: the interpreter takes 2 ms per program.
 CONTRACT = {
     "switch": "test_moves_keep_every_bit and (uint8 or bfloat16 or complex64) and (-3] or numel)"
     " or test_strengths and (bfloat16 or float64) and -3] or test_lists and 8 or test_lists_of or test_lists_may"
@@ -122,7 +122,7 @@ print(same, kept)
 
 
 def test_lists_of_several_launches() -> None:
-    """Which the reference agrees with; what an index out of range stands for stays as it was."""
+    """The reference agrees; what belongs to an index out of range stays as it was."""
     wanted = "True [1.0, 11.0, 21.0, 31.0, 41.0]"
     assert said(python(_LISTS, TRITON_INTERPRET="1", SHIRA_BACKEND="triton")) == wanted
 
@@ -172,7 +172,7 @@ class Waits(TorchDispatchMode):
 
 
 def test_what_a_graph_can_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No op waits for the device, but those that say so."""
+    """No op waits for the device, except those that say so."""
     monkeypatch.setattr(jit.JITFunction, "run", lambda *args, **kwargs: None)
     monkeypatch.setattr(torch, "empty", torch.zeros)  # sizes that a kernel would have written are read
     tolist, listed = torch.Tensor.tolist, []
@@ -194,7 +194,7 @@ def test_what_a_graph_can_hold(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Driver:
-    """Of a GPU that is not there: calls are bound, specialised and compiled as on it, and never start."""
+    """The driver of a GPU that is not there: calls are bound, specialised and compiled, and never start."""
 
     def __init__(self, backend: str, arch: int | str, lanes: int) -> None:
         self.target = GPUTarget(backend, arch, lanes)
@@ -204,7 +204,7 @@ class Driver:
         return self.target
 
     def get_current_device(self) -> int | str:
-        return self.target.arch  # a cache of kernels each
+        return self.target.arch  # one cache of kernels for each
 
     def get_current_stream(self, device: int | str) -> int:
         return 0
@@ -285,7 +285,7 @@ def resources(cubin: bytes, path: Path) -> dict[str, int]:
 @pytest.mark.parametrize("dtype", SETUPS)
 @pytest.mark.parametrize("family", shira_ops.triton.FAMILIES)
 def test_compiles_for_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str, dtype: str) -> None:
-    """For sm_90 and, a dtype each, sm_80 and AMD's gfx942: nothing spills, is contracted or flushes subnormals."""
+    """For sm_90 and, with one dtype each, sm_80 and AMD's gfx942: no spills, no contraction, no flushed subnormals."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     module = importlib.import_module(f"shira_ops.triton.{family}")
     own = {name for name, found in vars(module).items() if isinstance(found, jit.JITFunction)}

@@ -287,7 +287,7 @@ def test_an_error_at_any_op_of_a_first_activation(
 
 
 def test_an_interrupt_within_an_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ops in Python, as other backends have, may come to no end: at any of their lines."""
+    """Ops in Python, as other backends have, may be interrupted at any of their lines."""
     for name in ("foreach_scatter_", "foreach_switch_", "foreach_apply_"):
         monkeypatch.setattr(shira_ops, name, getattr(reference, name))
     left = 0
@@ -507,7 +507,7 @@ def test_changes_by_others_are_refused_and_the_same_content_is_not() -> None:
     switcher.activate("b")  # the version moved, the content is right
     switcher.deactivate()
     assert differing(bits(model), base) == 0
-    # A weight that the next adapter does not touch is nobody's business.
+    # A weight that the next adapter does not touch does not matter.
     switcher.activate("a")
     with torch.no_grad():
         model[2].bias.zero_()
@@ -723,7 +723,7 @@ def test_names_and_numbers_that_do_not_fit() -> None:
 
 
 def test_streams_are_ordered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is asked of a GPU, in its order, told by stand-ins: no GPU is needed, and none is tried."""
+    """Stand-ins record what would be asked of a GPU, in order: no GPU is needed, and none is used."""
     told: list[str] = []
 
     class Event:

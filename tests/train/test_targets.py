@@ -28,7 +28,7 @@ class Experts(nn.Module):
 
 
 class Language(nn.Module):
-    """As transformers' models are: a body, a head of which a method tells, a 3-D position, experts."""
+    """Like transformers' models: a body, a head that a method names, a 3-D position, experts."""
 
     def __init__(self, tied: bool = False, layers: int = 1) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Language(nn.Module):
 
 
 class Vision(nn.Module):
-    """As timm's models are."""
+    """Like timm's models."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Vision(nn.Module):
 
 
 class Classifier(nn.Module):
-    """As transformers' classification models are: no output embeddings, a head by its name."""
+    """Like transformers' classification models: no output embeddings, and a head that is known by its name."""
 
     def __init__(self, body: bool = True) -> None:
         super().__init__()
@@ -90,12 +90,12 @@ def test_the_output_head_is_left_out_and_experts_are_taken() -> None:
         model = Language(tied)
         assert names(model) == names(model, "all-linear") == inside
         assert names(nn.ModuleDict({"policy": model})) == [f"policy.{name}" for name in inside]
-        # Whoever names it has it.
+        # It is trained if it is named.
         assert names(model, "lm_head") == ["embed.weight" if tied else "lm_head.weight"]
     assert names(Language(), None, whole="lm_head") == [*inside, "lm_head.weight"]
     assert names(Vision()) == ["mix.weight"]
     assert names(Classifier()) == ["body.weight"]
-    # Nothing tells of a head here.
+    # Nothing says that there is a head here.
     assert names(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))) == ["0.weight", "1.weight"]
 
 
@@ -309,7 +309,7 @@ def test_a_weight_without_memory_of_its_own_is_refused(kind: str, request: pytes
             mask("0.weight", weight)
     with pytest.raises(ValueError, match=f"calibration: {says}"):
         calibration.stream(model, {"0.weight": [(model[0], "weight")]}, [torch.ones(1, 8)], None, lambda *_: None)
-    # It is in the way of nothing else.
+    # It does not get in the way of anything else.
     assert names(model, exclude=["0"]) == ["1.weight"]
     assert model[0].weight is weight
 

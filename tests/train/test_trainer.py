@@ -89,7 +89,7 @@ def flat(*states: Any) -> list[Any]:
 
 
 def everything(trainer: Trainer) -> list[Any]:
-    """All that a run has for a state, and what chance gives next, flat."""
+    """The whole state of a run, and the next random numbers, as one flat list."""
     return flat(
         trainer.optimizer.state_dict(),
         trainer.scheduler.state_dict() if trainer.scheduler else None,
@@ -110,7 +110,7 @@ def same(one: list[Any], two: list[Any]) -> None:
             assert a == b
 
 
-# 6 batches and 3 steps an epoch: in the middle of one, at its end, and at the next one's start.
+# 6 batches and 3 steps per epoch: in the middle of one, at its end, and at the start of the next.
 @pytest.mark.parametrize("half", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_stopped_and_resumed_is_as_if_never_stopped(tmp_path: Path, half: int, scaled: bool) -> None:
@@ -124,7 +124,7 @@ def test_stopped_and_resumed_is_as_if_never_stopped(tmp_path: Path, half: int, s
     trainer = make(scaled, shuffled_by, evaluation=DataLoader(Noisy(), 4, shuffle=True)).resume(tmp_path / "run.pt")
     assert trainer.step == half
     same(everything(trainer.fit(steps=9)), wanted)
-    assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]  # no temporary left
+    assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]  # no temporary file is left
 
 
 def test_two_fits_are_one() -> None:

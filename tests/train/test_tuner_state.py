@@ -99,7 +99,7 @@ def test_names_and_patterns() -> None:
     assert names("q_proj", r"^classifier\.") == [*q, "classifier.weight", "classifier.bias"]
     norms = ["layers.0.norm.bias", "layers.1.norm.bias"]
     assert names("q_proj", ["classifier", "norm.bias"]) == [*q, *norms, "classifier.weight", "classifier.bias"]
-    # What trains as a whole is no sparse target besides.
+    # What trains as a whole is not a sparse target, too.
     assert names(None, "classifier|head").count("classifier.weight") == 1
     assert names([], "classifier") == ["classifier.weight", "classifier.bias"]
 
@@ -383,7 +383,7 @@ def test_a_sampled_weight_that_was_unfrozen_is_refused() -> None:
 
 
 def test_tied_weights_come_back_trainable() -> None:
-    """Met under two names, remembered once."""
+    """They are met under two names and remembered once."""
     model = model_of()
     with SparseTuner(model, RAND, "embed"):
         assert not model.embed.weight.requires_grad
@@ -393,7 +393,7 @@ def test_tied_weights_come_back_trainable() -> None:
 @pytest.mark.parametrize("gradient", ["sampled", "dense"])
 @pytest.mark.parametrize("first", [True, False])
 def test_tuners_of_one_model_may_go_in_any_order(first: bool, gradient: str) -> None:
-    """While one is left the whole model stays frozen but for what it trains; after the last it is as it was."""
+    """While one is left, all of the model except what it trains stays frozen; after the last it is as it was."""
     model = randomize(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)))
     model[0].bias.requires_grad_(False)
     required = {name: p.requires_grad for name, p in model.named_parameters()}

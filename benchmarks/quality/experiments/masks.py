@@ -15,7 +15,7 @@ from benchmarks.quality.tasks import tasks
 
 DENSITIES = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
 GRANULES = (1, 4, 8, 16, 32)
-COARSE = 16  # granules of at least so many entries are placed in every way that is compared
+COARSE = 16  # granules of at least this many entries are placed in every way that is compared
 MIXED = ("first", "last", "magnitude")
 
 

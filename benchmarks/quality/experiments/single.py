@@ -98,6 +98,6 @@ def crowding(lab: Lab, setting: Setting) -> dict[str, Any]:
 
 
 def fullest(counts: Tensor) -> float:
-    """The share of all entries that lies in the fullest tenth of the rows (or columns)."""
+    """The share of all entries that lie in the fullest tenth of the rows (or columns)."""
     most = counts.sort(descending=True).values[: max(1, len(counts) // 10)]
     return float(most.sum() / counts.sum())

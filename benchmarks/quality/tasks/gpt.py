@@ -1,7 +1,7 @@
 """Language, from scratch: a small GPT over bytes learns the standard library's Python, then other kinds of text.
 
 Three widths show the trend with the size of the model: ``gpt-s``, ``gpt-m``, ``gpt-l``. The score is minus the mean
-loss in nats a byte; ``exp`` of its negative is the perplexity of a byte.
+loss in nats per byte; ``exp`` of its negative is the perplexity per byte.
 """
 
 from __future__ import annotations

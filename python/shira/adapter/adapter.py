@@ -620,8 +620,8 @@ def read_entries(path: str | os.PathLike[str], *, checksums: bool = True) -> tup
 def _on_base(
     adapter: Adapter, base: Source | Checkpoint, anything: Container[str] = ()
 ) -> Iterator[tuple[str, Entry, Tensor]]:
-    """Each entry with the base's weight, flat and on the CPU. Refuses a base that the adapter was not made for, but for
-    the content of weights in ``anything``."""
+    """Each entry with the base's weight, flat and on the CPU. Refuses a base that the adapter was not made for, except
+    for the content of weights in ``anything``."""
     source = base if isinstance(base, Checkpoint) else open_checkpoint(base, "base")
     found = _fit.fit("the adapter", adapter.weights, source, where="this base", anything=anything)
     for name, places in found.items():

@@ -28,7 +28,9 @@ from shira.adapter._entry import Entry, Lost, Made, Report
 
 __all__ = ["Lost", "Progress", "Report", "difference"]
 
-_CHUNK = 4 << 20  # bytes of one checkpoint: few enough to stay in the caches, and enough to be worth a call
+# Bytes of one checkpoint for a call. What is compared is read again for the fingerprint, so it must stay in a core's
+# own cache; scores are counted in half a megabyte for each call, which larger chunks share.
+_CHUNK, _SCORED = 1 << 20, 4 << 20
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -163,7 +165,7 @@ def _part(pair: _Pair, chunk: tuple[int, int]) -> tuple[Bytes, Bytes, str]:
 
 def _squared(pair: _Pair, pool: Executor, ahead: int) -> float:
     """The squared difference of the whole weight."""
-    sums = _in_order(pool, ahead, lambda chunk: _codec.squared_difference(*_part(pair, chunk)), pair.chunks(_CHUNK))
+    sums = _in_order(pool, ahead, lambda chunk: _codec.squared_difference(*_part(pair, chunk)), pair.chunks(_SCORED))
     return math.fsum(sums)
 
 
@@ -175,7 +177,7 @@ def _top(pair: _Pair, count: int, pool: Executor, ahead: int) -> Tensor:
     infinite: such a granule is kept first.
     """
     bits = 64 if _compute(pair) == "float64" else 32
-    chunks = pair.chunks(_CHUNK)
+    chunks = pair.chunks(_SCORED)
     # The leading bits of the rank of the last granule that is in, and how many more to take among those with them.
     last, missing = 0, count
     for shift in range(bits - 16, -1, -16):

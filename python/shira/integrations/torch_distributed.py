@@ -1,4 +1,4 @@
-"""Live updates over ``torch.distributed``: one flat buffer a broadcast, O(changed entries).
+"""Live updates over ``torch.distributed``: one flat buffer per broadcast, O(changed entries).
 
 ::
 
@@ -6,7 +6,7 @@
     receiver.stage(update)
     receiver.commit()
 
-A process that dies takes its group with it: torch has no group with a hole. Make the group again, and let everybody
+A process that dies takes its group with it: torch has no groups with a hole. Make the group again, and let everybody
 `catch_up` from the trainer's `shira.sync.Folder`; or, where processes come and go, let each follow the folder alone.
 """
 
@@ -23,7 +23,7 @@ from shira.sync.update import shown_version
 
 __all__ = ["broadcast", "catch_up"]
 
-# First of every message, so that another collective's numbers are not taken for a length.
+# The first number of every message, so that another collective's numbers are not taken for a length.
 _MARK = 0x7368697261  # "shira"
 _FAILED = -1
 

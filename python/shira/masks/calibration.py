@@ -3,11 +3,11 @@
 The masks Grad and Snip (arXiv 2406.13175, section 3.1) need, for every targeted weight, the gradient of the loss summed
 over all calibration batches: signed, in fp32 (fp64 for fp64 weights). `stream` computes it with little memory:
 
-- The backward pass makes no gradient for weights of ``nn.Linear`` layers. A forward hook keeps the factors of the
-  gradient, a batch's ``grad_output`` and ``input``, ``[tokens, m]`` and ``[tokens, n]``. The gradient is ``sum over
-  batches of grad_output^T @ input``: products in the layer's dtype, as in autograd, and the sum in fp32. The factors
-  are kept while they are no larger than that sum; beyond that they are multiplied, added to an fp32 accumulator of the
-  weight's shape, and freed.
+- The backward pass makes no gradient for weights of ``nn.Linear`` and of quantized layers. A forward hook keeps the
+  factors of the gradient, a batch's ``grad_output`` and ``input``, ``[tokens, m]`` and ``[tokens, n]``. The gradient is
+  ``sum over batches of grad_output^T @ input``: products in the layer's dtype, as in autograd, and the sum in fp32. The
+  factors are kept while they are no larger than that sum; beyond that they are multiplied, added to an fp32 accumulator
+  of the weight's shape, and freed.
 - Any other weight (convolutions, embeddings, subclasses of ``nn.Linear``, plain parameters) gets autograd's dense
   gradient, which a hook of the parameter adds into an fp32 accumulator and frees at once.
 - In the backward pass of the last batch a weight's gradient is finished, passed to ``visit`` and freed as soon as its
@@ -22,7 +22,7 @@ restored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shira import _loss, _model
+from shira import _linears, _loss, _model
 
 __all__ = ["Loss", "Visit", "stream"]
 
@@ -71,11 +71,16 @@ def stream(
             f"calibration must be batches, as a list or a DataLoader, got one {type(batches).__name__}; "
             f"put it in a list"
         )
+    layers = {name: _quantized(name, *places[0]) for name, places in weights.items()}
     for name, places in weights.items():
-        foreign = _model.foreign(getattr(*places[0]))
+        foreign = None if layers[name] is not None else _model.foreign(getattr(*places[0]))
         if foreign is not None:
             raise ValueError(f"calibration: {name} {foreign}")
-    run = _Run({name: _Gradient(name, getattr(*places[0])) for name, places in weights.items()}, visit)
+    gradients = {
+        name: _Gradient(name, getattr(*places[0]) if (layer := layers[name]) is None else layer.stand_in())
+        for name, places in weights.items()
+    }
+    run = _Run(gradients, visit, {name for name, layer in layers.items() if layer is not None})
     with _untouched(model), torch.enable_grad():
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -83,12 +88,27 @@ def stream(
             run.batches(model, batches, loss or _loss.loss_of_model)
 
 
+def dense(name: str, module: nn.Module, attribute: str) -> Tensor:
+    """The weight of this name; of a quantized layer, the dequantized one."""
+    layer = _quantized(name, module, attribute)
+    weight: Tensor = getattr(module, attribute).detach() if layer is None else layer.dense()
+    return weight
+
+
+def _quantized(name: str, module: nn.Module, attribute: str) -> _linears.Layer | None:
+    layer = _linears.of(name, module) if attribute == "weight" else None
+    return layer if layer is not None and layer.quantized else None
+
+
 @dataclass(eq=False)
 class _Gradient:
-    """The gradient of one weight, as far as it has been computed."""
+    """The gradient of one weight, as far as it has been computed.
+
+    Of a quantized layer, ``weight`` has only the shape, dtype and device.
+    """
 
     name: str
-    weight: nn.Parameter
+    weight: Tensor
     # Its factors, not yet multiplied: grad_output, input, and their versions.
     pairs: list[tuple[Tensor, Tensor, tuple[int, int]]] = field(default_factory=list)
     total: Tensor | None = None
@@ -199,6 +219,8 @@ class _Run:
 
     gradients: dict[str, _Gradient]
     visit: Visit
+    # The quantized layers, of which it is known that they compute as nn.Linear does.
+    quantized: Collection[str] = ()
     # Makes the layers' outputs require grad where no parameter does. It gets no gradient itself.
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
     leaves: list[Tensor] = field(default_factory=list)
@@ -214,7 +236,8 @@ class _Run:
             for name, places in weights.items():
                 gradient = self.gradients[name]
                 # A subclass may use its weight otherwise than in nn.Linear's forward.
-                if all(type(module) is nn.Linear and attribute == "weight" for module, attribute in places):
+                plain = all(type(module) is nn.Linear and attribute == "weight" for module, attribute in places)
+                if plain or name in self.quantized:
                     for module, _ in places:
                         hook = partial(self._forward, gradient)
                         handles.append(module.register_forward_hook(hook, with_kwargs=True))
@@ -268,7 +291,7 @@ class _Run:
         if not torch.is_grad_enabled():
             return None
         gradient.expected += not self.in_backward  # activation checkpointing runs it again in the backward
-        input = args[0] if args else kwargs["input"]
+        input = args[0] if args else next(iter(kwargs.values()))
         return _Tap.apply(output, self.anchor, input, partial(self._layer, gradient))  # type: ignore[no-untyped-call]
 
     def _layer(self, gradient: _Gradient, grad_output: Tensor, input: Tensor) -> None:

@@ -133,6 +133,10 @@ def _entry_of(adapter: Adapter, name: str) -> Entry | None:
 class Mask:
     """What all masks share: budget, granule, entries to leave out, description. Subclasses define ``select``."""
 
+    by_shape = False
+    """Whether the mask depends on nothing of a weight but its shape and device, so that a quantized one need not be
+    dequantized for it."""
+
     def __init__(
         self, density: Density | None = None, *, r: Rank | None = None, granule: Granule = 1, skip: Skip = ()
     ) -> None:
@@ -258,11 +262,16 @@ class Mask:
             mask._selected = {}
 
         def visit(name: str, gradient: Tensor) -> None:
-            weight = getattr(*weights[name][0]).detach()
+            weight = _calibration.dense(name, *weights[name][0])
             for mask in needing:  # those that are skipped come first
                 mask._selected[name] = mask._choose(name, weight, gradient)
 
         _calibration.stream(model, weights, calibration, loss, visit)
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether this mask, or one that it skips, depends on what a weight holds."""
+        return not all(mask.by_shape for mask in self._with_skipped())
 
     def _with_skipped(self) -> Iterator[Mask]:
         """The masks that this one skips, each after those that it skips itself; this one comes last."""
@@ -365,6 +374,8 @@ class Rand(Mask):
         seed: an integer; None draws one from torch's random numbers (so that ``torch.manual_seed`` repeats it), which
             is then in ``mask.seed`` and `describe`.
     """
+
+    by_shape = True
 
     def __init__(
         self,
@@ -560,6 +571,8 @@ class Struct(Mask):
     how many entries were taken.
     """
 
+    by_shape = True
+
     def __init__(
         self,
         density: Density | None = None,
@@ -668,6 +681,7 @@ class Given(Mask):
             what = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
             raise TypeError(f"Given: takes 0/1 tensors by name, or a function of a name and a weight, got {what}")
         self.given, self.density, self.r = given, None, None
+        self.by_shape = isinstance(given, Mapping)
         self._set(granule, skip)
 
     @classmethod

@@ -39,7 +39,7 @@ class Folder:
         """The updates that lead on from a version to the newest one that can be reached, in order; read and checked.
 
         Empty where no update starts there, be it the newest version or one that the folder does not know (`knows`).
-        Of two ways on, as after a trainer that went back to a checkpoint, the one that was written later counts.
+        Of two continuations, as after a trainer that went back to a checkpoint, the one that was written later counts.
         """
         starts: dict[int, tuple[tuple[int, int], int, str]] = {}
         for name, step, start, end in self._names():

@@ -25,7 +25,7 @@ _ANEW = "make a new Publisher, whose receivers start from a copy of the model"
 
 @dataclass(eq=False)
 class _Sent:
-    """A weight whose changing entries are known: where they are, and what was sent of them last."""
+    """A weight whose changing entries are known: where they are, and what was last sent for them."""
 
     indices: Tensor
     values: Tensor
@@ -70,6 +70,11 @@ class Publisher:
             raise TypeError(
                 f"Publisher: source must be a torch.nn.Module or a SparseTuner, got {type(source).__name__}"
             )
+        if self._tuner is not None and self._tuner.overlay:
+            raise ValueError(
+                "Publisher: a tuner with overlay=True writes no weights, so there is nothing to publish; send its "
+                "adapter, tuner.adapter(), to an Overlay"
+            )
         if type(granule) is not int or granule < 1:
             raise ValueError(f"Publisher: granule must be a whole number of at least 1, got {granule!r}")
         self.model = _model.unwrap(self._tuner.model if self._tuner is not None else source)  # type: ignore[arg-type]
@@ -106,6 +111,15 @@ class Publisher:
     def version(self) -> int:
         """The version of the weights as they were last published; see `Update`."""
         return version_of(fingerprints(self._weights))
+
+    @property
+    def shapes(self) -> dict[str, Tensor]:
+        """What is published, by all of its names: tensors without content (on the meta device), for `Plan.record`."""
+        return {
+            slot.name: torch.empty_like(slot.weight, device="meta", requires_grad=False)
+            for weight in self._weights.values()
+            for slot in weight.slots
+        }
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A shallow copy would share the snapshot, and what one of them publishes the other would never see.

@@ -182,24 +182,30 @@ class Update:
         Raises `SyncError` for a weight that is missing or holds other entries than the update starts from.
         """
 
-        def entries(name: str, entry: Entry) -> Tensor:
+        def entries(name: str, entry: Entry) -> tuple[Tensor, None]:
             tensor = self._find("decode", weights, name)
             if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
                 raise SyncError(f"Update.decode: {named(name)} has another shape or dtype than in the update")
             with torch.no_grad():
-                return shira_ops.gather(tensor, entry.indices.to(tensor.device), granule=entry.granule)
+                return shira_ops.gather(tensor, entry.indices.to(tensor.device), granule=entry.granule), None
 
         return self.decoded("Update.decode", entries)
 
-    def decoded(self, who: str, entries: Callable[[str, Entry], Tensor]) -> Update:
-        """`decode`, where a function gathers the entries before."""
+    def decoded(self, who: str, entries: Callable[[str, Entry], tuple[Tensor, Tensor | None]]) -> Update:
+        """`decode`, where a function gathers the entries before, and says which of them it has (None: all)."""
         if not self.relative:
             return self
         found, before = dict(self.weights), dict(self.before)
         for name, printed in self.prints.items():
             entry = self.weights[name]
-            before[name] = entries(name, entry)
-            values = _difference.add(before[name], entry.values.to(before[name].device))
+            was, here = entries(name, entry)
+            values = _difference.add(was, entry.values.to(was.device))
+            if here is not None and not bool(here.all()):
+                indices = refine(entry.indices.to(was.device), entry.granule, 1, entry.numel)[here]
+                before[name] = was[here]
+                found[name] = replace(entry, indices=indices, values=values[here], granule=1, checked=True)
+                continue
+            before[name] = was
             if _granules.fingerprint(values) != printed:
                 raise SyncError(
                     f"{who}: {named(name)} does not hold the entries that the update of step {self.step} starts from, "
@@ -237,22 +243,25 @@ class Update:
             )
         return update
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, differences: bool = True) -> None:
         """Write it as an adapter file (docs/format.md), whole or not at all; an existing file is replaced.
 
         Where the entries before are known, floats are written as differences from them (version 2 of the file), which
-        only a model at the version that the update starts from can decode.
+        only a model at the version that the update starts from can decode. Without `differences` they are written as
+        they are.
         """
         with _file.replacing(path) as temporary:
-            self._write(temporary)
+            self._write(temporary, differences)
 
-    def _write(self, path: Path) -> None:
+    def _write(self, path: Path, wanted: bool) -> None:
         differences: dict[str, tuple[Tensor, int]] = {}
+        if not wanted:
+            self._refuse_relative("save")
         for name, entry in self.weights.items():
             known = self.before.get(name)
             if name in self.prints:
                 differences[name] = entry.values, self.prints[name]
-            elif known is not None and _difference.has_differences(entry.dtype):
+            elif wanted and known is not None and _difference.has_differences(entry.dtype):
                 numbers = _difference.difference(known.to(entry.values.device), entry.values)
                 differences[name] = numbers, _granules.fingerprint(entry.values)
         numel = sum(entry.numel for entry in self.weights.values())
@@ -279,10 +288,10 @@ class Update:
         except AdapterError as error:
             raise AdapterError(f"{os.fspath(path)}: {error}") from error
 
-    def to_bytes(self) -> bytes:
-        """The bytes of the file, to send by whatever carries bytes."""
+    def to_bytes(self, *, differences: bool = True) -> bytes:
+        """The bytes of the file of `save`, to send by whatever carries bytes."""
         with _in_memory() as path:
-            self._write(path)
+            self._write(path, differences)
             return path.read_bytes()
 
     @classmethod

@@ -97,7 +97,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     for values, target in targets:
         site, module = target.site, target.module()
         for name, wanted in ((site.values_name, values), (site.attribute, site.own_weight)):
-            if module._parameters.get(name) is not wanted:
+            if module._parameters.get(name) is not wanted and not (site.overlay and name == site.attribute):
                 refuse_replaced(site.name + name.removeprefix(site.attribute))
         if site.group.off:
             raise RuntimeError(
@@ -141,7 +141,7 @@ def _in_backward() -> bool:
 
 
 def _write_targets(targets: Sequence[tuple[Tensor, Target]]) -> None:
-    write((target.site, *target.tensors()) for _, target in targets)
+    write((target.site, *target.tensors()) for _, target in targets if not target.site.overlay)
 
 
 # ---- what a step is refused for ------------------------------------------------------------------------------

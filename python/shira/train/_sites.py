@@ -30,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import shira_ops
-from shira import _granules, _model
+from shira import _granules, _linears, _model
 from shira._granules import dtype_name
 from shira._model import INDICES_SUFFIX, VALUES_SUFFIX
 from shira.train import _layers
@@ -99,11 +99,14 @@ class Site:
     dense: bool
     # The base's entries, and the tuner's own copy of their indices. The base must not depend on the buffer with the
     # indices, which others write to: DistributedDataParallel overwrites it, averages of models average it.
+    # An overlay never writes the base, and has its fingerprint here.
     saved: Tensor
     indices: Tensor
     group: Group
     places: list[Place]
     allow_unused: bool = False
+    # Whether the values are a delta that the layers' outputs get, beside a weight that is not written.
+    overlay: bool = False
     # Whether gradients from every place have ever reached the values; until then a step is refused.
     reached: bool = False
     # Whether the ranks have been compared, and train the same entries.
@@ -111,7 +114,7 @@ class Site:
     # Whether a compiled graph of something else has used the weight since the last gradient.
     traced: bool = False
     # The handles of the module hooks. Copied with a module, a handle belongs to the copy.
-    handles: list[RemovableHandle] = field(default_factory=list)
+    handles: list[RemovableHandle | _linears.Kept] = field(default_factory=list)
     # The parameters it was made for; None in a copied model.
     values_ref: weakref.ref[Tensor] | None = None
     weight_ref: weakref.ref[Tensor] | None = None
@@ -134,24 +137,10 @@ class Site:
 
     def tensors(self, owner: nn.Module) -> tuple[nn.Parameter, Tensor, nn.Parameter]:
         """weight, indices and values; refuses a module in which these can no longer be trained or written."""
-        if "_is_replica" in owner.__dict__:
-            raise RuntimeError(
-                "SparseTuner: DataParallel runs copies of the model on several devices, which values are not written "
-                "into; use DistributedDataParallel, or one device (CUDA_VISIBLE_DEVICES)"
-            )
-        weight, values = _held(owner, self.attribute), _held(owner, self.values_name)
-        indices = owner._buffers.get(self.indices_name)
-        if weight is None or indices is None or values is None:
-            raise RuntimeError(
-                f"SparseTuner: the module of {self.name} was converted into a {type(owner).__name__} of another kind "
-                f"with a tuner on it; detach the tuner first (shira.detach(model)), then convert"
-            )
-        if values.dtype != self.dtype:
-            raise RuntimeError(
-                f"{self.name}{VALUES_SUFFIX} must stay {dtype_name(self.dtype)}, got {dtype_name(values.dtype)}: the "
-                f"model was cast after the tuner was attached; cast it first, or detach the tuner, cast, and attach "
-                f"again"
-            )
+        indices, values = self.trained(owner)
+        weight: nn.Parameter | None = _held(owner, self.attribute)
+        if weight is None:
+            raise self._converted(owner)
         if not torch.compiler.is_compiling():
             for name, tensor in ((self.name, weight), (self.name + VALUES_SUFFIX, values)):
                 why = None if type(tensor) in (nn.Parameter, Tensor) else _model.foreign(tensor)
@@ -163,6 +152,30 @@ class Site:
                 f"written; {_model.stride_advice(self.name, weight)}"
             )
         return weight, indices, values
+
+    def trained(self, owner: nn.Module) -> tuple[Tensor, nn.Parameter]:
+        """indices and values; refuses a module in which these can no longer be trained."""
+        if "_is_replica" in owner.__dict__:
+            raise RuntimeError(
+                "SparseTuner: DataParallel runs copies of the model on several devices, which values are not written "
+                "into; use DistributedDataParallel, or one device (CUDA_VISIBLE_DEVICES)"
+            )
+        values, indices = _held(owner, self.values_name), owner._buffers.get(self.indices_name)
+        if indices is None or values is None:
+            raise self._converted(owner)
+        if values.dtype != self.dtype:
+            raise RuntimeError(
+                f"{self.name}{VALUES_SUFFIX} must stay {dtype_name(self.dtype)}, got {dtype_name(values.dtype)}: the "
+                f"model was cast after the tuner was attached; cast it first, or detach the tuner, cast, and attach "
+                f"again"
+            )
+        return indices, values
+
+    def _converted(self, owner: nn.Module) -> RuntimeError:
+        return RuntimeError(
+            f"SparseTuner: the module of {self.name} was converted into a {type(owner).__name__} of another kind "
+            f"with a tuner on it; detach the tuner first (shira.detach(model)), then convert"
+        )
 
     @property
     def idle(self) -> list[str]:
@@ -240,6 +253,10 @@ class Target:
         """weight, indices and values; see `Site.tensors`."""
         return self.site.tensors(self.module())
 
+    def trained(self) -> tuple[Tensor, nn.Parameter]:
+        """indices and values; see `Site.trained`."""
+        return self.site.trained(self.module())
+
 
 # A site, its weight, indices and values.
 Item = tuple[Site, Tensor, Tensor, Tensor]
@@ -269,30 +286,36 @@ def put(target: Target, holders: Sequence[nn.Module], rules: Sequence[str | None
     """Put the hooks of a site on the modules that hold its weight; its tensors are on the first one already."""
     look_outside()
     site, owner = target.site, holders[0]
-    weight, _, values = site.tensors(owner)
+    _, values = site.trained(owner)
+    weight: nn.Parameter | None = _held(owner, site.attribute)  # of an overlay, whatever the module has
     owner.__dict__.setdefault(SITES, {})[site.attribute] = site
-    site.values_ref, site.weight_ref = weakref.ref(values), weakref.ref(weight)
+    site.values_ref, site.weight_ref = weakref.ref(values), None if weight is None else weakref.ref(weight)
     known[values] = target
     target.handles.append(values.register_post_accumulate_grad_hook(partial(_came, target)))
-    if site.dense:
+    if site.dense and weight is not None:
         weight.requires_grad_(True)
         target.handles.append(weight.register_post_accumulate_grad_hook(partial(_gathered, target)))
     site.handles.append(owner.register_load_state_dict_post_hook(partial(_loaded, site)))
     for module, rule, place in zip(holders, rules, site.places, strict=True):
         elsewhere = None if module is owner else owner
-        site.handles.append(module.register_forward_pre_hook(partial(follow, [(site, elsewhere)], False)))
+        if not site.overlay:
+            site.handles.append(module.register_forward_pre_hook(partial(follow, [(site, elsewhere)], False)))
         if rule is not None:
             # Before all other hooks, which may change the output: this one needs the layer's own.
-            hook = partial(_attach, site, elsewhere, rule, place)
+            hook = partial(_lay if site.overlay else _attach, site, elsewhere, rule, place)
             site.handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
-    mark_written(site, values)
+    if site.overlay:
+        site.handles.append(owner.register_state_dict_post_hook(partial(_saved, site.values_name)))
+    else:
+        mark_written(site, values)
     site.group.sites.append(site)
     groups.add(site.group)
 
 
 def take_off(placed: Sequence[tuple[Site, nn.Module]]) -> None:
     """Write the base's entries back and remove everything that `put` has put on modules."""
-    for site, owner in placed:
+    written = [(site, owner) for site, owner in placed if not site.overlay]
+    for site, owner in written:
         weight = getattr(owner, site.attribute)
         why = _model.foreign(weight)
         if why is None and _is_sharded(site):
@@ -300,7 +323,7 @@ def take_off(placed: Sequence[tuple[Site, nn.Module]]) -> None:
         if why is not None:
             raise RuntimeError(f"SparseTuner: the base cannot be put back, since {site.name} {why}")
     items = []
-    for site, owner in placed:
+    for site, owner in written:
         weight = getattr(owner, site.attribute)
         # The model may have been moved or cast since; then the base has the cast of these entries.
         saved = site.saved.to(device=weight.device, dtype=weight.dtype)
@@ -321,9 +344,10 @@ def take_off(placed: Sequence[tuple[Site, nn.Module]]) -> None:
             known[values] = None
             for handle in target.handles:
                 handle.remove()
-        getattr(owner, site.attribute).requires_grad_(False)
-        for handle in site.handles:
-            handle.remove()
+        if not site.overlay:
+            getattr(owner, site.attribute).requires_grad_(False)
+        for each in site.handles:
+            each.remove()
         groups.discard(site.group)
         # If `put` has failed, not all of them are there.
         for name in (site.values_name, site.indices_name):
@@ -374,6 +398,31 @@ def _attach(
     return _layers.attach(rule, module, output, values, input, indices, site.granule)
 
 
+def _lay(
+    site: Site,
+    owner: nn.Module | None,
+    rule: str,
+    place: Place,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Tensor,
+) -> Any:
+    """The forward hook of a layer under an overlay; ``owner`` is None where the values are on the layer itself."""
+    if site.group.off:
+        return None
+    indices, values = site.trained(owner or module)
+    input = args[0] if args else next(iter(kwargs.values()))
+    if torch.is_grad_enabled() and values.requires_grad:
+        place.ran = True
+        if input.requires_grad and not output.requires_grad:
+            raise RuntimeError(
+                f"SparseTuner: the {type(module).__name__} of {site.name} computes no gradient of its input, so the "
+                f"layers before it would not train; leave them out with exclude="
+            )
+    return _layers.lay(rule, module, output, values, input, indices, site.granule)
+
+
 def follow(
     sites: Sequence[tuple[Site, nn.Module | None]], whole: bool, module: nn.Module, args: tuple[Any, ...]
 ) -> None:
@@ -407,7 +456,7 @@ def _follow_in_graph(sites: Sequence[tuple[Site, nn.Module | None]], whole: bool
         if not torch.compiler.is_dynamo_compiling():
             _check_export(sites)
         return
-    for site, owner in sites:
+    for site, owner in (one for one in sites if not one[0].overlay):
         if torch.is_grad_enabled():
             site.traced = True
         elif not site.group.off and (site.dense or not whole):  # layers that sample write in their own hook
@@ -420,7 +469,7 @@ def _check_export(sites: Sequence[tuple[Site, nn.Module | None]]) -> None:
     with _disable_current_modes():
         for site, _ in sites:
             weight, values = site.own_weight, site.own_values
-            if weight is None or values is None or site.group.off:
+            if weight is None or values is None or site.group.off or site.overlay:
                 continue
             if not site.same(weight, values) or site.same_content(values) is False:
                 raise RuntimeError(
@@ -435,7 +484,7 @@ def _follow(sites: Sequence[tuple[Site, nn.Module | None]], whole: bool, module:
             "SparseTuner: values are written into weights, which torch.func cannot follow; use torch.autograd"
         )
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        if torch.is_grad_enabled() and any(site.tensors(owner or module)[2].requires_grad for site, owner in sites):
+        if torch.is_grad_enabled() and any(site.trained(owner or module)[1].requires_grad for site, owner in sites):
             raise RuntimeError(
                 "SparseTuner: torch.jit.trace cannot record how values train; trace the model under torch.no_grad(), "
                 "to compute with it, or detach the tuner first"
@@ -450,6 +499,9 @@ def _follow(sites: Sequence[tuple[Site, nn.Module | None]], whole: bool, module:
         return
     items = []
     for site, owner in sites:
+        if site.overlay:
+            _check(site, _held(owner or module, site.attribute), site.trained(owner or module)[1], module.training)
+            continue
         weight, indices, values = site.tensors(owner or module)
         if _check(site, weight, values, module.training) and not site.group.off:
             items.append((site, weight, indices, values))
@@ -470,14 +522,15 @@ def look_outside() -> None:
         skip_code(function.__code__)
 
 
-def _check(site: Site, weight: Tensor, values: Tensor, training: bool) -> bool:
+def _check(site: Site, weight: Tensor | None, values: Tensor, training: bool) -> bool:
     """Refuse a forward that would train nothing. Returns whether the weight is the tuner's own, and so is written."""
     learns = torch.is_grad_enabled() and values.requires_grad
-    for what, now, ref in (("", weight, site.weight_ref), (VALUES_SUFFIX, values, site.values_ref)):
+    weight_ref = None if site.overlay else site.weight_ref
+    for what, now, ref in (("", weight, weight_ref), (VALUES_SUFFIX, values, site.values_ref)):
         if learns and ref is not None and now is not ref() and isinstance(now, nn.Parameter) and not _is_functional():
             refuse_replaced(site.name + what)
-    unfrozen = weight.requires_grad and not getattr(weight, "_post_accumulate_grad_hooks", None)
-    if unfrozen and torch.is_grad_enabled():
+    unfrozen = weight is not None and weight.requires_grad
+    if unfrozen and not getattr(weight, "_post_accumulate_grad_hooks", None) and torch.is_grad_enabled():
         raise RuntimeError(
             f"SparseTuner: the dense gradient of {site.name} would train all of it: the model was copied while a tuner "
             f"was attached, or its weights were unfrozen; detach the copy's source first, give them "
@@ -524,7 +577,7 @@ def refuse_frozen(site: Site) -> None:
 
 def _loaded(site: Site, module: nn.Module, _: Any) -> None:
     """After a state dict was loaded: write the values into the weight, whatever was loaded for either."""
-    weight, indices, values = site.tensors(module)
+    _, values = site.trained(module)
     if site.values_ref is not None and site.values_ref() is not values:
         raise RuntimeError(
             f"SparseTuner: {site.name}{VALUES_SUFFIX} was replaced, so that no optimizer trains it; load into the "
@@ -532,7 +585,15 @@ def _loaded(site: Site, module: nn.Module, _: Any) -> None:
         )
     if site.group.off:
         raise RuntimeError("SparseTuner: a state cannot be loaded inside `with tuner.disabled()`; load it after that")
-    write([(site, weight, indices, values)])
+    if not site.overlay:
+        write([(site, *site.tensors(module))])
+
+
+def _saved(name: str, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """After a state dict was made: optimum-quanto's layers save nothing but their own parameters."""
+    values = module._parameters.get(name)
+    if values is not None:
+        state.setdefault(prefix + name, values.detach())
 
 
 def _gathered(target: Target, weight: Tensor) -> None:

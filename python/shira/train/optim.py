@@ -121,7 +121,10 @@ class _Masked(Optimizer):
             if grad.is_sparse:
                 raise RuntimeError(f"{what}: gradients must be dense tensors, got a sparse one")
             target = trained.get(id(parameter))
-            if target is not None:
+            if target is not None and target.site.overlay:
+                # There is no weight to write, and the base is where the values are zero.
+                others.append(parameter)
+            elif target is not None:
                 items.append((parameter, target, grad.neg() if group["maximize"] else grad, self.state[parameter]))
             elif id(parameter) in trained:
                 raise RuntimeError(f"{what}: the tuner of these parameters is detached")

@@ -17,6 +17,7 @@ Their gradients come in one of two ways, chosen for each weight:
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import weakref
@@ -32,14 +33,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import shira_ops
-from shira import _granules, _live, _model
+from shira import _granules, _linears, _live, _model
 from shira._model import VALUES_SUFFIX
 from shira._text import AdapterError, Rename, hex_word, named
 from shira.adapter._entry import Entry
 from shira.adapter.adapter import Adapter
 from shira.masks.masks import AUTO_GRANULE, Given, Mask, default
 from shira.train import _hooks, _ranks, _targets
-from shira.train._layers import Attach
+from shira.train._layers import RULES, Attach
 from shira.train._sites import (
     Group,
     Place,
@@ -80,10 +81,22 @@ class _Plan:
     slots: list[_model.Slot]
     indices: Tensor
     granule: int
+    # See `Site`.
     saved: Tensor
     fingerprint: int
     seed: int | None = None
     start: Tensor | None = None
+    # Of an overlay.
+    layer: _linears.Layer | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, or for an overlay what stands in for it: of its shape, dtype and device."""
+        return self.slots[0].weight if self.layer is None else self.layer.stand_in()
+
+    @property
+    def nnz(self) -> int:
+        return self.indices.numel() * self.granule
 
 
 @dataclass(eq=False)
@@ -103,7 +116,7 @@ class _Tuned:
 
     @property
     def whole(self) -> bool:
-        return self.plan.granule == self.plan.slots[0].weight.numel()
+        return self.plan.granule == self.plan.weight.numel()
 
     @property
     def values(self) -> nn.Parameter:
@@ -156,6 +169,12 @@ class SparseTuner:
         loss: ``loss(model, batch)`` returns the scalar for calibration; None: the model's own ``output.loss``.
         allow_unused: accept targets that get no gradient in the first step (layers that run only now and then), and
             tied weights with a layer that did not run.
+        overlay: train a delta beside weights that are not written, as those of quantized layers: the layer's output
+            gets ``delta @ input`` added, which costs what an unmerged LoRA of as many parameters costs. The values are
+            the delta and start at zero; `adapter` gives a delta adapter for this base, whose identity is what it
+            stores: codes and scales. Linear layers (quantized ones too: those of bitsandbytes, torchao, optimum-quanto,
+            and any module with ``in_features``, ``out_features`` and ``dequantize()``), ``Conv1D`` and ``Embedding``;
+            any other target is refused by name. Masks that look at weights dequantize one layer at a time.
     """
 
     def __init__(
@@ -170,20 +189,27 @@ class SparseTuner:
         calibration: Iterable[Any] | None = None,
         loss: Callable[[nn.Module, Any], Tensor] | None = None,
         allow_unused: bool = False,
+        overlay: bool = False,
     ) -> None:
         mask = default() if mask is None else Given.of(mask)
-        self._open(model, gradient, mask, mask.describe())
-        names = _targets.Names(self.model)
+        self._open(model, gradient, mask, mask.describe(), overlay)
+        if overlay and whole is not None:
+            raise ValueError(
+                "SparseTuner: whole= trains parameters themselves, and an overlay writes none: train them with a "
+                "second tuner, without overlay"
+            )
+        names = _targets.Names(self.model, overlay)
         entire = names.whole(whole)
         if targets is None and isinstance(mask, Given) and mask.names is not None:
             targets = "|".join(f"^{re.escape(name)}$" for name in mask.names)
         chosen = {name: group for name, group in names.targets(targets, exclude).items() if name not in entire}
         if not chosen and not entire:
             raise ValueError("SparseTuner: targets is empty, so nothing would train")
-        mask.check({name: group[0].weight for name, group in chosen.items()})
+        layers: Mapping[str, _linears.Layer] = names.layers or {}
+        mask.check({n: layers[n].stand_in() if overlay else group[0].weight for n, group in chosen.items()})
         places = {name: [(slot.module, slot.attribute) for slot in group] for name, group in chosen.items()}
         mask.prepare(self.model, places, calibration, loss)
-        sparse = [self._masked(mask, name, group) for name, group in chosen.items()]
+        sparse = [self._masked(mask, name, group, layers.get(name)) for name, group in chosen.items()]
         self._install([*sparse, *(self._entire(name, group) for name, group in entire.items())], allow_unused)
         if mask.granule == "auto":
             finer = [plan.name for plan in sparse if plan.granule < AUTO_GRANULE]
@@ -197,6 +223,9 @@ class SparseTuner:
             heads = [name for name in names.heads() if not any(one.startswith(f"{name}.") for one in entire)]
             if heads:
                 self._notes.append(f"left out: {_model.some(heads)}, the output head")
+            experts = names.experts() if overlay else []
+            if experts:
+                self._notes.append(f"left out: {_model.some(experts)}, stacks of experts, which have no overlay")
             added = names.added()
             if added:
                 self._notes.append(f"left out: {_model.some(added)}, which PEFT added to the model's own layers")
@@ -211,6 +240,7 @@ class SparseTuner:
         allow_unused: bool = False,
         check_finite: bool = True,
         rename: Rename = None,
+        overlay: bool = False,
     ) -> SparseTuner:
         """Continue to train a saved adapter: its entries are the mask, and the values start where it ended.
 
@@ -220,13 +250,13 @@ class SparseTuner:
         Args:
             model: the model, which holds the base.
             adapter: an `Adapter`, or the path of its file. A delta adapter starts at base + delta, and what is trained
-                is saved as an overwriting one.
-            gradient, allow_unused: as for `SparseTuner`.
+                is saved as an overwriting one; with ``overlay`` it is the other way round.
+            gradient, allow_unused, overlay: as for `SparseTuner`.
             check_finite, rename: as for `Switcher.add`. What is trained is saved under the model's names.
         """
         tuner = cls.__new__(cls)
-        tuner._open(model, gradient, None, None)
-        names = _targets.Names(tuner.model)
+        tuner._open(model, gradient, None, None, overlay)
+        names = _targets.Names(tuner.model, overlay)
         who = "the adapter" if isinstance(adapter, Adapter) else os.fspath(adapter)
         adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
         if not adapter.weights:
@@ -235,25 +265,54 @@ class SparseTuner:
             entry.check_indices(f"{who}: weight {named(name)}")
             if check_finite:
                 entry.check_finite(f"{who}: weight {named(name)}")
-        places = _targets.of_adapter(who, adapter, tuner.model, rename)
-        names.check_apart({names.of(place.slot)[0].name for place in places.values()})
         tuner._about, tuner._alpha = adapter.mask, adapter.alpha
+        if names.layers is None:
+            plans = tuner._plans_of(who, adapter, names, rename)
+        else:
+            plans = tuner._overlays_of(who, adapter, names, names.layers, rename)
+        tuner._install(plans, allow_unused)
+        return tuner
+
+    def _plans_of(self, who: str, adapter: Adapter, names: _targets.Names, rename: Rename) -> list[_Plan]:
+        places = _targets.of_adapter(who, adapter, self.model, rename)
+        names.check_apart({names.of(place.slot)[0].name for place in places.values()})
         plans = []
         for name, entry in adapter.weights.items():
             slot = places[name].slot
             group = names.of(slot)
-            _targets.check_trainable(slot.name, group)
+            names.check(slot.name, group)
             indices = entry.indices.to(slot.weight.device)
-            plan = tuner._plan(group[0].name, group, indices, entry.granule, entry.seed, places[name].fingerprint())
+            plan = self._plan(group[0].name, group, indices, entry.granule, entry.seed, places[name].fingerprint())
             start = entry.values.detach().to(device=slot.weight.device, dtype=_master_dtype(slot.weight))
             plan.start = plan.saved.to(start.dtype) + start if adapter.delta else start
             plans.append(plan)
-        tuner._install(plans, allow_unused)
-        return tuner
+        return plans
+
+    def _overlays_of(
+        self, who: str, adapter: Adapter, names: _targets.Names, layers: _linears.Layers, rename: Rename
+    ) -> list[_Plan]:
+        found = _targets.layers_of_adapter(who, adapter, layers, rename)
+        plans = []
+        for name, entry in adapter.weights.items():
+            layer = found[name]
+            group = names.of(names.slots[layer.name])
+            names.check(layer.name, group)
+            indices = entry.indices.to(layer.device)
+            plan = self._overlay_plan(group[0].name, group, indices, entry.granule, entry.seed, layer)
+            start = entry.values.detach().to(device=layer.device, dtype=_master_dtype(plan.weight))
+            plan.start = start if adapter.delta else start - layer.entries(indices, entry.granule)
+            plans.append(plan)
+        return plans
 
     # ---- putting on ------------------------------------------------------------------------------------------
 
-    def _open(self, model: nn.Module, gradient: str, mask: Mask | None, about: Mapping[str, Any] | None) -> None:
+    def _open(
+        self, model: nn.Module, gradient: str, mask: Mask | None, about: Mapping[str, Any] | None, overlay: bool
+    ) -> None:
+        if overlay and gradient == "dense":
+            raise ValueError(
+                'SparseTuner: an overlay has no gradient="dense": the weight that it is laid over gets no gradient'
+            )
         if gradient not in ("sampled", "dense"):
             raise ValueError(f'SparseTuner: gradient must be "sampled" or "dense", got {gradient!r}')
         if torch.is_inference_mode_enabled():
@@ -265,7 +324,7 @@ class SparseTuner:
         self.model = _model.unwrap(model)
         _live.refuse_active(self.model)
         self.mask, self._about = mask, about
-        self._gradient = gradient
+        self._gradient, self.overlay = gradient, overlay
         self._alpha = 1.0
         self._tuned: list[_Tuned] = []
         self._froze: list[_model.Slot] = []
@@ -275,14 +334,33 @@ class SparseTuner:
         self._ignored: list[str] = []  # what DistributedDataParallel leaves alone
         self._notes: list[str] = []  # what `summary` says besides
 
-    def _masked(self, mask: Mask, name: str, group: list[_model.Slot]) -> _Plan:
-        weight = group[0].weight.detach()
+    def _masked(self, mask: Mask, name: str, group: list[_model.Slot], layer: _linears.Layer | None) -> _Plan:
+        if layer is None or not layer.quantized:
+            weight = group[0].weight.detach()
+        else:
+            weight = layer.dense().contiguous() if mask.reads_weights else layer.stand_in()
         indices, granule = mask(name, weight), mask.granule_of(weight)
         try:
             shira_ops.check_indices(indices, weight.numel(), granule=granule)
         except RuntimeError as error:
             raise ValueError(f"SparseTuner: {mask!r} gave {name} bad indices: {error}") from error
-        return self._plan(name, group, indices, granule, mask.seed_for(name))
+        seed = mask.seed_for(name)
+        if layer is not None:
+            return self._overlay_plan(name, group, indices, granule, seed, layer)
+        return self._plan(name, group, indices, granule, seed)
+
+    def _overlay_plan(
+        self,
+        name: str,
+        group: list[_model.Slot],
+        indices: Tensor,
+        granule: int,
+        seed: int | None,
+        layer: _linears.Layer,
+    ) -> _Plan:
+        fingerprint = layer.fingerprint()
+        base = torch.tensor([_granules.signed(fingerprint)], dtype=torch.int64, device=layer.device)
+        return _Plan(name, group, indices, granule, base, fingerprint, seed, layer=layer)
 
     def _entire(self, name: str, group: list[_model.Slot]) -> _Plan:
         weight = group[0].weight
@@ -343,17 +421,21 @@ class SparseTuner:
         _hooks.watch_optimizers()
 
     def _put(self, plan: _Plan, allow_unused: bool) -> None:
-        owner, weight = plan.slots[0].module, plan.slots[0].weight
+        owner, weight = plan.slots[0].module, plan.weight
         rules: list[str | None] = [None] * len(plan.slots)
-        if self._gradient == "sampled" and plan.granule < weight.numel():
+        laid = [] if plan.layer is None else _targets.laid(plan.slots)
+        if laid:
+            rules = [RULES[layer.kind] for layer in laid]
+        elif self._gradient == "sampled" and plan.granule < weight.numel():
             rules = _targets.rules(plan.slots, plan.granule)
-        dtype = _master_dtype(weight)
-        start = plan.saved if plan.start is None else plan.start
+        dtype, start = _master_dtype(weight), plan.start
+        if start is None:
+            start = plan.saved if plan.layer is None else torch.zeros(plan.nnz, device=weight.device)
         values = nn.Parameter(start.to(dtype, copy=True))
         places = [Place(slot.name, rule) for slot, rule in zip(plan.slots, rules, strict=True)]
         site = Site(
             plan.name, plan.slots[0].attribute, plan.granule, dtype, rules[0] is None, plan.saved,
-            plan.indices.to("cpu", copy=True), self._group, places, allow_unused,
+            plan.indices.to("cpu", copy=True), self._group, places, allow_unused, plan.layer is not None,
         )  # fmt: skip
         target = Target(site, weakref.ref(owner))
         self._tuned.append(_Tuned(plan, target))
@@ -361,6 +443,7 @@ class SparseTuner:
         owner.register_parameter(site.values_name, values)
         owner.register_buffer(site.indices_name, plan.indices, persistent=False)
         plan.indices = site.indices
+        site.handles += [kept for layer in laid if (kept := layer.keep()) is not None]
         put(target, [slot.module for slot in plan.slots], rules)
 
     # ---- while it trains -------------------------------------------------------------------------------------
@@ -381,10 +464,12 @@ class SparseTuner:
         is compiled as a part of something else (an error in backward says so).
         """
         self._enabled("sync")
-        write((tuned.target.site, *tuned.target.tensors()) for tuned in self._attached())
+        write((tuned.target.site, *tuned.target.tensors()) for tuned in self._written())
 
     def adapter(self, *, alpha: float | None = None, provenance: Mapping[str, Any] | None = None) -> Adapter:
         """The trained entries as an `Adapter`: exactly what the weights now hold, in the weights' dtype.
+
+        Of an overlay it is a delta adapter, with the values in full precision.
 
         Args:
             alpha: the strength it will have unless another is asked for. None is 1, or the strength of the adapter from
@@ -395,15 +480,19 @@ class SparseTuner:
         self.sync()
         entries: dict[str, Entry] = {}
         for tuned in self._tuned:
-            weight, indices, _ = tuned.target.tensors()
             plan = tuned.plan
-            with torch.no_grad():
-                values = shira_ops.gather(weight, indices, granule=plan.granule)
+            if plan.layer is not None:
+                indices, trained = tuned.target.trained()
+                values = trained.detach().clone()
+            else:
+                weight, indices, _ = tuned.target.tensors()
+                with torch.no_grad():
+                    values = shira_ops.gather(weight, indices, granule=plan.granule)
             entries[tuned.name] = Entry(
                 indices.clone(),
                 values,
-                tuple(weight.shape),
-                weight.dtype,
+                tuple(plan.weight.shape),
+                plan.weight.dtype,
                 plan.granule,
                 plan.fingerprint,
                 plan.seed,
@@ -411,13 +500,14 @@ class SparseTuner:
                 checked=True,
             )
         alpha = self._alpha if alpha is None else alpha
-        return Adapter(entries, alpha=alpha, mask=self._about, provenance=provenance)
+        return Adapter(entries, alpha=alpha, delta=self.overlay, mask=self._about, provenance=provenance)
 
     def _trained(self) -> Iterator[nn.Parameter]:
         """The values and the weights that follow them, which a tuner's state covers."""
         for tuned in self._attached():
             yield tuned.values
-            yield getattr(tuned.owner, tuned.target.site.attribute)
+            if tuned.plan.layer is None:
+                yield getattr(tuned.owner, tuned.target.site.attribute)
 
     def state_dict(self) -> dict[str, Any]:
         """The values in full precision, and what they belong to, for continuing the training later.
@@ -453,13 +543,13 @@ class SparseTuner:
             )
         what = {
             "shape": "another shape", "granule": "another granule", "indices": "other entries (another mask)",
-            "fingerprint": "another base",
+            "fingerprint": "another base", "delta": "values of another kind (with or without overlay)",
         }  # fmt: skip
         for name, tuned in tuned_here.items():
             entry = weights[name]
             if not isinstance(entry, Mapping) or not isinstance(entry.get("values"), Tensor):
                 raise ValueError(f"SparseTuner: the state has no values of {name}")
-            for key, wanted in _identity(tuned).items():
+            for key, wanted in {"delta": None, **_identity(tuned)}.items():
                 if repr(entry.get(key)) != repr(wanted):  # of whatever a broken file holds
                     raise ValueError(f"SparseTuner: the state is of another adapter: {name} has {what[key]}")
             if entry["values"].shape != tuned.values.shape:
@@ -478,8 +568,12 @@ class SparseTuner:
         same time, and none may be waiting for its backward pass.
         """
         self._enabled("verify")
-        wrong = []
-        for tuned in self._attached():
+        wrong = [
+            tuned.name
+            for tuned in self._attached()
+            if tuned.plan.layer is not None and tuned.plan.layer.fingerprint() != tuned.plan.fingerprint
+        ]
+        for tuned in self._written():
             weight, indices, _ = tuned.target.tensors()
             plan, other = tuned.plan, tuned.plan.saved.to(weight.device, copy=True)
             with torch.no_grad():
@@ -546,7 +640,8 @@ class SparseTuner:
                 self._disabled -= 1
             return
         # First let the weights hold the values: afterwards what they hold now is put back.
-        items = [(tuned.target.site, *tuned.target.tensors()) for tuned in self._attached()]
+        written = self._written()
+        items = [(tuned.target.site, *tuned.target.tensors()) for tuned in written]
         settle(items)
         required = [weight.requires_grad for _, weight, _, _ in items]
         with torch.no_grad():
@@ -563,7 +658,7 @@ class SparseTuner:
         finally:
             self._disabled, self._group.off = 0, False
             # The weights that the model has by now.
-            now = [getattr(tuned.owner, tuned.target.site.attribute) for tuned in self._tuned]
+            now = [getattr(tuned.owner, tuned.target.site.attribute) for tuned in written]
             undisturbed = [
                 (weight, version)
                 for (weight, version), found in zip(before, now, strict=True)
@@ -571,7 +666,7 @@ class SparseTuner:
             ]
             scatter(
                 (site.granule, weight, getattr(tuned.owner, site.indices_name), entries.to(weight.device, weight.dtype))
-                for tuned, (site, *_), weight, entries in zip(self._tuned, items, now, trained, strict=True)
+                for tuned, (site, *_), weight, entries in zip(written, items, now, trained, strict=True)
             )
             # The bits are those that autograd saved, so it may have their versions again.
             _set_versions(undisturbed)
@@ -597,17 +692,21 @@ class SparseTuner:
             raise RuntimeError("SparseTuner: the tuner is detached")
         return self._tuned
 
+    def _written(self) -> list[_Tuned]:
+        """Those whose values are written into the weight: all, or of an overlay none."""
+        return [tuned for tuned in self._attached() if tuned.plan.layer is None]
+
     # ---- what it is ------------------------------------------------------------------------------------------
 
     @property
     def nnz(self) -> int:
         """The number of trainable entries."""
-        return sum(tuned.plan.saved.numel() for tuned in self._tuned)
+        return sum(tuned.plan.nnz for tuned in self._tuned)
 
     @property
     def density(self) -> float:
         """The share of the targeted weights' entries that train."""
-        return self.nnz / max(1, sum(tuned.plan.slots[0].weight.numel() for tuned in self._tuned))
+        return self.nnz / max(1, sum(tuned.plan.weight.numel() for tuned in self._tuned))
 
     def summary(self) -> str:
         """A table of what trains: names, shape, entries, density, granule, and how the gradient is computed.
@@ -616,15 +715,14 @@ class SparseTuner:
         """
         kinds: dict[tuple[str, ...], list[str]] = {}
         for tuned in self._attached():
-            weight, plan = tuned.plan.slots[0].weight, tuned.plan
-            entries = plan.saved.numel()
+            weight, plan, entries = tuned.plan.weight, tuned.plan, tuned.plan.nnz
             row = (
                 re.sub(r"(?<![^.])\d+(?=\.)", "*", tuned.name),
                 "x".join(map(str, weight.shape)) or "scalar",
                 f"{entries:,}",
                 f"{entries / weight.numel():.2%}",
                 "whole" if tuned.whole else str(plan.granule),
-                "dense" if tuned.target.site.dense else "sampled",
+                "dense" if tuned.target.site.dense else "overlay" if self.overlay else "sampled",
                 ", ".join(slot.name for slot in plan.slots[1:]),
             )
             kinds.setdefault(row, []).append(tuned.name)
@@ -637,7 +735,12 @@ class SparseTuner:
             rows = [row[:-1] for row in rows]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        share = self.nnz / max(1, sum({id(slot.weight): slot.weight.numel() for slot in self._froze}.values()))
+        sizes = {id(slot.weight): slot.weight.numel() for slot in self._froze}
+        if self.overlay:  # two codes of 4 bits are one entry of what holds them
+            layers = _linears.find(self.model).values()
+            places = ((layer.module if layer.weight is None else layer.weight, layer.shape) for layer in layers)
+            sizes |= {id(place): math.prod(shape) for place, shape in places}
+        share = self.nnz / max(1, sum(sizes.values()))
         lines.append(
             f"{self.nnz:,} trainable entries: {self.density:.2%} of {len(self._tuned)} weights, "
             f"{share:.2%} of the model"
@@ -717,8 +820,9 @@ def _master_dtype(weight: Tensor) -> torch.dtype:
 def _identity(tuned: _Tuned) -> dict[str, Any]:
     """What values belong to. A state with another identity is the state of another adapter."""
     return {
-        "shape": list(tuned.plan.slots[0].weight.shape),
+        "shape": list(tuned.plan.weight.shape),
         "granule": tuned.plan.granule,
         "indices": hex_word(_granules.fingerprint(tuned.plan.indices.to(torch.int64))),
         "fingerprint": hex_word(tuned.plan.fingerprint),
+        **({} if tuned.plan.layer is None else {"delta": True}),
     }
