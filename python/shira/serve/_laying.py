@@ -98,8 +98,8 @@ class Group(Shared):
         """Add to each token's result what its adapter gives; in place, where it need not be differentiable.
 
         Args:
-            result: ``[tokens, out]``.
-            input: ``[tokens, in]`` of the same dtype, or an embedding's ids, ``[tokens]``.
+            result: ``[..., out]``.
+            input: ``[..., in]`` of the same dtype, or an embedding's ids, ``[...]``.
             adapters: for each token the number of an adapter among ``names``, or -1.
             alphas: the strength of each.
         """
@@ -111,11 +111,12 @@ class Rows(Group):
     """The same for an embedding, which looks rows up."""
 
     def lay(self, result: Tensor, input: Tensor, adapters: Tensor, alphas: Tensor, differentiable: bool) -> Tensor:
+        rows, ids = result.view(-1, result.shape[-1]), input.reshape(-1)
         for number, delta in enumerate(self.deltas):
             assert isinstance(delta, RowDelta)
             if delta.most:
-                result = _lay_rows(result, input, delta, adapters, number, alphas)
-        return result
+                rows = _lay_rows(rows, ids, delta, adapters, number, alphas)
+        return rows.view(result.shape)
 
 
 class Biases(Group):
@@ -126,10 +127,11 @@ class Biases(Group):
         self.table = torch.stack(self.values)
 
     def lay(self, result: Tensor, input: Tensor, adapters: Tensor, alphas: Tensor, differentiable: bool) -> Tensor:
+        rows = result.view(-1, result.shape[-1])
         chosen = adapters.clamp(min=0).to(torch.int64)
         shift = alphas[chosen][:, None] * self.table[chosen]
         mine = (adapters >= 0) & (alphas[chosen] != 0)
-        return torch.where(mine[:, None], (result.to(shift.dtype) + shift).to(result.dtype), result)
+        return torch.where(mine[:, None], (rows.to(shift.dtype) + shift).to(rows.dtype), rows).view(result.shape)
 
 
 # ---- which adapters for which sample -------------------------------------------------------------------------
@@ -172,12 +174,20 @@ class Selection:
         self.names = frozenset(name for one in self.samples for name in one)
         # Whether a sample has several adapters, which are then summed before anything is rounded.
         self.mixed = any(len(one) > 1 for one in self.samples)
+        # By the keys of groups; for all groups of a model, where it says so.
         self.rounds: dict[str, Rounds] = {}
-        self._calls: dict[Group, tuple[Group, Rounds] | None] = {}
+        self.ready = False
+        self._calls: dict[Hook, list[tuple[Group, Rounds]]] = {}
 
     def forget(self) -> None:
         """Groups have changed."""
-        self.rounds, self._calls = {}, {}
+        self.rounds, self.ready, self._calls = {}, False, {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Selection:
+        """The same for a copy of the model: nothing but `_calls` knows its layers."""
+        new = memo[id(self)] = Selection(self.given, listed=self.listed)
+        new.rounds, new.ready = dict(self.rounds), self.ready
+        return new
 
     def prepare(self, group: Group) -> Rounds:
         """The rounds for a group's adapters; made once."""
@@ -187,12 +197,13 @@ class Selection:
                 found = self.rounds[group.key] = Rounds(list(self._rounds(group)))
         return found
 
-    def call(self, group: Group) -> tuple[Group, Rounds] | None:
-        """What to give the op for a group, or None where no sample has any of its adapters."""
-        if group not in self._calls:
-            some = group.only(self.names)
-            self._calls[group] = None if some is None else (some, self.prepare(some))
-        return self._calls[group]
+    def calls(self, hook: Hook) -> list[tuple[Group, Rounds]]:
+        """What to give the ops for a layer: of its groups those adapters that any sample has."""
+        found = self._calls.get(hook)
+        if found is None:
+            groups = (group.only(self.names) for group in hook.groups)
+            found = self._calls[hook] = [(group, self.prepare(group)) for group in groups if group is not None]
+        return found
 
     def _rounds(self, group: Group) -> Iterator[tuple[Tensor, Tensor]]:
         numbers = {name: number for number, name in enumerate(group.names)}
@@ -372,7 +383,7 @@ class Hook:
             # All adapters, whether or not they are selected: so the next selection needs no other program.
             calls = [(group, selection.rounds[group.key]) for group in self.groups]
         else:
-            calls = [call for call in map(selection.call, self.groups) if call is not None]
+            calls = selection.calls(self)
             if not calls:
                 return None
             self._refuse_backward()
@@ -383,22 +394,19 @@ class Hook:
         if selection.count > 1:
             self._refuse_unknown(lead, self.overlay.batch())
         tokens = math.prod(lead)
+        differentiable = torch.is_grad_enabled() and (output.requires_grad or input.requires_grad)
         # What is summed from several calls is rounded once.
         wide = output.dtype in _NARROW and (selection.mixed or self.biased)
-        result = (output.to(torch.float32) if wide else output).contiguous().view(tokens, output.shape[-1])
-        if self.embedding:
-            input = input.reshape(-1)
-        else:
+        result = (output.to(torch.float32) if wide else output).contiguous()
+        if not self.embedding:
             # As the layer itself computes: under autocast its input has another dtype.
-            input = input.to(output.dtype).to(result.dtype).reshape(tokens, input.shape[-1]).contiguous()
-        differentiable = torch.is_grad_enabled() and (output.requires_grad or input.requires_grad)
+            input = input.to(output.dtype).to(result.dtype).contiguous()
         for group, rounds in calls:
-            pairs = rounds.pairs if compiling else rounds.spread(tokens)
-            for adapters, alphas in pairs:
+            for adapters, alphas in rounds.pairs if compiling else rounds.spread(tokens):
                 if compiling:
                     adapters = spread(adapters, tokens)
                 result = group.lay(result, input, adapters, alphas, differentiable)
-        return result.view(output.shape).to(output.dtype)
+        return result.to(output.dtype)
 
     def _refuse_backward(self) -> None:
         if torch._C._current_graph_task_id() != -1:

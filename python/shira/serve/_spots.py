@@ -76,7 +76,7 @@ class Spot:
             return "is on the meta device"
         return self._obstacle
 
-    @property
+    @cached_property
     def place(self) -> Place:
         return self.layer.module, self.is_bias
 
@@ -200,20 +200,32 @@ class Watched:
 
     def note(self) -> None:
         """Remember its memory and version: it holds what we believe it to hold."""
-        self._signature: tuple[object, ...] | None = self.spot.signature()
+        self._trusted = True
+        self._tensor = self.spot.parameter()
+        self._signature = self._now()
 
     def distrust(self) -> None:
         """From now on trust it only once its content has been compared."""
-        self._signature = None
+        self._trusted = False
+
+    def _now(self) -> object:
+        tensor = self._tensor
+        if tensor is None:
+            return self.spot.signature()
+        # A quick look at an ordinary parameter: every selection takes one at each.
+        return tensor.data_ptr(), tensor._version if not tensor.is_inference() else None
 
     def changed(self) -> bool:
         """Whether anything has happened to it since `note`, as far as its version tells."""
-        return self._signature != self.spot.signature()
+        return not self._trusted or self.spot.parameter() is not self._tensor or self._now() != self._signature
 
-    def refuse_changed(self) -> None:
-        """Where something has happened, compare the content, and refuse another base than it was."""
+    def refuse_changed(self) -> bool:
+        """Where something has happened, compare the content, and refuse another base than it was.
+
+        Returns whether anything had happened.
+        """
         if not self.changed():
-            return
+            return False
         spot = self.spot
         if not spot.stored() or spot.dtype != self.dtype:
             raise SwitchError(
@@ -224,7 +236,7 @@ class Watched:
         record = None if tensor is None else _live.left(tensor)
         if record is not None and (None in (record.base, self.fingerprint) or record.base == self.fingerprint):
             pass  # a Switcher has written to it, and this is the base under its adapters
-        elif self.fingerprint is None and self._signature is None:
+        elif self.fingerprint is None and not self._trusted:
             pass  # a copy, of which nothing is known
         elif self.fingerprint is None or spot.fingerprint() != self.fingerprint:
             raise SwitchError(
@@ -233,6 +245,7 @@ class Watched:
                 f"new base"
             )
         self.note()
+        return True
 
     def holds(self) -> bool:
         """Read all of it: whether it is the base still, under what a Switcher may have put on it."""

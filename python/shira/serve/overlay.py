@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ __all__ = ["Overlay"]
 Which = str | Mapping[str, float] | None
 """What a sample gets: an adapter, several with their strengths, or none."""
 
-# Layers that are given some of the tokens, in an order of their own.
+# Layers of a mixture of experts.
 _EXPERTS = re.compile(r"(^|\.)experts?\.")
 
 
@@ -48,13 +49,28 @@ class _Laid(Stored):
     # By module, for its weight and its bias; None while the adapter is not on the device.
     deltas: dict[nn.Module, dict[bool, Delta]] | None = None
 
-    @property
-    def weight_names(self) -> list[str]:
-        return [spot.name for spots in self.spots.values() for spot in spots]
+    @cached_property
+    def all_spots(self) -> list[Spot]:
+        return [spot for spots in self.spots.values() for spot in spots]
+
+    @cached_property
+    def modules(self) -> list[nn.Module]:
+        return list(dict.fromkeys(spot.layer.module for spot in self.all_spots))
 
     @property
-    def modules(self) -> list[nn.Module]:
-        return list(dict.fromkeys(spot.layer.module for spots in self.spots.values() for spot in spots))
+    def weight_names(self) -> list[str]:
+        return [spot.name for spot in self.all_spots]
+
+    @cached_property
+    def experts(self) -> list[str]:
+        """The weights of its layers that are given some of the tokens, in an order of their own."""
+        return [name for name in self.weight_names if _EXPERTS.search(name)]
+
+    def is_elsewhere(self) -> bool:
+        """Whether a weight is on another device than what is added to it."""
+        if self.deltas is None:
+            return False
+        return any(spot.device != self.deltas[spot.layer.module][spot.is_bias].values.device for spot in self.all_spots)
 
     def tensors(self) -> dict[int, int]:
         """The memory that it keeps on the devices: addresses and bytes."""
@@ -140,6 +156,8 @@ class Overlay:
         self._shared: Selection | None = None
         self._shared_batch: Batch | None = None
         self._blocks: list[_Block] = []
+        # Whether the hooks are there that tell the batch of a forward pass.
+        self._surveyed = False
         # Whether a compiler has followed a hook.
         self._traced = False
 
@@ -197,7 +215,7 @@ class Overlay:
             if name in self._added:
                 raise AdapterError(f"an adapter {name!r} was already added; remove it first")
             laid, watched = self._find(name, given, verify, rename)
-            self._check(laid)
+            self._check([laid])
             needed = estimate(given.adapter)
             if self._budget is not None and needed > self._budget:
                 raise AdapterError(f"{given.where} needs {needed:,} bytes, more than the budget of {self._budget:,}")
@@ -222,7 +240,7 @@ class Overlay:
             if self._selection is not None and name in self._selection.mentioned:
                 rest = [{k: v for k, v in one.items() if k != name} for one in self._selection.given]
                 self._selection = self._ready(Selection(rest)) if any(rest) else None
-            used = {spot.place for other in self._added.values() for spots in other.spots.values() for spot in spots}
+            used = {spot.place for other in self._added.values() for spot in other.all_spots}
             self._watched = {place: watched for place, watched in self._watched.items() if place in used}
             self._regroup(laid.modules)
             self._share()
@@ -335,12 +353,11 @@ class Overlay:
         new = memo[id(self)] = object.__new__(type(self))
         with LOCK:
             memo |= {id(laid.adapter): laid.adapter for laid in self._added.values() if laid.adapter is not None}
-            state = {**self.__dict__, "_blocks": [], "_traced": False, "_shared_batch": None, "_shared": None}
-            state["_selection"] = None if self._selection is None else Selection(self._selection.given)
+            fresh = {"_blocks": [], "_shared": self._selection, "_shared_batch": None, "_traced": False}
+            state = {**self.__dict__, **fresh}
             new.__dict__.update(copy.deepcopy(state, memo))
             for watched in new._watched.values():
                 watched.distrust()
-            new._share()
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -428,28 +445,32 @@ class Overlay:
         self._settle([name for name in self._added if name in selection.names])
         if selection.count > 1:
             self._refuse_order(selection)
-            self._install_entrances()
         return self._ready(selection)
 
     def _strengths(self, which: Which, alpha: float | None = None) -> Strengths:
         return {} if which is None else _shelf.strengths(self._added, which, alpha)
 
     def _ready(self, selection: Selection) -> Selection:
-        for installed in self._hooks.values():
-            for group in installed.hook.groups:
-                selection.prepare(group)
+        if not selection.ready:
+            for installed in self._hooks.values():
+                for group in installed.hook.groups:
+                    selection.prepare(group)
+            selection.ready = True
         return selection
 
     def _refuse_order(self, selection: Selection) -> None:
         """Refuse models and layers in which the rows of a sample are not where they are looked for."""
-        for name, module in self.model.named_modules():
-            if getattr(module, "batch_first", True) is False:
-                raise SwitchError(
-                    f"Overlay: {name or 'the model'} is a {type(module).__name__} with batch_first=False, so the batch "
-                    f"may be the second dimension here; select the same adapters for every sample"
-                )
+        if not self._surveyed:
+            for name, module in self.model.named_modules():
+                if getattr(module, "batch_first", True) is False:
+                    raise SwitchError(
+                        f"Overlay: {name or 'the model'} is a {type(module).__name__} with batch_first=False, so the "
+                        f"batch may be the second dimension here; select the same adapters for every sample"
+                    )
+            self._install_entrances()
+            self._surveyed = True
         for name in selection.names:
-            experts = [one for one in self._added[name].weight_names if _EXPERTS.search(one)]
+            experts = self._added[name].experts
             if experts:
                 raise SwitchError(
                     f"Overlay: {name!r} changes {_model.some(experts, 2)}, which get some of the tokens in an order of "
@@ -511,17 +532,11 @@ class Overlay:
 
     def _settle(self, names: Sequence[str]) -> None:
         """Bring adapters to the devices, on the base that they were added for."""
-        for name in names:
-            laid = self._added[name]
-            self._check(laid)
-            self._refuse_replaced(laid.modules)
-        for name in names:
-            laid = self._added[name]
-            if laid.deltas is not None and any(
-                delta.values.device != self._hooks[module].hook.layer.device
-                for module, deltas in laid.deltas.items()
-                for delta in deltas.values()
-            ):
+        settled = [self._added[name] for name in names]
+        changed = self._check(settled)
+        self._refuse_replaced(dict.fromkeys(module for laid in settled for module in laid.modules))
+        for name, laid in zip(names, settled, strict=True):
+            if changed and laid.is_elsewhere():
                 self._leave(name)  # the model was moved
             if laid.deltas is None:
                 adapter = laid.read()
@@ -571,13 +586,14 @@ class Overlay:
 
     # ---- the base ----------------------------------------------------------------------------------------------------
 
-    def _check(self, laid: _Laid) -> None:
-        """Refuse weights that someone has changed since adapters were added for them."""
-        for spots in laid.spots.values():
-            for spot in spots:
-                watched = self._watched.get(spot.place)
-                if watched is not None:
-                    watched.refuse_changed()
+    def _check(self, adapters: Iterable[_Laid]) -> bool:
+        """Refuse weights that someone has changed since adapters were added for them.
+
+        Returns whether anything has happened to them, such as a move to another device.
+        """
+        there = (self._watched.get(spot.place) for laid in adapters for spot in laid.all_spots)
+        changed = [watched.refuse_changed() for watched in dict.fromkeys(there) if watched is not None]
+        return any(changed)
 
     def _refuse_replaced(self, modules: Iterable[nn.Module]) -> None:
         """Refuse layers that are not in the model any more."""
@@ -600,12 +616,7 @@ class Overlay:
 
     def _regroup(self, modules: Iterable[nn.Module]) -> None:
         """Make the groups of these layers from the adapters that are on the devices."""
-        layers = {
-            spot.layer.module: spot.layer
-            for laid in self._added.values()
-            for spots in laid.spots.values()
-            for spot in spots
-        }
+        layers = {spot.layer.module: spot.layer for laid in self._added.values() for spot in laid.all_spots}
         for module in modules:
             layer = layers.get(module)
             if layer is None:
@@ -614,6 +625,7 @@ class Overlay:
                 continue
             if module not in self._hooks:
                 self._install(layer)
+                self._surveyed = False
             hook = self._hooks[module].hook
             hook.groups, hook.biased = self._groups(layer)
         for selection in [self._selection, *(block.selection for block in self._blocks)]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from shira import _fit, _linears, _live, _model, _places
+from shira import _fit, _linears, _live, _model, _places, _shards
 from shira._granules import dtype_name
 from shira._model import VALUES_SUFFIX
 from shira._text import AdapterError, Rename
@@ -289,7 +289,7 @@ def check_trainable(name: str, group: Sequence[_model.Slot]) -> None:
     """Refuse a weight that cannot be trained, and say why."""
     weight = group[0].weight
     _check_free(name, group)
-    foreign = _model.foreign(weight)
+    foreign = None if _shards.is_dtensor(weight) else _model.foreign(weight)
     if foreign is not None:
         raise ValueError(f"SparseTuner: {name} {foreign}")
     if weight.is_meta:
