@@ -388,8 +388,8 @@ class Receiver:
                     weight = self._names[box.weight]
                     if weight.tensor.dtype != entry.dtype:
                         raise SyncError(
-                            f"Receiver: stage refused: {named(name)} is {dtype_name(entry.dtype)} at the publisher and "
-                            f"{dtype_name(weight.tensor.dtype)} here, so differences from what it holds there cannot be "
+                            f"Receiver: stage refused: {named(name)} is {dtype_name(entry.dtype)} at the publisher "
+                            f"and {dtype_name(weight.tensor.dtype)} here, so differences from its entries cannot be "
                             f"added; send its values: update.to_bytes(differences=False)"
                         )
                     where, at = box.find(indices)

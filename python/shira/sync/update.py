@@ -160,7 +160,7 @@ class Update:
 
     def adapter(self) -> Adapter:
         """The same as an `Adapter`, to inspect, to extract from, or for a `Switcher`."""
-        self._refuse_relative("adapter")
+        self.refuse_relative("adapter")
         return Adapter(self.weights, provenance={_KEY: self._about()})
 
     def _about(self) -> dict[str, Any]:
@@ -171,7 +171,8 @@ class Update:
             "after": {name: shown_version(fingerprint) for name, fingerprint in self.after.items()},
         }
 
-    def _refuse_relative(self, what: str) -> None:
+    def refuse_relative(self, what: str) -> None:
+        """Refuse, for a call that needs values, an update that has differences."""
         if self.relative:
             raise SyncError(
                 f"{what}: the values of the update of step {self.step} are differences from the weights it starts "
@@ -261,7 +262,7 @@ class Update:
     def _write(self, path: Path, wanted: bool) -> None:
         differences: dict[str, tuple[Tensor, int]] = {}
         if not wanted:
-            self._refuse_relative("save")
+            self.refuse_relative("save")
         for name, entry in self.weights.items():
             known = self.before.get(name)
             if name in self.prints:
@@ -344,7 +345,7 @@ def compose(first: Update, second: Update) -> Update:
     Both with their values: an update that came from a file has differences from its weights, and is decoded first.
     """
     for update in (first, second):
-        update._refuse_relative("compose")
+        update.refuse_relative("compose")
     if second.start != first.end:
         raise SyncError(
             f"compose: the second update must start where the first one ends, at version {shown_version(first.end)} "
