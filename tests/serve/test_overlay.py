@@ -392,6 +392,43 @@ def test_other_kinds_are_refused_by_name(name, says):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+class Direct(nn.Module):
+    """Uses a layer's weight without running the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.run, self.used = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(self.run(input), self.used.weight)
+
+
+def test_layers_that_do_not_run_are_told():
+    model = Direct()
+    overlay = overlay_of(model, {"a": adapter_of(model, 1), "b": adapter_of(model, 1, names="run")})
+    input = torch.randn(2, 4)
+    with overlay.using("b"):
+        model(input)
+    with overlay.using("a"), pytest.warns(UserWarning, match=r"Overlay: used.weight did not run in this forward pass"):
+        model(input)
+    with overlay.using(["a", "b"]):
+        model(input)  # told once
+
+
+def test_what_a_captured_graph_reads_is_kept(monkeypatch):
+    model = Net()
+    overlay = overlay_of(model, adapters_of(model))
+    with overlay.using("a"):
+        model(IDS)
+    assert overlay.captured == []
+    monkeypatch.setattr(shira.serve._laying, "is_captured", lambda output: True)
+    with overlay.using(["a", None, "b"]):
+        model(IDS)
+    kept = [tensor for _, pairs in overlay.captured for pair in pairs for tensor in pair]
+    assert len(kept) >= 16
+    assert any(torch.equal(rows, torch.tensor([0] * 5 + [-1] * 10, dtype=torch.int32)) for rows in kept)
+
+
 def test_adapters_that_do_not_fit():
     model = Net()
     overlay = overlay_of(model, adapters_of(model))

@@ -295,6 +295,8 @@ class Entrance:
         batch = self.overlay.batch()
         if batch is not None and batch.caller is module:
             self.overlay.note(None)
+        if output is not None and not torch.compiler.is_compiling():  # None after an error
+            self.overlay.returned(module)
 
 
 # ---- the sums ------------------------------------------------------------------------------------------------------
@@ -362,6 +364,11 @@ def _lay_rows(result: Tensor, ids: Tensor, delta: RowDelta, adapters: Tensor, nu
     return torch.where(mine[:, None], total.to(result.dtype), result)
 
 
+def is_captured(tensor: Tensor) -> bool:
+    """Whether what computes the tensor is being captured into a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class Hook:
     """The forward hook on a layer: adds to its output what the selected adapters of its weight and bias give."""
 
@@ -370,15 +377,19 @@ class Hook:
         self.name = layer.name
         self.transposed = layer.transposed
         self.embedding = layer.kind == EMBEDDING
+        # Whether the layer ever ran.
+        self.ran = False
         # Of the weight, one for each granule; and of the bias.
         self.groups: list[Group] = []
         self.biased = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self.ran = True
         selection = self.overlay.selection()
         if selection is None:
             return None
-        compiling = torch.compiler.is_compiling()
         if compiling:
             # All adapters, whether or not they are selected: so the next selection needs no other program.
             calls = [(group, selection.rounds[group.key]) for group in self.groups]
@@ -402,7 +413,10 @@ class Hook:
             # As the layer itself computes: under autocast its input has another dtype.
             input = input.to(output.dtype).to(result.dtype).contiguous()
         for group, rounds in calls:
-            for adapters, alphas in rounds.pairs if compiling else rounds.spread(tokens):
+            pairs = rounds.pairs if compiling else rounds.spread(tokens)
+            if not compiling and is_captured(output):
+                self.overlay.captured.append((group, pairs))
+            for adapters, alphas in pairs:
                 if compiling:
                     adapters = spread(adapters, tokens)
                 result = group.lay(result, input, adapters, alphas, differentiable)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -124,13 +125,14 @@ class Overlay:
       + the Overlay's, each as if it was alone on the base.
     - **Layers** are recognised by what they compute: ``nn.Linear``, transformers' ``Conv1D``, ``nn.Embedding``, layers
       of quantized weights; biases of linear layers too, and weights that are replaced as a whole. Adapters with entries
-      of anything else are refused. A layer whose weight is used without running the layer cannot be recognised, so the
-      adapter has no effect there.
+      of anything else are refused. Where a model uses a layer's weight without running the layer, the adapter has no
+      effect; a warning names layers that did not run.
     - **It trains through**: gradients of inputs are right, with one restriction: no gradient checkpointing (it runs
       layers again when other adapters may be selected; `SwitchError`).
     - **Compiled models** (``torch.compile(model, fullgraph=True)``) take other selections without being compiled again,
       as long as the number of samples and of adapters that were added stay. A compiled model knows one selection for
-      the whole process, that of the block opened last; otherwise each thread and task has its own blocks.
+      the whole process, that of the block opened last; otherwise each thread and task has its own blocks. A CUDA graph
+      that is captured keeps the selection of its capture.
     - A copy of the model (``copy.deepcopy``) keeps what was active; copy the Overlay to have one for the copy
       (``copy.deepcopy(overlay).model``).
 
@@ -156,6 +158,10 @@ class Overlay:
         self._shared: Selection | None = None
         self._shared_batch: Batch | None = None
         self._blocks: list[_Block] = []
+        # What CUDA graphs that were captured here read: they must keep it.
+        self.captured: list[object] = []
+        # Layers that ran in no forward pass of the model, as far as it was said.
+        self._missed: set[nn.Module] = set()
         # Whether the hooks are there that tell the batch of a forward pass.
         self._surveyed = False
         # Whether a compiler has followed a hook.
@@ -353,7 +359,13 @@ class Overlay:
         new = memo[id(self)] = object.__new__(type(self))
         with LOCK:
             memo |= {id(laid.adapter): laid.adapter for laid in self._added.values() if laid.adapter is not None}
-            fresh = {"_blocks": [], "_shared": self._selection, "_shared_batch": None, "_traced": False}
+            fresh: dict[str, Any] = {
+                "captured": [],
+                "_blocks": [],
+                "_shared": self._selection,
+                "_shared_batch": None,
+                "_traced": False,
+            }
             state = {**self.__dict__, **fresh}
             new.__dict__.update(copy.deepcopy(state, memo))
             for watched in new._watched.values():
@@ -392,6 +404,25 @@ class Overlay:
                 _laying.LOCAL.batches.pop(id(self), None)
             else:
                 _laying.LOCAL.batches[id(self)] = batch
+
+    def returned(self, module: nn.Module) -> None:
+        """A forward pass of a module has ended: warn of layers whose adapters had no effect, once for each layer."""
+        selection = self._now()
+        if module is not self.model or selection is None or self._traced:
+            return
+        missed = {
+            layer: one.hook.name
+            for layer, one in self._hooks.items()
+            if not one.hook.ran and layer not in self._missed and selection.calls(one.hook)
+        }
+        missed = {layer: name for layer, name in missed.items() if not _EXPERTS.search(name)}
+        if missed:
+            self._missed |= missed.keys()
+            warnings.warn(
+                f"Overlay: {_model.some(missed.values())} did not run in this forward pass, so adapters had no effect "
+                f"there; nor will they, if the model uses these weights without running their layers",
+                stacklevel=2,
+            )
 
     # ---- selections ----------------------------------------------------------------------------------------------
 
@@ -652,6 +683,7 @@ class Overlay:
         where = ((p, key) for p in self.model.modules() for key, child in p._modules.items() if child is layer.module)
         parent, key = next(where, (None, ""))
         self._hooks[layer.module] = _Installed(hook, handle, parent, key)
+        self._enter(self.model)
 
     def _install_entrances(self) -> None:
         """Hooks on the modules that may be called from outside: all around the layers, but for members of lists."""
@@ -661,10 +693,12 @@ class Overlay:
             parts = name.split(".")
             around |= {".".join(parts[:end]) for end in range(1, len(parts)) if not any(map(str.isdigit, parts[:end]))}
         for name in around:
-            module = self.model.get_submodule(name)
-            if module not in self._entrances:
-                entrance = Entrance(self)
-                self._entrances[module] = [
-                    module.register_forward_pre_hook(entrance.before, with_kwargs=True, prepend=True),
-                    module.register_forward_hook(entrance.after, with_kwargs=True, always_call=True),
-                ]
+            self._enter(self.model.get_submodule(name))
+
+    def _enter(self, module: nn.Module) -> None:
+        if module not in self._entrances:
+            entrance = Entrance(self)
+            self._entrances[module] = [
+                module.register_forward_pre_hook(entrance.before, with_kwargs=True, prepend=True),
+                module.register_forward_hook(entrance.after, with_kwargs=True, always_call=True),
+            ]
