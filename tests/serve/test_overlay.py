@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from collections.abc import Mapping
 from contextlib import nullcontext
 
@@ -420,11 +422,11 @@ def test_what_a_captured_graph_reads_is_kept(monkeypatch):
     overlay = overlay_of(model, adapters_of(model))
     with overlay.using("a"):
         model(IDS)
-    assert overlay.captured == []
+    assert overlay._current.captured == []
     monkeypatch.setattr(shira.serve._laying, "is_captured", lambda output: True)
     with overlay.using(["a", None, "b"]):
         model(IDS)
-    kept = [tensor for _, pairs in overlay.captured for pair in pairs for tensor in pair]
+    kept = [tensor for _, pairs in overlay._current.captured for pair in pairs for tensor in pair]
     assert len(kept) >= 16
     assert any(torch.equal(rows, torch.tensor([0] * 5 + [-1] * 10, dtype=torch.int32)) for rows in kept)
 
@@ -675,6 +677,13 @@ def test_copies():
     overlay.deactivate()
     base = model(IDS)
     assert torch.equal(alone(IDS), a)
+    # A copy does not keep the model that it was made of.
+    gone = weakref.ref(copied := copy.deepcopy(model))
+    again = copy.deepcopy(copied)
+    del copied
+    gc.collect()
+    assert gone() is None
+    assert again(IDS).shape == base.shape
     other = copy.deepcopy(overlay)
     assert other.model is not model
     assert other.adapters["a"] is overlay.adapters["a"]
