@@ -71,6 +71,9 @@ def test_what_is_found() -> None:
 def test_what_is_not_found_is_named(name: str, says: str) -> None:
     model = Model()
     assert _linears.unknown(f"{name}.weight", model.get_submodule(name)).startswith(says)
+    lazy = nn.Sequential(nn.LazyLinear(4))
+    assert not _linears.find(lazy)
+    assert "has no shape yet: run the model once first" in _linears.unknown("0.weight", lazy[0])
     assert _linears.unknown("linear.bias", model.linear).startswith("linear.bias is not the weight of the Linear")
 
 

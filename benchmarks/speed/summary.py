@@ -139,6 +139,12 @@ LINES = {
     "accelerate: memory over Super-Tuning": Line(
         "peak memory of PEFT Super-Tuning after accelerate, of before", None, at_least=False
     ),
+    "accelerate over a tuner": Line(
+        "a step of PEFT SHiRA after accelerate, of a SparseTuner's with overlay", 1.05, at_least=False
+    ),
+    "accelerate: memory over a tuner": Line(
+        "peak memory of PEFT SHiRA after accelerate, of a SparseTuner's with overlay", None, at_least=False
+    ),
     "SparseConfig over LoRA": Line("a step with SparseConfig, of PEFT LoRA's", None, at_least=False),
     "SparseConfig: memory over LoRA": Line("peak memory with SparseConfig, of PEFT LoRA's", None, at_least=False),
     "SparseConfig, granule 16 over LoRA": Line(

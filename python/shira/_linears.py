@@ -16,6 +16,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import UninitializedParameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -509,6 +510,8 @@ def _recognised(name: str, module: Any, floats: torch.dtype) -> Layer | str:
     weight: Any = _model.held(module, "weight")
     called, own = type(module).__name__, not is_replaced(module)
     storage, kind = _BY_FORWARD.get(_name(forward_of(module))) if own else None, kind_of(module)
+    if isinstance(weight, UninitializedParameter):
+        return f"is in a {called} that has no shape yet: run the model once first"
     wraps: bool = is_traceable_wrapper_subclass(weight)
     if wraps:
         known = kind == LINEAR or (storage is _Wrapped and module.activation_qtype is None)

@@ -177,12 +177,30 @@ def test_other_linear_layers() -> None:
     torch.testing.assert_close(mixed[0], model(x)[0])
     layers(model)[0].merge()
     torch.testing.assert_close(model(x), base[1](hidden) + hidden @ delta1.T)
-    with pytest.raises(ValueError, match="1: an adapter can be merged into a float weight alone"):
+    with pytest.raises(ValueError, match=r"1: an adapter can be merged into the float weight of .* got a .*Codes"):
         layers(model)[1].merge()
     layers(model)[0].unmerge()
     assert torch.equal(layers(model)[0].base_layer.weight, base[0].weight)
     with pytest.raises(ValueError, match="the weight of 1 cannot be read; take mask='rand'"):
         peft.get_peft_model(nn.Sequential(nn.ReLU(), Codes()), config(mask="wm", target_modules=["1"]))
+    Codes.dequantize = lambda self: self.codes.float()  # type: ignore[attr-defined]
+    codes = Codes()
+    model = peft.get_peft_model(nn.Sequential(nn.ReLU(), codes), config(mask="wm", target_modules=["1"]))
+    wanted = masks.WeightMagnitude(density=0.1, granule=8)("1.weight", codes.codes.float())
+    assert torch.equal(layers(model)[0].shira_ops_indices["default"], wanted)
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = peft.get_peft_model(nn.Sequential(nn.ReLU(), Doubled(48, 16)), config(target_modules=["1"]))
+    base = Doubled(48, 16)
+    base.load_state_dict(layers(model)[0].base_layer.state_dict())
+    delta = layers(model)[0].get_delta_weight("default")
+    x = torch.rand(4, 48)
+    torch.testing.assert_close(model(x), base(x) + x @ delta.T)
+    with pytest.raises(ValueError, match=r"got a .*Doubled: codes would .* another forward may use its weight"):
+        model.merge_adapter()
 
 
 # ---- what PEFT does with it ----------------------------------------------------------------------------------

@@ -535,7 +535,7 @@ def test_loaders_of_all_kinds() -> None:
     computed = "is not moved alone: the loader computes with its values"
     for name, text in {
         "scaled": computed, "added": computed, "exp": computed, "whole_numbers": computed, "shuffled": computed,
-        "order": " pieces, and a plan takes 1,024 a weight at most", "mask": "has dtype bool",
+        "order": "lies in more than 1,024 pieces", "mask": "has dtype bool",
         "wrong": "is refused by the loader: KeyError: 'no such weight'",
         "other_shape": "the loader puts another kind of tensor in place of few",
     }.items():  # fmt: skip

@@ -273,10 +273,10 @@ def test_the_adapter_is_a_delta_for_this_base(tmp_path: Path, dtype: torch.dtype
     for name, entry in loaded.weights.items():
         assert entry.dtype == dtype
         assert torch.equal(entry.values, values[name])
-    switcher = shira.Switcher(model)
-    switcher.add("delta", loaded)
-    with switcher.using("delta"):
-        torch.testing.assert_close(model(TOKENS), trained, rtol=2**-5, atol=2**-5)
+    for server in (shira.Switcher(model), shira.Overlay(model)):
+        server.add("delta", loaded)
+        with server.using("delta"):
+            torch.testing.assert_close(model(TOKENS), trained, rtol=2**-5, atol=2**-5)
     with torch.no_grad():
         model.linear.weight.view(-1)[0] += 1
     with pytest.raises(shira.AdapterError, match="was made for another base"):
@@ -371,6 +371,12 @@ def test_over_quantized_layers(kind: str, tmp_path: Path) -> None:
     assert torch.equal(model(x), base)
     with SparseTuner.from_adapter(model, tmp_path / "delta.safetensors", overlay=True):
         assert torch.equal(model(x), trained)
+    overlay = shira.Overlay(model)
+    overlay.add("delta", tmp_path / "delta.safetensors")
+    with overlay.using("delta"):
+        torch.testing.assert_close(model(x), trained, rtol=1e-4, atol=1e-4)
+    assert torch.equal(model(x), base)
+    overlay.detach()
     # Another base, by one bit of a code.
     codes = layers["0.weight"].stored()[0].view(-1).view(torch.uint8)
     with torch.no_grad():

@@ -291,10 +291,10 @@ class Adapter:
     ) -> Adapter:
         """A delta adapter from PEFT's SHiRA, or from PEFT's LoRA as the largest entries of ``scaling * B @ A``.
 
-        At alpha 1 a SHiRA gives the same weights as PEFT's merge on a CPU, bit for bit, and so does a LoRA with
-        ``density=1``. With a lower density a LoRA is cut: the adapter's ``report`` says what share of the squared
-        ``B @ A`` was lost, for each weight and in total. Nothing in the folder is executed, not even its regular
-        expressions.
+        An adapter of `shira.integrations.peft.SparseConfig` is read like a SHiRA. At alpha 1 both give the same weights
+        as PEFT's merge on a CPU, bit for bit, and so does a LoRA with ``density=1``. With a lower density a LoRA is
+        cut: the adapter's ``report`` says what share of the squared ``B @ A`` was lost, for each weight and in total.
+        Nothing in the folder is executed, not even its regular expressions.
 
         Args:
             folder: PEFT's folder, or a repository's name on the Hub.

@@ -196,10 +196,14 @@ class Plan:
                 counted[name] = fingerprint(self.read(name, weights))
         return version_of(counted)
 
-    def find(self, name: str, indices: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Where the model has these entries (int64, rising): weight, positions among `indices`, indices there."""
+    def granule(self, boxes: Iterable[Box], granule: int) -> int:
+        """The largest granule, at most this one, whose granules are whole in the boxes and in the model's weights."""
+        return math.gcd(*(math.gcd(box.granule(granule), self.layout[box.weight].numel) for box in boxes))
+
+    def find(self, name: str, indices: Tensor, granule: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Where the model has these granules (int64, rising): weight, positions among `indices`, indices there."""
         for box in self.boxes[name]:
-            where, found = box.find(indices)
+            where, found = box.coarse(granule).find(indices)
             if where.numel():
                 yield box.weight, where, found
 
@@ -242,7 +246,7 @@ class Plan:
         boxes = dict.fromkeys(box for one in names for box in self.boxes.get(one, ()))
         if not boxes:
             return
-        granule = math.gcd(*(math.gcd(box.granule(entry.granule), self.layout[box.weight].numel) for box in boxes))
+        granule = self.granule(boxes, entry.granule)
         indices = refine(entry.indices, entry.granule, granule, entry.numel).to(torch.int64)
         values = entry.values.view(-1, granule)
         for box in boxes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from shira.adapter._entry import Entry
 from shira.serve.switcher import Switcher
 from shira.sync._weights import Weight, by_call, fingerprints, refuse_moved, weights_of
 from shira.sync.plan import Plan
-from shira.sync.update import SyncError, Update, bits, compose, shown_version, version_of
+from shira.sync.update import SyncError, Update, bits, bits_of, compose, shown_version, version_of
 
 __all__ = ["Receiver"]
 
@@ -58,18 +59,24 @@ class _Words(NamedTuple):
     """The words that an update changes of one of the publisher's weights, wherever they are here."""
 
     name: str
-    dtype: torch.dtype
     positions: Tensor
-    # Entries of these words: in which weight, where among the words' entries, and where in the weight.
-    places: list[tuple[Weight, Tensor, Tensor]]
+    # The words in parts that are here in one piece: whole words where it can be, and single entries where it must.
+    part: torch.dtype
+    # In which weight, where among the parts of these words (None: all, in their order), and where in the weight.
+    places: list[tuple[Weight, Tensor | None, Tensor]]
 
     def share(self) -> Tensor:
         """What they add to the fingerprint of the publisher's weight, as they are now."""
-        per = WORD_BYTES // self.dtype.itemsize
-        entries = torch.zeros(self.positions.numel() * per, dtype=self.dtype, device=self.positions.device)
+        count, device = self.positions.numel() * (WORD_BYTES // self.part.itemsize), self.positions.device
+        parts = torch.zeros(0, dtype=self.part, device=device)
         for weight, where, indices in self.places:
-            entries[where.to(entries.device)] = weight.tensor.view(-1)[indices].to(entries.device)
-        return _granules.share(entries.view(torch.int64), self.positions)
+            here = weight.tensor.view(-1).view(self.part).index_select(0, indices).to(device)
+            if where is None:
+                parts = here
+            else:
+                parts = parts if len(parts) else parts.new_zeros(count)
+                parts[where] = here
+        return _granules.share(parts.view(torch.int64), self.positions)
 
 
 @dataclass(eq=False)
@@ -373,15 +380,19 @@ class Receiver:
 
     def _words(self, plan: Plan, name: str, entry: Entry) -> _Words:
         per = WORD_BYTES // entry.dtype.itemsize
-        positions = _granules.regranule(entry.indices, entry.granule, per).unique()
-        entries = (positions[:, None] * per + torch.arange(per, device=positions.device)).view(-1)
-        places = []
-        for weight, where, indices in plan.find(name, entries[entries < entry.numel]):
-            device = self._names[weight].tensor.device
-            kind = index_dtype(max(self._names[weight].tensor.numel(), entries.numel()))
-            places.append((self._names[weight], where.to(device, kind), indices.to(device, kind)))
-        device = places[0][1].device if places else positions.device
-        return _Words(name, entry.dtype, positions.to(device), places)
+        positions = _granules.regranule(entry.indices, entry.granule, per).unique_consecutive()
+        starts = (self._names[box.weight].tensor.storage_offset() for box in plan.boxes[name])
+        granule = math.gcd(plan.granule(plan.boxes[name], per), entry.numel, *starts)
+        parts = _granules.refine(positions, per, granule, entry.numel).to(torch.int64)
+        # The last word may be longer than the weight.
+        inside = parts[parts < entry.numel // granule]
+        home = self._names[plan.boxes[name][0].weight].tensor.device
+        places: list[tuple[Weight, Tensor | None, Tensor]] = []
+        for weight, where, indices in plan.find(name, inside, granule):
+            tensor = self._names[weight].tensor
+            indices = indices.to(tensor.device, index_dtype(tensor.numel()))
+            places.append((self._names[weight], None if len(where) == len(parts) else where.to(home), indices))
+        return _Words(name, positions.to(home), bits_of(granule * entry.dtype.itemsize), places)
 
     def _refuse_other_start(self, plan: Plan, update: Update) -> None:
         """The first update of a Receiver that could not know its version."""

@@ -47,9 +47,14 @@ def shown_version(version: int) -> str:
     return f"{version:016x}"
 
 
+def bits_of(itemsize: int) -> torch.dtype:
+    """The integers of so many bytes."""
+    return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[itemsize]
+
+
 def bits(tensor: Tensor) -> Tensor:
     """The same memory as integers, for which NaNs are equal to themselves and 0.0 is not -0.0."""
-    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    return tensor.view(bits_of(tensor.element_size()))
 
 
 @dataclass(frozen=True, eq=False)
