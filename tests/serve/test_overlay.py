@@ -466,6 +466,43 @@ def test_adapters_that_do_not_fit():
     assert list(overlay.adapters) == ["a", "b", "c", "d"]
 
 
+def test_a_weight_that_is_tied_in_the_adapter_alone():
+    """Its two copies in the model must be alike, and each is watched."""
+    model = Net()
+    adapter = adapter_of(model, 1, names="embedding")
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    overlay = overlay_of(model, {"a": adapter})
+    with overlay.using("a"):
+        found = model(IDS)
+    tied = Net()
+    wanted = fused(tied, {"a": adapter}, "a")
+    torch.testing.assert_close(found, wanted(IDS), rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    with pytest.raises(SwitchError, match=r"head\.weight was changed by someone else"):
+        overlay.activate("a")
+    for verify in (True, False):
+        says = "'head.weight' and 'embedding.weight' are one .tied. weight in the adapter, and two that differ"
+        with pytest.raises(AdapterError, match=says):
+            Overlay(model).add("a", adapter, verify=verify)
+
+
+def test_adapters_that_were_added_without_a_look_at_the_base():
+    model = Net()
+    adapter = adapter_of(model, 1, names="linear")
+    overlay = Overlay(model)
+    overlay.add("a", adapter, verify=False)
+    with torch.no_grad():
+        model.linear.weight.add_(1)
+    with pytest.raises(SwitchError, match=r"linear\.weight was changed by someone else"):
+        overlay.activate("a")
+    # One that fits what is there now does not vouch for the first.
+    with pytest.raises(SwitchError, match=r"linear\.weight was changed by someone else"):
+        overlay.add("b", adapter_of(model, 1, names="linear"))
+    with pytest.raises(SwitchError, match=r"are not what they were .*linear\.weight"):
+        overlay.verify()
+
+
 @pytest.mark.parametrize(
     ("which", "error", "says"),
     [
