@@ -590,6 +590,9 @@ def test_a_compiled_model_takes_other_selections_without_being_compiled_again():
 
     before = bits(model)
     check(["a", None, "b"])
+    says = r"Overlay: using\(\) names samples, and Net was called with a batch of another: name an adapter"
+    with overlay.using(["a", "b"]), pytest.raises(torch._dynamo.exc.Unsupported, match=says):
+        compiled(IDS)
     with torch._dynamo.config.patch(error_on_recompile=True):
         check(["b", "b", None])
         check([{"a": 0.5}, None, {"b": 3.0}])
