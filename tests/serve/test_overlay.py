@@ -696,9 +696,10 @@ def test_threads_and_tasks_have_their_own():
     assert all(map(torch.equal, found, expected))
 
     async def task(which):
-        with overlay.using(which), torch.no_grad():
+        with overlay.using(which):
             await asyncio.sleep(0)
-            return model(IDS)
+            with torch.no_grad():  # all tasks of a thread share it
+                return model(IDS)
 
     async def main():
         return await asyncio.gather(*map(task, selections))
