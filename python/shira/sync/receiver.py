@@ -522,7 +522,7 @@ class Receiver:
     def _refuse_tuned(self, what: str) -> None:
         for weight in self._weights.values():
             for slot in weight.slots:
-                if slot.values_name in slot.module._parameters:
+                if slot.tuned:
                     raise SyncError(
                         f"Receiver: {what} refused: a SparseTuner trains {slot.name}; detach it first "
                         f"(shira.detach(model))"
