@@ -310,7 +310,8 @@ def test_refused_where_the_layout_changed() -> None:
         ({"b.o": replace(update.weights["b.o"], indices=update.weights["b.o"].indices + 40, checked=False)}, "indices"),
     ):
         with pytest.raises(AdapterError, match=text):
-            receiver.stage(replace(update, weights=change, after=dict.fromkeys(change, 0), start=receiver.version))
+            after = dict.fromkeys(change, 0)
+            receiver.stage(replace(update, weights=change, after=after, before={}, start=receiver.version))
         with pytest.raises(AdapterError, match=text):
             plan.map(Adapter(change))
     for arguments, error in (

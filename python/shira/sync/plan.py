@@ -132,6 +132,7 @@ class Plan:
         `problems`; and where the model has one weight for two that would differ afterwards.
         """
         if isinstance(adapter, Update):
+            adapter.refuse_relative("Plan.map")
             return Adapter(self.entries(adapter.weights))
         if not isinstance(adapter, Adapter):
             raise TypeError(f"Plan.map: adapter must be an Adapter or an Update, got {type(adapter).__name__}")
