@@ -261,6 +261,7 @@ class Receiver:
                 if at is not None and update.start != at:
                     raise SyncError(self._out_of_order(update, at, step, staged=found is not None))
                 self._check(update)
+                update = self._decoded(update, found)
                 found = update if found is None else compose(found, update)
             if found is not None:
                 self._state = self._state._replace(staged=self._moves(found))
@@ -350,6 +351,59 @@ class Receiver:
         for weight, name in taken.items():
             if weight.name != name:
                 raise AdapterError(f"{where}: {named(name)} is called {named(weight.name)} here")
+
+    def _decoded(self, update: Update, staged: Update | None) -> Update:
+        """The update with its values, where a file has differences from the entries that it replaces.
+
+        Of weights that are here in parts, with a plan, it has those parts only.
+        """
+        if not update.relative:
+            return update
+        if self._state.torn is not None:
+            with _bare("stage", self._tensors()) as switchers:
+                self._heal(switchers)
+        holders = [switcher for switcher in list(_live.switchers) if switcher.active]
+
+        def base(weight: Weight, indices: Tensor, granule: int) -> Tensor:
+            tensor = weight.slots[0].weight
+            holder = next((switcher for switcher in holders if switcher.knows([tensor])), None)
+            if holder is None:
+                return shira_ops.gather(tensor.detach(), indices, granule=granule)
+            try:
+                return holder.base_entries(tensor, indices, granule)
+            except SwitchError as error:
+                raise SyncError(f"Receiver: stage refused: {error}") from error
+
+        def entries(name: str, entry: Entry) -> tuple[Tensor, Tensor | None]:
+            if self.plan is None:
+                weight = self._names[name]
+                indices, granule, here = entry.indices.to(weight.tensor.device), entry.granule, None
+                found = base(weight, indices, granule)
+            else:
+                indices, granule = _granules.refine(entry.indices, entry.granule, 1, entry.numel).to(torch.int64), 1
+                found = torch.zeros(entry.nnz, dtype=entry.dtype, device=indices.device)
+                here = torch.zeros(entry.nnz, dtype=torch.bool, device=indices.device)
+                names = dict.fromkeys((name, *entry.aliases))
+                for box in dict.fromkeys(box for one in names for box in self.plan.boxes.get(one, ())):
+                    weight = self._names[box.weight]
+                    if weight.tensor.dtype != entry.dtype:
+                        raise SyncError(
+                            f"Receiver: stage refused: {named(name)} is {dtype_name(entry.dtype)} at the publisher "
+                            f"and {dtype_name(weight.tensor.dtype)} here, so differences from its entries cannot be "
+                            f"added; send its values: update.to_bytes(differences=False)"
+                        )
+                    where, at = box.find(indices)
+                    at, order = at.sort()
+                    own = at.to(weight.tensor.device, index_dtype(weight.tensor.numel()))
+                    bits(found)[where[order]] = bits(base(weight, own, 1)).to(found.device)
+                    here[where] = True
+            earlier = None if staged is None else staged.weights.get(name)
+            if earlier is not None:
+                others, values = earlier.indices.to(found.device), earlier.values.to(found.device)
+                _granules.overlay_(found, indices, granule, others, values, earlier.granule, entry.numel)
+            return found, here
+
+        return update.decoded("Receiver.stage", entries)
 
     def _moves(self, update: Update) -> _Moves:
         moves = _Moves(update, {}, {}, {}, {}, [])

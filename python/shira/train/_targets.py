@@ -293,15 +293,18 @@ def check_trainable(name: str, group: Sequence[_model.Slot], meta: bool = False)
     _check_free(name, group)
     foreign = None if _shards.is_dtensor(weight) else _model.foreign(weight)
     if foreign is not None:
-        raise ValueError(f"SparseTuner: {name} {foreign}")
+        advice = "; or train a delta beside it with overlay=True" if _linears.is_quantized(weight) else ""
+        raise ValueError(f"SparseTuner: {name} {foreign}{advice}")
     if weight.is_meta and not meta:
         raise ValueError(f"SparseTuner: {name} is on the meta device; give it its weights first")
     if weight.dtype not in _FLOATS:
         codes = "" if weight.dtype.is_floating_point else ": the codes of a quantized weight have no gradient"
         kind = "" if type(weight) is nn.Parameter else f" ({type(weight).__name__})"
+        layer = _linears.of(name, group[0].module)
+        advice = ", or train a delta beside it with overlay=True" if layer is not None and layer.quantized else ""
         raise ValueError(
             f"SparseTuner: {name} must be float16, bfloat16, float32 or float64 to train, "
-            f"got {dtype_name(weight.dtype)}{kind}{codes}; leave it out with targets="
+            f"got {dtype_name(weight.dtype)}{kind}{codes}; leave it out with targets={advice}"
         )
     if weight.is_inference():
         raise ValueError(

@@ -13,6 +13,9 @@ Their gradients come in one of two ways, chosen for each weight:
 - *dense*: autograd makes the weight's dense gradient, and as soon as it is there a hook of the weight gathers it at the
   indices, passes that on to the values, and frees it. For every other use of a weight: in ``nn.MultiheadAttention``, in
   layers with a forward of their own, plain parameters of any shape, parameters that train as a whole.
+
+With ``overlay=True`` the values are a delta instead, and no weight is written: a forward hook adds the delta's product
+with the layer's input to its output, and autograd does the rest. So weights that are codes can be trained beside.
 """
 
 from __future__ import annotations
