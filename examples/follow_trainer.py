@@ -192,7 +192,7 @@ def answer(model: nn.Module, receiver: Receiver) -> None:
 
 def report(model: nn.Module, receiver: Receiver, sparse: float) -> None:
     """The last update twice: into the model, and through dense buffers into a copy."""
-    update = broadcast(None, TRAINER)
+    update = broadcast(None, TRAINER).decode(model.state_dict())
     copy = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     start = time.perf_counter()
     through_buffers(copy, update)
