@@ -192,6 +192,28 @@ def test_what_is_not_quantized_yet() -> None:
     assert "call optimum.quanto.freeze(model)" in _linears.unknown("1.weight", model[1])
 
 
+@pytest.mark.parametrize("permuted", [False, True])
+def test_transformers_gguf(permuted: bool) -> None:
+    """Of blocks that stay as they are in a file; its forward needs a GPU."""
+    gguf = pytest.importorskip("transformers.integrations.gguf.utils")
+    module = gguf.GgufLinear(64, 32, 8)  # Q8_0: a scale in float16, then 32 codes
+    scales, codes = torch.rand(32, 2).half() + 0.5, torch.randint(-127, 128, (32, 2, 32), dtype=torch.int8)
+    blocks = torch.cat([scales.view(32, 2, 1).view(torch.uint8), codes.view(torch.uint8)], 2)
+    module.weight.data.copy_(blocks.view(32, -1))
+    wanted = (scales.float()[:, :, None] * codes).view(32, 64)
+    if permuted:
+        module.input_permutation = torch.randperm(64)
+        x = torch.randn(3, 64, dtype=torch.float64)
+        sums = x[:, module.input_permutation] @ wanted.double().T
+    layer = _linears.find(nn.Sequential(module, nn.Linear(4, 4, dtype=torch.bfloat16)))["0.weight"]
+    assert (layer.shape, layer.quantized, layer.dtype) == ((32, 64), True, torch.bfloat16)
+    if permuted:
+        torch.testing.assert_close(x @ layer.dense().double().T, sums)
+    else:
+        assert torch.equal(layer.dense(), wanted)
+        assert torch.equal(layer.entries(torch.tensor([3, 7]), 16), wanted.view(-1, 16)[[3, 7]].view(-1))
+
+
 @pytest.mark.parametrize("block", [None, (32, 48)])
 def test_transformers_fp8(block: tuple[int, int] | None) -> None:
     """Its forward needs a GPU; what it stores does not."""

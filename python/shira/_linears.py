@@ -392,6 +392,21 @@ class _Blocks(_Quantized):
         return weight.detach(), scales.detach()
 
 
+class _Gguf(_Quantized):
+    """transformers' ``GgufLinear``: rows of blocks as they are in a GGUF file."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.floats  # the bias is float32 whatever the model computes in
+
+    def dense(self) -> Tensor:
+        (blocks,), module = self.stored(), self.module
+        dequantize = sys.modules["transformers.integrations.gguf.dequant"].dequantize
+        found: Tensor = dequantize(blocks, module.ggml_type).view(self.shape)
+        order: Any = module.input_permutation
+        return found if order is None else torch.empty_like(found).index_copy_(1, order, found)
+
+
 class _Own(_Quantized):
     """Any other module that has ``in_features``, ``out_features`` and ``dequantize()``."""
 
@@ -429,6 +444,7 @@ _BY_FORWARD: dict[tuple[str, str], type[_Quantized]] = {
     ("bitsandbytes.nn.modules", "Linear8bitLt"): _EightBit,
     ("optimum.quanto.nn.qlinear", "QLinear"): _Wrapped,
     ("transformers.integrations.finegrained_fp8", "FP8Linear"): _Blocks,
+    ("transformers.integrations.gguf.utils", "GgufLinear"): _Gguf,
 }
 
 
@@ -537,7 +553,7 @@ def _recognised(name: str, module: Any, floats: torch.dtype) -> Layer | str:
     return (
         f"belongs to a {called}, and it is not known how that computes with it: nn.Linear, transformers' Conv1D and "
         f"nn.Embedding are, with their own forward; quantized linear layers of bitsandbytes, torchao, optimum-quanto "
-        f"and transformers' FP8Linear; and any module with in_features, out_features and dequantize()"
+        f"and transformers (FP8Linear, GgufLinear); and any module with in_features, out_features and dequantize()"
     )
 
 

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import shira_ops
 from shira._granules import WORD, index_dtype, refine
@@ -40,6 +40,12 @@ def local(tensor: Tensor) -> Tensor:
     with torch.no_grad():
         found = tensor.to_local()
     return found.wait() if hasattr(found, "wait") else found
+
+
+def fsdp_modules(model: nn.Module) -> list[Any]:
+    """The modules that ``fully_shard`` was called for, whose weights FSDP2 gathers while they compute."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
 class Part(NamedTuple):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from collections.abc import Mapping
 from contextlib import nullcontext
 
@@ -392,6 +394,43 @@ def test_other_kinds_are_refused_by_name(name, says):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+class Direct(nn.Module):
+    """Uses a layer's weight without running the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.run, self.used = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(self.run(input), self.used.weight)
+
+
+def test_layers_that_do_not_run_are_told():
+    model = Direct()
+    overlay = overlay_of(model, {"a": adapter_of(model, 1), "b": adapter_of(model, 1, names="run")})
+    input = torch.randn(2, 4)
+    with overlay.using("b"):
+        model(input)
+    with overlay.using("a"), pytest.warns(UserWarning, match=r"Overlay: used.weight did not run in this forward pass"):
+        model(input)
+    with overlay.using(["a", "b"]):
+        model(input)  # told once
+
+
+def test_what_a_captured_graph_reads_is_kept(monkeypatch):
+    model = Net()
+    overlay = overlay_of(model, adapters_of(model))
+    with overlay.using("a"):
+        model(IDS)
+    assert overlay._current.captured == []
+    monkeypatch.setattr(shira.serve._laying, "is_captured", lambda output: True)
+    with overlay.using(["a", None, "b"]):
+        model(IDS)
+    kept = [tensor for _, pairs in overlay._current.captured for pair in pairs for tensor in pair]
+    assert len(kept) >= 16
+    assert any(torch.equal(rows, torch.tensor([0] * 5 + [-1] * 10, dtype=torch.int32)) for rows in kept)
+
+
 def test_adapters_that_do_not_fit():
     model = Net()
     overlay = overlay_of(model, adapters_of(model))
@@ -425,6 +464,43 @@ def test_adapters_that_do_not_fit():
     ):
         Overlay(tuned).add("a", good)
     assert list(overlay.adapters) == ["a", "b", "c", "d"]
+
+
+def test_a_weight_that_is_tied_in_the_adapter_alone():
+    """Its two copies in the model must be alike, and each is watched."""
+    model = Net()
+    adapter = adapter_of(model, 1, names="embedding")
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    overlay = overlay_of(model, {"a": adapter})
+    with overlay.using("a"):
+        found = model(IDS)
+    tied = Net()
+    wanted = fused(tied, {"a": adapter}, "a")
+    torch.testing.assert_close(found, wanted(IDS), rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    with pytest.raises(SwitchError, match=r"head\.weight was changed by someone else"):
+        overlay.activate("a")
+    for verify in (True, False):
+        says = "'head.weight' and 'embedding.weight' are one .tied. weight in the adapter, and two that differ"
+        with pytest.raises(AdapterError, match=says):
+            Overlay(model).add("a", adapter, verify=verify)
+
+
+def test_adapters_that_were_added_without_a_look_at_the_base():
+    model = Net()
+    adapter = adapter_of(model, 1, names="linear")
+    overlay = Overlay(model)
+    overlay.add("a", adapter, verify=False)
+    with torch.no_grad():
+        model.linear.weight.add_(1)
+    with pytest.raises(SwitchError, match=r"linear\.weight was changed by someone else"):
+        overlay.activate("a")
+    # One that fits what is there now does not vouch for the first.
+    with pytest.raises(SwitchError, match=r"linear\.weight was changed by someone else"):
+        overlay.add("b", adapter_of(model, 1, names="linear"))
+    with pytest.raises(SwitchError, match=r"are not what they were .*linear\.weight"):
+        overlay.verify()
 
 
 @pytest.mark.parametrize(
@@ -638,6 +714,13 @@ def test_copies():
     overlay.deactivate()
     base = model(IDS)
     assert torch.equal(alone(IDS), a)
+    # A copy does not keep the model that it was made of.
+    gone = weakref.ref(copied := copy.deepcopy(model))
+    again = copy.deepcopy(copied)
+    del copied
+    gc.collect()
+    assert gone() is None
+    assert again(IDS).shape == base.shape
     other = copy.deepcopy(overlay)
     assert other.model is not model
     assert other.adapters["a"] is overlay.adapters["a"]

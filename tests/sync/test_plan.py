@@ -419,6 +419,10 @@ def test_two_names_for_one_memory(tied: bool) -> None:
     receiver.stage(publisher.publish())
     receiver.commit()
     assert torch.equal(model._parameters["head"], trained._parameters["embed"])
+    # Beside a larger weight both are loaded in one run, where the second one is written over the first.
+    model.register_parameter("large", nn.Parameter(torch.zeros(100).bfloat16()))
+    shapes = {**trained.state_dict(), "large": torch.zeros(100).bfloat16()}
+    assert Plan.record(model, load, shapes).shared == plan.shared
     if not tied:
         with torch.no_grad():
             trained._parameters["head"][0, 0] = 5.0
@@ -505,6 +509,12 @@ class Strange:
             elif kind == "order":
                 order = torch.randperm(3200, generator=torch.Generator().manual_seed(1))
                 self["three"].data.copy_(weight.view(-1)[order].view(800, 4))
+            elif kind == "inference":
+                with torch.inference_mode():
+                    self["three"].copy_(weight * 1)
+            elif kind == "buffer":
+                del self.model.few
+                self.model.register_buffer("few", weight.clone())
             elif kind == "part":
                 self["two"].data.zero_()
                 self["two"].data[1:, 2:5] = weight
@@ -529,7 +539,7 @@ SHAPES = {
     "thread": (6, 8), "numpy": (8, 6), "replaces": (4, 800), "data": (800, 4), "scaled": (6, 8), "added": (6,),
     "exp": (6,), "whole_numbers": (6,), "order": (3200,), "shuffled": (3200,), "part": (5, 3), "wrong": (2, 2),
     "other_shape": (7,), "l.q": (2, 8), "l.k": (1, 8), "l.v": (3, 8), "l.gate": (400, 2), "l.up": (400, 2),
-    "kept.a": (2, 8), "kept.b": (4, 8), "nowhere": (3, 3), "empty": (0, 4),
+    "inference": (800, 4), "buffer": (6,), "kept.a": (2, 8), "kept.b": (4, 8), "nowhere": (3, 3), "empty": (0, 4),
 }  # fmt: skip
 
 
@@ -565,6 +575,9 @@ def test_recordings_that_fail() -> None:
     before = state(strange.model)
     with pytest.raises(SyncError, match=r"not one weight can be followed\. wrong is refused by the loader: KeyError"):
         Plan.record(strange.model, strange.load, {"wrong": (2, 2)}, exclude="mask")
+
+    with pytest.raises(SyncError, match="the loader writes nothing to the model for nothing, either; give"):
+        Plan.record(strange.model, strange.load, {"nothing": (2, 2), "either": (3,)}, exclude="mask")
 
     def stop(weights: Iterable[tuple[str, Tensor]]) -> None:
         strange.load(weights)

@@ -34,7 +34,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import shira
-from shira import SparseTuner, masks
+from shira import SparseTuner, _shards, masks
+from shira.train import _sharded
 
 RAND = masks.Rand(density=0.1, granule=4)
 LINEAR = "up|down|head"
@@ -109,9 +110,9 @@ OPTIMIZERS: dict[str, Make] = {
 def fit(
     model: nn.Module, tuner: SparseTuner, ids: Tensor, optimizer: str, parts: int = 1, clip: float = 0.05
 ) -> tuple[Tensor, list[float]]:
-    """Three steps of ``parts`` microbatches each; the losses, and the norms of the gradients."""
+    """Two steps of ``parts`` microbatches each; the losses, and the norms of the gradients."""
     made, losses, norms = OPTIMIZERS[optimizer](tuner), [], []
-    for _ in range(3):
+    for _ in range(2):
         total = torch.zeros(())
         for part in ids.chunk(parts):
             loss = loss_of(model, part) / parts
@@ -180,6 +181,32 @@ def like_one_process(
 # ---- what is checked -----------------------------------------------------------------------------------------
 
 
+def boxes(mesh: DeviceMesh, both: DeviceMesh) -> None:
+    """What a rank holds of torch's own tensors: uneven, padded, empty, divided twice."""
+    several = [
+        distribute_tensor(torch.randn(*shape, generator=torch.Generator().manual_seed(5)), where, placements)
+        for where, shape, placements in (
+            (mesh, (6, 8), [Shard(0)]),
+            (mesh, (2, 8), [Shard(0)]),
+            (mesh, (3, 10), [Shard(1)]),
+            (both, (5, 6, 8), [Shard(2), Shard(0)]),
+            (both, (7, 8), [Shard(0), Shard(0)]),
+            (both, (5, 8), [Replicate(), Shard(0)]),
+        )
+    ]
+    odd = nn.Sequential(nn.Linear(10, 7), nn.Linear(7, 10))
+    plan = {"0": ColwiseParallel(), "1": RowwiseParallel()}
+    several += fully_shard(parallelize_module(odd, both["tp"], plan), mesh=both["dp"]).parameters()
+    for weight in several:
+        box, local = _shards.Box.of(weight), _shards.local(weight)
+        at = box.globally(torch.arange(local.numel()), 1)
+        whole = weight.detach().full_tensor()
+        assert torch.equal(local.flatten(), whole.view(-1)[at])
+        first = torch.tensor([_shards.is_first(weight) * local.numel()])
+        dist.all_reduce(first)
+        assert first == whole.numel()
+
+
 def fsdp(mesh: DeviceMesh, both: DeviceMesh) -> None:
     by_columns = {"shard_placement_fn": lambda p: Shard(p.dim() - 1) if p.shape[-1] % 4 == 0 else None}
     gathered = {"reshard_after_forward": False}
@@ -188,7 +215,8 @@ def fsdp(mesh: DeviceMesh, both: DeviceMesh) -> None:
         (masks.Struct(density=0.2), LINEAR, "SGD", gathered),
         (masks.WeightMagnitude(density=0.1), f"{LINEAR}|embed", "torch", by_columns),
     ):
-        model = shard(net(), mesh, **options)
+        model: Any = shard(net(), mesh, **options)
+        model.set_reshard_after_backward(not options)  # what FSDP keeps gathered must follow a step too
         tuner = SparseTuner(model, mask, targets)
         like_one_process(model, tuner, my(mesh), mask, targets, optimizer)
         tuner.detach()
@@ -244,6 +272,20 @@ def fsdp_and_tensor_parallel(mesh: DeviceMesh, both: DeviceMesh) -> None:
         base_is_back(model)
 
 
+def masks_by_gradients(mesh: DeviceMesh, both: DeviceMesh) -> None:
+    """Two batches on each of four ranks are eight in one process."""
+    batches = [IDS[i : i + 1].roll(turn, 1) for i in range(4) for turn in (0, 1)]
+    for kind, granule, where in ((masks.Snip, 1, mesh), (masks.Grad, 4, both)):
+        mask = kind(density=0.1, granule=granule)
+        model, alone = shard(net(), where), net()
+        wanted = SparseTuner(alone, mask, LINEAR, calibration=batches, loss=loss_of)
+        own = batches[2 * dist.get_rank() :][:2]
+        tuner = SparseTuner(model, mask, LINEAR, calibration=own, loss=loss_of)
+        same(tuner.adapter(), wanted.adapter(), exact=True)
+        tuner.detach()
+        base_is_back(model)
+
+
 def few_entries(mesh: DeviceMesh, both: DeviceMesh) -> None:
     """Fewer than there are ranks; and what FSDP keeps on a smaller mesh after a forward pass."""
     mask = masks.Rand(density=1e-9)
@@ -277,7 +319,9 @@ def hybrid(mesh: DeviceMesh, both: DeviceMesh) -> None:
     """Two replicas of two shards each, and values that are divided between all four."""
     model = shard(net(), both)
     tuner = SparseTuner(model, RAND, LINEAR)
-    like_one_process(model, tuner, my(mesh), RAND, LINEAR, "AdamW", parts=1)
+    before, _sharded._BUCKET = _sharded._BUCKET, 60  # several collectives
+    like_one_process(model, tuner, my(mesh), RAND, LINEAR, "AdamW")
+    _sharded._BUCKET = before
     assert all(values.to_local().numel() <= -(-values.numel() // 4) for values in tuner.parameters())
     tuner.detach()
     base_is_back(model)
@@ -302,18 +346,26 @@ def tied(mesh: DeviceMesh, both: DeviceMesh) -> None:
     assert tuner.adapter().weights["embed.weight"].aliases == ("head.weight",)
 
 
-def replicated(mesh: DeviceMesh, both: DeviceMesh) -> None:
-    """A weight that every rank has, for the same tokens or for a part of them each."""
+def by_hand(mesh: DeviceMesh, both: DeviceMesh) -> None:
+    """DTensors without a style of torch's: a weight that every rank has, for the same tokens or for a part of them
+    each; and a weight whose rows and columns are divided."""
     x = torch.randn(8, 16, generator=torch.Generator().manual_seed(3))
     alone = nn.Linear(16, 32)
     wanted = SparseTuner(alone, RAND)
     alone(x).square().sum().backward()
-    for placement in (Replicate(), Shard(0)):
+    tiled = [Shard(0), Shard(1)]
+    for where, placements, of_weight in (
+        (mesh, [Replicate()], [Replicate()]),
+        (mesh, [Shard(0)], [Replicate()]),
+        (both, [Replicate(), Replicate()], tiled),
+        (both, [Shard(0), Shard(1)], tiled),
+    ):
         layer = nn.Linear(16, 32)
         layer.load_state_dict({"weight": full(wanted.model.weight), "bias": alone.bias}, strict=False)
-        distribute_module(layer, mesh)
+        layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), where, of_weight))
+        distribute_module(layer, where)
         tuner = SparseTuner(layer, RAND)
-        layer(distribute_tensor(x, mesh, [placement])).square().sum().backward()
+        layer(distribute_tensor(x, where, placements)).square().sum().backward()
         [values], [other] = tuner.parameters(), wanted.parameters()
         torch.testing.assert_close(full(values.grad), other.grad)
 
@@ -471,7 +523,7 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
     with SparseTuner(model, same_mask) as tuner:
         same(tuner.adapter(), SparseTuner(net(), same_mask).adapter(), exact=True)
     for mask, says in (
-        (masks.Grad(density=0.1), r"Grad reads the whole weight or its gradient; take Rand, Struct or WeightMagnit"),
+        (masks.Grad(density=0.1, balanced=True), r"for which Grad cannot take balanced=True"),
         (masks.Given(lambda name, weight: weight > 0), r"Given reads .* or give the function's tensors by name"),
         (masks.WeightMagnitude(density=0.1, balanced=True), r"WeightMagnitude cannot take balanced=True"),
         (masks.Rand(density=0.1, skip=masks.WeightMagnitude(density=0.1)), r"Rand reads the whole weight"),
@@ -483,16 +535,39 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
             ValueError, match=r"weight is sharded and would train by its dense gradient, which is not supported"
         ):
             SparseTuner(model, RAND, "up", **options)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"blocks\.0\.up\.weight is a DTensor in a Linear, which nothing can be laid ov"
+    ):
+        SparseTuner(model, RAND, "up", overlay=True)
+    without_names = nn.Linear(16, 32)
+    distribute_module(without_names, init_device_mesh("cpu", (2, 2)))
+    with pytest.raises(ValueError, match=r"weight is on a device mesh of several dimensions without names"):
+        SparseTuner(without_names, RAND)
+    column = nn.Linear(16, 32, bias=False)
+    local = column.weight.detach().t().contiguous().t()
+    column.weight = nn.Parameter(DTensor.from_local(local, mesh, [Replicate()]))
+    with pytest.raises(
+        ValueError, match=r"SparseTuner: weight (must be contiguous|is a DTensor whose local tensor is)"
+    ):
+        SparseTuner(column, RAND)
     ignoring = net()
     fully_shard(ignoring, mesh=mesh, ignored_params={ignoring.head.weight})
     with pytest.raises(ValueError, match=r"head\.weight is not sharded, and nothing would average its gradient"):
         SparseTuner(ignoring, RAND, "head")
+    with pytest.raises(ValueError, match=r"head\.weight is not sharded, and nothing would average its gradient"):
+        SparseTuner(ignoring, RAND, "head", overlay=True)
     table = parallelize_module(net(), mesh, {"embed": RowwiseParallel(input_layouts=Replicate())})
     with pytest.raises(
         ValueError, match=r"embed\.weight is divided by tensor parallelism in a layer other than nn\.Lin"
     ):
         SparseTuner(table, RAND, "embed")
+    with pytest.raises(ValueError, match=r"Snip: needs calibration batches: SparseTuner"):
+        SparseTuner(model, masks.Snip(density=0.1), LINEAR)
+    with pytest.raises(ValueError, match=r"calibration: embed\.weight is sharded"):
+        SparseTuner(model, masks.Grad(density=0.1), "embed", calibration=[my(mesh)], loss=loss_of)
     part = parallel(net(), mesh)
+    with pytest.raises(ValueError, match=r"up\.weight is divided by tensor parallelism, where Grad has no gradients"):
+        SparseTuner(part, masks.Grad(density=0.1), "up", calibration=[IDS], loss=loss_of)
     with pytest.raises(
         ValueError, match=r"head\.weight is not sharded, but blocks\.0\.up\.weight is, and nothing says"
     ):
@@ -525,8 +600,8 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
 
 
 CHECKS = (
-    fsdp, attached_before, tensor_parallel, fsdp_and_tensor_parallel, few_entries, convolution, hybrid, tied,
-    replicated, edits_and_states, mixed_precision, budget, refusals, checkpoint_to_resume,
+    boxes, fsdp, attached_before, tensor_parallel, fsdp_and_tensor_parallel, masks_by_gradients, few_entries,
+    convolution, hybrid, tied, by_hand, edits_and_states, mixed_precision, budget, refusals, checkpoint_to_resume,
 )  # fmt: skip
 
 

@@ -396,6 +396,29 @@ def test_packed_4_bits_compute_no_gradient() -> None:
         SparseTuner(model, MASK, overlay=True)
 
 
+@pytest.mark.parametrize("kind", ["bitsandbytes nf4", "bitsandbytes int8", "torchao int8", "quanto int8"])
+def test_a_tuner_that_writes_names_the_overlay(kind: str) -> None:
+    with pytest.raises(ValueError, match=r"0\.weight .*train a delta beside it with overlay=True"):
+        SparseTuner(quantized(kind), MASK)
+
+
+def test_transformers_trainer_takes_a_quantized_model(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    integration = pytest.importorskip("shira.integrations.transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.is_quantized = True
+    kind = type("Trainer", (integration.AdapterCheckpoints, transformers.Trainer), {})
+    arguments = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    with SparseTuner(model, MASK) as tuner, pytest.raises(ValueError, match="purely quantized"):
+        kind(model, arguments, tuner=tuner)
+    with SparseTuner(model, MASK, overlay=True) as tuner:
+        kind(model, arguments, tuner=tuner)
+    assert "_hf_peft_config_loaded" not in vars(model)
+
+
 def by_name(name: str, weight: Tensor) -> Tensor:
     return weight.abs() > weight.abs().mean()
 

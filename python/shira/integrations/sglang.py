@@ -18,7 +18,8 @@ after loading (quantized, say) cannot be followed: the weights are named, and an
 A worker refuses what does not follow on its own version, and every update is written as a whole or not at all. What
 SGLang has computed with the old weights (its radix cache) is SGLang's to forget.
 
-This was written for the interface of SGLang 0.5. It has not run in a server yet.
+This was written for the interface of SGLang 0.5, and tried with the loaders of its layers on a CPU. It has not run in a
+server yet.
 """
 
 from __future__ import annotations

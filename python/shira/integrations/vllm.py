@@ -18,8 +18,8 @@ An update is staged when it is received, and committed when the weight update is
 not follow on its own version, so one that missed an update cannot go on from wrong weights. What vLLM has computed with
 the old weights (its prefix cache) is vLLM's to forget.
 
-This was written for the interface of vLLM 0.33 and runs with that in tests of the engine alone. It has not run in a
-server yet.
+This was written for the interface of vLLM 0.33, and tried with its base class, factory and loaders on a CPU. It has not
+run in a server yet.
 """
 
 from __future__ import annotations

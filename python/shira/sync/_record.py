@@ -1,9 +1,10 @@
 """How a `Plan` is recorded: a loader is run on weights whose entries say where they come from.
 
-An entry's place in the checkpoint is written in digits that every dtype holds exactly, however few bits it has: one run
-of the loader for each digit. One more run has the first digit's complement, which a constant that the loader writes
-(padding) cannot have, and the last one has random values. What the loader writes to is seen below autograd, where every
-op says which tensors it writes to (`TorchDispatchMode`): the part is kept, and marked, before the first write.
+Entries are numbered, and the numbers written in digits that every dtype holds exactly, however few bits it has: one run
+of the loader for each digit. One more run has the lowest digit's complement, which a constant that the loader writes
+(padding) cannot have beside that digit, and the last one has random values. What the loader writes to is seen below
+autograd, where every op says which tensors it writes to (`TorchDispatchMode`): the part is kept, and marked, before the
+first write.
 """
 
 from __future__ import annotations
@@ -76,18 +77,28 @@ def recorded(
         recording = _Recording(weights, load_weights, wanted, device)
         try:
             recording.run()
-        finally:
-            lost = recording.lost()
-        if lost:
-            raise SyncError(
-                f"Plan.record: the loader wrote to {_model.some(lost)} in a way that torch does not show (a kernel of "
-                f"its own, NumPy, or a thread that was there before), so what was there is lost; load the model's "
-                f"weights again, and record with a loader that writes through torch"
-            )
+        except BaseException as error:
+            _refuse_lost(recording.lost(), error)
+            raise
+        _refuse_lost(recording.lost())
         if not recording.found and recording.problems:
             name, problem = next(iter(recording.problems.items()))
             raise SyncError(f"Plan.record: not one weight can be followed. {name} {problem}")
+        if not recording.found and any(layout.numel for layout in wanted.values()):
+            raise SyncError(
+                f"Plan.record: the loader writes nothing to the model for {_model.some(wanted)}; give the model that "
+                f"it loads, and the names of the checkpoint that it takes"
+            )
         return recording.result()
+
+
+def _refuse_lost(lost: Sequence[str], cause: BaseException | None = None) -> None:
+    if lost:
+        raise SyncError(
+            f"Plan.record: the loader wrote to {_model.some(lost)} in a way that torch does not show (a kernel of its "
+            f"own, NumPy, or a thread that was there before), so what was there is lost; load the model's weights "
+            f"again, and record with a loader that writes through torch"
+        ) from cause
 
 
 def _wanted(
@@ -376,7 +387,8 @@ class _Recording:
         alone: list[str] = []
         for group in self._packs():
             left = self._try(group)
-            if len(group) > 1:
+            # One of several may have been written over by the next, or suffer from what another one does.
+            if len(group) > 1 and (len(left) < len(group) or any(left.values())):
                 alone += left
             else:
                 pending |= left
@@ -389,8 +401,8 @@ class _Recording:
             scopes: dict[str, list[str]] = {}
             for name in pending:
                 scopes.setdefault(".".join(name.split(".")[:depth]), []).append(name)
-            for scope, group in scopes.items():
-                if len(group) > 1 and tuple(group) not in tried and (not depth or scope != group[0]):
+            for group in scopes.values():
+                if len(group) > 1 and tuple(group) not in tried:
                     tried.add(tuple(group))
                     self._together(group, pending)
             depth -= 1
@@ -563,8 +575,10 @@ class _Recording:
         for name, weight in self.weights.items():
             for slot in weight.slots:
                 if not slot.holds():
-                    home = slot.module._parameters if isinstance(slot.weight, nn.Parameter) else slot.module._buffers
-                    home[slot.attribute] = slot.weight
+                    is_parameter: bool = isinstance(slot.weight, nn.Parameter)
+                    homes: list[dict[str, Any]] = [slot.module._buffers, slot.module._parameters]
+                    homes[not is_parameter].pop(slot.attribute, None)
+                    homes[is_parameter][slot.attribute] = slot.weight
             if weight.slots[0].weight.data_ptr() != self.own[name].data_ptr():
                 weight.slots[0].weight.data = self.own[name]
 

@@ -98,7 +98,7 @@ class Plan:
         threads that it starts. What computes with them (a scale, a quantizer, ``1 + weight``) is found out, and told
         in `problems` weight by weight. Values are cast as ``copy_`` does where dtypes differ.
 
-        Some weights at a time are given to the loader, together as large as the largest one, five to eight times. What
+        Some weights at a time are given to the loader, together as large as the largest one, three to nine times. What
         it writes over is kept and put back: afterwards the model has the bits that it had. Weights of which nothing
         arrives, as the loader waits for others that belong to them, are tried again together with their neighbours:
         with the weights of their module, of their layer, and so on. In the end other values are loaded, and compared

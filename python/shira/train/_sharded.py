@@ -15,9 +15,8 @@ No dense gradient of a weight is made, and what is added up is fp32 whatever FSD
 
 from __future__ import annotations
 
-import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
@@ -28,7 +27,8 @@ from torch import Tensor, distributed, nn
 import shira_ops
 from shira import _granules, _model, _shards
 from shira._granules import fnv1a64, signed
-from shira.masks.masks import Given, Mask, WeightMagnitude
+from shira.masks import calibration
+from shira.masks.masks import Given, Grad, Mask, Snip, WeightMagnitude
 from shira.train import _layers
 
 if TYPE_CHECKING:
@@ -40,8 +40,23 @@ if TYPE_CHECKING:
 # How a weight is divided while a layer computes with it; None: not at all.
 Layout: TypeAlias = "tuple[DeviceMesh, tuple[Any, ...]] | None"
 
+_Scored: TypeAlias = WeightMagnitude | Grad | Snip
+_SCORED = (WeightMagnitude, Grad, Snip)
+
 # How many entries one collective moves, so that its buffers stay small beside the model.
 _BUCKET = 2**26
+
+
+def runs(counts: Sequence[int], dtypes: Sequence[torch.dtype]) -> Iterator[slice]:
+    """Runs of tensors that travel together: of one dtype, and not too many entries."""
+    begin, total = 0, 0
+    for at, (count, dtype) in enumerate(zip(counts, dtypes, strict=True)):
+        if at > begin and (total + count > _BUCKET or dtype != dtypes[begin]):
+            yield slice(begin, at)
+            begin, total = at, 0
+        total += count
+    if counts:
+        yield slice(begin, len(counts))
 
 
 # ---- exchanges between ranks ---------------------------------------------------------------------------------
@@ -74,46 +89,35 @@ class Ranks:
     def join(self, chunks: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
         """Every rank's values, from the chunks of all ranks."""
         joined: list[Tensor] = []
-        for begin, end in self._buckets(chunks, counts):
-            widths = [self.chunk(count) for count in counts[begin:end]]
-            sent = chunks[begin].new_zeros(sum(widths))
-            for place, chunk in zip(sent.split(widths), chunks[begin:end], strict=True):
+        for run in runs(counts, [chunk.dtype for chunk in chunks]):
+            widths = [self.chunk(count) for count in counts[run]]
+            sent = chunks[run.start].new_zeros(sum(widths))
+            for place, chunk in zip(sent.split(widths), chunks[run], strict=True):
                 place[: chunk.numel()] = chunk
             got = sent.new_empty(self.size * sent.numel())
             _collective("all_gather")(got, sent, group=self.group)
             columns = got.view(self.size, -1).split(widths, 1)
-            joined += (column.reshape(-1)[:count] for column, count in zip(columns, counts[begin:end], strict=True))
+            joined += (column.reshape(-1)[:count] for column, count in zip(columns, counts[run], strict=True))
         return joined
 
     def add(self, wholes: Sequence[Tensor]) -> list[Tensor]:
         """Of tensors that are added up over all ranks, the chunks of this rank."""
         chunks: list[Tensor] = []
         counts = [whole.numel() for whole in wholes]
-        for begin, end in self._buckets(wholes, counts):
-            widths = [self.chunk(count) for count in counts[begin:end]]
-            sent = wholes[begin].new_zeros(self.size, sum(widths))
+        for run in runs(counts, [whole.dtype for whole in wholes]):
+            widths = [self.chunk(count) for count in counts[run]]
+            sent = wholes[run.start].new_zeros(self.size, sum(widths))
             at = 0
-            for whole, width in zip(wholes[begin:end], widths, strict=True):
+            for whole, width in zip(wholes[run], widths, strict=True):
                 rows = whole.new_zeros(self.size * width)
                 rows[: whole.numel()] = whole
                 sent[:, at : at + width] = rows.view(self.size, width)
                 at += width
             got = sent.new_empty(sum(widths))
             _collective("reduce_scatter")(got, sent.view(-1), group=self.group)
-            for chunk, count in zip(got.split(widths), counts[begin:end], strict=True):
+            for chunk, count in zip(got.split(widths), counts[run], strict=True):
                 chunks.append(chunk[: self.span(count)[1]].clone())
         return chunks
-
-    def _buckets(self, tensors: Sequence[Tensor], counts: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Runs of tensors that travel together: of one dtype, and not too many entries."""
-        begin, total = 0, 0
-        for at, (tensor, count) in enumerate(zip(tensors, counts, strict=True)):
-            if at > begin and (total + count > _BUCKET or tensor.dtype != tensors[begin].dtype):
-                yield begin, at
-                begin, total = at, 0
-            total += count
-        if tensors:
-            yield begin, len(tensors)
 
     def same(self, words: Sequence[int]) -> list[bool]:
         """Which of these 64-bit words are the same on all ranks, which give equally many."""
@@ -162,16 +166,11 @@ def _collective(name: str) -> Callable[..., Any]:
 
 def reshard(model: nn.Module) -> None:
     """Have FSDP drop what it gathered, so that modules hold their shards."""
-    for module in _fsdp_modules(model):
+    for module in _shards.fsdp_modules(model):
         module.reshard()
         for group in _fsdp_groups(module):  # which after a forward that has failed does nothing
             if group is not None and group.is_unsharded:
                 group._to_sharded()
-
-
-def _fsdp_modules(model: nn.Module) -> list[Any]:
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
 def _fsdp_groups(module: Any) -> list[Any]:
@@ -182,7 +181,7 @@ def _fsdp_groups(module: Any) -> list[Any]:
 
 def fsdp_of(model: nn.Module, owner: nn.Module, attribute: str) -> tuple[Any, Any] | None:
     """FSDP's group of parameters and its own entry for one; None if FSDP does not have it."""
-    for module in _fsdp_modules(model):
+    for module in _shards.fsdp_modules(model):
         for group in _fsdp_groups(module):
             for found in () if group is None else group.fsdp_params:
                 info = found._module_info
@@ -193,6 +192,12 @@ def fsdp_of(model: nn.Module, owner: nn.Module, attribute: str) -> tuple[Any, An
                 if any(one is owner and name == attribute for one, name in places):
                     return group, found
     return None
+
+
+def is_tensor_parallel(model: nn.Module, slot: _model.Slot) -> bool:
+    """Whether a sharded weight is divided while its layer computes, too."""
+    found = fsdp_of(model, slot.module, slot.attribute)
+    return found is None or bool(found[1].is_dtensor)
 
 
 class Taken(NamedTuple):
@@ -226,17 +231,12 @@ def taken(model: nn.Module, site: Site, owner: nn.Module) -> Taken | None:
     return Taken(sharded, kept, weight[0], values)
 
 
-def check_targets(model: nn.Module, groups: Mapping[str, Sequence[_model.Slot]], overlay: bool) -> list[str]:
+def check_targets(model: nn.Module, groups: Mapping[str, Sequence[_model.Slot]]) -> list[str]:
     """The targets that are sharded: all of them or none. Refuses what cannot be trained, before anything is put on the
     model."""
     sharded = {name: group[0] for name, group in groups.items() if _shards.is_dtensor(group[0].weight)}
-    if overlay:
-        if sharded or _fsdp_modules(model):
-            _refuse(next(iter(sharded or groups)), "is sharded, or in a model that is; an overlay cannot be trained "
-                    "there: train without overlay=True, or in one process")  # fmt: skip
-        return []
-    if not sharded:
-        if groups and _fsdp_modules(model):
+    if not sharded:  # as those of an overlay never are
+        if groups and _shards.fsdp_modules(model):
             _refuse(next(iter(groups)), "is not sharded, and nothing would average its gradient over the ranks (is it "
                     "one of fully_shard's ignored_params?); leave it out with exclude=")  # fmt: skip
         return []
@@ -257,6 +257,9 @@ def check_targets(model: nn.Module, groups: Mapping[str, Sequence[_model.Slot]],
             _shards.Box.of(weight)
         except ValueError as error:
             _refuse(name, str(error))
+        if not _shards.local(weight).is_contiguous():
+            _refuse(name, "is a DTensor whose local tensor is not contiguous, and only contiguous memory can be "
+                    "written; distribute a weight of which every rank has its own copy of its part")  # fmt: skip
         if _shards.local(weight).device.type != mesh.device_type:
             _refuse(name, f"is kept on {_shards.local(weight).device} by a CPUOffloadPolicy and computed with on "
                     f"{mesh.device_type}, which is not supported; use fully_shard without it")  # fmt: skip
@@ -275,43 +278,86 @@ def stand_in(weight: Tensor) -> Tensor:
     return _shards.local(weight).new_zeros(()).expand(weight.shape)
 
 
-def check_mask(mask: Mask, name: str) -> None:
+def check_mask(mask: Mask, name: str, tensor_parallel: bool) -> None:
     """Refuse a mask that would have to read a weight that no rank has."""
     kind = type(mask).__name__
-    if type(mask) is WeightMagnitude:
-        if mask.balanced or mask.skip:
-            option = "balanced=True" if mask.balanced else "skip"
+    if type(mask) in _SCORED:
+        option = "balanced=True" if getattr(mask, "balanced", False) else "skip" if mask.skip else None
+        if option is not None:
             _refuse(name, f"is sharded, for which {kind} cannot take {option}; leave it out, or make the mask on one "
                     f"process and give its tensors by name")  # fmt: skip
+        if tensor_parallel and type(mask) is not WeightMagnitude:
+            _refuse(name, f"is divided by tensor parallelism, where {kind} has no gradients; take WeightMagnitude, or "
+                    f"make the mask on one process and give its tensors by name")  # fmt: skip
     elif mask.reads_weights:
         advice = " or give the function's tensors by name" if isinstance(mask, Given) else ""
-        _refuse(name, f"is sharded, and {kind} reads the whole weight or its gradient; take Rand, Struct or "
-                f"WeightMagnitude{advice}, or make the mask on one process and give its tensors by name")  # fmt: skip
+        _refuse(name, f"is sharded, and {kind} reads the whole weight; take Rand, Struct, WeightMagnitude, Grad or "
+                f"Snip{advice}, or make the mask on one process and give its tensors by name")  # fmt: skip
+
+
+def prepare(
+    mask: Mask,
+    model: nn.Module,
+    groups: Mapping[str, Sequence[_model.Slot]],
+    batches: Iterable[Any] | None,
+    loss: calibration.Loss | None,
+    ranks: Ranks,
+) -> None:
+    """For a mask by gradients: run the calibration batches of all ranks. A collective call."""
+    places = {name: [(slot.module, slot.attribute) for slot in group] for name, group in groups.items()}
+    if not isinstance(mask, (Grad, Snip)):
+        mask.prepare(model, places, batches, loss)
+        return
+    if batches is None:
+        raise ValueError(
+            f"{type(mask).__name__}: needs calibration batches: SparseTuner(model, mask, calibration=batches)"
+        )
+    mask._selected = {}
+
+    def visit(name: str, gradient: Tensor) -> None:
+        weight: Any = groups[name][0].weight
+        mask._selected[name] = _best(mask, name, weight, gradient, ranks)
+
+    try:
+        calibration.stream(model, places, batches, loss, visit)
+    finally:
+        reshard(model)
 
 
 def indices_of(mask: Mask, name: str, weight: DTensor, ranks: Ranks) -> Tensor:
     """What the mask selects of the whole weight, the same as in one process."""
-    if not isinstance(mask, WeightMagnitude):
-        return mask(name, stand_in(weight))
+    if isinstance(mask, WeightMagnitude):
+        return _best(mask, name, weight, None, ranks)
+    return mask(name, stand_in(weight))
+
+
+def _best(mask: _Scored, name: str, weight: DTensor, gradient: Any, ranks: Ranks) -> Tensor:
+    """The ``k`` best granules of all ranks' parts; ``gradient`` is divided as the weight is."""
     box, here = _shards.Box.of(weight), _shards.local(weight)
-    granule, k = mask.granule_of(weight), mask.count(name, weight)
+    part = None if gradient is None else _shards.local(gradient)
+    granule, k, score = mask.granule_of(weight), mask.count(name, weight), mask.score
     split = box.granule(granule) != granule
     own = 0 if split or not _shards.is_first(weight) else min(k, box.local_numel // granule)
     most, anywhere = ranks.most([own, split])
     if anywhere:  # a score needs all entries of its granule
-        return mask(name, weight.full_tensor().detach())
-    # The best of the weight are among the best of each box.
+        whole = None if gradient is None else gradient.full_tensor()
+        return shira_ops.select_top(weight.full_tensor().detach(), whole, k, score=score, granule=granule)
+    # The best of the weight are among the best of each part.
     candidates = torch.full((most,), -1, dtype=torch.int64, device=here.device)
-    entries = here.new_zeros(most * granule)
-    if own:
-        best = shira_ops.select_top(here, None, own, score=mask.score, granule=granule)
+    best = shira_ops.select_top(here, part, own, score=score, granule=granule) if own else None
+    if best is not None:
         candidates[:own] = box.globally(best, granule)
-        entries[: own * granule] = shira_ops.gather(here, best, granule=granule)
-    candidates, entries = ranks.gather(candidates), ranks.gather(entries)
+    candidates = ranks.gather(candidates)
     order = candidates.argsort()[int((candidates < 0).sum()) :]
-    few = entries.view(-1, granule)[order].view(-1)
-    chosen = order[shira_ops.select_top(few, None, k, score=mask.score, granule=granule)]
-    return candidates[chosen].to(_granules.index_dtype(weight.numel() // granule))
+
+    def few(entries: Tensor) -> Tensor:
+        sent = entries.new_zeros(most * granule)
+        if best is not None:
+            sent[: own * granule] = shira_ops.gather(entries, best, granule=granule)
+        return ranks.gather(sent).view(-1, granule)[order].view(-1)
+
+    chosen = shira_ops.select_top(few(here), None if part is None else few(part), k, score=score, granule=granule)
+    return candidates[order[chosen]].to(_granules.index_dtype(weight.numel() // granule))
 
 
 # ---- one weight ----------------------------------------------------------------------------------------------
@@ -330,9 +376,8 @@ class Sharded:
     # The adapter's granules, and how many entries they have.
     granule: int
     count: int
-    # FSDP's group of parameters, if the weight is in one; and whether the weight is divided while layers compute.
+    # FSDP's group of parameters, if the weight is in one.
     fsdp: Any
-    tensor_parallel: bool
     # Whether the ranks know that they have the same mask and base; not yet if FSDP came after the tuner.
     compared: bool = True
     fingerprint: int = 0
@@ -349,7 +394,7 @@ class Sharded:
         return Sharded(
             ranks, weakref.ref(weight), weakref.ref(slot.module), slot.attribute,
             _shards.Box.of(weight).take(indices, granule), granule, indices.numel() * granule,
-            None if found is None else found[0], found is None or bool(found[1].is_dtensor),
+            None if found is None else found[0],
         )  # fmt: skip
 
     def __reduce_ex__(self, protocol: Any) -> Any:

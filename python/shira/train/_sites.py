@@ -609,8 +609,8 @@ def refuse_replaced(name: str) -> None:
         f"SparseTuner: {name} was replaced by another parameter after the tuner was attached, so what the model "
         f"computes with is not what the tuner and its optimizer train. fully_shard, conversions under "
         f"torch.__future__.set_overwrite_module_params_on_conversion and load_state_dict(assign=True) do so; do that "
-        f"first and then attach the tuner, or detach it, do that, and attach again. After fully_shard it is enough to "
-        f"make the optimizer from tuner.parameters(), or to call tuner.sync()"
+        f"first and then attach the tuner, or detach it, do that, and attach again. After fully_shard on a "
+        f"mesh of one dimension it is enough to make the optimizer from tuner.parameters(), or to call tuner.sync()"
     )
 
 
@@ -716,11 +716,15 @@ def _write(items: Iterable[Item]) -> None:
         for site, weight, indices, values in items
         if site.shard is None
     )
-    sharded = [(site, site.shard) for site, *_ in items if site.shard is not None]
-    wholes = whole_values([(site, values) for site, _, _, values in items if site.shard is not None])
-    scatter(
-        entries for (site, shard), whole in zip(sharded, wholes, strict=True) for entries in shard.entries(site, whole)
-    )
+    sharded = [(site, site.shard, values) for site, _, _, values in items if site.shard is not None]
+    sizes = [(shard.count, shard.stored().dtype) for _, shard, _ in sharded]
+    for run in _sharded.runs([count for count, _ in sizes], [dtype for _, dtype in sizes]):
+        wholes = whole_values([(site, values) for site, _, values in sharded[run]])
+        scatter(
+            entries
+            for (site, shard, _), whole in zip(sharded[run], wholes, strict=True)
+            for entries in shard.entries(site, whole)
+        )
 
 
 def whole_values(items: Sequence[tuple[Site, Tensor]], master: bool = False) -> list[Tensor]:

@@ -202,11 +202,12 @@ class AdamW(_Masked):
         p = p - lr * weight_decay * p            # decay_towards="zero"
         p = p - lr * weight_decay * (p - b)      # decay_towards="base"
 
-    before the step. With ``"base"`` it is the adapter that decays.
+    before the step. With ``"base"`` it is the adapter that decays. The values of a tuner with ``overlay`` are zero at
+    the base, so both are the same there.
 
     Args:
         params: a `SparseTuner`, or what ``torch.optim`` takes: parameters, or groups of them. Parameters that no tuner
-            trains get torch's own step.
+            trains, and the values of a tuner with ``overlay``, get torch's own step.
         lr: learning rate; a tensor (float32 or float64, one entry) may be changed in place, also for a captured graph.
         betas: decay of the running averages of the gradient and of its square.
         eps: added to the denominator.
@@ -371,7 +372,7 @@ class SGD(_Masked):
 
     Args:
         params: a `SparseTuner`, or what ``torch.optim`` takes: parameters, or groups of them. Parameters that no tuner
-            trains get torch's own step.
+            trains, and the values of a tuner with ``overlay``, get torch's own step.
         lr: learning rate; a tensor (float32 or float64, one entry) may be changed in place, also for a captured graph.
         momentum: decay of the running sum of gradients; with 0 there is no such sum.
         dampening: a gradient is added to that sum times ``1 - dampening``.

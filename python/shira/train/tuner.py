@@ -13,6 +13,9 @@ Their gradients come in one of two ways, chosen for each weight:
 - *dense*: autograd makes the weight's dense gradient, and as soon as it is there a hook of the weight gathers it at the
   indices, passes that on to the values, and frees it. For every other use of a weight: in ``nn.MultiheadAttention``, in
   layers with a forward of their own, plain parameters of any shape, parameters that train as a whole.
+
+With ``overlay=True`` the values are a delta instead, and no weight is written: a forward hook adds the delta's product
+with the layer's input to its output, and autograd does the rest. So weights that are codes can be trained beside.
 """
 
 from __future__ import annotations
@@ -149,8 +152,9 @@ class SparseTuner:
     ``nn.Linear``), or by both. Then all ranks call the tuner together, with the same arguments; the values of a weight
     are one DTensor of `nnz` entries in the order of the adapter's file, divided evenly between all ranks; masks select
     what they select in one process; and every rank gets the same whole `adapter`. For that ``gradient`` must be
-    ``"sampled"``, and the mask `shira.masks.Rand`, `shira.masks.Struct`, `shira.masks.WeightMagnitude` or 0/1 tensors
-    by name. ``fully_shard`` may also follow the tuner, with the optimizer made from ``tuner.parameters()`` after it.
+    ``"sampled"``; masks that are functions, ``balanced`` or with scores to skip are refused; for `shira.masks.Grad` and
+    `shira.masks.Snip` every rank gives its own batches, equally many. ``fully_shard`` may also follow the tuner, with
+    the optimizer made from ``tuner.parameters()`` after it.
 
     Args:
         model: the model; its weights are changed in place, in the same storage. Wrap it in DistributedDataParallel
@@ -217,17 +221,15 @@ class SparseTuner:
         if not chosen and not entire:
             raise ValueError("SparseTuner: targets is empty, so nothing would train")
         layers: Mapping[str, _linears.Layer] = names.layers or {}
-        sharded = _sharded.check_targets(self.model, {**chosen, **entire}, overlay)
-        for name in sharded:
-            _sharded.check_mask(mask, name)
+        sharded = _sharded.check_targets(self.model, {**chosen, **entire})
         if entire and sharded:
             self._refuse_dense(next(iter(entire)))
         mask.check({name: _stand_in(group, layers.get(name)) for name, group in chosen.items()})
         places = {name: [(slot.module, slot.attribute) for slot in group] for name, group in chosen.items()}
-        mask.prepare(self.model, places, calibration, loss)
         if sharded:
-            sparse = self._masked_together(mask, chosen)
+            sparse = self._masked_together(mask, chosen, calibration, loss)
         else:
+            mask.prepare(self.model, places, calibration, loss)
             sparse = [self._masked(mask, name, group, layers.get(name)) for name, group in chosen.items()]
         self._install([*sparse, *(self._entire(name, group) for name, group in entire.items())], allow_unused)
         if mask.granule == "auto":
@@ -382,15 +384,29 @@ class SparseTuner:
         base = torch.tensor([_granules.signed(fingerprint)], dtype=torch.int64, device=layer.device)
         return _Plan(name, group, indices, granule, base, fingerprint, seed, layer=layer)
 
-    def _masked_together(self, mask: Mask, groups: Mapping[str, list[_model.Slot]]) -> list[_Plan]:
+    def _masked_together(
+        self,
+        mask: Mask,
+        groups: Mapping[str, list[_model.Slot]],
+        calibration: Iterable[Any] | None,
+        loss: Callable[[nn.Module, Any], Tensor] | None,
+    ) -> list[_Plan]:
         """The plans for weights that ranks hold together. A collective call."""
-        first: Any = next(iter(groups.values()))[0].weight
-        rules = {name: self._rules(group, mask.granule_of(group[0].weight)) for name, group in groups.items()}
-        for name, found in rules.items():
-            if found[0] is None:
+        for name, group in groups.items():
+            rule = self._rules(group, mask.granule_of(group[0].weight))[0]
+            divided = _sharded.is_tensor_parallel(self.model, group[0])
+            _sharded.check_mask(mask, name, divided)
+            if rule is None:
                 self._refuse_dense(name)
+            if divided and rule != "linear":
+                raise ValueError(
+                    f"SparseTuner: {name} is divided by tensor parallelism in a layer other than nn.Linear, which is "
+                    f"not supported; leave it out with exclude="
+                )
+        first: Any = next(iter(groups.values()))[0].weight
         ranks = _sharded.Ranks(first.device_mesh)
         _sharded.compare_plans(ranks, list(groups), mask)
+        _sharded.prepare(mask, self.model, groups, calibration, loss, ranks)
         plans = []
         for name, group in groups.items():
             weight: Any = group[0].weight
@@ -398,11 +414,6 @@ class SparseTuner:
             indices = _sharded.indices_of(mask, name, weight, ranks)
             shira_ops.check_indices(indices, weight.numel(), granule=granule)
             shard = Sharded.of(self.model, group[0], ranks, indices, granule)
-            if shard.tensor_parallel and rules[name][0] != "linear":
-                raise ValueError(
-                    f"SparseTuner: {name} is divided by tensor parallelism in a layer other than nn.Linear, which is "
-                    f"not supported; leave it out with exclude="
-                )
             saved = shira_ops.gather(_shards.local(weight), shard.part.indices, granule=shard.part.granule)
             plans.append(_Plan(name, group, indices, granule, saved, 0, mask.seed_for(name), shard=shard))
         _sharded.compare(ranks, {plan.name: (plan.indices, plan.granule, 0) for plan in plans})

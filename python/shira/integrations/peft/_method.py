@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import shira_ops
-from shira import _linears, _model, masks
+from shira import _linears, masks
 from shira._linears import Layer
 from shira._text import dtype_name
 from shira.adapter._file import ARITHMETIC
@@ -271,10 +271,11 @@ class Linear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _writable(self) -> Tensor:
         layer = self._layer()
         if layer is None or layer.quantized or dtype_name(layer.dtype) not in ARITHMETIC:
+            sharded = "sharded " if _is_sharded(self.base_layer) else ""
             raise ValueError(
-                f"{self.where}: an adapter can be merged into the float weight of an nn.Linear or Conv1D alone, got a "
-                f"{type(self.base_layer).__qualname__}: codes would have to be rounded anew, and another forward may "
-                f"use its weight in another way; use it without merging"
+                f"{self.where}: an adapter can be merged into the whole float weight of an nn.Linear or Conv1D alone, "
+                f"got a {sharded}{type(self.base_layer).__qualname__} (codes would have to be rounded anew, and "
+                f"another forward may use its weight in another way); use it without merging"
             )
         return layer.dense()
 
@@ -342,11 +343,18 @@ class Linear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return "shira_ops." + super().__repr__()
 
 
+def _is_sharded(base_layer: nn.Module) -> bool:
+    """Whether its weight is a DTensor."""
+    return hasattr(getattr(base_layer, "weight", None), "placements")
+
+
 def _features(base_layer: nn.Module, where: str) -> tuple[int, int]:
     """The features of a linear layer, of any class; other layers are refused, and sharded ones."""
-    weight: Any = getattr(base_layer, "weight", None)
-    if hasattr(weight, "placements"):
-        raise ValueError(f"SparseConfig: the weight of {where} {_model.foreign(weight)}")
+    if _is_sharded(base_layer):
+        raise ValueError(
+            f"SparseConfig: the weight of {where} is sharded (a DTensor), and a mask is of the whole weight; call "
+            f"get_peft_model first and shard the model afterwards"
+        )
     features: tuple[int | None, int | None] = (None, None)
     if hasattr(base_layer, "in_features") or hasattr(base_layer, "infeatures") or isinstance(base_layer, Conv1D):
         with warnings.catch_warnings():
