@@ -369,7 +369,7 @@ class Receiver:
         if self._state.torn is not None:
             with _bare("stage", self._tensors()) as switchers:
                 self._heal(switchers)
-        holders = [switcher for switcher in list(_live.switchers) if switcher.active]
+        holders: list[Switcher] = [switcher for switcher in list(_live.switchers) if switcher.active]
 
         def base(weight: Weight, indices: Tensor, granule: int) -> Tensor:
             tensor = weight.slots[0].weight
