@@ -4,6 +4,26 @@
 
 namespace shira::core {
 
+// The union's granules are planned in groups of 64. A group has one source for each adapter that changes any of it: the
+// source's members are bits that say which, and the adapter's granules for them follow one another in its values.
+constexpr int64_t kGroup = 64;
+SHIRA_HD int64_t groups_of(int64_t granules) { return (granules + kGroup - 1) / kGroup; }
+
+SHIRA_HD int64_t count_of(uint64_t members) {
+#if defined(__CUDA_ARCH__)
+  return __popcll(members);
+#else  // plain arithmetic: loops over it vectorise, and the oldest x86-64 has no instruction for it
+  members -= members >> 1 & 0x5555555555555555u;
+  members = (members & 0x3333333333333333u) + (members >> 2 & 0x3333333333333333u);
+  return static_cast<int64_t>(((members + (members >> 4)) & 0x0F0F0F0F0F0F0F0Fu) * 0x0101010101010101u >> 56);
+#endif
+}
+SHIRA_HD bool is_member(uint64_t members, int64_t granule) { return (members >> (granule % kGroup) & 1) != 0; }
+// How many members come before this granule of the union.
+SHIRA_HD int64_t members_before(uint64_t members, int64_t granule) {
+  return count_of(members & ((uint64_t{1} << (granule % kGroup)) - 1));
+}
+
 // A source names an adapter and a granule of its values: adapter << 48 | position. 15 bits are left for the adapter.
 constexpr int kPositionBits = 48;
 constexpr int64_t kPositionMask = (int64_t{1} << kPositionBits) - 1;
