@@ -67,11 +67,18 @@ std::unique_ptr<T[]> room(int64_t n) {
   return std::unique_ptr<T[]>(new T[n]);
 }
 
-// One share's part of the union: the entries [from[k], to[k]) of each list k. Writes the union's indices, and for each
-// entry, list after list, its place among them. Returns how many they are.
+// f(position of the bit) for every bit that is set, in order.
+template <typename F>
+SHIRA_INLINE void each_member(uint64_t members, F&& f) {
+  for (; members != 0; members &= members - 1) f(std::countr_zero(members));
+}
+
+// One share's part of the union: the entries [from[k], to[k]) of each list k, n together, none below `lowest`. Writes
+// the union's indices, and for each entry, list after list, its place among them. Returns how many they are. By a
+// merge:
 template <typename Key, typename I, typename P>
-int64_t unite(const Tensors& lists, const int64_t* from, const int64_t* to, int64_t lowest, int64_t n, I* entries,
-              P* places) {
+int64_t unite_far(const Tensors& lists, const int64_t* from, const int64_t* to, int64_t lowest, int64_t n, I* entries,
+                  P* places) {
   const auto keys = room<Key>(n), spare = room<Key>(n);
   std::vector<int64_t> runs;
   int64_t filled = 0;
@@ -98,21 +105,56 @@ int64_t unite(const Tensors& lists, const int64_t* from, const int64_t* to, int6
   return u + 1;
 }
 
-// Calls f(group, list, position in it of its first entry there, members) for the groups [begin, end) of the union, list
-// after list. `places` are the places of all entries in the union; those of list k begin at `starts[k]`.
-template <typename P, typename F>
-void groups_of_lists(const P* places, const std::vector<int64_t>& starts, int64_t begin, int64_t end, F&& f) {
+// The same by a bit for each index in the share's range, of `words` words: faster while there are few for an entry.
+template <typename I, typename P>
+int64_t unite_near(const Tensors& lists, const int64_t* from, const int64_t* to, int64_t lowest, int64_t words,
+                   I* entries, P* places) {
+  const auto bits = std::make_unique<uint64_t[]>(words);
+  const auto before = room<P>(words);
+  const auto each = [&](const auto& f) {
+    for (size_t k = 0; k < lists.size(); ++k) {
+      if (from[k] == to[k]) continue;
+      with_index(lists[k].scalar_type(), [&](auto type) {
+        const auto* list = lists[k].const_data_ptr<typename decltype(type)::type>();
+        for (int64_t at = from[k]; at < to[k]; ++at) f(static_cast<uint64_t>(list[at] - lowest));
+      });
+    }
+  };
+  each([&](uint64_t x) { bits[x / 64] |= uint64_t{1} << (x % 64); });
+  int64_t u = 0;
+  for (int64_t w = 0; w < words; ++w) {
+    before[w] = static_cast<P>(u);
+    each_member(bits[w], [&](int bit) SHIRA_INLINE_LAMBDA { entries[u++] = static_cast<I>(lowest + 64 * w + bit); });
+  }
+  each([&](uint64_t x) {
+    *places++ = before[x / 64] + static_cast<P>(core::count_of(bits[x / 64] & ((uint64_t{1} << (x % 64)) - 1)));
+  });
+  return u;
+}
+
+struct Source {
+  int64_t group, source;
+  uint64_t members;
+};
+
+// The sources of the union's groups [begin, end), list after list. `places` are the places of all entries in the union;
+// those of list k begin at `starts[k]`.
+template <typename P>
+std::vector<Source> find_sources(const P* places, const std::vector<int64_t>& starts, int64_t begin, int64_t end) {
+  std::vector<Source> found;
   for (size_t k = 0; k + 1 < starts.size(); ++k) {
     const P *const list = places + starts[k], *const list_end = places + starts[k + 1];
     for (const P* at = std::lower_bound(list, list_end, begin * core::kGroup); at < list_end;) {
       const int64_t group = *at / core::kGroup;
       if (group >= end) break;
       const P* const first = at;
+      const P* const last = at + std::min<int64_t>(core::kGroup, list_end - at);
       uint64_t members = 0;
-      for (; at < list_end && *at / core::kGroup == group; ++at) members |= uint64_t{1} << (*at % core::kGroup);
-      f(group, static_cast<int64_t>(k), first - list, members);
+      for (; at < last && *at < (group + 1) * core::kGroup; ++at) members |= uint64_t{1} << (*at & (core::kGroup - 1));
+      found.push_back({group, core::source_of(static_cast<int64_t>(k), first - list), members});
     }
   }
+  return found;
 }
 
 // The union in shares: ranges of indices, each of which takes its part of every list. Then the sources, group by group.
@@ -160,10 +202,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> make_plan(const Tensors& lists, const
         });
       }
       const int64_t n = firsts[s + 1] - firsts[s];
-      const bool narrow = highest - lowest <= UINT32_MAX && n <= UINT32_MAX;
-      unions[s + 1] =
-          (narrow ? unite<Narrow, I, P> : unite<Wide, I, P>)(lists, from, to, lowest, n, entries.get() + firsts[s],
-                                                             in_shares.get() + firsts[s]);
+      const int64_t words = (highest - lowest) / 64 + 1;
+      const bool near = n > 0 && words <= 2 * n, narrow = highest - lowest <= UINT32_MAX && n <= UINT32_MAX;
+      I* const to_entries = entries.get() + firsts[s];
+      P* const to_places = in_shares.get() + firsts[s];
+      unions[s + 1] = near ? unite_near(lists, from, to, lowest, words, to_entries, to_places)
+                           : (narrow ? unite_far<Narrow, I, P> : unite_far<Wide, I, P>)(lists, from, to, lowest, n,
+                                                                                        to_entries, to_places);
     }
   });
   for (int64_t s = 0; s < shares; ++s) unions[s + 1] += unions[s];
@@ -188,25 +233,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> make_plan(const Tensors& lists, const
   P* const cuts = offsets.mutable_data_ptr<P>();
   std::fill_n(cuts, groups + 1, P{0});
   // A search in every list for each step, so not more steps than entries.
-  const int64_t step = std::max(kShare, adapters) / core::kGroup;
-  torch::stable::parallel_for(0, groups, step, [&](int64_t begin, int64_t end) {
-    groups_of_lists(places.get(), starts, begin, end,
-                    [=](int64_t group, int64_t, int64_t, uint64_t) { ++cuts[group + 1]; });
+  const int64_t step = std::max(kShare, adapters) / core::kGroup, steps = (groups + step - 1) / step;
+  std::vector<std::vector<Source>> found(steps);
+  torch::stable::parallel_for(0, steps, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      found[s] = find_sources(places.get(), starts, s * step, std::min(groups, (s + 1) * step));
+      for (const Source& one : found[s]) ++cuts[one.group + 1];
+    }
   });
   for (int64_t g = 0; g < groups; ++g) cuts[g + 1] += cuts[g];
   Tensor sources = torch::stable::new_empty(lists[0], {cuts[groups]}, ScalarType::Long);
   Tensor members = torch::stable::new_empty(lists[0], {cuts[groups]}, ScalarType::Long);
-  torch::stable::parallel_for(0, groups, step,
-                              [&, to_sources = sources.mutable_data_ptr<int64_t>(),
-                               to_members = members.mutable_data_ptr<int64_t>()](int64_t begin, int64_t end) {
-                                std::vector<P> next(cuts + begin, cuts + end);
-                                groups_of_lists(places.get(), starts, begin, end,
-                                                [&](int64_t group, int64_t k, int64_t position, uint64_t own) {
-                                                  const P at = next[group - begin]++;
-                                                  to_sources[at] = core::source_of(k, position);
-                                                  to_members[at] = static_cast<int64_t>(own);
-                                                });
-                              });
+  int64_t* const to_sources = sources.mutable_data_ptr<int64_t>();
+  int64_t* const to_members = members.mutable_data_ptr<int64_t>();
+  torch::stable::parallel_for(0, steps, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      std::vector<P> next(cuts + s * step, cuts + std::min(groups, (s + 1) * step));
+      for (const Source& one : found[s]) {
+        const P at = next[one.group - s * step]++;
+        to_sources[at] = one.source;
+        to_members[at] = static_cast<int64_t>(one.members);
+      }
+    }
+  });
   return {indices, offsets, sources, members};
 }
 
@@ -277,30 +326,12 @@ void plan_content(int64_t granules, const FusePlan& plan, const Tensors& values,
 }
 
 constexpr int64_t kBlock = 512;  // entries of granules whose buffers stay in L1 together
-// base -> mixed for n entries of one source each. `rules` is read where the adapters do not share one.
-template <typename W, typename V>
-using Mix = void (*)(int64_t n, const typename W::Bits* base, const typename V::Bits* values,
-                     const typename W::Compute* alphas, const core::Rule* rules, typename W::Bits* mixed);
-
-template <typename W, typename V, core::Rule rule>
-void mix_alike(int64_t n, const typename W::Bits* base, const typename V::Bits* values,
-               const typename W::Compute* alphas, const core::Rule*, typename W::Bits* mixed) {
-  vector_loop(n, [=](int64_t i) { mixed[i] = core::mix<W, V, rule>(base[i], values[i], alphas[i]); });
-}
-template <typename W, typename V>
-void mix_each(int64_t n, const typename W::Bits* base, const typename V::Bits* values,
-              const typename W::Compute* alphas, const core::Rule* rules, typename W::Bits* mixed) {
-  vector_loop(n, [=](int64_t i) { mixed[i] = core::mix_by<W, V>(rules[i], base[i], values[i], alphas[i]); });
-}
-
-// The adapters of one call, with a table for each property: an entry looks up only what the loop of its block reads.
+// The adapters of one call, with a table for each property: an entry looks up only what its loop reads.
 template <typename W, typename V>
 struct Adapters {
   std::vector<const typename V::Bits*> values;
   const typename W::Compute* alphas;
   std::vector<core::Rule> rules;
-  bool alike;  // one rule for all
-  Mix<W, V> mix;
 
   Adapters(const Tensors& tensors, const Tensor& strengths, const std::vector<bool>& delta)
       : alphas(static_cast<const typename W::Compute*>(strengths.const_data_ptr())) {
@@ -308,9 +339,6 @@ struct Adapters {
       values.push_back(static_cast<const typename V::Bits*>(tensors[k].const_data_ptr()));
       rules.push_back(core::rule_of(alphas[k], delta[k]));
     }
-    alike = std::adjacent_find(rules.begin(), rules.end(), std::not_equal_to<>()) == rules.end();
-    mix = mix_each<W, V>;
-    if (alike) with_rule(rules[0], [&](auto rule) { mix = mix_alike<W, V, decltype(rule)::value>; });
   }
 };
 
@@ -325,24 +353,20 @@ struct FuseTask {
   int64_t total;
 };
 
-// Single entries, a group at a time. Most have one source: its value and strength are put in their place, and the group
-// is then mixed in one vector loop. The few others are summed one by one.
+// Single entries, a group at a time: its sums stay in L1 while each source adds its values, which lie side by side.
 template <typename W, typename V, typename I, typename O>
 void fuse_entries(const FuseTask& task, int64_t begin, int64_t end) {
   using WB = typename W::Bits;
   using VB = typename V::Bits;
   using C = typename W::Compute;
   const auto& adapters = *static_cast<const Adapters<W, V>*>(task.adapters);
-  const bool alike = adapters.alike;
   WB* const weight = reinterpret_cast<WB*>(task.weight);
   const I* const all = static_cast<const I*>(task.indices);
   const O* const offsets = static_cast<const O*>(task.offsets);
-  WB mixed[core::kGroup];
-  VB values[core::kGroup] = {};
-  C alphas[core::kGroup] = {};
-  core::Rule rules[core::kGroup] = {};
-  int64_t next = begin;  // whose line is fetched next
-  const auto fetch = [&](int64_t stop) {
+  C bases[core::kGroup], sums[core::kGroup];
+  WB mixed[core::kGroup], exact[core::kGroup];  // exact: what an overwrite at strength 1 stores, if it is alone
+  int64_t next = begin;                         // whose line is fetched next
+  const auto fetch = [&](int64_t stop) SHIRA_INLINE_LAMBDA {
     if (next < stop) prefetch_write(weight + all[next++]);
   };
   while (next < std::min(end, begin + kAhead)) fetch(end);
@@ -355,37 +379,41 @@ void fuse_entries(const FuseTask& task, int64_t begin, int64_t end) {
     WB* const base = reinterpret_cast<WB*>(task.saved) + start;
     if (!task.refuse)
       for (int64_t i = first; i < last; ++i) base[i] = weight[indices[i]];
-    uint64_t any = 0, several = 0;
+    vector_loop(last - first,
+                [=, &bases, &sums](int64_t i) { bases[first + i] = sums[first + i] = W::load(base[first + i]); });
+    uint64_t any = 0, several = 0, overwritten = 0;  // by adapters with a strength
     for (O at = offsets[group]; at < offsets[group + 1]; ++at) {
       const int64_t source = task.sources[at], k = core::adapter_of(source);
-      const uint64_t own = static_cast<uint64_t>(task.members[at]);
-      const VB* value = adapters.values[k] + core::position_of(source) + core::members_before(own, first);
-      const C alpha = adapters.alphas[k];
       const core::Rule rule = adapters.rules[k];
-      several |= any & own;
-      any |= own;
-      for (uint64_t members = own & inside; members != 0; members &= members - 1) {
-        const int i = std::countr_zero(members);
-        values[i] = *value++;
-        alphas[i] = alpha;
-        if (!alike) rules[i] = rule;
-        fetch(stop);  // spread over the sums: the processor waits for few lines at a time
+      const uint64_t all_members = static_cast<uint64_t>(task.members[at]), members = all_members & inside;
+      if (rule == core::Rule::Keep) continue;
+      const VB* const values =
+          adapters.values[k] + core::position_of(source) + (first == 0 ? 0 : core::members_before(all_members, first));
+      const VB* value = values;
+      const C alpha = adapters.alphas[k];
+      // Lines are fetched between the sums: the processor can wait for few at a time.
+      if (rule == core::Rule::Delta)
+        each_member(members, [&](int i) SHIRA_INLINE_LAMBDA {
+          sums[i] = core::add_wide<C>(sums[i], bases[i], static_cast<C>(V::load(*value++)), alpha, true);
+          fetch(stop);
+        });
+      else
+        each_member(members, [&](int i) SHIRA_INLINE_LAMBDA {
+          sums[i] = core::add_wide<C>(sums[i], bases[i], static_cast<C>(V::load(*value++)), alpha, false);
+          fetch(stop);
+        });
+      if (rule == core::Rule::Overwrite) {
+        value = values;
+        each_member(members, [&](int i) SHIRA_INLINE_LAMBDA { exact[i] = core::convert<W, V>(*value++); });
+        overwritten |= members;
       }
+      several |= any & members;
+      any |= members;
     }
     while (next < stop) fetch(stop);
-    adapters.mix(last - first, base + first, values + first, alphas + first, rules + first, mixed + first);
-    for (uint64_t others = inside & ~(any & ~several); others != 0; others &= others - 1) {
-      const int i = std::countr_zero(others);
-      core::FusedEntries<W, V> entry(base + i);
-      for (O at = offsets[group]; at < offsets[group + 1]; ++at) {
-        const int64_t source = task.sources[at], k = core::adapter_of(source);
-        const uint64_t own = static_cast<uint64_t>(task.members[at]);
-        if (core::is_member(own, i))
-          entry.add(adapters.rules[k], adapters.values[k] + core::position_of(source) + core::members_before(own, i),
-                    adapters.alphas[k]);
-      }
-      entry.result(mixed + i);
-    }
+    vector_loop(last - first, [=, &sums, &mixed](int64_t i) { mixed[first + i] = W::store(sums[first + i]); });
+    each_member(inside & ~any, [&](int i) SHIRA_INLINE_LAMBDA { mixed[i] = base[i]; });
+    each_member(overwritten & ~several, [&](int i) SHIRA_INLINE_LAMBDA { mixed[i] = exact[i]; });
     for (int64_t i = first; i < last; ++i) weight[indices[i]] = mixed[i];
     from = start + last;
   }

@@ -262,6 +262,8 @@ struct Fuse {
   using Row = FuseRow;
   struct Scalars {};
   using C = typename W::Compute;
+  // Without a bound, ptxas spills the odd register of fp64 sums to fit a third block.
+  static constexpr int kLeastBlocks = sizeof(C) == 8 ? 2 : 0;
   using Base = Pack<typename W::Bits, kEntries>;
   using Value = Pack<typename V::Bits, kEntries>;
 
