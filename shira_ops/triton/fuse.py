@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,6 +22,7 @@ _FIELDS = tl.constexpr(3)  # per adapter in the table: the address of its values
 
 _GROUP = tl.constexpr(plan.GROUP)
 _POSITION_BITS = tl.constexpr(plan.POSITION_BITS)
+_POSITION = tl.constexpr((1 << plan.POSITION_BITS) - 1)
 
 
 class Rule(NamedTuple):
@@ -63,16 +63,15 @@ def fuse_tile(pointers, place, settings, WHOLE: tl.constexpr, DEAL: tl.constexpr
     fused = base
     contributions = tl.full([DEAL.rows], 0, tl.int32)
     overwrites = tl.full([DEAL.rows], 0, tl.int32)
-    group, bit = row // _GROUP, row % _GROUP
+    group, mine = row // _GROUP, tl.full([DEAL.rows], 1, tl.int64) << (row % _GROUP)
     at = tl.maximum(tl.load(offsets + group, mask=known, other=0).to(tl.int64), 0)
     end = tl.minimum(tl.load(offsets + group + 1, mask=known, other=0).to(tl.int64), total)
-    one = tl.full([DEAL.rows], 1, tl.int64)
     while tl.max(end - at) > 0:
         which = tl.load(members + at, mask=at < end, other=0)
-        here = ((which >> bit) & 1) != 0
+        here = (which & mine) != 0
         source = tl.load(sources + at, mask=here, other=-1)
-        adapter, first = source >> _POSITION_BITS, source & ((1 << _POSITION_BITS) - 1)
-        own = first + count_of(which & ((one << bit) - 1))
+        adapter, first = source >> _POSITION_BITS, source & _POSITION
+        own = first + count_of(which & (mine - 1))
         here &= (adapter >= 0) & (adapter < adapters)
         about = table + adapter * _FIELDS
         here &= own < tl.load(about + 1, mask=here, other=0)

@@ -232,8 +232,8 @@ class _Meeting:
         adapters' weights."""
         granule = math.gcd(*(entry.granule for _, entry in self.parts))
         lists = [refine(entry.indices.cpu(), entry.granule, granule, entry.numel) for _, entry in self.parts]
-        indices, *plan = shira_ops.fuse_plan(lists, granule=granule)
-        union, adapters, positions = contributions(*plan)
+        indices, offsets, sources, members = shira_ops.fuse_plan(lists, granule=granule)
+        union, adapters, positions = contributions(offsets, sources, members)
         dtype = torch.float64 if self.parts[0][1].dtype == torch.float64 else torch.float32
         rows = torch.zeros(len(self.parts), indices.numel(), granule, dtype=dtype, device="cpu")
         for number, (_, entry) in enumerate(self.parts):

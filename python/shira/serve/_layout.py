@@ -41,7 +41,7 @@ class Part:
     # that fills `saved` therefore changes them, which is how `has_base` knows. None once it is filled.
     unfilled: Tensor | None = None
     # For several adapters: the offsets, sources and members of `fuse_plan`.
-    plan: tuple[Tensor, ...] | None = None
+    plan: tuple[Tensor, Tensor, Tensor] | None = None
     # Whether the values are those of the adapters' own layouts, which count their bytes.
     borrowed: bool = False
     # What the part adds to the weight's fingerprint, by the strengths of its adapters.
@@ -114,7 +114,7 @@ class Part:
         self.indices, self.saved = move(self.indices), move(self.saved)
         self.values = [move(value) for value in self.values]
         self.unfilled = None if self.unfilled is None else move(self.unfilled)
-        self.plan = None if self.plan is None else (move(self.plan[0]), move(self.plan[1]))
+        self.plan = None if self.plan is None else (move(self.plan[0]), move(self.plan[1]), move(self.plan[2]))
 
     @property
     def nbytes(self) -> int:
@@ -304,8 +304,8 @@ def _union(weight: Weight, parts: list[Part]) -> Part:
         return Part(weight, part.adapters, part.indices, part.granule, part.values, part.delta, saved, borrowed=True)
     granule = math.gcd(*(part.granule for part in parts))
     lists = [refine(part.indices, part.granule, granule, weight.tensor.numel()) for part in parts]
-    indices, *plan = shira_ops.fuse_plan(lists, granule=granule)
-    union, adapters, positions = contributions(*plan)
+    indices, offsets, sources, members = shira_ops.fuse_plan(lists, granule=granule)
+    union, adapters, positions = contributions(offsets, sources, members)
     counts = torch.tensor([0, *(one.numel() for one in lists[:-1])], device=indices.device)
     rows = torch.cat([_bits(part.saved) for part in parts]).view(-1, granule * weight.dtype.itemsize)
     saved = rows.new_empty(indices.numel(), rows.shape[1])
@@ -323,7 +323,7 @@ def _union(weight: Weight, parts: list[Part]) -> Part:
         values,
         [part.delta[0] for part in parts],
         saved.view(-1).view(weight.dtype),
-        plan=tuple(plan),
+        plan=(offsets, sources, members),
         borrowed=borrowed,
     )
 
