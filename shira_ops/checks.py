@@ -675,9 +675,11 @@ def _count(call: Call, k: int, granules: int) -> None:
     call.require(k <= granules, "k", "must be in [0, {}]", granules, got=k)
 
 
-def _encode_indices(indices: Tensor, granule: int) -> None:
-    _granule("encode_indices", granule)
-    _index_list(Call("encode_indices"), "indices", indices)
+def _encode_indices(indices: Tensor, granule: int, version: int) -> None:
+    call = Call("encode_indices")
+    _granule(call.op, granule)
+    _index_list(call, "indices", indices)
+    call.require(version in (1, 2), "version", "must be 1 or 2", got=version)
 
 
 def _encode_indices_content(indices: Tensor) -> None:

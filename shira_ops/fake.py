@@ -55,7 +55,7 @@ def select_random(numel: int, k: int, seed: int, device: torch.device | None, gr
     return torch.empty(k, dtype=checks.index_dtype(numel // granule), device="cpu" if device is None else device)
 
 
-def encode_indices(indices: Tensor, granule: int) -> Tensor:
+def encode_indices(indices: Tensor, granule: int, version: int) -> Tensor:
     return indices.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
 
 
@@ -71,16 +71,16 @@ def fingerprint_at(weight: Tensor, indices: Tensor, granule: int) -> Tensor:
     return weight.new_empty((), dtype=torch.int64)
 
 
-def diff_(snapshot: Tensor, weight: Tensor, granule: int) -> tuple[Tensor, Tensor]:
+def diff_(snapshot: Tensor, weight: Tensor, granule: int, before: bool) -> tuple[Tensor, Tensor]:
     count = torch.library.get_ctx().new_dynamic_size()
     indices = weight.new_empty(count, dtype=_index_dtype(weight.numel() // granule))
     return indices, weight.new_empty(count * granule)
 
 
 def foreach_diff_(
-    snapshots: Sequence[Tensor], weights: Sequence[Tensor], granule: int
+    snapshots: Sequence[Tensor], weights: Sequence[Tensor], granule: int, before: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
-    found = [diff_(snapshot, weight, granule) for snapshot, weight in zip(snapshots, weights, strict=True)]
+    found = [diff_(snapshot, weight, granule, before) for snapshot, weight in zip(snapshots, weights, strict=True)]
     return [indices for indices, _ in found], [values for _, values in found]
 
 

@@ -105,7 +105,7 @@ class Results:
 
 def is_accuracy(family: str) -> bool:
     """Whether scores are accuracies; the others are minus the loss of a language model."""
-    return not family.startswith("gpt")
+    return not family.startswith(("gpt", "smollm"))
 
 
 def mean(values: Iterable[float]) -> float:

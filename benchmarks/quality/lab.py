@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.quality import tasks
 from benchmarks.quality.methods import Method, train
 from benchmarks.quality.store import RESULTS, Run, Store, key
-from benchmarks.quality.task import CACHE, Task
+from benchmarks.quality.task import CACHE, Task, measured
 from shira import Adapter
 
 RATES = tuple(float(f"{digit}e{power}") for power in range(-5, 1) for digit in (1, 3))
@@ -22,7 +22,7 @@ RATES = tuple(float(f"{digit}e{power}") for power in range(-5, 1) for digit in (
 
 FAILED = -1e9  # the score of a run that diverged: worse than every other, but finite, so that means exist
 
-SLOWER = {"minilm": 1, "gpt-s": 1, "gpt-m": 1, "gpt-l": 1}
+SLOWER = {"minilm": 1, "gpt-s": 1, "gpt-m": 1, "gpt-l": 1, "smollm2": 1}
 """How many steps below a method's usual start the search begins for a family; the same for all its methods."""
 
 
@@ -30,9 +30,17 @@ UNSTEADY = 0.03
 """The standard deviation of validation scores over seeds (accuracy as a fraction, or nats) above which the score of the
 first seed may have been luck."""
 
+COSTLY = {"smollm2": 3}
+"""Families of which a run takes a minute: every figure has at most so many seeds, and unsteady rates are not searched
+again."""
+
 
 class Stop(Exception):
     """The time is over: everything that was finished is kept."""
+
+
+def family_of(task: str) -> str:
+    return task.partition("/")[0]
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,10 @@ class Lab:
     cache: Path = CACHE / "adapters"
     _stores: dict[str, Store] = field(default_factory=dict)
 
+    def seeds_of(self, task: str) -> Sequence[int]:
+        """The seeds of every figure about a task."""
+        return self.seeds[: COSTLY.get(family_of(task), len(self.seeds))]
+
     def store(self, family: str) -> Store:
         if family not in self._stores:
             self._stores[family] = Store(family, self.folder)
@@ -73,7 +85,7 @@ class Lab:
 
     def done(self, run: Run, do: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of a run, done now unless it was done before."""
-        store = self.store(run["task"].partition("/")[0])
+        store = self.store(family_of(run["task"]))
         found = store.get(run)
         if found is None:
             if time.time() >= self.until:
@@ -91,8 +103,8 @@ class Lab:
         def do() -> dict[str, Any]:
             model = one.base()
             # Which text a task used that takes it from the Python installation.
-            found = {"data": one.provenance()} if hasattr(one, "provenance") else {}
-            return {split: one.score(model, split) for split in ("validation", "test")} | found
+            found: dict[str, Any] = {"data": one.provenance()} if hasattr(one, "provenance") else {}
+            return found | measured(one, model)
 
         return self.done({"do": "base", "task": task}, do)
 
@@ -123,14 +135,15 @@ class Lab:
         """
         lr = self.searched(setting)
         scores = self._validations(setting, lr)
-        if len(scores) > 1 and not (statistics.pstdev(scores) <= UNSTEADY) and lr != RATES[0]:
+        steady = len(scores) == 1 or family_of(setting.task) in COSTLY or statistics.pstdev(scores) <= UNSTEADY
+        if not steady and lr != RATES[0]:
             lower = RATES[RATES.index(lr) - 1]
             if statistics.fmean(self._validations(setting, lower)) > statistics.fmean(scores):
                 return lower
         return lr
 
     def _validations(self, setting: Setting, lr: float) -> list[float]:
-        found = [self.train(setting, lr, seed)["validation"] for seed in self.seeds]
+        found = [self.train(setting, lr, seed)["validation"] for seed in self.seeds_of(setting.task)]
         return [FAILED if score is None else score for score in found]
 
     def searched(self, setting: Setting) -> float:
@@ -147,7 +160,7 @@ class Lab:
             validation, loss = found["validation"], found["loss"]
             scores[at] = FAILED if validation is None else validation, FAILED if loss is None else -loss
 
-        family = setting.task.partition("/")[0]
+        family = family_of(setting.task)
         low = high = RATES.index(setting.method.start) - SLOWER.get(family, 0)
         score(low)
         while len(scores) < setting.budget:
@@ -168,7 +181,7 @@ class Lab:
     def study(self, setting: Setting) -> list[dict[str, Any]]:
         """The results of every seed, at the tuned learning rate."""
         lr = self.tuned(setting)
-        return [self.train(setting, lr, seed) for seed in self.seeds]
+        return [self.train(setting, lr, seed) for seed in self.seeds_of(setting.task)]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import shira
 import shira_ops
-from benchmarks.quality.task import Task
+from benchmarks.quality.task import Task, measured
 from shira import Adapter, Entry, masks
 from shira.masks.masks import Mask
 
@@ -73,8 +73,12 @@ class BalancedRand(masks.Rand):
 
 
 MASKS = ("rand", "struct", "wm", "grad", "snip")
+"""The paper's."""
+LATER = ("principal",)
+"""What others have proposed since; compared in experiment 1 alone."""
 _CLASSES: dict[str, type[Mask]] = {
     "rand": masks.Rand, "struct": masks.Struct, "wm": masks.WeightMagnitude, "grad": masks.Grad, "snip": masks.Snip,
+    "principal": masks.Principal,
 }  # fmt: skip
 
 
@@ -202,16 +206,21 @@ class Lora(Method):
 
     r: int = 1
 
+    def config(self, modules: list[str], seed: int) -> Any:
+        from peft import LoraConfig
+
+        return LoraConfig(r=self.r, lora_alpha=2 * self.r, target_modules=modules, use_dora=self.dora)
+
     @contextmanager
     def attached(self, model: nn.Module, task: Task, lr: float, seed: int) -> Iterator[Attached]:
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import inject_adapter_in_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         targets, whole = target_names(model, task)
-        base = copies(model, [*targets, *whole])
+        base = copies(model, whole)
         modules = [name.removesuffix(".weight") for name in targets]
-        config = LoraConfig(r=self.r, lora_alpha=2 * self.r, target_modules=modules, use_dora=self.dora)
-        inject_adapter_in_model(config, model)
+        inject_adapter_in_model(self.config(modules, seed), model)
+        trained_in_float(model)
         for name in whole:
             model.get_parameter(name).requires_grad_(True)
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -220,6 +229,7 @@ class Lora(Method):
         def adapter() -> Adapter:
             for name, layer in list(model.named_modules()):
                 if isinstance(layer, BaseTunerLayer):
+                    base[f"{name}.weight"] = layer.get_base_layer().weight.detach().clone()
                     layer.merge()
                     parent, _, attribute = name.rpartition(".")
                     setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
@@ -237,6 +247,19 @@ class Dora(Lora):
 
 
 @dataclass(frozen=True)
+class PeftShira(Lora):
+    """PEFT's own SHiRA with a random mask, which adds a sparse matrix to the weight in every forward pass."""
+
+    kind: ClassVar[str] = "peft-shira"
+    start: ClassVar[float] = 1e-1
+
+    def config(self, modules: list[str], seed: int) -> Any:
+        from peft import ShiraConfig
+
+        return ShiraConfig(r=self.r, target_modules=modules, random_seed=seed)
+
+
+@dataclass(frozen=True)
 class Full(Method):
     """Full fine-tuning: every parameter of the model."""
 
@@ -246,13 +269,43 @@ class Full(Method):
     @contextmanager
     def attached(self, model: nn.Module, task: Task, lr: float, seed: int) -> Iterator[Attached]:
         names = [name for name, _ in model.named_parameters()]
-        base = copies(model, names)
         parameters = [parameter.requires_grad_(True) for parameter in model.parameters()]
-        optimizer = torch.optim.AdamW(groups(model.named_parameters(), task, lr), weight_decay=0.0)
-        yield Attached(parameters, optimizer, lambda: dense_adapter(model, base, names))
+        # Half precision would swallow small steps: they are taken in float32, and the weights follow.
+        masters = {
+            name: one if one.dtype == torch.float32 else nn.Parameter(one.detach().float())
+            for name, one in model.named_parameters()
+        }
+        optimizer = torch.optim.AdamW(groups(masters.items(), task, lr), weight_decay=0.0)
+        follow(optimizer, [(one, masters[name]) for name, one in model.named_parameters() if one is not masters[name]])
+        yield Attached(parameters, optimizer, lambda: dense_adapter(model, copies(task.base(), names), names))
 
 
-KINDS: dict[str, type[Method]] = {method.kind: method for method in (Shira, Lora, Dora, Full)}
+def trained_in_float(model: nn.Module) -> None:
+    """Adapters of a half precision model in float32, as ``peft.get_peft_model`` has them."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+
+
+def follow(optimizer: torch.optim.Optimizer, pairs: list[tuple[nn.Parameter, nn.Parameter]]) -> None:
+    """Steps are taken with the second of each pair, and copied to the first, which has the gradients."""
+
+    def before(*_: Any) -> None:
+        for weight, master in pairs:
+            master.grad = None if weight.grad is None else weight.grad.float()
+            weight.grad = None
+
+    @torch.no_grad()
+    def after(*_: Any) -> None:
+        for weight, master in pairs:
+            weight.copy_(master)
+
+    if pairs:
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(after)
+
+
+KINDS: dict[str, type[Method]] = {method.kind: method for method in (Shira, Lora, Dora, PeftShira, Full)}
 
 
 def from_description(description: dict[str, Any]) -> Method:
@@ -291,8 +344,7 @@ def train(task: Task, method: Method, lr: float, seed: int, steps: int, fraction
             optimizer.step()
         model.eval()
         record = {
-            "validation": task.score(model, "validation"),
-            "test": task.score(model, "test"),
+            **measured(task, model),
             "loss": last if math.isfinite(last) else None,
             "trainable": attached.trainable,
         }

@@ -16,6 +16,7 @@ from benchmarks.quality import front, plots, tasks
 from benchmarks.quality.experiments import single
 from benchmarks.quality.findings import Results, mean
 from benchmarks.quality.lab import Setting
+from benchmarks.quality.language import LANGUAGE
 from benchmarks.quality.methods import Dora, Full, Lora, Shira
 from benchmarks.quality.store import RESULTS
 from benchmarks.quality.tables import TABLES
@@ -69,7 +70,7 @@ def readme(text: str, results: Results) -> str:
     return before + MARKS[0] + table(heading, rows) + "\n" + MARKS[1] + after
 
 
-MAKERS = {**TABLES, **VERDICT, "plot": plot}
+MAKERS = {**TABLES, **VERDICT, **LANGUAGE, "plot": plot}
 """What can stand in the template, by name."""
 
 

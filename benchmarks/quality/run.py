@@ -10,19 +10,27 @@ import argparse
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks.quality.experiments import EXPERIMENTS
-from benchmarks.quality.lab import Job, Lab, Stop
+from benchmarks.quality.lab import COSTLY, Job, Lab, Stop
+from benchmarks.quality.store import RESULTS
 from benchmarks.quality.tasks import FAMILIES
 
 
 def plan(families: Sequence[str], experiments: Sequence[str], seeds: int) -> list[Job]:
     """All jobs, the most important first."""
-    jobs = [job for family in families for experiment in experiments for job in EXPERIMENTS[experiment](family, seeds)]
+    jobs = [
+        job
+        for family in families
+        for experiment in experiments
+        if family not in COSTLY or experiment in ("single", "cost")
+        for job in EXPERIMENTS[experiment](family, seeds)
+    ]
     return sorted(jobs, key=lambda job: job.rank)
 
 
@@ -50,10 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--family", action="append", choices=families, help="repeatable (default: all)")
     parser.add_argument("--experiment", action="append", choices=experiments, help="repeatable (default: all)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many minutes, between two runs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--seeds", type=int, default=5, help="seeds for every figure (default: 5)")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)  # as fast as several, for matrices of this size
-    lab = Lab(seeds=range(given.seeds), until=time.time() + 60 * given.minutes)
+    lab = Lab(folder=given.results, seeds=range(given.seeds), until=time.time() + 60 * given.minutes)
     jobs = plan(given.family or families, given.experiment or experiments, given.seeds)
     run(jobs, lab, Console())
 

@@ -61,12 +61,23 @@ class Task(Protocol):
 _memory: dict[str, nn.Module] = {}
 
 
-def cached(name: str, make: Callable[[], nn.Module], pretrain: Callable[[nn.Module], None]) -> nn.Module:
+def measured(task: Task, model: nn.Module) -> dict[str, float]:
+    """The scores on both splits, and what else a task measures (its ``measures``), if it does."""
+    if hasattr(task, "measures"):
+        found: dict[str, float] = task.measures(model)
+        return found
+    return {split: task.score(model, split) for split in ("validation", "test")}
+
+
+def cached(name: str, make: Callable[[], nn.Module], pretrain: Callable[[nn.Module], None] | None = None) -> nn.Module:
     """A copy of a pretrained model, which ``pretrain`` trains once and ``build/quality/<name>.pt`` keeps.
 
-    ``make`` builds the untrained model. If either changes, give it another name.
+    ``make`` builds the untrained model; without ``pretrain`` it builds the pretrained one. If either changes, give it
+    another name.
     """
-    if name not in _memory:
+    if name not in _memory and pretrain is None:
+        _memory[name] = make().eval()
+    elif name not in _memory:
         path, model = CACHE / f"{name}.pt", make()
         if path.exists():
             model.load_state_dict(torch.load(path, weights_only=True))

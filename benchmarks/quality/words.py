@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from benchmarks.quality.findings import is_accuracy, mean, standard_error
 from benchmarks.quality.methods import Method, Shira
 
-NAMES = {"rand": "Rand", "struct": "Struct", "wm": "WM", "grad": "Grad", "snip": "Snip"}
+NAMES = {"rand": "Rand", "struct": "Struct", "wm": "WM", "grad": "Grad", "snip": "Snip", "principal": "Principal"}
 
 MIXED = {"first": "more in the first weights", "last": "more in the last", "magnitude": "by magnitude over all weights"}
 
@@ -40,7 +40,7 @@ def difference(family: str, values: Sequence[float]) -> str:
 def label(method: Method) -> str:
     """A method as the tables call it."""
     if not isinstance(method, Shira):
-        return {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tuning"}[method.kind]
+        return {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tuning", "peft-shira": "PEFT's SHiRA"}[method.kind]
     parts = [f"SHiRA-{NAMES[method.mask]}"]
     if method.granule > 1:
         parts.append(f"granule {method.granule}")

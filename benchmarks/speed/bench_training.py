@@ -34,6 +34,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 shira = pytest.importorskip("shira")
 from benchmarks.speed import peers  # noqa: E402
+from shira.integrations.peft import SparseConfig, accelerate  # noqa: E402
 
 TOKENS = 128
 TARGETS = {
@@ -42,10 +43,21 @@ TARGETS = {
 }
 LORA, DORA, SHIRA, SUPER = peers.LORA, peers.DORA, peers.SHIRA, peers.SUPER
 OURS, FROZEN = "shira", "the frozen model"
+# Measured in bench_peft.py.
+FAST_SHIRA, FAST_SUPER = f"{SHIRA}, accelerated", f"{SUPER}, accelerated"
+OVERLAY = "shira, overlay"
+METHOD, METHOD_16 = "SparseConfig", "SparseConfig, granule 16"
 WORDS = {LORA: "LoRA", DORA: "DoRA", SHIRA: "SHiRA", SUPER: "Super-Tuning"}
 
 
-CONFIGS = {LORA: peft.LoraConfig, DORA: peft.LoraConfig, SHIRA: peft.ShiraConfig, SUPER: peft.SupertuningConfig}
+CONFIGS = {
+    LORA: peft.LoraConfig,
+    DORA: peft.LoraConfig,
+    SHIRA: peft.ShiraConfig,
+    SUPER: peft.SupertuningConfig,
+    METHOD: SparseConfig,
+    METHOD_16: SparseConfig,
+}
 
 
 def rank(model: str) -> int:
@@ -88,8 +100,8 @@ class Trained:
     def __init__(self, way: str, model: str, dtype: torch.dtype) -> None:
         made, r, targets = base(model, dtype), rank(model), TARGETS[model]
         self.optimizer: torch.optim.Optimizer
-        if way == OURS:
-            self.tuner = shira.SparseTuner(made, shira.masks.Rand(r=r), targets=targets)
+        if way in (OURS, OVERLAY):
+            self.tuner = shira.SparseTuner(made, shira.masks.Rand(r=r), targets=targets, overlay=way == OVERLAY)
             self.optimizer = shira.AdamW(self.tuner, lr=1e-4)
         elif way == FROZEN:
             made.requires_grad_(False)
@@ -101,13 +113,18 @@ class Trained:
             self.optimizer = torch.optim.SGD([start], lr=0.0)
         else:
             options: dict[str, Any] = {"target_modules": targets}
-            if way == SUPER:
+            kind = {FAST_SHIRA: SHIRA, FAST_SUPER: SUPER}.get(way, way)
+            if kind in (METHOD, METHOD_16):
+                options |= {"r": r, "granule": 16 if kind == METHOD_16 else 1}
+            elif kind == SUPER:
                 linear = [one for name, one in made.named_modules() if re.fullmatch(targets, name)]
                 trainable = r * sum(sum(one.weight.shape) for one in linear)
                 options["sparsity"] = 1 - trainable / sum(one.weight.numel() for one in linear)
             else:
-                options |= {"r": r, **{DORA: {"use_dora": True}, SHIRA: {"random_seed": 1}}.get(way, {})}
-            made = peft.get_peft_model(made, CONFIGS[way](**options))
+                options |= {"r": r, **{DORA: {"use_dora": True}, SHIRA: {"random_seed": 1}}.get(kind, {})}
+            made = peft.get_peft_model(made, CONFIGS[kind](**options))
+            if kind != way:
+                accelerate(made)
             trained = [one for one in made.parameters() if one.requires_grad]
             self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
         self.model = made

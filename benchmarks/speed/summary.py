@@ -131,10 +131,38 @@ LINES = {
     "training memory over SHiRA": Line("peak memory of training, of PEFT SHiRA's", None, at_least=False),
     "training memory over DoRA": Line("peak memory of training, of PEFT DoRA's", 1.0, at_least=False),
     "training memory over Super-Tuning": Line("peak memory of training, of PEFT Super-Tuning's", 1.0, at_least=False),
+    "accelerate over SHiRA": Line("a step of PEFT SHiRA after accelerate, of before", 0.6, at_least=False),
+    "accelerate: memory over SHiRA": Line("peak memory of PEFT SHiRA after accelerate, of before", 0.6, at_least=False),
+    "accelerate over Super-Tuning": Line(
+        "a step of PEFT Super-Tuning after accelerate, of before", None, at_least=False
+    ),
+    "accelerate: memory over Super-Tuning": Line(
+        "peak memory of PEFT Super-Tuning after accelerate, of before", None, at_least=False
+    ),
+    "accelerate over a tuner": Line(
+        "a step of PEFT SHiRA after accelerate, of a SparseTuner's with overlay", 1.05, at_least=False
+    ),
+    "accelerate: memory over a tuner": Line(
+        "peak memory of PEFT SHiRA after accelerate, of a SparseTuner's with overlay", None, at_least=False
+    ),
+    "SparseConfig over LoRA": Line("a step with SparseConfig, of PEFT LoRA's", None, at_least=False),
+    "SparseConfig: memory over LoRA": Line("peak memory with SparseConfig, of PEFT LoRA's", None, at_least=False),
+    "SparseConfig, granule 16 over LoRA": Line(
+        "a step with SparseConfig, granule 16, of PEFT LoRA's", None, at_least=False
+    ),
+    "SparseConfig, granule 16: memory over LoRA": Line(
+        "peak memory with SparseConfig, granule 16, of PEFT LoRA's", None, at_least=False
+    ),
     "encode": Line("encode_indices, a core", 1.0, " G/s"),
     "decode": Line("decode_indices, a core", 1.0, " G/s"),
     "encode over diff": Line("encode_indices, over numpy.diff to raw 16-bit gaps", None),
     "decode over cumsum": Line("decode_indices, over numpy.cumsum of raw 16-bit gaps", None),
+    "code 1 over entropy": Line("bits an index, over the entropy of a random mask, version 1", None, at_least=False),
+    "code 2 over entropy": Line("bits an index, over the entropy of a random mask, version 2", 1.05, at_least=False),
+    "encode 1": Line("encode_indices int32, a core, version 1", None, " G/s"),
+    "encode 2": Line("encode_indices int32, a core, version 2", None, " G/s"),
+    "decode 1": Line("decode_indices int32, a core, version 1", 2.0, " G/s"),
+    "decode 2": Line("decode_indices int32, a core, version 2", 2.0, " G/s"),
     "select_top magnitude bf16": Line("select_top magnitude 1 % bf16, over abs().topk", 8.0),
     "select_top magnitude fp32": Line("select_top magnitude 1 % fp32, over abs().topk", 8.0),
     "select_top snip bf16": Line("select_top snip 1 % bf16, over the same with topk", 8.0),

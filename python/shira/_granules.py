@@ -5,16 +5,21 @@ A granule is a run of consecutive entries of the flat weight; an index selects o
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 import shira_ops
 from shira._text import dtype_name as dtype_name
+from shira_ops import reference
 from shira_ops.checks import index_dtype as index_dtype
 from shira_ops.plan import contributions as contributions
 
 WORD = 2**64 - 1
 """The largest 64-bit word; ``number & WORD`` is the number modulo 2^64, as fingerprints are added."""
+
+WORD_BYTES = 8
 
 
 def splitmix64(x: int) -> int:
@@ -48,6 +53,11 @@ def fingerprint_at(weight: Tensor, indices: Tensor, granule: int) -> int:
     return int(shira_ops.fingerprint_at(weight.detach(), indices, granule=granule)) & WORD
 
 
+def share(words: Tensor, positions: Tensor) -> Tensor:
+    """What 64-bit words at these positions of a weight add to its fingerprint: int64, without dimensions."""
+    return reference.words_hash(words, positions)
+
+
 def refine(indices: Tensor, granule: int, finer: int, numel: int) -> Tensor:
     """The same entries as finer granules: ``finer`` divides ``granule``, and the weight has ``numel`` entries."""
     parts = granule // finer
@@ -56,6 +66,22 @@ def refine(indices: Tensor, granule: int, finer: int, numel: int) -> Tensor:
     dtype = index_dtype(numel // finer)
     steps = torch.arange(parts, dtype=dtype, device=indices.device)
     return (indices.to(dtype).unsqueeze(1) * parts + steps).view(-1)
+
+
+def overlay_(
+    entries: Tensor, indices: Tensor, granule: int, others: Tensor, values: Tensor, other_granule: int, numel: int
+) -> Tensor:
+    """Of the entries at some granules of a weight, replace those that are also at other granules by their values."""
+    if not others.numel() or not indices.numel():
+        return entries
+    common = math.gcd(granule, other_granule)
+    mine, theirs = refine(indices, granule, common, numel), refine(others, other_granule, common, numel)
+    if mine.dtype != theirs.dtype:
+        mine, theirs = mine.to(torch.int64), theirs.to(torch.int64)
+    at = torch.searchsorted(theirs, mine).clamp_(max=theirs.numel() - 1)
+    both = (theirs[at] == mine).nonzero().view(-1)
+    shira_ops.scatter_(entries, both, shira_ops.gather(values, at[both], granule=common), granule=common)
+    return entries
 
 
 def regranule(indices: Tensor, granule: int, wanted: int) -> Tensor:

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from shira import _granules, _model
+from shira import _granules, _linears, _model
 from shira._granules import dtype_name
-from shira._model import VALUES_SUFFIX
 
 LOCK = threading.RLock()
 """Held by every call that reads or writes weights or what is known about them: two Switchers may share a model."""
 
 
 class SwitchError(RuntimeError):
-    """A switch was refused, or it failed. The message says why, and which adapters are active now."""
+    """A switch was refused, or it failed: the message says why, and which adapters are active now. Or a layer cannot be
+    given what an `Overlay` has for it."""
 
 
 @dataclass(eq=False)
@@ -70,11 +70,28 @@ switchers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 def base_of(tensor: Tensor) -> int | None:
     """The fingerprint of a weight that a Switcher left at the base, if nobody has written to it since."""
-    record, hold = _records.get(id(tensor)), _holds.get(_model.memory(tensor))
+    record, hold = left(tensor), _holds.get(_model.memory(tensor))
     held = hold is None or hold.holder is not None or hold.storage.expired()
-    if record is None or held or tensor.is_inference() or record.version != tensor._version:
+    return None if record is None or held else record.base
+
+
+def holder(tensor: Tensor) -> Any | None:
+    """The `Switcher` that has adapters on a weight, or None. Refuses one whose Switcher does not exist any more."""
+    hold = _holds.get(_model.memory(tensor))
+    if hold is None or hold.holder is None or hold.storage.expired():
         return None
-    return record.base if record.pointer == tensor.data_ptr() else None
+    found = hold.holder()
+    if found is None:
+        raise SwitchError("the weight has adapters of a Switcher that no longer exists; load the base again")
+    return found
+
+
+def left(tensor: Tensor) -> Record | None:
+    """What Switchers know about a weight that one of them wrote or examined last, whatever is on it."""
+    record = _records.get(id(tensor))
+    if record is None or tensor.is_inference() or record.version != tensor._version:
+        return None
+    return record if record.pointer == tensor.data_ptr() else None
 
 
 def _hold(tensor: Tensor) -> Hold:
@@ -218,7 +235,7 @@ class Weight:
     def tuned(self) -> str | None:
         """The sentence that says that a tuner trains it, or None."""
         for place in self.places:
-            if place.attribute + VALUES_SUFFIX in place.module._parameters:
+            if place.values_name in place.module._parameters:
                 return f"{place.name} is being tuned by a SparseTuner; detach it first (shira.detach(model))"
         return None
 
@@ -296,7 +313,7 @@ def refuse_active(model: torch.nn.Module) -> None:
             if weight.hold.holder is not None and weight.moved() is not None
             for place in weight.places
         }
-    for slot in _model.slots(model, buffers=True).values():
+    for slot in _linears.slots(model).values():
         hold = _holds.get(_model.memory(slot.weight))
         if hold is None or hold.holder is None or hold.storage.expired():
             hold = moved.get((slot.module, slot.attribute))

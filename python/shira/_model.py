@@ -68,6 +68,11 @@ class Slot:
     attribute: str
     weight: nn.Parameter  # or a buffer, where `slots` was asked for them
 
+    @property
+    def values_name(self) -> str:
+        """What a tuner that trains the weight calls its values, on the module."""
+        return self.attribute + VALUES_SUFFIX
+
     def now(self) -> Tensor | None:
         """What the place holds now."""
         return held(self.module, self.attribute)

@@ -53,7 +53,7 @@ class Place:
             return "is on the meta device"
         if not self.slot.weight.is_contiguous():
             return f"must be contiguous; {_model.stride_advice(self.name, self.slot.weight)}"
-        return _restless(self.slot)
+        return restless(self.slot)
 
     def fingerprint(self) -> int:
         if self._fingerprint is None:
@@ -104,7 +104,7 @@ def watched(who: str, found: Iterable[Sequence[Place]], slots: Mapping[str, Slot
             there = shared.get(_model.memory(slot.weight))
             if there is not None:
                 there.append(slot)
-                problem = _restless(slot)
+                problem = restless(slot)
                 if problem is not None:
                     raise AdapterError(f"{who} does not fit the model: {slot.name!r} {problem}")
     return [
@@ -139,7 +139,7 @@ def overlap(slots: list[Slot], besides: Container[Weight] = ()) -> str | None:
     return None
 
 
-def _restless(slot: Slot) -> str | None:
+def restless(slot: Slot) -> str | None:
     """Why the module itself would change its weight: the rest of a sentence, or None."""
     if isinstance(slot.module, (nn.Embedding, nn.EmbeddingBag)) and slot.module.max_norm is not None:
         return (

@@ -243,7 +243,7 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="granule 3 must divide"):
         Adapter.from_peft(lora(), base, density=0.1, granule=3)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
-    with pytest.raises(AdapterError, match="only PEFT's SHIRA and LORA can be read, got 'IA3'"):
+    with pytest.raises(AdapterError, match="only SHIRA, LORA and SHIRA_OPS can be read, got 'IA3'"):
         Adapter.from_peft(tmp_path, base)
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(AdapterError, match="cannot be read"):

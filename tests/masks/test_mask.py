@@ -61,6 +61,48 @@ def test_weight_magnitude_is_the_top(granule):
     assert set(chosen.tolist()) == set(np.argsort(-score, kind="stable")[:k].tolist())
 
 
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("granule", [1, 4])
+@pytest.mark.parametrize("shape", [(40, 48), (96, 16), (24, 3, 8)])
+def test_principal_is_the_top_of_the_approximation_of_low_rank(shape, granule, balanced):
+    """The approximation is that of the exact decomposition; the mask is WeightMagnitude of the approximation."""
+    generator = torch.Generator().manual_seed(4)
+    m, n = shape[0], math.prod(shape[1:])
+    # Singular values that fall quickly, as those of trained weights do.
+    u, v = (torch.linalg.qr(torch.randn(size, min(m, n), generator=generator)).Q for size in (m, n))
+    weight = ((u * 0.7 ** torch.arange(min(m, n))) @ v.T).view(shape)
+    mask = masks.Principal(density=0.1, granule=granule, rank=4, balanced=balanced)
+    u, s, vh = torch.linalg.svd(weight.view(m, n).double(), full_matrices=False)
+    exact = ((u[:, :4] * s[:4]) @ vh[:4]).view(shape)
+    found = mask.approximation("w", weight)
+    assert torch.allclose(found.double(), exact, atol=1e-5)
+    magnitude = masks.WeightMagnitude(density=0.1, granule=granule, balanced=balanced)
+    assert torch.equal(mask("w", weight), magnitude("w", found))
+    assert not torch.equal(mask("w", weight), magnitude("w", weight))
+
+
+def test_principal_of_full_rank_is_weight_magnitude():
+    weight = torch.randn(16, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    for rank in (16, 100):
+        mask = masks.Principal(density=0.1, rank=rank)
+        assert torch.equal(mask("w", weight), masks.WeightMagnitude(density=0.1)("w", weight))
+    assert torch.equal(masks.Principal(density=0.2)("b", weight[0]), masks.WeightMagnitude(density=0.2)("b", weight[0]))
+
+
+def test_principal_is_the_same_again_and_leaves_random_numbers_alone():
+    weight = torch.randn(64, 48, generator=torch.Generator().manual_seed(6)).bfloat16()
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    chosen = masks.Principal(density=0.05, rank=3)("w", weight)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(masks.Principal(density=0.05, rank=3)("w", weight), chosen)
+    weight[3, 4] = math.inf
+    with pytest.raises(ValueError, match=r"every entry of a weight must be finite; not so for layer\.weight"):
+        masks.Principal(density=0.05, rank=3)("layer.weight", weight)
+
+
 def row_by_row(score, k, taken):
     """The granules that ``balanced`` takes, by its definition: round after round the best that each row has left."""
     rows, width = score.shape
@@ -183,7 +225,7 @@ def adapter_of(indices, weight, granule, name="w"):
     return shira.Adapter({name: shira.Entry(indices, values, tuple(weight.shape), weight.dtype, granule)})
 
 
-@pytest.mark.parametrize("kind", ["Rand", "WeightMagnitude", "Grad", "Snip", "Struct"])
+@pytest.mark.parametrize("kind", ["Rand", "WeightMagnitude", "Principal", "Grad", "Snip", "Struct"])
 @pytest.mark.parametrize("other", [1, 2, 8])
 @pytest.mark.parametrize("granule", [1, 4, 8])
 def test_skip(kind, granule, other):
@@ -196,7 +238,8 @@ def test_skip(kind, granule, other):
     free = [g for g in range(weight.numel() // granule) if not entries(torch.tensor([g]), granule) & out]
     chosen = []
     for skip in (first, adapter_of(indices, weight, other), [first, adapter_of(indices[:3], weight, other)]):
-        mask = getattr(masks, kind)(density=0.1, granule=granule, skip=skip)
+        options = {"rank": 2} if kind == "Principal" else {}
+        mask = getattr(masks, kind)(density=0.1, granule=granule, skip=skip, **options)
         if kind in ("Grad", "Snip"):
             mask._selected["w"] = mask._choose("w", weight, gradient)
         chosen.append(granules(mask, weight).tolist())
@@ -215,7 +258,9 @@ def test_skip(kind, granule, other):
         )
         assert chosen[0] == [free[j] for j in drawn.tolist()]
     else:
-        score = {"WeightMagnitude": weight, "Grad": gradient, "Snip": weight * gradient}[kind].abs()
+        score = {"WeightMagnitude": weight, "Grad": gradient, "Snip": weight * gradient}
+        score["Principal"] = masks.Principal(density=0.1, rank=2).approximation("w", weight)
+        score = score[kind].abs()
         score = score.view(-1, granule).double().sum(1)
         assert set(chosen[0]) == set(sorted(free, key=lambda g: (-float(score[g]), g))[:k])
 
@@ -303,6 +348,7 @@ def test_skip_of_another_shape_is_refused():
         masks.WeightMagnitude(density={"q": 0.02, ".*": 0.01}),
         masks.Grad(density=0.3),
         masks.WeightMagnitude(density=0.3, balanced=True),
+        masks.Principal(density=0.3, balanced=True, rank=3, seed=-2),
         masks.Snip(r=2, skip=[masks.Rand(density=0.1, skip=masks.Struct(density=0.2)), masks.Grad(r=1)]),
     ],
     ids=lambda mask: type(mask).__name__,
@@ -337,6 +383,8 @@ def test_a_skipped_adapter_is_told_by_a_digest():
         (lambda: masks.Rand(r=0), "r must be a whole number"),
         (lambda: masks.WeightMagnitude(density=0.1, granule=0), "granule must be a whole number"),
         (lambda: masks.Grad(density=0.1, balanced=1), "Grad: balanced must be True or False, got 1"),
+        (lambda: masks.Principal(density=0.1, rank=0), "Principal: rank must be a whole number of at least 1, got 0"),
+        (lambda: masks.Principal(density=0.1, seed=None), "Principal: seed must be a whole number, got None"),
         (lambda: masks.Struct(density=0.1, lines="diagonals"), "rows"),
         (lambda: masks.Struct(density=0.1, offset=-1), "offset must be a whole number of at least 0, got -1"),
         (lambda: masks.Rand(density={}), "density must name a pattern"),

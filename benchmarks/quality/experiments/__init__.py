@@ -1,5 +1,5 @@
 """Experiments: each module has ``jobs(family, seeds) -> list[Job]``, for any family."""
 
-from benchmarks.quality.experiments import fusion, masks, single, size
+from benchmarks.quality.experiments import cost, fusion, masks, single, size
 
-EXPERIMENTS = {"single": single.jobs, "masks": masks.jobs, "fusion": fusion.jobs, "size": size.jobs}
+EXPERIMENTS = {"single": single.jobs, "masks": masks.jobs, "fusion": fusion.jobs, "size": size.jobs, "cost": cost.jobs}

@@ -13,6 +13,7 @@ FAMILIES = {
     "digits-mlp-128": "digits",
     "digits-mlp-1024": "digits",
     "minilm": "minilm",
+    "smollm2": "smollm2",
     "gpt-s": "gpt",
     "gpt-m": "gpt",
     "gpt-l": "gpt",

@@ -230,10 +230,14 @@ def _in_memory(where: str, tensors: Mapping[str, Any], model: object) -> Checkpo
     import torch
     from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-    from shira import _model
+    from shira import _linears, _model
 
     stored: dict[str, Stored] = {}
+    opened: dict[str, Any] = {}
     for key, tensor in tensors.items():
+        # Quantized weights by what they are made of.
+        opened |= _linears.inner(tensor, key) if _linears.is_quantized(tensor) else {key: tensor}
+    for key, tensor in opened.items():
         if not isinstance(key, str):
             raise TypeError(f"{where}: names must be strings, got {key!r:.80}")
         if not isinstance(tensor, torch.Tensor):

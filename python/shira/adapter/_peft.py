@@ -1,5 +1,7 @@
 """Reads and writes PEFT's SHiRA adapters, and reads PEFT's LoRA adapters as the largest entries of ``B @ A``.
 
+Reads those of our own PEFT method, too (`shira.integrations.peft.SparseConfig`).
+
 A PEFT adapter is a folder with ``adapter_config.json`` and ``adapter_model.safetensors``. For each linear layer its
 SHiRA holds ``shira_weight``, values that are added to the weight, and ``shira_indices``, their rows and columns. So
 what is read becomes a delta adapter, and what is written is one too. PEFT itself is not needed.
@@ -36,10 +38,17 @@ __all__ = ["from_peft", "to_peft"]
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
+METHOD = "SHIRA_OPS"
+"""The ``peft_type`` of `shira.integrations.peft.SparseConfig`."""
+_PARTS = {
+    "SHIRA": ("shira_weight", "shira_indices"),
+    METHOD: ("shira_ops_values", "shira_ops_indices"),
+    "LORA": ("lora_A", "lora_B"),
+}
 _MOST_CONFIG_BYTES = 16 << 20
 _AT_ONCE = 1 << 22
 _KEY = re.compile(
-    r"(?P<module>.+)\.(?:(?P<shira>shira_weight|shira_indices)(?:\.(?P<one>[^.]+))?"
+    r"(?P<module>.+)\.(?:(?P<sparse>shira_weight|shira_indices|shira_ops_values|shira_ops_indices)(?:\.(?P<one>[^.]+))?"
     r"|(?P<lora>lora_[AB])(?:\.(?P<two>[^.]+))?\.weight)"
 )
 # Options that change what a LoRA's A and B mean.
@@ -72,9 +81,9 @@ def _config(folder: str) -> dict[str, Any]:
             config = json.load(file)
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: this cannot be read: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") not in ("SHIRA", "LORA"):
+    if not isinstance(config, dict) or config.get("peft_type") not in _PARTS:
         kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise AdapterError(f"{path}: only PEFT's SHIRA and LORA can be read, got {kind!r:.80}")
+        raise AdapterError(f"{path}: only SHIRA, LORA and {METHOD} can be read, got {kind!r:.80}")
     patterns = config.get("alpha_pattern")
     if not (patterns is None or isinstance(patterns, dict)):
         raise AdapterError(f"{path}: alpha_pattern must map patterns to numbers, got {patterns!r:.80}")
@@ -109,13 +118,13 @@ def _by_module(
     folder: str, kind: str, tensors: Mapping[str, Stored]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Stored]]:
     """The tensors of each module by their kind, and the tensors that do not belong to an adapter of this kind."""
-    wanted = ("shira_weight", "shira_indices") if kind == "SHIRA" else ("lora_A", "lora_B")
+    wanted = _PARTS[kind]
     modules: dict[str, dict[str, Tensor]] = {}
     names: set[str] = set()
     others, twice = {}, ""
     for key, stored in tensors.items():
         match = _KEY.fullmatch(key.removeprefix(PREFIX))
-        what = (match["shira"] or match["lora"]) if match else None
+        what = (match["sparse"] or match["lora"]) if match else None
         if match is None or what not in wanted or not stored.supported:
             others[key] = stored
             continue
@@ -297,6 +306,24 @@ def _shira(where: str, stored: Stored, parts: Mapping[str, Tensor], cast: bool) 
     return _entry(stored, indices, values.to(getattr(torch, stored.dtype)) if cast else values)
 
 
+def _granules(where: str, stored: Stored, parts: Mapping[str, Tensor], cast: bool) -> Entry:
+    indices, values = parts["shira_ops_indices"], parts["shira_ops_values"]
+    granule = len(values) // len(indices) if indices.dim() == values.dim() == 1 and len(indices) else 0
+    floats = dtype_name(values.dtype) in _file.ARITHMETIC and indices.dtype in (torch.int32, torch.int64)
+    if not granule or granule * len(indices) != len(values) or stored.numel % granule or not floats:
+        raise AdapterError(
+            f"{where}: shira_ops_values must be 1-D floats, a granule for each of the whole numbers in "
+            f"shira_ops_indices, got shapes {list(values.shape)} of {dtype_name(values.dtype)} and "
+            f"{list(indices.shape)} of {dtype_name(indices.dtype)}, for a weight of {stored.numel} entries"
+        )
+    indices = indices.contiguous()
+    try:
+        shira_ops.check_indices(indices, stored.numel // granule)
+    except (RuntimeError, ValueError) as error:
+        raise AdapterError(f"{where}: {error}") from error
+    return _entry(stored, indices, values.to(getattr(torch, stored.dtype)) if cast else values, granule)
+
+
 def _alpha(where: str, config: Mapping[str, Any], patterns: Mapping[str, Pattern], module: str) -> float:
     """The ``lora_alpha`` of a module: that of the first pattern that matches, or the general one."""
     alpha = config.get("lora_alpha", 8)
@@ -385,8 +412,9 @@ def from_peft(
         where = hub.snapshot(where, [CONFIG, WEIGHTS], revision=revision, token=token)
     config = _config(where)
     kind = config["peft_type"]
-    if kind == "SHIRA" and (density is not None or granule != 1):
-        raise AdapterError(f"{where}: PEFT's SHiRA is sparse already: density and granule are for LoRA")
+    if kind != "LORA" and (density is not None or granule != 1):
+        what = "PEFT's SHiRA" if kind == "SHIRA" else kind
+        raise AdapterError(f"{where}: {what} is sparse already: density and granule are for LoRA")
     if kind == "LORA":
         if density is None:
             raise AdapterError(f"{where}: a LoRA is dense: give density=, the share of each weight's entries to keep")
@@ -416,6 +444,9 @@ def from_peft(
         if kind == "SHIRA":
             entries[stored.name] = _shira(here, stored, parts, not autocast_adapter_dtype)
             continue
+        if kind == METHOD:
+            entries[stored.name] = _granules(here, stored, parts, not autocast_adapter_dtype)
+            continue
         assert density is not None
         a, b = _factors(here, parts)
         # The shapes are compared before the product is made: two long vectors could make a matrix of any size.
@@ -426,7 +457,7 @@ def from_peft(
             here, stored, a, b, scaling, turned, density, granule, not autocast_adapter_dtype
         )
     r = config.get("r")
-    mask = {"name": "PEFT", "peft_type": kind, "r": r if type(r) is int and abs(r) < 2**31 else None}
+    mask: dict[str, Any] = {"name": "PEFT", "peft_type": kind, "r": r if type(r) is int and abs(r) < 2**31 else None}
     if kind == "LORA":
         mask |= {"density": density, "granule": granule}
     known = {key: config.get(key) for key in ("base_model_name_or_path", "peft_version", "task_type")}

@@ -1,5 +1,7 @@
 """Checkpoints of ``transformers.Trainer`` and its subclasses (TRL's too) that hold the adapter and not the model.
 
+And `weight_loader`, which tells `shira.sync.Plan` how ``from_pretrained`` lays a checkpoint out.
+
 A checkpoint of `AdapterCheckpoints` holds ``shira_adapter.safetensors``, which ``Adapter.from_pretrained(folder)``
 reads, ``shira_tuner.pt`` with the values in full precision, and what the trainer itself keeps: optimizer, scheduler,
 random states. ``train(resume_from_checkpoint=...)`` goes on from it with the same bits as a run that was not
@@ -9,6 +11,8 @@ interrupted.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +27,72 @@ except ImportError as error:
 from shira.integrations import _checkpoint
 from shira.train.tuner import SparseTuner
 
-__all__ = ["AdapterCallback", "AdapterCheckpoints"]
+__all__ = ["AdapterCallback", "AdapterCheckpoints", "weight_loader"]
+
+
+def weight_loader(model: Any) -> Callable[[Iterable[tuple[str, torch.Tensor]]], None]:
+    """What ``from_pretrained`` does with the tensors of a checkpoint, for tensors in memory: to record a plan.
+
+    ::
+
+        plan = shira.sync.Plan.record(model, weight_loader(model), shapes)
+
+    From version 5 on, ``transformers`` converts weights on the way: a checkpoint's experts are stacked, their gates
+    fused, names changed. So a model may be laid out in another way than the checkpoint that a trainer publishes.
+
+    Args:
+        model: a ``transformers.PreTrainedModel``, on one device and not quantized.
+
+    Returns a function that puts tensors, by the names of the checkpoint, in place of the model's parameters. It raises
+    RuntimeError for what does not fit.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+        from transformers.utils import logging
+    except ImportError as error:
+        raise ImportError(
+            "weight_loader needs transformers 5, whose loaders convert weights; before that, names and layouts were "
+            "those of the checkpoint, and a plan is not needed"
+        ) from error
+
+    def load(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        conversions = getattr(model, "_weight_conversions", None)
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            config = LoadStateDictConfig(
+                device_map={"": model.device}, dtype=model.dtype, weight_mapping=get_model_conversion_mapping(model)
+            )
+            info, _ = convert_and_load_state_dict_in_model(model, dict(weights), config)
+        finally:
+            # It is set to the conversions that were needed, for the model to be saved as it was loaded.
+            model._weight_conversions = conversions
+            if shown:
+                logging.enable_progress_bar()
+        wrong = {**info.conversion_errors, **{name: shapes for name, *shapes in info.mismatched_keys}}
+        if wrong:
+            name, problem = next(iter(wrong.items()))
+            raise RuntimeError(f"{name} cannot be made of these weights: {problem}")
+
+    return load
+
+
+@contextmanager
+def _adapters_told(tuner: SparseTuner) -> Iterator[None]:
+    """A Trainer refuses a quantized model unless adapters are on it, and it looks for PEFT's alone."""
+    model: Any = tuner.model
+    name = "_hf_peft_config_loaded"
+    if not tuner.overlay or getattr(model, name, False):
+        yield
+        return
+    before = vars(model).get(name)
+    setattr(model, name, True)
+    try:
+        yield
+    finally:
+        vars(model).pop(name) if before is None else setattr(model, name, before)
 
 
 class AdapterCallback(TrainerCallback):  # type: ignore[misc]
@@ -63,7 +132,8 @@ class AdapterCheckpoints:
 
     def __init__(self, *args: Any, tuner: SparseTuner, **options: Any) -> None:
         self.tuner = tuner
-        super().__init__(*args, **options)
+        with _adapters_told(tuner):
+            super().__init__(*args, **options)
         for kind in ("fsdp", "deepspeed"):
             if getattr(self, f"is_{kind}_enabled", False):
                 raise ValueError(

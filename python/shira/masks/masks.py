@@ -53,6 +53,7 @@ __all__ = [
     "Given",
     "Grad",
     "Mask",
+    "Principal",
     "Rand",
     "Snip",
     "Struct",
@@ -132,6 +133,10 @@ def _entry_of(adapter: Adapter, name: str) -> Entry | None:
 
 class Mask:
     """What all masks share: budget, granule, entries to leave out, description. Subclasses define ``select``."""
+
+    by_shape = False
+    """Whether the mask depends on nothing of a weight but its name, shape and device, so that a quantized one need not
+    be dequantized for it, and no device need hold the whole of a sharded one."""
 
     def __init__(
         self, density: Density | None = None, *, r: Rank | None = None, granule: Granule = 1, skip: Skip = ()
@@ -258,11 +263,16 @@ class Mask:
             mask._selected = {}
 
         def visit(name: str, gradient: Tensor) -> None:
-            weight = getattr(*weights[name][0]).detach()
+            weight = _calibration.dense(name, *weights[name][0])
             for mask in needing:  # those that are skipped come first
                 mask._selected[name] = mask._choose(name, weight, gradient)
 
         _calibration.stream(model, weights, calibration, loss, visit)
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether this mask, or one that it skips, depends on what a weight holds."""
+        return not all(mask.by_shape for mask in self._with_skipped())
 
     def _with_skipped(self) -> Iterator[Mask]:
         """The masks that this one skips, each after those that it skips itself; this one comes last."""
@@ -340,7 +350,7 @@ def from_description(description: Mapping[str, Any]) -> Mask:
     name = about.pop("name", None)
     if name == "Given":
         raise ValueError("a description of a Given mask does not hold its entries; give them again: masks.Given(...)")
-    kind = {mask.__name__: mask for mask in (Struct, Rand, WeightMagnitude, Grad, Snip)}.get(name)
+    kind = {mask.__name__: mask for mask in (Struct, Rand, WeightMagnitude, Principal, Grad, Snip)}.get(name)
     if kind is None:
         raise ValueError(f"a mask's description must name one of shira.masks, got {dict(description)!r}")
     about["skip"] = [from_description(one) for one in about.get("skip", ())]
@@ -365,6 +375,8 @@ class Rand(Mask):
         seed: an integer; None draws one from torch's random numbers (so that ``torch.manual_seed`` repeats it), which
             is then in ``mask.seed`` and `describe`.
     """
+
+    by_shape = True
 
     def __init__(
         self,
@@ -442,12 +454,14 @@ class _Scored(Mask):
         self.balanced = balanced
         self._selected: dict[str, Tensor] = {}  # what `prepare` chose, for a calibrated mask
 
-    def _choose(self, name: str, weight: Tensor, gradient: Tensor | None) -> Tensor:
-        return self._by_rows(name, weight, gradient) if self.balanced else self._top(name, weight, gradient)
+    def _choose(self, name: str, weight: Tensor, gradient: Tensor | None, scored: Tensor | None = None) -> Tensor:
+        """The indices for a weight, by its score; or by that of ``scored``, a tensor of the same shape."""
+        choose = self._by_rows if self.balanced else self._top
+        return choose(name, weight if scored is None else scored, gradient, self.taken(name, weight))
 
-    def _top(self, name: str, weight: Tensor, gradient: Tensor | None) -> Tensor:
+    def _top(self, name: str, weight: Tensor, gradient: Tensor | None, taken: Tensor | None) -> Tensor:
         """The ``k`` best granules among those that are not taken."""
-        k, taken, score = self.count(name, weight), self.taken(name, weight), self.score
+        k, score = self.count(name, weight), self.score
         granule = self.granule_of(weight)
         if taken is None:
             return shira_ops.select_top(weight, gradient, k, score=score, granule=granule)
@@ -462,13 +476,13 @@ class _Scored(Mask):
         few_gradient = None if gradient is None else shira_ops.gather(gradient, free, granule=granule)
         return free[shira_ops.select_top(few, few_gradient, k, score=score, granule=granule)]
 
-    def _by_rows(self, name: str, weight: Tensor, gradient: Tensor | None) -> Tensor:
+    def _by_rows(self, name: str, weight: Tensor, gradient: Tensor | None, taken: Tensor | None) -> Tensor:
         """The best granule of every row, the second best of every row, and so on up to ``k``.
 
         In the last round only the rows with the highest next score get one more. A row with too few free granules drops
         out of a round. Needs memory for the scores of this one weight, which `select_top` does not.
         """
-        k, taken = self.count(name, weight), self.taken(name, weight)
+        k = self.count(name, weight)
         rows = weight.shape[0] if weight.dim() > 1 else 1
         scores = granule_scores(weight, gradient, self.score, self.granule_of(weight)).view(rows, -1)
         if taken is not None:
@@ -505,6 +519,73 @@ class WeightMagnitude(_Scored):
 
     def select(self, name: str, weight: Tensor) -> Tensor:
         return self._choose(name, weight.detach(), None)
+
+
+class Principal(_Scored):
+    """The largest entries of the weight's approximation of low rank (LIFT's principal weights, arXiv 2506.00772).
+
+    A weight of ``m`` rows and ``n`` columns is approximated by its ``rank`` largest singular values and their vectors,
+    ``U[:, :rank] @ diag(S[:rank]) @ V[:, :rank].T``. The mask takes the top ``k`` granules by the sum of the magnitudes
+    there; of equal ones, the lower index. With a ``rank`` of ``min(m, n)`` or more that is `WeightMagnitude`, but for
+    rounding. Needs no data.
+
+    The singular vectors are found by ``torch.svd_lowrank`` (8 vectors more than ``rank``, 4 rounds) in fp32 (fp64 for
+    fp64 weights), which starts from random numbers of ``seed``; torch's own random numbers do not move. So the same
+    weight gives the same mask again on the same machine with the same number of threads. Elsewhere the sums may be
+    rounded differently, and of two entries that are almost equal the other one may be taken: a file holds the indices.
+    Takes a few products of the weight with a matrix of ``rank + 8`` columns, and memory for one approximation.
+
+    Args:
+        density, r, granule, skip: as for every mask.
+        rank: how many singular values the approximation has; LIFT takes about the rank of a LoRA.
+        balanced: the same number of granules from every row, as for `WeightMagnitude`.
+        seed: of the random numbers that the approximation starts from.
+
+    Raises:
+        ValueError: a weight has an entry that is not finite.
+    """
+
+    score = "magnitude"
+
+    def __init__(
+        self,
+        density: Density | None = None,
+        *,
+        r: Rank | None = None,
+        granule: Granule = 1,
+        rank: int = 32,
+        balanced: bool = False,
+        seed: int = DEFAULT_SEED,
+        skip: Skip = (),
+    ) -> None:
+        super().__init__(density, r=r, granule=granule, balanced=balanced, skip=skip)
+        if type(rank) is not int or rank < 1:
+            raise ValueError(f"Principal: rank must be a whole number of at least 1, got {rank!r}")
+        if type(seed) is not int:
+            raise ValueError(f"Principal: seed must be a whole number, got {seed!r}")
+        self.rank = rank
+        self.seed = seed & WORD
+
+    def approximation(self, name: str, weight: Tensor) -> Tensor:
+        """The weight's approximation, in its shape; fp32, or fp64 for an fp64 weight."""
+        matrix = weight.detach().reshape(rows_and_columns(weight))
+        matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
+        if not bool(matrix.isfinite().all()):
+            raise ValueError(f"Principal: every entry of a weight must be finite; not so for {name}")
+        rank = min(self.rank, *matrix.shape)
+        # svd_lowrank draws from its device's own generator; and under autocast its products would be in half precision.
+        generator = torch.cuda.default_generators[weight.get_device()] if weight.is_cuda else torch.default_generator
+        kept = torch.random.fork_rng([weight.device] if weight.is_cuda else [])
+        with kept, torch.autocast(weight.device.type, enabled=False):
+            generator.manual_seed(signed(self.seed))
+            u, s, v = torch.svd_lowrank(matrix, min(rank + 8, *matrix.shape), niter=4)
+            return ((u[:, :rank] * s[:rank]) @ v[:, :rank].T).view(weight.shape)
+
+    def select(self, name: str, weight: Tensor) -> Tensor:
+        return self._choose(name, weight, None, self.approximation(name, weight))
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "rank": self.rank, "seed": self.seed}
 
 
 class _Calibrated(_Scored):
@@ -559,6 +640,8 @@ class Struct(Mask):
     diagonal have more, ``f`` is ``m`` (``n``), and the mask is that line and the diagonal. `SparseTuner.summary` shows
     how many entries were taken.
     """
+
+    by_shape = True
 
     def __init__(
         self,
@@ -668,6 +751,8 @@ class Given(Mask):
             what = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
             raise TypeError(f"Given: takes 0/1 tensors by name, or a function of a name and a weight, got {what}")
         self.given, self.density, self.r = given, None, None
+        self.by_shape = isinstance(given, Mapping)
+        self.by_shape = isinstance(given, Mapping)
         self._set(granule, skip)
 
     @classmethod

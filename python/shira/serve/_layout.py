@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import shira_ops
-from shira._granules import contributions, dtype_name, refine
+from shira._granules import contributions, dtype_name, overlay_, refine
 from shira._live import Weight
 from shira.adapter._file import ARITHMETIC
 from shira.adapter.adapter import Adapter
@@ -246,18 +246,10 @@ def listed(strengths: Mapping[str, float]) -> str:
 def base_entries(weight: Weight, indices: Tensor, granule: int, active: Part | None) -> Tensor:
     """The base's entries at these indices, also those that an active part has replaced. Only reads the weight."""
     entries = shira_ops.gather(weight.tensor.detach(), indices, granule=granule)
-    if active is None or not active.indices.numel() or not indices.numel():
+    if active is None:
         return entries
-    common = math.gcd(granule, active.granule)
     numel = weight.tensor.numel()
-    mine, theirs = refine(indices, granule, common, numel), refine(active.indices, active.granule, common, numel)
-    if mine.dtype != theirs.dtype:
-        mine, theirs = mine.to(torch.int64), theirs.to(torch.int64)
-    at = torch.searchsorted(theirs, mine).clamp_(max=theirs.numel() - 1)
-    both = (theirs[at] == mine).nonzero().view(-1)
-    hidden = shira_ops.gather(active.saved, at[both], granule=common)
-    shira_ops.scatter_(entries, both, hidden, granule=common)
-    return entries
+    return overlay_(entries, indices, granule, active.indices, active.saved, active.granule, numel)
 
 
 def of_adapter(name: str, adapter: Adapter, weights: Mapping[Weight, str], active: Layout) -> Layout:

@@ -179,19 +179,24 @@ class Ledger:
         """The fingerprint that the weight should have now."""
         _live.refuse_first([weight], Weight.place)
         self.wait()
-        if weight.record.base is None:
-            self._read_base(weight)
-        assert weight.record.base is not None
+        base = self.base_fingerprint(weight)
         part = self.state.part(weight)
         if part is None:
-            return weight.record.base
+            return base
         strengths = tuple(self.state.strengths[name] for name in part.adapters)
         if strengths not in part.differences:
             if len(part.differences) >= _MOST_DIFFERENCES:
                 part.differences.clear()
             with quiet():
                 part.differences[strengths] = self._difference(weight, part)
-        return (weight.record.base + part.differences[strengths]) & _granules.WORD
+        return (base + part.differences[strengths]) & _granules.WORD
+
+    def base_fingerprint(self, weight: Weight) -> int:
+        """The fingerprint of the base, which is read if it is not known."""
+        if weight.record.base is None:
+            self._read_base(weight)
+        assert weight.record.base is not None
+        return weight.record.base
 
     def _difference(self, weight: Weight, part: Part) -> int:
         """What an active part adds to the base's fingerprint.

@@ -1,4 +1,7 @@
-"""The shelf of a `Switcher`: its adapters by name, and where each one is: on the devices, in host memory, in a file."""
+"""The shelf of a `Switcher`: its adapters by name, and where each one is: on the devices, in host memory, in a file.
+
+What an `Overlay` needs of it stands here too: adapters as they are given, and their files.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
-from shira import _model
+from shira import _model, _text
 from shira._granules import dtype_name
 from shira._live import SwitchError, Weight
 from shira._text import AdapterError
@@ -33,6 +36,9 @@ Names = tuple[str, ...]
 """The names of the adapters of a layout, in the order in which they were added."""
 
 
+_S = TypeVar("_S", bound="Stored")
+
+
 class Memory(NamedTuple):
     """Where an adapter is, in bytes."""
 
@@ -44,44 +50,23 @@ class Memory(NamedTuple):
     """In its file."""
 
 
-@dataclass(eq=False)
-class Added:
-    """An adapter that was added, wherever it is now."""
+@dataclass(eq=False, kw_only=True)
+class Stored:
+    """An adapter that was added under a name: in memory, or only in its file."""
 
     name: str
     alpha: float
-    # What its layout needs on the devices.
-    nbytes: int
-    # The weights, and what the adapter calls each; a weight that is tied in the adapter may be several here.
-    weights: dict[Weight, str]
     # None where it is only in its file.
     adapter: Adapter | None
     file: Path | None = None
     stamp: Stamp | None = None
-    # Whether the file is one that we wrote to make room.
-    spilled: bool = False
     # Names of the weights that it replaces as a whole, and was made for where they had other content.
     elsewhere: tuple[str, ...] = ()
-    # A weight whose entries are codes or counts, which have no strength other than 1.
-    codes: Weight | None = None
 
-    @classmethod
-    def of(
-        cls,
-        name: str,
-        alpha: float,
-        adapter: Adapter,
-        weights: dict[Weight, str],
-        file: Path | None,
-        stamp: Stamp | None,
-        elsewhere: tuple[str, ...],
-    ) -> Added:
-        """An adapter that fits these weights of a model."""
-        entries = [adapter.weights[weight_name] for weight_name in weights.values()]
-        nbytes = sum(entry.indices.nbytes + entry.values.nbytes for entry in entries)
-        nbytes += sum(entry.nnz * entry.dtype.itemsize for entry in entries)
-        codes = next((weight for weight in weights if dtype_name(weight.dtype) not in _file.ARITHMETIC), None)
-        return cls(name, alpha, nbytes, weights, adapter, file, stamp, elsewhere=elsewhere, codes=codes)
+    @property
+    def weight_names(self) -> list[str]:
+        """What the model calls the weights that it changes."""
+        raise NotImplementedError
 
     def read(self) -> Adapter:
         """The adapter; from its file, if it is not in memory."""
@@ -96,7 +81,7 @@ class Added:
             raise AdapterError(f"{self.file} has changed since {self.name!r} was added; remove it and add it again")
         return load(self.file, self.stamp)
 
-    def allow(self, alpha: float, others: Iterable[Added]) -> None:
+    def allow(self, alpha: float, others: Iterable[Stored]) -> None:
         """Refuse a strength, or other adapters beside it, with which the result is not what it was made for."""
         if self.elsewhere and alpha not in (0, 1):
             raise AdapterError(
@@ -104,12 +89,92 @@ class Added:
                 f"there was another (by fingerprint); only at strength 1 is the result the same for both, got {alpha:g}"
             )
         for other in others if self.elsewhere and alpha else ():
-            common = [weight.name for weight in other.weights if weight.name in self.elsewhere]
+            common = [name for name in other.weight_names if name in self.elsewhere]
             if other is not self and common:
                 raise AdapterError(
                     f"{self.name!r} replaces {_model.some(common)} as a whole, and was made where the content there "
                     f"was another (by fingerprint), so it cannot be summed with {other.name!r}, which changes it too"
                 )
+
+    @property
+    def on_disk(self) -> int:
+        """The bytes of its file, if it has one."""
+        return self.file.stat().st_size if self.file is not None and self.file.exists() else 0
+
+
+def allow(added: Mapping[str, Stored], strengths: Mapping[str, float]) -> None:
+    """Refuse strengths with which the result is not what the adapters were made for; see `Stored.allow`."""
+    beside = [added[name] for name, alpha in strengths.items() if alpha]
+    for name, alpha in strengths.items():
+        added[name].allow(alpha, beside)
+
+
+def known(added: Mapping[str, _S], name: str) -> _S:
+    """The adapter of this name; refuses a name that was not added."""
+    if name not in added:
+        raise AdapterError(f"no adapter {name!r} was added; there are: {_model.some(added)}")
+    return added[name]
+
+
+def strengths(
+    added: Mapping[str, Stored], which: str | Mapping[str, float], alpha: float | None = None
+) -> dict[str, float]:
+    """A name, or names with their strengths, as a user gives them: in the order in which the adapters were added.
+
+    That order, not the mapping's, is the order of sums, so a sum always has the same bits.
+    """
+    if isinstance(which, str):
+        given = {which: known(added, which).alpha if alpha is None else alpha}
+    else:
+        if not isinstance(which, Mapping):
+            raise TypeError(f"give an adapter's name, or a mapping of names to strengths, got {type(which).__name__}")
+        if alpha is not None:
+            raise ValueError("alpha is for a single adapter; give each of several its strength in the mapping")
+        for name in which:
+            known(added, name)
+        given = {name: which[name] for name in added if name in which}
+    return {name: _text.strength(f"the strength of {name!r}", value) for name, value in given.items()}
+
+
+@dataclass(eq=False, kw_only=True)
+class Added(Stored):
+    """An adapter for the weights of a `Switcher`, wherever it is now."""
+
+    # What its layout needs on the devices.
+    nbytes: int
+    # The weights, and what the adapter calls each; a weight that is tied in the adapter may be several here.
+    weights: dict[Weight, str]
+    # Whether the file is one that we wrote to make room.
+    spilled: bool = False
+    # A weight whose entries are codes or counts, which have no strength other than 1.
+    codes: Weight | None = None
+
+    @classmethod
+    def of(cls, stored: Given, name: str, weights: dict[Weight, str], elsewhere: tuple[str, ...]) -> Added:
+        """An adapter that fits these weights of a model."""
+        adapter = stored.adapter
+        entries = [adapter.weights[weight_name] for weight_name in weights.values()]
+        nbytes = sum(entry.indices.nbytes + entry.values.nbytes for entry in entries)
+        nbytes += sum(entry.nnz * entry.dtype.itemsize for entry in entries)
+        codes = next((weight for weight in weights if dtype_name(weight.dtype) not in _file.ARITHMETIC), None)
+        return cls(
+            name=name,
+            alpha=stored.alpha,
+            adapter=adapter,
+            file=stored.file,
+            stamp=stored.stamp,
+            elsewhere=elsewhere,
+            nbytes=nbytes,
+            weights=weights,
+            codes=codes,
+        )
+
+    @property
+    def weight_names(self) -> list[str]:
+        return [weight.name for weight in self.weights]
+
+    def allow(self, alpha: float, others: Iterable[Stored]) -> None:
+        super().allow(alpha, others)
         if self.codes is not None and alpha != 1:
             raise AdapterError(
                 f"{self.name!r} has entries of {self.codes.name}, which is {dtype_name(self.codes.dtype)} and takes no "
@@ -143,9 +208,7 @@ class Shelf:
 
     def known(self, name: str) -> Added:
         """The adapter of this name; refuses a name that was not added."""
-        if name not in self.added:
-            raise AdapterError(f"no adapter {name!r} was added; there are: {_model.some(self.added)}")
-        return self.added[name]
+        return known(self.added, name)
 
     def place(self, where: str, added: Added) -> Layout | None:
         """Bring an adapter that is about to be added to the devices; None where there is no room now, so that it left.
@@ -176,12 +239,6 @@ class Shelf:
                 added.file.unlink(missing_ok=True)
                 self.files.discard(added.file)
 
-    def allow(self, strengths: Mapping[str, float]) -> None:
-        """Refuse strengths with which the result is not what the adapters were made for; see `Added.allow`."""
-        beside = [self.added[name] for name, alpha in strengths.items() if alpha]
-        for name, alpha in strengths.items():
-            self.added[name].allow(alpha, beside)
-
     def memory(self) -> dict[str, Memory]:
         """See `Switcher.memory`."""
         found: dict[str, Memory] = {}
@@ -189,8 +246,7 @@ class Shelf:
             layout = self.layouts.get((name,))
             on_cpu = layout is not None and all(device.type == "cpu" for device in layout.devices)
             host = 0 if added.adapter is None or on_cpu else added.adapter.nbytes
-            disk = added.file.stat().st_size if added.file is not None and added.file.exists() else 0
-            found[name] = Memory(0 if layout is None else layout.nbytes, host, disk)
+            found[name] = Memory(0 if layout is None else layout.nbytes, host, added.on_disk)
         for names, layout in self.layouts.items():
             if len(names) > 1:
                 found[" + ".join(names)] = Memory(layout.nbytes, 0, 0)
@@ -364,6 +420,33 @@ class Shelf:
 Stamp = tuple[int, int, int, int]
 
 _SPILLED = "shira-spilled-"
+
+
+class Given(NamedTuple):
+    """An adapter as it was given to ``add``, in memory of its own, checked as far as it can be without a model."""
+
+    where: str  # names it in messages
+    adapter: Adapter
+    alpha: float
+    file: Path | None
+    stamp: Stamp | None
+
+
+def given(name: str, adapter: str | os.PathLike[str] | Adapter, *, check_finite: bool) -> Given:
+    """Take an adapter, or read its file; refuses indices that are not valid and, with `check_finite`, NaN."""
+    file = stamp = None
+    if isinstance(adapter, Adapter):
+        where, adapter = f"adapter {name!r}" if name else "the adapter", own(adapter)
+    else:
+        file = Path(adapter).absolute()
+        where, stamp = os.fspath(adapter), stamp_of(file)
+        adapter = load(file, stamp)
+    alpha = _text.strength(f"{where}: alpha", adapter.alpha)
+    for weight_name, entry in adapter.weights.items():
+        entry.check_indices(f"{where}: weight {weight_name!r}")
+        if check_finite:
+            entry.check_finite(f"{where}: weight {weight_name!r}")
+    return Given(where, adapter, alpha, file, stamp)
 
 
 def stamp_of(file: Path) -> Stamp:

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shira import _granules, _live, _model, _places, _text
+from shira import _granules, _linears, _live, _model, _places, _text
 from shira._live import LOCK, SwitchError, Weight
 from shira._text import AdapterError
 from shira.adapter.adapter import Adapter
@@ -77,7 +77,7 @@ class Switcher:
         self, model: nn.Module, *, budget: int | None = None, spill: str | os.PathLike[str] | None = None
     ) -> None:
         self.model = _model.unwrap(model)
-        self._slots = _model.slots(self.model, buffers=True)
+        self._slots = _linears.slots(self.model)
         me: weakref.ref[object] = weakref.ref(self)
         self._ledger = Ledger(me)
         self._shelf = Shelf(self._ledger, None if spill is None else Path(spill))
@@ -138,18 +138,8 @@ class Switcher:
         Raises `AdapterError` if it does not fit the model, and `SwitchError` if the weights cannot be trusted: someone
         else changed them, a tuner trains them, or another Switcher has adapters on them. Nothing is added then.
         """
-        file = stamp = None
-        if isinstance(adapter, Adapter):
-            where, adapter = f"adapter {name!r}" if name else "the adapter", _shelf.own(adapter)
-        else:
-            file = Path(adapter).absolute()
-            where, stamp = os.fspath(adapter), _shelf.stamp_of(file)
-            adapter = _shelf.load(file, stamp)
-        alpha = _text.strength(f"{where}: alpha", adapter.alpha)
-        for weight_name, entry in adapter.weights.items():
-            entry.check_indices(f"{where}: weight {weight_name!r}")
-            if check_finite:
-                entry.check_finite(f"{where}: weight {weight_name!r}")
+        given = _shelf.given(name, adapter, check_finite=check_finite)
+        where, adapter = given.where, given.adapter
         with LOCK, quiet():
             ledger, shelf = self._ledger, self._shelf
             if name in shelf.added:
@@ -157,13 +147,13 @@ class Switcher:
             self._heal()
             ledger.wait()
             # Parameters may have been replaced since.
-            self._slots = _model.slots(self.model, buffers=True)
+            self._slots = _linears.slots(self.model)
             places = _places.places(where, adapter.weights, self._slots, rename)
             devices = [group[0].weight.device for groups in places.values() for group in groups]
             with shelf.streams.staging(devices) as ready:
                 weights = ledger.take(where, places, verify=verify)
                 elsewhere = ledger.compare_base(where, adapter, weights) if verify else ()
-                added = Added.of(name, alpha, adapter, weights, file, stamp, elsewhere)
+                added = Added.of(given, name, weights, elsewhere)
                 layout = shelf.place(where, added)
             if layout is not None:
                 layout.ready = ready
@@ -251,7 +241,7 @@ class Switcher:
         with LOCK, quiet():
             self._refuse_torn()
             self._ledger.wait()
-            self._slots = _model.slots(self.model, buffers=True)
+            self._slots = _linears.slots(self.model)
             self._ledger.refuse_gone(self.model)
             moved = self._ledger.moved()
             if moved:
@@ -301,6 +291,29 @@ class Switcher:
         """Whether adapters were added that change any of these weights."""
         with LOCK:
             return not self._ledger.weights.keys().isdisjoint(map(_model.memory, tensors))
+
+    def base_fingerprint(self, tensor: Tensor) -> int:
+        """The base's fingerprint of a weight that has adapters of this Switcher, as an unsigned number.
+
+        Raises `SwitchError` if someone else has changed the weight.
+        """
+        with LOCK, quiet():
+            return self._ledger.base_fingerprint(self._known_weight(tensor))
+
+    def base_entries(self, tensor: Tensor, indices: Tensor, granule: int) -> Tensor:
+        """The base's entries of a weight that has adapters of this Switcher, in the weight's dtype; otherwise as
+        `base_fingerprint`."""
+        with LOCK, quiet():
+            weight = self._known_weight(tensor)
+            return _layout.base_entries(weight, indices, granule, self._ledger.state.part(weight))
+
+    def _known_weight(self, tensor: Tensor) -> Weight:
+        self._refuse_torn()
+        weight = self._ledger.weight(tensor)
+        assert weight is not None
+        self._ledger.wait()
+        self._ledger.examine([weight])
+        return weight
 
     def rebase(self, bases: Mapping[Tensor, int]) -> None:
         """Take what these weights hold now as the base, after a `shira.sync.Receiver` has written an update into them.
@@ -358,22 +371,10 @@ class Switcher:
         return {other: alpha for other, alpha in self.active.items() if other != name}
 
     def _strengths(self, which: str | Mapping[str, float], alpha: float | None) -> dict[str, float]:
-        if isinstance(which, str):
-            strengths = {which: self._shelf.known(which).alpha if alpha is None else alpha}
-        else:
-            if not isinstance(which, Mapping):
-                raise TypeError(
-                    f"give an adapter's name, or a mapping of names to strengths, got {type(which).__name__}"
-                )
-            if alpha is not None:
-                raise ValueError("alpha is for a single adapter; give each of several its strength in the mapping")
-            if not which:
-                raise ValueError("name at least one adapter; deactivate() puts the base back")
-            for name in which:
-                self._shelf.known(name)
-            # In the order in which they were added, not in the mapping's: so the sum always has the same bits.
-            strengths = {name: which[name] for name in self._shelf.added if name in which}
-        return {name: _text.strength(f"the strength of {name!r}", value) for name, value in strengths.items()}
+        strengths = _shelf.strengths(self._shelf.added, which, alpha)
+        if not strengths:
+            raise ValueError("name at least one adapter; deactivate() puts the base back")
+        return strengths
 
     # ---- moves -----------------------------------------------------------------------------------------------
 
@@ -398,7 +399,7 @@ class Switcher:
 
         Without `verify`, also the weights on it that someone else has changed.
         """
-        self._shelf.allow(strengths)
+        _shelf.allow(self._shelf.added, strengths)
         self._ledger.wait()
         try:
             way = self._shelf.way(tuple(strengths))

@@ -18,8 +18,9 @@ twice or came out of order is refused.
 """
 
 from shira.sync.folder import Folder
+from shira.sync.plan import Box, Plan
 from shira.sync.publisher import Publisher
 from shira.sync.receiver import Receiver
 from shira.sync.update import SyncError, Update, compose
 
-__all__ = ["Folder", "Publisher", "Receiver", "SyncError", "Update", "compose"]
+__all__ = ["Box", "Folder", "Plan", "Publisher", "Receiver", "SyncError", "Update", "compose"]

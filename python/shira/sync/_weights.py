@@ -26,6 +26,8 @@ class Weight:
     # The fingerprint of the content that it is known to have, and its version counter then (None: inference tensors).
     fingerprint: int
     version: int | None
+    # Its shape, strides and dtype.
+    form: tuple[object, ...]
 
     @property
     def name(self) -> str:
@@ -56,7 +58,13 @@ class Weight:
                 return "is no longer the parameter it was"
         if self.slots[0].weight.data_ptr() != self.pointer:
             return "lies in other memory than it did (moved or cast, by .to(), say)"
+        if _form(self.slots[0].weight) != self.form:
+            return "has another shape, dtype or order of its entries than it had"
         return None
+
+
+def _form(weight: Tensor) -> tuple[object, ...]:
+    return weight.shape, weight.stride(), weight.dtype
 
 
 def _counter(weight: Tensor) -> int | None:
@@ -89,7 +97,9 @@ def weights_of(who: str, model: nn.Module, exclude: str | None) -> dict[str, Wei
         problem = _problem(slots, weight)
         if problem is not None:
             raise SyncError(f"{who}: {slots[0].name} {problem}; leave it out with exclude= if it does not change")
-        found[slots[0].name] = Weight(tuple(slots), weight.data_ptr(), _granules.fingerprint(weight), _counter(weight))
+        found[slots[0].name] = Weight(
+            tuple(slots), weight.data_ptr(), _granules.fingerprint(weight), _counter(weight), _form(weight)
+        )
     if not found:
         raise SyncError(f"{who}: the model must have a parameter or persistent buffer, and has none that counts")
     return found

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,13 +14,15 @@ from torch import Tensor, nn
 
 import shira_ops
 from shira import _granules, _live, _model
-from shira._granules import WORD, dtype_name
+from shira._granules import WORD, WORD_BYTES, dtype_name, index_dtype
 from shira._live import SwitchError
 from shira._model import VALUES_SUFFIX
 from shira._text import AdapterError, named
+from shira.adapter._entry import Entry
 from shira.serve.switcher import Switcher
 from shira.sync._weights import Weight, by_call, fingerprints, refuse_moved, weights_of
-from shira.sync.update import SyncError, Update, bits, compose, shown_version, version_of
+from shira.sync.plan import Plan
+from shira.sync.update import SyncError, Update, bits, bits_of, compose, shown_version, version_of
 
 __all__ = ["Receiver"]
 
@@ -52,12 +55,42 @@ class _Entry(NamedTuple):
         return shira_ops.fingerprint_at(weight, self.indices, granule=self.granule)
 
 
+class _Words(NamedTuple):
+    """The words that an update changes of one of the publisher's weights, wherever they are here."""
+
+    name: str
+    positions: Tensor
+    # The words in parts that are here in one piece: whole words where it can be, and single entries where it must.
+    part: torch.dtype
+    # In which weight, where among the parts of these words (None: all, in their order), and where in the weight.
+    places: list[tuple[Weight, Tensor | None, Tensor]]
+
+    def share(self) -> Tensor:
+        """What they add to the fingerprint of the publisher's weight, as they are now."""
+        count, device = self.positions.numel() * (WORD_BYTES // self.part.itemsize), self.positions.device
+        parts = torch.zeros(0, dtype=self.part, device=device)
+        for weight, where, indices in self.places:
+            here = weight.tensor.view(-1).view(self.part).index_select(0, indices).to(device)
+            if where is None:
+                parts = here
+            else:
+                parts = parts if len(parts) else parts.new_zeros(count)
+                parts[where] = here
+        return _granules.share(parts.view(torch.int64), self.positions)
+
+
 @dataclass(eq=False)
 class _Moves:
     """What a commit swaps: afterwards the values are those from before, so that the same moves lead back."""
 
     update: Update
     entries: dict[Weight, _Entry]
+    # What is swapped in, and the weights' fingerprints on either side; with a plan, a commit finds those afterwards.
+    given: dict[Weight, Tensor]
+    before: dict[Weight, int]
+    after: dict[Weight, int]
+    # With a plan: what of the publisher's weights can be compared with their fingerprints.
+    words: list[_Words]
 
     def swap(self, *, check: bool) -> dict[Weight, int]:
         """Swap all entries. With `check`: by how much that changes each weight's fingerprint."""
@@ -84,14 +117,14 @@ class _Moves:
         """Put every weight on one side, wherever a swap of them all has stopped: with the update's values, or not."""
         for weight, entry in self.entries.items():
             # Where a weight has the update's values, its own are here. Where both are equal, any side will do.
-            given = entry._replace(values=self.update.weights[weight.name].values.to(entry.values.device))
+            given = entry._replace(values=self.given[weight].to(entry.values.device))
             for piece, other in zip(entry.pieces(), given.pieces(), strict=True):
                 if torch.equal(bits(piece.values), bits(other.values)) == written:
                     piece.swap(weight.tensor)
 
     def fingerprint(self, weight: Weight, *, written: bool) -> int:
         """A weight's fingerprint on either side."""
-        return self.update.after[weight.name] if written else self.update.weights[weight.name].fingerprint or 0
+        return self.after[weight] if written else self.before[weight]
 
 
 class _Torn(NamedTuple):
@@ -106,7 +139,8 @@ class _Torn(NamedTuple):
 class _State(NamedTuple):
     """The state of a Receiver. It is replaced as a whole, so that an interrupt finds the old one or the new one."""
 
-    version: int
+    # None: with a plan, before the first update, if the weights do not tell.
+    version: int | None
     step: int | None = None
     staged: _Moves | None = None
     # The last commit, and the step before it.
@@ -130,15 +164,37 @@ class Receiver:
       adds, and taking it off gives the new base. This goes for every Switcher on these weights.
     - Storage never moves, as with a Switcher: compiled models and captured graphs stay as they are.
     - Call it between two forward passes; on a GPU the change is ordered by the caller's current streams.
+    - **In another layout.** With a `Plan`, updates go where the model has their entries; versions are those of the
+      publisher's weights as ever. Of weights that the model has whole, the words that change are compared with the
+      update's fingerprints. Of parts of weights (tensor parallelism) no rank alone can compute these: there the version
+      must be right, and nobody may have written to the model's weights since.
 
     Args:
         model: the module whose weights to update; at the first update they must be those the Publisher started from.
-        exclude: as for `Publisher`, and the same.
+        exclude: as for `Publisher`, and the same. A plan has its own.
+        plan: where the model has the entries of the publisher's weights, if its layout is another.
+        version: with a plan, the publisher's version when the model was loaded. Unless given it is computed, where the
+            model has all weights whole. Where it does not, the first update is taken to start from the model's weights
+            if it starts from those that are here whole.
     """
 
-    def __init__(self, model: nn.Module, *, exclude: str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        exclude: str | None = None,
+        plan: Plan | None = None,
+        version: int | None = None,
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Receiver: model must be a torch.nn.Module, got {type(model).__name__}")
+        if plan is not None and not isinstance(plan, Plan):
+            raise TypeError(f"Receiver: plan must be a Plan, got {type(plan).__name__}")
+        if plan is None and version is not None:
+            raise ValueError("Receiver: version is for a plan; without one, the weights tell their version")
+        if plan is not None and exclude is not None:
+            raise ValueError("Receiver: with a plan, exclude is what was given to Plan.record; leave it out here")
+        self.plan = plan
         self.model = _model.unwrap(model)
         for name in _model.slots(self.model):
             if name.endswith(VALUES_SUFFIX):
@@ -149,13 +205,23 @@ class Receiver:
         with _live.LOCK, torch.no_grad():
             tensors = [slot.weight for slot in _model.slots(self.model, buffers=True).values()]
             with _bare("the first look", tensors):
-                self._weights = weights_of("Receiver", self.model, exclude)
+                self._weights = weights_of("Receiver", self.model, exclude if plan is None else plan.exclude)
+                if plan is None:
+                    version = version_of(fingerprints(self._weights))
+                else:
+                    plan.check("Receiver", self._weights)
+                    version = plan.version(self._weights) if version is None else version
         self._names = {slot.name: weight for weight in self._weights.values() for slot in weight.slots}
-        self._state = _State(version_of(fingerprints(self._weights)))
+        self._state = _State(version)
 
     @property
     def version(self) -> int:
-        """The version of the weights; see `Update`."""
+        """The version of the weights; see `Update`. With a plan it may not be known before the first update."""
+        if self._state.version is None:
+            raise SyncError(
+                "Receiver: the version is not known before the first update, as the model does not have all weights "
+                "whole; say what it was loaded from: Receiver(model, plan=plan, version=publisher.version)"
+            )
         return self._state.version
 
     @property
@@ -175,7 +241,8 @@ class Receiver:
 
     def __repr__(self) -> str:
         staged = "nothing staged" if self.staged is None else f"staged: {self.staged!r}"
-        return f"Receiver(step {self.step}, version {shown_version(self.version)}, {staged})"
+        version = "unknown" if self._state.version is None else shown_version(self._state.version)
+        return f"Receiver(step {self.step}, version {version}, {staged})"
 
     def stage(self, *updates: Update | bytes | str | os.PathLike[str]) -> None:
         """Make updates ready, in their order; they go after what is staged already. Changes no weight.
@@ -190,10 +257,11 @@ class Receiver:
             found = self.staged
             for given in updates:
                 update = _read(given)
-                at, step = (self.version, self.step) if found is None else (found.end, found.step)
-                if update.start != at:
+                at, step = (self._state.version, self.step) if found is None else (found.end, found.step)
+                if at is not None and update.start != at:
                     raise SyncError(self._out_of_order(update, at, step, staged=found is not None))
                 self._check(update)
+                update = self._decoded(update, found)
                 found = update if found is None else compose(found, update)
             if found is not None:
                 self._state = self._state._replace(staged=self._moves(found))
@@ -255,6 +323,12 @@ class Receiver:
 
     def _check(self, update: Update) -> None:
         where = f"the update of step {update.step}"
+        if self.plan is not None:
+            try:
+                self.plan.check_entries(update.weights)
+            except AdapterError as error:
+                raise AdapterError(f"{where}: {error}") from error
+            return
         taken: dict[Weight, str] = {}
         for name, entry in update.weights.items():
             weights = {id(found): found for one in (name, *entry.aliases) if (found := self._names.get(one))}
@@ -278,15 +352,132 @@ class Receiver:
             if weight.name != name:
                 raise AdapterError(f"{where}: {named(name)} is called {named(weight.name)} here")
 
+    def _decoded(self, update: Update, staged: Update | None) -> Update:
+        """The update with its values, where a file has differences from the entries that it replaces.
+
+        Of weights that are here in parts, with a plan, it has those parts only.
+        """
+        if not update.relative:
+            return update
+        if self._state.torn is not None:
+            with _bare("stage", self._tensors()) as switchers:
+                self._heal(switchers)
+        holders = [switcher for switcher in list(_live.switchers) if switcher.active]
+
+        def base(weight: Weight, indices: Tensor, granule: int) -> Tensor:
+            tensor = weight.slots[0].weight
+            holder = next((switcher for switcher in holders if switcher.knows([tensor])), None)
+            if holder is None:
+                return shira_ops.gather(tensor.detach(), indices, granule=granule)
+            try:
+                return holder.base_entries(tensor, indices, granule)
+            except SwitchError as error:
+                raise SyncError(f"Receiver: stage refused: {error}") from error
+
+        def entries(name: str, entry: Entry) -> tuple[Tensor, Tensor | None]:
+            if self.plan is None:
+                weight = self._names[name]
+                indices, granule, here = entry.indices.to(weight.tensor.device), entry.granule, None
+                found = base(weight, indices, granule)
+            else:
+                indices, granule = _granules.refine(entry.indices, entry.granule, 1, entry.numel).to(torch.int64), 1
+                found = torch.zeros(entry.nnz, dtype=entry.dtype, device=indices.device)
+                here = torch.zeros(entry.nnz, dtype=torch.bool, device=indices.device)
+                names = dict.fromkeys((name, *entry.aliases))
+                for box in dict.fromkeys(box for one in names for box in self.plan.boxes.get(one, ())):
+                    weight = self._names[box.weight]
+                    if weight.tensor.dtype != entry.dtype:
+                        raise SyncError(
+                            f"Receiver: stage refused: {named(name)} is {dtype_name(entry.dtype)} at the publisher "
+                            f"and {dtype_name(weight.tensor.dtype)} here, so differences from its entries cannot be "
+                            f"added; send its values: update.to_bytes(differences=False)"
+                        )
+                    where, at = box.find(indices)
+                    at, order = at.sort()
+                    own = at.to(weight.tensor.device, index_dtype(weight.tensor.numel()))
+                    bits(found)[where[order]] = bits(base(weight, own, 1)).to(found.device)
+                    here[where] = True
+            earlier = None if staged is None else staged.weights.get(name)
+            if earlier is not None:
+                others, values = earlier.indices.to(found.device), earlier.values.to(found.device)
+                _granules.overlay_(found, indices, granule, others, values, earlier.granule, entry.numel)
+            return found, here
+
+        return update.decoded("Receiver.stage", entries)
+
     def _moves(self, update: Update) -> _Moves:
-        entries = {}
-        for name, entry in update.weights.items():
+        moves = _Moves(update, {}, {}, {}, {}, [])
+        given: Mapping[str, Entry] = update.weights
+        if self.plan is None:
+            moves.after.update({self._names[name]: after for name, after in update.after.items()})
+        else:
+            try:
+                given = self.plan.entries(update.weights)
+            except AdapterError as error:
+                raise AdapterError(f"the update of step {update.step}: {error}") from error
+            moves.words.extend(
+                self._words(self.plan, name, entry) for name, entry in update.weights.items() if name in self.plan.whole
+            )
+        for name, entry in given.items():
             weight = self._names[name]
             device = weight.tensor.device
             # The values are swapped with the weight's, so they must be nobody else's.
             values = entry.values.to(device, copy=True)
-            entries[weight] = _Entry(entry.indices.to(device), values, entry.granule, _piece(values, entry.granule))
-        return _Moves(update, entries)
+            moves.entries[weight] = _Entry(
+                entry.indices.to(device), values, entry.granule, _piece(values, entry.granule)
+            )
+            moves.given[weight] = entry.values
+            moves.before[weight] = weight.fingerprint if entry.fingerprint is None else entry.fingerprint
+        return moves
+
+    # ---- with a plan -------------------------------------------------------------------------------------------
+
+    def _words(self, plan: Plan, name: str, entry: Entry) -> _Words:
+        per = WORD_BYTES // entry.dtype.itemsize
+        positions = _granules.regranule(entry.indices, entry.granule, per).unique_consecutive()
+        starts = (self._names[box.weight].tensor.storage_offset() for box in plan.boxes[name])
+        granule = math.gcd(plan.granule(plan.boxes[name], per), entry.numel, *starts)
+        parts = _granules.refine(positions, per, granule, entry.numel).to(torch.int64)
+        # The last word may be longer than the weight.
+        inside = parts[parts < entry.numel // granule]
+        home = self._names[plan.boxes[name][0].weight].tensor.device
+        places: list[tuple[Weight, Tensor | None, Tensor]] = []
+        for weight, where, indices in plan.find(name, inside, granule):
+            tensor = self._names[weight].tensor
+            indices = indices.to(tensor.device, index_dtype(tensor.numel()))
+            places.append((self._names[weight], None if len(where) == len(parts) else where.to(home), indices))
+        return _Words(name, positions.to(home), bits_of(granule * entry.dtype.itemsize), places)
+
+    def _refuse_other_start(self, plan: Plan, update: Update) -> None:
+        """The first update of a Receiver that could not know its version."""
+        other = [
+            name
+            for name, entry in update.weights.items()
+            if name in plan.whole and _granules.fingerprint(plan.read(name, self._weights)) != entry.fingerprint
+        ]
+        if other:
+            raise SyncError(
+                f"Receiver: commit refused: {_model.some(other)} must be what the first update starts from, and has "
+                f"other content here; {_LOAD}"
+            )
+
+    def _note_after(
+        self,
+        moves: _Moves,
+        differences: dict[Weight, int],
+        words: Sequence[_Words],
+        before: Sequence[int],
+        after: Sequence[int],
+    ) -> None:
+        """Where a commit with a plan has led to: where the publisher's fingerprints say, or it is refused."""
+        for weight, fingerprint in moves.before.items():
+            moves.after[weight] = (fingerprint + differences.get(weight, 0)) & WORD
+        wrong = []
+        for one, old, new in zip(words, before, after, strict=True):
+            start = moves.update.weights[one.name].fingerprint or 0
+            if (start + new - old) & WORD != moves.update.after[one.name]:
+                wrong.append(one.name)
+        _refuse("commit", wrong)
 
     def _apply(self, what: str, moves: _Moves, then: _State, *, verify: bool, back: bool = False) -> None:
         """Swap, all or nothing: the Receiver is at `then` afterwards, or everything is as it was."""
@@ -299,9 +490,18 @@ class Receiver:
                 if not known and _granules.fingerprint(weight.tensor) != weight.fingerprint:
                     raise SyncError(f"Receiver: {what} refused: {weight.name} was changed by someone else; {_LOAD}")
                 weight.note()
+            if self.plan is not None and self._state.version is None:
+                self._refuse_other_start(self.plan, moves.update)
+            # With a plan only a swap that is checked tells what the fingerprints are afterwards.
+            learns = self.plan is not None and not back
+            words = moves.words if learns and verify else []
             self._state = self._state._replace(torn=_Torn(moves, back))
             try:
-                self._refuse_wrong(what, moves, moves.swap(check=verify), back)
+                before = _shares(words)
+                differences = moves.swap(check=verify or learns)
+                if learns:
+                    self._note_after(moves, differences, words, before, _shares(words))
+                self._refuse_wrong(what, moves, differences, back)
                 self._state = self._state._replace(torn=_Torn(moves, back, told=True))
                 self._settle(moves, switchers, written=not back)
                 self._state = then
@@ -317,16 +517,12 @@ class Receiver:
             for weight, difference in differences.items()
             if (weight.fingerprint + difference) & WORD != moves.fingerprint(weight, written=not back)
         ]
-        if wrong:
-            raise SyncError(
-                f"Receiver: {what} refused and nothing has changed: {_model.some(wrong)} would not become what the "
-                f"update says, so somebody wrote to it without moving its version counter; {_LOAD}"
-            )
+        _refuse(what, wrong)
 
     def _refuse_tuned(self, what: str) -> None:
         for weight in self._weights.values():
             for slot in weight.slots:
-                if slot.attribute + VALUES_SUFFIX in slot.module._parameters:
+                if slot.values_name in slot.module._parameters:
                     raise SyncError(
                         f"Receiver: {what} refused: a SparseTuner trains {slot.name}; detach it first "
                         f"(shira.detach(model))"
@@ -356,7 +552,8 @@ class Receiver:
             f"{told}"
         )
         if step is None:
-            return f"{text}: the model must hold the weights that the Publisher started from"
+            plan = "" if self.plan is None else ", and the plan be recorded with publisher.shapes"
+            return f"{text}: the model must hold the weights that the Publisher started from{plan}"
         if update.step <= step:
             return f"{text}: it is older, or was committed already"
         missing = "is missing" if update.step == step + 2 else "are missing"
@@ -367,6 +564,14 @@ class Receiver:
 _LOAD = "load the weights again, and make a new Receiver"
 
 
+def _refuse(what: str, wrong: Sequence[str]) -> None:
+    if wrong:
+        raise SyncError(
+            f"Receiver: {what} refused and nothing has changed: {_model.some(wrong)} would not become what the "
+            f"update says, so somebody wrote to it without moving its version counter; {_LOAD}"
+        )
+
+
 def _read(given: Update | bytes | str | os.PathLike[str]) -> Update:
     if isinstance(given, Update):
         return given
@@ -375,6 +580,13 @@ def _read(given: Update | bytes | str | os.PathLike[str]) -> Update:
     if isinstance(given, (str, os.PathLike)):
         return Update.load(given)
     raise TypeError(f"Receiver.stage: an update must be an Update, its bytes or a path, got {type(given).__name__}")
+
+
+def _shares(words: Sequence[_Words]) -> list[int]:
+    """Their shares, waiting for the device once."""
+    shares = [one.share() for one in words]
+    found: list[int] = torch.stack([share.to(shares[0].device) for share in shares]).tolist() if shares else []
+    return found
 
 
 def _piece(values: Tensor, granule: int) -> int:

@@ -1,4 +1,5 @@
-"""Layers whose weight gradient is computed at the mask alone: the rule for each kind, and `Attach`, which all share.
+"""Layers whose weight gradient is computed at the mask alone: the rule for each kind, `Attach`, which all share, and
+`lay` for weights that are not written.
 
 A layer is recognised by its ``forward``: a subclass with a forward of its own may use its weight in another way
 (scaled, normalised), and there only autograd knows the gradient. `rule_of` returns the rule for a weight, or None for a
@@ -13,28 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 import shira_ops
+from shira._linears import CONV1D, EMBEDDING, LINEAR, forward_of, is_linear, is_replaced, kind_of
 
 __all__ = ["Attach", "owned", "rule_of"]
 
-# transformers' linear layer of GPT-2, whose weight is [in, out]. Known by name, so that transformers is not imported.
-_TRANSPOSED = ("transformers.pytorch_utils", "Conv1D")
+RULES = {LINEAR: "linear", CONV1D: "transposed", EMBEDDING: "embedding"}
 _CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONVOLUTION_GRADIENTS = (conv1d_weight, conv2d_weight, conv3d_weight)
-
-
-def _forward_of(module: nn.Module) -> type:
-    """The class whose ``forward`` the module runs."""
-    return next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
-
-
-def is_linear(module: nn.Module) -> bool:
-    """``nn.Linear`` and subclasses, and transformers' ``Conv1D``: the layers that a tuner trains by default."""
-    return isinstance(module, nn.Linear) or any(
-        (kind.__module__, kind.__qualname__) == _TRANSPOSED for kind in type(module).__mro__
-    )
 
 
 def owned(module: nn.Module) -> tuple[str, ...] | None:
@@ -49,26 +37,23 @@ def owned(module: nn.Module) -> tuple[str, ...] | None:
 
 def rule_of(module: nn.Module, attribute: str, granule: int) -> str | None:
     """``linear``, ``transposed``, ``conv`` or ``embedding``; None if only autograd knows the gradient."""
-    # accelerate replaces forward to run its hooks; any other replacement may compute something else.
-    replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")
-    if attribute != "weight" or replaced:
+    if attribute != "weight":
         return None
-    forward = _forward_of(module)
-    if forward is nn.Linear:
-        # nn.MultiheadAttention's out_proj: its forward never runs.
-        return None if isinstance(module, NonDynamicallyQuantizableLinear) else "linear"
-    if (forward.__module__, forward.__qualname__) == _TRANSPOSED:
-        return "transposed"
-    for kind in _CONVOLUTIONS:
-        if forward is kind:
-            return "conv" if type(module)._conv_forward is kind._conv_forward else None  # type: ignore[attr-defined]
-    if forward is nn.Embedding and isinstance(module, nn.Embedding):
+    kind = kind_of(module)
+    if kind in (LINEAR, CONV1D):
+        return RULES[kind]
+    if kind == EMBEDDING and isinstance(module, nn.Embedding):
         whole_rows = module.embedding_dim % granule == 0
         return "embedding" if whole_rows and not module.scale_grad_by_freq else None
+    forward = forward_of(module)
+    for convolution in _CONVOLUTIONS:
+        if forward is convolution and not is_replaced(module):
+            own = type(module)._conv_forward is not convolution._conv_forward  # type: ignore[attr-defined]
+            return None if own else "conv"
     return None
 
 
-def _options(rule: str, module: Any) -> tuple[Any, ...]:
+def options(rule: str, module: Any) -> tuple[Any, ...]:
     """What a rule needs to know about the layer, as plain numbers, which are constants for a compiler."""
     if rule == "conv":
         pads, mode, padding = (), "zeros", module.padding
@@ -101,18 +86,51 @@ def _embedding(grad_output: Tensor, input: Tensor, indices: Tensor, granule: int
     compute = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
     if tokens.numel() == 0:
         return torch.zeros(indices.numel() * granule, dtype=compute, device=indices.device)
-    # Every used row is summed at the place of one of its tokens, whichever: there are no more places than tokens.
-    place = torch.full((rows,), -1, dtype=torch.int64, device=tokens.device)
-    place[tokens] = torch.arange(tokens.numel(), device=tokens.device)
+    place = _places(tokens, rows)
     summed = torch.zeros(tokens.numel(), width, dtype=compute, device=tokens.device)
     summed.index_add_(0, place[tokens], grad_output.reshape(-1, width).to(compute))
     if padding is not None:
         place[padding] = -1
-    first = indices.to(torch.int64) * granule
-    at = place[first // width]
-    columns = (first % width)[:, None] + torch.arange(granule, device=indices.device)
+    at, columns = _cells(place, indices, granule, width)
     found = summed[at.clamp(min=0)[:, None], columns]
     return torch.where((at >= 0)[:, None], found, 0).view(-1)
+
+
+def gradient(
+    rule: str, grad_output: Tensor, input: Tensor, indices: Tensor, granule: int, options: tuple[Any, ...]
+) -> Tensor:
+    """The gradient of a layer's weight at the indices, float32 (float64 for float64)."""
+    if rule == "conv":
+        return _convolution(grad_output, input, indices, granule, options)
+    if rule == "embedding":
+        return _embedding(grad_output, input, indices, granule, options)
+    # Gradients come expanded (after sum()) and inputs strided.
+    rows, columns = grad_output.contiguous(), input.contiguous()
+    if rule == "transposed":
+        rows, columns = columns, rows
+    return shira_ops.sampled_grad(rows, columns, indices, granule=granule)
+
+
+def refuse_second_derivative() -> None:
+    """In the backward of a sampled gradient."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "SparseTuner: a sampled gradient cannot be differentiated again (create_graph=True): what flows "
+            'through the weight itself would be missing; use SparseTuner(..., gradient="dense")'
+        )
+
+
+def _places(tokens: Tensor, rows: int) -> Tensor:
+    """For each row that is used one of its tokens, whichever, and -1 for the others: no more places than tokens."""
+    place = torch.full((rows,), -1, dtype=torch.int64, device=tokens.device)
+    place[tokens] = torch.arange(tokens.numel(), device=tokens.device)
+    return place
+
+
+def _cells(place: Tensor, indices: Tensor, granule: int, width: int) -> tuple[Tensor, Tensor]:
+    """The place (-1: none) and the columns of every granule."""
+    first = indices.to(torch.int64) * granule
+    return place[first // width], (first % width)[:, None] + torch.arange(granule, device=indices.device)
 
 
 class Attach(torch.autograd.Function):
@@ -145,24 +163,11 @@ class Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "SparseTuner: a sampled gradient cannot be differentiated again (create_graph=True): what flows "
-                'through the weight itself would be missing; use SparseTuner(..., gradient="dense")'
-            )
+        refuse_second_derivative()
         input, indices = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:
             return grad_output, None, None, None, None, None, None
-        if ctx.rule == "conv":
-            grad_values = _convolution(grad_output, input, indices, ctx.granule, ctx.options)
-        elif ctx.rule == "embedding":
-            grad_values = _embedding(grad_output, input, indices, ctx.granule, ctx.options)
-        else:
-            # Gradients come expanded (after sum()) and inputs strided.
-            rows, columns = grad_output.contiguous(), input.contiguous()
-            if ctx.rule == "transposed":
-                rows, columns = columns, rows
-            grad_values = shira_ops.sampled_grad(rows, columns, indices, granule=ctx.granule)
+        grad_values = gradient(ctx.rule, grad_output, input, indices, ctx.granule, ctx.options)
         return grad_output, grad_values.to(ctx.dtype), None, None, None, None, None
 
 
@@ -170,5 +175,40 @@ def attach(
     rule: str, module: nn.Module, output: Tensor, values: Tensor, input: Tensor, indices: Tensor, granule: int
 ) -> Tensor:
     """The layer's output, with the values' gradient attached."""
-    arguments = (output, values, input, indices, granule, rule, _options(rule, module))
+    arguments = (output, values, input, indices, granule, rule, options(rule, module))
     return Attach.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+
+
+# ---- over a weight that is not written -----------------------------------------------------------------------
+
+
+def lay(
+    rule: str, module: nn.Module, output: Tensor, values: Tensor, input: Tensor, indices: Tensor, granule: int
+) -> Tensor:
+    """The layer's output, and what a delta of its weight, the values at the indices, adds to it.
+
+    By the rules ``linear``, ``transposed`` and ``embedding``. Differentiable in output, values and input.
+    """
+    if rule == "embedding":
+        rows = _rows(values, input, indices, granule, output.shape[-1], options(rule, module))
+        return output + rows.to(output.dtype)
+    # Autocast gave the layer a cast input, and inputs come strided.
+    input, width = input.to(output.dtype).contiguous(), output.shape[-1]
+    return output + shira_ops.sparse_linear(
+        input, indices, values, width, transposed=rule == "transposed", granule=granule
+    )
+
+
+def _rows(values: Tensor, input: Tensor, indices: Tensor, granule: int, width: int, options: tuple[Any, ...]) -> Tensor:
+    """The delta's rows that the tokens select: ``[..., width]``, and tokens x width in memory."""
+    rows, padding = options
+    tokens, count = input.reshape(-1), input.numel()
+    place = _places(tokens, rows)
+    at, columns = _cells(place, indices, granule, width)
+    # The last row takes what no token uses.
+    dense = values.new_zeros(count + 1, width)
+    dense = dense.index_put((at.remainder(count + 1)[:, None], columns), values.view(-1, granule))
+    found = dense[place[tokens]]
+    if padding is not None:  # as in nn.Embedding, this row does not learn
+        found = torch.where((tokens == padding)[:, None], found.detach(), found)
+    return found.view(*input.shape, width)

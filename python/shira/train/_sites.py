@@ -30,10 +30,11 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import shira_ops
-from shira import _granules, _model
+from shira import _granules, _linears, _model, _shards
 from shira._granules import dtype_name
 from shira._model import INDICES_SUFFIX, VALUES_SUFFIX
-from shira.train import _layers
+from shira.train import _layers, _sharded
+from shira.train._sharded import Sharded
 
 # A module's own dictionary of the sites on it, by attribute.
 SITES = "_shira_sites"
@@ -64,6 +65,8 @@ class Group:
     served: bool = False
     sites: list[Site] = field(default_factory=list)
     model: weakref.ref[nn.Module] | None = None
+    # Gradients of sharded weights that a backward pass under way has made, by the number of the pass.
+    pending: dict[int, dict[Site, Tensor]] = field(default_factory=dict)
 
     def frozen(self) -> bool:
         """Whether none of the tuner's values requires grad; always False in a copied model, which has no tuner."""
@@ -99,11 +102,14 @@ class Site:
     dense: bool
     # The base's entries, and the tuner's own copy of their indices. The base must not depend on the buffer with the
     # indices, which others write to: DistributedDataParallel overwrites it, averages of models average it.
+    # An overlay never writes the base, and has its fingerprint here.
     saved: Tensor
     indices: Tensor
     group: Group
     places: list[Place]
     allow_unused: bool = False
+    # Whether the values are a delta that the layers' outputs get, beside a weight that is not written.
+    overlay: bool = False
     # Whether gradients from every place have ever reached the values; until then a step is refused.
     reached: bool = False
     # Whether the ranks have been compared, and train the same entries.
@@ -111,12 +117,15 @@ class Site:
     # Whether a compiled graph of something else has used the weight since the last gradient.
     traced: bool = False
     # The handles of the module hooks. Copied with a module, a handle belongs to the copy.
-    handles: list[RemovableHandle] = field(default_factory=list)
+    handles: list[RemovableHandle | _linears.Kept] = field(default_factory=list)
     # The parameters it was made for; None in a copied model.
     values_ref: weakref.ref[Tensor] | None = None
     weight_ref: weakref.ref[Tensor] | None = None
     # The last write of the values into the weight, if it is known.
     written: _Written | None = None
+    # Where ranks hold the weight together. Then `granule`, `saved` and `indices` are those of this rank's part of it,
+    # and the values are divided in another way; see `shira.train._sharded`.
+    shard: Sharded | None = None
 
     def __post_init__(self) -> None:
         # Read at every forward.
@@ -132,26 +141,19 @@ class Site:
         """The values it was made for; None in a copied model."""
         return None if self.values_ref is None else self.values_ref()
 
-    def tensors(self, owner: nn.Module) -> tuple[nn.Parameter, Tensor, nn.Parameter]:
-        """weight, indices and values; refuses a module in which these can no longer be trained or written."""
-        if "_is_replica" in owner.__dict__:
-            raise RuntimeError(
-                "SparseTuner: DataParallel runs copies of the model on several devices, which values are not written "
-                "into; use DistributedDataParallel, or one device (CUDA_VISIBLE_DEVICES)"
-            )
-        weight, values = _held(owner, self.attribute), _held(owner, self.values_name)
-        indices = owner._buffers.get(self.indices_name)
-        if weight is None or indices is None or values is None:
-            raise RuntimeError(
-                f"SparseTuner: the module of {self.name} was converted into a {type(owner).__name__} of another kind "
-                f"with a tuner on it; detach the tuner first (shira.detach(model)), then convert"
-            )
-        if values.dtype != self.dtype:
-            raise RuntimeError(
-                f"{self.name}{VALUES_SUFFIX} must stay {dtype_name(self.dtype)}, got {dtype_name(values.dtype)}: the "
-                f"model was cast after the tuner was attached; cast it first, or detach the tuner, cast, and attach "
-                f"again"
-            )
+    def tensors(self, owner: nn.Module) -> tuple[Tensor, Tensor, nn.Parameter]:
+        """weight, indices and values; refuses a module in which these can no longer be trained or written.
+
+        Of a sharded weight they are its local tensor, the granules in that, and the values of all ranks.
+        """
+        indices, values = self.trained(owner)
+        weight: nn.Parameter | None = _held(owner, self.attribute)
+        if weight is None:
+            raise self._converted(owner)
+        if self.shard is not None:
+            if not self.shard.is_holder_of(weight):
+                refuse_replaced(self.name)
+            return *self.shard.tensors(), values
         if not torch.compiler.is_compiling():
             for name, tensor in ((self.name, weight), (self.name + VALUES_SUFFIX, values)):
                 why = None if type(tensor) in (nn.Parameter, Tensor) else _model.foreign(tensor)
@@ -163,6 +165,30 @@ class Site:
                 f"written; {_model.stride_advice(self.name, weight)}"
             )
         return weight, indices, values
+
+    def trained(self, owner: nn.Module) -> tuple[Tensor, nn.Parameter]:
+        """indices and values; refuses a module in which these can no longer be trained."""
+        if "_is_replica" in owner.__dict__:
+            raise RuntimeError(
+                "SparseTuner: DataParallel runs copies of the model on several devices, which values are not written "
+                "into; use DistributedDataParallel, or one device (CUDA_VISIBLE_DEVICES)"
+            )
+        values, indices = _held(owner, self.values_name), owner._buffers.get(self.indices_name)
+        if indices is None or values is None:
+            raise self._converted(owner)
+        if values.dtype != self.dtype:
+            raise RuntimeError(
+                f"{self.name}{VALUES_SUFFIX} must stay {dtype_name(self.dtype)}, got {dtype_name(values.dtype)}: the "
+                f"model was cast after the tuner was attached; cast it first, or detach the tuner, cast, and attach "
+                f"again"
+            )
+        return indices, values
+
+    def _converted(self, owner: nn.Module) -> RuntimeError:
+        return RuntimeError(
+            f"SparseTuner: the module of {self.name} was converted into a {type(owner).__name__} of another kind "
+            f"with a tuner on it; detach the tuner first (shira.detach(model)), then convert"
+        )
 
     @property
     def idle(self) -> list[str]:
@@ -182,10 +208,19 @@ class Site:
 
     def same(self, weight: Tensor, values: Tensor) -> bool:
         """Whether the weight was written from these values, as far as versions tell."""
-        known = self.written
+        known, weight = self.written, self.identity(weight)
         if known is None or known.values() is not values or known.weight() is not weight:
             return False
         return known.marks == _marks(weight, values)
+
+    def held(self, owner: nn.Module) -> Tensor:
+        """The weight that the module has now; of a sharded one, the local tensor."""
+        found: Tensor = getattr(owner, self.attribute)
+        return found if self.shard is None else self.shard.tensors()[0]
+
+    def identity(self, weight: Tensor) -> Tensor:
+        """The parameter that stands for a weight of `tensors`: of a sharded one that is not the local tensor."""
+        return weight if self.shard is None else self.shard.stored()
 
     def settled(self, owner: nn.Module) -> bool:
         """Whether the forward of the whole model is running, and has checked this weight already."""
@@ -236,9 +271,13 @@ class Target:
             raise RuntimeError(f"the module that held {self.site.name} no longer exists")
         return module
 
-    def tensors(self) -> tuple[nn.Parameter, Tensor, nn.Parameter]:
+    def tensors(self) -> tuple[Tensor, Tensor, nn.Parameter]:
         """weight, indices and values; see `Site.tensors`."""
         return self.site.tensors(self.module())
+
+    def trained(self) -> tuple[Tensor, nn.Parameter]:
+        """indices and values; see `Site.trained`."""
+        return self.site.trained(self.module())
 
 
 # A site, its weight, indices and values.
@@ -269,30 +308,50 @@ def put(target: Target, holders: Sequence[nn.Module], rules: Sequence[str | None
     """Put the hooks of a site on the modules that hold its weight; its tensors are on the first one already."""
     look_outside()
     site, owner = target.site, holders[0]
-    weight, _, values = site.tensors(owner)
+    _, values = site.trained(owner)
+    weight: nn.Parameter | None = _held(owner, site.attribute)  # of an overlay, whatever the module has
     owner.__dict__.setdefault(SITES, {})[site.attribute] = site
-    site.values_ref, site.weight_ref = weakref.ref(values), weakref.ref(weight)
+    site.values_ref, site.weight_ref = weakref.ref(values), None if weight is None else weakref.ref(weight)
     known[values] = target
     target.handles.append(values.register_post_accumulate_grad_hook(partial(_came, target)))
-    if site.dense:
+    if site.dense and weight is not None:
         weight.requires_grad_(True)
         target.handles.append(weight.register_post_accumulate_grad_hook(partial(_gathered, target)))
     site.handles.append(owner.register_load_state_dict_post_hook(partial(_loaded, site)))
     for module, rule, place in zip(holders, rules, site.places, strict=True):
         elsewhere = None if module is owner else owner
-        site.handles.append(module.register_forward_pre_hook(partial(follow, [(site, elsewhere)], False)))
+        if not site.overlay:
+            site.handles.append(module.register_forward_pre_hook(partial(follow, [(site, elsewhere)], False)))
         if rule is not None:
             # Before all other hooks, which may change the output: this one needs the layer's own.
-            hook = partial(_attach, site, elsewhere, rule, place)
+            hook = partial(_lay if site.overlay else _attach, site, elsewhere, rule, place)
             site.handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
-    mark_written(site, values)
+    if site.overlay:
+        site.handles.append(owner.register_state_dict_post_hook(partial(_saved, site.values_name)))
+    else:
+        mark_written(site, values)
     site.group.sites.append(site)
     groups.add(site.group)
 
 
+def become_sharded(target: Target, shard: Sharded, saved: Tensor, values: nn.Parameter) -> None:
+    """Go on with a weight that was sharded with its site on it."""
+    site = target.site
+    site.shard, site.saved, site.granule = shard, saved, shard.part.granule
+    site.indices = shard.part.indices.to("cpu", copy=True)
+    site.values_ref, site.weight_ref = weakref.ref(values), weakref.ref(shard.stored())
+    site.written = None
+    known[values] = target
+
+
 def take_off(placed: Sequence[tuple[Site, nn.Module]]) -> None:
     """Write the base's entries back and remove everything that `put` has put on modules."""
-    for site, owner in placed:
+    written = [(site, owner) for site, owner in placed if not site.overlay]
+    for model in {id(model): model for site, _ in written if (model := _whole(site)) is not None}.values():
+        _sharded.reshard(model)
+    for site, owner in written:
+        if site.shard is not None and site.shard.is_holder_of(getattr(owner, site.attribute)):
+            continue
         weight = getattr(owner, site.attribute)
         why = _model.foreign(weight)
         if why is None and _is_sharded(site):
@@ -300,8 +359,8 @@ def take_off(placed: Sequence[tuple[Site, nn.Module]]) -> None:
         if why is not None:
             raise RuntimeError(f"SparseTuner: the base cannot be put back, since {site.name} {why}")
     items = []
-    for site, owner in placed:
-        weight = getattr(owner, site.attribute)
+    for site, owner in written:
+        weight = site.held(owner)
         # The model may have been moved or cast since; then the base has the cast of these entries.
         saved = site.saved.to(device=weight.device, dtype=weight.dtype)
         indices = site.indices.to(weight.device)
@@ -321,9 +380,10 @@ def take_off(placed: Sequence[tuple[Site, nn.Module]]) -> None:
             known[values] = None
             for handle in target.handles:
                 handle.remove()
-        getattr(owner, site.attribute).requires_grad_(False)
-        for handle in site.handles:
-            handle.remove()
+        if not site.overlay:
+            getattr(owner, site.attribute).requires_grad_(False)
+        for each in site.handles:
+            each.remove()
         groups.discard(site.group)
         # If `put` has failed, not all of them are there.
         for name in (site.values_name, site.indices_name):
@@ -333,6 +393,11 @@ def take_off(placed: Sequence[tuple[Site, nn.Module]]) -> None:
         sites.pop(site.attribute, None)
         if not sites:
             owner.__dict__.pop(SITES, None)
+
+
+def _whole(site: Site) -> nn.Module | None:
+    """The model of a sharded weight."""
+    return None if site.shard is None or site.group.model is None else site.group.model()
 
 
 def _is_sharded(site: Site) -> bool:
@@ -371,7 +436,34 @@ def _attach(
         return None
     place.ran = True
     input = args[0] if args else next(iter(kwargs.values()))
+    if site.shard is not None:
+        return site.shard.attach(site, rule, module, output, input)
     return _layers.attach(rule, module, output, values, input, indices, site.granule)
+
+
+def _lay(
+    site: Site,
+    owner: nn.Module | None,
+    rule: str,
+    place: Place,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Tensor,
+) -> Any:
+    """The forward hook of a layer under an overlay; ``owner`` is None where the values are on the layer itself."""
+    if site.group.off:
+        return None
+    indices, values = site.trained(owner or module)
+    input = args[0] if args else next(iter(kwargs.values()))
+    if torch.is_grad_enabled() and values.requires_grad:
+        place.ran = True
+        if input.requires_grad and not output.requires_grad:
+            raise RuntimeError(
+                f"SparseTuner: the {type(module).__name__} of {site.name} computes no gradient of its input, so the "
+                f"layers before it would not train; leave them out with exclude="
+            )
+    return _layers.lay(rule, module, output, values, input, indices, site.granule)
 
 
 def follow(
@@ -407,7 +499,8 @@ def _follow_in_graph(sites: Sequence[tuple[Site, nn.Module | None]], whole: bool
         if not torch.compiler.is_dynamo_compiling():
             _check_export(sites)
         return
-    for site, owner in sites:
+    # Sharded weights are written at every step.
+    for site, owner in (one for one in sites if not one[0].overlay and one[0].shard is None):
         if torch.is_grad_enabled():
             site.traced = True
         elif not site.group.off and (site.dense or not whole):  # layers that sample write in their own hook
@@ -420,7 +513,7 @@ def _check_export(sites: Sequence[tuple[Site, nn.Module | None]]) -> None:
     with _disable_current_modes():
         for site, _ in sites:
             weight, values = site.own_weight, site.own_values
-            if weight is None or values is None or site.group.off:
+            if weight is None or values is None or site.group.off or site.overlay:
                 continue
             if not site.same(weight, values) or site.same_content(values) is False:
                 raise RuntimeError(
@@ -435,7 +528,7 @@ def _follow(sites: Sequence[tuple[Site, nn.Module | None]], whole: bool, module:
             "SparseTuner: values are written into weights, which torch.func cannot follow; use torch.autograd"
         )
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        if torch.is_grad_enabled() and any(site.tensors(owner or module)[2].requires_grad for site, owner in sites):
+        if torch.is_grad_enabled() and any(site.trained(owner or module)[1].requires_grad for site, owner in sites):
             raise RuntimeError(
                 "SparseTuner: torch.jit.trace cannot record how values train; trace the model under torch.no_grad(), "
                 "to compute with it, or detach the tuner first"
@@ -449,7 +542,12 @@ def _follow(sites: Sequence[tuple[Site, nn.Module | None]], whole: bool, module:
             torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
         return
     items = []
+    if whole and torch._C._current_graph_task_id() == -1:
+        sites[0][0].group.pending.clear()  # of backward passes that have failed
     for site, owner in sites:
+        if site.overlay:
+            _check(site, _held(owner or module, site.attribute), site.trained(owner or module)[1], module.training)
+            continue
         weight, indices, values = site.tensors(owner or module)
         if _check(site, weight, values, module.training) and not site.group.off:
             items.append((site, weight, indices, values))
@@ -466,18 +564,20 @@ def look_outside() -> None:
     """Keep torch from compiling the hooks, which it runs outside of a compiled model's graph."""
     from torch._dynamo.eval_frame import skip_code
 
-    for function in (follow, uncover, Site.settled, Site.same, _marks, _version):
+    for function in (follow, uncover, Site.settled, Site.same, Site.identity, _marks, _version):
         skip_code(function.__code__)
 
 
-def _check(site: Site, weight: Tensor, values: Tensor, training: bool) -> bool:
+def _check(site: Site, weight: Tensor | None, values: Tensor, training: bool) -> bool:
     """Refuse a forward that would train nothing. Returns whether the weight is the tuner's own, and so is written."""
     learns = torch.is_grad_enabled() and values.requires_grad
-    for what, now, ref in (("", weight, site.weight_ref), (VALUES_SUFFIX, values, site.values_ref)):
+    weight = weight if weight is None else site.identity(weight)
+    weight_ref = None if site.overlay else site.weight_ref
+    for what, now, ref in (("", weight, weight_ref), (VALUES_SUFFIX, values, site.values_ref)):
         if learns and ref is not None and now is not ref() and isinstance(now, nn.Parameter) and not _is_functional():
             refuse_replaced(site.name + what)
-    unfrozen = weight.requires_grad and not getattr(weight, "_post_accumulate_grad_hooks", None)
-    if unfrozen and torch.is_grad_enabled():
+    unfrozen = weight is not None and weight.requires_grad
+    if unfrozen and not getattr(weight, "_post_accumulate_grad_hooks", None) and torch.is_grad_enabled():
         raise RuntimeError(
             f"SparseTuner: the dense gradient of {site.name} would train all of it: the model was copied while a tuner "
             f"was attached, or its weights were unfrozen; detach the copy's source first, give them "
@@ -509,7 +609,8 @@ def refuse_replaced(name: str) -> None:
         f"SparseTuner: {name} was replaced by another parameter after the tuner was attached, so what the model "
         f"computes with is not what the tuner and its optimizer train. fully_shard, conversions under "
         f"torch.__future__.set_overwrite_module_params_on_conversion and load_state_dict(assign=True) do so; do that "
-        f"first and then attach the tuner, or detach it, do that, and attach again"
+        f"first and then attach the tuner, or detach it, do that, and attach again. After fully_shard on a "
+        f"mesh of one dimension it is enough to make the optimizer from tuner.parameters(), or to call tuner.sync()"
     )
 
 
@@ -524,7 +625,7 @@ def refuse_frozen(site: Site) -> None:
 
 def _loaded(site: Site, module: nn.Module, _: Any) -> None:
     """After a state dict was loaded: write the values into the weight, whatever was loaded for either."""
-    weight, indices, values = site.tensors(module)
+    _, values = site.trained(module)
     if site.values_ref is not None and site.values_ref() is not values:
         raise RuntimeError(
             f"SparseTuner: {site.name}{VALUES_SUFFIX} was replaced, so that no optimizer trains it; load into the "
@@ -532,7 +633,15 @@ def _loaded(site: Site, module: nn.Module, _: Any) -> None:
         )
     if site.group.off:
         raise RuntimeError("SparseTuner: a state cannot be loaded inside `with tuner.disabled()`; load it after that")
-    write([(site, weight, indices, values)])
+    if not site.overlay:
+        write([(site, *site.tensors(module))])
+
+
+def _saved(name: str, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """After a state dict was made: optimum-quanto's layers save nothing but their own parameters."""
+    values = module._parameters.get(name)
+    if values is not None:
+        state.setdefault(prefix + name, values.detach())
 
 
 def _gathered(target: Target, weight: Tensor) -> None:
@@ -579,7 +688,7 @@ def settle(items: Iterable[Item]) -> None:
         site, weight, _, values = item
         if not site.same(weight, values):
             stale.append(item)
-        elif not site.group.covered:
+        elif not site.group.covered and site.shard is None:
             content = site.same_content(values)
             if not content:
                 (unsure if content is None else stale).append(item)
@@ -601,9 +710,31 @@ def write(items: Iterable[Item]) -> None:
 
 
 def _write(items: Iterable[Item]) -> None:
+    items = list(items)
     scatter(
-        (site.granule, weight, indices, values.detach().to(weight.dtype)) for site, weight, indices, values in items
+        (site.granule, weight, indices, values.detach().to(weight.dtype))
+        for site, weight, indices, values in items
+        if site.shard is None
     )
+    sharded = [(site, site.shard, values) for site, _, _, values in items if site.shard is not None]
+    sizes = [(shard.count, shard.stored().dtype) for _, shard, _ in sharded]
+    for run in _sharded.runs([count for count, _ in sizes], [dtype for _, dtype in sizes]):
+        wholes = whole_values([(site, values) for site, _, values in sharded[run]])
+        scatter(
+            entries
+            for (site, shard, _), whole in zip(sharded[run], wholes, strict=True)
+            for entries in shard.entries(site, whole)
+        )
+
+
+def whole_values(items: Sequence[tuple[Site, Tensor]], master: bool = False) -> list[Tensor]:
+    """Of sharded weights, all values: in the weight's dtype, or (``master``) as they are. A collective call."""
+    chunks, counts = [], []
+    for site, values in items:
+        assert site.shard is not None
+        chunks.append(_shards.local(values).to(values.dtype if master else site.shard.stored().dtype))
+        counts.append(site.shard.count)
+    return items[0][0].shard.ranks.join(chunks, counts) if items else []  # type: ignore[union-attr]
 
 
 def scatter(items: Iterable[tuple[int, Tensor, Tensor, Tensor]]) -> None:
@@ -627,15 +758,20 @@ def mark_written(site: Site, values: Tensor, weight: Tensor | None = None) -> No
     if weight is None:
         site.written = None
         return
-    content = _granules.fingerprint(values) if values.device.type == "cpu" else None
+    weight = site.identity(weight)
+    on_cpu = values.device.type == "cpu" and site.shard is None
+    content = _granules.fingerprint(values) if on_cpu else None
     site.written = _Written(weakref.ref(values), weakref.ref(weight), _marks(weight, values), content)
 
 
 def _marks(weight: Tensor, values: Tensor) -> tuple[int, int, int, int]:
-    return weight.data_ptr(), _version(weight), values.data_ptr(), _version(values)
+    held, kept = _shards.local(weight), _shards.local(values)
+    return held.data_ptr(), _version(weight), kept.data_ptr(), _version(values)
 
 
 def _version(tensor: Tensor) -> int:
+    if _shards.is_dtensor(tensor):  # an op may move that of the local tensor alone, or only its own
+        return tensor._version + _shards.local(tensor)._version
     return -1 if tensor.is_inference() else tensor._version
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from shira import _fit, _live, _model, _places
+from shira import _fit, _linears, _live, _model, _places, _shards
 from shira._granules import dtype_name
 from shira._model import VALUES_SUFFIX
 from shira._text import AdapterError, Rename
@@ -24,11 +25,21 @@ Wanted = str | Sequence[str] | None
 
 
 class Names:
-    """The modules and parameters of a model under all their names, as patterns see them."""
+    """The modules and parameters of a model under all their names, as patterns see them.
 
-    def __init__(self, model: nn.Module) -> None:
+    With ``overlay`` the targets are layers that something is laid over, and not weights that are written. With
+    ``meta`` weights need no content.
+    """
+
+    def __init__(self, model: nn.Module, overlay: bool = False, meta: bool = False) -> None:
+        self.meta = meta
         # A second tuner may be added to a model; the values of the first one are not targets.
         self.slots = {name: slot for name, slot in _model.slots(model).items() if not name.endswith(VALUES_SUFFIX)}
+        self.layers = _linears.find(model) if overlay else None
+        for name, layer in (self.layers or {}).items():
+            if name not in self.slots:  # its codes have other names
+                codes = cast("nn.Parameter", layer.stored()[0])
+                self.slots[name] = _model.Slot(name, layer.module, layer.attribute, codes)
         named = model.named_modules(remove_duplicate=False)
         self.modules = {_model.clean(f"{name}.")[:-1]: module for name, module in named}
         self.holders: dict[object, list[_model.Slot]] = {}
@@ -80,16 +91,20 @@ class Names:
             for child in map(module._modules.get, names if isinstance(names, tuple) else ()):
                 added |= set() if child is None else {id(inner) for inner in child.modules()}
         found = ((name, module) for name, module in self.modules.items() if id(module) in added)
-        return {name: module for name, module in found if _layers.is_linear(module)}
+        return {name: module for name, module in found if _linears.is_linear(module)}
 
     def _all_linear(self) -> list[str]:
         """Linear layers except for the output head's and PEFT's, and 3-D weights of experts."""
         heads, added = self.heads(), self.added()
         inside = {id(module) for head in heads.values() for module in head.modules()}
-        linear = [(name, module) for name, module in self.modules.items() if _layers.is_linear(module)]
-        linear = [(name, module) for name, module in linear if name not in added]
-        names = [_join(name, "weight") for name, module in linear if id(module) not in inside]
-        names += [slot.name for slot in self.slots.values() if _is_experts(slot)]
+        layers = {name for name, layer in (self.layers or {}).items() if layer.kind != _linears.EMBEDDING}
+        linear = {
+            _join(name, "weight"): module
+            for name, module in self.modules.items()
+            if name not in added and (_linears.is_linear(module) or _join(name, "weight") in layers)
+        }
+        names = [name for name, module in linear.items() if id(module) not in inside]
+        names += self.experts() if self.layers is None else []
         if not names and linear:
             raise ValueError(
                 f"SparseTuner: the model's only linear layer is its output head ({_model.some(heads)}), which is left "
@@ -99,6 +114,10 @@ class Names:
         if not names:
             raise ValueError("SparseTuner: the model has no nn.Linear; name other weights with targets=")
         return names
+
+    def experts(self) -> list[str]:
+        """The 3-D weights of experts."""
+        return [slot.name for slot in self.slots.values() if _is_experts(slot)]
 
     def _without(self, names: Sequence[str], wanted: str | Sequence[str]) -> list[str]:
         """The names that are not excluded: by their own name, by a module they are in, or by a weight they are tied
@@ -152,6 +171,8 @@ class Names:
         """The weights that a module's name stands for; for a module of an unknown kind these are its own matrices."""
         module = self.modules[module_name]
         known = _layers.owned(module)
+        if self.layers is not None and _join(module_name, "weight") in self.layers:
+            known = ("weight",)
         if known is None:
             matrices = (attribute for attribute, p in module._parameters.items() if p is not None and p.dim() > 1)
             known = tuple(matrices)
@@ -195,6 +216,13 @@ class Names:
                     f"one tensor?), so training one would change the other; leave both out, or give one its own memory"
                 )
 
+    def check(self, name: str, group: Sequence[_model.Slot]) -> None:
+        """Refuse a weight that cannot be trained in this way, and say why."""
+        if self.layers is None:
+            check_trainable(name, group, self.meta)
+        else:
+            _check_layers(name, group, self.layers)
+
     def _chosen(self, names: Iterable[str]) -> dict[str, list[_model.Slot]]:
         chosen: dict[str, list[_model.Slot]] = {}
         for name in names:
@@ -207,30 +235,76 @@ class Names:
                     f"leave it out with exclude={has}"
                 )
             group = self.of(self.slots[name])
-            check_trainable(name, group)
+            self.check(name, group)
             chosen.setdefault(group[0].name, group)
-        self.check_apart(chosen)
+        if self.layers is None:
+            self.check_apart(chosen)
         return {name: chosen[name] for name in self.slots if name in chosen}
 
 
-def check_trainable(name: str, group: Sequence[_model.Slot]) -> None:
-    """Refuse a weight that cannot be trained, and say why."""
-    weight = group[0].weight
+def _check_free(name: str, group: Sequence[_model.Slot]) -> None:
     if any(hasattr(slot.module, slot.attribute + VALUES_SUFFIX) for slot in group):
         raise ValueError(
             f"SparseTuner: {name} is already trained by a tuner; detach that one first (shira.detach(model))"
         )
-    foreign = _model.foreign(weight)
+
+
+def _check_places(name: str, group: Sequence[_model.Slot]) -> None:
+    """Refuse modules whose forward runs no hooks, and embeddings that write to their own weight."""
+    for slot in group:
+        if _is_script(slot.module):
+            raise ValueError(
+                f"SparseTuner: {slot.name} is in a module made by torch.jit.script or torch.jit.trace, whose forward "
+                f"runs no hooks; leave it out, or use the module that was made from"
+            )
+        if slot.weight is not group[0].weight:
+            raise ValueError(
+                f"SparseTuner: {name} and {slot.name} are two parameters in one memory; tie them by one nn.Parameter"
+            )
+        if isinstance(slot.module, (nn.Embedding, nn.EmbeddingBag)) and slot.module.max_norm is not None:
+            raise ValueError(
+                f"SparseTuner: {name} is changed by its own forward (max_norm={slot.module.max_norm:g}), which would "
+                f"move entries that no adapter holds; leave it out with targets="
+            )
+
+
+def _check_layers(name: str, group: Sequence[_model.Slot], layers: _linears.Layers) -> None:
+    """Refuse what nothing can be laid over, or would not learn there."""
+    _check_free(name, group)
+    for slot in group:
+        layer = layers.get(slot.name)
+        if layer is None:
+            raise ValueError(f"SparseTuner: {_linears.unknown(slot.name, slot.module)}; leave it out with exclude=")
+        if layer.obstacle is not None:
+            raise ValueError(f"SparseTuner: {slot.name} {layer.obstacle}; leave it out, or load it first")
+        if layer.blind is not None:
+            raise ValueError(f"SparseTuner: {slot.name} {layer.blind}")
+        if getattr(slot.module, "scale_grad_by_freq", False):
+            raise ValueError(
+                f"SparseTuner: {slot.name} scales its gradient by frequency (scale_grad_by_freq), which an overlay "
+                f"does not; leave it out with exclude="
+            )
+    _check_places(name, group)
+
+
+def check_trainable(name: str, group: Sequence[_model.Slot], meta: bool = False) -> None:
+    """Refuse a weight that cannot be trained, and say why."""
+    weight = group[0].weight
+    _check_free(name, group)
+    foreign = None if _shards.is_dtensor(weight) else _model.foreign(weight)
     if foreign is not None:
-        raise ValueError(f"SparseTuner: {name} {foreign}")
-    if weight.is_meta:
+        advice = "; or train a delta beside it with overlay=True" if _linears.is_quantized(weight) else ""
+        raise ValueError(f"SparseTuner: {name} {foreign}{advice}")
+    if weight.is_meta and not meta:
         raise ValueError(f"SparseTuner: {name} is on the meta device; give it its weights first")
     if weight.dtype not in _FLOATS:
         codes = "" if weight.dtype.is_floating_point else ": the codes of a quantized weight have no gradient"
         kind = "" if type(weight) is nn.Parameter else f" ({type(weight).__name__})"
+        layer = _linears.of(name, group[0].module)
+        advice = ", or train a delta beside it with overlay=True" if layer is not None and layer.quantized else ""
         raise ValueError(
             f"SparseTuner: {name} must be float16, bfloat16, float32 or float64 to train, "
-            f"got {dtype_name(weight.dtype)}{kind}{codes}; leave it out with targets="
+            f"got {dtype_name(weight.dtype)}{kind}{codes}; leave it out with targets={advice}"
         )
     if weight.is_inference():
         raise ValueError(
@@ -240,21 +314,7 @@ def check_trainable(name: str, group: Sequence[_model.Slot]) -> None:
         raise ValueError(f"SparseTuner: {name} must be contiguous; {_model.stride_advice(name, weight)}")
     if weight.grad is not None:
         raise ValueError(f"SparseTuner: {name} still has a gradient of earlier training; call model.zero_grad() first")
-    for slot in group:
-        if _is_script(slot.module):
-            raise ValueError(
-                f"SparseTuner: {slot.name} is in a module made by torch.jit.script or torch.jit.trace, whose forward "
-                f"runs no hooks; leave it out, or use the module that was made from"
-            )
-        if slot.weight is not weight:
-            raise ValueError(
-                f"SparseTuner: {name} and {slot.name} are two parameters in one memory; tie them by one nn.Parameter"
-            )
-        if isinstance(slot.module, (nn.Embedding, nn.EmbeddingBag)) and slot.module.max_norm is not None:
-            raise ValueError(
-                f"SparseTuner: {name} is changed by its own forward (max_norm={slot.module.max_norm:g}), which would "
-                f"move entries that no adapter holds; leave it out with targets="
-            )
+    _check_places(name, group)
 
 
 def check_model(model: nn.Module) -> None:
@@ -275,6 +335,11 @@ def check_model(model: nn.Module) -> None:
     for name, weight in model.named_parameters():
         if isinstance(weight, UninitializedParameter):  # it cannot even be frozen
             raise ValueError(f"SparseTuner: {_model.clean(name)} has no shape yet; run the model once first")
+
+
+def laid(group: Sequence[_model.Slot]) -> list[_linears.Layer]:
+    """The layers that hold the weight."""
+    return [layer for slot in group if (layer := _linears.of(slot.name, slot.module)) is not None]
 
 
 def rules(group: Sequence[_model.Slot], granule: int) -> list[str | None]:
@@ -325,6 +390,24 @@ def _compiled(argument: str, text: str) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         raise ValueError(f"SparseTuner: {argument} {text!r} is not a regular expression: {error}") from error
+
+
+def layers_of_adapter(who: str, adapter: Adapter, layers: _linears.Layers, rename: Rename) -> dict[str, _linears.Layer]:
+    """The layers that the adapter's weights belong to, by the adapter's names; refuses another base."""
+    weights = _fit.renamed(adapter.weights, rename)
+    advice = (lambda rule: f"rename={rule!r}") if rename is None else None
+    found = _fit.places(who, weights, layers, where=_places.WHERE, kind="model", advice=advice)
+    for (name, entry), several in zip(weights.items(), found.values(), strict=True):
+        if len(several) > 1:
+            both = _fit.one_in_adapter(several[1].name, several[0].name)
+            raise AdapterError(f"{both} two in the model, which training would let drift apart; tie them first")
+        if entry.shape[-1] % entry.granule:
+            raise AdapterError(
+                f"{who}: {name!r} has granules of {entry.granule} entries, which do not divide its rows of "
+                f"{entry.shape[-1]}, so an overlay cannot train it"
+            )
+    _fit.check_content(who, weights, found, where=_places.WHERE, kind="model")
+    return {name: several[0] for name, several in zip(adapter.weights, found.values(), strict=True)}
 
 
 def of_adapter(who: str, adapter: Adapter, model: nn.Module, rename: Rename) -> dict[str, _places.Place]:

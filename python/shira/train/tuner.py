@@ -13,38 +13,44 @@ Their gradients come in one of two ways, chosen for each weight:
 - *dense*: autograd makes the weight's dense gradient, and as soon as it is there a hook of the weight gathers it at the
   indices, passes that on to the values, and frees it. For every other use of a weight: in ``nn.MultiheadAttention``, in
   layers with a forward of their own, plain parameters of any shape, parameters that train as a whole.
+
+With ``overlay=True`` the values are a delta instead, and no weight is written: a forward hook adds the delta's product
+with the layer's input to its output, and autograd does the rest. So weights that are codes can be trained beside.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import shira_ops
-from shira import _granules, _live, _model
+from shira import _granules, _linears, _live, _model, _shards
 from shira._model import VALUES_SUFFIX
 from shira._text import AdapterError, Rename, hex_word, named
 from shira.adapter._entry import Entry
 from shira.adapter.adapter import Adapter
 from shira.masks.masks import AUTO_GRANULE, Given, Mask, default
-from shira.train import _hooks, _ranks, _targets
-from shira.train._layers import Attach
+from shira.train import _hooks, _ranks, _sharded, _targets
+from shira.train._layers import RULES, Attach
+from shira.train._sharded import Sharded
 from shira.train._sites import (
     Group,
     Place,
     Site,
     Target,
+    become_sharded,
     follow,
     is_detached,
     mark_written,
@@ -55,6 +61,7 @@ from shira.train._sites import (
     take_off,
     target_of,
     uncover,
+    whole_values,
     write,
 )
 
@@ -80,10 +87,23 @@ class _Plan:
     slots: list[_model.Slot]
     indices: Tensor
     granule: int
+    # See `Site`.
     saved: Tensor
     fingerprint: int
     seed: int | None = None
     start: Tensor | None = None
+    shard: Sharded | None = None
+    # Of an overlay.
+    layer: _linears.Layer | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, or for an overlay what stands in for it: of its shape, dtype and device."""
+        return self.slots[0].weight if self.layer is None else self.layer.stand_in()
+
+    @property
+    def nnz(self) -> int:
+        return self.indices.numel() * self.granule
 
 
 @dataclass(eq=False)
@@ -103,7 +123,7 @@ class _Tuned:
 
     @property
     def whole(self) -> bool:
-        return self.plan.granule == self.plan.slots[0].weight.numel()
+        return self.plan.granule == self.plan.weight.numel()
 
     @property
     def values(self) -> nn.Parameter:
@@ -124,9 +144,17 @@ class SparseTuner:
     Buffers, such as the running statistics of batch normalisation, are neither trained nor put back: keep such layers
     in ``eval()``. A tuner cannot be copied or pickled (use `state_dict` or `adapter`). A copy of the model computes
     what the model does, and `shira.detach` puts its base back. Several tuners may train different weights of one model,
-    and be detached in any order. Anything that replaces or freezes parameters (``fully_shard``, PEFT's
+    and be detached in any order. Anything that replaces or freezes parameters (``parallelize_module``, PEFT's
     ``get_peft_model``) must come before the tuner; after it, training is refused. A count of the model's parameters
     includes both the values and the weights that hold them; `nnz` is the number of trained entries.
+
+    Weights may be sharded over ranks by FSDP2 (``fully_shard``), by tensor parallelism (``parallelize_module`` with
+    ``nn.Linear``), or by both. Then all ranks call the tuner together, with the same arguments; the values of a weight
+    are one DTensor of `nnz` entries in the order of the adapter's file, divided evenly between all ranks; masks select
+    what they select in one process; and every rank gets the same whole `adapter`. For that ``gradient`` must be
+    ``"sampled"``; masks that are functions, ``balanced`` or with scores to skip are refused; for `shira.masks.Grad` and
+    `shira.masks.Snip` every rank gives its own batches, equally many. ``fully_shard`` may also follow the tuner, with
+    the optimizer made from ``tuner.parameters()`` after it.
 
     Args:
         model: the model; its weights are changed in place, in the same storage. Wrap it in DistributedDataParallel
@@ -156,6 +184,12 @@ class SparseTuner:
         loss: ``loss(model, batch)`` returns the scalar for calibration; None: the model's own ``output.loss``.
         allow_unused: accept targets that get no gradient in the first step (layers that run only now and then), and
             tied weights with a layer that did not run.
+        overlay: train a delta beside weights that are not written, as those of quantized layers: the layer's output
+            gets ``delta @ input`` added, which costs what an unmerged LoRA of as many parameters costs. The values are
+            the delta and start at zero; `adapter` gives a delta adapter for this base, whose identity is what it
+            stores: codes and scales. Linear layers (quantized ones too: those of bitsandbytes, torchao, optimum-quanto,
+            and any module with ``in_features``, ``out_features`` and ``dequantize()``), ``Conv1D`` and ``Embedding``;
+            any other target is refused by name. Masks that look at weights dequantize one layer at a time.
     """
 
     def __init__(
@@ -170,20 +204,33 @@ class SparseTuner:
         calibration: Iterable[Any] | None = None,
         loss: Callable[[nn.Module, Any], Tensor] | None = None,
         allow_unused: bool = False,
+        overlay: bool = False,
     ) -> None:
         mask = default() if mask is None else Given.of(mask)
-        self._open(model, gradient, mask, mask.describe())
-        names = _targets.Names(self.model)
+        self._open(model, gradient, mask, mask.describe(), overlay)
+        if overlay and whole is not None:
+            raise ValueError(
+                "SparseTuner: whole= trains parameters themselves, and an overlay writes none: train them with a "
+                "second tuner, without overlay"
+            )
+        names = _targets.Names(self.model, overlay)
         entire = names.whole(whole)
         if targets is None and isinstance(mask, Given) and mask.names is not None:
             targets = "|".join(f"^{re.escape(name)}$" for name in mask.names)
         chosen = {name: group for name, group in names.targets(targets, exclude).items() if name not in entire}
         if not chosen and not entire:
             raise ValueError("SparseTuner: targets is empty, so nothing would train")
-        mask.check({name: group[0].weight for name, group in chosen.items()})
+        layers: Mapping[str, _linears.Layer] = names.layers or {}
+        sharded = _sharded.check_targets(self.model, {**chosen, **entire})
+        if entire and sharded:
+            self._refuse_dense(next(iter(entire)))
+        mask.check({name: _stand_in(group, layers.get(name)) for name, group in chosen.items()})
         places = {name: [(slot.module, slot.attribute) for slot in group] for name, group in chosen.items()}
-        mask.prepare(self.model, places, calibration, loss)
-        sparse = [self._masked(mask, name, group) for name, group in chosen.items()]
+        if sharded:
+            sparse = self._masked_together(mask, chosen, calibration, loss)
+        else:
+            mask.prepare(self.model, places, calibration, loss)
+            sparse = [self._masked(mask, name, group, layers.get(name)) for name, group in chosen.items()]
         self._install([*sparse, *(self._entire(name, group) for name, group in entire.items())], allow_unused)
         if mask.granule == "auto":
             finer = [plan.name for plan in sparse if plan.granule < AUTO_GRANULE]
@@ -197,6 +244,9 @@ class SparseTuner:
             heads = [name for name in names.heads() if not any(one.startswith(f"{name}.") for one in entire)]
             if heads:
                 self._notes.append(f"left out: {_model.some(heads)}, the output head")
+            experts = names.experts() if overlay else []
+            if experts:
+                self._notes.append(f"left out: {_model.some(experts)}, stacks of experts, which have no overlay")
             added = names.added()
             if added:
                 self._notes.append(f"left out: {_model.some(added)}, which PEFT added to the model's own layers")
@@ -211,6 +261,7 @@ class SparseTuner:
         allow_unused: bool = False,
         check_finite: bool = True,
         rename: Rename = None,
+        overlay: bool = False,
     ) -> SparseTuner:
         """Continue to train a saved adapter: its entries are the mask, and the values start where it ended.
 
@@ -220,13 +271,13 @@ class SparseTuner:
         Args:
             model: the model, which holds the base.
             adapter: an `Adapter`, or the path of its file. A delta adapter starts at base + delta, and what is trained
-                is saved as an overwriting one.
-            gradient, allow_unused: as for `SparseTuner`.
+                is saved as an overwriting one; with ``overlay`` it is the other way round.
+            gradient, allow_unused, overlay: as for `SparseTuner`.
             check_finite, rename: as for `Switcher.add`. What is trained is saved under the model's names.
         """
         tuner = cls.__new__(cls)
-        tuner._open(model, gradient, None, None)
-        names = _targets.Names(tuner.model)
+        tuner._open(model, gradient, None, None, overlay)
+        names = _targets.Names(tuner.model, overlay)
         who = "the adapter" if isinstance(adapter, Adapter) else os.fspath(adapter)
         adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
         if not adapter.weights:
@@ -235,25 +286,54 @@ class SparseTuner:
             entry.check_indices(f"{who}: weight {named(name)}")
             if check_finite:
                 entry.check_finite(f"{who}: weight {named(name)}")
-        places = _targets.of_adapter(who, adapter, tuner.model, rename)
-        names.check_apart({names.of(place.slot)[0].name for place in places.values()})
         tuner._about, tuner._alpha = adapter.mask, adapter.alpha
+        if names.layers is None:
+            plans = tuner._plans_of(who, adapter, names, rename)
+        else:
+            plans = tuner._overlays_of(who, adapter, names, names.layers, rename)
+        tuner._install(plans, allow_unused)
+        return tuner
+
+    def _plans_of(self, who: str, adapter: Adapter, names: _targets.Names, rename: Rename) -> list[_Plan]:
+        places = _targets.of_adapter(who, adapter, self.model, rename)
+        names.check_apart({names.of(place.slot)[0].name for place in places.values()})
         plans = []
         for name, entry in adapter.weights.items():
             slot = places[name].slot
             group = names.of(slot)
-            _targets.check_trainable(slot.name, group)
+            names.check(slot.name, group)
             indices = entry.indices.to(slot.weight.device)
-            plan = tuner._plan(group[0].name, group, indices, entry.granule, entry.seed, places[name].fingerprint())
+            plan = self._plan(group[0].name, group, indices, entry.granule, entry.seed, places[name].fingerprint())
             start = entry.values.detach().to(device=slot.weight.device, dtype=_master_dtype(slot.weight))
             plan.start = plan.saved.to(start.dtype) + start if adapter.delta else start
             plans.append(plan)
-        tuner._install(plans, allow_unused)
-        return tuner
+        return plans
+
+    def _overlays_of(
+        self, who: str, adapter: Adapter, names: _targets.Names, layers: _linears.Layers, rename: Rename
+    ) -> list[_Plan]:
+        found = _targets.layers_of_adapter(who, adapter, layers, rename)
+        plans = []
+        for name, entry in adapter.weights.items():
+            layer = found[name]
+            group = names.of(names.slots[layer.name])
+            names.check(layer.name, group)
+            indices = entry.indices.to(layer.device)
+            plan = self._overlay_plan(group[0].name, group, indices, entry.granule, entry.seed, layer)
+            start = entry.values.detach().to(device=layer.device, dtype=_master_dtype(plan.weight))
+            plan.start = start if adapter.delta else start - layer.entries(indices, entry.granule)
+            plans.append(plan)
+        return plans
 
     # ---- putting on ------------------------------------------------------------------------------------------
 
-    def _open(self, model: nn.Module, gradient: str, mask: Mask | None, about: Mapping[str, Any] | None) -> None:
+    def _open(
+        self, model: nn.Module, gradient: str, mask: Mask | None, about: Mapping[str, Any] | None, overlay: bool
+    ) -> None:
+        if overlay and gradient == "dense":
+            raise ValueError(
+                'SparseTuner: an overlay has no gradient="dense": the weight that it is laid over gets no gradient'
+            )
         if gradient not in ("sampled", "dense"):
             raise ValueError(f'SparseTuner: gradient must be "sampled" or "dense", got {gradient!r}')
         if torch.is_inference_mode_enabled():
@@ -263,9 +343,10 @@ class SparseTuner:
         if isinstance(model, nn.Module):
             _targets.check_model(model)
         self.model = _model.unwrap(model)
+        _sharded.reshard(self.model)
         _live.refuse_active(self.model)
         self.mask, self._about = mask, about
-        self._gradient = gradient
+        self._gradient, self.overlay = gradient, overlay
         self._alpha = 1.0
         self._tuned: list[_Tuned] = []
         self._froze: list[_model.Slot] = []
@@ -275,14 +356,79 @@ class SparseTuner:
         self._ignored: list[str] = []  # what DistributedDataParallel leaves alone
         self._notes: list[str] = []  # what `summary` says besides
 
-    def _masked(self, mask: Mask, name: str, group: list[_model.Slot]) -> _Plan:
-        weight = group[0].weight.detach()
+    def _masked(self, mask: Mask, name: str, group: list[_model.Slot], layer: _linears.Layer | None) -> _Plan:
+        if layer is None or not layer.quantized:
+            weight = group[0].weight.detach()
+        else:
+            weight = layer.dense().contiguous() if mask.reads_weights else layer.stand_in()
         indices, granule = mask(name, weight), mask.granule_of(weight)
         try:
             shira_ops.check_indices(indices, weight.numel(), granule=granule)
         except RuntimeError as error:
             raise ValueError(f"SparseTuner: {mask!r} gave {name} bad indices: {error}") from error
-        return self._plan(name, group, indices, granule, mask.seed_for(name))
+        seed = mask.seed_for(name)
+        if layer is not None:
+            return self._overlay_plan(name, group, indices, granule, seed, layer)
+        return self._plan(name, group, indices, granule, seed)
+
+    def _overlay_plan(
+        self,
+        name: str,
+        group: list[_model.Slot],
+        indices: Tensor,
+        granule: int,
+        seed: int | None,
+        layer: _linears.Layer,
+    ) -> _Plan:
+        fingerprint = layer.fingerprint()
+        base = torch.tensor([_granules.signed(fingerprint)], dtype=torch.int64, device=layer.device)
+        return _Plan(name, group, indices, granule, base, fingerprint, seed, layer=layer)
+
+    def _masked_together(
+        self,
+        mask: Mask,
+        groups: Mapping[str, list[_model.Slot]],
+        calibration: Iterable[Any] | None,
+        loss: Callable[[nn.Module, Any], Tensor] | None,
+    ) -> list[_Plan]:
+        """The plans for weights that ranks hold together. A collective call."""
+        for name, group in groups.items():
+            rule = self._rules(group, mask.granule_of(group[0].weight))[0]
+            divided = _sharded.is_tensor_parallel(self.model, group[0])
+            _sharded.check_mask(mask, name, divided)
+            if rule is None:
+                self._refuse_dense(name)
+            if divided and rule != "linear":
+                raise ValueError(
+                    f"SparseTuner: {name} is divided by tensor parallelism in a layer other than nn.Linear, which is "
+                    f"not supported; leave it out with exclude="
+                )
+        first: Any = next(iter(groups.values()))[0].weight
+        ranks = _sharded.Ranks(first.device_mesh)
+        _sharded.compare_plans(ranks, list(groups), mask)
+        _sharded.prepare(mask, self.model, groups, calibration, loss, ranks)
+        plans = []
+        for name, group in groups.items():
+            weight: Any = group[0].weight
+            granule = mask.granule_of(weight)
+            indices = _sharded.indices_of(mask, name, weight, ranks)
+            shira_ops.check_indices(indices, weight.numel(), granule=granule)
+            shard = Sharded.of(self.model, group[0], ranks, indices, granule)
+            saved = shira_ops.gather(_shards.local(weight), shard.part.indices, granule=shard.part.granule)
+            plans.append(_Plan(name, group, indices, granule, saved, 0, mask.seed_for(name), shard=shard))
+        _sharded.compare(ranks, {plan.name: (plan.indices, plan.granule, 0) for plan in plans})
+        weights: list[Any] = [plan.slots[0].weight for plan in plans]
+        for plan, fingerprint in zip(plans, _sharded.fingerprints(ranks, weights), strict=True):
+            plan.fingerprint = fingerprint
+        return plans
+
+    @staticmethod
+    def _refuse_dense(name: str) -> NoReturn:
+        raise ValueError(
+            f"SparseTuner: {name} is sharded and would train by its dense gradient, which is not supported: weights "
+            f'that ranks hold together need gradient="sampled" and a layer that allows it (linear, convolution, '
+            f"embedding), and cannot train as a whole; leave it out"
+        )
 
     def _entire(self, name: str, group: list[_model.Slot]) -> _Plan:
         weight = group[0].weight
@@ -327,6 +473,10 @@ class SparseTuner:
             # Leave alone what another tuner trains.
             if not any(hasattr(one.module, one.attribute + VALUES_SUFFIX) for one in names.of(slot)):
                 slot.weight.requires_grad_(False)
+        shards = [(plan.shard, plan) for plan in plans if plan.shard is not None]
+        saved = [(shard, plan.saved.to(_master_dtype(plan.saved))) for shard, plan in shards]
+        for (shard, plan), chunk in zip(shards, _sharded.spread(saved), strict=True):
+            plan.start = shard.ranks.values(chunk, shard.count)
         for plan in plans:
             self._put(plan, allow_unused)
         weights = [tuned.plan.slots[0].weight for tuned in self._tuned if tuned.target.site.dense]
@@ -338,30 +488,41 @@ class SparseTuner:
         self._root.append(self.model.register_forward_hook(partial(uncover, self._group), always_call=True))
         self.model.__dict__.setdefault(_ROOT, []).extend(self._root)
         _held.add(self)
-        if any(plan.start is not None for plan in plans):
+        if any(plan.start is not None and plan.shard is None for plan in plans):
             self.sync()
         _hooks.watch_optimizers()
 
     def _put(self, plan: _Plan, allow_unused: bool) -> None:
-        owner, weight = plan.slots[0].module, plan.slots[0].weight
-        rules: list[str | None] = [None] * len(plan.slots)
-        if self._gradient == "sampled" and plan.granule < weight.numel():
-            rules = _targets.rules(plan.slots, plan.granule)
-        dtype = _master_dtype(weight)
-        start = plan.saved if plan.start is None else plan.start
-        values = nn.Parameter(start.to(dtype, copy=True))
+        owner, weight = plan.slots[0].module, plan.weight
+        laid = [] if plan.layer is None else _targets.laid(plan.slots)
+        rules = [RULES[layer.kind] for layer in laid] or self._rules(plan.slots, plan.granule)
+        dtype, start = _master_dtype(weight), plan.start
+        if start is None:
+            start = plan.saved if plan.layer is None else torch.zeros(plan.nnz, device=weight.device)
+        values = nn.Parameter(start.to(dtype, copy=True) if plan.shard is None else start)
         places = [Place(slot.name, rule) for slot, rule in zip(plan.slots, rules, strict=True)]
+        indices, granule = plan.indices, plan.granule
+        if plan.shard is not None:
+            indices, granule = plan.shard.part.indices, plan.shard.part.granule
         site = Site(
-            plan.name, plan.slots[0].attribute, plan.granule, dtype, rules[0] is None, plan.saved,
-            plan.indices.to("cpu", copy=True), self._group, places, allow_unused,
+            plan.name, plan.slots[0].attribute, granule, dtype, rules[0] is None, plan.saved,
+            indices.to("cpu", copy=True), self._group, places, allow_unused, plan.layer is not None,
+            shard=plan.shard,
         )  # fmt: skip
         target = Target(site, weakref.ref(owner))
         self._tuned.append(_Tuned(plan, target))
         # On the first owner alone: under several names, libraries that save models would see one more tied weight.
         owner.register_parameter(site.values_name, values)
         owner.register_buffer(site.indices_name, plan.indices, persistent=False)
-        plan.indices = site.indices
+        plan.indices = site.indices if plan.shard is None else plan.indices.to("cpu", copy=True)
+        site.handles += [kept for layer in laid if (kept := layer.keep()) is not None]
         put(target, [slot.module for slot in plan.slots], rules)
+
+    def _rules(self, group: Sequence[_model.Slot], granule: int) -> list[str | None]:
+        """How the gradient is taken in each place that holds the weight; None: by the dense gradient."""
+        if self._gradient == "sampled" and granule < group[0].weight.numel():
+            return _targets.rules(group, granule)
+        return [None] * len(group)
 
     # ---- while it trains -------------------------------------------------------------------------------------
 
@@ -381,10 +542,12 @@ class SparseTuner:
         is compiled as a part of something else (an error in backward says so).
         """
         self._enabled("sync")
-        write((tuned.target.site, *tuned.target.tensors()) for tuned in self._attached())
+        write((tuned.target.site, *tuned.target.tensors()) for tuned in self._written())
 
     def adapter(self, *, alpha: float | None = None, provenance: Mapping[str, Any] | None = None) -> Adapter:
         """The trained entries as an `Adapter`: exactly what the weights now hold, in the weights' dtype.
+
+        Of an overlay it is a delta adapter, with the values in full precision.
 
         Args:
             alpha: the strength it will have unless another is asked for. None is 1, or the strength of the adapter from
@@ -394,16 +557,23 @@ class SparseTuner:
         self._enabled("adapter")
         self.sync()
         entries: dict[str, Entry] = {}
+        together = self._together(master=False)
         for tuned in self._tuned:
-            weight, indices, _ = tuned.target.tensors()
             plan = tuned.plan
-            with torch.no_grad():
-                values = shira_ops.gather(weight, indices, granule=plan.granule)
+            if plan.layer is not None:
+                indices, trained = tuned.target.trained()
+                values = trained.detach().clone()
+            elif plan.shard is not None:
+                indices, values = plan.indices, together[tuned.name]
+            else:
+                weight, indices, _ = tuned.target.tensors()
+                with torch.no_grad():
+                    values = shira_ops.gather(weight, indices, granule=plan.granule)
             entries[tuned.name] = Entry(
                 indices.clone(),
                 values,
-                tuple(weight.shape),
-                weight.dtype,
+                tuple(plan.weight.shape),
+                plan.weight.dtype,
                 plan.granule,
                 plan.fingerprint,
                 plan.seed,
@@ -411,13 +581,19 @@ class SparseTuner:
                 checked=True,
             )
         alpha = self._alpha if alpha is None else alpha
-        return Adapter(entries, alpha=alpha, mask=self._about, provenance=provenance)
+        return Adapter(entries, alpha=alpha, delta=self.overlay, mask=self._about, provenance=provenance)
+
+    def _together(self, master: bool) -> dict[str, Tensor]:
+        """All values of the weights that ranks hold together: in fp32 (fp64), or in the weights' dtype."""
+        sites = [(tuned.target.site, tuned.values) for tuned in self._attached() if tuned.plan.shard is not None]
+        return {site.name: whole for (site, _), whole in zip(sites, whole_values(sites, master), strict=True)}
 
     def _trained(self) -> Iterator[nn.Parameter]:
         """The values and the weights that follow them, which a tuner's state covers."""
         for tuned in self._attached():
             yield tuned.values
-            yield getattr(tuned.owner, tuned.target.site.attribute)
+            if tuned.plan.layer is None:
+                yield getattr(tuned.owner, tuned.target.site.attribute)
 
     def state_dict(self) -> dict[str, Any]:
         """The values in full precision, and what they belong to, for continuing the training later.
@@ -425,9 +601,10 @@ class SparseTuner:
         To use what was trained, save `adapter`. The state has only tensors, strings and numbers, so that
         ``torch.load(weights_only=True)`` reads it.
         """
-        weights = {}
+        weights, together = {}, self._together(master=True)
         for tuned in self._attached():
-            weights[tuned.name] = {**_identity(tuned), "values": tuned.values.detach().clone()}
+            values = together[tuned.name] if tuned.name in together else tuned.values.detach().clone()
+            weights[tuned.name] = {**_identity(tuned), "values": values}
         return {"version": 1, "weights": weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -436,7 +613,12 @@ class SparseTuner:
         self.check_state_dict(state)
         with torch.no_grad():
             for tuned in self._attached():
-                tuned.values.copy_(state["weights"][tuned.name]["values"])
+                values = state["weights"][tuned.name]["values"]
+                if tuned.plan.shard is None:
+                    tuned.values.copy_(values)
+                else:
+                    begin, count = tuned.plan.shard.ranks.span(values.numel())
+                    _shards.local(tuned.values).copy_(values[begin : begin + count])
         self.sync()
 
     def check_state_dict(self, state: Any) -> None:
@@ -453,13 +635,13 @@ class SparseTuner:
             )
         what = {
             "shape": "another shape", "granule": "another granule", "indices": "other entries (another mask)",
-            "fingerprint": "another base",
+            "fingerprint": "another base", "delta": "values of another kind (with or without overlay)",
         }  # fmt: skip
         for name, tuned in tuned_here.items():
             entry = weights[name]
             if not isinstance(entry, Mapping) or not isinstance(entry.get("values"), Tensor):
                 raise ValueError(f"SparseTuner: the state has no values of {name}")
-            for key, wanted in _identity(tuned).items():
+            for key, wanted in {"delta": None, **_identity(tuned)}.items():
                 if repr(entry.get(key)) != repr(wanted):  # of whatever a broken file holds
                     raise ValueError(f"SparseTuner: the state is of another adapter: {name} has {what[key]}")
             if entry["values"].shape != tuned.values.shape:
@@ -478,16 +660,21 @@ class SparseTuner:
         same time, and none may be waiting for its backward pass.
         """
         self._enabled("verify")
-        wrong = []
-        for tuned in self._attached():
+        wrong = [
+            tuned.name
+            for tuned in self._attached()
+            if tuned.plan.layer is not None and tuned.plan.layer.fingerprint() != tuned.plan.fingerprint
+        ]
+        for tuned in self._written():
             weight, indices, _ = tuned.target.tensors()
-            plan, other = tuned.plan, tuned.plan.saved.to(weight.device, copy=True)
+            plan, granule = tuned.plan, tuned.target.site.granule
+            other = plan.saved.to(weight.device, copy=True)
             with torch.no_grad():
-                shira_ops.swap_(weight, indices, other, granule=plan.granule)
+                shira_ops.swap_(weight, indices, other, granule=granule)
                 try:
-                    now = _granules.fingerprint(weight)
+                    now = self._fingerprint(plan, weight)
                 finally:
-                    shira_ops.swap_(weight, indices, other, granule=plan.granule)
+                    shira_ops.swap_(weight, indices, other, granule=granule)
             if now != plan.fingerprint:
                 wrong.append(tuned.name)
         if wrong:
@@ -495,6 +682,13 @@ class SparseTuner:
                 f"SparseTuner: {len(wrong)} weight(s) have changed where nothing trains: {_model.some(wrong)}; "
                 "something else wrote to them"
             )
+
+    @staticmethod
+    def _fingerprint(plan: _Plan, weight: Tensor) -> int:
+        if plan.shard is None:
+            return _granules.fingerprint(weight)
+        stored: Any = plan.shard.stored()
+        return _sharded.fingerprints(plan.shard.ranks, [stored])[0]
 
     def detach(self) -> None:
         """Put the base back, bit for bit, and remove everything that the tuner put on the model.
@@ -504,6 +698,7 @@ class SparseTuner:
         """
         self._enabled("detach")
         if self._tuned:
+            self._take_over()
             self._take_off()
 
     def _take_off(self) -> None:
@@ -546,7 +741,9 @@ class SparseTuner:
                 self._disabled -= 1
             return
         # First let the weights hold the values: afterwards what they hold now is put back.
-        items = [(tuned.target.site, *tuned.target.tensors()) for tuned in self._attached()]
+        _sharded.reshard(self.model)
+        written = self._written()
+        items = [(tuned.target.site, *tuned.target.tensors()) for tuned in written]
         settle(items)
         required = [weight.requires_grad for _, weight, _, _ in items]
         with torch.no_grad():
@@ -563,15 +760,16 @@ class SparseTuner:
         finally:
             self._disabled, self._group.off = 0, False
             # The weights that the model has by now.
-            now = [getattr(tuned.owner, tuned.target.site.attribute) for tuned in self._tuned]
+            _sharded.reshard(self.model)
+            now = [tuned.target.site.held(tuned.owner) for tuned in written]
             undisturbed = [
                 (weight, version)
                 for (weight, version), found in zip(before, now, strict=True)
                 if weight is found and weight._version == version + _ASIDE
             ]
             scatter(
-                (site.granule, weight, getattr(tuned.owner, site.indices_name), entries.to(weight.device, weight.dtype))
-                for tuned, (site, *_), weight, entries in zip(self._tuned, items, now, trained, strict=True)
+                (site.granule, weight, indices.to(weight.device), entries.to(weight.device, weight.dtype))
+                for (site, _, indices, _), weight, entries in zip(items, now, trained, strict=True)
             )
             # The bits are those that autograd saved, so it may have their versions again.
             _set_versions(undisturbed)
@@ -595,19 +793,53 @@ class SparseTuner:
     def _attached(self) -> list[_Tuned]:
         if not self._tuned:
             raise RuntimeError("SparseTuner: the tuner is detached")
+        self._take_over()
         return self._tuned
+
+    def _take_over(self) -> None:
+        """Go on with what ``fully_shard`` has made of the weights and values, if it came after the tuner."""
+        replaced = [
+            tuned
+            for tuned in self._tuned
+            if tuned.plan.shard is None and tuned.plan.layer is None
+            and tuned.owner._parameters.get(tuned.target.site.attribute) is not None
+            and tuned.owner._parameters[tuned.target.site.attribute] is not tuned.target.site.own_weight
+        ]  # fmt: skip
+        found = [_sharded.taken(self.model, tuned.target.site, tuned.owner) for tuned in replaced]
+        takes = [one for one in found if one is not None]
+        if not takes or len(takes) < len(self._tuned):
+            return  # the next forward says what is wrong
+        _sharded.reshard(self.model)
+        first: Any = takes[0].weight
+        ranks = _sharded.Ranks(first.device_mesh)
+        for tuned, taken in zip(replaced, takes, strict=True):
+            taken.release()
+            plan, target = tuned.plan, tuned.target
+            # What was there before is a whole weight, which nothing may keep.
+            plan.slots = [replace(slot, weight=taken.weight) for slot in plan.slots]
+            device = _shards.local(taken.weight).device
+            plan.shard = Sharded.of(self.model, plan.slots[0], ranks, plan.indices.to(device), plan.granule)
+            plan.shard.fingerprint, plan.shard.compared = plan.fingerprint, False
+            plan.saved = plan.shard.part.of(plan.saved.to(device))
+            become_sharded(target, plan.shard, plan.saved, taken.values)
+        now = _model.slots(self.model)
+        self._froze = [now.get(slot.name, slot) for slot in self._froze]
+
+    def _written(self) -> list[_Tuned]:
+        """Those whose values are written into the weight: all, or of an overlay none."""
+        return [tuned for tuned in self._attached() if tuned.plan.layer is None]
 
     # ---- what it is ------------------------------------------------------------------------------------------
 
     @property
     def nnz(self) -> int:
         """The number of trainable entries."""
-        return sum(tuned.plan.saved.numel() for tuned in self._tuned)
+        return sum(tuned.plan.nnz for tuned in self._tuned)
 
     @property
     def density(self) -> float:
         """The share of the targeted weights' entries that train."""
-        return self.nnz / max(1, sum(tuned.plan.slots[0].weight.numel() for tuned in self._tuned))
+        return self.nnz / max(1, sum(tuned.plan.weight.numel() for tuned in self._tuned))
 
     def summary(self) -> str:
         """A table of what trains: names, shape, entries, density, granule, and how the gradient is computed.
@@ -616,15 +848,14 @@ class SparseTuner:
         """
         kinds: dict[tuple[str, ...], list[str]] = {}
         for tuned in self._attached():
-            weight, plan = tuned.plan.slots[0].weight, tuned.plan
-            entries = plan.saved.numel()
+            weight, plan, entries = tuned.plan.weight, tuned.plan, tuned.plan.nnz
             row = (
                 re.sub(r"(?<![^.])\d+(?=\.)", "*", tuned.name),
                 "x".join(map(str, weight.shape)) or "scalar",
                 f"{entries:,}",
                 f"{entries / weight.numel():.2%}",
                 "whole" if tuned.whole else str(plan.granule),
-                "dense" if tuned.target.site.dense else "sampled",
+                "dense" if tuned.target.site.dense else "overlay" if self.overlay else "sampled",
                 ", ".join(slot.name for slot in plan.slots[1:]),
             )
             kinds.setdefault(row, []).append(tuned.name)
@@ -637,7 +868,12 @@ class SparseTuner:
             rows = [row[:-1] for row in rows]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        share = self.nnz / max(1, sum({id(slot.weight): slot.weight.numel() for slot in self._froze}.values()))
+        sizes = {id(slot.weight): slot.weight.numel() for slot in self._froze}
+        if self.overlay:  # two codes of 4 bits are one entry of what holds them
+            layers = _linears.find(self.model).values()
+            places = ((layer.module if layer.weight is None else layer.weight, layer.shape) for layer in layers)
+            sizes |= {id(place): math.prod(shape) for place, shape in places}
+        share = self.nnz / max(1, sum(sizes.values()))
         lines.append(
             f"{self.nnz:,} trainable entries: {self.density:.2%} of {len(self._tuned)} weights, "
             f"{share:.2%} of the model"
@@ -710,6 +946,13 @@ def _set_versions(versions: Iterable[tuple[Tensor, int]]) -> None:
         torch._C._autograd._unsafe_set_version_counter((weight,), (version,))
 
 
+def _stand_in(group: Sequence[_model.Slot], layer: _linears.Layer | None) -> Tensor:
+    """Of the shape, dtype and device of the weight as a whole."""
+    if layer is not None:
+        return layer.stand_in()
+    return _sharded.stand_in(group[0].weight) if _shards.is_dtensor(group[0].weight) else group[0].weight
+
+
 def _master_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
@@ -717,8 +960,9 @@ def _master_dtype(weight: Tensor) -> torch.dtype:
 def _identity(tuned: _Tuned) -> dict[str, Any]:
     """What values belong to. A state with another identity is the state of another adapter."""
     return {
-        "shape": list(tuned.plan.slots[0].weight.shape),
+        "shape": list(tuned.plan.weight.shape),
         "granule": tuned.plan.granule,
         "indices": hex_word(_granules.fingerprint(tuned.plan.indices.to(torch.int64))),
         "fingerprint": hex_word(tuned.plan.fingerprint),
+        **({} if tuned.plan.layer is None else {"delta": True}),
     }
