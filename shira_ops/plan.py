@@ -29,17 +29,29 @@ def unpacked(members: Tensor) -> Tensor:
     return ((octets >> bits) & 1).bool().view(-1, GROUP)
 
 
+def group_of(offsets: Tensor) -> Tensor:
+    """Each source's group."""
+    return torch.arange(offsets.numel() - 1, device=offsets.device).repeat_interleave(offsets.diff().to(torch.int64))
+
+
+def rows(offsets: Tensor, sources: Tensor, members: Tensor, adapter: int) -> Tensor:
+    """Where an adapter's granules lie in the union of a plan as `fuse_plan` makes it, in the order of its list: int64."""
+    mine = (parts(sources)[0] == adapter).nonzero().view(-1)
+    here = members.new_zeros(offsets.numel() - 1)
+    here[group_of(offsets)[mine]] = members[mine]
+    return unpacked(here).view(-1).nonzero().view(-1)
+
+
 def contributions(offsets: Tensor, sources: Tensor, members: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each contribution's granule in the union, adapter, and position in the adapter's list: three int64 `[n]`, in the
     plan's order within a granule."""
     bits = unpacked(members)
     flat = bits.view(-1).nonzero().view(-1)
     source = flat // GROUP
-    group = torch.arange(offsets.numel() - 1, device=offsets.device).repeat_interleave(offsets.diff().to(torch.int64))
     counts = bits.sum(1)
     adapter, first = parts(sources)
     rank = torch.arange(flat.numel(), device=flat.device) - (counts.cumsum(0) - counts)[source]
-    return group[source] * GROUP + flat % GROUP, adapter[source], first[source] + rank
+    return group_of(offsets)[source] * GROUP + flat % GROUP, adapter[source], first[source] + rank
 
 
 def make(indices: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -14,7 +14,6 @@ import shira_ops
 from shira._text import dtype_name as dtype_name
 from shira_ops import reference
 from shira_ops.checks import index_dtype as index_dtype
-from shira_ops.plan import contributions as contributions
 
 WORD = 2**64 - 1
 """The largest 64-bit word; ``number & WORD`` is the number modulo 2^64, as fingerprints are added."""

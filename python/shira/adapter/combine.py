@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 
 import shira_ops
-from shira._granules import WORD, contributions, fnv1a64, refine, splitmix64
+from shira._granules import WORD, fnv1a64, refine, splitmix64
 from shira._text import named, shown, strength
 from shira.adapter._checkpoint import Source
 from shira.adapter._entry import Entry
 from shira.adapter.adapter import Adapter
+from shira_ops import plan
 
 __all__ = ["dare", "magnitude_prune", "ties"]
 
@@ -233,13 +234,11 @@ class _Meeting:
         granule = math.gcd(*(entry.granule for _, entry in self.parts))
         lists = [refine(entry.indices.cpu(), entry.granule, granule, entry.numel) for _, entry in self.parts]
         indices, offsets, sources, members = shira_ops.fuse_plan(lists, granule=granule)
-        union, adapters, positions = contributions(offsets, sources, members)
         dtype = torch.float64 if self.parts[0][1].dtype == torch.float64 else torch.float32
         rows = torch.zeros(len(self.parts), indices.numel(), granule, dtype=dtype, device="cpu")
         for number, (_, entry) in enumerate(self.parts):
-            mine = adapters == number
-            values = entry.values.detach().cpu().to(dtype).view(-1, granule)
-            rows[number, union[mine]] = values[positions[mine]]
+            union = plan.rows(offsets, sources, members, number)
+            rows[number, union] = entry.values.detach().cpu().to(dtype).view(-1, granule)
         factors = torch.tensor([factor for factor, _ in self.parts], dtype=dtype, device="cpu").view(-1, 1, 1)
         return granule, indices, rows, factors
 

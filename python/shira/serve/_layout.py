@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 import shira_ops
-from shira._granules import contributions, dtype_name, overlay_, refine
+from shira._granules import dtype_name, overlay_, refine
 from shira._live import Weight
 from shira.adapter._file import ARITHMETIC
 from shira.adapter.adapter import Adapter
 from shira.serve._streams import Events, send, wait
 from shira.serve._watch import Watch
+from shira_ops import plan
 
 
 @dataclass(eq=False)
@@ -297,11 +298,10 @@ def _union(weight: Weight, parts: list[Part]) -> Part:
     granule = math.gcd(*(part.granule for part in parts))
     lists = [refine(part.indices, part.granule, granule, weight.tensor.numel()) for part in parts]
     indices, offsets, sources, members = shira_ops.fuse_plan(lists, granule=granule)
-    union, adapters, positions = contributions(offsets, sources, members)
-    counts = torch.tensor([0, *(one.numel() for one in lists[:-1])], device=indices.device)
-    rows = torch.cat([_bits(part.saved) for part in parts]).view(-1, granule * weight.dtype.itemsize)
-    saved = rows.new_empty(indices.numel(), rows.shape[1])
-    saved[union] = rows[counts.cumsum(0)[adapters] + positions]  # where adapters meet, all have the same base
+    saved = parts[0].saved.new_empty(indices.numel() * granule)
+    rows = _bits(saved).view(-1, granule * weight.dtype.itemsize)
+    for number, part in enumerate(parts):  # where adapters meet, all of them saved the same base
+        rows[plan.rows(offsets, sources, members, number)] = _bits(part.saved).view(-1, rows.shape[1])
     values = [part.values[0] for part in parts]
     borrowed = len({value.dtype for value in values}) == 1
     if not borrowed:
@@ -314,7 +314,7 @@ def _union(weight: Weight, parts: list[Part]) -> Part:
         granule,
         values,
         [part.delta[0] for part in parts],
-        saved.view(-1).view(weight.dtype),
+        saved,
         plan=(offsets, sources, members),
         borrowed=borrowed,
     )
