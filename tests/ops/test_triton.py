@@ -42,7 +42,7 @@ CONTRACT = {
     " or test_strengths and (bfloat16 or float64) and -3] or test_lists and 8 or test_lists_of or test_lists_may"
     " or test_shapes or test_a_view or test_switch_between or test_gather_gives or test_alpha_is"
     " or test_no_contraction or subnormals or check_indices",
-    "fuse": "test_fuse[ and -3] or test_fuse_small or one_adapter and bfloat16 or never or order_of or share"
+    "fuse": "test_fuse[ and -3] or test_fuse_small or one_adapter and bfloat16 or never or order_of or share or keep"
     " or test_plan or the_plan_of",
     "gradient": "test_exact and (bfloat16 or float64) and (-3 or numel) or against_the or leading or span or finite"
     " or narrow",

@@ -236,6 +236,8 @@ def test_the_version_of_a_whole_model_is_the_publishers() -> None:
     other = fused()
     other.model.get_parameter("a.qk").data[7, 1] += 1
     follower = Receiver(other.model, plan=served.plan())
+    with pytest.raises(SyncError, match=r"must be at version [0-9a-f]{16}, as version= says, and are at"):
+        Receiver(other.model, plan=served.plan(), version=publisher.version)
     disturb(served.trained, served.generator)
     with pytest.raises(SyncError, match="the model must hold the weights that the Publisher started from"):
         follower.stage(publisher.publish())

@@ -173,9 +173,9 @@ class Receiver:
         model: the module whose weights to update; at the first update they must be those the Publisher started from.
         exclude: as for `Publisher`, and the same. A plan has its own.
         plan: where the model has the entries of the publisher's weights, if its layout is another.
-        version: with a plan, the publisher's version when the model was loaded. Unless given it is computed, where the
-            model has all weights whole. Where it does not, the first update is taken to start from the model's weights
-            if it starts from those that are here whole.
+        version: with a plan, the publisher's version when the model was loaded. Where the model has all weights whole
+            it is computed, and must be this one if one is given. Elsewhere it is taken as it is given; and if none is,
+            the first update is taken to start from the model's weights if it starts from those that are here whole.
     """
 
     def __init__(
@@ -210,7 +210,14 @@ class Receiver:
                     version = version_of(fingerprints(self._weights))
                 else:
                     plan.check("Receiver", self._weights)
-                    version = plan.version(self._weights) if version is None else version
+                    found = plan.versions(self._weights)
+                    if version is not None and found and version not in found:
+                        raise SyncError(
+                            f"Receiver: the weights must be at version {shown_version(version)}, as version= says, and "
+                            f"are at {shown_version(found[0])}; load the Publisher's, and record the plan with "
+                            f"publisher.shapes"
+                        )
+                    version = found[0] if version is None and found else version
         self._names = {slot.name: weight for weight in self._weights.values() for slot in weight.slots}
         self._state = _State(version)
 
@@ -522,7 +529,7 @@ class Receiver:
     def _refuse_tuned(self, what: str) -> None:
         for weight in self._weights.values():
             for slot in weight.slots:
-                if slot.values_name in slot.module._parameters:
+                if slot.tuned:
                     raise SyncError(
                         f"Receiver: {what} refused: a SparseTuner trains {slot.name}; detach it first "
                         f"(shira.detach(model))"
