@@ -309,8 +309,8 @@ def test_refused_where_the_layout_changed() -> None:
         ({"c": update.weights["b.o"]}, "'c' is not among the weights that the plan was recorded with"),
         ({"b.o": replace(update.weights["b.o"], indices=update.weights["b.o"].indices + 40, checked=False)}, "indices"),
     ):
+        after = dict.fromkeys(change, 0)
         with pytest.raises(AdapterError, match=text):
-            after = dict.fromkeys(change, 0)
             receiver.stage(replace(update, weights=change, after=after, before={}, start=receiver.version))
         with pytest.raises(AdapterError, match=text):
             plan.map(Adapter(change))
