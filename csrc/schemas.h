@@ -23,9 +23,10 @@
         "Tensor[] values, Tensor(b!)[] saved_in, *, float alpha=1.0, bool delta=False, int granule=1) -> ()");        \
   m.def("check_indices(Tensor indices, int limit, int granule=1) -> ()");                                             \
   /* fuse: several adapters at once */                                                                                \
-  m.def("fuse_plan(Tensor[] indices, int granule=1) -> (Tensor indices, Tensor offsets, Tensor sources)");            \
+  m.def("fuse_plan(Tensor[] indices, int granule=1) -> (Tensor indices, Tensor offsets, Tensor sources, "               \
+        "Tensor members)");                                                                                           \
   m.def("fuse_(Tensor(a!) weight, Tensor(b!) saved, Tensor indices, Tensor offsets, Tensor sources, "                 \
-        "Tensor[] values, Tensor alphas, *, bool[] delta, bool refuse=False, int granule=1) -> ()");                  \
+        "Tensor members, Tensor[] values, Tensor alphas, *, bool[] delta, bool refuse=False, int granule=1) -> ()");  \
   /* gradient */                                                                                                      \
   m.def("sampled_grad(Tensor grad_output, Tensor input, Tensor indices, int granule=1) -> Tensor");                   \
   /* optimize: masked-gradient steps */                                                                               \

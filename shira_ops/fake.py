@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from . import checks, reference
+from . import checks, plan, reference
 from ._ops import add_op_namespace_prefix
 from ._ops import ops as _shira
 
@@ -31,14 +31,15 @@ def foreach_gather(weights: Sequence[Tensor], indices: Sequence[Tensor], granule
     return [gather(weight, index, granule) for weight, index in zip(weights, indices, strict=True)]
 
 
-def fuse_plan(indices: Sequence[Tensor], granule: int) -> tuple[Tensor, Tensor, Tensor]:
+def fuse_plan(indices: Sequence[Tensor], granule: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     total = sum(tensor.numel() for tensor in indices)
-    union = torch.library.get_ctx().new_dynamic_size()
+    union, sources = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
     narrow = all(tensor.dtype == torch.int32 for tensor in indices)
     return (
         indices[0].new_empty(union, dtype=torch.int32 if narrow else torch.int64),
-        indices[0].new_empty(union + 1, dtype=_index_dtype(total)),
-        indices[0].new_empty(total, dtype=torch.int64),
+        indices[0].new_empty((union + plan.GROUP - 1) // plan.GROUP + 1, dtype=_index_dtype(total)),
+        indices[0].new_empty(sources, dtype=torch.int64),
+        indices[0].new_empty(sources, dtype=torch.int64),
     )
 
 

@@ -305,14 +305,20 @@ def check_indices(indices: Tensor, limit: int, granule: int = 1) -> None:
 # ---- fuse --------------------------------------------------------------------------------------------------
 
 
-def fuse_plan(indices: Sequence[Tensor], granule: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Where several adapters meet in one weight: `(indices, offsets, sources)` for `fuse_`. Made once; may synchronise.
+def fuse_plan(indices: Sequence[Tensor], granule: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where several adapters meet in one weight: `(indices, offsets, sources, members)` for `fuse_`. Made once; may
+    synchronise.
 
     `indices`: the adapters' lists, 1 to 32767 of them, in the order in which their contributions are to be summed.
 
     - returned `indices` `[U]`: the sorted union, int32 if all lists are, else int64;
-    - `offsets` `[U + 1]`: entry `u` has the sources `offsets[u]` to `offsets[u + 1]`; int32 (int64 past 2^31);
-    - `sources` int64: `adapter << 48 | granule position in its list`, in adapter order within an entry.
+    - `offsets` `[ceil(U / 64) + 1]`: the union is planned in groups of 64 granules, and group `g` has the sources
+      `offsets[g]` to `offsets[g + 1]`; int32 (int64 if the lists have 2^31 granules or more together);
+    - `sources` `[S]` int64: one for each adapter that has granules in the group, in the order of the adapters:
+      `adapter << 48 | position in its list` of the first of them;
+    - `members` `[S]` int64: which granules of the group they are, as bits. The first one is bit 0.
+
+    That is 4 bytes for each granule of the union, and 16 for each source: about 6 bytes a granule for 8 adapters.
 
     The union alone, in plain PyTorch: `torch.cat(indices).unique()`.
     """
@@ -325,6 +331,7 @@ def fuse_(
     indices: Tensor,
     offsets: Tensor,
     sources: Tensor,
+    members: Tensor,
     values: Sequence[Tensor],
     alphas: Tensor,
     *,
@@ -337,7 +344,7 @@ def fuse_(
     SHiRA's W + alpha1*S1 + alpha2*S2 (arXiv 2406.13175, section 4). `d_k` is `values_k` where `delta[k]`, else
     `values_k - base`; contributions sum in the order of the plan.
 
-    - `indices`, `offsets`, `sources`: from `fuse_plan`. `saved`: `[nnz]` of its union, the weight's dtype.
+    - `indices`, `offsets`, `sources`, `members`: from `fuse_plan`. `saved`: `[nnz]` of its union, the weight's dtype.
     - `values`: one 1-D tensor for each adapter, all of the weight's dtype or all float32. `weight`: a float dtype.
     - `alphas`: one for each adapter, float32 (float64 for float64 weights), on the weight's device, so that a
       captured CUDA graph can change them.
@@ -355,7 +362,8 @@ def fuse_(
             total[at] += alphas[k] * (v if delta[k] else v - base[at])
         weight.view(-1, granule)[indices] = total.to(weight.dtype)
     """
-    _fuse_(weight, saved, indices, offsets, sources, values, alphas, delta=delta, refuse=refuse, granule=granule)
+    plan = (indices, offsets, sources, members)
+    _fuse_(weight, saved, *plan, values, alphas, delta=delta, refuse=refuse, granule=granule)
 
 
 # ---- gradient ----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, plan
 
 _U64 = npt.NDArray[np.uint64]
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -233,17 +233,8 @@ def check_indices(indices: Tensor, limit: int, granule: int = 1) -> None:
 
 
 @_op
-def fuse_plan(indices: Sequence[Tensor], granule: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.int32 if all(tensor.dtype == torch.int32 for tensor in indices) else torch.int64
-    device = indices[0].device
-    positions = [torch.arange(tensor.numel(), device=device) for tensor in indices]
-    sources = torch.cat([(k << 48) | position for k, position in enumerate(positions)])
-    # A stable sort keeps the adapters' order within an entry.
-    entries, order = torch.cat([tensor.to(torch.int64) for tensor in indices]).sort(stable=True)
-    union, counts = entries.unique_consecutive(return_counts=True)
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    offsets_dtype = torch.int32 if sources.numel() < 2**31 else torch.int64
-    return union.to(dtype), offsets.to(offsets_dtype), sources[order]
+def fuse_plan(indices: Sequence[Tensor], granule: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return plan.make(indices)
 
 
 @_op
@@ -253,6 +244,7 @@ def fuse_(
     indices: Tensor,
     offsets: Tensor,
     sources: Tensor,
+    members: Tensor,
     values: Sequence[Tensor],
     alphas: Tensor,
     *,
@@ -260,32 +252,32 @@ def fuse_(
     refuse: bool = False,
     granule: int = 1,
 ) -> None:
-    adapter, position = sources >> 48, sources & (2**48 - 1)
     if not refuse:
         _bits(saved).copy_(_bits(_take(weight, indices, granule)))
     base = _compute(_granules(saved, granule), weight)
     total = base.clone()
-    overwrites = ~torch.tensor(delta, device=weight.device)
     # The entries as they are stored when the sum is not needed: the base, or one adapter's own values.
     exact = _granules(saved, granule).clone()
     contributions = torch.zeros_like(indices, dtype=torch.int64)
     exact_ones = torch.zeros_like(contributions)
 
-    begins, counts = offsets[:-1].to(torch.int64), offsets.diff().to(torch.int64)
+    entries, adapters, positions = plan.contributions(offsets, sources, members)
+    order = entries.argsort(stable=True)
+    counts = entries.bincount(minlength=indices.numel())
+    begins = counts.cumsum(0) - counts
     for rank in range(int(counts.max()) if counts.numel() > 0 else 0):  # each entry's contribution number `rank`
-        entries = (counts > rank).nonzero().view(-1)
-        at = begins[entries] + rank
+        at = order[(begins + rank)[counts > rank]]
         for k, tensor in enumerate(values):
-            here = adapter[at] == k
-            if not bool(here.any()) or float(alphas[k]) == 0:
+            here = at[adapters[at] == k]
+            if here.numel() == 0 or float(alphas[k]) == 0:
                 continue
             entry = entries[here]
-            own = _granules(tensor, granule)[position[at[here]]]
+            own = _granules(tensor, granule)[positions[here]]
             wide = _compute(own, weight)
             change = wide if delta[k] else wide - base[entry]
             total[entry] = total[entry] + alphas[k] * change
             contributions[entry] += 1
-            if bool(overwrites[k]) and float(alphas[k]) == 1:
+            if not delta[k] and float(alphas[k]) == 1:
                 exact_ones[entry] += 1
                 _bits(exact, granule)[entry] = _bits(_convert(own, weight.dtype).contiguous(), granule)
     keeps_bits = (contributions == 0) | ((contributions == 1) & (exact_ones == 1))

@@ -14,7 +14,7 @@ from test_sync_attacks import Interrupt
 from torch import Tensor, nn
 
 from shira import Adapter, AdapterError, Entry, Switcher
-from shira.sync import Box, Plan, Publisher, Receiver, SyncError
+from shira.sync import Box, Plan, Publisher, Receiver, SyncError, Update
 
 Loader = Callable[[Iterable[tuple[str, Tensor]]], object]
 
@@ -310,8 +310,9 @@ def test_refused_where_the_layout_changed() -> None:
         ({"b.o": replace(update.weights["b.o"], indices=update.weights["b.o"].indices + 40, checked=False)}, "indices"),
     ):
         after = dict.fromkeys(change, 0)
+        changed = {"weights": change, "after": after, "before": {}, "start": receiver.version}
         with pytest.raises(AdapterError, match=text):
-            receiver.stage(replace(update, weights=change, after=after, before={}, start=receiver.version))
+            receiver.stage(replace(update, **changed))
         with pytest.raises(AdapterError, match=text):
             plan.map(Adapter(change))
     for arguments, error in (
@@ -384,7 +385,13 @@ def test_other_dtypes_are_rounded_as_the_loader_does() -> None:
         Receiver(served.model, plan=plan, version=Publisher(served.trained).version),
     )
     disturb(served.trained, served.generator)
-    receiver.stage(publisher.publish())
+    update = publisher.publish()
+    # Rounded entries are not those that a file's differences start from.
+    with pytest.raises(SyncError, match=r"'a\.q' is float32 at the publisher and bfloat16 here, .*differences=False"):
+        receiver.stage(update.to_bytes())
+    with pytest.raises(SyncError, match=r"^Plan\.map: the values of the update of step 1 are differences"):
+        plan.map(Update.from_bytes(update.to_bytes()))
+    receiver.stage(update.to_bytes(differences=False))
     receiver.commit()
     assert same(state(served.model), served.loaded(served.model))
 

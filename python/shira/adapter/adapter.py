@@ -671,7 +671,7 @@ def _fused(weight: Tensor, parts: list[tuple[Adapter, float, Entry]], fingerprin
         raise AdapterError(f"only {', '.join(_file.ARITHMETIC)} entries can be fused, got {dtype_name(first.dtype)}")
     granule = math.gcd(*(entry.granule for _, _, entry in parts))
     lists = [refine(entry.indices.cpu(), entry.granule, granule, weight.numel()) for _, _, entry in parts]
-    indices, offsets, sources = shira_ops.fuse_plan(lists, granule=granule)
+    indices, offsets, sources, members = shira_ops.fuse_plan(lists, granule=granule)
     # The base's entries of the union, side by side, are a small weight of their own: the op needs nothing else.
     entries = shira_ops.gather(weight, indices, granule=granule)
     values = [entry.values.detach().cpu() for _, _, entry in parts]
@@ -684,6 +684,7 @@ def _fused(weight: Tensor, parts: list[tuple[Adapter, float, Entry]], fingerprin
         torch.arange(indices.numel(), dtype=indices.dtype, device="cpu"),
         offsets,
         sources,
+        members,
         values,
         torch.tensor([strength for _, strength, _ in parts], dtype=compute, device="cpu"),
         delta=[adapter.delta for adapter, _, _ in parts],

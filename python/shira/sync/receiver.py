@@ -369,7 +369,7 @@ class Receiver:
         if self._state.torn is not None:
             with _bare("stage", self._tensors()) as switchers:
                 self._heal(switchers)
-        holders = [switcher for switcher in list(_live.switchers) if switcher.active]
+        holders: list[Switcher] = [switcher for switcher in list(_live.switchers) if switcher.active]
 
         def base(weight: Weight, indices: Tensor, granule: int) -> Tensor:
             tensor = weight.slots[0].weight
@@ -530,7 +530,7 @@ class Receiver:
     def _refuse_tuned(self, what: str) -> None:
         for weight in self._weights.values():
             for slot in weight.slots:
-                if slot.values_name in slot.module._parameters:
+                if slot.tuned:
                     raise SyncError(
                         f"Receiver: {what} refused: a SparseTuner trains {slot.name}; detach it first "
                         f"(shira.detach(model))"
