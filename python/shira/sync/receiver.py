@@ -377,9 +377,10 @@ class Receiver:
             if holder is None:
                 return shira_ops.gather(tensor.detach(), indices, granule=granule)
             try:
-                return holder.base_entries(tensor, indices, granule)
+                found: Tensor = holder.base_entries(tensor, indices, granule)
             except SwitchError as error:
                 raise SyncError(f"Receiver: stage refused: {error}") from error
+            return found
 
         def entries(name: str, entry: Entry) -> tuple[Tensor, Tensor | None]:
             if self.plan is None:
