@@ -23,9 +23,10 @@
         "Tensor[] values, Tensor(b!)[] saved_in, *, float alpha=1.0, bool delta=False, int granule=1) -> ()");        \
   m.def("check_indices(Tensor indices, int limit, int granule=1) -> ()");                                             \
   /* fuse: several adapters at once */                                                                                \
-  m.def("fuse_plan(Tensor[] indices, int granule=1) -> (Tensor indices, Tensor offsets, Tensor sources)");            \
+  m.def("fuse_plan(Tensor[] indices, int granule=1) -> (Tensor indices, Tensor offsets, Tensor sources, "               \
+        "Tensor members)");                                                                                           \
   m.def("fuse_(Tensor(a!) weight, Tensor(b!) saved, Tensor indices, Tensor offsets, Tensor sources, "                 \
-        "Tensor[] values, Tensor alphas, *, bool[] delta, bool refuse=False, int granule=1) -> ()");                  \
+        "Tensor members, Tensor[] values, Tensor alphas, *, bool[] delta, bool refuse=False, int granule=1) -> ()");  \
   /* gradient */                                                                                                      \
   m.def("sampled_grad(Tensor grad_output, Tensor input, Tensor indices, int granule=1) -> Tensor");                   \
   /* optimize: masked-gradient steps */                                                                               \
@@ -56,14 +57,15 @@
   m.def("select_top(Tensor weight, Tensor? grad, int k, *, str score, int granule=1) -> Tensor");                     \
   m.def("select_random(int numel, int k, int seed, *, Device? device=None, int granule=1) -> Tensor");                \
   /* codec: indices as bytes */                                                                                       \
-  m.def("encode_indices(Tensor indices, int granule=1) -> Tensor");                                                   \
+  m.def("encode_indices(Tensor indices, int granule=1, *, int version=1) -> Tensor");                                 \
   m.def("decode_indices(Tensor code, int count, int limit, ScalarType dtype, int granule=1) -> Tensor");              \
   /* fingerprint */                                                                                                   \
   m.def("fingerprint(Tensor weight, int granule=1) -> Tensor");                                                       \
   m.def("fingerprint_at(Tensor weight, Tensor indices, int granule=1) -> Tensor");                                    \
   /* diff: what changed since a snapshot */                                                                           \
-  m.def("diff_(Tensor(a!) snapshot, Tensor weight, int granule=1) -> (Tensor indices, Tensor values)");               \
-  m.def("foreach_diff_(Tensor(a!)[] snapshots, Tensor[] weights, int granule=1) -> "                                  \
+  m.def("diff_(Tensor(a!) snapshot, Tensor weight, int granule=1, *, bool before=False) -> "                           \
+        "(Tensor indices, Tensor values)");                                                                           \
+  m.def("foreach_diff_(Tensor(a!)[] snapshots, Tensor[] weights, int granule=1, *, bool before=False) -> "            \
         "(Tensor[] indices, Tensor[] values)");                                                                       \
   /* overlay: sparse deltas beside a weight that is never written */                                                  \
   m.def("sparse_linear(Tensor input, Tensor indices, Tensor values, int out_features, *, bool transposed=False, "     \

@@ -3,11 +3,13 @@
     python examples/follow_trainer.py
     python examples/follow_trainer.py --steps 200 --hidden 512
 
-The task is to count on: after a digit, the next three. The engine (rank 1) samples answers. The trainer (rank 0)
-rewards each right digit, takes a policy gradient step on a sparse adapter, and sends what has changed in the weights.
-Half way the engine is killed. The trainer goes on and keeps its updates in a folder; a new engine starts from the first
-weights, catches up in one commit, and follows again. At the end stand the bytes and milliseconds of an update, beside
-those of all weights and of an update that is applied through dense buffers. Offline, on a CPU, in seconds.
+The task is to count on: after a digit, the next three. The engine (rank 1) samples answers. As servers do, it has its
+queries, keys and values in one weight, and a loader that puts a checkpoint's there: a Plan of that loader leads updates
+to the right places. The trainer (rank 0) rewards each right digit, takes a policy gradient step on a sparse adapter,
+and sends what has changed in the weights. Half way the engine is killed. The trainer goes on and keeps its updates in a
+folder; a new engine starts from the first weights, catches up in one commit, and follows again. At the end stand the
+bytes and milliseconds of an update, beside those of all weights and of an update that is applied through dense buffers.
+Offline, on a CPU, in seconds.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import os
 import signal
 import tempfile
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
@@ -30,7 +33,7 @@ from torch import Tensor, nn
 
 import shira
 from shira.integrations.torch_distributed import broadcast, catch_up
-from shira.sync import Folder, Publisher, Receiver, Update
+from shira.sync import Folder, Plan, Publisher, Receiver
 
 DIGITS, ANSWER, BATCH = 10, 3, 40
 TRAINER, ENGINE = 0, 1
@@ -153,10 +156,50 @@ def engine_took() -> list[float]:
 # ---- the engine ------------------------------------------------------------------------------------------------------
 
 
+class Rows(nn.Module):
+    """A projection that is some rows of a larger one."""
+
+    def __init__(self, whole: nn.Linear, begin: int, count: int) -> None:
+        super().__init__()
+        # In a tuple, the weight is not this module's too.
+        self.whole, self.rows = (whole,), slice(begin, begin + count)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.whole[0].weight[self.rows])
+
+
+class Served:
+    """The policy as a server lays it out, and the loader for that."""
+
+    def __init__(self, hidden: int) -> None:
+        self.model = policy(hidden)
+        checkpoint = {name: weight.clone() for name, weight in self.model.state_dict().items()}
+        self.shapes = {name: weight.to("meta") for name, weight in checkpoint.items()}
+        for layer in self.model.model.layers:
+            attention, begin = layer.self_attn, 0
+            parts = [getattr(attention, f"{which}_proj").weight for which in "qkv"]
+            attention.qkv_proj = nn.Linear(hidden, sum(map(len, parts)), bias=False, dtype=torch.bfloat16)
+            for which, part in zip("qkv", parts, strict=True):
+                setattr(attention, f"{which}_proj", Rows(attention.qkv_proj, begin, len(part)))
+                begin += len(part)
+        self.load_weights(checkpoint.items())
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        for name, weight in weights:
+            path = name.removesuffix(".weight")
+            module = self.model.get_submodule(path)
+            if isinstance(module, Rows):
+                module.whole[0].weight.data[module.rows].copy_(weight)
+            else:
+                module.weight.data.copy_(weight)
+
+
 def serve(folder: Path, args: argparse.Namespace, again: bool) -> None:
     torch.set_num_threads(1)
-    model = policy(args.hidden)
-    receiver = Receiver(model)
+    served = Served(args.hidden)
+    model = served.model
+    plan = Plan.record(model, served.load_weights, served.shapes)
+    receiver = Receiver(model, plan=plan)
     transformers.set_seed(1)
     step = 0
     if again:
@@ -180,7 +223,7 @@ def serve(folder: Path, args: argparse.Namespace, again: bool) -> None:
         receiver.commit()
         took.append(milliseconds(start))
         answer(model, receiver)
-    report(model, receiver, median(took))
+    report(model, plan, receiver, median(took))
     dist.destroy_process_group()
 
 
@@ -190,14 +233,15 @@ def answer(model: nn.Module, receiver: Receiver) -> None:
     dist.broadcast(torch.tensor([version - 2**64 if version >= 2**63 else version]), ENGINE)
 
 
-def report(model: nn.Module, receiver: Receiver, sparse: float) -> None:
+def report(model: nn.Module, plan: Plan, receiver: Receiver, sparse: float) -> None:
     """The last update twice: into the model, and through dense buffers into a copy."""
-    update = broadcast(None, TRAINER)
+    receiver.stage(broadcast(None, TRAINER))
+    update = receiver.staged  # with the values that its differences lead to
+    assert update is not None
     copy = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     start = time.perf_counter()
-    through_buffers(copy, update)
+    through_buffers(copy, plan.map(update))
     dense = milliseconds(start)
-    receiver.stage(update)
     receiver.commit()
     assert all(torch.equal(copy[name], weight) for name, weight in model.named_parameters())
     length = torch.tensor(0)
@@ -209,7 +253,7 @@ def report(model: nn.Module, receiver: Receiver, sparse: float) -> None:
     dist.broadcast(torch.tensor([sparse, dense, everything], dtype=torch.float64), ENGINE)
 
 
-def through_buffers(weights: dict[str, Tensor], update: Update) -> None:
+def through_buffers(weights: dict[str, Tensor], update: shira.Adapter) -> None:
     """Apply an update as is usual: each weight is copied, changed there, and copied back."""
     for name, weight in weights.items():
         staged = weight.clone()

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 
+from . import plan
 from ._ops import ops
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -520,6 +521,7 @@ def _fuse_(
     indices: Tensor,
     offsets: Tensor,
     sources: Tensor,
+    members: Tensor,
     values: Sequence[Tensor],
     alphas: Tensor,
     delta: Sequence[bool],
@@ -537,12 +539,16 @@ def _fuse_(
 
     _indices(call, "offsets", offsets, weight)
     n, size = indices.numel(), offsets.numel()
-    text = "must have {} entries (one more than the {} indices)"
-    call.require(size == n + 1, "offsets", text, n + 1, n, got=size)
-    _device(call, "sources", sources, weight)
-    _one_of(call, "sources", sources, torch.int64)
-    _one_dimensional(call, "sources", sources)
-    _contiguous(call, "sources", sources)
+    text = "must have {} entries (one for each 64 of the {} indices, and one more)"
+    call.require(size == plan.groups(n) + 1, "offsets", text, plan.groups(n) + 1, n, got=size)
+    for word, own in (("sources", sources), ("members", members)):
+        _device(call, word, own, weight)
+        _one_of(call, word, own, torch.int64)
+        _one_dimensional(call, word, own)
+        _contiguous(call, word, own)
+    size = sources.numel()
+    text = "must have one entry for each of the {} sources"
+    call.require(members.numel() == size, "members", text, size, got=members.numel())
 
     for k, own in enumerate(values):
         member = Call("fuse_", member=k)
@@ -564,7 +570,13 @@ def _fuse_(
 
 
 def _fuse_content(
-    weight: Tensor, indices: Tensor, offsets: Tensor, sources: Tensor, values: Sequence[Tensor], granule: int
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    sources: Tensor,
+    members: Tensor,
+    values: Sequence[Tensor],
+    granule: int,
 ) -> None:
     content("fuse_", "indices", indices, weight.numel() // granule)
     total = sources.numel()
@@ -576,14 +588,22 @@ def _fuse_content(
         at = int(bad.nonzero()[0])
         got = f"{int(offsets[at])} at position {at}"
         Call("fuse_").require(False, "offsets", "must rise from 0 to the {} sources", total, got=got)
-    adapter, position = sources >> 48, sources & (2**48 - 1)
+    bits = plan.unpacked(members)
+    n, room = indices.numel(), indices.numel() % plan.GROUP
+    last = int(offsets[-2]) if room > 0 else total
+    beyond = bits[last:, room:].nonzero()
+    if beyond.numel() > 0:
+        at, entry = beyond[0].tolist()
+        got = f"entry {n + entry} at position {last + at}"
+        Call("fuse_").require(False, "members", "must name entries of the {} indices", n, got=got)
+    (adapter, position), count = plan.parts(sources), bits.sum(1)
     sizes = torch.tensor([own.numel() // granule for own in values], device=sources.device)
     known = (adapter >= 0) & (adapter < len(values))
-    bad = ~known | (position >= sizes[adapter.where(known, 0)])
+    bad = ~known | (position + count > sizes[adapter.where(known, 0)])
     if bool(bad.any()):
         at = int(bad.nonzero()[0])
-        text = "must name one of the {} values and a granule of it"
-        got = f"adapter {int(adapter[at])}, granule {int(position[at])} at position {at}"
+        text = "must name one of the {} values and granules of it"
+        got = f"adapter {int(adapter[at])}, granule {int(position[at])} with {int(count[at])} members at position {at}"
         Call("fuse_").require(False, "sources", text, len(values), got=got)
 
 
@@ -655,9 +675,11 @@ def _count(call: Call, k: int, granules: int) -> None:
     call.require(k <= granules, "k", "must be in [0, {}]", granules, got=k)
 
 
-def _encode_indices(indices: Tensor, granule: int) -> None:
-    _granule("encode_indices", granule)
-    _index_list(Call("encode_indices"), "indices", indices)
+def _encode_indices(indices: Tensor, granule: int, version: int) -> None:
+    call = Call("encode_indices")
+    _granule(call.op, granule)
+    _index_list(call, "indices", indices)
+    call.require(version in (1, 2), "version", "must be 1 or 2", got=version)
 
 
 def _encode_indices_content(indices: Tensor) -> None:

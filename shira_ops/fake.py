@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from . import checks, reference
+from . import checks, plan, reference
 from ._ops import add_op_namespace_prefix
 from ._ops import ops as _shira
 
@@ -31,14 +31,15 @@ def foreach_gather(weights: Sequence[Tensor], indices: Sequence[Tensor], granule
     return [gather(weight, index, granule) for weight, index in zip(weights, indices, strict=True)]
 
 
-def fuse_plan(indices: Sequence[Tensor], granule: int) -> tuple[Tensor, Tensor, Tensor]:
+def fuse_plan(indices: Sequence[Tensor], granule: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     total = sum(tensor.numel() for tensor in indices)
-    union = torch.library.get_ctx().new_dynamic_size()
+    union, sources = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
     narrow = all(tensor.dtype == torch.int32 for tensor in indices)
     return (
         indices[0].new_empty(union, dtype=torch.int32 if narrow else torch.int64),
-        indices[0].new_empty(union + 1, dtype=_index_dtype(total)),
-        indices[0].new_empty(total, dtype=torch.int64),
+        indices[0].new_empty((union + plan.GROUP - 1) // plan.GROUP + 1, dtype=_index_dtype(total)),
+        indices[0].new_empty(sources, dtype=torch.int64),
+        indices[0].new_empty(sources, dtype=torch.int64),
     )
 
 
@@ -54,7 +55,7 @@ def select_random(numel: int, k: int, seed: int, device: torch.device | None, gr
     return torch.empty(k, dtype=checks.index_dtype(numel // granule), device="cpu" if device is None else device)
 
 
-def encode_indices(indices: Tensor, granule: int) -> Tensor:
+def encode_indices(indices: Tensor, granule: int, version: int) -> Tensor:
     return indices.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
 
 
@@ -70,16 +71,16 @@ def fingerprint_at(weight: Tensor, indices: Tensor, granule: int) -> Tensor:
     return weight.new_empty((), dtype=torch.int64)
 
 
-def diff_(snapshot: Tensor, weight: Tensor, granule: int) -> tuple[Tensor, Tensor]:
+def diff_(snapshot: Tensor, weight: Tensor, granule: int, before: bool) -> tuple[Tensor, Tensor]:
     count = torch.library.get_ctx().new_dynamic_size()
     indices = weight.new_empty(count, dtype=_index_dtype(weight.numel() // granule))
     return indices, weight.new_empty(count * granule)
 
 
 def foreach_diff_(
-    snapshots: Sequence[Tensor], weights: Sequence[Tensor], granule: int
+    snapshots: Sequence[Tensor], weights: Sequence[Tensor], granule: int, before: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
-    found = [diff_(snapshot, weight, granule) for snapshot, weight in zip(snapshots, weights, strict=True)]
+    found = [diff_(snapshot, weight, granule, before) for snapshot, weight in zip(snapshots, weights, strict=True)]
     return [indices for indices, _ in found], [values for _, values in found]
 
 

@@ -305,14 +305,20 @@ def check_indices(indices: Tensor, limit: int, granule: int = 1) -> None:
 # ---- fuse --------------------------------------------------------------------------------------------------
 
 
-def fuse_plan(indices: Sequence[Tensor], granule: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Where several adapters meet in one weight: `(indices, offsets, sources)` for `fuse_`. Made once; may synchronise.
+def fuse_plan(indices: Sequence[Tensor], granule: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where several adapters meet in one weight: `(indices, offsets, sources, members)` for `fuse_`. Made once; may
+    synchronise.
 
     `indices`: the adapters' lists, 1 to 32767 of them, in the order in which their contributions are to be summed.
 
     - returned `indices` `[U]`: the sorted union, int32 if all lists are, else int64;
-    - `offsets` `[U + 1]`: entry `u` has the sources `offsets[u]` to `offsets[u + 1]`; int32 (int64 past 2^31);
-    - `sources` int64: `adapter << 48 | granule position in its list`, in adapter order within an entry.
+    - `offsets` `[ceil(U / 64) + 1]`: the union is planned in groups of 64 granules, and group `g` has the sources
+      `offsets[g]` to `offsets[g + 1]`; int32 (int64 if the lists have 2^31 granules or more together);
+    - `sources` `[S]` int64: one for each adapter that has granules in the group, in the order of the adapters:
+      `adapter << 48 | position in its list` of the first of them;
+    - `members` `[S]` int64: which granules of the group they are, as bits. The first one is bit 0.
+
+    That is 4 bytes for each granule of the union, and 16 for each source: about 6 bytes a granule for 8 adapters.
 
     The union alone, in plain PyTorch: `torch.cat(indices).unique()`.
     """
@@ -325,6 +331,7 @@ def fuse_(
     indices: Tensor,
     offsets: Tensor,
     sources: Tensor,
+    members: Tensor,
     values: Sequence[Tensor],
     alphas: Tensor,
     *,
@@ -337,7 +344,7 @@ def fuse_(
     SHiRA's W + alpha1*S1 + alpha2*S2 (arXiv 2406.13175, section 4). `d_k` is `values_k` where `delta[k]`, else
     `values_k - base`; contributions sum in the order of the plan.
 
-    - `indices`, `offsets`, `sources`: from `fuse_plan`. `saved`: `[nnz]` of its union, the weight's dtype.
+    - `indices`, `offsets`, `sources`, `members`: from `fuse_plan`. `saved`: `[nnz]` of its union, the weight's dtype.
     - `values`: one 1-D tensor for each adapter, all of the weight's dtype or all float32. `weight`: a float dtype.
     - `alphas`: one for each adapter, float32 (float64 for float64 weights), on the weight's device, so that a
       captured CUDA graph can change them.
@@ -355,7 +362,8 @@ def fuse_(
             total[at] += alphas[k] * (v if delta[k] else v - base[at])
         weight.view(-1, granule)[indices] = total.to(weight.dtype)
     """
-    _fuse_(weight, saved, indices, offsets, sources, values, alphas, delta=delta, refuse=refuse, granule=granule)
+    plan = (indices, offsets, sources, members)
+    _fuse_(weight, saved, *plan, values, alphas, delta=delta, refuse=refuse, granule=granule)
 
 
 # ---- gradient ----------------------------------------------------------------------------------------------
@@ -614,14 +622,16 @@ def select_random(
 # ---- codec -------------------------------------------------------------------------------------------------
 
 
-def encode_indices(indices: Tensor, granule: int = 1) -> Tensor:
-    """Indices as bytes, about one each: a 1-D uint8 tensor, on the same device.
+def encode_indices(indices: Tensor, granule: int = 1, *, version: int = 1) -> Tensor:
+    """Indices as bytes: a 1-D uint8 tensor, on the same device.
 
-    The code of the file format, version 1 (docs/format.md): blocks of 4096 indices, each an anchor and its gaps.
-    `granule` is only validated: a code holds granule numbers. Refuses indices that are not strictly increasing and
-    at least 0; may synchronise.
+    The code of the file format (docs/format.md): blocks of 4096 indices, each an anchor and its gaps. Version 1 takes
+    about a byte an index at 1 %, and 16 bits at 0.1 % and below. Version 2 has one kind of block more, for where that
+    is shorter: within 2 % of the entropy of a random mask. `decode_indices` reads both, but that of a version of this
+    library that knows version 1 alone refuses the other. `granule` is only validated: a code holds granule numbers.
+    Refuses indices that are not strictly increasing and at least 0; may synchronise.
     """
-    return _encode_indices(indices, granule)  # type: ignore[no-any-return]
+    return _encode_indices(indices, granule, version=version)  # type: ignore[no-any-return]
 
 
 def decode_indices(code: Tensor, count: int, limit: int, dtype: torch.dtype, granule: int = 1) -> Tensor:
@@ -662,26 +672,27 @@ def fingerprint_at(weight: Tensor, indices: Tensor, granule: int = 1) -> Tensor:
 # ---- diff --------------------------------------------------------------------------------------------------
 
 
-def diff_(snapshot: Tensor, weight: Tensor, granule: int = 1) -> tuple[Tensor, Tensor]:
+def diff_(snapshot: Tensor, weight: Tensor, granule: int = 1, *, before: bool = False) -> tuple[Tensor, Tensor]:
     """What has changed in `weight` since `snapshot`, which becomes `weight` in the same pass.
 
     `snapshot` has the weight's shape, dtype (any of 1, 2, 4 or 8 bytes) and device. Returns `indices`, the granules
     whose bits differ (int32, int64 from 2^31 granules on), and `values`, the weight's entries there: what `scatter_`
-    takes to bring a copy of the old snapshot up to date. Bits are compared, not numbers: NaNs with other payloads
-    differ, and so do 0.0 and -0.0. Synchronises on a GPU, since the sizes of the results depend on the content.
+    takes to bring a copy of the old snapshot up to date; with `before`, what the snapshot had there. Bits are compared,
+    not numbers: NaNs with other payloads differ, and so do 0.0 and -0.0. Synchronises on a GPU, since the sizes of the
+    results depend on the content.
 
     The same in plain PyTorch, for a two-byte dtype::
 
         new, old = weight.view(torch.int16).view(-1, granule), snapshot.view(torch.int16).view(-1, granule)
         indices = (new != old).any(1).nonzero().view(-1).int()
-        values = weight.view(-1, granule)[indices].view(-1)
+        values = (snapshot if before else weight).view(-1, granule)[indices].view(-1)
         snapshot.copy_(weight)
     """
-    return _diff_(snapshot, weight, granule)  # type: ignore[no-any-return]
+    return _diff_(snapshot, weight, granule, before=before)  # type: ignore[no-any-return]
 
 
 def foreach_diff_(
-    snapshots: Sequence[Tensor], weights: Sequence[Tensor], granule: int = 1
+    snapshots: Sequence[Tensor], weights: Sequence[Tensor], granule: int = 1, *, before: bool = False
 ) -> tuple[list[Tensor], list[Tensor]]:
     """`diff_` over lists, in one call: two lists of tensors, `indices` and `values`.
 
@@ -689,7 +700,7 @@ def foreach_diff_(
     tensor of the call. Not for a compiled graph: torch cannot trace an op that writes its arguments and returns lists;
     there, call `diff_`.
     """
-    return _foreach_diff_(snapshots, weights, granule)  # type: ignore[no-any-return]
+    return _foreach_diff_(snapshots, weights, granule, before=before)  # type: ignore[no-any-return]
 
 
 # ---- overlay -----------------------------------------------------------------------------------------------

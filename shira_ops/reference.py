@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, plan
 
 _U64 = npt.NDArray[np.uint64]
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -233,17 +233,8 @@ def check_indices(indices: Tensor, limit: int, granule: int = 1) -> None:
 
 
 @_op
-def fuse_plan(indices: Sequence[Tensor], granule: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.int32 if all(tensor.dtype == torch.int32 for tensor in indices) else torch.int64
-    device = indices[0].device
-    positions = [torch.arange(tensor.numel(), device=device) for tensor in indices]
-    sources = torch.cat([(k << 48) | position for k, position in enumerate(positions)])
-    # A stable sort keeps the adapters' order within an entry.
-    entries, order = torch.cat([tensor.to(torch.int64) for tensor in indices]).sort(stable=True)
-    union, counts = entries.unique_consecutive(return_counts=True)
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    offsets_dtype = torch.int32 if sources.numel() < 2**31 else torch.int64
-    return union.to(dtype), offsets.to(offsets_dtype), sources[order]
+def fuse_plan(indices: Sequence[Tensor], granule: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return plan.make(indices)
 
 
 @_op
@@ -253,6 +244,7 @@ def fuse_(
     indices: Tensor,
     offsets: Tensor,
     sources: Tensor,
+    members: Tensor,
     values: Sequence[Tensor],
     alphas: Tensor,
     *,
@@ -260,32 +252,32 @@ def fuse_(
     refuse: bool = False,
     granule: int = 1,
 ) -> None:
-    adapter, position = sources >> 48, sources & (2**48 - 1)
     if not refuse:
         _bits(saved).copy_(_bits(_take(weight, indices, granule)))
     base = _compute(_granules(saved, granule), weight)
     total = base.clone()
-    overwrites = ~torch.tensor(delta, device=weight.device)
     # The entries as they are stored when the sum is not needed: the base, or one adapter's own values.
     exact = _granules(saved, granule).clone()
     contributions = torch.zeros_like(indices, dtype=torch.int64)
     exact_ones = torch.zeros_like(contributions)
 
-    begins, counts = offsets[:-1].to(torch.int64), offsets.diff().to(torch.int64)
+    entries, adapters, positions = plan.contributions(offsets, sources, members)
+    order = entries.argsort(stable=True)
+    counts = entries.bincount(minlength=indices.numel())
+    begins = counts.cumsum(0) - counts
     for rank in range(int(counts.max()) if counts.numel() > 0 else 0):  # each entry's contribution number `rank`
-        entries = (counts > rank).nonzero().view(-1)
-        at = begins[entries] + rank
+        at = order[(begins + rank)[counts > rank]]
         for k, tensor in enumerate(values):
-            here = adapter[at] == k
-            if not bool(here.any()) or float(alphas[k]) == 0:
+            here = at[adapters[at] == k]
+            if here.numel() == 0 or float(alphas[k]) == 0:
                 continue
             entry = entries[here]
-            own = _granules(tensor, granule)[position[at[here]]]
+            own = _granules(tensor, granule)[positions[here]]
             wide = _compute(own, weight)
             change = wide if delta[k] else wide - base[entry]
             total[entry] = total[entry] + alphas[k] * change
             contributions[entry] += 1
-            if bool(overwrites[k]) and float(alphas[k]) == 1:
+            if not delta[k] and float(alphas[k]) == 1:
                 exact_ones[entry] += 1
                 _bits(exact, granule)[entry] = _bits(_convert(own, weight.dtype).contiguous(), granule)
     keeps_bits = (contributions == 0) | ((contributions == 1) & (exact_ones == 1))
@@ -619,6 +611,8 @@ def select_random(numel: int, k: int, seed: int, *, device: torch.device | None 
 
 BLOCK = 4096
 _ANCHOR = 16  # bytes: the block's first index, then mode << 56 | where its payload starts
+_RICE = 3  # the mode of the Rice code without low bits; 3 + k has k of them
+_MOST_LOW = 24
 
 
 def _escaped(gaps: _U64, unit: type[np.unsignedinteger[Any]]) -> bytes:
@@ -634,8 +628,27 @@ def _units(gaps: _U64, most: int) -> int:
     return int((gaps // np.uint64(most)).sum(dtype=np.uint64)) + gaps.size
 
 
+def _low_bits(numbers: _U64, width: int) -> npt.NDArray[np.uint8]:
+    """The low `width` bits of each number, from the lowest one on."""
+    places = np.arange(width, dtype=np.uint64)
+    return (numbers[:, None] >> places & np.uint64(1)).astype(np.uint8).reshape(-1)
+
+
+def _packed(bits: npt.NDArray[np.uint8]) -> bytes:
+    return np.packbits(bits, bitorder="little").tobytes()
+
+
+def _rice(gaps: _U64) -> tuple[int, bytes]:
+    """How many low bits make the Rice code the shortest, and that code."""
+    lengths = [gaps.size * (1 + low) + int((gaps >> np.uint64(low)).sum()) for low in range(_MOST_LOW + 1)]
+    low = lengths.index(min(lengths))
+    ones = np.zeros(lengths[low] - gaps.size * low, dtype=np.uint8)
+    ones[((gaps >> np.uint64(low)) + np.uint64(1)).cumsum().astype(np.int64) - 1] = 1
+    return low, _packed(_low_bits(gaps, low)) + _packed(ones)
+
+
 @_op
-def encode_indices(indices: Tensor, granule: int = 1) -> Tensor:
+def encode_indices(indices: Tensor, granule: int = 1, *, version: int = 1) -> Tensor:
     numbers = indices.to(torch.int64).cpu().numpy().astype(np.uint64)
     anchors, payloads, start = [], [], 0
     for begin in range(0, numbers.size, BLOCK):
@@ -647,6 +660,10 @@ def encode_indices(indices: Tensor, granule: int = 1) -> Tensor:
             mode, payload = 1, _escaped(gaps, np.uint16)
         else:
             mode, payload = 2, gaps.astype("<u8").tobytes()
+        if version == 2 and gaps.size and int(gaps.max()) < 2**32:
+            low, shorter = _rice(gaps)
+            if len(shorter) < len(payload):
+                mode, payload = _RICE + low, shorter
         anchors += [int(block[0]), mode << 56 | start]
         payloads.append(payload)
         start += len(payload)
@@ -663,6 +680,29 @@ def _gaps(payload: bytes, mode: int) -> tuple[_U64, npt.NDArray[np.int64], int]:
     begins = np.concatenate([np.zeros(1, dtype=np.int64), ends + 1])
     escapes = (ends - begins[:-1]).astype(np.uint64)
     return escapes * most + units[ends], begins[:-1] * unit.itemsize, int(begins[-1]) * unit.itemsize
+
+
+def _rice_gaps(payload: bytes, count: int, low: int) -> tuple[_U64, npt.NDArray[np.int64], int, str]:
+    """The complete gaps of a payload that has their low bits, at most `count`; the byte at which each ends, the byte
+    after the last, and how much is left after that gap."""
+    bits = np.unpackbits(np.frombuffer(payload, dtype=np.uint8), bitorder="little")
+    lows = bits[: count * low].reshape(count, low).astype(np.uint64) << np.arange(low, dtype=np.uint64)
+    begin = -(-count * low // 8)
+    bits = bits[8 * begin :]
+    ones = np.flatnonzero(bits)[:count].astype(np.int64)
+    zeros = np.diff(ones, prepend=-1).astype(np.uint64) - np.uint64(1)
+    gaps = (zeros << np.uint64(low)) + lows[: ones.size].sum(axis=1, dtype=np.uint64)
+    # After the last gap there are zeros up to the next byte, and nothing else.
+    after = int(ones[-1]) + 1 if ones.size else 0
+    end = -(-after // 8)
+    stop = end - 1 if bits[after : 8 * end].any() else end
+    return gaps, begin + ones // 8, begin + stop, f"{bits.size - after} bits"
+
+
+def _fewest(gaps: int, mode: int) -> int:
+    """The fewest bytes of a payload."""
+    low = mode - _RICE
+    return -(-gaps * low // 8) + -(-gaps // 8) if 0 <= low <= _MOST_LOW else gaps
 
 
 def _decode_block(data: bytes, block: int, count: int, granules: int, dtype: torch.dtype) -> _U64:
@@ -687,8 +727,8 @@ def _decode_block(data: bytes, block: int, count: int, granules: int, dtype: tor
             f"have increasing payload offsets within its {payload} payload bytes, got {end} after {start} "
             f"in block {block + 1} (byte {anchor + _ANCHOR + 8})"
         )
-    if mode > 2:
-        refuse(f"have modes of 0, 1 or 2, got {mode} in block {block} (byte {anchor + 15})")
+    if mode > _RICE + _MOST_LOW:
+        refuse(f"have modes from 0 to {_RICE + _MOST_LOW}, got {mode} in block {block} (byte {anchor + 15})")
 
     most = torch.iinfo(dtype).max
 
@@ -701,7 +741,22 @@ def _decode_block(data: bytes, block: int, count: int, granules: int, dtype: tor
     if first >= bound:
         refuse_outside(first, f"first index {first}", anchor)
     body = data[anchors + start : anchors + end]
-    gaps, begins, stop = _gaps(body, mode)
+    if mode >= _RICE:
+        low = mode - _RICE
+        if len(body) < _fewest(n - 1, mode):
+            refuse(
+                f"have at least {_fewest(n - 1, mode)} bytes in a payload of {n} indices in mode {mode}, "
+                f"got {len(body)} in block {block} (byte {anchors + start})"
+            )
+        lows = -(-(n - 1) * low // 8)
+        if np.unpackbits(np.frombuffer(body, dtype=np.uint8, count=lows), bitorder="little")[(n - 1) * low :].any():
+            where = f"in block {block} (byte {anchors + start + lows - 1})"
+            refuse(f"have zeros where a payload's low bits are padded, got a one {where}")
+        gaps, begins, stop, left = _rice_gaps(body, n - 1, low)
+    else:
+        gaps, begins, stop = _gaps(body, mode)
+        stop = int(begins[n - 1]) if gaps.size > n - 1 else stop
+        left = f"{len(body) - stop} bytes"
     complete, gaps = gaps.size, gaps[: n - 1]
     # Sums wrap around only after the first index that is out of range, and nothing after that one is read.
     indices = np.uint64(first) + np.concatenate([np.zeros(1, dtype=np.uint64), (gaps + np.uint64(1)).cumsum()])
@@ -715,10 +770,9 @@ def _decode_block(data: bytes, block: int, count: int, granules: int, dtype: tor
             f"have {n - 1} gaps in each payload of {n} indices, got {complete} by its end "
             f"in block {block} (byte {anchors + end})"
         )
-    stop = int(begins[n - 1]) if complete > n - 1 else stop
     if stop != len(body):
         refuse(
-            f"have {n - 1} gaps in each payload of {n} indices, got {len(body) - stop} bytes after them "
+            f"have {n - 1} gaps in each payload of {n} indices, got {left} after them "
             f"in block {block} (byte {anchors + start + stop})"
         )
     if not last and next_first <= int(indices[-1]):
@@ -733,8 +787,13 @@ def _decode_block(data: bytes, block: int, count: int, granules: int, dtype: tor
 def decode_indices(code: Tensor, count: int, limit: int, dtype: torch.dtype, granule: int = 1) -> Tensor:
     data = code.cpu().numpy().tobytes()
     blocks = -(-count // BLOCK)
-    # Checked before anything is allocated: every index takes at least a byte of code.
+    # Checked before anything is allocated: every index takes at least a byte of code, or a bit, as its anchor tells.
     fewest = count + (_ANCHOR - 1) * blocks
+    if blocks * _ANCHOR <= len(data) < fewest:
+        lengths = (min(BLOCK, count - begin) - 1 for begin in range(0, count, BLOCK))
+        fewest = blocks * _ANCHOR + sum(
+            _fewest(gaps, data[number * _ANCHOR + 15]) for number, gaps in enumerate(lengths)
+        )
     if len(data) != 0 if count == 0 else len(data) < fewest:
         least = "at least " if count else ""
         raise RuntimeError(f"decode_indices: code must have {least}{fewest} bytes for {count} indices, got {len(data)}")
@@ -808,23 +867,24 @@ def fingerprint_at(weight: Tensor, indices: Tensor, granule: int = 1) -> Tensor:
 # ---- diff --------------------------------------------------------------------------------------------------
 
 
-def _diff(snapshot: Tensor, weight: Tensor, granule: int) -> tuple[Tensor, Tensor]:
+def _diff(snapshot: Tensor, weight: Tensor, granule: int, before: bool) -> tuple[Tensor, Tensor]:
     changed = (_bits(snapshot, granule) != _bits(weight, granule)).any(1)
     indices = changed.nonzero().view(-1).to(checks.index_dtype(weight.numel() // granule))
+    values = _take(snapshot if before else weight, indices, granule)
     _bits(snapshot).copy_(_bits(weight))
-    return indices, _take(weight, indices, granule)
+    return indices, values
 
 
 @_op
-def diff_(snapshot: Tensor, weight: Tensor, granule: int = 1) -> tuple[Tensor, Tensor]:
-    return _diff(snapshot, weight, granule)
+def diff_(snapshot: Tensor, weight: Tensor, granule: int = 1, *, before: bool = False) -> tuple[Tensor, Tensor]:
+    return _diff(snapshot, weight, granule, before)
 
 
 @_op
 def foreach_diff_(
-    snapshots: Sequence[Tensor], weights: Sequence[Tensor], granule: int = 1
+    snapshots: Sequence[Tensor], weights: Sequence[Tensor], granule: int = 1, *, before: bool = False
 ) -> tuple[list[Tensor], list[Tensor]]:
-    found = [_diff(snapshot, weight, granule) for snapshot, weight in zip(snapshots, weights, strict=True)]
+    found = [_diff(snapshot, weight, granule, before) for snapshot, weight in zip(snapshots, weights, strict=True)]
     return [indices for indices, _ in found], [values for _, values in found]
 
 

@@ -454,13 +454,14 @@ def _fuse_plan(m: _Maker) -> dict[str, Any]:
 def _fuse(m: _Maker) -> dict[str, Any]:
     s = m.setup
     adapters = _adapters(m)
-    indices, offsets, sources = oracles.fuse_plan(adapters, s.granule)
+    indices, offsets, sources, members = oracles.fuse_plan(adapters, s.granule)
     return {
         "weight": m.weight(),
         "saved": m.numbers(len(indices) * s.granule, s.dtype),
         "indices": indices,
         "offsets": offsets,
         "sources": sources,
+        "members": members,
         "values": [m.values() for _ in adapters],
         "alphas": torch.tensor([0.7, 1.0, -0.25], dtype=m.compute),
         "delta": [False, True, False],

@@ -186,20 +186,30 @@ def check_indices(indices: torch.Tensor, limit: int, granule: int = 1) -> None:
 # fuse
 
 
-def fuse_plan(indices: list[torch.Tensor], granule: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def fuse_plan(indices: list[torch.Tensor], granule: int = 1) -> tuple[torch.Tensor, ...]:
     sources: dict[int, list[int]] = {}
     for adapter, list_ in enumerate(indices):
         for position, index in enumerate(list_.tolist()):
             sources.setdefault(index, []).append(adapter << 48 | position)
     union = sorted(sources)
-    offsets = [0]
-    for index in union:
-        offsets.append(offsets[-1] + len(sources[index]))
+    offsets, firsts, members = [0], [], []
+    for begin in range(0, len(union), 64):
+        bits: dict[int, int] = {}
+        first: dict[int, int] = {}
+        for bit, index in enumerate(union[begin : begin + 64]):
+            for source in sources[index]:
+                bits[source >> 48] = bits.get(source >> 48, 0) + 2**bit
+                first.setdefault(source >> 48, source)
+        for adapter in sorted(bits):
+            firsts.append(first[adapter])
+            members.append(bits[adapter] - (2**64 if bits[adapter] >= 2**63 else 0))
+        offsets.append(len(firsts))
     narrow = all(list_.dtype == torch.int32 for list_ in indices)
     return (
         torch.tensor(union, dtype=torch.int32 if narrow else torch.int64),
         torch.tensor(offsets, dtype=torch.int32),
-        torch.tensor([s for index in union for s in sources[index]], dtype=torch.int64),
+        torch.tensor(firsts, dtype=torch.int64),
+        torch.tensor(members, dtype=torch.int64),
     )
 
 
@@ -209,6 +219,7 @@ def fuse_(
     indices: torch.Tensor,
     offsets: torch.Tensor,
     sources: torch.Tensor,
+    members: torch.Tensor,
     values: list[torch.Tensor],
     alphas: torch.Tensor,
     *,
@@ -225,9 +236,11 @@ def fuse_(
     for u in range(len(indices)):
         here = slice(u * g, (u + 1) * g)
         parts = []
-        for source in sources[offsets[u] : offsets[u + 1]].tolist():
-            adapter, position = source >> 48, source & ((1 << 48) - 1)
-            if strengths[adapter] != 0:
+        group = slice(offsets[u // 64], offsets[u // 64 + 1])
+        for source, bits in zip(sources[group].tolist(), members[group].tolist(), strict=True):
+            before = [bits >> bit & 1 for bit in range(u % 64)]
+            adapter, position = source >> 48, (source & ((1 << 48) - 1)) + sum(before)
+            if bits >> (u % 64) & 1 and strengths[adapter] != 0:
                 parts.append((adapter, _cells(values[adapter])[position * g : (position + 1) * g]))
         if not parts:
             cells[entries[here]] = base_cells[here]

@@ -1,4 +1,7 @@
-"""The examples run as a newcomer runs them: offline, in their own process, and do what they say."""
+"""The examples run as a newcomer runs them: offline, in their own process, and do what they say.
+
+Those of several ranks run in `train.test_sharded`.
+"""
 
 from __future__ import annotations
 

@@ -71,6 +71,9 @@ def test_what_is_found() -> None:
 def test_what_is_not_found_is_named(name: str, says: str) -> None:
     model = Model()
     assert _linears.unknown(f"{name}.weight", model.get_submodule(name)).startswith(says)
+    lazy = nn.Sequential(nn.LazyLinear(4))
+    assert not _linears.find(lazy)
+    assert "has no shape yet: run the model once first" in _linears.unknown("0.weight", lazy[0])
     assert _linears.unknown("linear.bias", model.linear).startswith("linear.bias is not the weight of the Linear")
 
 
@@ -160,6 +163,17 @@ def test_dequantize_that_returns_something_else() -> None:
         layer.dense()
 
 
+def test_a_layer_of_ones_own_needs_codes_of_its_own() -> None:
+    own = Int8Linear(nn.Linear(8, 16))
+    own.register_buffer("cache", torch.zeros(3), persistent=False)
+    layer = _linears.of("own.weight", own)
+    assert layer is not None
+    assert [tensor.data_ptr() for tensor in layer.stored()] == [own.codes.data_ptr(), own.scales.data_ptr()]
+    del own.codes, own.scales
+    assert _linears.of("own.weight", own) is None
+    assert "without parameters or buffers of its own" in _linears.unknown("own.weight", own)
+
+
 def test_4_bits_that_are_packed_keep_their_identity() -> None:
     """On CPUs with bfloat16 bitsandbytes packs the codes and rounds the scales in the first forward in eval()."""
 
@@ -187,6 +201,28 @@ def test_what_is_not_quantized_yet() -> None:
     assert "is not quantized yet: move the model to its device" in _linears.unknown("0.weight", model[0])
     model[1] = quanto.nn.QLinear.from_module(nn.Linear(64, 64), weights=quanto.qint8)
     assert "call optimum.quanto.freeze(model)" in _linears.unknown("1.weight", model[1])
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+def test_transformers_gguf(permuted: bool) -> None:
+    """Of blocks that stay as they are in a file; its forward needs a GPU."""
+    gguf = pytest.importorskip("transformers.integrations.gguf.utils")
+    module = gguf.GgufLinear(64, 32, 8)  # Q8_0: a scale in float16, then 32 codes
+    scales, codes = torch.rand(32, 2).half() + 0.5, torch.randint(-127, 128, (32, 2, 32), dtype=torch.int8)
+    blocks = torch.cat([scales.view(32, 2, 1).view(torch.uint8), codes.view(torch.uint8)], 2)
+    module.weight.data.copy_(blocks.view(32, -1))
+    wanted = (scales.float()[:, :, None] * codes).view(32, 64)
+    if permuted:
+        module.input_permutation = torch.randperm(64)
+        x = torch.randn(3, 64, dtype=torch.float64)
+        sums = x[:, module.input_permutation] @ wanted.double().T
+    layer = _linears.find(nn.Sequential(module, nn.Linear(4, 4, dtype=torch.bfloat16)))["0.weight"]
+    assert (layer.shape, layer.quantized, layer.dtype) == ((32, 64), True, torch.bfloat16)
+    if permuted:
+        torch.testing.assert_close(x @ layer.dense().double().T, sums)
+    else:
+        assert torch.equal(layer.dense(), wanted)
+        assert torch.equal(layer.entries(torch.tensor([3, 7]), 16), wanted.view(-1, 16)[[3, 7]].view(-1))
 
 
 @pytest.mark.parametrize("block", [None, (32, 48)])

@@ -1,5 +1,7 @@
 """A training step of PEFT's own sparse layers before and after `accelerate`, and of our method in PEFT, beside LoRA.
 
+Also beside a `SparseTuner` whose adapter lies over the weights, which is what `accelerate` is without PEFT.
+
 The models, the budget and the rest are those of bench_training.py: as many parameters for all, the same frozen weights,
 torch's fused AdamW. Unmerged LoRA is what most people train with.
 """
@@ -19,6 +21,7 @@ from benchmarks.speed.bench_training import (
     LORA,
     METHOD,
     METHOD_16,
+    OVERLAY,
     SHIRA,
     SUPER,
     TOKENS,
@@ -32,6 +35,7 @@ from benchmarks.speed.common import BF16, FP32, Report, compare, settings
 PAIRS = (
     (FAST_SHIRA, SHIRA, "accelerate over SHiRA"),
     (FAST_SUPER, SUPER, "accelerate over Super-Tuning"),
+    (FAST_SHIRA, OVERLAY, "accelerate over a tuner"),
     (METHOD, LORA, "SparseConfig over LoRA"),
     (METHOD_16, LORA, "SparseConfig, granule 16 over LoRA"),
 )

@@ -45,6 +45,7 @@ LORA, DORA, SHIRA, SUPER = peers.LORA, peers.DORA, peers.SHIRA, peers.SUPER
 OURS, FROZEN = "shira", "the frozen model"
 # Measured in bench_peft.py.
 FAST_SHIRA, FAST_SUPER = f"{SHIRA}, accelerated", f"{SUPER}, accelerated"
+OVERLAY = "shira, overlay"
 METHOD, METHOD_16 = "SparseConfig", "SparseConfig, granule 16"
 WORDS = {LORA: "LoRA", DORA: "DoRA", SHIRA: "SHiRA", SUPER: "Super-Tuning"}
 
@@ -99,8 +100,8 @@ class Trained:
     def __init__(self, way: str, model: str, dtype: torch.dtype) -> None:
         made, r, targets = base(model, dtype), rank(model), TARGETS[model]
         self.optimizer: torch.optim.Optimizer
-        if way == OURS:
-            self.tuner = shira.SparseTuner(made, shira.masks.Rand(r=r), targets=targets)
+        if way in (OURS, OVERLAY):
+            self.tuner = shira.SparseTuner(made, shira.masks.Rand(r=r), targets=targets, overlay=way == OVERLAY)
             self.optimizer = shira.AdamW(self.tuner, lr=1e-4)
         elif way == FROZEN:
             made.requires_grad_(False)

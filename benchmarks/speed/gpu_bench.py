@@ -277,13 +277,13 @@ def fuse(bench: Bench) -> Found:
     parity = bench.prove("fuse_plan", "fuse_")
     masks = [Mask.of(bench, range(GATE, GATE + 1)) for _ in range(ADAPTERS)]
     weight, values = masks[0].weights[0], [one.values[0] for one in masks]
-    indices, offsets, sources = shira.fuse_plan([one.indices[0] for one in masks])
-    saved = torch.empty_like(weight.view(-1)[indices.long()])
+    plan = shira.fuse_plan([one.indices[0] for one in masks])
+    saved = torch.empty_like(weight.view(-1)[plan[0].long()])
     alphas = torch.full((ADAPTERS,), 1e-3, device=bench.device)
     wide = [one.indices[0].long() for one in masks]
 
     def fuse(refuse: bool) -> None:
-        given = (weight, saved, indices, offsets, sources, values, alphas)
+        given = (weight, saved, *plan, values, alphas)
         shira.fuse_(*given, delta=[True] * ADAPTERS, refuse=refuse)
 
     def stock() -> None:
@@ -294,10 +294,10 @@ def fuse(bench: Bench) -> Found:
     by, touch = bench.touch(bench.model.memory, sectors, SECTOR)
     ways = bench.captured({"fuse_": lambda: fuse(False), "fuse_ refuse": lambda: fuse(True), "index_add_": stock})
     ways["touch of the union"] = touch
-    plan = indices.nbytes + offsets.nbytes + sources.nbytes + sum(one.nbytes for one in values)
-    moved = {one: 2 * SECTOR * len(sectors) + plan + saved.nbytes for one in ways if one.startswith("fuse_")}
+    streamed = sum(one.nbytes for one in (*plan, *values, saved))
+    moved = {one: 2 * SECTOR * len(sectors) + streamed for one in ways if one.startswith("fuse_")}
     moved["touch of the union"] = 2 * SECTOR * len(sectors) + sectors.nbytes
-    found = Found(parity, bench.time(ways), moved, {"union": len(indices), "touch": by})
+    found = Found(parity, bench.time(ways), moved, {"union": len(saved), "touch": by})
     found.over("fuse_", "index_add_", "fuse_ refuse")
     return found.over("touch of the union", "fuse_", "fuse_ refuse")
 

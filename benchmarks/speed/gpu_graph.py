@@ -129,11 +129,11 @@ def captured_ops() -> str:
         raise AssertionError("swap_ replayed twice is not the identity")
 
     weight.copy_(base)
-    indices, offsets, sources = shira_ops.fuse_plan(masks)
-    saved, alphas = shira_ops.gather(weight, indices), torch.tensor([0.5, 0.5], device=DEVICE)
+    plan = shira_ops.fuse_plan(masks)
+    saved, alphas = shira_ops.gather(weight, plan[0]), torch.tensor([0.5, 0.5], device=DEVICE)
 
     def fuse(into: torch.Tensor) -> None:
-        shira_ops.fuse_(into, saved, indices, offsets, sources, values, alphas, delta=[False, True], refuse=True)
+        shira_ops.fuse_(into, saved, *plan, values, alphas, delta=[False, True], refuse=True)
 
     replay = captured(lambda: fuse(weight))
     for strengths in ([1.0, 0.0], [0.3, -0.8]):

@@ -60,7 +60,7 @@ def calls(dtype: torch.dtype, granule: int, rows: int, columns: int) -> dict[str
     tensor_lr = {"lr": torch.tensor(1e-2, dtype=torch.float64)}
     change: Arguments = {"values": of(a), "saved": of(a), "alpha": 0.7, "delta": False}
     switch: Arguments = {"indices_out": a, "saved_out": of(a), "indices_in": b, "values": of(b), "saved_in": of(b)}
-    indices, offsets, sources = reference.fuse_plan([a, b, c], granule)
+    plan = dict(zip(("indices", "offsets", "sources", "members"), reference.fuse_plan([a, b, c], granule), strict=True))
     single: dict[str, Arguments] = {
         "gather": here,
         "scatter_": {**here, "values": of(a)},
@@ -76,10 +76,8 @@ def calls(dtype: torch.dtype, granule: int, rows: int, columns: int) -> dict[str
         "fuse_plan": {"indices": [a, b, c]},
         "fuse_": {
             "weight": weight,
-            "saved": numbers(len(indices) * granule),
-            "indices": indices,
-            "offsets": offsets,
-            "sources": sources,
+            "saved": numbers(len(plan["indices"]) * granule),
+            **plan,
             "values": [of(a), of(b), of(c)],
             "alphas": torch.tensor([0.7, 1.0, -0.25]),
             "delta": [False, True, False],

@@ -108,6 +108,7 @@ LINES = {
         "sparse_linear_add_ 32 adapters, granule 16, over PEFT LoRA's mixed batch", 5.0
     ),
     "overlay over mixed, granule 1": Line("sparse_linear_add_ 32 adapters, over PEFT LoRA's mixed batch", 1.5),
+    "break-even": Line("tokens between two switches from which on an overlay costs more", None, " tokens"),
     "mixed overlay of stream": Line("sparse_linear_add_ 32 adapters, of reading indices and values", None),
     "diff_ of read": Line("diff_, of reading the weight and the snapshot", None, ""),
     "diff_ over torch": Line("diff_, over the same in plain torch", None),
@@ -139,6 +140,12 @@ LINES = {
     "accelerate: memory over Super-Tuning": Line(
         "peak memory of PEFT Super-Tuning after accelerate, of before", None, at_least=False
     ),
+    "accelerate over a tuner": Line(
+        "a step of PEFT SHiRA after accelerate, of a SparseTuner's with overlay", 1.05, at_least=False
+    ),
+    "accelerate: memory over a tuner": Line(
+        "peak memory of PEFT SHiRA after accelerate, of a SparseTuner's with overlay", None, at_least=False
+    ),
     "SparseConfig over LoRA": Line("a step with SparseConfig, of PEFT LoRA's", None, at_least=False),
     "SparseConfig: memory over LoRA": Line("peak memory with SparseConfig, of PEFT LoRA's", None, at_least=False),
     "SparseConfig, granule 16 over LoRA": Line(
@@ -151,6 +158,12 @@ LINES = {
     "decode": Line("decode_indices, a core", 1.0, " G/s"),
     "encode over diff": Line("encode_indices, over numpy.diff to raw 16-bit gaps", None),
     "decode over cumsum": Line("decode_indices, over numpy.cumsum of raw 16-bit gaps", None),
+    "code 1 over entropy": Line("bits an index, over the entropy of a random mask, version 1", None, at_least=False),
+    "code 2 over entropy": Line("bits an index, over the entropy of a random mask, version 2", 1.05, at_least=False),
+    "encode 1": Line("encode_indices int32, a core, version 1", None, " G/s"),
+    "encode 2": Line("encode_indices int32, a core, version 2", None, " G/s"),
+    "decode 1": Line("decode_indices int32, a core, version 1", 2.0, " G/s"),
+    "decode 2": Line("decode_indices int32, a core, version 2", 2.0, " G/s"),
     "select_top magnitude bf16": Line("select_top magnitude 1 % bf16, over abs().topk", 8.0),
     "select_top magnitude fp32": Line("select_top magnitude 1 % fp32, over abs().topk", 8.0),
     "select_top snip bf16": Line("select_top snip 1 % bf16, over the same with topk", 8.0),

@@ -4,6 +4,29 @@
 
 namespace shira::core {
 
+// The union's granules are planned in groups of 64. A group has one source for each adapter that changes any of it: the
+// source's members are bits that say which, and the adapter's granules for them follow one another in its values.
+constexpr int64_t kGroup = 64;
+SHIRA_HD int64_t groups_of(int64_t granules) { return (granules + kGroup - 1) / kGroup; }
+
+SHIRA_HD int64_t count_of(uint64_t members) {
+#if defined(__CUDA_ARCH__)
+  return __popcll(members);
+#else  // plain arithmetic: loops over it vectorise, and the oldest x86-64 has no instruction for it
+  members -= members >> 1 & 0x5555555555555555u;
+  members = (members & 0x3333333333333333u) + (members >> 2 & 0x3333333333333333u);
+  members = (members + (members >> 4)) & 0x0F0F0F0F0F0F0F0Fu;
+  members += members >> 8;  // a product would add the bytes too, but vectors of 64-bit products are slow
+  members += members >> 16;
+  return static_cast<int64_t>((members + (members >> 32)) & 0x7Fu);
+#endif
+}
+SHIRA_HD bool is_member(uint64_t members, int64_t granule) { return (members >> (granule % kGroup) & 1) != 0; }
+// How many members come before this granule of the union.
+SHIRA_HD int64_t members_before(uint64_t members, int64_t granule) {
+  return count_of(members & ((uint64_t{1} << (granule % kGroup)) - 1));
+}
+
 // A source names an adapter and a granule of its values: adapter << 48 | position. 15 bits are left for the adapter.
 constexpr int kPositionBits = 48;
 constexpr int64_t kPositionMask = (int64_t{1} << kPositionBits) - 1;
@@ -14,12 +37,15 @@ SHIRA_HD int64_t adapter_of(int64_t source) { return source >> kPositionBits; }
 SHIRA_HD int64_t position_of(int64_t source) { return source & kPositionMask; }
 
 // total + alpha*d, where d is the value itself (delta) or what it differs from the base by.
+template <typename C>
+SHIRA_HD C add_wide(C total, C base, C value, C alpha, bool delta) {
+  return total + alpha * (delta ? value : value - base);
+}
 template <typename W, typename V>
 SHIRA_HD typename W::Compute add_share(typename W::Compute total, typename W::Bits base, typename V::Bits value,
                                        typename W::Compute alpha, bool delta) {
   using C = typename W::Compute;
-  const C b = W::load(base), v = static_cast<C>(V::load(value));
-  return total + alpha * (delta ? v : v - b);
+  return add_wide<C>(total, W::load(base), static_cast<C>(V::load(value)), alpha, delta);
 }
 
 // An entry that one adapter alone changes: what apply_ makes of it, with the rule known at run time.

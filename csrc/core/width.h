@@ -36,7 +36,8 @@ inline Width widest() {
   static const Width best = [] {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2"))
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") &&
+        __builtin_cpu_supports("avx512vbmi2"))
       return Width::Avx512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) return Width::Avx2;
     return Width::Portable;
@@ -62,6 +63,6 @@ inline bool find_width(std::string_view name, Width& width) {
 #endif
 
 #define SHIRA_AVX2 __attribute__((target("avx2,fma,f16c,popcnt")))
-#define SHIRA_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,popcnt")))
+#define SHIRA_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,popcnt")))
 
 }  // namespace shira::core

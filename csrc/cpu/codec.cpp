@@ -15,10 +15,10 @@ constexpr int64_t kBlocksAThread = 16;
 
 struct Cpu {
   template <typename Index>
-  static Tensor encode(const Tensor& indices) {
+  static Tensor encode(const Tensor& indices, int64_t version) {
     const Index* data = indices.const_data_ptr<Index>();
     const int64_t count = indices.numel();
-    codec::Encoder<Index> encoder(data, count);
+    codec::Encoder<Index> encoder(data, count, version);
     const int64_t grain = kBlocksAThread / codec::Encoder<Index>::kChunk;
     std::atomic<bool> good{true};
     torch::stable::parallel_for(0, encoder.chunks(), grain, [&](int64_t begin, int64_t end) {

@@ -116,7 +116,7 @@ void compare(Chunk& chunk, char* snapshot, const char* weight, int64_t bytes, in
 
 struct Cpu {
   static std::tuple<Tensors, Tensors> diff(const char* op, const Tensors& snapshots, const Tensors& weights,
-                                           int64_t granule) {
+                                           int64_t granule, bool before) {
     std::vector<char*> olds;
     std::vector<const char*> news;
     std::vector<int64_t> sizes;  // of a granule, in bytes
@@ -186,7 +186,8 @@ struct Cpu {
         auto* const out = indices[t].mutable_data_ptr<int64_t>() + place;
         for (int64_t k = 0; k < chunk.count; ++k) out[k] = chunk.begin + chunk.granules[k];
       }
-      memcpy(static_cast<char*>(values[t].data_ptr()) + place * bytes, chunk.values.get(), chunk.count * bytes);
+      const char* const entries = before ? chunk.previous.get() : chunk.values.get();
+      memcpy(static_cast<char*>(values[t].data_ptr()) + place * bytes, entries, chunk.count * bytes);
     });
     return {indices, values};
   }

@@ -120,6 +120,56 @@ struct Decode {
     return units == 0 || !kEscapes || read<Unit>(end - kSize) != kEscape;
   }
 
+  // The parts of a payload of mode 3 + low into out[1 .. n). The bitmap's ones first: what a gap has above its low bits
+  // follows from where its one is. Then the low bits, a thread's 16 gaps after those of the threads before it.
+  static __device__ bool rice(const uint8_t* at, const uint8_t* end, int n, int low, uint64_t bound, Index* out,
+                              uint64_t& index) {
+    const int thread = static_cast<int>(threadIdx.x), gaps = n - 1;
+    if (end - at < codec::fewest_rice(gaps, low)) return false;
+    const uint8_t* const ones = at + codec::low_bytes(gaps, low);
+    const int used = gaps * low % 8;
+    if (used != 0 && load_cached(ones - 1) >> used != 0) return false;
+    if (gaps == 0 ? ones != end : load_cached(end - 1) == 0) return false;
+    const uint64_t first = index, most = (bound - 1 - first) >> low;
+    uint64_t found = 0, zeros = 0;
+    bool good = true;
+    for (int64_t begin = 0; begin < end - ones; begin += kThreads * 8) {
+      const int64_t own = begin + static_cast<int64_t>(thread) * 8;
+      uint64_t word = 0, total;
+      for (int k = 0; k < 8; ++k)
+        if (own + k < end - ones) word |= static_cast<uint64_t>(load_cached(ones + own + k)) << 8 * k;
+      uint64_t gap = found + block_scan(static_cast<uint64_t>(__popcll(word)), total, Plain{});
+      found += total;
+      for (; word != 0 && gap < static_cast<uint64_t>(gaps); word &= word - 1, ++gap) {
+        const uint64_t before =
+            static_cast<uint64_t>(own) * 8 + static_cast<uint64_t>(__popcll((word - 1) & ~word)) - gap;
+        good = good && before <= most;
+        out[gap + 1] = static_cast<Index>(first + (before << low) + gap + 1);
+        if (gap + 1 == static_cast<uint64_t>(gaps)) zeros = before;
+      }
+    }
+    __syncthreads();
+    constexpr int kOwn = static_cast<int>(codec::kBlock / kThreads);
+    const auto low_of = [&](int gap) {
+      const int bit = gap * low;
+      uint32_t value = 0;
+      for (int k = 0; k < 4; ++k)
+        if (at + bit / 8 + k < ones) value |= static_cast<uint32_t>(load_cached(at + bit / 8 + k)) << 8 * k;
+      return value >> bit % 8 & ((1u << low) - 1);
+    };
+    uint64_t sum = 0, lows, all;
+    for (int gap = thread * kOwn; gap < thread * kOwn + kOwn && gap < gaps; ++gap) sum += low_of(gap);
+    uint64_t reach = block_scan(sum, lows, Plain{});
+    for (int gap = thread * kOwn; gap < thread * kOwn + kOwn && gap < gaps; ++gap) {
+      reach += low_of(gap);
+      out[gap + 1] = static_cast<Index>(static_cast<uint64_t>(out[gap + 1]) + reach);
+    }
+    block_scan(zeros, all, Plain{});  // of the one thread that had the last gap
+    index = first + (all << low) + lows + static_cast<uint64_t>(gaps);
+    block_scan(static_cast<uint64_t>(!good), all, Plain{});
+    return all == 0 && found == static_cast<uint64_t>(gaps);
+  }
+
   static __device__ bool block(const Row& row, int64_t block, Index* out) {
     SHIRA_SHARED(anchors, 4, uint64_t);  // this block's and the next one's
     SHIRA_SHARED(staged, kStaged, uint8_t);
@@ -145,7 +195,11 @@ struct Decode {
       case codec::kBytes: good = payload<uint8_t>(from, to, n, staged, indices, index); break;
       case codec::kShorts: good = payload<uint16_t>(from, to, n, staged, indices, index); break;
       case codec::kWords: good = payload<uint64_t>(from, to, n, staged, indices, index); break;
-      default: break;
+      default: {
+        const uint64_t low = (anchors[1] >> 56) - codec::kRice;
+        if (low <= static_cast<uint64_t>(codec::kMostLow))
+          good = rice(from, to, n, static_cast<int>(low), row.bound, indices, index);
+      }
     }
     if (!good || index >= row.bound || (!last && anchors[2] <= index)) return false;
     __syncthreads();  // for a block of one index, the first barrier since it was written
@@ -171,6 +225,7 @@ constexpr int kStep = kThreads * kItems;
 
 struct EncodeRow {
   Indices indices;
+  int64_t version;
   uint64_t* places;             // for each block, mode << 56 | the size of its payload, later | the payload's start
   unsigned long long* refused;  // the first position that is refused
 };
@@ -192,16 +247,44 @@ struct Measure {
       bytes += units_of<uint8_t>(gap);
       shorts += units_of<uint16_t>(gap);
     }
-    bytes = block_sum(bytes);
-    shorts = block_sum(shorts);
-    if (threadIdx.x > 0) return;
+    block_scan(bytes, bytes, Plain{});
+    block_scan(shorts, shorts, Plain{});
     const uint64_t length = static_cast<uint64_t>(n);
+    uint64_t mode = codec::kWords, size = 8 * (length - 1);
     if (bytes <= 2 * length)
-      store_stream(row.places + tile, uint64_t{codec::kBytes} << 56 | bytes);
+      mode = codec::kBytes, size = bytes;
     else if (shorts <= 4 * length)
-      store_stream(row.places + tile, uint64_t{codec::kShorts} << 56 | 2 * shorts);
-    else
-      store_stream(row.places + tile, uint64_t{codec::kWords} << 56 | 8 * (length - 1));
+      mode = codec::kShorts, size = 2 * shorts;
+    if (row.version == 2 && n > 1) measure_rice(row.indices, begin, n, mode, size);
+    if (threadIdx.x == 0) store_stream(row.places + tile, mode << 56 | size);
+  }
+
+  // The mode 3 + k that makes the payload the shortest, where it is shorter than `size`.
+  static __device__ void measure_rice(const Indices& indices, int64_t begin, int64_t n, uint64_t& mode,
+                                      uint64_t& size) {
+    constexpr int kOwn = static_cast<int>(codec::kBlock / kThreads);
+    const uint64_t gaps = static_cast<uint64_t>(n - 1);
+    uint64_t gap[kOwn], wide = 0, total, fewest = kMost;
+    int best = 0;
+#pragma unroll
+    for (int k = 0; k < kOwn; ++k) {
+      const int64_t i = begin + 1 + threadIdx.x + k * kThreads;
+      gap[k] = i < begin + n ? static_cast<uint64_t>(indices[i]) - static_cast<uint64_t>(indices[i - 1]) - 1 : 0;
+      wide |= gap[k] >> 32;
+    }
+    block_scan(static_cast<uint64_t>(wide != 0), total, Plain{});
+    if (total != 0) return;
+    for (int low = 0; low <= codec::kMostLow; ++low) {
+      uint64_t zeros = 0;
+#pragma unroll
+      for (int k = 0; k < kOwn; ++k) zeros += gap[k] >> low;
+      block_scan(zeros, total, Plain{});
+      const uint64_t bits = gaps * static_cast<uint64_t>(1 + low) + total;
+      if (bits < fewest) fewest = bits, best = low;
+    }
+    const uint64_t lows = gaps * static_cast<uint64_t>(best);
+    const uint64_t bytes = (lows + 7) / 8 + (fewest - lows + 7) / 8;
+    if (bytes < size) mode = static_cast<uint64_t>(codec::kRice + best), size = bytes;
   }
 };
 
@@ -238,6 +321,43 @@ struct Encode {
     }
   }
 
+  // Mode 3 + low. The low bits of a thread's 16 gaps begin and end with bytes of their own.
+  static __device__ void rice(const Indices& indices, int64_t begin, int64_t n, int low, uint8_t* out) {
+    constexpr int kOwn = static_cast<int>(codec::kBlock / kThreads);
+    SHIRA_SHARED(ones, codec::kBlock, uint32_t);  // where they are in the bitmap, which is shorter than 8 bytes a gap
+    const int gaps = static_cast<int>(n) - 1, first = static_cast<int>(threadIdx.x) * kOwn;
+    const uint32_t mask = (1u << low) - 1;
+    uint8_t* at = out + codec::low_bytes(first, low);
+    uint64_t pending = 0, units = 0, total;
+    int held = 0;
+    for (int k = first; k < first + kOwn && k < gaps; ++k) {
+      const uint32_t gap = gap_before(indices, begin + k + 1);
+      units += (gap >> low) + 1;
+      pending |= static_cast<uint64_t>(gap & mask) << held;
+      for (held += low; held >= 8; held -= 8, pending >>= 8) store_stream(at++, static_cast<uint8_t>(pending));
+    }
+    if (held > 0) store_stream(at, static_cast<uint8_t>(pending));
+    uint64_t one = block_scan(units, total, Plain{});
+    for (int k = first; k < first + kOwn && k < gaps; ++k) {
+      one += gap_before(indices, begin + k + 1) >> low;
+      ones[k] = static_cast<uint32_t>(one++);
+    }
+    uint8_t* const bitmap = out + codec::low_bytes(gaps, low);
+    for (uint64_t byte = threadIdx.x; byte < (total + 7) / 8; byte += kThreads) bitmap[byte] = 0;
+    __syncthreads();
+    // The first one of a byte writes it, for those after it too.
+    for (int k = static_cast<int>(threadIdx.x); k < gaps; k += kThreads) {
+      const uint32_t byte = ones[k] / 8;
+      if (k > 0 && ones[k - 1] / 8 == byte) continue;
+      uint32_t bits = 0;
+      for (int other = k; other < gaps && ones[other] / 8 == byte; ++other) bits |= 1u << ones[other] % 8;
+      bitmap[byte] = static_cast<uint8_t>(bits);
+    }
+  }
+  static __device__ __forceinline__ uint32_t gap_before(const Indices& indices, int64_t i) {
+    return static_cast<uint32_t>(static_cast<uint64_t>(indices[i]) - static_cast<uint64_t>(indices[i - 1]) - 1);
+  }
+
   static __device__ void tile(const Scalars& scalars, const Row& row, int64_t tile) {
     const int64_t count = row.indices.count, begin = tile * codec::kBlock, n = codec::block_length(count, tile);
     const uint64_t place = load_stream(row.places + tile);
@@ -250,21 +370,22 @@ struct Encode {
     switch (place >> 56) {
       case codec::kBytes: payload<uint8_t>(row.indices, begin, n, out); break;
       case codec::kShorts: payload<uint16_t>(row.indices, begin, n, out); break;
-      default: payload<uint64_t>(row.indices, begin, n, out); break;
+      case codec::kWords: payload<uint64_t>(row.indices, begin, n, out); break;
+      default: rice(row.indices, begin, n, static_cast<int>((place >> 56) - codec::kRice), out); break;
     }
   }
 };
 
 struct Cuda {
   template <typename Index>
-  static Tensor encode(const Tensor& indices) {
+  static Tensor encode(const Tensor& indices, int64_t version) {
     const int64_t count = indices.numel(), blocks = codec::block_count(count);
     if (count == 0) return torch::stable::new_empty(indices, {0}, ScalarType::Byte);
     const Device device(indices);
     // The places of the blocks, then the first position that is refused.
     const Tensor scratch = torch::stable::new_empty(indices, {blocks + 1}, ScalarType::Long);
     auto* places = address<uint64_t>(scratch);
-    const EncodeRow row{indices_of(indices), places, reinterpret_cast<unsigned long long*>(places + blocks)};
+    const EncodeRow row{indices_of(indices), version, places, reinterpret_cast<unsigned long long*>(places + blocks)};
     SHIRA_CUDA_CHECK(cudaMemsetAsync(row.refused, 0xFF, sizeof(uint64_t), device.stream));
     launch_one<Measure>({}, row, device.stream);
     std::vector<uint64_t> place(static_cast<size_t>(blocks) + 1);
@@ -295,10 +416,19 @@ struct Cuda {
   template <typename Index>
   static Tensor decode(const Tensor& bytes, int64_t count, int64_t granules, ScalarType dtype) {
     codec::Code code{nullptr, bytes.numel(), count, granules, std::numeric_limits<Index>::max()};
-    if (!codec::holds(code)) refuse(codec::explain_size(code));
+    const Device device(bytes);
+    std::vector<uint8_t> copy;
+    const auto look = [&] {
+      copy.resize(static_cast<size_t>(bytes.numel()));
+      if (bytes.numel() > 0) fetch(copy.data(), address<const uint8_t>(bytes), bytes.numel(), device.stream);
+      code.data = copy.data();
+    };
+    if (!codec::surely_holds(code)) {
+      look();
+      if (!codec::holds(code)) refuse(codec::explain_size(code));
+    }
     Tensor indices = torch::stable::new_empty(bytes, {count}, dtype);
     if (count == 0) return indices;
-    const Device device(bytes);
     const Tensor scratch = torch::stable::new_empty(bytes, {1}, ScalarType::Long);
     const DecodeRow row{address<const uint8_t>(bytes), bytes.numel(), count, code.bound(),
                         address<unsigned long long>(scratch)};
@@ -307,9 +437,7 @@ struct Cuda {
     uint64_t refused;
     fetch(&refused, row.refused, sizeof(refused), device.stream);
     if (refused == kMost) return indices;
-    std::vector<uint8_t> copy(static_cast<size_t>(bytes.numel()));
-    fetch(copy.data(), row.code, bytes.numel(), device.stream);
-    code.data = copy.data();
+    look();
     refuse(codec::explain_block(code, static_cast<int64_t>(refused)));
   }
 };

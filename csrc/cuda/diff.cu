@@ -22,7 +22,8 @@ struct DiffRow {
   int64_t units;     // per granule; per line, where a line holds several granules
   uint64_t* counts;  // differing granules in each tile; after the scan, before it
   void *indices, *values;
-  bool wide;  // whether indices are int64
+  bool wide;    // whether indices are int64
+  bool before;  // whether the values are the snapshot's
 };
 
 __device__ __forceinline__ void put_index(const DiffRow& row, uint64_t place, int64_t index) {
@@ -110,8 +111,10 @@ struct WriteLines {
         if ((bits >> g & 1) == 0) continue;
         const int64_t granule = line * L::kGranules + g;
         put_index(row, place, granule);
-        store_stream(static_cast<Unit<kBytes>*>(row.values) + place, now.entry[g]);
-        store_weight(static_cast<Unit<kBytes>*>(row.snapshot) + granule, now.entry[g]);
+        auto* const snapshot = static_cast<Unit<kBytes>*>(row.snapshot) + granule;
+        store_stream(static_cast<Unit<kBytes>*>(row.values) + place,
+                     row.before ? load_stream<Unit<kBytes>>(snapshot) : now.entry[g]);
+        store_weight(snapshot, now.entry[g]);
         ++place;
       }
     }
@@ -144,8 +147,10 @@ struct Granules {
     if (first() == 0) put_index(row, place, granule);
     for (int64_t unit = first(); unit < row.units; unit += kStep) {
       const auto now = load_stream(static_cast<const Unit<kUnit>*>(row.weight) + granule * row.units + unit);
-      store_stream(static_cast<Unit<kUnit>*>(row.values) + static_cast<int64_t>(place) * row.units + unit, now);
-      store_weight(static_cast<Unit<kUnit>*>(row.snapshot) + granule * row.units + unit, now);
+      auto* const snapshot = static_cast<Unit<kUnit>*>(row.snapshot) + granule * row.units + unit;
+      store_stream(static_cast<Unit<kUnit>*>(row.values) + static_cast<int64_t>(place) * row.units + unit,
+                   row.before ? load_stream<Unit<kUnit>>(snapshot) : now);
+      store_weight(snapshot, now);
     }
   }
 };
@@ -230,7 +235,7 @@ Launches choose(int64_t bytes, int64_t aligned, int64_t& units) {
 
 struct Cuda {
   static std::tuple<Tensors, Tensors> diff(const char*, const Tensors& snapshots, const Tensors& weights,
-                                           int64_t granule) {
+                                           int64_t granule, bool before) {
     if (weights.empty()) return {};
     const Device device(weights[0]);
     const size_t n = weights.size();
@@ -246,7 +251,8 @@ struct Cuda {
                   nullptr,
                   nullptr,
                   nullptr,
-                  index_type(weights[t].numel() / granule) == ScalarType::Long};
+                  index_type(weights[t].numel() / granule) == ScalarType::Long,
+                  before};
       ways.push_back(choose(bytes, widest_unit(16, row.snapshot, row.weight), row.units));
       tiles.push_back(ways[t].tiles(row));
       places.push_back(places[t] + tiles[t] + 1);

@@ -16,7 +16,8 @@ constexpr int kTile = kThreads * kItems;
 // ---- fuse_plan -----------------------------------------------------------------------------------------
 //
 // The lists are sorted, so an entry's place in the merged list is the sum of its places in each list: there is nothing
-// to sort, and the adapters of an entry stay in order. The union is the first source of each entry, compacted.
+// to sort. The union is the first one of each entry, compacted. A group's sources are then found by searching each list
+// for the group's bounds.
 
 struct PlanRow {
   const Indices* lists;
@@ -24,10 +25,23 @@ struct PlanRow {
   int32_t adapters;
   int64_t total;
   // In the order of the merged lists:
-  int64_t* sources;
   int64_t* entries;
-  uint8_t* firsts;  // whether this source is the first of its entry
+  uint8_t* firsts;  // whether this is the first of those that are equal
 };
+
+__device__ __forceinline__ Indices list_of(const Indices* lists, int64_t k) {
+  Indices result;
+  result.data = reinterpret_cast<const void*>(load_cached(reinterpret_cast<const uint64_t*>(&lists[k].data)));
+  result.count = load_cached(&lists[k].count);
+  result.wide = load_cached(reinterpret_cast<const uint8_t*>(&lists[k].wide)) != 0;
+  return result;
+}
+
+// At most `most` of a list's indices, from `begin` on.
+__device__ __forceinline__ Indices part_of(const Indices& list, int64_t begin, int64_t most) {
+  const int64_t left = list.count - begin;
+  return {static_cast<const char*>(list.data) + begin * (list.wide ? 8 : 4), left < most ? left : most, list.wide};
+}
 
 // How many of a list's indices are below x, or (`or_equal`) not above it.
 __device__ __forceinline__ int64_t count_below(const Indices& list, int64_t x, bool or_equal) {
@@ -59,28 +73,18 @@ struct Rank {
       else
         end = middle;
     }
-    const int64_t position = at - load_cached(row.starts + own), x = list(row, own).cached(position);
+    const int64_t position = at - load_cached(row.starts + own), x = list_of(row.lists, own).cached(position);
     int64_t rank = position;
     bool first = true;
     for (int32_t k = 0; k < row.adapters; ++k) {
       if (k == own) continue;
-      const Indices other = list(row, k);
+      const Indices other = list_of(row.lists, k);
       const int64_t below = count_below(other, x, k < own);
       rank += below;
       if (k < own && below > 0 && other.cached(below - 1) == x) first = false;
     }
-    store_stream(row.sources + rank, core::source_of(own, position));
     store_stream(row.entries + rank, x);
     store_stream(row.firsts + rank, static_cast<uint8_t>(first));
-  }
-
- private:
-  static __device__ __forceinline__ Indices list(const Row& row, int32_t k) {
-    Indices result;
-    result.data = reinterpret_cast<const void*>(load_cached(reinterpret_cast<const uint64_t*>(&row.lists[k].data)));
-    result.count = load_cached(&row.lists[k].count);
-    result.wide = load_cached(reinterpret_cast<const uint8_t*>(&row.lists[k].wide)) != 0;
-    return result;
   }
 };
 
@@ -89,9 +93,17 @@ struct UnionRow {
   const int64_t* entries;
   int64_t total;
   uint64_t* counts;  // firsts in each tile; after the scan, before it
-  void *indices, *offsets;
-  bool wide_indices, wide_offsets;
+  void* indices;
+  bool wide;
 };
+
+// Number `at` of a list whose width is known at run time.
+__device__ __forceinline__ void put_index(void* list, bool wide, uint64_t at, int64_t x) {
+  if (wide)
+    store_stream(static_cast<int64_t*>(list) + at, x);
+  else
+    store_stream(static_cast<int32_t*>(list) + at, static_cast<int32_t>(x));
+}
 
 struct CountFirsts {
   using Row = UnionRow;
@@ -121,20 +133,76 @@ struct WriteUnion {
       uint64_t total;
       const uint64_t before = place + block_scan(first, total, Plain{});
       place += total;
-      if (first) {
-        put(row.indices, row.wide_indices, before, load_stream(row.entries + at));
-        put(row.offsets, row.wide_offsets, before, at);
-      }
-      if (at == row.total - 1) put(row.offsets, row.wide_offsets, before + first, row.total);
+      if (first) put_index(row.indices, row.wide, before, load_stream(row.entries + at));
     }
   }
+};
 
- private:
-  static __device__ __forceinline__ void put(void* list, bool wide, uint64_t at, int64_t x) {
-    if (wide)
-      store_stream(static_cast<int64_t*>(list) + at, x);
-    else
-      store_stream(static_cast<int32_t*>(list) + at, static_cast<int32_t>(x));
+struct SourcesRow {
+  const Indices* lists;
+  int64_t adapters;
+  Indices united;
+  uint64_t* counts;  // sources in each tile; after the scan, before it
+  void* offsets;
+  bool wide;  // the offsets
+  int64_t *sources, *members;
+
+  SHIRA_HD int64_t pairs() const { return core::groups_of(united.count) * adapters; }
+};
+
+// The granules of one list in one group of the union. Pairs of them are numbered group by group, list by list.
+struct Pair {
+  int64_t group, adapter, begin;
+  Indices granules;  // of the list
+  Indices entries;   // of the group
+
+  __device__ __forceinline__ Pair(const SourcesRow& row, int64_t number)
+      : group(number / row.adapters), adapter(number % row.adapters) {
+    const Indices list = list_of(row.lists, adapter);
+    entries = part_of(row.united, group * core::kGroup, core::kGroup);
+    begin = count_below(list, entries.cached(0), false);
+    granules = part_of(list, begin, core::kGroup);
+    granules.count = count_below(granules, entries.cached(entries.count - 1), true);
+  }
+};
+
+struct CountSources {
+  using Row = SourcesRow;
+  struct Scalars {};
+  static int64_t tiles(const Row& row) { return (row.pairs() + kTile - 1) / kTile; }
+  static __device__ void tile(const Scalars&, const Row& row, int64_t tile) {
+    uint64_t count = 0;
+    for (int k = 0; k < kItems; ++k) {
+      const int64_t at = tile * kTile + k * kThreads + threadIdx.x;
+      if (at < row.pairs()) count += Pair(row, at).granules.count > 0;
+    }
+    count = block_sum(count);
+    if (threadIdx.x == 0) store_stream(row.counts + tile, count);
+  }
+};
+
+struct WriteSources {
+  using Row = SourcesRow;
+  struct Scalars {};
+  static int64_t tiles(const Row& row) { return CountSources::tiles(row); }
+  static __device__ void tile(const Scalars&, const Row& row, int64_t tile) {
+    uint64_t place = load_stream(row.counts + tile);
+    for (int k = 0; k < kItems; ++k) {
+      const int64_t at = tile * kTile + k * kThreads + threadIdx.x, last = row.pairs() - 1;
+      const Pair pair(row, at < last ? at : last);
+      const bool given = at <= last && pair.granules.count > 0;
+      uint64_t total;
+      const uint64_t before = place + block_scan(given, total, Plain{});
+      place += total;
+      if (at <= last && pair.adapter == 0) put_index(row.offsets, row.wide, pair.group, static_cast<int64_t>(before));
+      if (at == last) put_index(row.offsets, row.wide, pair.group + 1, static_cast<int64_t>(before + given));
+      if (!given) continue;
+      uint64_t members = 0;
+      for (int64_t i = 0; i < pair.granules.count; ++i)
+        members |= uint64_t{1} << count_below(pair.entries, pair.granules.cached(i), false);
+      store_stream(row.sources + before, core::source_of(pair.adapter, pair.begin));
+      store_stream(row.members + before, static_cast<int64_t>(members));
+    }
   }
 };
 
@@ -174,7 +242,7 @@ struct FuseRow {
   void* weight;
   void* saved;
   Indices indices, offsets;
-  const int64_t* sources;
+  const int64_t *sources, *members;
   int64_t total;  // number of sources
   const void* alphas;
   const Adapter* many;  // on the device, if there are more than kFew
@@ -194,6 +262,8 @@ struct Fuse {
   using Row = FuseRow;
   struct Scalars {};
   using C = typename W::Compute;
+  // Without a bound, ptxas spills the odd register of fp64 sums to fit a third block.
+  static constexpr int kLeastBlocks = sizeof(C) == 8 ? 2 : 0;
   using Base = Pack<typename W::Bits, kEntries>;
   using Value = Pack<typename V::Bits, kEntries>;
 
@@ -223,14 +293,18 @@ struct Fuse {
       __syncthreads();
     }
     const int64_t total = row.units(), begin = tile * row.tile, stop = begin + row.tile;
-    // For all units of a thread, the indices are in flight together, then the bases and first sources. The sums then
-    // wait for one source after the other, most often for one or none.
+    // For all units of a thread, the indices are in flight together, then the bases and first members. A warp's units
+    // lie in two groups or fewer, so that it walks the same sources and finds them in L1.
     const Items<kItems> items(row.indices, row.granule, begin, stop < total ? stop : total);
-    int64_t next[kItems], to[kItems], at[kItems], end[kItems], source[kItems];  // `to` below 0: nothing to do
+    int64_t group[kItems], next[kItems], to[kItems], at[kItems], end[kItems];  // `to` below 0: nothing to do
+    uint64_t members[kItems];
     Base base[kItems];
 #pragma unroll
-    for (int k = 0; k < kItems; ++k) next[k] = items.number[k] + 1;
-    row.offsets.all(items.number, at);
+    for (int k = 0; k < kItems; ++k) {
+      group[k] = static_cast<int64_t>(static_cast<uint64_t>(items.number[k]) / core::kGroup);
+      next[k] = group[k] + 1;
+    }
+    row.offsets.all(group, at);
     row.offsets.all(next, end);
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
@@ -244,15 +318,19 @@ struct Fuse {
     for (int k = 0; k < kItems; ++k) {
       if (to[k] < 0) continue;
       base[k] = row.refuse ? Base::stream(row.saved, items.at(k)) : Base::weight(row.weight, to[k]);
-      if (at[k] < end[k]) source[k] = load_cached(row.sources + at[k]);
+      if (at[k] < end[k]) members[k] = bits(row, at[k]);
     }
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       if (to[k] < 0) continue;
       core::FusedEntries<W, V, kEntries> fused(base[k].entry);
       while (at[k] < end[k]) {
-        const int64_t adapter = core::adapter_of(source[k]), position = core::position_of(source[k]);
-        if (++at[k] < end[k]) source[k] = load_cached(row.sources + at[k]);
+        const uint64_t now = members[k];
+        const int64_t here = at[k]++;
+        if (at[k] < end[k]) members[k] = bits(row, at[k]);
+        if (!core::is_member(now, items.number[k])) continue;
+        const int64_t source = load_cached(row.sources + here), adapter = core::adapter_of(source);
+        const int64_t position = core::position_of(source) + core::members_before(now, items.number[k]);
         if (!within(adapter, row.adapters)) continue;
         const Strength own = row.many == nullptr ? few[adapter] : strength(row, adapter);
         if (position >= own.granules) continue;
@@ -264,11 +342,16 @@ struct Fuse {
       base[k].to_weight(row.weight, to[k]);
     }
   }
+
+ private:
+  static __device__ __forceinline__ uint64_t bits(const Row& row, int64_t source) {
+    return static_cast<uint64_t>(load_cached(row.members + source));
+  }
 };
 
 struct Cuda {
-  static void content(const char*, Name, const Tensor&, int64_t) {}                   // each access is guarded instead
-  static void plan_content(const Tensor&, const Tensor&, const Tensors&, int64_t) {}  // likewise
+  static void content(const char*, Name, const Tensor&, int64_t) {}               // each access is guarded instead
+  static void plan_content(int64_t, const FusePlan&, const Tensors&, int64_t) {}  // likewise
 
   // A copy on the device, in memory that `room` owns.
   template <typename T>
@@ -280,7 +363,15 @@ struct Cuda {
     return address<const T>(room);
   }
 
-  static std::tuple<Tensor, Tensor, Tensor> plan(const Tensors& lists) {
+  // Scans the counts of a launch's tiles. Returns their sum, after waiting for it.
+  static int64_t scan(uint64_t* counts, int64_t tiles, cudaStream_t stream) {
+    launch_one<Scan>({}, {counts, tiles}, stream);
+    int64_t total;
+    fetch(&total, counts + tiles, sizeof(total), stream);
+    return total;
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> plan(const Tensors& lists) {
     const Device device(lists[0]);
     std::vector<Indices> views;
     std::vector<int64_t> starts{0};
@@ -291,41 +382,48 @@ struct Cuda {
       starts.push_back(starts.back() + lists[k].numel());
       narrow &= lists[k].scalar_type() == ScalarType::Int;
     }
-    const int64_t total = starts.back();
+    const int64_t total = starts.back(), adapters = static_cast<int64_t>(lists.size());
     const ScalarType index = narrow ? ScalarType::Int : ScalarType::Long;
     const ScalarType offset = total <= INT32_MAX ? ScalarType::Int : ScalarType::Long;
     const auto room = [&](int64_t n, ScalarType type) { return torch::stable::new_empty(lists[0], {n}, type); };
-    Tensor sources = room(total, ScalarType::Long);
     if (total == 0) {
       Tensor offsets = room(1, offset);
       SHIRA_CUDA_CHECK(cudaMemsetAsync(offsets.data_ptr(), 0, offsets.element_size(), device.stream));
-      return {room(0, index), offsets, sources};
+      return {room(0, index), offsets, room(0, ScalarType::Long), room(0, ScalarType::Long)};
     }
-    Tensor views_room = sources, starts_room = sources;
+    Tensor views_room = lists[0], starts_room = lists[0];
+    const Indices* const on_device = upload(views, lists[0], views_room, device.stream);
     const Tensor entries = room(total, ScalarType::Long), firsts = room(total, ScalarType::Byte);
-    const PlanRow plan{upload(views, lists[0], views_room, device.stream),
-                       upload(starts, lists[0], starts_room, device.stream),
-                       static_cast<int32_t>(lists.size()),
-                       total,
-                       address<int64_t>(sources),
-                       address<int64_t>(entries),
-                       address<uint8_t>(firsts)};
-    launch_one<Rank>({}, plan, device.stream);
-    UnionRow row{
-        address<const uint8_t>(firsts), address<const int64_t>(entries), total, nullptr, nullptr, nullptr, !narrow,
-        offset == ScalarType::Long};
+    const PlanRow ranks{on_device,
+                        upload(starts, lists[0], starts_room, device.stream),
+                        static_cast<int32_t>(adapters),
+                        total,
+                        address<int64_t>(entries),
+                        address<uint8_t>(firsts)};
+    launch_one<Rank>({}, ranks, device.stream);
+    UnionRow row{address<const uint8_t>(firsts), address<const int64_t>(entries), total, nullptr, nullptr, !narrow};
     const int64_t tiles = CountFirsts::tiles(row);
     const Tensor counts = room(tiles + 1, ScalarType::Long);
     row.counts = address<uint64_t>(counts);
     launch_one<CountFirsts>({}, row, device.stream);
-    launch_one<Scan>({}, {row.counts, tiles}, device.stream);
-    int64_t size;
-    fetch(&size, row.counts + tiles, sizeof(size), device.stream);
-    Tensor indices = room(size, index), offsets = room(size + 1, offset);
+    Tensor indices = room(scan(row.counts, tiles, device.stream), index);
     row.indices = address<void>(indices);
-    row.offsets = address<void>(offsets);
     launch_one<WriteUnion>({}, row, device.stream);
-    return {indices, offsets, sources};
+
+    SourcesRow pairs{on_device, adapters, indices_of(indices), nullptr, nullptr, offset == ScalarType::Long,
+                     nullptr,   nullptr};
+    const int64_t parts = CountSources::tiles(pairs);
+    const Tensor sums = room(parts + 1, ScalarType::Long);
+    pairs.counts = address<uint64_t>(sums);
+    launch_one<CountSources>({}, pairs, device.stream);
+    const int64_t size = scan(pairs.counts, parts, device.stream);
+    Tensor offsets = room(core::groups_of(indices.numel()) + 1, offset);
+    Tensor sources = room(size, ScalarType::Long), members = room(size, ScalarType::Long);
+    pairs.offsets = address<void>(offsets);
+    pairs.sources = address<int64_t>(sources);
+    pairs.members = address<int64_t>(members);
+    launch_one<WriteSources>({}, pairs, device.stream);
+    return {indices, offsets, sources, members};
   }
 
   // A table on the device, in memory that `room` owns.
@@ -344,9 +442,9 @@ struct Cuda {
     return table;
   }
 
-  static void fuse(const Tensor& weight, const Tensor& saved, const Tensor& indices, const Tensor& offsets,
-                   const Tensor& sources, const Tensors& values, const Tensor& alphas, const std::vector<bool>& delta,
-                   bool refuse, int64_t granule) {
+  static void fuse(const Tensor& weight, const Tensor& saved, const Tensor& indices, const FusePlan& plan,
+                   const Tensors& values, const Tensor& alphas, const std::vector<bool>& delta, bool refuse,
+                   int64_t granule) {
     const Device device(weight);
     std::vector<Adapter> adapters;
     for (size_t k = 0; k < values.size(); ++k)
@@ -354,9 +452,10 @@ struct Cuda {
     FuseRow row{address<void>(weight),
                 refuse ? const_cast<void*>(address<const void>(saved)) : address<void>(saved),
                 indices_of(indices),
-                indices_of(offsets),
-                address<const int64_t>(sources),
-                sources.numel(),
+                indices_of(plan.offsets),
+                address<const int64_t>(plan.sources),
+                address<const int64_t>(plan.members),
+                plan.sources.numel(),
                 address<const void>(alphas),
                 nullptr,
                 {},

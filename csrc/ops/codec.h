@@ -2,7 +2,7 @@
 //
 // A backend has static functions, whose arguments are already checked. Both look at the content and may refuse it, so
 // both may synchronise:
-//   encode<Index>(indices) and decode<Index>(code, count, granules, dtype)
+//   encode<Index>(indices, version) and decode<Index>(code, count, granules, dtype)
 #pragma once
 #include "../checks.h"
 
@@ -10,13 +10,14 @@ namespace shira {
 
 template <typename Backend>
 struct CodecOps {
-  static Tensor encode_indices(const Tensor& indices, int64_t granule) {
+  static Tensor encode_indices(const Tensor& indices, int64_t granule, int64_t version) {
     const char* op = "encode_indices";
     check_granule(op, granule);
     check_indices(op, {"indices"}, indices);
+    SHIRA_CHECK(version == 1 || version == 2, op, ": version must be 1 or 2, got ", version);
     check_memory(op, {"indices"}, indices);
-    return indices.scalar_type() == ScalarType::Int ? Backend::template encode<int32_t>(indices)
-                                                    : Backend::template encode<int64_t>(indices);
+    return indices.scalar_type() == ScalarType::Int ? Backend::template encode<int32_t>(indices, version)
+                                                    : Backend::template encode<int64_t>(indices, version);
   }
 
   static Tensor decode_indices(const Tensor& code, int64_t count, int64_t limit, ScalarType dtype, int64_t granule) {

@@ -3,7 +3,7 @@
 //
 // A backend has a static function over lists of one length, whose arguments are already checked. The sizes of its
 // results depend on the content, so it may synchronise:
-//   diff(op, snapshots, weights, granule) -> (indices, values)
+//   diff(op, snapshots, weights, granule, before) -> (indices, values)
 #pragma once
 #include <tuple>
 
@@ -15,7 +15,7 @@ template <typename Backend>
 struct DiffOps {
   using Found = std::tuple<Tensors, Tensors>;
 
-  static Found diff_list(Call call, const Tensors& snapshots, const Tensors& weights) {
+  static Found diff_list(Call call, const Tensors& snapshots, const Tensors& weights, bool before) {
     call.length("snapshots", snapshots, weights);
     call.weights(weights, Kind::Moves);
     for (size_t t = 0; t < weights.size(); ++t) {
@@ -30,15 +30,15 @@ struct DiffOps {
     call.memory("snapshot", "snapshots", snapshots, true);
     call.memory("weight", "weights", weights, false);
     call.overlap.check();
-    return Backend::diff(call.op, snapshots, weights, call.granule);
+    return Backend::diff(call.op, snapshots, weights, call.granule, before);
   }
 
-  static std::tuple<Tensor, Tensor> diff_(const Tensor& snapshot, const Tensor& weight, int64_t granule) {
-    const auto [indices, values] = diff_list({"diff_", granule, false}, {snapshot}, {weight});
+  static std::tuple<Tensor, Tensor> diff_(const Tensor& snapshot, const Tensor& weight, int64_t granule, bool before) {
+    const auto [indices, values] = diff_list({"diff_", granule, false}, {snapshot}, {weight}, before);
     return {indices[0], values[0]};
   }
-  static Found foreach_diff_(const Tensors& snapshots, const Tensors& weights, int64_t granule) {
-    return diff_list({"foreach_diff_", granule, true}, snapshots, weights);
+  static Found foreach_diff_(const Tensors& snapshots, const Tensors& weights, int64_t granule, bool before) {
+    return diff_list({"foreach_diff_", granule, true}, snapshots, weights, before);
   }
 
   // Every op of the family, under the dispatch key of `library`.

@@ -3,9 +3,9 @@
 // A backend has static functions, whose arguments are already checked:
 //   content(op, name, indices, limit)   refuses indices that are not strictly increasing in [0, limit) granules,
 //                                       where that needs no synchronisation
-//   plan_content(offsets, sources, values, granule)   refuses a plan that does not fit the values, likewise
+//   plan_content(granules, plan, values, granule)   refuses a plan that does not fit them, likewise
 //   plan(indices): fuse_plan, which checks the content too; it may synchronise
-//   fuse(weight, saved, indices, offsets, sources, values, alphas, delta, refuse, granule)
+//   fuse(weight, saved, indices, plan, values, alphas, delta, refuse, granule)
 #pragma once
 #include <tuple>
 
@@ -13,6 +13,11 @@
 #include "../core/fuse.h"
 
 namespace shira {
+
+// What `fuse_plan` says beside the union's indices.
+struct FusePlan {
+  const Tensor &offsets, &sources, &members;
+};
 
 template <typename Backend>
 struct FuseOps {
@@ -22,7 +27,7 @@ struct FuseOps {
                 " tensors, got ", count);
   }
 
-  static std::tuple<Tensor, Tensor, Tensor> fuse_plan(const Tensors& indices, int64_t granule) {
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> fuse_plan(const Tensors& indices, int64_t granule) {
     const char* op = "fuse_plan";
     check_granule(op, granule);
     check_adapters(op, "indices", indices);
@@ -37,8 +42,8 @@ struct FuseOps {
   }
 
   static void fuse_(const Tensor& weight, const Tensor& saved, const Tensor& indices, const Tensor& offsets,
-                    const Tensor& sources, const Tensors& values, const Tensor& alphas, const std::vector<bool>& delta,
-                    bool refuse, int64_t granule) {
+                    const Tensor& sources, const Tensor& members, const Tensors& values, const Tensor& alphas,
+                    const std::vector<bool>& delta, bool refuse, int64_t granule) {
     const char* op = "fuse_";
     Call call(op, granule, false);
     check_adapters(op, "values", values);
@@ -49,12 +54,17 @@ struct FuseOps {
     call.values("saved", saved, Values::Weight, weight, indices, 0);
     call.indices("indices", indices, weight, 0);
     call.indices("offsets", offsets, weight, 0);
-    SHIRA_CHECK(offsets.numel() == indices.numel() + 1, op, ": offsets must have ", indices.numel() + 1,
-                " entries (one more than the ", indices.numel(), " indices), got ", offsets.numel());
-    check_device(op, {"sources"}, sources, weight, {"weight"});
-    check_exact_dtype(op, {"sources"}, sources, ScalarType::Long);
-    check_one_dimensional(op, {"sources"}, sources);
-    check_contiguous(op, {"sources"}, sources);
+    const int64_t groups = core::groups_of(indices.numel());
+    SHIRA_CHECK(offsets.numel() == groups + 1, op, ": offsets must have ", groups + 1,
+                " entries (one for each 64 of the ", indices.numel(), " indices, and one more), got ", offsets.numel());
+    for (const auto& [name, tensor] : {std::pair{"sources", &sources}, std::pair{"members", &members}}) {
+      check_device(op, {name}, *tensor, weight, {"weight"});
+      check_exact_dtype(op, {name}, *tensor, ScalarType::Long);
+      check_one_dimensional(op, {name}, *tensor);
+      check_contiguous(op, {name}, *tensor);
+    }
+    SHIRA_CHECK(members.numel() == sources.numel(), op, ": members must have one entry for each of the ",
+                sources.numel(), " sources, got ", members.numel());
     for (size_t k = 0; k < values.size(); ++k) {
       const Name name{"values", static_cast<int64_t>(k)};
       const Tensor& own = values[k];
@@ -79,12 +89,14 @@ struct FuseOps {
     call.overlap.add({"indices"}, indices, false);
     call.overlap.add({"offsets"}, offsets, false);
     call.overlap.add({"sources"}, sources, false);
+    call.overlap.add({"members"}, members, false);
     for (size_t k = 0; k < values.size(); ++k) call.overlap.add({"values", static_cast<int64_t>(k)}, values[k], false);
     call.overlap.add({"alphas"}, alphas, false);
     call.overlap.check();
     Backend::content(op, {"indices"}, indices, weight.numel() / granule);
-    Backend::plan_content(offsets, sources, values, granule);
-    Backend::fuse(weight, saved, indices, offsets, sources, values, alphas, delta, refuse, granule);
+    const FusePlan plan{offsets, sources, members};
+    Backend::plan_content(indices.numel(), plan, values, granule);
+    Backend::fuse(weight, saved, indices, plan, values, alphas, delta, refuse, granule);
   }
 
   // Every op of the family, under the dispatch key of `library`.
@@ -108,23 +120,37 @@ template <typename O>
   refuse("fuse_: offsets changed while they were checked");
 }
 
-// Whether a source names one of the adapters and one of its granules: `sizes[adapter]` of them, or `size` for each.
-inline bool source_fits(int64_t source, const int64_t* sizes, int64_t adapters) {
-  const int64_t adapter = core::adapter_of(source);
-  return adapter >= 0 && adapter < adapters && core::position_of(source) < sizes[adapter];
+// Whether a source names one of the adapters and only granules of it: `sizes[adapter]` of them, or `size` for each.
+inline bool source_fits(int64_t source, int64_t members, const int64_t* sizes, int64_t adapters) {
+  const int64_t adapter = core::adapter_of(source), count = core::count_of(static_cast<uint64_t>(members));
+  return adapter >= 0 && adapter < adapters && core::position_of(source) + count <= sizes[adapter];
 }
-inline bool source_fits(int64_t source, int64_t size, int64_t adapters) {
-  const int64_t adapter = core::adapter_of(source);
-  return (adapter >= 0) & (adapter < adapters) & (core::position_of(source) < size);  // no branch: loops vectorise
+inline bool source_fits(int64_t source, int64_t members, int64_t size, int64_t adapters) {
+  const int64_t adapter = core::adapter_of(source), count = core::count_of(static_cast<uint64_t>(members));
+  return (adapter >= 0) & (adapter < adapters) & (core::position_of(source) + count <= size);  // no branch: vectorises
 }
 
-// Names the first of `sources` that does not name an adapter and one of its `sizes[adapter]` granules.
-[[noreturn]] inline void refuse_sources(const int64_t* sources, int64_t n, const int64_t* sizes, int64_t adapters) {
+// Names the first of `sources` that does not name an adapter and only some of its `sizes[adapter]` granules.
+[[noreturn]] inline void refuse_sources(const int64_t* sources, const int64_t* members, int64_t n, const int64_t* sizes,
+                                        int64_t adapters) {
   for (int64_t i = 0; i < n; ++i)
-    if (!source_fits(sources[i], sizes, adapters))
-      refuse("fuse_: sources must name one of the ", adapters, " values and a granule of it, got adapter ",
-             core::adapter_of(sources[i]), ", granule ", core::position_of(sources[i]), " at position ", i);
+    if (!source_fits(sources[i], members[i], sizes, adapters))
+      refuse("fuse_: sources must name one of the ", adapters, " values and granules of it, got adapter ",
+             core::adapter_of(sources[i]), ", granule ", core::position_of(sources[i]), " with ",
+             core::count_of(static_cast<uint64_t>(members[i])), " members at position ", i);
   refuse("fuse_: sources changed while they were checked");
+}
+
+// Refuses members of the last group, which are those from `begin` to `end`, that come after the union's last granule.
+inline void check_last_members(const int64_t* members, int64_t begin, int64_t end, int64_t granules) {
+  const int64_t room = granules % core::kGroup;
+  if (room == 0) return;
+  for (int64_t i = begin; i < end; ++i) {
+    const uint64_t after = static_cast<uint64_t>(members[i]) >> room;
+    if (after != 0)
+      refuse("fuse_: members must name entries of the ", granules, " indices, got entry ",
+             granules + core::count_of((after & (~after + 1)) - 1), " at position ", i);
+  }
 }
 
 }  // namespace shira

@@ -12,10 +12,12 @@
 #include "../core/codec.h"
 #include "../core/difference.h"
 #include "../core/fingerprint.h"
+#include "../core/numbers.h"
 
 namespace py = pybind11;
 namespace core = shira::core;
 namespace codec = shira::core::codec;
+namespace numbers = shira::core::numbers;
 
 namespace {
 
@@ -64,10 +66,10 @@ struct Bytes {
 };
 
 template <typename Index>
-py::array_t<uint8_t> encode_as(const py::array& indices, core::Width width) {
+py::array_t<uint8_t> encode_as(const py::array& indices, int64_t version, core::Width width) {
   const auto* data = static_cast<const Index*>(indices.data());
   const int64_t count = indices.size();
-  codec::Encoder<Index> encoder(data, count, width);
+  codec::Encoder<Index> encoder(data, count, version, width);
   int64_t bytes = 0;
   std::string refusal;
   {
@@ -87,8 +89,9 @@ py::array_t<uint8_t> encode_as(const py::array& indices, core::Width width) {
   return code;
 }
 
-py::array_t<uint8_t> encode(const py::array& indices, const std::string& width_name) {
+py::array_t<uint8_t> encode(const py::array& indices, int64_t version, const std::string& width_name) {
   const core::Width width = width_of(width_name);
+  if (version != 1 && version != 2) refuse("encode_indices: version must be 1 or 2, got ", version);
   const py::dtype dtype = indices.dtype();
   const bool narrow = dtype.equal(py::dtype::of<int32_t>());
   if (!narrow && !dtype.equal(py::dtype::of<int64_t>()))
@@ -100,7 +103,7 @@ py::array_t<uint8_t> encode(const py::array& indices, const std::string& width_n
            indices.strides(0) / indices.itemsize(), "]");
   if ((indices.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_) == 0)
     refuse("encode_indices: indices must be aligned to their ", indices.itemsize(), " bytes");
-  return narrow ? encode_as<int32_t>(indices, width) : encode_as<int64_t>(indices, width);
+  return narrow ? encode_as<int32_t>(indices, version, width) : encode_as<int64_t>(indices, version, width);
 }
 
 template <typename Index>
@@ -139,6 +142,64 @@ py::array decode(const py::buffer& code, int64_t count, int64_t limit, const py:
     refuse("decode_indices: dtype must be int32 or int64, got ", text_of(wanted));
   return narrow ? decode_as<int32_t>(bytes, count, limit / granule, width)
                 : decode_as<int64_t>(bytes, count, limit / granule, width);
+}
+
+template <typename Number>
+py::array_t<uint8_t> encode_numbers_as(const py::array& given) {
+  const auto* data = static_cast<const Number*>(given.data());
+  std::vector<uint8_t> code;
+  {
+    py::gil_scoped_release release;
+    code = numbers::encode(data, given.size());
+  }
+  return py::array_t<uint8_t>(static_cast<py::ssize_t>(code.size()), code.data());
+}
+
+template <typename Number>
+py::array decode_numbers_as(const Bytes& bytes, int64_t count) {
+  py::array_t<Number> found(count);
+  Number* out = found.mutable_data();
+  numbers::Fault fault;
+  {
+    py::gil_scoped_release release;
+    for (int64_t block = 0; block < numbers::block_count(count); ++block)
+      if (!numbers::decode_block(bytes.data, bytes.size, count, block, out + block * numbers::kBlock, fault)) {
+        fault.what += " in block " + std::to_string(block) + " (byte " + std::to_string(fault.byte) + ")";
+        break;
+      }
+  }
+  if (!fault.what.empty()) refuse("decode_numbers: code must ", fault.what);
+  return found;
+}
+
+// Calls a function template with the signed number of a dtype.
+template <typename Call>
+auto of_number(const char* op, const py::dtype& dtype, const Call& call) {
+  if (dtype.equal(py::dtype::of<int8_t>())) return call(int8_t{});
+  if (dtype.equal(py::dtype::of<int16_t>())) return call(int16_t{});
+  if (dtype.equal(py::dtype::of<int32_t>())) return call(int32_t{});
+  if (dtype.equal(py::dtype::of<int64_t>())) return call(int64_t{});
+  refuse(op, ": dtype must be int8, int16, int32 or int64, got ", text_of(dtype));
+}
+
+py::array_t<uint8_t> encode_numbers(const py::array& given) {
+  if (given.ndim() != 1 || (given.size() > 1 && given.strides(0) != given.itemsize()) ||
+      (given.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_) == 0)
+    refuse("encode_numbers: numbers must be 1-D, contiguous and aligned");
+  return of_number("encode_numbers", given.dtype(),
+                   [&](auto number) { return encode_numbers_as<decltype(number)>(given); });
+}
+
+py::array decode_numbers(const py::buffer& code, int64_t count, const py::object& dtype) {
+  const Bytes bytes("decode_numbers", "code", code);
+  if (bytes.info.itemsize != 1 || bytes.info.ndim != 1) refuse("decode_numbers: code must be uint8 and 1-D");
+  if (count < 0) refuse("decode_numbers: count must be at least 0, got ", count);
+  const int64_t fewest = numbers::fewest_bytes(count);
+  if (count == 0 ? bytes.size != 0 : bytes.size < fewest)
+    refuse("decode_numbers: code must have ", count == 0 ? "" : "at least ", fewest, " bytes for ", count,
+           " numbers, got ", bytes.size);
+  return of_number("decode_numbers", py::dtype::from_args(dtype),
+                   [&](auto number) { return decode_numbers_as<decltype(number)>(bytes, count); });
 }
 
 int64_t fingerprint(const py::buffer& weight, int64_t begin, const py::object& end, const std::string& width_name) {
@@ -306,12 +367,17 @@ double squared_difference(const py::buffer& one, const py::buffer& two, const st
 
 PYBIND11_MODULE(_codec, m) {
   m.doc() = "The index code and the fingerprint of shira-ops, without torch.";
-  m.def("encode", &encode, py::arg("indices"), py::kw_only(), py::arg("width") = "",
-        "The code of strictly increasing indices (int32 or int64, 1-D) as a uint8 array.");
+  m.def("encode", &encode, py::arg("indices"), py::kw_only(), py::arg("version") = 1, py::arg("width") = "",
+        "The code of strictly increasing indices (int32 or int64, 1-D) as a uint8 array, of version 1 or 2.");
   m.def("decode", &decode, py::arg("code"), py::arg("count"), py::arg("limit"), py::arg("dtype"),
         py::arg("granule") = 1, py::kw_only(), py::arg("width") = "",
         "The `count` indices of a code. ValueError, with the block and the byte, unless the code is whole and its "
         "indices are strictly increasing in [0, limit // granule) and fit dtype (int32 or int64).");
+  m.def("encode_numbers", &encode_numbers, py::arg("numbers"),
+        "The code of whole numbers (int8, int16, int32 or int64, 1-D), most of them near 0, as a uint8 array.");
+  m.def("decode_numbers", &decode_numbers, py::arg("code"), py::arg("count"), py::arg("dtype"),
+        "The `count` numbers of a code. ValueError, with the block and the byte, unless the code is whole and its "
+        "numbers fit dtype.");
   m.def("fingerprint", &fingerprint, py::arg("weight"), py::arg("begin") = 0, py::arg("end") = py::none(),
         py::kw_only(), py::arg("width") = "",
         "The fingerprint of a contiguous buffer's bytes, as the op returns it (a signed 64-bit number), or the share "

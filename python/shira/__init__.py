@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from shira.adapter.adapter import Adapter
     from shira.serve.overlay import Overlay
     from shira.serve.switcher import Switcher
+    from shira.train.estimate import Estimate, estimate
     from shira.train.optim import SGD, AdamW
     from shira.train.trainer import Trainer
     from shira.train.tuner import SparseTuner, detach
@@ -42,6 +43,7 @@ __all__ = [
     "Adapter",
     "AdapterError",
     "Entry",
+    "Estimate",
     "Overlay",
     "SparseTuner",
     "SwitchError",
@@ -49,6 +51,7 @@ __all__ = [
     "Trainer",
     "combine",
     "detach",
+    "estimate",
     "masks",
     "merging",
     "metrics",
@@ -61,6 +64,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "AdapterError": ("shira._text", "AdapterError"),
     "AdamW": ("shira.train.optim", "AdamW"),
     "Entry": ("shira.adapter._entry", "Entry"),
+    "Estimate": ("shira.train.estimate", "Estimate"),
     "Overlay": ("shira.serve.overlay", "Overlay"),
     "SGD": ("shira.train.optim", "SGD"),
     "SparseTuner": ("shira.train.tuner", "SparseTuner"),
@@ -69,6 +73,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "Trainer": ("shira.train.trainer", "Trainer"),
     "combine": ("shira.adapter.combine", None),
     "detach": ("shira.train.tuner", "detach"),
+    "estimate": ("shira.train.estimate", "estimate"),
     "masks": ("shira.masks", None),
     "merging": ("shira.adapter.combine", None),  # its name in version 0.1
     "metrics": ("shira.metrics", None),

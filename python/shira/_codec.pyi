@@ -8,7 +8,9 @@ from typing_extensions import Buffer
 _Bytes: TypeAlias = Buffer | npt.NDArray[Any]
 _Index = TypeVar("_Index", np.int32, np.int64)
 
-def encode(indices: npt.NDArray[np.int32] | npt.NDArray[np.int64], *, width: str = "") -> npt.NDArray[np.uint8]: ...
+def encode(
+    indices: npt.NDArray[np.int32] | npt.NDArray[np.int64], *, version: int = 1, width: str = ""
+) -> npt.NDArray[np.uint8]: ...
 @overload
 def decode(
     code: _Bytes, count: int, limit: int, dtype: type[_Index] | np.dtype[_Index], granule: int = 1, *, width: str = ""
@@ -17,6 +19,8 @@ def decode(
 def decode(
     code: _Bytes, count: int, limit: int, dtype: npt.DTypeLike, granule: int = 1, *, width: str = ""
 ) -> npt.NDArray[Any]: ...
+def encode_numbers(numbers: npt.NDArray[np.signedinteger[Any]]) -> npt.NDArray[np.uint8]: ...
+def decode_numbers(code: _Bytes, count: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]: ...
 def fingerprint(weight: _Bytes, begin: int = 0, end: int | None = None, *, width: str = "") -> int: ...
 def differing(
     one: _Bytes, two: _Bytes, itemsize: int, begin: int, end: int, *, width: str = ""

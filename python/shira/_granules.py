@@ -5,6 +5,8 @@ A granule is a run of consecutive entries of the flat weight; an index selects o
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -63,6 +65,22 @@ def refine(indices: Tensor, granule: int, finer: int, numel: int) -> Tensor:
     dtype = index_dtype(numel // finer)
     steps = torch.arange(parts, dtype=dtype, device=indices.device)
     return (indices.to(dtype).unsqueeze(1) * parts + steps).view(-1)
+
+
+def overlay_(
+    entries: Tensor, indices: Tensor, granule: int, others: Tensor, values: Tensor, other_granule: int, numel: int
+) -> Tensor:
+    """Of the entries at some granules of a weight, replace those that are also at other granules by their values."""
+    if not others.numel() or not indices.numel():
+        return entries
+    common = math.gcd(granule, other_granule)
+    mine, theirs = refine(indices, granule, common, numel), refine(others, other_granule, common, numel)
+    if mine.dtype != theirs.dtype:
+        mine, theirs = mine.to(torch.int64), theirs.to(torch.int64)
+    at = torch.searchsorted(theirs, mine).clamp_(max=theirs.numel() - 1)
+    both = (theirs[at] == mine).nonzero().view(-1)
+    shira_ops.scatter_(entries, both, shira_ops.gather(values, at[both], granule=common), granule=common)
+    return entries
 
 
 def regranule(indices: Tensor, granule: int, wanted: int) -> Tensor:

@@ -16,12 +16,13 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import UninitializedParameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import shira_ops
 from shira import _granules, _model
-from shira._model import INDICES_SUFFIX, VALUES_SUFFIX
+from shira._model import VALUES_SUFFIX
 from shira._text import AdapterError, dtype_name
 
 LINEAR, CONV1D, EMBEDDING = "linear", "conv1d", "embedding"
@@ -391,8 +392,26 @@ class _Blocks(_Quantized):
         return weight.detach(), scales.detach()
 
 
+class _Gguf(_Quantized):
+    """transformers' ``GgufLinear``: rows of blocks as they are in a GGUF file."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.floats  # the bias is float32 whatever the model computes in
+
+    def dense(self) -> Tensor:
+        (blocks,), module = self.stored(), self.module
+        dequantize = sys.modules["transformers.integrations.gguf.dequant"].dequantize
+        found: Tensor = dequantize(blocks, module.ggml_type).view(self.shape)
+        order: Any = module.input_permutation
+        return found if order is None else torch.empty_like(found).index_copy_(1, order, found)
+
+
 class _Own(_Quantized):
-    """Any other module that has ``in_features``, ``out_features`` and ``dequantize()``."""
+    """Any other module that has ``in_features``, ``out_features`` and ``dequantize()``.
+
+    It stores all of its own parameters and persistent buffers except for the bias.
+    """
 
     def dense(self) -> Tensor:
         module: Any = self.module
@@ -409,16 +428,14 @@ class _Own(_Quantized):
         return tuple(tensor.detach() for tensor in self._held().values())
 
     def parts(self) -> dict[str, tuple[str, ...]]:
-        passing = self.module._non_persistent_buffers_set
-        return {name: (name,) for name in self._held() if name not in passing}
+        return {name: (name,) for name in self._held()}
 
     def _held(self) -> dict[str, Tensor]:
-        held = {**self.module._parameters, **self.module._buffers}
-        ours = (VALUES_SUFFIX, INDICES_SUFFIX)
+        held, passing = {**self.module._parameters, **self.module._buffers}, self.module._non_persistent_buffers_set
         return {
             name: tensor
             for name, tensor in sorted(held.items())
-            if tensor is not None and name != "bias" and not name.endswith(ours)
+            if tensor is not None and name != "bias" and name not in passing and not name.endswith(VALUES_SUFFIX)
         }
 
 
@@ -428,6 +445,7 @@ _BY_FORWARD: dict[tuple[str, str], type[_Quantized]] = {
     ("bitsandbytes.nn.modules", "Linear8bitLt"): _EightBit,
     ("optimum.quanto.nn.qlinear", "QLinear"): _Wrapped,
     ("transformers.integrations.finegrained_fp8", "FP8Linear"): _Blocks,
+    ("transformers.integrations.gguf.utils", "GgufLinear"): _Gguf,
 }
 
 
@@ -469,8 +487,8 @@ class Part(_model.Slot):
     layer: str = "weight"
 
     @property
-    def values_name(self) -> str:
-        return self.layer + VALUES_SUFFIX
+    def values_names(self) -> tuple[str, ...]:
+        return self.attribute + VALUES_SUFFIX, self.layer + VALUES_SUFFIX
 
     def now(self) -> Tensor | None:
         for path in self.paths:
@@ -509,6 +527,8 @@ def _recognised(name: str, module: Any, floats: torch.dtype) -> Layer | str:
     weight: Any = _model.held(module, "weight")
     called, own = type(module).__name__, not is_replaced(module)
     storage, kind = _BY_FORWARD.get(_name(forward_of(module))) if own else None, kind_of(module)
+    if isinstance(weight, UninitializedParameter):
+        return f"is in a {called} that has no shape yet: run the model once first"
     wraps: bool = is_traceable_wrapper_subclass(weight)
     if wraps:
         known = kind == LINEAR or (storage is _Wrapped and module.activation_qtype is None)
@@ -530,11 +550,12 @@ def _recognised(name: str, module: Any, floats: torch.dtype) -> Layer | str:
         return Layer(name, module, "weight", kind, floats)
     sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     if own and callable(getattr(module, "dequantize", None)) and all(type(size) is int for size in sizes):
-        return _Own(name, module, "weight", LINEAR, floats)
+        layer = _Own(name, module, "weight", LINEAR, floats)
+        return layer if layer.stored() else f"is in a {called} without parameters or buffers of its own, its codes"
     return (
         f"belongs to a {called}, and it is not known how that computes with it: nn.Linear, transformers' Conv1D and "
         f"nn.Embedding are, with their own forward; quantized linear layers of bitsandbytes, torchao, optimum-quanto "
-        f"and transformers' FP8Linear; and any module with in_features, out_features and dequantize()"
+        f"and transformers (FP8Linear, GgufLinear); and any module with in_features, out_features and dequantize()"
     )
 
 

@@ -2,7 +2,8 @@
 
 Both directions check content, and the size of a code is known only once it is made, so both synchronise. A program
 handles a block of the code, a step at a time: to decode, it adds up how far each unit advances the index and how many
-gaps have ended before it; to encode, how many units the earlier gaps take. The reference explains what is wrong.
+gaps have ended before it; to encode, how many units the earlier gaps take. The reference explains what is wrong, and
+encodes version 2, on the CPU.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from .launch import checked, content, launch
 BLOCK = tl.constexpr(reference.BLOCK)
 ANCHOR = tl.constexpr(16)  # bytes
 START = tl.constexpr((1 << 56) - 1)  # the bits of an anchor's second word that say where its payload starts
-STEP = 1024  # units, or indices
+RICE = tl.constexpr(3)  # mode 3 + k has the low k bits of all gaps, then a bitmap
+MOST_LOW = tl.constexpr(24)
+STEP = 1024  # units, or indices, or bits
 
 
 @triton.jit
@@ -63,6 +66,43 @@ def decode_payload(payload, units, n, first, out, SIZE: tl.constexpr, STEP: tl.c
     return (gaps == n - 1) & (ended != 0), index, highest
 
 
+@triton.jit
+def decode_rice(payload, size, low, n, first, out, STEP: tl.constexpr):
+    """Gaps of mode 3 + `low` to out[1 .. n), as `decode_payload` does: a zero of the bitmap reaches 2^low further, a
+    one by the low bits of its gap and 1."""
+    lane = tl.arange(0, STEP)
+    lows = ((n - 1) * low + 7) // 8
+    bits = (size - lows) * 8
+    mask = (tl.full((), 1, tl.uint64) << low.to(tl.uint64)) - 1
+    index = first
+    highest = first
+    gaps = tl.zeros((), tl.int64)
+    begin = tl.zeros((), tl.int64)
+    while begin < bits:
+        at = begin + lane
+        here = at < bits
+        byte = tl.load(payload + lows + at // 8, mask=here, other=0).to(tl.int32)
+        one = here & (((byte >> (at % 8).to(tl.int32)) & 1) != 0)
+        number = gaps + tl.cumsum(one.to(tl.int64), 0)
+        own = one & (number < n)
+        bit = (number - 1) * low
+        value = tl.zeros((STEP,), tl.uint64)
+        for k in tl.static_range(4):
+            inside = own & (bit // 8 + k < lows)
+            value |= tl.load(payload + bit // 8 + k, mask=inside, other=0).to(tl.uint64) << (8 * k)
+        value = (value >> (bit % 8).to(tl.uint64)) & mask
+        steps = tl.where(here, tl.where(one, value, mask) + 1, 0)
+        reach = index + tl.cumsum(steps, 0)
+        tl.store(out + number, reach.to(out.dtype.element_ty), mask=own)
+        highest = tl.maximum(highest, tl.max(tl.where(one, reach, 0), 0))  # not of the zeros after the last one
+        index += tl.sum(steps, 0)
+        gaps += tl.sum(one.to(tl.int64), 0)
+        begin += STEP
+    padding = tl.load(payload + lows - 1, mask=lows > 0, other=0).to(tl.int64) >> (((n - 1) * low + 7) % 8 + 1)
+    ended = tl.load(payload + size - 1, mask=size > 0, other=0) != 0
+    return (gaps == n - 1) & (padding == 0) & (ended | (n == 1)) & ((size > 0) | (n == 1)), highest
+
+
 @triton.jit(do_not_specialize=["bytes", "count", "bound", "blocks"])
 def decode_kernel(code, out, refused, bytes, count, bound, blocks, STEP: tl.constexpr):
     """`refused` becomes the first block that is wrong."""
@@ -77,7 +117,12 @@ def decode_kernel(code, out, refused, bytes, count, bound, blocks, STEP: tl.cons
     end = tl.where(inner, end, payloads)
     n = tl.minimum(count - block * BLOCK, BLOCK)
     good = (end <= payloads) & (start <= end) & ((start < end) | (block + 1 == blocks)) & ((block > 0) | (start == 0))
-    good = good & (mode <= 2) & (first < limit)
+    low = mode.to(tl.int64) - RICE
+    good = good & (low <= MOST_LOW) & (first < limit)
+    if good & (low >= 0):
+        # Long enough for any gaps, and not so long that a sum could wrap.
+        size = end - start
+        good = (size >= ((n - 1) * low + 7) // 8 + (n - 1 + 7) // 8) & (size < (1 << 36))
     if good:
         own = out + block * BLOCK
         tl.store(own, first.to(out.dtype.element_ty))
@@ -87,6 +132,9 @@ def decode_kernel(code, out, refused, bytes, count, bound, blocks, STEP: tl.cons
         elif mode == 1:
             whole, index, highest = decode_payload(payload, size // 2, n, first, own, 2, STEP)
             whole = whole & (size % 2 == 0)
+        elif mode > 2:
+            whole, highest = decode_rice(payload, size, low, n, first, own, STEP)
+            index = highest
         else:
             whole, index, highest = decode_payload(payload, size // 8, n, first, own, 8, STEP)
             whole = whole & (size % 8 == 0)
@@ -95,11 +143,24 @@ def decode_kernel(code, out, refused, bytes, count, bound, blocks, STEP: tl.cons
         tl.atomic_min(refused, block, sem="relaxed")
 
 
+def is_long_enough(code: Tensor, count: int, blocks: int) -> bool:
+    """Asked before anything is allocated."""
+    size = code.numel()
+    if size >= count + (ANCHOR.value - 1) * blocks or size < ANCHOR.value * blocks:
+        return bool(size >= ANCHOR.value * blocks)
+    # Blocks of mode 3 + k may have less than a byte an index.
+    low = code[15 : blocks * ANCHOR.value : ANCHOR.value].to(torch.int64) - RICE.value
+    gaps = torch.full_like(low, BLOCK.value - 1)
+    gaps[-1] = count - (blocks - 1) * BLOCK.value - 1
+    rice = (low >= 0) & (low <= MOST_LOW.value)
+    payloads = torch.where(rice, (gaps * low + 7) // 8 + (gaps + 7) // 8, gaps).sum()
+    return bool(int(payloads) <= size - blocks * ANCHOR.value)
+
+
 @checked
 def decode_indices(code: Tensor, count: int, limit: int, dtype: torch.dtype, granule: int) -> Tensor:
     blocks = triton.cdiv(count, BLOCK.value)
-    fewest = count + (ANCHOR.value - 1) * blocks  # checked before anything is allocated
-    if count == 0 or code.numel() < fewest:
+    if count == 0 or not is_long_enough(code, count, blocks):
         return reference.decode_indices(code, count, limit, dtype, granule)
     out = torch.empty(count, dtype=dtype, device=code.device)
     refused = torch.full((), blocks, dtype=torch.int64, device=code.device)
@@ -190,8 +251,10 @@ def encode_kernel(indices, places, code, count, blocks, STEP: tl.constexpr):
 
 
 @checked
-def encode_indices(indices: Tensor, granule: int) -> Tensor:
+def encode_indices(indices: Tensor, granule: int, version: int) -> Tensor:
     content("encode_indices", "indices", indices, None)
+    if version == 2:
+        return reference.encode_indices(indices, granule, version=version)
     count = indices.numel()
     blocks = triton.cdiv(count, BLOCK.value)
     if blocks == 0:

@@ -42,9 +42,9 @@ def tally_kernel(snapshot, weight, tallies, granules, units, ROWS: tl.constexpr)
 
 
 @triton.jit
-def write_kernel(snapshot, weight, starts, indices, values, granules, units, ROWS: tl.constexpr):
+def write_kernel(snapshot, weight, starts, indices, values, granules, units, BEFORE: tl.constexpr, ROWS: tl.constexpr):
     """Each program writes from its start on, which is how many granules those before it write, and refreshes its share
-    of the snapshot."""
+    of the snapshot; with BEFORE, it writes what the snapshot had."""
     program = tl.program_id(0).to(tl.int64)
     row = program * ROWS + tl.arange(0, ROWS)
     found = differing(snapshot, weight, row, granules, units)
@@ -54,12 +54,15 @@ def write_kernel(snapshot, weight, starts, indices, values, granules, units, ROW
     unit = tl.zeros((), tl.int64)
     while unit < units:
         entry = tl.load(weight + row * units + unit, mask=found, other=0)
-        tl.store(values + at * units + unit, entry, mask=found)
+        kept = tl.load(snapshot + row * units + unit, mask=found, other=0) if BEFORE else entry
+        tl.store(values + at * units + unit, kept, mask=found)
         tl.store(snapshot + row * units + unit, entry, mask=found)
         unit += 1
 
 
-def _diffs(snapshots: Sequence[Tensor], weights: Sequence[Tensor], granule: int) -> tuple[list[Tensor], list[Tensor]]:
+def _diffs(
+    snapshots: Sequence[Tensor], weights: Sequence[Tensor], granule: int, before: bool
+) -> tuple[list[Tensor], list[Tensor]]:
     device = weights[0].device if weights else None
     shares = [triton.cdiv(weight.numel() // granule, ROWS) for weight in weights]
     tallies = torch.empty(sum(shares), dtype=torch.int64, device=device)
@@ -75,24 +78,26 @@ def _diffs(snapshots: Sequence[Tensor], weights: Sequence[Tensor], granule: int)
     # One read from the device for all of them.
     totals = ends[torch.tensor(last, device=device)].cpu().tolist()
     indices, values = [], []
-    for job, weight, before, after, first in zip(jobs, weights, totals, totals[1:], last, strict=False):
+    for job, weight, behind, after, first in zip(jobs, weights, totals, totals[1:], last, strict=False):
         one, two, own, granules, units = job
-        indices.append(torch.empty(after - before, dtype=checks.index_dtype(granules), device=device))
-        values.append(weight.new_empty((after - before) * granule))
-        places = ends[first : first + len(own)] - before
+        indices.append(torch.empty(after - behind, dtype=checks.index_dtype(granules), device=device))
+        values.append(weight.new_empty((after - behind) * granule))
+        places = ends[first : first + len(own)] - behind
         flat = values[-1].view(torch.uint8).view(two.dtype)
-        launch(write_kernel, len(own), one, two, places, indices[-1], flat, granules, units, ROWS=ROWS)
+        launch(
+            *(write_kernel, len(own), one, two, places, indices[-1], flat, granules, units), BEFORE=before, ROWS=ROWS
+        )
     return indices, values
 
 
 @checked
-def diff_(snapshot: Tensor, weight: Tensor, granule: int) -> tuple[Tensor, Tensor]:
-    indices, values = _diffs([snapshot], [weight], granule)
+def diff_(snapshot: Tensor, weight: Tensor, granule: int, before: bool) -> tuple[Tensor, Tensor]:
+    indices, values = _diffs([snapshot], [weight], granule, before)
     return indices[0], values[0]
 
 
 @checked
 def foreach_diff_(
-    snapshots: Sequence[Tensor], weights: Sequence[Tensor], granule: int
+    snapshots: Sequence[Tensor], weights: Sequence[Tensor], granule: int, before: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
-    return _diffs(snapshots, weights, granule)
+    return _diffs(snapshots, weights, granule, before)

@@ -1,6 +1,6 @@
 """The fuse family: several adapters in one pass over their union.
 
-`fuse_plan` is torch's own sort, which no kernel of ours would beat by much.
+`fuse_plan` is plain PyTorch: most of it is a sort, which no kernel of ours would beat by much.
 """
 
 from __future__ import annotations
@@ -8,17 +8,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import checks
+from .. import plan
 from .arithmetic import convert, narrow, widen
 from .launch import checked, compute, content, dtype
 from .walk import deal, granule_of, keep, lines, memory, put, walk
 
 _FIELDS = tl.constexpr(3)  # per adapter in the table: the address of its values, their granules, whether it is a delta
+
+
+_GROUP = tl.constexpr(plan.GROUP)
+_POSITION_BITS = tl.constexpr(plan.POSITION_BITS)
+_POSITION = tl.constexpr((1 << plan.POSITION_BITS) - 1)
 
 
 class Rule(NamedTuple):
@@ -28,11 +32,19 @@ class Rule(NamedTuple):
 
 
 @triton.jit
+def count_of(members):
+    """How many bits are set, in numbers whose highest bit is not."""
+    members -= (members >> 1) & 0x5555555555555555
+    members = (members & 0x3333333333333333) + ((members >> 2) & 0x3333333333333333)
+    return (((members + (members >> 4)) & 0x0F0F0F0F0F0F0F0F) * 0x0101010101010101) >> 56
+
+
+@triton.jit
 def fuse_tile(pointers, place, settings, WHOLE: tl.constexpr, DEAL: tl.constexpr, RULE: tl.constexpr):
     """weight[i] = saved[i] + sum_k alpha_k * d_k[i], in the plan's order. `exact` is what an entry becomes without a
     sum: its base if no adapter with a strength contributes, an adapter's own value if only that one overwrites."""
     weight, indices, saved, offsets = pointers
-    sources, total, table, alphas, adapters = settings
+    sources, members, total, table, alphas, adapters = settings
     W: tl.constexpr = DEAL.types[0]
     V: tl.constexpr = RULE.stream
     C: tl.constexpr = RULE.wide
@@ -51,12 +63,16 @@ def fuse_tile(pointers, place, settings, WHOLE: tl.constexpr, DEAL: tl.constexpr
     fused = base
     contributions = tl.full([DEAL.rows], 0, tl.int32)
     overwrites = tl.full([DEAL.rows], 0, tl.int32)
-    at = tl.maximum(tl.load(offsets + row, mask=known, other=0).to(tl.int64), 0)
-    end = tl.minimum(tl.load(offsets + row + 1, mask=known, other=0).to(tl.int64), total)
+    group, mine = row // _GROUP, tl.full([DEAL.rows], 1, tl.int64) << (row % _GROUP)
+    at = tl.maximum(tl.load(offsets + group, mask=known, other=0).to(tl.int64), 0)
+    end = tl.minimum(tl.load(offsets + group + 1, mask=known, other=0).to(tl.int64), total)
     while tl.max(end - at) > 0:
-        source = tl.load(sources + at, mask=at < end, other=-1)
-        adapter, own = source >> 48, source & 0xFFFFFFFFFFFF
-        here = (adapter >= 0) & (adapter < adapters)
+        which = tl.load(members + at, mask=at < end, other=0)
+        here = (which & mine) != 0
+        source = tl.load(sources + at, mask=here, other=-1)
+        adapter, first = source >> _POSITION_BITS, source & _POSITION
+        own = first + count_of(which & (mine - 1))
+        here &= (adapter >= 0) & (adapter < adapters)
         about = table + adapter * _FIELDS
         here &= own < tl.load(about + 1, mask=here, other=0)
         alpha = tl.load(alphas + adapter, mask=here, other=0)
@@ -83,6 +99,7 @@ def fuse_kernel(
     members,
     granule,
     sources,
+    members_of,
     total: tl.int64,
     table,
     alphas,
@@ -90,7 +107,7 @@ def fuse_kernel(
     DEAL: tl.constexpr,
     RULE: tl.constexpr,
 ):
-    walk(fuse_tile, jobs, members, granule, (sources, total, table, alphas, adapters), DEAL, RULE)
+    walk(fuse_tile, jobs, members, granule, (sources, members_of, total, table, alphas, adapters), DEAL, RULE)
 
 
 @checked
@@ -100,6 +117,7 @@ def fuse_(
     indices: Tensor,
     offsets: Tensor,
     sources: Tensor,
+    members: Tensor,
     values: Sequence[Tensor],
     alphas: Tensor,
     delta: Sequence[bool],
@@ -111,22 +129,13 @@ def fuse_(
         for tensor, is_delta in zip(values, delta, strict=True)
         for number in (tensor.data_ptr(), tensor.numel() // granule, int(is_delta))
     ]
-    args = (sources, sources.numel(), put(about, weight.device), alphas, len(values))
+    args = (sources, members, sources.numel(), put(about, weight.device), alphas, len(values))
     rule = Rule(refuse, dtype(values[0]), compute(weight))
     deal(fuse_kernel, [(weight, indices, saved, offsets)], granule, lambda *_: (args, rule), entries=256)
 
 
 @checked
-def fuse_plan(indices: Sequence[Tensor], granule: int) -> tuple[Tensor, Tensor, Tensor]:
+def fuse_plan(indices: Sequence[Tensor], granule: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     for k, own in enumerate(indices):
         content("fuse_plan", f"indices[{k}]", own, None)
-    dtype = torch.int32 if all(own.dtype == torch.int32 for own in indices) else torch.int64
-    device = indices[0].device
-    sources = torch.cat([(k << 48) | torch.arange(own.numel(), device=device) for k, own in enumerate(indices)])
-    # A stable sort keeps the adapters' order within an entry.
-    entries, order = torch.cat([own.to(dtype) for own in indices]).sort(stable=True)
-    first = torch.ones_like(entries, dtype=torch.bool)
-    torch.ne(entries[1:], entries[:-1], out=first[1:])
-    begins = first.nonzero().view(-1)
-    offsets = torch.cat([begins, begins.new_full((1,), entries.numel())])
-    return entries[begins], offsets.to(checks.index_dtype(entries.numel())), sources[order]
+    return plan.make(indices)

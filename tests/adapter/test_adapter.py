@@ -100,7 +100,7 @@ def test_round_trip(tmp_path, mask, dtype):
 
 def test_seeds_leave_the_indices_out(tmp_path):
     adapter = adapter_of()
-    adapter.save(tmp_path / "code.safetensors")
+    adapter.save(tmp_path / "code.safetensors", version=1)
     adapter.save(tmp_path / "seed.safetensors", seeds=True)
     same(adapter, Adapter.load(tmp_path / "seed.safetensors"))
     saved = (tmp_path / "code.safetensors").stat().st_size - (tmp_path / "seed.safetensors").stat().st_size
@@ -184,7 +184,7 @@ def anchor(h, w, a, b):
 
 
 WRONG = {
-    "version": (lambda h, w, a, b: h["__metadata__"].update({"shira.version": "2"}), "version '2' is not known"),
+    "version": (lambda h, w, a, b: h["__metadata__"].update({"shira.version": "3"}), "version '3' is not known"),
     "no version": (lambda h, w, a, b: h["__metadata__"].pop("shira.version"), "this is not a SHiRA adapter"),
     "no weights": (lambda h, w, a, b: h["__metadata__"].pop("shira.weights"), "has no shira.weights"),
     "alpha": (lambda h, w, a, b: a.update(alpha="x"), "alpha must be a finite number"),
@@ -214,7 +214,7 @@ WRONG = {
 def test_wrong_files_are_refused(tmp_path, what):
     change, says = WRONG[what]
     path = tmp_path / "wrong.safetensors"
-    adapter_of(masks.WeightMagnitude(density=0.1)).save(path)
+    adapter_of(masks.WeightMagnitude(density=0.1)).save(path, version=1)
     with pytest.raises(AdapterError, match=says) as error:
         Adapter.load(rewritten(path, change))
     assert "wrong.safetensors" in str(error.value)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import shira_ops
-from shira import Adapter, Entry
+from shira import Adapter, Entry, _codec
 from shira._granules import signed
+from shira.adapter import _difference
 
 PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 WORD = 2**64 - 1
@@ -51,6 +54,44 @@ def test_the_code() -> None:
     code = bytes.fromhex("".join(re.sub(r"   .*|;.*", "", line) for line in block[1].splitlines()[:2]) + "00ff00fffe")
     found = shira_ops.encode_indices(torch.tensor([3, 4, 260, 770]))
     assert bytes(found.tolist()) == code
+
+
+def example(before: str) -> bytes:
+    """The bytes of the first block of code after some words."""
+    block = re.search(re.escape(before) + r".*?```\n(.*?)```", PAGE, re.DOTALL)
+    assert block is not None
+    return bytes.fromhex("".join(re.sub(r"   .*", "", line) for line in block[1].splitlines()))
+
+
+def test_the_code_of_version_2() -> None:
+    found = shira_ops.encode_indices(torch.tensor([5, 306, 914, 1500]), version=2)
+    assert bytes(found.tolist()) == example("the indices 5, 306, 914, 1500")
+    table = rows("| density | entropy | version 1 | version 2 | over the entropy |")
+    assert len(table) == 5
+    for density, entropy, first, second, over in table:
+        p = float(density.split()[0]) / 100
+        bits = -(p * math.log2(p) + (1 - p) * math.log2(1 - p)) / p
+        assert f"{bits:.2f}" == entropy
+        uniform = np.random.default_rng(1).random(200_000)
+        indices = np.cumsum(np.floor(np.log1p(-uniform) / math.log1p(-p)).astype(np.int64) + 1) - 1
+        one, two = (8 * _codec.encode(indices, version=version).size / indices.size for version in (1, 2))
+        assert one == pytest.approx(float(first), abs=0.02)
+        assert two == pytest.approx(float(second), abs=0.02)
+        assert 100 * (two / bits - 1) == pytest.approx(float(over.split()[0]), abs=0.3)
+
+
+def test_the_number_code() -> None:
+    numbers = np.array([1, -1, 1, 2, -1, 700, -3], dtype=np.int16)
+    assert _codec.encode_numbers(numbers).tobytes() == example("1, -1, 1, 2, -1, 700, -3")
+
+
+def test_differences() -> None:
+    before, after = torch.tensor([1.0, -2.0, 0.0]).bfloat16(), torch.tensor([1.0078125, -2.015625, -0.0]).bfloat16()
+    said = re.search(r"For example bfloat16 entries .*?differences (.*?)\.\n", PAGE, re.DOTALL)
+    assert said is not None
+    assert _difference.difference(before, after).tolist() == [int(number) for number in said[1].split(",")]
+    words = re.findall(r"`([0-9a-f]{4})`", said[0])
+    assert [f"{word & 0xFFFF:04x}" for word in torch.cat([before, after]).view(torch.int16).tolist()] == words
 
 
 @pytest.fixture

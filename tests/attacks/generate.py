@@ -135,7 +135,7 @@ def _extra(file: File) -> None:
 
 # What is wrong -> (how to make it so, a part of the refusal).
 CHANGES: dict[str, tuple[Callable[[File], None], str]] = {
-    "version_unknown": (lambda f: f.metadata.update({"shira.version": "2"}), "version '2' is not known"),
+    "version_unknown": (lambda f: f.metadata.update({"shira.version": "3"}), "version '3' is not known"),
     "version_missing": (lambda f: f.metadata.pop("shira.version"), "this is not a SHiRA adapter"),
     "shape_smaller": (_weight(shape=[ROWS // 2, COLUMNS]), "do not decode"),
     "shape_negative": (_weight(shape=[-ROWS, -COLUMNS]), "shape must be a list of sizes"),

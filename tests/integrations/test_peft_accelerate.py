@@ -367,10 +367,11 @@ def test_other_indices_are_followed(kind: str, way: str) -> None:
     torch.testing.assert_close(model(INPUT), plain(INPUT), rtol=1e-5, atol=1e-5)
 
 
-def test_layers_that_join_later() -> None:
-    model = accelerate(peft.get_peft_model(Net(), config("SHIRA", target_modules=["first"])))
-    model.add_adapter("both", config("SHIRA"))
-    model.set_adapter("both")
+@KINDS
+def test_layers_that_join_later(kind: str) -> None:
+    model = accelerate(peft.get_peft_model(Net(), config(kind, target_modules=["first"])))
+    model.add_adapter("plans", config(kind))  # any name
+    model.set_adapter("plans")
     assert len({type(layer) for layer in layers(model)}) == 1
     assert len(layers(model)) == 2
     output = model(INPUT)

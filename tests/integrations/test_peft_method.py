@@ -177,12 +177,32 @@ def test_other_linear_layers() -> None:
     torch.testing.assert_close(mixed[0], model(x)[0])
     layers(model)[0].merge()
     torch.testing.assert_close(model(x), base[1](hidden) + hidden @ delta1.T)
-    with pytest.raises(ValueError, match="1: an adapter can be merged into a float weight alone"):
+    with pytest.raises(
+        ValueError, match=r"1: an adapter can be merged into the whole float weight of .* got a .*Codes"
+    ):
         layers(model)[1].merge()
     layers(model)[0].unmerge()
     assert torch.equal(layers(model)[0].base_layer.weight, base[0].weight)
     with pytest.raises(ValueError, match="the weight of 1 cannot be read; take mask='rand'"):
         peft.get_peft_model(nn.Sequential(nn.ReLU(), Codes()), config(mask="wm", target_modules=["1"]))
+    Codes.dequantize = lambda self: self.codes.float()  # type: ignore[attr-defined]
+    codes = Codes()
+    model = peft.get_peft_model(nn.Sequential(nn.ReLU(), codes), config(mask="wm", target_modules=["1"]))
+    wanted = masks.WeightMagnitude(density=0.1, granule=8)("1.weight", codes.codes.float())
+    assert torch.equal(layers(model)[0].shira_ops_indices["default"], wanted)
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = peft.get_peft_model(nn.Sequential(nn.ReLU(), Doubled(48, 16)), config(target_modules=["1"]))
+    base = Doubled(48, 16)
+    base.load_state_dict(layers(model)[0].base_layer.state_dict())
+    delta = layers(model)[0].get_delta_weight("default")
+    x = torch.rand(4, 48)
+    torch.testing.assert_close(model(x), base(x) + x @ delta.T)
+    with pytest.raises(ValueError, match=r"got a .*Doubled \(codes would .* another forward may use its weight"):
+        model.merge_adapter()
 
 
 # ---- what PEFT does with it ----------------------------------------------------------------------------------
@@ -535,6 +555,31 @@ def test_layers_that_cannot_be_adapted() -> None:
         SparseModel(lora, {"default": config()}, "default")
     with pytest.raises(ValueError, match="there is no adapter 'x'"):
         made().eval()(INPUT, adapter_names=["x", "default", "default"])
+
+
+def test_sharded_after_it_and_not_before(tmp_path: Path) -> None:
+    """With fully_shard, of one rank."""
+    from torch.distributed.fsdp import fully_shard
+
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        mesh = distributed.init_device_mesh("cpu", (1,))
+        plain, model, net = made(), made(), Net()
+        for module in (*layers(model), model, net.first):
+            fully_shard(module, mesh=mesh)
+        assert torch.equal(model(INPUT), plain(INPUT))
+        for one in (model, plain):
+            one(INPUT).square().sum().backward()
+        for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+            assert ours.requires_grad == theirs.requires_grad
+            assert not ours.requires_grad or torch.equal(ours.grad.full_tensor(), theirs.grad)
+        with pytest.raises(ValueError, match=r"first: .* got a sharded Linear"):
+            model.merge_adapter()
+        with pytest.raises(ValueError, match=r"the weight of first is sharded .* call get_peft_model first and shard"):
+            peft.get_peft_model(net, config())
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_a_drawn_seed_is_in_the_configuration(tmp_path: Path) -> None:

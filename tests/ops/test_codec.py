@@ -66,14 +66,16 @@ DECODERS = {
 }
 
 
-def encoders() -> dict[str, Callable[[np.ndarray], bytes]]:
-    def op(backend: Backend) -> Callable[[np.ndarray], bytes]:
-        return lambda indices: (
-            backend("encode_indices", indices=torch.from_numpy(indices).to(backend.device)).cpu().numpy().tobytes()
-        )
+def encoders() -> dict[str, Callable[[np.ndarray, int], bytes]]:
+    def op(backend: Backend) -> Callable[[np.ndarray, int], bytes]:
+        def encode(indices: np.ndarray, version: int) -> bytes:
+            given = torch.from_numpy(indices).to(backend.device)
+            return backend("encode_indices", indices=given, version=version).cpu().numpy().tobytes()
 
-    def module(width: str) -> Callable[[np.ndarray], bytes]:
-        return lambda indices: _codec.encode(indices, width=width).tobytes()
+        return encode
+
+    def module(width: str) -> Callable[[np.ndarray, int], bytes]:
+        return lambda indices, version: _codec.encode(indices, version=version, width=width).tobytes()
 
     backends = [b for b in cases.BACKENDS if b.has("encode_indices")]
     return {**{b.name: op(b) for b in backends}, **{w: module(w) for w in _codec.widths()}}
@@ -89,7 +91,17 @@ def units(gap: int, most: int) -> list[int]:
     return [most] * (gap // most) + [gap % most]
 
 
-def written(indices: list[int]) -> bytes:
+def rice(gaps: list[int], low: int) -> bytes:
+    """Mode 3 + low: the low bits, then a bitmap; numbers of any length are bits from the lowest on."""
+    lows = sum((gap & (1 << low) - 1) << low * i for i, gap in enumerate(gaps))
+    at, ones = -1, 0
+    for gap in gaps:
+        at += (gap >> low) + 1
+        ones |= 1 << at
+    return lows.to_bytes(-(-len(gaps) * low // 8), "little") + ones.to_bytes(at // 8 + 1, "little")
+
+
+def written(indices: list[int], version: int = 1) -> bytes:
     anchors, payloads = b"", b""
     for begin in range(0, len(indices), BLOCK):
         block = indices[begin : begin + BLOCK]
@@ -102,6 +114,11 @@ def written(indices: list[int]) -> bytes:
             mode, payload = 1, struct.pack(f"<{len(shorts)}H", *shorts)
         else:
             mode, payload = 2, struct.pack(f"<{len(gaps)}Q", *gaps)
+        if version == 2 and gaps and max(gaps) < 2**32:
+            array = np.array(gaps)
+            low = min(range(25), key=lambda low: len(gaps) * (1 + low) + int((array >> low).sum()))
+            if -(-len(gaps) * low // 8) + (len(gaps) + int((array >> low).sum()) + 7) // 8 < len(payload):
+                mode, payload = 3 + low, rice(gaps, low)
         anchors += struct.pack("<QQ", block[0], mode << 56 | len(payloads))
         payloads += payload
     return anchors + payloads
@@ -112,18 +129,19 @@ def mode_of(code: bytes, block: int = 0) -> int:
 
 
 def assert_code(indices: list[int], dtype: torch.dtype) -> bytes:
-    """Every encoder writes the same bytes, and every decoder reads the indices back from them."""
-    wanted = written(indices)
+    """Every encoder writes the same bytes, and every decoder reads the indices back from them. Returns version 1."""
     array = np.array(indices, dtype=INDEX[dtype])
     limit = indices[-1] + 1 if indices and indices[-1] < 2**63 - 1 else 2**63 - 1
-    for name, encode in ENCODERS.items():
-        assert encode(array) == wanted, name
-    if not indices or indices[-1] < limit:
-        for name, decode in DECODERS.items():
-            read = decode(wanted, len(indices), limit, dtype)
-            assert not isinstance(read, str), f"{name}: {read}"
-            assert read.dtype == array.dtype
-            assert np.array_equal(read, array), name
+    for version in (2, 1):
+        wanted = written(indices, version)
+        for name, encode in ENCODERS.items():
+            assert encode(array, version) == wanted, (name, version)
+        if not indices or indices[-1] < limit:
+            for name, decode in DECODERS.items():
+                read = decode(wanted, len(indices), limit, dtype)
+                assert not isinstance(read, str), f"{name}: {read}"
+                assert read.dtype == array.dtype
+                assert np.array_equal(read, array), (name, version)
     return wanted
 
 
@@ -146,6 +164,28 @@ def test_frozen(dtype: torch.dtype) -> None:
     two = assert_code([*range(5000)], dtype)
     anchors = "0000000000000000" + "0000000000000000" + "0010000000000000" + "ff0f000000000000"
     assert two == bytes.fromhex(anchors) + b"\0" * (4095 + 903)
+
+
+@pytest.mark.parametrize("dtype", INDEX, ids=str)
+def test_frozen_version_2(dtype: torch.dtype) -> None:
+    """Bytes that files hold: they may never change."""
+    for indices, code in (
+        # The gaps 300, 607, 585: eight low bits each, 44 95 73; then 1, 2 and 2 zeros, each with a one after them.
+        ([5, 306, 914, 1500], "0500000000000000" + "000000000000000b" + "2c5f49" + "92"),
+        ([0, 1, 2, 3, 4], "0000000000000000" + "0000000000000003" + "0f"),
+    ):
+        assert written(indices, 2).hex() == code
+        assert_code(indices, dtype)
+    assert written([7], 2) == written([7])
+
+
+@pytest.mark.parametrize(("density", "most"), [(0.0002, 1.02), (0.001, 1.02), (0.01, 1.01), (0.05, 1.02), (0.3, 1.03)])
+def test_near_the_entropy(density: float, most: float) -> None:
+    indices = random_mask(3, density, 40_960)
+    code = _codec.encode(indices, version=2)
+    entropy = -(density * math.log2(density) + (1 - density) * math.log2(1 - density)) / density
+    assert 8 * code.size / indices.size <= most * entropy
+    assert code.tobytes() == written(indices.tolist(), 2)
 
 
 @pytest.mark.parametrize(
@@ -246,12 +286,12 @@ def test_any_thread_count(threads: None) -> None:
         assert torch.equal(back, indices)
         bad = code.clone()
         for block in (90, 40, 70):  # the first one is named, whichever thread comes first
-            bad[block * ANCHOR + 15] = 9
+            bad[block * ANCHOR + 15] = 28
         with pytest.raises(RuntimeError) as raised:
             torch.ops.shira.decode_indices(bad, indices.numel(), int(indices[-1]) + 1, torch.int32)
         seen.add((code.numpy().tobytes(), str(raised.value)))
     assert len(seen) == 1
-    assert "got 9 in block 40 (byte 655)" in next(iter(seen))[1]
+    assert "got 28 in block 40 (byte 655)" in next(iter(seen))[1]
 
 
 def test_granule() -> None:
@@ -263,6 +303,8 @@ def test_granule() -> None:
         with pytest.raises(RuntimeError, match=r"in \[0, 5\), got a gap of 4 after index 0"):
             backend("decode_indices", **args, limit=40, granule=8)
     assert _codec.decode(code, 2, 48, "int32", 8).tolist() == [0, 5]
+    with pytest.raises(RuntimeError, match="encode_indices: version must be 1 or 2, got 3"):
+        torch.ops.shira.encode_indices(torch.arange(3), version=3)
     with pytest.raises(ValueError, match=r"in \[0, 5\), got a gap of 4 after index 0"):
         _codec.decode(code, 2, 40, "int32", granule=8)
 
@@ -316,8 +358,8 @@ REFUSED = {
         "code must have 4095 gaps in each payload of 4096 indices, got 2 bytes after them in block 0 (byte 4127)",
     ),
     "mode": (
-        *(patched(CODE, (31, b"\x03")), 5000, LIMIT),
-        "code must have modes of 0, 1 or 2, got 3 in block 1 (byte 31)",
+        *(patched(CODE, (31, b"\x1c")), 5000, LIMIT),
+        "code must have modes from 0 to 27, got 28 in block 1 (byte 31)",
     ),
     "other mode": (
         *(patched(CODE, (31, b"\x01")), 5000, 2**30),
@@ -381,6 +423,76 @@ REFUSED = {
 }
 
 
+# Version 2. Gaps of 900: nine low bits each (4607 bytes, one bit of padding), and a bitmap of 8190 bits (1024 bytes)
+SPARSE = [*range(7, 7 + 901 * 5000, 901)]
+RICE = written(SPARSE, 2)
+RICE_LIMIT = SPARSE[-1] + 1
+assert (RICE[15], RICE[31], len(RICE)) == (12, 12, 32 + 4607 + 1024 + 1016 + 226)
+# Gaps of 1, without low bits: 8190 and 1806 bits
+DENSE = written(GOOD, 2)
+assert (DENSE[15], DENSE[31], len(DENSE)) == (3, 3, 32 + 1024 + 226)
+
+REFUSED |= {
+    "rice: short": (DENSE[:656], 5000, LIMIT, "code must have at least 657 bytes for 5000 indices, got 656"),
+    "rice: no anchors": (DENSE[:31], 5000, LIMIT, "code must have at least 5030 bytes for 5000 indices, got 31"),
+    "rice: another mode": (
+        *(patched(DENSE, (31, b"\0")), 5000, LIMIT),
+        "code must have at least 1447 bytes for 5000 indices, got 1282",
+    ),
+    "rice: more low bits": (
+        *(patched(RICE, (15, b"\x0f")), 5000, RICE_LIMIT),
+        "code must have at least 6655 bytes in a payload of 4096 indices in mode 15, got 5631 in block 0 (byte 32)",
+    ),
+    "rice: fewer low bits": (
+        # The bitmap begins with 512 bytes of low bits: three ones in nine bits, then one in two.
+        *(patched(RICE, (15, b"\x0b")), 5000, 2**40),
+        "code must have 4095 gaps in each payload of 4096 indices, got 2732 bits after them in block 0 (byte 5321)",
+    ),
+    "rice: a one more": (
+        *(patched(DENSE, (32 + 1023, b"\xaa")), 5000, LIMIT),
+        "code must have 4095 gaps in each payload of 4096 indices, got 2 bits after them in block 0 (byte 1055)",
+    ),
+    "rice: a one less": (
+        *(patched(DENSE, (32 + 5, b"\x8a")), 5000, LIMIT),
+        "code must have 4095 gaps in each payload of 4096 indices, got 4094 by its end in block 0 (byte 1056)",
+    ),
+    "rice: no ones": (
+        *(patched(DENSE, (32, bytes(1024))), 5000, LIMIT),
+        "code must have 4095 gaps in each payload of 4096 indices, got 0 by its end in block 0 (byte 1056)",
+    ),
+    "rice: more zeros": (
+        *(DENSE + b"\0", 5000, LIMIT),
+        "code must have 903 gaps in each payload of 904 indices, got 10 bits after them in block 1 (byte 1282)",
+    ),
+    "rice: more ones": (
+        *(DENSE + b"\xff" * 70, 5000, LIMIT),
+        "code must have 903 gaps in each payload of 904 indices, got 562 bits after them in block 1 (byte 1282)",
+    ),
+    "rice: cut": (
+        *(DENSE[:-1], 5000, LIMIT),
+        "code must have 903 gaps in each payload of 904 indices, got 900 by its end in block 1 (byte 1281)",
+    ),
+    "rice: padding of the low bits": (
+        *(patched(RICE, (32 + 4606, bytes([RICE[32 + 4606] | 0x80]))), 5000, RICE_LIMIT),
+        "code must have zeros where a payload's low bits are padded, got a one in block 0 (byte 4638)",
+    ),
+    "rice: limit": (
+        *(RICE, 5000, SPARSE[-1]),
+        f"code must be strictly increasing in [0, {SPARSE[-1]}), got a gap of 900 after index {SPARSE[-2]} "
+        "in block 1 (byte 6904)",
+    ),
+    "rice: block goes back": (
+        *(patched(RICE, (16, u64(SPARSE[4095]))), 5000, RICE_LIMIT),
+        f"code must be strictly increasing in [0, {RICE_LIMIT}), got first index {SPARSE[4095]} after {SPARSE[4095]} "
+        "in block 1 (byte 16)",
+    ),
+    "rice: one index, and a payload": (
+        *(patched(written([4]), (15, b"\x05")) + b"\x01", 1, LIMIT),
+        "code must have 0 gaps in each payload of 1 indices, got 8 bits after them in block 0 (byte 16)",
+    ),
+}
+
+
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("attack", REFUSED)
 def test_refused(attack: str, decoder: str) -> None:
@@ -427,11 +539,33 @@ def test_payload_past_the_vector_paths(decoder: str) -> None:
     assert "fit int32" in said
 
 
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_rice_past_the_vector_paths(decoder: str) -> None:
+    """Runs of zeros longer than a byte can count, and gaps whose sum passes 32 bits."""
+    rng = np.random.default_rng(4)
+    for low in (0, 5, 20, 24):
+        gaps = rng.integers(0, 3 << low, 200).tolist()
+        gaps[50], gaps[90], gaps[120] = 255 << low, 256 << low, (700 << low) + 1
+        indices = [3, *(4 + np.cumsum(np.array(gaps) + 1) - 1).tolist()]
+        code = u64(3) + bytes(7) + bytes([3 + low]) + rice(gaps, low)
+        limit = indices[-1] + 1
+        read = DECODERS[decoder](code, len(indices), limit, torch.int64)
+        assert not isinstance(read, str), read
+        assert read.tolist() == indices
+        said = DECODERS[decoder](code, len(indices), limit - 1, torch.int64)
+        assert isinstance(said, str)
+        assert f"in [0, {limit - 1}), got a gap of {gaps[-1]} after index {indices[-2]} in block 0" in said
+        if limit > 2**31:
+            said = DECODERS[decoder](code, len(indices), limit, torch.int32)
+            assert isinstance(said, str)
+            assert "fit int32" in said
+
+
 @st.composite
 def attacks(draw: st.DrawFn) -> tuple[bytes, int, int, torch.dtype]:
     """A code of a few blocks with some of its bytes, its length, its count or its limit changed."""
     indices = draw(gap_lists())
-    code, count = bytearray(written(indices)), len(indices)
+    code, count = bytearray(written(indices, draw(st.sampled_from([1, 2])))), len(indices)
     limit = draw(st.sampled_from([2**63 - 1, (indices[-1] if indices else 0) + draw(st.integers(0, 2))]))
     for _ in range(draw(st.integers(0, 3))):
         # A single byte matters most in the anchors.
@@ -490,7 +624,7 @@ def test_encoders_refuse_the_same(indices: list[int], seed: int, changes: int) -
         said = set()
         for encode in ENCODERS.values():
             try:
-                said.add(encode(array))
+                said.add(encode(array, changes % 2 + 1))
             except (RuntimeError, ValueError) as error:
                 said.add(str(error))
         assert len(said) == 1, said
@@ -568,6 +702,7 @@ def test_module_arguments() -> None:
         (lambda: _codec.decode(code[None], 5, 10, "i4"), "decode_indices: code must be 1-D, got 2 dimensions"),
         (lambda: _codec.decode(indices, 5, 10, "i4"), "decode_indices: code must be uint8, got items of 8 bytes"),
         (lambda: _codec.fingerprint(indices[::2]), "fingerprint: weight must be contiguous"),
+        (lambda: _codec.encode(indices, version=0), "encode_indices: version must be 1 or 2, got 0"),
         (lambda: _codec.encode(indices, width="wide"), "width must be one of widths(), got wide"),
     ]
     for call, says in calls:

@@ -54,6 +54,7 @@ def test_the_kernel_without_a_defect(order: int) -> None:
 
 def test_a_missing_barrier_shows() -> None:
     """It gives wrong results in at least one order of the threads."""
+    emul.library()
     wrong = []
     for number in (*ORDERS.values(), SHUFFLED):
         torch.ops.shira_emul._order(number)
@@ -202,7 +203,7 @@ def test_hostile_indices_of_a_sampled_gradient(how: str) -> None:
 
 @pytest.mark.parametrize("many", [False, True], ids=("few", "many"))
 def test_a_hostile_plan_reaches_no_other_memory(many: bool) -> None:
-    """fuse_ with indices, offsets and sources that no plan has, each alone and all at once."""
+    """fuse_ with indices, offsets, sources and members that no plan has, each alone and all at once."""
     generator = torch.Generator().manual_seed(1)
     for granule, refuse in itertools.product((1, 40), (False, True)):
         case = build("fuse_", Setup(dtype=torch.bfloat16, granule=granule, limit=700, count=300), refuse=refuse)
@@ -217,12 +218,14 @@ def test_a_hostile_plan_reaches_no_other_memory(many: bool) -> None:
         adapter = torch.randint(-2, adapters + 2, (n,), generator=generator)
         position = torch.randint(0, 303, (n,), generator=generator)
         sources = [wild, adapter << 48 | position, torch.full((n,), 2**48 - 1), torch.full((n,), (adapters << 48) - 1)]
-        offsets = list(hostile(union + 1, n, torch.int32))
+        members = [wild, wild.flip(0), torch.full((n,), -1), torch.full((n,), 2**63 - 1)]
+        offsets = list(hostile(len(case.args["offsets"]), n, torch.int32))
         indices = list(hostile(union, 700, torch.int64))
         plans = [{"sources": one} for one in sources] + [{"offsets": one} for one in offsets]
-        plans += [{"indices": one} for one in indices]
+        plans += [{"indices": one} for one in indices] + [{"members": one} for one in members]
         plans += [
-            {"sources": s, "offsets": o, "indices": i} for s, o, i in zip(sources, offsets, indices, strict=False)
+            {"sources": s, "members": m, "offsets": o, "indices": i}
+            for s, m, o, i in zip(sources, members, offsets, indices, strict=False)
         ]
         for plan in plans:
             run(EMULATOR, Case("fuse_", {**case.args, **plan}))
@@ -291,13 +294,14 @@ def test_any_number_of_adapters(adapters: int) -> None:
     emul.library()
     generator = torch.Generator().manual_seed(adapters)
     masks = [(torch.rand(60, generator=generator) < 0.2).nonzero().view(-1).int() for _ in range(adapters)]
-    indices, offsets, sources = cases.ORACLE("fuse_plan", indices=masks, granule=1)
+    indices, offsets, sources, members = cases.ORACLE("fuse_plan", indices=masks, granule=1)
     args = {
         "weight": torch.randn(60, generator=generator).bfloat16(),
         "saved": torch.zeros(len(indices), dtype=torch.bfloat16),
         "indices": indices,
         "offsets": offsets,
         "sources": sources,
+        "members": members,
         "values": [torch.randn(len(one), generator=generator) for one in masks],
         "alphas": torch.randn(adapters, generator=generator),
         "delta": [i % 3 == 0 for i in range(adapters)],

@@ -50,11 +50,28 @@ def test_plan_of_wide_and_mixed_indices(backend: Backend) -> None:
 def test_plan_names_adapter_and_position(backend: Backend) -> None:
     adapters = [torch.tensor([2, 4], dtype=torch.int32), torch.tensor([1, 4, 9], dtype=torch.int32)]
     plan = run(backend, Case("fuse_plan", {"indices": adapters}))["result"]
-    assert [t.tolist() for t in plan] == [[1, 2, 4, 9], [0, 1, 2, 4, 5], [1 << 48, 0, 1, 1 << 48 | 1, 1 << 48 | 2]]
-    assert [t.dtype for t in plan] == [torch.int32, torch.int32, torch.int64]
+    assert [t.tolist() for t in plan] == [[1, 2, 4, 9], [0, 2], [0, 1 << 48], [0b0110, 0b1101]]
+    assert [t.dtype for t in plan] == [torch.int32, torch.int32, torch.int64, torch.int64]
+
+
+def test_plan_goes_on_in_the_next_group(backend: Backend) -> None:
+    """A source names the first granule that its adapter has in the group; bit 63 is the sign of an int64."""
+    adapters = [torch.arange(63, 130), torch.arange(0, 130, 2), torch.arange(1, 63, 2)]
+    plan = run(backend, Case("fuse_plan", {"indices": adapters}))["result"]
+    even, odd = (sum(1 << bit for bit in range(first, 63, 2)) for first in (0, 1))
+    groups = [
+        {0: -(2**63), 1 << 48: even, 2 << 48: odd},
+        {1: -1, 1 << 48 | 32: even},
+        {65: 0b11, 1 << 48 | 64: 0b01},
+    ]
+    assert plan[1].tolist() == [0, 3, 5, 7]
+    assert plan[2].tolist() == [source for group in groups for source in group]
+    assert plan[3].tolist() == [members for group in groups for members in group.values()]
 
 
 # fuse_
+
+PLAN = ("indices", "offsets", "sources", "members")
 
 
 def fuse_case(setup: Setup, strengths: list[float], delta: list[bool], refuse: bool) -> Case:
@@ -63,7 +80,7 @@ def fuse_case(setup: Setup, strengths: list[float], delta: list[bool], refuse: b
     compute = torch.float64 if setup.dtype == torch.float64 else torch.float32
     counts = [max(0, setup.count - 3 * k) for k in range(len(strengths))]
     adapters = [cases.random_indices(rng, setup.limit, count, setup.index) for count in counts]
-    indices, offsets, sources = oracles.fuse_plan(adapters, setup.granule)
+    plan = dict(zip(PLAN, oracles.fuse_plan(adapters, setup.granule), strict=True))
     g = setup.granule
 
     def numbers(n: int, dtype: torch.dtype) -> torch.Tensor:
@@ -73,10 +90,8 @@ def fuse_case(setup: Setup, strengths: list[float], delta: list[bool], refuse: b
         "fuse_",
         {
             "weight": numbers(setup.numel, setup.dtype).view(cases.shape_of(setup.numel)),
-            "saved": numbers(len(indices) * g, setup.dtype),
-            "indices": indices,
-            "offsets": offsets,
-            "sources": sources,
+            "saved": numbers(len(plan["indices"]) * g, setup.dtype),
+            **plan,
             "values": [numbers(count * g, setup.values or setup.dtype) for count in counts],
             "alphas": torch.tensor(strengths, dtype=compute),
             "delta": delta,
@@ -131,25 +146,22 @@ def test_entries_without_sources_keep_their_bits(backend: Backend, refuse: bool,
     """A plan that a caller has cut: some entries have no sources left, including the last ones."""
     setup = Setup(dtype=torch.bfloat16, granule=granule, limit=600, count=400, specials=True)
     case = fuse_case(setup, [0.7, 1.0, -0.5], [False, False, True], refuse)
-    offsets, sources = case.args["offsets"], case.args["sources"]
-    counts = offsets.diff()
-    counts[::5] = 0
-    counts[-3:] = 0
-    kept = (torch.arange(len(sources)) - offsets[:-1].repeat_interleave(offsets.diff())) < counts.repeat_interleave(
-        offsets.diff()
-    )
-    case.args["offsets"] = torch.cat([offsets[:1], counts.cumsum(0, dtype=offsets.dtype)])
-    case.args["sources"] = sources[kept]
+    offsets, sources, members = (case.args[name] for name in PLAN[1:])
+    members &= ~0x1084210842108421  # every fifth entry has no source any more; what follows moves up
+    kept = torch.arange(len(sources)) % 4 != 1
+    kept[-2:] = False
+    case.args["offsets"] = torch.cat([kept.new_zeros(1), kept.cumsum(0)])[offsets].to(offsets.dtype)
+    case.args |= {"sources": sources[kept], "members": members[kept]}
     against_oracle(backend, case)
 
 
 def test_masks_that_coincide(backend: Backend) -> None:
     """Every entry has as many sources as there are adapters."""
     at = cases.random_indices(np.random.default_rng(3), 2000, 1001, torch.int32)
-    indices, offsets, sources = oracles.fuse_plan([at] * 5)
+    plan = dict(zip(PLAN, oracles.fuse_plan([at] * 5), strict=True))
     for dtype in FLOAT_DTYPES:
         case = fuse_case(Setup(dtype=dtype, limit=2000, count=1001, specials=True), [0.5], [False], False)
-        case.args |= {"indices": indices, "offsets": offsets, "sources": sources}
+        case.args |= plan
         case.args["values"] = [torch.roll(case.args["values"][0], k) for k in range(5)]
         case.args["alphas"] = torch.tensor([0.5, 0.0, 1.0, -0.25, 3.0], dtype=case.args["alphas"].dtype)
         case.args["delta"] = [False, True, False, True, False]
@@ -193,9 +205,9 @@ def test_contributions_sum_in_the_order_of_the_adapters(backend: Backend) -> Non
     at = torch.tensor([0])
     big, one = torch.tensor([2.0**24]), torch.tensor([1.0])
     for values in ([big, one, one], [one, one, big]):
-        indices, offsets, sources = oracles.fuse_plan([at, at, at])
-        args = {"weight": torch.zeros(1), "saved": torch.zeros(1), "indices": indices, "offsets": offsets}
-        args |= {"sources": sources, "values": values, "alphas": torch.ones(3), "delta": [True] * 3}
+        args = {"weight": torch.zeros(1), "saved": torch.zeros(1)}
+        args |= dict(zip(PLAN, oracles.fuse_plan([at, at, at]), strict=True))
+        args |= {"values": values, "alphas": torch.ones(3), "delta": [True] * 3}
         total = float(run(backend, Case("fuse_", args))["weight"])
         assert total == (2.0**24 if values[0] is big else 2.0**24 + 2)
 
@@ -203,10 +215,10 @@ def test_contributions_sum_in_the_order_of_the_adapters(backend: Backend) -> Non
 def test_adapters_may_share_values(backend: Backend) -> None:
     """Read-only arguments may be one tensor."""
     at = torch.tensor([1, 3])
-    indices, offsets, sources = oracles.fuse_plan([at, at])
     shared = torch.tensor([1.0, 2.0])
-    args = {"weight": torch.zeros(5), "saved": torch.zeros(2), "indices": indices, "offsets": offsets}
-    args |= {"sources": sources, "values": [shared, shared], "alphas": torch.tensor([1.0, 0.5]), "delta": [True, True]}
+    args = {"weight": torch.zeros(5), "saved": torch.zeros(2)}
+    args |= dict(zip(PLAN, oracles.fuse_plan([at, at]), strict=True))
+    args |= {"values": [shared, shared], "alphas": torch.tensor([1.0, 0.5]), "delta": [True, True]}
     args = cases.map_tensors(lambda t: t.to(backend.device), args)
     args["values"] = [args["values"][0]] * 2
     backend("fuse_", **args)
@@ -220,6 +232,6 @@ def test_the_plan_of_the_op_drives_the_pass(backend: Backend) -> None:
         rng = np.random.default_rng(0)
         adapters = [cases.random_indices(rng, 61, 17, torch.int64) for _ in range(3)]
         plan = run(backend, Case("fuse_plan", {"indices": adapters, "granule": granule}))["result"]
-        case.args |= dict(zip(("indices", "offsets", "sources"), plan, strict=True))
+        case.args |= dict(zip(PLAN, plan, strict=True))
         case.args["saved"] = torch.zeros(len(plan[0]) * granule, dtype=torch.bfloat16)
         against_oracle(backend, case)

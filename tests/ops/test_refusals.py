@@ -381,16 +381,21 @@ def test_fuse_arguments(backend: Backend) -> None:
         ({"delta": [False, True]}, "delta must have one bool for each of the 3 values, got 2"),
         ({"offsets": elsewhere(backend, a["offsets"])}, f"offsets {device}"),
         ({"offsets": a["offsets"].float()}, "offsets must be int32 or int64, got float32"),
-        ({"offsets": a["offsets"][None]}, f"offsets must be 1-D, got shape [1, {n + 1}]"),
+        ({"offsets": a["offsets"][None]}, "offsets must be 1-D, got shape [1, 2]"),
         (
             {"offsets": a["offsets"][1:].clone()},
-            f"offsets must have {n + 1} entries (one more than the {n} indices), got {n}",
+            f"offsets must have 2 entries (one for each 64 of the {n} indices, and one more), got 1",
         ),
-        ({"offsets": strided(a["offsets"])}, f"offsets must be contiguous, got shape [{n + 1}] with strides [2]"),
+        ({"offsets": strided(a["offsets"])}, "offsets must be contiguous, got shape [2] with strides [2]"),
         ({"sources": there}, f"sources {device}"),
         ({"sources": a["sources"].int()}, "sources must be int64, got int32"),
         ({"sources": a["sources"][None]}, f"sources must be 1-D, got shape [1, {len(there)}]"),
         ({"sources": strided(a["sources"])}, f"sources must be contiguous, got shape [{len(there)}] with strides [2]"),
+        ({"members": there}, f"members {device}"),
+        ({"members": a["members"].int()}, "members must be int64, got int32"),
+        ({"members": a["members"][None]}, f"members must be 1-D, got shape [1, {len(there)}]"),
+        ({"members": strided(a["members"])}, f"members must be contiguous, got shape [{len(there)}] with strides [2]"),
+        ({"members": a["members"][1:].clone()}, "members must have one entry for each of the 3 sources, got 2"),
         ({"values": [*values[:2], elsewhere(backend, values[2])]}, f"values[2] {device}"),
         (
             {"values": [*values[:2], values[2].half()]},
@@ -426,9 +431,11 @@ def test_fuse_plan_content_in_fuse(backend: Backend) -> None:
     """A plan that does not fit: the CPU reads all of it before the first write."""
     if not backend.checks_content:
         pytest.skip("GPU ops guard each access")
-    case = valid(backend, "fuse_")
+    case = valid(backend, "fuse_", limit=400, count=100)
     a = case.args
-    total, n = len(a["sources"]), len(a["offsets"])
+    total, n, union = len(a["sources"]), len(a["offsets"]), len(a["indices"])
+    assert n == 5
+    assert 192 < union < 255
 
     def changed(name: str, at: int, value: int) -> Case:
         t = a[name].clone()
@@ -440,11 +447,23 @@ def test_fuse_plan_content_in_fuse(backend: Backend) -> None:
     refused(backend, changed("offsets", 3, -1), f"{rise}, got -1 at position 3")
     refused(backend, changed("offsets", 2, total + 1), f"{rise}, got {total + 1} at position 2")
     refused(backend, changed("offsets", n - 1, total - 1), f"{rise}, got {total - 1} at position {n - 1}")
-    known = "fuse_: sources must name one of the 3 values and a granule of it, got adapter"
-    refused(backend, changed("sources", 2, 3 << 48), f"{known} 3, granule 0 at position 2")
-    refused(backend, changed("sources", total - 1, 1 << 48 | 17), f"{known} 1, granule 17 at position {total - 1}")
-    refused(backend, changed("sources", 0, (1 << 48) - 1), f"{known} 0, granule {2**48 - 1} at position 0")
-    refused(backend, changed("sources", 1, -1), f"{known} -1, granule {2**48 - 1} at position 1")
+    known = "fuse_: sources must name one of the 3 values and granules of it, got adapter"
+    counts = [(members % 2**64).bit_count() for members in a["members"].tolist()]
+
+    def says(adapter: int, granule: int, at: int) -> str:
+        return f"{known} {adapter}, granule {granule} with {counts[at]} members at position {at}"
+
+    last, most = total - 1, 100 - counts[-1]  # the third adapter in the last group
+    refused(backend, changed("sources", 2, 3 << 48), says(3, 0, 2))
+    refused(backend, changed("sources", last, 1 << 48 | most + 1), says(1, most + 1, last))
+    refused(backend, changed("sources", 0, (1 << 48) - 1), says(0, 2**48 - 1, 0))
+    refused(backend, changed("sources", 1, -1), says(-1, 2**48 - 1, 1))
+    at, counts[total - 6] = total - 6, 64
+    refused(backend, changed("members", at, -1), says(0, int(a["sources"][at]), at))
+    beyond = f"fuse_: members must name entries of the {union} indices, got entry"
+    refused(backend, changed("members", last, 1 << union % 64), f"{beyond} {union} at position {last}")
+    refused(backend, changed("members", last, -(2**63)), f"{beyond} 255 at position {last}")
+    backend("fuse_", **changed("sources", last, 1 << 48 | 100 - counts[-1]).args)  # up to the last granule
 
 
 # The gradient family

@@ -42,7 +42,7 @@ CONTRACT = {
     " or test_strengths and (bfloat16 or float64) and -3] or test_lists and 8 or test_lists_of or test_lists_may"
     " or test_shapes or test_a_view or test_switch_between or test_gather_gives or test_alpha_is"
     " or test_no_contraction or subnormals or check_indices",
-    "fuse": "test_fuse[ and -3] or test_fuse_small or one_adapter and bfloat16 or never or order_of or share"
+    "fuse": "test_fuse[ and -3] or test_fuse_small or one_adapter and bfloat16 or never or order_of or share or keep"
     " or test_plan or the_plan_of",
     "gradient": "test_exact and (bfloat16 or float64) and (-3 or numel) or against_the or leading or span or finite"
     " or narrow",
@@ -50,10 +50,10 @@ CONTRACT = {
     "select": "nan_comes or zero_times or in_entry or test_narrow or ignores or ties"
     " or bfloat16-magnitude-3] or float32-grad-1] or float64-snip-8]"
     " or test_random_is or test_random_of or test_random_takes or test_random_device or test_random and 65-3]",
-    "codec": "test_refused",
+    "codec": "test_refused or test_rice_past",
     "fingerprint": "bfloat16 or uint8 and not past or complex64 or frozen or all_granules or shape_does",
-    "diff": "bfloat16-16] or uint8-3] or numbers or aligned or list or follows or 15] or 17] or 48] or refusals"
-    " or overlap",
+    "diff": "bfloat16-16] or uint8-3] or numbers or aligned or list or follows or 15-before or 17-after or 48-"
+    " or refusals or overlap",
     "overlay": "leading or nothing_in or not_there and -1] or once or nobody or strength and bfloat16"
     " or exact_overlays and bfloat16-3] or adapters and -65]",
     "refusals": "test_overlap or test_order or test_a_gpu or test_dtype or test_strengths or test_one_weight_twice"

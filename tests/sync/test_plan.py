@@ -14,7 +14,7 @@ from test_sync_attacks import Interrupt
 from torch import Tensor, nn
 
 from shira import Adapter, AdapterError, Entry, Switcher
-from shira.sync import Box, Plan, Publisher, Receiver, SyncError
+from shira.sync import Box, Plan, Publisher, Receiver, SyncError, Update
 
 Loader = Callable[[Iterable[tuple[str, Tensor]]], object]
 
@@ -236,6 +236,8 @@ def test_the_version_of_a_whole_model_is_the_publishers() -> None:
     other = fused()
     other.model.get_parameter("a.qk").data[7, 1] += 1
     follower = Receiver(other.model, plan=served.plan())
+    with pytest.raises(SyncError, match=r"must be at version [0-9a-f]{16}, as version= says, and are at"):
+        Receiver(other.model, plan=served.plan(), version=publisher.version)
     disturb(served.trained, served.generator)
     with pytest.raises(SyncError, match="the model must hold the weights that the Publisher started from"):
         follower.stage(publisher.publish())
@@ -307,8 +309,10 @@ def test_refused_where_the_layout_changed() -> None:
         ({"c": update.weights["b.o"]}, "'c' is not among the weights that the plan was recorded with"),
         ({"b.o": replace(update.weights["b.o"], indices=update.weights["b.o"].indices + 40, checked=False)}, "indices"),
     ):
+        after = dict.fromkeys(change, 0)
+        changed = {"weights": change, "after": after, "before": {}, "start": receiver.version}
         with pytest.raises(AdapterError, match=text):
-            receiver.stage(replace(update, weights=change, after=dict.fromkeys(change, 0), start=receiver.version))
+            receiver.stage(replace(update, **changed))
         with pytest.raises(AdapterError, match=text):
             plan.map(Adapter(change))
     for arguments, error in (
@@ -381,7 +385,13 @@ def test_other_dtypes_are_rounded_as_the_loader_does() -> None:
         Receiver(served.model, plan=plan, version=Publisher(served.trained).version),
     )
     disturb(served.trained, served.generator)
-    receiver.stage(publisher.publish())
+    update = publisher.publish()
+    # Rounded entries are not those that a file's differences start from.
+    with pytest.raises(SyncError, match=r"'a\.q' is float32 at the publisher and bfloat16 here, .*differences=False"):
+        receiver.stage(update.to_bytes())
+    with pytest.raises(SyncError, match=r"^Plan\.map: the values of the update of step 1 are differences"):
+        plan.map(Update.from_bytes(update.to_bytes()))
+    receiver.stage(update.to_bytes(differences=False))
     receiver.commit()
     assert same(state(served.model), served.loaded(served.model))
 
@@ -411,6 +421,10 @@ def test_two_names_for_one_memory(tied: bool) -> None:
     receiver.stage(publisher.publish())
     receiver.commit()
     assert torch.equal(model._parameters["head"], trained._parameters["embed"])
+    # Beside a larger weight both are loaded in one run, where the second one is written over the first.
+    model.register_parameter("large", nn.Parameter(torch.zeros(100).bfloat16()))
+    shapes = {**trained.state_dict(), "large": torch.zeros(100).bfloat16()}
+    assert Plan.record(model, load, shapes).shared == plan.shared
     if not tied:
         with torch.no_grad():
             trained._parameters["head"][0, 0] = 5.0
@@ -497,6 +511,12 @@ class Strange:
             elif kind == "order":
                 order = torch.randperm(3200, generator=torch.Generator().manual_seed(1))
                 self["three"].data.copy_(weight.view(-1)[order].view(800, 4))
+            elif kind == "inference":
+                with torch.inference_mode():
+                    self["three"].copy_(weight * 1)
+            elif kind == "buffer":
+                del self.model.few
+                self.model.register_buffer("few", weight.clone())
             elif kind == "part":
                 self["two"].data.zero_()
                 self["two"].data[1:, 2:5] = weight
@@ -521,7 +541,7 @@ SHAPES = {
     "thread": (6, 8), "numpy": (8, 6), "replaces": (4, 800), "data": (800, 4), "scaled": (6, 8), "added": (6,),
     "exp": (6,), "whole_numbers": (6,), "order": (3200,), "shuffled": (3200,), "part": (5, 3), "wrong": (2, 2),
     "other_shape": (7,), "l.q": (2, 8), "l.k": (1, 8), "l.v": (3, 8), "l.gate": (400, 2), "l.up": (400, 2),
-    "kept.a": (2, 8), "kept.b": (4, 8), "nowhere": (3, 3), "empty": (0, 4),
+    "inference": (800, 4), "buffer": (6,), "kept.a": (2, 8), "kept.b": (4, 8), "nowhere": (3, 3), "empty": (0, 4),
 }  # fmt: skip
 
 
@@ -535,7 +555,7 @@ def test_loaders_of_all_kinds() -> None:
     computed = "is not moved alone: the loader computes with its values"
     for name, text in {
         "scaled": computed, "added": computed, "exp": computed, "whole_numbers": computed, "shuffled": computed,
-        "order": " pieces, and a plan takes 1,024 a weight at most", "mask": "has dtype bool",
+        "order": "lies in more than 1,024 pieces", "mask": "has dtype bool",
         "wrong": "is refused by the loader: KeyError: 'no such weight'",
         "other_shape": "the loader puts another kind of tensor in place of few",
     }.items():  # fmt: skip
@@ -557,6 +577,9 @@ def test_recordings_that_fail() -> None:
     before = state(strange.model)
     with pytest.raises(SyncError, match=r"not one weight can be followed\. wrong is refused by the loader: KeyError"):
         Plan.record(strange.model, strange.load, {"wrong": (2, 2)}, exclude="mask")
+
+    with pytest.raises(SyncError, match="the loader writes nothing to the model for nothing, either; give"):
+        Plan.record(strange.model, strange.load, {"nothing": (2, 2), "either": (3,)}, exclude="mask")
 
     def stop(weights: Iterable[tuple[str, Tensor]]) -> None:
         strange.load(weights)

@@ -273,10 +273,10 @@ def test_the_adapter_is_a_delta_for_this_base(tmp_path: Path, dtype: torch.dtype
     for name, entry in loaded.weights.items():
         assert entry.dtype == dtype
         assert torch.equal(entry.values, values[name])
-    switcher = shira.Switcher(model)
-    switcher.add("delta", loaded)
-    with switcher.using("delta"):
-        torch.testing.assert_close(model(TOKENS), trained, rtol=2**-5, atol=2**-5)
+    for server in (shira.Switcher(model), shira.Overlay(model)):
+        server.add("delta", loaded)
+        with server.using("delta"):
+            torch.testing.assert_close(model(TOKENS), trained, rtol=2**-5, atol=2**-5)
     with torch.no_grad():
         model.linear.weight.view(-1)[0] += 1
     with pytest.raises(shira.AdapterError, match="was made for another base"):
@@ -371,6 +371,12 @@ def test_over_quantized_layers(kind: str, tmp_path: Path) -> None:
     assert torch.equal(model(x), base)
     with SparseTuner.from_adapter(model, tmp_path / "delta.safetensors", overlay=True):
         assert torch.equal(model(x), trained)
+    overlay = shira.Overlay(model)
+    overlay.add("delta", tmp_path / "delta.safetensors")
+    with overlay.using("delta"):
+        torch.testing.assert_close(model(x), trained, rtol=1e-4, atol=1e-4)
+    assert torch.equal(model(x), base)
+    overlay.detach()
     # Another base, by one bit of a code.
     codes = layers["0.weight"].stored()[0].view(-1).view(torch.uint8)
     with torch.no_grad():
@@ -388,6 +394,29 @@ def test_packed_4_bits_compute_no_gradient() -> None:
     weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu(weight.data, weight.quant_state)
     with pytest.raises(ValueError, match=r"0\.weight was packed for this CPU by bitsandbytes"):
         SparseTuner(model, MASK, overlay=True)
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes nf4", "bitsandbytes int8", "torchao int8", "quanto int8"])
+def test_a_tuner_that_writes_names_the_overlay(kind: str) -> None:
+    with pytest.raises(ValueError, match=r"0\.weight .*train a delta beside it with overlay=True"):
+        SparseTuner(quantized(kind), MASK)
+
+
+def test_transformers_trainer_takes_a_quantized_model(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    integration = pytest.importorskip("shira.integrations.transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.is_quantized = True
+    kind = type("Trainer", (integration.AdapterCheckpoints, transformers.Trainer), {})
+    arguments = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    with SparseTuner(model, MASK) as tuner, pytest.raises(ValueError, match="purely quantized"):
+        kind(model, arguments, tuner=tuner)
+    with SparseTuner(model, MASK, overlay=True) as tuner:
+        kind(model, arguments, tuner=tuner)
+    assert "_hf_peft_config_loaded" not in vars(model)
 
 
 def by_name(name: str, weight: Tensor) -> Tensor:

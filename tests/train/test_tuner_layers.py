@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 import shira_ops
 from shira import SGD, SparseTuner, masks
-from shira.train._layers import Attach, _options
+from shira.train._layers import Attach, options
 from tuning import bits, check_gradients, dense_gradients, indices_of, randomize, same_bits
 
 
@@ -241,7 +241,7 @@ def test_gradcheck_through_attach(name: str) -> None:
             layer.weight.copy_(weight)
             shira_ops.scatter_(layer.weight, indices, values.detach())
             raw = layer(input)
-        return Attach.apply(raw + shift, values, input, indices, 1, rule, _options(rule, layer))
+        return Attach.apply(raw + shift, values, input, indices, 1, rule, options(rule, layer))
 
     values = weight.view(-1)[indices.long()].clone().requires_grad_()
     with torch.no_grad():

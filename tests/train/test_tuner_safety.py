@@ -127,9 +127,12 @@ def test_a_module_that_was_replaced_is_refused() -> None:
         optimizer.step()
 
 
-def test_a_model_that_was_sharded_is_refused() -> None:
+@pytest.mark.parametrize("gradient", ["sampled", "dense"])
+def test_a_model_that_was_sharded_is_refused(gradient: str) -> None:
     model = net()
-    tuner = tune(model)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    tuner = tune(model, gradient)
+    train(model, AdamW(tuner, lr=0.1))
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         from torch.distributed.fsdp import fully_shard
@@ -139,8 +142,13 @@ def test_a_model_that_was_sharded_is_refused() -> None:
             RuntimeError, match=r"0\.weight (was replaced by another parameter .*fully_shard|is sharded)"
         ):
             model(X)
-        with pytest.raises(RuntimeError, match=r"the base cannot be put back, since 0\.weight (was|is) sharded"):
+        if gradient == "dense":  # a sharded weight cannot train that way
+            with pytest.raises(RuntimeError, match=r"the base cannot be put back, since 0\.weight (was|is) sharded"):
+                tuner.detach()
+        else:
             tuner.detach()
+            now: list[Any] = list(model.parameters())
+            assert all(torch.equal(one.full_tensor(), base) for one, base in zip(now, before, strict=True))
     finally:
         torch.distributed.destroy_process_group()
 

@@ -79,8 +79,11 @@ class Entry:
         """Whether the entry replaces the parameter as a whole."""
         return self.granule == self.numel and self.indices.numel() == 1
 
-    def check(self, where: str) -> None:
-        """Refuse shapes, dtypes and counts that contradict each other. `check_indices` checks the indices."""
+    def check(self, where: str, *, differences: bool = False) -> None:
+        """Refuse shapes, dtypes and counts that contradict each other. `check_indices` checks the indices.
+
+        With `differences`, values may be whole numbers of the size of the weight's floats: see `_difference`.
+        """
         if self.granule < 1 or self.numel % self.granule or self.granule > max(self.numel, 1):
             raise AdapterError(f"{where}: granule must divide its {self.numel} entries, got {self.granule}")
         if dtype_name(self.dtype) not in _file.DTYPES:
@@ -99,7 +102,8 @@ class Entry:
         if nnz > self.numel:
             raise AdapterError(f"{where}: values must be at most its {self.numel} entries, got {nnz}")
         full = dtype_name(self.dtype) in _file.ARITHMETIC and self.values.dtype == torch.float32
-        if self.values.dtype != self.dtype and not full:
+        whole = differences and dtype_name(self.values.dtype) == _file.DIFFERENCES.get(dtype_name(self.dtype))
+        if self.values.dtype != self.dtype and not full and not whole:
             raise AdapterError(
                 f"{where}: values must have the weight's dtype {dtype_name(self.dtype)} or, for floats, float32, "
                 f"got {dtype_name(self.values.dtype)}"

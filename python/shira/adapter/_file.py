@@ -1,13 +1,15 @@
-"""The adapter file, version 1: its layout, and every check that does not need torch.
+"""The adapter file, versions 1 and 2: its layout, and every check that does not need torch.
 
 An adapter is one safetensors file. For each weight ``NAME`` it holds ``NAME.values`` and, unless the mask follows from
 a seed or the parameter is whole, ``NAME.indices`` (a uint8 code, see ``shira_ops.encode_indices``). The metadata holds
 the rest, as strings:
 
-- ``shira.version``: ``"1"``.
+- ``shira.version``: ``"1"`` or ``"2"``.
 - ``shira.adapter``: JSON with ``alpha``, ``delta``, ``mask``, ``density`` and ``provenance``.
 - ``shira.weights``: JSON, name to ``shape``, ``dtype``, ``granule``, ``count``, ``indices`` (``"code"``, ``"seed"`` or
   ``"whole"``), ``seed``, ``fingerprint`` (16 hex digits, or null) and, where there are any, ``aliases``.
+  In version 2 the code may be of version 2 too, and ``values`` may say ``"difference"``: then ``NAME.values`` is a
+  uint8 code of differences from the entries that they replace, and ``print`` the fingerprint of the values themselves.
 - ``shira.checksums``: 16 hex digits for the two JSON texts above, then 16 for the tensors of each weight, in order.
 """
 
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 
     Bytes: TypeAlias = npt.NDArray[np.uint8]
 
-VERSION = 1
+VERSIONS = (1, 2)
 VERSION_KEY, ADAPTER_KEY, WEIGHTS_KEY = "shira.version", "shira.adapter", "shira.weights"
 CHECKSUMS_KEY = "shira.checksums"
 
@@ -63,6 +65,10 @@ BITS = {name: 8 * size for name, size in DTYPES.values()} | {
 }  # fmt: skip
 ITEM_BYTES = dict(DTYPES.values())
 ARITHMETIC = ("float16", "bfloat16", "float32", "float64")
+# Values of these may be differences, which are whole numbers of the same size.
+DIFFERENCES = {
+    name: f"int{8 * size}" for name, (_, size) in DTYPES.items() if name.startswith("float") or name == "bfloat16"
+}
 MAX_NUMEL = 2**62
 MAX_DIMS = 64  # torch's limit
 MAX_HEADER = 100_000_000  # bytes, the stock library's limit
@@ -86,6 +92,13 @@ class WeightHeader:
     aliases: tuple[str, ...]
     values_dtype: str
     code_bytes: int
+    # Of values that are differences: the fingerprint of the values themselves.
+    print: int | None = None
+
+    @property
+    def difference(self) -> bool:
+        """Whether the values are a code of differences from the entries that they replace."""
+        return self.print is not None
 
     @property
     def numel(self) -> int:
@@ -110,6 +123,7 @@ class Header:
     provenance: dict[str, Any]
     weights: dict[str, WeightHeader]
     checksums: bool  # whether the file has any
+    version: int = 1
 
     @property
     def nnz(self) -> int:
@@ -422,7 +436,7 @@ def _tensor(
     return dtypes[dtype], shape[0]
 
 
-def _weight(where: str, name: str, entry: Any, places: Mapping[str, Place]) -> WeightHeader:
+def _weight(where: str, name: str, entry: Any, places: Mapping[str, Place], version: int) -> WeightHeader:
     if not isinstance(entry, dict):
         raise AdapterError(f"{where}: its metadata must be a JSON object, got {type(entry).__name__}")
     shape = entry.get("shape")
@@ -446,10 +460,24 @@ def _weight(where: str, name: str, entry: Any, places: Mapping[str, Place]) -> W
     if not isinstance(aliases, list) or not all(isinstance(alias, str) and alias for alias in aliases):
         raise AdapterError(f"{where}: aliases must be a list of names, got {shown(aliases)}")
 
-    allowed = {DTYPES[dtype][0]: dtype}
-    if dtype in ARITHMETIC:
-        allowed["F32"] = "float32"
-    values_dtype, _ = _tensor(where, places, f"{name}.values", allowed, count * granule)
+    form = entry.get("values", "plain") if version > 1 else "plain"
+    printed: int | None = None
+    if form == "difference":
+        printed = _word(where, entry, "print")
+        if dtype not in DIFFERENCES or printed is None:
+            problem = f"dtype {dtype}" if dtype not in DIFFERENCES else "print null"
+            raise AdapterError(
+                f"{where}: values that are differences must be of floats and have a print, got {problem}"
+            )
+        _tensor(where, places, f"{name}.values", {"U8": "uint8"}, None)
+        values_dtype = DIFFERENCES[dtype]
+    elif form == "plain":
+        allowed = {DTYPES[dtype][0]: dtype}
+        if dtype in ARITHMETIC:
+            allowed["F32"] = "float32"
+        values_dtype, _ = _tensor(where, places, f"{name}.values", allowed, count * granule)
+    else:
+        raise AdapterError(f"{where}: values must be plain or difference, got {shown(form)}")
 
     kind, code_bytes = entry.get("indices"), 0
     if kind == "code":
@@ -475,6 +503,7 @@ def _weight(where: str, name: str, entry: Any, places: Mapping[str, Place]) -> W
         tuple(aliases),
         values_dtype,
         code_bytes,
+        printed,
     )
 
 
@@ -494,10 +523,12 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 def _header(path: str, metadata: Mapping[str, str], places: Mapping[str, Place]) -> Header:
     if VERSION_KEY not in metadata:
         raise AdapterError(f"{path}: the metadata has no {VERSION_KEY}, so this is not a SHiRA adapter")
-    if metadata[VERSION_KEY] != str(VERSION):
+    if metadata[VERSION_KEY] not in map(str, VERSIONS):
+        known = " and ".join(map(str, VERSIONS))
         raise AdapterError(
-            f"{path}: version {shown(metadata[VERSION_KEY], 40)} is not known; this library reads version {VERSION}"
+            f"{path}: version {shown(metadata[VERSION_KEY], 40)} is not known; this library reads versions {known}"
         )
+    version = int(metadata[VERSION_KEY])
     adapter = _object(path, metadata, ADAPTER_KEY)
     alpha, delta = strength(f"{path}: alpha", adapter.get("alpha")), adapter.get("delta")
     if type(delta) is not bool:
@@ -515,7 +546,7 @@ def _header(path: str, metadata: Mapping[str, str], places: Mapping[str, Place])
     for name, entry in _object(path, metadata, WEIGHTS_KEY).items():
         if not name:
             raise AdapterError(f"{path}: weight '': the name is empty")
-        weights[name] = _weight(f"{path}: weight {named(name)}", name, entry, places)
+        weights[name] = _weight(f"{path}: weight {named(name)}", name, entry, places, version)
         expected.add(f"{name}.values")
         if weights[name].indices == "code":
             expected.add(f"{name}.indices")
@@ -525,7 +556,7 @@ def _header(path: str, metadata: Mapping[str, str], places: Mapping[str, Place])
         raise AdapterError(
             f"{path}: {len(extra)} tensor(s) belong to no weight of the metadata: {', '.join(map(shown, extra[:5]))}"
         )
-    return Header(alpha, delta, mask, provenance, weights, CHECKSUMS_KEY in metadata)
+    return Header(alpha, delta, mask, provenance, weights, CHECKSUMS_KEY in metadata, version)
 
 
 def check_names(where: str, aliases: Mapping[str, tuple[str, ...]]) -> None:
@@ -614,6 +645,12 @@ def read_whole(path: str | os.PathLike[str]) -> Header:
     with opened_adapter(path) as (header, file):
         data = file.map(unchanged=True)
         for name, weight in header.weights.items():
+            if weight.difference:
+                place = file.places[f"{name}.values"]
+                try:
+                    _codec.decode_numbers(data[place.begin : place.end], weight.nnz, weight.values_dtype)
+                except ValueError as error:
+                    raise AdapterError(bad_values(path, name, error)) from error
             if weight.indices != "code":
                 continue
             dtype = np.int32 if weight.numel // weight.granule < 2**31 else np.int64
@@ -629,6 +666,11 @@ def read_whole(path: str | os.PathLike[str]) -> Header:
 def bad_code(path: str | os.PathLike[str], name: str, error: Exception) -> str:
     """The sentence for indices that cannot be decoded."""
     return f"{os.fspath(path)}: weight {named(name)}: its indices do not decode: {error}"
+
+
+def bad_values(path: str | os.PathLike[str], name: str, error: Exception) -> str:
+    """The sentence for differences that cannot be decoded."""
+    return f"{os.fspath(path)}: weight {named(name)}: its values do not decode: {error}"
 
 
 @dataclass(frozen=True)

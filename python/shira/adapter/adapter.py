@@ -17,7 +17,7 @@ import shira_ops
 from shira import _fit, _granules, _text
 from shira._granules import dtype_name, index_dtype, refine, signed
 from shira._text import AdapterError, named
-from shira.adapter import _file
+from shira.adapter import _difference, _file
 from shira.adapter._checkpoint import Checkpoint, Source, open_checkpoint, ties
 from shira.adapter._entry import Entry
 
@@ -103,7 +103,7 @@ class Adapter:
             f"alpha {self.alpha:g}, {self.nbytes / 1e6:.2f} MB)"
         )
 
-    def save(self, path: str | os.PathLike[str], *, seeds: bool = False) -> None:
+    def save(self, path: str | os.PathLike[str], *, seeds: bool = False, version: int | None = None) -> None:
         """Write the adapter as one safetensors file (docs/format.md describes its layout).
 
         The file is written under another name and then renamed, so that a reader never sees a half-written one.
@@ -112,46 +112,19 @@ class Adapter:
             path: where to write; an existing file is replaced.
             seeds: leave out indices that follow from a seed (those of `masks.Rand`). The file is smaller, and reading
                 it draws the mask again.
+            version: of the file. 1 can be read by every version of this library; 2 has a shorter code of indices, most
+                of all below 1 %. None: 2 where that makes the file at least a twentieth smaller.
         """
         path = Path(path)
+        if version not in (None, *_file.VERSIONS):
+            raise ValueError(f"Adapter.save: version must be 1, 2 or None, got {_text.shown(version)}")
         if not path.parent.is_dir():
             raise FileNotFoundError(f"the folder {str(path.parent)!r} to write {path.name!r} into does not exist")
         with _file.replacing(path) as temporary:
-            self.write(temporary, seeds=seeds)
+            self.write(temporary, seeds=seeds, version=version)
 
-    def write(self, path: Path, *, seeds: bool = False) -> None:
+    def write(self, path: Path, *, seeds: bool = False, version: int | None = None) -> None:
         """Write the bytes of `save` to this path itself, which may hold half of them if that is interrupted."""
-        parts: list[tuple[str, _file.Part]] = []
-        weights: dict[str, Any] = {}
-        prints: list[tuple[int, int]] = []
-        for name, entry in self.weights.items():
-            where = f"weight {named(name)}"
-            entry.check_indices(where)
-            parts.append((f"{name}.values", _file.tensor_part(entry.values)))
-            code: Tensor | None = None
-            if entry.whole:
-                kind = "whole"
-            elif seeds and entry.seed is not None:
-                kind = "seed"
-                drawn = _drawn(entry.numel, entry.indices.numel(), entry.seed, entry.granule)
-                if not torch.equal(drawn, entry.indices.cpu().to(drawn.dtype)):
-                    raise AdapterError(f"{where}: its indices are not those its seed draws; save it without seeds=True")
-            else:
-                kind = "code"
-                code = shira_ops.encode_indices(entry.indices.cpu())
-                parts.append((f"{name}.indices", _file.tensor_part(code)))
-            weights[name] = {
-                "shape": list(entry.shape),
-                "dtype": dtype_name(entry.dtype),
-                "granule": entry.granule,
-                "count": entry.indices.numel(),
-                "indices": kind,
-                "seed": _text.hex_word(entry.seed),
-                "fingerprint": _text.hex_word(entry.fingerprint),
-                **({"aliases": list(entry.aliases)} if entry.aliases else {}),
-            }
-            values = entry.values.detach().cpu().contiguous()
-            prints.append((_granules.fingerprint(values), 0 if code is None else _granules.fingerprint(code)))
         about = {
             "alpha": self.alpha,
             "delta": self.delta,
@@ -159,16 +132,7 @@ class Adapter:
             "density": self.density,
             "provenance": self.provenance,
         }
-        metadata = {
-            "format": "pt",
-            _file.VERSION_KEY: str(_file.VERSION),
-            _file.ADAPTER_KEY: _file.jsoned(about),
-            _file.WEIGHTS_KEY: _file.jsoned(weights),
-        }
-        metadata[_file.CHECKSUMS_KEY] = _file.checksums(metadata, prints)
-        # Tensors of wide entries come first, so that each is aligned to its entries; otherwise the adapter's order.
-        parts.sort(key=lambda one: -_file.ITEM_BYTES[one[1].dtype])
-        _file.write_safetensors(path, dict(parts), metadata, _file.MAX_ADAPTER_HEADER)
+        write_entries(path, self.weights, about, seeds=seeds, version=version)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, checksums: bool = True) -> Adapter:
@@ -185,46 +149,13 @@ class Adapter:
 
         Raises `AdapterError` with the file, the weight and what is wrong.
         """
-        with _file.opened_adapter(path) as (header, file):
-            mapped = file.map()
-
-        def read(name: str, dtype: torch.dtype) -> Tensor:
-            place = file.places[name]
-            raw = torch.from_numpy(mapped[place.begin : place.end])
-            # Other programs may write tensors that are not aligned, which the ops need.
-            return (raw.clone() if place.begin % dtype.itemsize else raw).view(dtype)
-
-        entries: dict[str, Entry] = {}
-        for name, weight in header.weights.items():
-            if weight.indices == "code":
-                try:
-                    indices = shira_ops.decode_indices(
-                        read(f"{name}.indices", torch.uint8),
-                        weight.count,
-                        weight.numel,
-                        index_dtype(weight.numel // weight.granule),
-                        granule=weight.granule,
-                    )
-                except RuntimeError as error:
-                    raise AdapterError(_file.bad_code(path, name, error)) from error
-            elif weight.indices == "seed":
-                assert weight.seed is not None
-                indices = _drawn(weight.numel, weight.count, weight.seed, weight.granule)
-            else:
-                indices = torch.zeros(1, dtype=torch.int32, device="cpu")
-            entries[name] = Entry(
-                indices,
-                read(f"{name}.values", getattr(torch, weight.values_dtype)),
-                weight.shape,
-                getattr(torch, weight.dtype),
-                weight.granule,
-                weight.fingerprint,
-                weight.seed,
-                weight.aliases,
-                checked=True,
+        header, entries = read_entries(path, checksums=checksums)
+        coded = next((name for name, weight in header.weights.items() if weight.difference), None)
+        if coded is not None:
+            raise AdapterError(
+                f"{os.fspath(path)}: weight {named(coded)}: its values are differences from the entries that they "
+                f"replace: this is an update, which shira.sync.Update.load and Receiver.stage read"
             )
-        if checksums:
-            _file.check_checksums(file, header, mapped)
         return cls(entries, alpha=header.alpha, delta=header.delta, mask=header.mask, provenance=header.provenance)
 
     @classmethod
@@ -291,10 +222,10 @@ class Adapter:
     ) -> Adapter:
         """A delta adapter from PEFT's SHiRA, or from PEFT's LoRA as the largest entries of ``scaling * B @ A``.
 
-        At alpha 1 a SHiRA gives the same weights as PEFT's merge on a CPU, bit for bit, and so does a LoRA with
-        ``density=1``. With a lower density a LoRA is cut: the adapter's ``report`` says what share of the squared
-        ``B @ A`` was lost, for each weight and in total. Nothing in the folder is executed, not even its regular
-        expressions.
+        An adapter of `shira.integrations.peft.SparseConfig` is read like a SHiRA. At alpha 1 both give the same weights
+        as PEFT's merge on a CPU, bit for bit, and so does a LoRA with ``density=1``. With a lower density a LoRA is
+        cut: the adapter's ``report`` says what share of the squared ``B @ A`` was lost, for each weight and in total.
+        Nothing in the folder is executed, not even its regular expressions.
 
         Args:
             folder: PEFT's folder, or a repository's name on the Hub.
@@ -556,6 +487,136 @@ class Adapter:
         return cls(entries, alpha=alpha, provenance=provenance)
 
 
+def write_entries(
+    path: Path,
+    weights: Mapping[str, Entry],
+    about: Mapping[str, Any],
+    *,
+    seeds: bool = False,
+    version: int | None = None,
+    differences: Mapping[str, tuple[Tensor, int]] = MappingProxyType({}),
+) -> None:
+    """Write an adapter's file.
+
+    Args:
+        about: the JSON object of `shira.adapter`.
+        version: the newest that may be written; None: 2 where that makes the file at least a twentieth smaller.
+        differences: of weights whose values are written so, the differences and the fingerprint of the values.
+    """
+    codes: dict[str, Tensor] = {}
+    newer: dict[str, Tensor] = {}
+    for name, entry in weights.items():
+        where = f"weight {named(name)}"
+        entry.check_indices(where)
+        if entry.whole:
+            continue
+        if seeds and entry.seed is not None:
+            drawn = _drawn(entry.numel, entry.indices.numel(), entry.seed, entry.granule)
+            if not torch.equal(drawn, entry.indices.cpu().to(drawn.dtype)):
+                raise AdapterError(f"{where}: its indices are not those its seed draws; save it without seeds=True")
+            continue
+        codes[name] = shira_ops.encode_indices(entry.indices.cpu())
+        if version != 1:
+            newer[name] = shira_ops.encode_indices(entry.indices.cpu(), version=2)
+    spared = sum(codes[name].numel() - newer[name].numel() for name in newer)
+    if version == 2 or 20 * spared >= sum(code.numel() for code in codes.values()) + sum(
+        entry.values.nbytes for entry in weights.values()
+    ):
+        codes |= newer
+    else:
+        spared = 0
+
+    parts: list[tuple[str, _file.Part]] = []
+    headers: dict[str, Any] = {}
+    prints: list[tuple[int, int]] = []
+    for name, entry in weights.items():
+        code = codes.get(name)
+        values, printed = entry.values, None
+        if name in differences:
+            numbers, printed = differences[name]
+            values = _difference.encode(numbers)
+        parts.append((f"{name}.values", _file.tensor_part(values)))
+        if code is not None:
+            parts.append((f"{name}.indices", _file.tensor_part(code)))
+        headers[name] = {
+            "shape": list(entry.shape),
+            "dtype": dtype_name(entry.dtype),
+            "granule": entry.granule,
+            "count": entry.indices.numel(),
+            "indices": "code" if code is not None else "whole" if entry.whole else "seed",
+            "seed": _text.hex_word(entry.seed),
+            "fingerprint": _text.hex_word(entry.fingerprint),
+            **({"aliases": list(entry.aliases)} if entry.aliases else {}),
+            **({} if printed is None else {"values": "difference", "print": _text.hex_word(printed)}),
+        }
+        values = values.detach().cpu().contiguous()
+        prints.append((_granules.fingerprint(values), 0 if code is None else _granules.fingerprint(code)))
+    metadata = {
+        "format": "pt",
+        _file.VERSION_KEY: "2" if spared > 0 or differences else "1",
+        _file.ADAPTER_KEY: _file.jsoned(about),
+        _file.WEIGHTS_KEY: _file.jsoned(headers),
+    }
+    metadata[_file.CHECKSUMS_KEY] = _file.checksums(metadata, prints)
+    # Tensors of wide entries come first, so that each is aligned to its entries; otherwise the adapter's order.
+    parts.sort(key=lambda one: -_file.ITEM_BYTES[one[1].dtype])
+    _file.write_safetensors(path, dict(parts), metadata, _file.MAX_ADAPTER_HEADER)
+
+
+def read_entries(path: str | os.PathLike[str], *, checksums: bool = True) -> tuple[_file.Header, dict[str, Entry]]:
+    """What `Adapter.load` reads. Values that are differences are whole numbers of the weight's size."""
+    with _file.opened_adapter(path) as (header, file):
+        mapped = file.map()
+
+    def read(name: str, dtype: torch.dtype) -> Tensor:
+        place = file.places[name]
+        raw = torch.from_numpy(mapped[place.begin : place.end])
+        # Other programs may write tensors that are not aligned, which the ops need.
+        return (raw.clone() if place.begin % dtype.itemsize else raw).view(dtype)
+
+    entries: dict[str, Entry] = {}
+    for name, weight in header.weights.items():
+        if weight.indices == "code":
+            try:
+                indices = shira_ops.decode_indices(
+                    read(f"{name}.indices", torch.uint8),
+                    weight.count,
+                    weight.numel,
+                    index_dtype(weight.numel // weight.granule),
+                    granule=weight.granule,
+                )
+            except RuntimeError as error:
+                raise AdapterError(_file.bad_code(path, name, error)) from error
+        elif weight.indices == "seed":
+            assert weight.seed is not None
+            indices = _drawn(weight.numel, weight.count, weight.seed, weight.granule)
+        else:
+            indices = torch.zeros(1, dtype=torch.int32, device="cpu")
+        kind = getattr(torch, weight.values_dtype)
+        if weight.difference:
+            place = file.places[f"{name}.values"]
+            try:
+                values = _difference.decode(mapped[place.begin : place.end], weight.nnz, kind)
+            except ValueError as error:
+                raise AdapterError(_file.bad_values(path, name, error)) from error
+        else:
+            values = read(f"{name}.values", kind)
+        entries[name] = Entry(
+            indices,
+            values,
+            weight.shape,
+            getattr(torch, weight.dtype),
+            weight.granule,
+            weight.fingerprint,
+            weight.seed,
+            weight.aliases,
+            checked=True,
+        )
+    if checksums:
+        _file.check_checksums(file, header, mapped)
+    return header, entries
+
+
 def _on_base(
     adapter: Adapter, base: Source | Checkpoint, anything: Container[str] = ()
 ) -> Iterator[tuple[str, Entry, Tensor]]:
@@ -610,7 +671,7 @@ def _fused(weight: Tensor, parts: list[tuple[Adapter, float, Entry]], fingerprin
         raise AdapterError(f"only {', '.join(_file.ARITHMETIC)} entries can be fused, got {dtype_name(first.dtype)}")
     granule = math.gcd(*(entry.granule for _, _, entry in parts))
     lists = [refine(entry.indices.cpu(), entry.granule, granule, weight.numel()) for _, _, entry in parts]
-    indices, offsets, sources = shira_ops.fuse_plan(lists, granule=granule)
+    indices, offsets, sources, members = shira_ops.fuse_plan(lists, granule=granule)
     # The base's entries of the union, side by side, are a small weight of their own: the op needs nothing else.
     entries = shira_ops.gather(weight, indices, granule=granule)
     values = [entry.values.detach().cpu() for _, _, entry in parts]
@@ -623,6 +684,7 @@ def _fused(weight: Tensor, parts: list[tuple[Adapter, float, Entry]], fingerprin
         torch.arange(indices.numel(), dtype=indices.dtype, device="cpu"),
         offsets,
         sources,
+        members,
         values,
         torch.tensor([strength for _, strength, _ in parts], dtype=compute, device="cpu"),
         delta=[adapter.delta for adapter, _, _ in parts],

@@ -30,6 +30,7 @@ from shira._text import named, shown, strength
 from shira.adapter._checkpoint import Source
 from shira.adapter._entry import Entry
 from shira.adapter.adapter import Adapter
+from shira_ops import plan
 
 __all__ = ["dare", "magnitude_prune", "ties"]
 
@@ -232,14 +233,12 @@ class _Meeting:
         adapters' weights."""
         granule = math.gcd(*(entry.granule for _, entry in self.parts))
         lists = [refine(entry.indices.cpu(), entry.granule, granule, entry.numel) for _, entry in self.parts]
-        indices, offsets, sources = shira_ops.fuse_plan(lists, granule=granule)
-        union = torch.arange(indices.numel(), device="cpu").repeat_interleave(offsets.diff().to(torch.int64))
+        indices, offsets, sources, members = shira_ops.fuse_plan(lists, granule=granule)
         dtype = torch.float64 if self.parts[0][1].dtype == torch.float64 else torch.float32
         rows = torch.zeros(len(self.parts), indices.numel(), granule, dtype=dtype, device="cpu")
         for number, (_, entry) in enumerate(self.parts):
-            mine = sources >> 48 == number
-            values = entry.values.detach().cpu().to(dtype).view(-1, granule)
-            rows[number, union[mine]] = values[sources[mine] & (2**48 - 1)]
+            union = plan.rows(offsets, sources, members, number)
+            rows[number, union] = entry.values.detach().cpu().to(dtype).view(-1, granule)
         factors = torch.tensor([factor for factor, _ in self.parts], dtype=dtype, device="cpu").view(-1, 1, 1)
         return granule, indices, rows, factors
 

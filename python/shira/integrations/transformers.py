@@ -11,7 +11,8 @@ interrupted.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -78,6 +79,22 @@ def weight_loader(model: Any) -> Callable[[Iterable[tuple[str, torch.Tensor]]], 
     return load
 
 
+@contextmanager
+def _adapters_told(tuner: SparseTuner) -> Iterator[None]:
+    """A Trainer refuses a quantized model unless adapters are on it, and it looks for PEFT's alone."""
+    model: Any = tuner.model
+    name = "_hf_peft_config_loaded"
+    if not tuner.overlay or getattr(model, name, False):
+        yield
+        return
+    before = vars(model).get(name)
+    setattr(model, name, True)
+    try:
+        yield
+    finally:
+        vars(model).pop(name) if before is None else setattr(model, name, before)
+
+
 class AdapterCallback(TrainerCallback):  # type: ignore[misc]
     """Put the adapter and the tuner's state into every checkpoint, beside the whole model that the trainer saves.
 
@@ -115,7 +132,8 @@ class AdapterCheckpoints:
 
     def __init__(self, *args: Any, tuner: SparseTuner, **options: Any) -> None:
         self.tuner = tuner
-        super().__init__(*args, **options)
+        with _adapters_told(tuner):
+            super().__init__(*args, **options)
         for kind in ("fsdp", "deepspeed"):
             if getattr(self, f"is_{kind}_enabled", False):
                 raise ValueError(

@@ -14,6 +14,10 @@ over all calibration batches: signed, in fp32 (fp64 for fp64 weights). `stream` 
   last contribution is there. So with one batch there is never more than one dense gradient at a time, and with several
   batches never more than one besides the accumulators.
 
+Weights that FSDP2 divides between ranks take part where their layers are ``nn.Linear``: after every backward pass of
+such a layer its product is added up over the ranks, which keep their part of the sum. So the gradient is that of the
+batches of all ranks, and a rank never keeps more than its part of it. All ranks run equally many batches.
+
 Afterwards the model is unchanged: parameters, their ``.grad`` and ``requires_grad``, modes, buffers, and torch's random
 state. The model runs in its current mode: call ``model.eval()`` first for gradients without dropout and with the
 running statistics of batch normalisation. In training mode it uses the batch's statistics, and the running ones are
@@ -31,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shira import _linears, _loss, _model
+from shira import _linears, _loss, _model, _shards
 
 __all__ = ["Loss", "Visit", "stream"]
 
@@ -59,11 +63,12 @@ def stream(
             list as ``model(*batch)``, a tensor as ``model(batch)``.
         loss: ``loss(model, batch)`` gives the scalar; None: the model's ``output.loss`` or ``output["loss"]``, or its
             output if that is a scalar.
-        visit: gets the gradient, of the weight's shape, in fp32 (fp64 for fp64 weights), which is freed afterwards.
+        visit: gets the gradient, of the weight's shape, in fp32 (fp64 for fp64 weights), which is freed afterwards. Of
+            a sharded weight it is a DTensor, divided as the weight is, and all ranks come here together.
 
     Raises:
-        ValueError: a weight is sharded, sparse or wraps other tensors; there are no batches, or a batch
-            gives no scalar loss that depends on the weights.
+        ValueError: a weight is sparse, wraps other tensors, or is sharded in a layer other than nn.Linear; there are no
+            batches, or a batch gives no scalar loss that depends on the weights.
         RuntimeError: a weight got no gradient, or one that is not finite; the error names it.
     """
     if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
@@ -72,14 +77,22 @@ def stream(
             f"put it in a list"
         )
     layers = {name: _quantized(name, *places[0]) for name, places in weights.items()}
+    gathers = bool(_shards.fsdp_modules(model))
     for name, places in weights.items():
-        foreign = None if layers[name] is not None else _model.foreign(getattr(*places[0]))
+        if layers[name] is not None:
+            continue
+        weight = getattr(*places[0])
+        if _shards.is_dtensor(weight) and gathers and all(map(_is_linear, places)):
+            continue
+        foreign = _model.foreign(weight)
         if foreign is not None:
             raise ValueError(f"calibration: {name} {foreign}")
-    gradients = {
-        name: _Gradient(name, getattr(*places[0]) if (layer := layers[name]) is None else layer.stand_in())
-        for name, places in weights.items()
-    }
+    gradients: dict[str, _Gradient] = {}
+    for name, places in weights.items():
+        layer = layers[name]
+        weight = getattr(*places[0]) if layer is None else layer.stand_in()
+        kind = _ShardedGradient if _shards.is_dtensor(weight) else _Gradient
+        gradients[name] = kind(name, weight)
     run = _Run(gradients, visit, {name for name, layer in layers.items() if layer is not None})
     with _untouched(model), torch.enable_grad():
         for parameter in model.parameters():
@@ -184,6 +197,39 @@ class _Gradient:
             rows.copy_(product) if first else rows.add_(product)
 
 
+@dataclass(eq=False)
+class _ShardedGradient(_Gradient):
+    """The gradient of a weight that FSDP divides between ranks, of which each keeps the part that it has of the weight.
+
+    Every call of the layer is added up over the ranks at once. All of them run the same layers in the same order.
+    """
+
+    def of_layer(self, grad_output: Tensor, input: Tensor, keep: bool) -> None:
+        from torch.distributed.tensor import DTensor, Partial
+
+        if _shards.is_dtensor(grad_output):
+            raise RuntimeError(
+                f"calibration: {self.name} is divided while its layer computes (tensor parallelism), which is not "
+                f"supported"
+            )
+        before, self.total = self.total, None
+        super().of_layer(grad_output, input, keep=False)
+        weight: Any = self.weight
+        every = [Partial()] * weight.device_mesh.ndim
+        added = DTensor.from_local(self._accumulator(), weight.device_mesh, every, run_check=False)
+        part = added.redistribute(placements=weight.placements)
+        self.total = part if before is None else before.add_(part)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if _shards.is_dtensor(tensor) else tensor
+
+
+def _is_linear(place: tuple[nn.Module, str]) -> bool:
+    """Whether it is the weight of a plain linear layer. A subclass may use its weight otherwise than in its forward."""
+    return type(place[0]) is nn.Linear and place[1] == "weight"
+
+
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
@@ -235,8 +281,7 @@ class _Run:
             self.leaves = [self.anchor]
             for name, places in weights.items():
                 gradient = self.gradients[name]
-                # A subclass may use its weight otherwise than in nn.Linear's forward.
-                plain = all(type(module) is nn.Linear and attribute == "weight" for module, attribute in places)
+                plain = all(map(_is_linear, places))
                 if plain or name in self.quantized:
                     for module, _ in places:
                         hook = partial(self._forward, gradient)
@@ -314,7 +359,7 @@ class _Run:
         with torch.no_grad():
             total = gradient.finish()
             # If all entries are finite, the sum almost always is: one cheap pass instead of a mask.
-            if not bool(total.sum().isfinite()) and not bool(total.isfinite().all()):
+            if not bool(_whole(total.sum()).isfinite()) and bool(_whole((~total.isfinite()).sum())):
                 why = f" ({_model.some(self.strange_losses)})" if self.strange_losses else ""
                 raise RuntimeError(f"calibration: the gradient of {gradient.name} is not finite{why}")
             self.visit(gradient.name, total)

@@ -135,8 +135,8 @@ class Mask:
     """What all masks share: budget, granule, entries to leave out, description. Subclasses define ``select``."""
 
     by_shape = False
-    """Whether the mask depends on nothing of a weight but its shape and device, so that a quantized one need not be
-    dequantized for it."""
+    """Whether the mask depends on nothing of a weight but its name, shape and device, so that a quantized one need not
+    be dequantized for it, and no device need hold the whole of a sharded one."""
 
     def __init__(
         self, density: Density | None = None, *, r: Rank | None = None, granule: Granule = 1, skip: Skip = ()
@@ -751,6 +751,7 @@ class Given(Mask):
             what = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
             raise TypeError(f"Given: takes 0/1 tensors by name, or a function of a name and a weight, got {what}")
         self.given, self.density, self.r = given, None, None
+        self.by_shape = isinstance(given, Mapping)
         self.by_shape = isinstance(given, Mapping)
         self._set(granule, skip)
 

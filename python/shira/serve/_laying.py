@@ -7,25 +7,30 @@ selection without being compiled again.
 
 from __future__ import annotations
 
+import copy
 import math
+import re
 import threading
-from collections.abc import Container, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import shira_ops
+from shira import _model
 from shira._linears import EMBEDDING, Layer
 from shira._live import SwitchError
 from shira.serve._ledger import quiet
 
-if TYPE_CHECKING:
-    from shira.serve.overlay import Overlay
-
 Strengths = dict[str, float]
 """Adapters and their strengths, in the order in which the adapters were added."""
+
+EXPERTS = re.compile(r"(^|\.)experts?\.")
+"""Layers of a mixture of experts, by their names: they get some of the tokens, in an order of their own."""
 
 _NARROW = (torch.float16, torch.bfloat16)
 # How many spread selections are kept: a prompt, its continuation, and a few others.
@@ -76,60 +81,69 @@ class RowDelta(Delta):
 class Group(Shared):
     """The adapters of one weight that have the same granule, in the order in which they were added."""
 
-    def __init__(self, deltas: Mapping[str, Delta], layer: Layer, compute: torch.dtype) -> None:
+    def __init__(self, deltas: Mapping[str, Delta], transposed: bool, compute: torch.dtype) -> None:
         self.names = tuple(deltas)
+        self.numbers = {name: number for number, name in enumerate(self.names)}
         self.deltas = list(deltas.values())
         self.indices = [delta.indices for delta in self.deltas]
         self.values = [delta.values for delta in self.deltas]
         self.granule = self.deltas[0].granule
-        self.layer, self.transposed = layer, layer.transposed
-        self.device, self.compute = self.values[0].device, compute
+        self.transposed, self.compute, self.device = transposed, compute, self.values[0].device
         # A string, since a compiler follows a dictionary by it.
         self.key = f"{self.names!r} {self.device} {compute}"
 
-    def only(self, names: Container[str]) -> Group | None:
+    def only(self, names: Iterable[str]) -> Group | None:
         """The group of those among ``names``, or None: the op looks at every adapter that it is given."""
-        kept = {name: delta for name, delta in zip(self.names, self.deltas, strict=True) if name in names}
+        kept = sorted(self.numbers[name] for name in names if name in self.numbers)
         if not kept:
             return None
-        return self if len(kept) == len(self.names) else type(self)(kept, self.layer, self.compute)
+        if len(kept) == len(self.names):
+            return self
+        return type(self)({self.names[k]: self.deltas[k] for k in kept}, self.transposed, self.compute)
 
     def lay(self, result: Tensor, input: Tensor, adapters: Tensor, alphas: Tensor, differentiable: bool) -> Tensor:
         """Add to each token's result what its adapter gives; in place, where it need not be differentiable.
 
         Args:
-            result: ``[tokens, out]``.
-            input: ``[tokens, in]`` of the same dtype, or an embedding's ids, ``[tokens]``.
+            result: ``[..., out]``.
+            input: ``[..., in]`` of the same dtype, or an embedding's ids, ``[...]``.
             adapters: for each token the number of an adapter among ``names``, or -1.
             alphas: the strength of each.
         """
-        lay = _lay if differentiable else _laid
-        return lay(result, input, adapters, alphas, self.transposed, self.granule, *self.indices, *self.values)
+        transposed, granule = self.transposed, self.granule
+        if differentiable:
+            return _lay(result, input, adapters, alphas, transposed, granule, *self.indices, *self.values)
+        shira_ops.sparse_linear_add_(
+            result, input, self.indices, self.values, adapters, alphas, transposed=transposed, granule=granule
+        )
+        return result
 
 
 class Rows(Group):
     """The same for an embedding, which looks rows up."""
 
     def lay(self, result: Tensor, input: Tensor, adapters: Tensor, alphas: Tensor, differentiable: bool) -> Tensor:
+        rows, ids = result.view(-1, result.shape[-1]), input.reshape(-1)
         for number, delta in enumerate(self.deltas):
             assert isinstance(delta, RowDelta)
             if delta.most:
-                result = _lay_rows(result, input, delta, adapters, number, alphas)
-        return result
+                rows = _lay_rows(rows, ids, delta, adapters, number, alphas)
+        return rows.view(result.shape)
 
 
 class Biases(Group):
     """The same for a bias: the values are what is added to all of it."""
 
-    def __init__(self, deltas: Mapping[str, Delta], layer: Layer, compute: torch.dtype) -> None:
-        super().__init__(deltas, layer, compute)
+    def __init__(self, deltas: Mapping[str, Delta], transposed: bool, compute: torch.dtype) -> None:
+        super().__init__(deltas, transposed, compute)
         self.table = torch.stack(self.values)
 
     def lay(self, result: Tensor, input: Tensor, adapters: Tensor, alphas: Tensor, differentiable: bool) -> Tensor:
+        rows = result.view(-1, result.shape[-1])
         chosen = adapters.clamp(min=0).to(torch.int64)
         shift = alphas[chosen][:, None] * self.table[chosen]
         mine = (adapters >= 0) & (alphas[chosen] != 0)
-        return torch.where(mine[:, None], (result.to(shift.dtype) + shift).to(result.dtype), result)
+        return torch.where(mine[:, None], (rows.to(shift.dtype) + shift).to(rows.dtype), rows).view(result.shape)
 
 
 # ---- which adapters for which sample -------------------------------------------------------------------------
@@ -172,12 +186,20 @@ class Selection:
         self.names = frozenset(name for one in self.samples for name in one)
         # Whether a sample has several adapters, which are then summed before anything is rounded.
         self.mixed = any(len(one) > 1 for one in self.samples)
+        # By the keys of groups; for all groups of a model, where it says so.
         self.rounds: dict[str, Rounds] = {}
-        self._calls: dict[Group, tuple[Group, Rounds] | None] = {}
+        self.ready = False
+        self._calls: dict[Hook, list[tuple[Group, Rounds]]] = {}
 
     def forget(self) -> None:
         """Groups have changed."""
-        self.rounds, self._calls = {}, {}
+        self.rounds, self.ready, self._calls = {}, False, {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Selection:
+        """The same for a copy of the model: nothing but `_calls` knows its layers."""
+        new = memo[id(self)] = Selection(self.given, listed=self.listed)
+        new.rounds, new.ready = dict(self.rounds), self.ready
+        return new
 
     def prepare(self, group: Group) -> Rounds:
         """The rounds for a group's adapters; made once."""
@@ -187,15 +209,16 @@ class Selection:
                 found = self.rounds[group.key] = Rounds(list(self._rounds(group)))
         return found
 
-    def call(self, group: Group) -> tuple[Group, Rounds] | None:
-        """What to give the op for a group, or None where no sample has any of its adapters."""
-        if group not in self._calls:
-            some = group.only(self.names)
-            self._calls[group] = None if some is None else (some, self.prepare(some))
-        return self._calls[group]
+    def calls(self, hook: Hook) -> list[tuple[Group, Rounds]]:
+        """What to give the ops for a layer: of its groups those adapters that any sample has."""
+        found = self._calls.get(hook)
+        if found is None:
+            groups = (group.only(self.names) for group in hook.groups)
+            found = self._calls[hook] = [(group, self.prepare(group)) for group in groups if group is not None]
+        return found
 
     def _rounds(self, group: Group) -> Iterator[tuple[Tensor, Tensor]]:
-        numbers = {name: number for number, name in enumerate(group.names)}
+        numbers = group.numbers
         rounds: list[tuple[list[int], dict[int, float]]] = [([-1] * self.count, {})]
         for sample, strengths in enumerate(self.samples):
             at = 0
@@ -236,7 +259,164 @@ class _Local(threading.local):
         self.batches: dict[int, Batch] = {}
 
 
-LOCAL = _Local()
+_LOCAL = _Local()
+
+
+@dataclass(eq=False)
+class Block:
+    """A ``with`` block of `Overlay.using`."""
+
+    current: Current
+    selection: Selection
+    open: bool = True
+
+
+# The blocks around the code that runs now; every thread and task has its own.
+_INSIDE: ContextVar[tuple[Block, ...]] = ContextVar("shira.overlay.using", default=())
+
+
+class Current:
+    """What is selected now, and the batch that is computed: what the hooks of an `Overlay` ask.
+
+    A copy of the model has hooks of its own, and a copy of this, with what was active where no block was open.
+    """
+
+    def __init__(self) -> None:
+        self.hooks: dict[nn.Module, Hook] = {}
+        # What is selected where no block is open.
+        self.active: Selection | None = None
+        # The open blocks of all threads and tasks.
+        self.blocks: list[Block] = []
+        # What CUDA graphs read that were captured here: they must find it as it was.
+        self.captured: list[object] = []
+        # What compiled models see, and whether there are any.
+        self._shared: Selection | None = None
+        self._shared_batch: Batch | None = None
+        self.compiled = False
+        # Layers that did not run, as far as it was said.
+        self._missed: set[nn.Module] = set()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Current:
+        new = memo[id(self)] = Current()
+        new.hooks = copy.deepcopy(self.hooks, memo)
+        new.active = new._shared = copy.deepcopy(self.active, memo)
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "Overlay: a model with an Overlay cannot be pickled; detach() it first, or save the model's state_dict()"
+        )
+
+    # For hooks.
+
+    def selection(self) -> Selection | None:
+        """What is selected where this is called."""
+        if torch.compiler.is_compiling():
+            # A compiler would take what a context variable holds now for a constant.
+            self.compiled = True
+            return self._shared
+        return self.now()
+
+    def batch(self) -> Batch | None:
+        """The batch of the forward pass around the caller."""
+        return self._shared_batch if torch.compiler.is_compiling() else _LOCAL.batches.get(id(self))
+
+    def note(self, batch: Batch | None) -> None:
+        """A forward pass begins or ends."""
+        self._shared_batch = batch
+        if not torch.compiler.is_compiling():
+            if batch is None:
+                _LOCAL.batches.pop(id(self), None)
+            else:
+                _LOCAL.batches[id(self)] = batch
+
+    def returned(self) -> None:
+        """A forward pass of the model has ended: warn of layers on which adapters had no effect, once for each."""
+        selection = self.now()
+        if selection is None or self.compiled:
+            return
+        missed = {
+            module: hook.name
+            for module, hook in self.hooks.items()
+            if not hook.ran and module not in self._missed and selection.calls(hook) and not EXPERTS.search(hook.name)
+        }
+        if missed:
+            self._missed |= missed.keys()
+            warnings.warn(
+                f"Overlay: {_model.some(missed.values())} did not run in this forward pass, so adapters had no effect "
+                f"there; nor will they, if the model uses these weights without running their layers",
+                stacklevel=2,
+            )
+
+    # For the Overlay.
+
+    def block(self) -> Block | None:
+        """The innermost block of the caller."""
+        return next((block for block in reversed(_INSIDE.get()) if block.current is self and block.open), None)
+
+    def now(self) -> Selection | None:
+        """What is selected for the calling thread or task."""
+        block = self.block() if _INSIDE.get() else None
+        return self.active if block is None else block.selection
+
+    def select(self, selection: Selection | None) -> None:
+        """Select this from now on, until the end of the caller's block if it is in one."""
+        block = self.block()
+        if block is None:
+            self.active = selection
+        else:
+            block.selection = selection or Selection([{}])
+        self.share()
+
+    def enter(self, selection: Selection) -> Block:
+        """Open a block."""
+        if self.compiled and self.blocks and self.blocks[-1] not in _INSIDE.get():
+            raise SwitchError(
+                "Overlay: a using() block of another thread or task is open, and the model is compiled: a compiled "
+                "model has one selection for the whole process"
+            )
+        block = Block(self, selection)
+        self.blocks.append(block)
+        _INSIDE.set((*_INSIDE.get(), block))
+        self.share()
+        return block
+
+    def leave(self, block: Block) -> None:
+        """Close a block."""
+        block.open = False
+        _INSIDE.set(tuple(other for other in _INSIDE.get() if other is not block))
+        self.blocks = [other for other in self.blocks if other is not block]
+        # An interrupt may have stopped a forward pass before it could say so.
+        _LOCAL.batches.pop(id(self), None)
+        if not self.blocks:
+            self._shared_batch = None
+        self.share()
+
+    def selections(self) -> list[Selection]:
+        """All that is selected anywhere."""
+        return [one for one in (self.active, *(block.selection for block in self.blocks)) if one is not None]
+
+    def share(self) -> None:
+        """Compiled models see the block that was opened last."""
+        self._shared = self.blocks[-1].selection if self.blocks else self.active
+        if self._shared is not None:
+            self.ready(self._shared)
+
+    def ready(self, selection: Selection) -> Selection:
+        """The selection, prepared for every layer: a compiler must not follow that."""
+        if not selection.ready:
+            for hook in self.hooks.values():
+                for group in hook.groups:
+                    selection.prepare(group)
+            selection.ready = True
+        return selection
+
+    def regrouped(self) -> None:
+        """The groups of layers have changed."""
+        for selection in self.selections():
+            selection.forget()
+            self.ready(selection)
+
 
 # The arguments that tell the batch where a model is called with names, as transformers and diffusers call them.
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "hidden_states", "sample")
@@ -259,31 +439,39 @@ class Entrance:
     The modules inside it, which it calls itself, see that a batch is known already.
     """
 
-    def __init__(self, overlay: Overlay) -> None:
-        self.overlay = overlay
+    def __init__(self, current: Current, *, whole: bool) -> None:
+        self.current = current
+        # Whether it is the model itself.
+        self.whole = whole
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        selection = self.overlay.selection()
-        if selection is None or selection.count == 1 or self.overlay.batch() is not None:
+        selection = self.current.selection()
+        if selection is None or selection.count == 1 or (self.current.batch() is not None and not self.whole):
             return
         shape, count = _shape(args, kwargs), selection.count
         if shape is None:
             raise SwitchError(
-                f"Overlay: using() names {count} samples, and none of the arguments of {type(module).__name__} is a "
-                f"tensor that tells the batch"
+                f"Overlay: using() names samples, and none of the arguments of {type(module).__name__} is a tensor "
+                f"that tells the batch"
             )
         if shape[0] % count:
-            raise SwitchError(
-                f"Overlay: using() names {count} samples, and {type(module).__name__} was called with a batch of "
-                f"{shape[0]}: name an adapter (or None) for each sample; a batch that holds every sample the same "
-                f"number of times in a row works too, as beams do"
+            # A compiler has symbols for sizes, which it cannot write.
+            named, got = (
+                ("samples", "another") if torch.compiler.is_compiling() else (f"{count} samples", f"{shape[0]}")
             )
-        self.overlay.note(Batch(shape[0], shape[1] if len(shape) > 1 else 1, module))
+            raise SwitchError(
+                f"Overlay: using() names {named}, and {type(module).__name__} was called with a batch of {got}: name "
+                f"an adapter (or None) for each sample; a batch that holds every sample the same number of times in a "
+                f"row works too, as beams do"
+            )
+        self.current.note(Batch(shape[0], shape[1] if len(shape) > 1 else 1, module))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        batch = self.overlay.batch()
+        batch = self.current.batch()
         if batch is not None and batch.caller is module:
-            self.overlay.note(None)
+            self.current.note(None)
+        if self.whole and output is not None and not torch.compiler.is_compiling():  # None after an error
+            self.current.returned()
 
 
 # ---- the sums ------------------------------------------------------------------------------------------------------
@@ -351,28 +539,36 @@ def _lay_rows(result: Tensor, ids: Tensor, delta: RowDelta, adapters: Tensor, nu
     return torch.where(mine[:, None], total.to(result.dtype), result)
 
 
+def is_captured(tensor: Tensor) -> bool:
+    """Whether what computes the tensor is being captured into a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class Hook:
     """The forward hook on a layer: adds to its output what the selected adapters of its weight and bias give."""
 
-    def __init__(self, overlay: Overlay, layer: Layer) -> None:
-        self.overlay, self.layer = overlay, layer
+    def __init__(self, current: Current, layer: Layer) -> None:
+        self.current = current
         self.name = layer.name
-        self.transposed = layer.transposed
         self.embedding = layer.kind == EMBEDDING
+        # Whether the layer ever ran.
+        self.ran = False
         # Of the weight, one for each granule; and of the bias.
         self.groups: list[Group] = []
         self.biased = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        selection = self.overlay.selection()
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self.ran = True
+        selection = self.current.selection()
         if selection is None:
             return None
-        compiling = torch.compiler.is_compiling()
         if compiling:
             # All adapters, whether or not they are selected: so the next selection needs no other program.
             calls = [(group, selection.rounds[group.key]) for group in self.groups]
         else:
-            calls = [call for call in map(selection.call, self.groups) if call is not None]
+            calls = selection.calls(self)
             if not calls:
                 return None
             self._refuse_backward()
@@ -381,24 +577,24 @@ class Hook:
             raise SwitchError(f"Overlay: {self.name} must take a tensor and return one, got {type(output).__name__}")
         lead = input.shape if self.embedding else input.shape[:-1]
         if selection.count > 1:
-            self._refuse_unknown(lead, self.overlay.batch())
+            self._refuse_unknown(lead, self.current.batch())
         tokens = math.prod(lead)
+        differentiable = torch.is_grad_enabled() and (output.requires_grad or input.requires_grad)
         # What is summed from several calls is rounded once.
         wide = output.dtype in _NARROW and (selection.mixed or self.biased)
-        result = (output.to(torch.float32) if wide else output).contiguous().view(tokens, output.shape[-1])
-        if self.embedding:
-            input = input.reshape(-1)
-        else:
+        result = (output.to(torch.float32) if wide else output).contiguous()
+        if not self.embedding:
             # As the layer itself computes: under autocast its input has another dtype.
-            input = input.to(output.dtype).to(result.dtype).reshape(tokens, input.shape[-1]).contiguous()
-        differentiable = torch.is_grad_enabled() and (output.requires_grad or input.requires_grad)
+            input = input.to(output.dtype).to(result.dtype).contiguous()
         for group, rounds in calls:
             pairs = rounds.pairs if compiling else rounds.spread(tokens)
+            if not compiling and is_captured(output):
+                self.current.captured.append((group, pairs))
             for adapters, alphas in pairs:
                 if compiling:
                     adapters = spread(adapters, tokens)
                 result = group.lay(result, input, adapters, alphas, differentiable)
-        return result.view(output.shape).to(output.dtype)
+        return result.to(output.dtype)
 
     def _refuse_backward(self) -> None:
         if torch._C._current_graph_task_id() != -1:
@@ -419,8 +615,13 @@ class Hook:
             return
         if len(lead) == 1 and lead[0] == batch.samples * batch.tokens:
             return
+        sizes = ""
+        if not torch.compiler.is_compiling():
+            sizes = (
+                f" with leading dimensions {list(lead)} in a batch of {batch.samples} samples with {batch.tokens} "
+                f"tokens each"
+            )
         raise SwitchError(
-            f"Overlay: {self.name} got an input with leading dimensions {list(lead)} in a batch of {batch.samples} "
-            f"samples with {batch.tokens} tokens each, so it is not known which of its rows belong to which sample; "
+            f"Overlay: {self.name} got an input{sizes}, and it is not known which of its rows belong to which sample; "
             f"select the same adapters for every sample, or leave the layer out of the adapters"
         )

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 import shira_ops
-from shira._granules import dtype_name, refine
+from shira._granules import dtype_name, overlay_, refine
 from shira._live import Weight
 from shira.adapter._file import ARITHMETIC
 from shira.adapter.adapter import Adapter
 from shira.serve._streams import Events, send, wait
 from shira.serve._watch import Watch
+from shira_ops import plan
 
 
 @dataclass(eq=False)
@@ -40,8 +41,8 @@ class Part:
     # While `saved` is not filled: the bits of its first granule, which are the complement of the base's there. The op
     # that fills `saved` therefore changes them, which is how `has_base` knows. None once it is filled.
     unfilled: Tensor | None = None
-    # For several adapters: the offsets and sources of `fuse_plan`.
-    plan: tuple[Tensor, Tensor] | None = None
+    # For several adapters: the offsets, sources and members of `fuse_plan`.
+    plan: tuple[Tensor, Tensor, Tensor] | None = None
     # Whether the values are those of the adapters' own layouts, which count their bytes.
     borrowed: bool = False
     # What the part adds to the weight's fingerprint, by the strengths of its adapters.
@@ -114,7 +115,7 @@ class Part:
         self.indices, self.saved = move(self.indices), move(self.saved)
         self.values = [move(value) for value in self.values]
         self.unfilled = None if self.unfilled is None else move(self.unfilled)
-        self.plan = None if self.plan is None else (move(self.plan[0]), move(self.plan[1]))
+        self.plan = None if self.plan is None else (move(self.plan[0]), move(self.plan[1]), move(self.plan[2]))
 
     @property
     def nbytes(self) -> int:
@@ -129,13 +130,11 @@ class Part:
         """Put the part's entries at these strengths onto the base: on the weight, or on a copy of the entries alone."""
         if self.plan is not None:
             assert isinstance(alphas, Tensor)
-            offsets, sources = self.plan
             shira_ops.fuse_(
                 target,
                 saved,
                 indices,
-                offsets,
-                sources,
+                *self.plan,
                 self.values,
                 alphas,
                 delta=self.delta,
@@ -248,18 +247,10 @@ def listed(strengths: Mapping[str, float]) -> str:
 def base_entries(weight: Weight, indices: Tensor, granule: int, active: Part | None) -> Tensor:
     """The base's entries at these indices, also those that an active part has replaced. Only reads the weight."""
     entries = shira_ops.gather(weight.tensor.detach(), indices, granule=granule)
-    if active is None or not active.indices.numel() or not indices.numel():
+    if active is None:
         return entries
-    common = math.gcd(granule, active.granule)
     numel = weight.tensor.numel()
-    mine, theirs = refine(indices, granule, common, numel), refine(active.indices, active.granule, common, numel)
-    if mine.dtype != theirs.dtype:
-        mine, theirs = mine.to(torch.int64), theirs.to(torch.int64)
-    at = torch.searchsorted(theirs, mine).clamp_(max=theirs.numel() - 1)
-    both = (theirs[at] == mine).nonzero().view(-1)
-    hidden = shira_ops.gather(active.saved, at[both], granule=common)
-    shira_ops.scatter_(entries, both, hidden, granule=common)
-    return entries
+    return overlay_(entries, indices, granule, active.indices, active.saved, active.granule, numel)
 
 
 def of_adapter(name: str, adapter: Adapter, weights: Mapping[Weight, str], active: Layout) -> Layout:
@@ -306,12 +297,11 @@ def _union(weight: Weight, parts: list[Part]) -> Part:
         return Part(weight, part.adapters, part.indices, part.granule, part.values, part.delta, saved, borrowed=True)
     granule = math.gcd(*(part.granule for part in parts))
     lists = [refine(part.indices, part.granule, granule, weight.tensor.numel()) for part in parts]
-    indices, offsets, sources = shira_ops.fuse_plan(lists, granule=granule)
-    # The place of each entry's first source when all `saved` are put end to end.
-    first = sources[offsets[:-1].to(torch.int64)]
-    counts = torch.tensor([0, *(one.numel() for one in lists[:-1])], device=first.device)
-    at = counts.cumsum(0)[first >> 48] + (first & (2**48 - 1))
-    saved = torch.cat([_bits(part.saved) for part in parts]).view(-1, granule * weight.dtype.itemsize)
+    indices, offsets, sources, members = shira_ops.fuse_plan(lists, granule=granule)
+    saved = parts[0].saved.new_empty(indices.numel() * granule)
+    rows = _bits(saved).view(-1, granule * weight.dtype.itemsize)
+    for number, part in enumerate(parts):  # where adapters meet, all of them saved the same base
+        rows[plan.rows(offsets, sources, members, number)] = _bits(part.saved).view(-1, rows.shape[1])
     values = [part.values[0] for part in parts]
     borrowed = len({value.dtype for value in values}) == 1
     if not borrowed:
@@ -324,8 +314,8 @@ def _union(weight: Weight, parts: list[Part]) -> Part:
         granule,
         values,
         [part.delta[0] for part in parts],
-        saved[at].view(-1).view(weight.dtype),
-        plan=(offsets, sources),
+        saved,
+        plan=(offsets, sources, members),
         borrowed=borrowed,
     )
 

@@ -31,6 +31,8 @@ class Spot:
 
     def __init__(self, name: str, layer: _linears.Layer | None, slot: _model.Slot | None, obstacle: str | None) -> None:
         self.name, self._layer, self._slot, self._obstacle = name, layer, slot, obstacle
+        # The base's fingerprint, where it is known.
+        self.known: int | None = None
         # Whether it is an ordinary parameter, which a Switcher may know.
         self.plain = layer is None or slot is not None or not layer.quantized
 
@@ -76,7 +78,7 @@ class Spot:
             return "is on the meta device"
         return self._obstacle
 
-    @property
+    @cached_property
     def place(self) -> Place:
         return self.layer.module, self.is_bias
 
@@ -95,6 +97,13 @@ class Spot:
         return self._slot.now() if self._slot is not None else _model.held(self.layer.module, self.layer.attribute)
 
     def fingerprint(self) -> int:
+        """The base's fingerprint, read once."""
+        if self.known is None:
+            self.known = self.base()
+        return self.known
+
+    def base(self) -> int:
+        """The base's fingerprint, read if no Switcher knows it."""
         tensor = self.parameter()
         if tensor is None or not tensor.is_contiguous():
             return (
@@ -102,8 +111,8 @@ class Spot:
             )
         holder = self._holder(tensor)
         if holder is not None:
-            base: int = holder.base_fingerprint(tensor)
-            return base
+            found: int = holder.base_fingerprint(tensor)
+            return found
         known = _live.base_of(tensor)
         return _granules.fingerprint(tensor) if known is None else known
 
@@ -127,7 +136,7 @@ class Spot:
             holder.verify(full=True)
         elif tensor is not None:
             return _granules.fingerprint(tensor.detach().contiguous())
-        return self.fingerprint()
+        return self.base()
 
     def _holder(self, tensor: Tensor) -> Any | None:
         try:
@@ -147,7 +156,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 class Spots:
     """A model as the rules of `_fit` see it: every weight, with what stands against laying something over it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, watched: Mapping[Place, Watched]) -> None:
+        self._watched = watched
         self.slots = _model.slots(model, buffers=True)
         self.layers = _linears.find(model)
         self._of_module = {layer.module: layer for layer in reversed(self.layers.values())}
@@ -155,13 +165,19 @@ class Spots:
     def get(self, name: str) -> Spot | None:
         layer, slot = self.layers.get(name), self.slots.get(name)
         if layer is not None:
-            return Spot(name, layer, None, None if slot is None else _places.restless(slot))
+            return self._known(Spot(name, layer, None, None if slot is None else _places.restless(slot)))
         if slot is None:
             return None
         owner = self._of_module.get(slot.module)
         if owner is not None and slot.attribute == "bias" and owner.kind != _linears.EMBEDDING:
-            return Spot(name, owner, slot, None)
+            return self._known(Spot(name, owner, slot, None))
         return Spot(name, None, slot, _linears.unknown(name, slot.module).removeprefix(f"{name} "))
+
+    def _known(self, spot: Spot) -> Spot:
+        watched = self._watched.get(spot.place)
+        if watched is not None and not watched.changed():
+            spot.known = watched.fingerprint
+        return spot
 
     def names(self) -> Iterable[str]:
         return dict.fromkeys((*self.layers, *self.slots))
@@ -200,20 +216,32 @@ class Watched:
 
     def note(self) -> None:
         """Remember its memory and version: it holds what we believe it to hold."""
-        self._signature: tuple[object, ...] | None = self.spot.signature()
+        self._trusted = True
+        self._tensor = self.spot.parameter()
+        self._signature = self._now()
 
     def distrust(self) -> None:
         """From now on trust it only once its content has been compared."""
-        self._signature = None
+        self._trusted = False
+
+    def _now(self) -> object:
+        tensor = self._tensor
+        if tensor is None:
+            return self.spot.signature()
+        # A quick look at an ordinary parameter: every selection takes one at each.
+        return tensor.data_ptr(), tensor._version if not tensor.is_inference() else None
 
     def changed(self) -> bool:
         """Whether anything has happened to it since `note`, as far as its version tells."""
-        return self._signature != self.spot.signature()
+        return not self._trusted or self.spot.parameter() is not self._tensor or self._now() != self._signature
 
-    def refuse_changed(self) -> None:
-        """Where something has happened, compare the content, and refuse another base than it was."""
+    def refuse_changed(self) -> bool:
+        """Where something has happened, compare the content, and refuse another base than it was.
+
+        Returns whether anything had happened.
+        """
         if not self.changed():
-            return
+            return False
         spot = self.spot
         if not spot.stored() or spot.dtype != self.dtype:
             raise SwitchError(
@@ -224,21 +252,22 @@ class Watched:
         record = None if tensor is None else _live.left(tensor)
         if record is not None and (None in (record.base, self.fingerprint) or record.base == self.fingerprint):
             pass  # a Switcher has written to it, and this is the base under its adapters
-        elif self.fingerprint is None and self._signature is None:
+        elif self.fingerprint is None and not self._trusted:
             pass  # a copy, of which nothing is known
-        elif self.fingerprint is None or spot.fingerprint() != self.fingerprint:
+        elif self.fingerprint is None or spot.base() != self.fingerprint:
             raise SwitchError(
                 f"Overlay: {spot.name} was changed by someone else since adapters for it were added, and differences "
                 f"from the old base do not fit it; load the base again, or remove the adapters and add those of the "
                 f"new base"
             )
         self.note()
+        return True
 
     def holds(self) -> bool:
         """Read all of it: whether it is the base still, under what a Switcher may have put on it."""
         spot = self.spot
         if self.fingerprint is None and not self.changed():
-            self.fingerprint = spot.fingerprint()
+            self.fingerprint = spot.base()
         if not spot.stored() or spot.read() != self.fingerprint:
             return False
         self.note()
@@ -257,15 +286,14 @@ def deltas_of(adapter: Adapter, spots: Mapping[str, list[Spot]]) -> dict[nn.Modu
     """What an adapter adds to the weights, on their devices. Reads the base's entries where it replaces them."""
     found: dict[nn.Module, dict[bool, Delta]] = {}
     for name, places in spots.items():
-        delta = _delta(adapter.weights[name], adapter.delta, places[0])
-        rows: RowDelta | None = None
+        made: dict[tuple[torch.device, bool], Delta] = {}
         for spot in places:
-            if not spot.is_bias and spot.layer.kind == _linears.EMBEDDING:
-                rows = rows or RowDelta.of(delta, *spot.shape)
-                made: Delta = rows
-            else:
-                made = delta
-            found.setdefault(spot.layer.module, {})[spot.is_bias] = made
+            rows = not spot.is_bias and spot.layer.kind == _linears.EMBEDDING
+            where = spot.device, rows
+            if where not in made:
+                delta = made.get((spot.device, not rows)) or _delta(adapter.weights[name], adapter.delta, spot)
+                made[where] = RowDelta.of(delta, *spot.shape) if rows else delta
+            found.setdefault(spot.layer.module, {})[spot.is_bias] = made[where]
     return found
 
 

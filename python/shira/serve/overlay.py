@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -24,8 +22,8 @@ from shira._live import LOCK, SwitchError
 from shira._text import AdapterError
 from shira.adapter import _file
 from shira.adapter.adapter import Adapter
-from shira.serve import _laying, _shelf
-from shira.serve._laying import Batch, Biases, Delta, Entrance, Group, Hook, Rows, Selection, Strengths
+from shira.serve import _shelf
+from shira.serve._laying import EXPERTS, Biases, Current, Delta, Entrance, Group, Hook, Rows, Selection, Strengths
 from shira.serve._ledger import quiet
 from shira.serve._shelf import Memory, Stored
 from shira.serve._spots import Place, Spot, Spots, Watched, compute_dtype, deltas_of, estimate
@@ -34,9 +32,6 @@ __all__ = ["Overlay"]
 
 Which = str | Mapping[str, float] | None
 """What a sample gets: an adapter, several with their strengths, or none."""
-
-# Layers that are given some of the tokens, in an order of their own.
-_EXPERTS = re.compile(r"(^|\.)experts?\.")
 
 
 @dataclass(eq=False, kw_only=True)
@@ -48,13 +43,28 @@ class _Laid(Stored):
     # By module, for its weight and its bias; None while the adapter is not on the device.
     deltas: dict[nn.Module, dict[bool, Delta]] | None = None
 
-    @property
-    def weight_names(self) -> list[str]:
-        return [spot.name for spots in self.spots.values() for spot in spots]
+    @cached_property
+    def all_spots(self) -> list[Spot]:
+        return [spot for spots in self.spots.values() for spot in spots]
+
+    @cached_property
+    def modules(self) -> list[nn.Module]:
+        return list(dict.fromkeys(spot.layer.module for spot in self.all_spots))
 
     @property
-    def modules(self) -> list[nn.Module]:
-        return list(dict.fromkeys(spot.layer.module for spots in self.spots.values() for spot in spots))
+    def weight_names(self) -> list[str]:
+        return [spot.name for spot in self.all_spots]
+
+    @cached_property
+    def experts(self) -> list[str]:
+        """The weights of its layers that are given some of the tokens, in an order of their own."""
+        return [name for name in self.weight_names if EXPERTS.search(name)]
+
+    def is_elsewhere(self) -> bool:
+        """Whether a weight is on another device than what is added to it."""
+        if self.deltas is None:
+            return False
+        return any(spot.device != self.deltas[spot.layer.module][spot.is_bias].values.device for spot in self.all_spots)
 
     def tensors(self) -> dict[int, int]:
         """The memory that it keeps on the devices: addresses and bytes."""
@@ -70,25 +80,12 @@ class _Laid(Stored):
 
 
 @dataclass(eq=False)
-class _Installed:
-    hook: Hook
+class _Home:
+    """Where a layer is in the model, and how to remove its hook."""
+
     handle: RemovableHandle
-    # Where the module is.
     parent: nn.Module | None
     key: str
-
-
-@dataclass(eq=False)
-class _Block:
-    """A ``with`` block of `Overlay.using`."""
-
-    overlay: Overlay
-    selection: Selection
-    open: bool = True
-
-
-# The blocks around the code that runs now; every thread and task has its own.
-_INSIDE: ContextVar[tuple[_Block, ...]] = ContextVar("shira.overlay.using", default=())
 
 
 class Overlay:
@@ -108,13 +105,14 @@ class Overlay:
       + the Overlay's, each as if it was alone on the base.
     - **Layers** are recognised by what they compute: ``nn.Linear``, transformers' ``Conv1D``, ``nn.Embedding``, layers
       of quantized weights; biases of linear layers too, and weights that are replaced as a whole. Adapters with entries
-      of anything else are refused. A layer whose weight is used without running the layer cannot be recognised, so the
-      adapter has no effect there.
+      of anything else are refused. Where a model uses a layer's weight without running the layer, the adapter has no
+      effect; a warning names layers that did not run.
     - **It trains through**: gradients of inputs are right, with one restriction: no gradient checkpointing (it runs
       layers again when other adapters may be selected; `SwitchError`).
     - **Compiled models** (``torch.compile(model, fullgraph=True)``) take other selections without being compiled again,
       as long as the number of samples and of adapters that were added stay. A compiled model knows one selection for
-      the whole process, that of the block opened last; otherwise each thread and task has its own blocks.
+      the whole process, that of the block opened last; otherwise each thread and task has its own blocks. A CUDA graph
+      that is captured keeps the selection of its capture.
     - A copy of the model (``copy.deepcopy``) keeps what was active; copy the Overlay to have one for the copy
       (``copy.deepcopy(overlay).model``).
 
@@ -133,15 +131,11 @@ class Overlay:
         # The adapters on the devices, the least recently used first.
         self._recent: dict[str, None] = {}
         self._watched: dict[Place, Watched] = {}
-        self._hooks: dict[nn.Module, _Installed] = {}
+        self._current = Current()
+        self._homes: dict[nn.Module, _Home] = {}
         self._entrances: dict[nn.Module, list[RemovableHandle]] = {}
-        # What is active where no block of `using` is open, and for compiled models.
-        self._selection: Selection | None = None
-        self._shared: Selection | None = None
-        self._shared_batch: Batch | None = None
-        self._blocks: list[_Block] = []
-        # Whether a compiler has followed a hook.
-        self._traced = False
+        # Whether the entrances are there that a list of samples needs.
+        self._surveyed = False
 
     @property
     def budget(self) -> int | None:
@@ -157,7 +151,7 @@ class Overlay:
     @property
     def active(self) -> Strengths | list[Strengths]:
         """The active adapters and their strengths; within ``using([...])`` a list of such, one for each sample."""
-        selection = self._now()
+        selection = self._current.now()
         if selection is None:
             return {}
         given = [dict(one) for one in selection.given]
@@ -197,7 +191,7 @@ class Overlay:
             if name in self._added:
                 raise AdapterError(f"an adapter {name!r} was already added; remove it first")
             laid, watched = self._find(name, given, verify, rename)
-            self._check(laid)
+            self._check([laid])
             needed = estimate(given.adapter)
             if self._budget is not None and needed > self._budget:
                 raise AdapterError(f"{given.where} needs {needed:,} bytes, more than the budget of {self._budget:,}")
@@ -212,20 +206,20 @@ class Overlay:
         """Forget an adapter. If it is active it is taken off; others that are active with it stay."""
         with LOCK, quiet():
             laid = _shelf.known(self._added, name)
-            if any(name in block.selection.names for block in self._blocks):
+            if any(name in block.selection.names for block in self._current.blocks):
                 raise SwitchError(
                     f"Overlay: {name!r} is in use by an open using() block; remove it when that has ended"
                 )
             del self._added[name]
             self._recent.pop(name, None)
             laid.deltas = None
-            if self._selection is not None and name in self._selection.mentioned:
-                rest = [{k: v for k, v in one.items() if k != name} for one in self._selection.given]
-                self._selection = self._ready(Selection(rest)) if any(rest) else None
-            used = {spot.place for other in self._added.values() for spots in other.spots.values() for spot in spots}
+            active = self._current.active
+            if active is not None and name in active.mentioned:
+                rest = [{other: alpha for other, alpha in one.items() if other != name} for one in active.given]
+                self._current.active = Selection(rest) if any(rest) else None
+            used = {spot.place for other in self._added.values() for spot in other.all_spots}
             self._watched = {place: watched for place, watched in self._watched.items() if place in used}
             self._regroup(laid.modules)
-            self._share()
 
     def activate(self, which: str | Mapping[str, float], alpha: float | None = None) -> None:
         """Lay one adapter, or several at once, over every sample, in place of what was active.
@@ -239,12 +233,12 @@ class Overlay:
         with LOCK, quiet():
             if isinstance(which, Mapping) and not which and alpha is None:
                 raise ValueError("name at least one adapter; deactivate() gives the base")
-            self._set(self._select(which, alpha))
+            self._current.select(self._select(which, alpha))
 
     def deactivate(self) -> None:
         """The base for every sample."""
         with LOCK:
-            self._set(None)
+            self._current.select(None)
 
     @contextmanager
     def using(self, which: Which | Sequence[Which], alpha: float | None = None) -> Iterator[Overlay]:
@@ -264,23 +258,12 @@ class Overlay:
         raises `SwitchError`: those of position embeddings that all samples share, for instance.
         """
         with LOCK, quiet():
-            block = _Block(self, self._select(which, alpha) or Selection([{}]))
-            if self._traced and self._blocks and self._blocks[-1] not in _INSIDE.get():
-                raise SwitchError(
-                    "Overlay: a using() block of another thread or task is open, and the model is compiled: a compiled "
-                    "model has one selection for the whole process"
-                )
-            self._blocks.append(block)
-            self._share()
-        _INSIDE.set((*_INSIDE.get(), block))
+            block = self._current.enter(self._select(which, alpha) or Selection([{}]))
         try:
             yield self
         finally:
-            block.open = False
-            _INSIDE.set(tuple(other for other in _INSIDE.get() if other is not block))
             with LOCK:
-                self._blocks = [other for other in self._blocks if other is not block]
-                self._share()
+                self._current.leave(block)
 
     def verify(self) -> None:
         """Read all weights that adapters were added for; raise `SwitchError`, naming them, unless they are the base.
@@ -312,17 +295,15 @@ class Overlay:
     def detach(self) -> None:
         """Remove the hooks, and forget all adapters."""
         with LOCK:
-            for installed in self._hooks.values():
-                installed.handle.remove()
-            for handles in self._entrances.values():
-                for handle in handles:
-                    handle.remove()
-            self._selection = None
-            for block in self._blocks:
+            handles = [home.handle for home in self._homes.values()]
+            for handle in [*handles, *(handle for pair in self._entrances.values() for handle in pair)]:
+                handle.remove()
+            for known in (self._homes, self._entrances, self._added, self._recent, self._watched, self._current.hooks):
+                known.clear()
+            self._current.active = None
+            for block in self._current.blocks:
                 block.selection = Selection([{}])
-            self._share()
-            for group in (self._hooks, self._entrances, self._added, self._recent, self._watched):
-                group.clear()
+            self._current.share()
 
     def __enter__(self) -> Overlay:
         return self
@@ -335,73 +316,18 @@ class Overlay:
         new = memo[id(self)] = object.__new__(type(self))
         with LOCK:
             memo |= {id(laid.adapter): laid.adapter for laid in self._added.values() if laid.adapter is not None}
-            state = {**self.__dict__, "_blocks": [], "_traced": False, "_shared_batch": None, "_shared": None}
-            state["_selection"] = None if self._selection is None else Selection(self._selection.given)
-            new.__dict__.update(copy.deepcopy(state, memo))
+            new.__dict__.update(copy.deepcopy(self.__dict__, memo))
             for watched in new._watched.values():
                 watched.distrust()
-            new._share()
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(
-            "Overlay: a model with an Overlay cannot be pickled; detach() it first, or save the model's state_dict()"
-        )
+        return self._current.__reduce_ex__(protocol)
 
     def __repr__(self) -> str:
         return f"Overlay(adapters={list(self._added)}, active={self.active})"
 
-    # ---- for the hooks -----------------------------------------------------------------------------------------
-
-    def selection(self) -> Selection | None:
-        """What is selected where this is called."""
-        if torch.compiler.is_compiling():
-            # A compiler would take what a context variable holds now for a constant.
-            self._traced = True
-            return self._shared
-        return self._now()
-
-    def batch(self) -> Batch | None:
-        """The batch of the forward pass around the caller."""
-        if torch.compiler.is_compiling():
-            return self._shared_batch
-        return _laying.LOCAL.batches.get(id(self))
-
-    def note(self, batch: Batch | None) -> None:
-        """A forward pass begins or ends."""
-        self._shared_batch = batch
-        if not torch.compiler.is_compiling():
-            if batch is None:
-                _laying.LOCAL.batches.pop(id(self), None)
-            else:
-                _laying.LOCAL.batches[id(self)] = batch
-
     # ---- selections ----------------------------------------------------------------------------------------------
-
-    def _block(self) -> _Block | None:
-        """The innermost block of the caller."""
-        for block in reversed(_INSIDE.get()):
-            if block.overlay is self and block.open:
-                return block
-        return None
-
-    def _now(self) -> Selection | None:
-        block = self._block() if _INSIDE.get() else None
-        return self._selection if block is None else block.selection
-
-    def _set(self, selection: Selection | None) -> None:
-        block = self._block()
-        if block is None:
-            self._selection = selection
-        else:
-            block.selection = selection or Selection([{}])
-        self._share()
-
-    def _share(self) -> None:
-        """What compiled models see: the block that was opened last."""
-        self._shared = self._blocks[-1].selection if self._blocks else self._selection
-        if self._shared is not None:
-            self._ready(self._shared)
 
     def _select(self, which: Which | Sequence[Which], alpha: float | None) -> Selection | None:
         """The selection that a user asks for, with its adapters on the devices. Refuses before anything changes."""
@@ -428,28 +354,24 @@ class Overlay:
         self._settle([name for name in self._added if name in selection.names])
         if selection.count > 1:
             self._refuse_order(selection)
-            self._install_entrances()
-        return self._ready(selection)
+        return self._current.ready(selection)
 
     def _strengths(self, which: Which, alpha: float | None = None) -> Strengths:
         return {} if which is None else _shelf.strengths(self._added, which, alpha)
 
-    def _ready(self, selection: Selection) -> Selection:
-        for installed in self._hooks.values():
-            for group in installed.hook.groups:
-                selection.prepare(group)
-        return selection
-
     def _refuse_order(self, selection: Selection) -> None:
         """Refuse models and layers in which the rows of a sample are not where they are looked for."""
-        for name, module in self.model.named_modules():
-            if getattr(module, "batch_first", True) is False:
-                raise SwitchError(
-                    f"Overlay: {name or 'the model'} is a {type(module).__name__} with batch_first=False, so the batch "
-                    f"may be the second dimension here; select the same adapters for every sample"
-                )
+        if not self._surveyed:
+            for name, module in self.model.named_modules():
+                if getattr(module, "batch_first", True) is False:
+                    raise SwitchError(
+                        f"Overlay: {name or 'the model'} is a {type(module).__name__} with batch_first=False, so the "
+                        f"batch may be the second dimension here; select the same adapters for every sample"
+                    )
+            self._install_entrances()
+            self._surveyed = True
         for name in selection.names:
-            experts = [one for one in self._added[name].weight_names if _EXPERTS.search(one)]
+            experts = self._added[name].experts
             if experts:
                 raise SwitchError(
                     f"Overlay: {name!r} changes {_model.some(experts, 2)}, which get some of the tokens in an order of "
@@ -462,7 +384,7 @@ class Overlay:
         self, name: str, given: _shelf.Given, verify: bool, rename: _text.Rename
     ) -> tuple[_Laid, dict[Place, Watched]]:
         """Find an adapter's weights in the model, and compare the base; refuses what does not fit."""
-        base = Spots(self.model)
+        base = Spots(self.model, self._watched)
         weights = _fit.renamed(given.adapter.weights, rename)
         advice = (lambda rule: f"rename={rule!r}") if rename is None else None
         places = _fit.places(given.where, weights, base, where=_places.WHERE, kind="model", advice=advice)
@@ -480,17 +402,16 @@ class Overlay:
                 raise AdapterError(
                     f"{given.where}: {spots[own][0].name} has entries of {dtype}, which have no difference in float32"
                 )
-        elsewhere: list[str] = []
-        if verify or any(len(found) > 1 for found in places.values()):
-            anything = _fit.indifferent(weights, given.adapter.delta, 1.0)
-            if verify:
-                _fit.check_content(given.where, weights, places, where=_places.WHERE, kind="model", anything=anything)
-                elsewhere = [
-                    spot.name
-                    for key in anything
-                    for spot in places[key]
-                    if weights[key].fingerprint not in (None, spot.fingerprint())
-                ]
+        # What is replaced as a whole may be anything at strength 1; copies of a tied weight must be alike in any case.
+        anything = _fit.indifferent(weights, given.adapter.delta, 1.0)
+        unread = anything if verify else weights.keys()
+        _fit.check_content(given.where, weights, places, where=_places.WHERE, kind="model", anything=unread)
+        elsewhere = [
+            spot.name
+            for key in (anything if verify else ())
+            for spot in places[key]
+            if weights[key].fingerprint not in (None, spot.fingerprint())
+        ]
         laid = _Laid(
             name=name,
             alpha=given.alpha,
@@ -501,27 +422,21 @@ class Overlay:
             spots=spots,
         )
         watched: dict[Place, Watched] = {}
-        for group in spots.values():
-            for spot in group:
-                known = self._watched.get(group[0].place) or watched.get(group[0].place)
-                watched[spot.place] = known or Watched(group[0], None)
-                if verify and watched[spot.place].fingerprint is None:
-                    watched[spot.place].fingerprint = spot.fingerprint()
+        first: dict[object, Watched] = {}
+        for spot in laid.all_spots:
+            known = self._watched.get(spot.place) or first.get(spot.one) or Watched(spot, None)
+            watched[spot.place] = first[spot.one] = known
+            if verify and known.fingerprint is None and not known.changed():
+                known.fingerprint = spot.fingerprint()
         return laid, watched
 
     def _settle(self, names: Sequence[str]) -> None:
         """Bring adapters to the devices, on the base that they were added for."""
-        for name in names:
-            laid = self._added[name]
-            self._check(laid)
-            self._refuse_replaced(laid.modules)
-        for name in names:
-            laid = self._added[name]
-            if laid.deltas is not None and any(
-                delta.values.device != self._hooks[module].hook.layer.device
-                for module, deltas in laid.deltas.items()
-                for delta in deltas.values()
-            ):
+        settled = [self._added[name] for name in names]
+        changed = self._check(settled)
+        self._refuse_replaced(dict.fromkeys(module for laid in settled for module in laid.modules))
+        for name, laid in zip(names, settled, strict=True):
+            if changed and laid.is_elsewhere():
                 self._leave(name)  # the model was moved
             if laid.deltas is None:
                 adapter = laid.read()
@@ -541,7 +456,6 @@ class Overlay:
         if laid.file is not None:
             laid.adapter = None  # it can be read again
         self._regroup(laid.modules)
-        self._share()
 
     def _leave(self, name: str) -> None:
         laid = self._added[name]
@@ -550,8 +464,7 @@ class Overlay:
         self._regroup(laid.modules)
 
     def _in_use(self) -> list[str]:
-        selections = [self._selection, *(block.selection for block in self._blocks)]
-        return [name for selection in selections if selection is not None for name in selection.names]
+        return [name for selection in self._current.selections() for name in selection.names]
 
     def _make_room(self, nbytes: int, keep: Iterable[str]) -> bool:
         """Let adapters leave until there is room for this many bytes more. Returns whether there is; if not, none has
@@ -571,25 +484,26 @@ class Overlay:
 
     # ---- the base ----------------------------------------------------------------------------------------------------
 
-    def _check(self, laid: _Laid) -> None:
-        """Refuse weights that someone has changed since adapters were added for them."""
-        for spots in laid.spots.values():
-            for spot in spots:
-                watched = self._watched.get(spot.place)
-                if watched is not None:
-                    watched.refuse_changed()
+    def _check(self, adapters: Iterable[_Laid]) -> bool:
+        """Refuse weights that someone has changed since adapters were added for them.
+
+        Returns whether anything has happened to them, such as a move to another device.
+        """
+        there = (self._watched.get(spot.place) for laid in adapters for spot in laid.all_spots)
+        changed = [watched.refuse_changed() for watched in dict.fromkeys(there) if watched is not None]
+        return any(changed)
 
     def _refuse_replaced(self, modules: Iterable[nn.Module]) -> None:
         """Refuse layers that are not in the model any more."""
-        installed = [self._hooks[module] for module in modules if module in self._hooks]
-        for one in installed:
-            if one.parent is not None and one.parent._modules.get(one.key) is not one.hook.layer.module:
+        for module in modules:
+            home = self._homes.get(module)
+            if home is not None and home.parent is not None and home.parent._modules.get(home.key) is not module:
                 self._refuse_gone()  # or they were wrapped
                 break
 
     def _refuse_gone(self) -> None:
         there = set(self.model.modules())
-        gone = [one.hook.name for module, one in self._hooks.items() if module not in there]
+        gone = [hook.name for module, hook in self._current.hooks.items() if module not in there]
         if gone:
             raise SwitchError(
                 f"Overlay: the module of {_model.some(gone)} is no longer a part of the model: it was replaced after "
@@ -600,26 +514,21 @@ class Overlay:
 
     def _regroup(self, modules: Iterable[nn.Module]) -> None:
         """Make the groups of these layers from the adapters that are on the devices."""
-        layers = {
-            spot.layer.module: spot.layer
-            for laid in self._added.values()
-            for spots in laid.spots.values()
-            for spot in spots
-        }
+        layers = {spot.layer.module: spot.layer for laid in self._added.values() for spot in laid.all_spots}
         for module in modules:
             layer = layers.get(module)
             if layer is None:
-                if module in self._hooks:
-                    self._hooks.pop(module).handle.remove()
+                if module in self._homes:
+                    self._homes.pop(module).handle.remove()
+                    del self._current.hooks[module]
                 continue
-            if module not in self._hooks:
+            if module not in self._homes:
                 self._install(layer)
-            hook = self._hooks[module].hook
+                self._surveyed = False
+            hook = self._current.hooks[module]
             hook.groups, hook.biased = self._groups(layer)
-        for selection in [self._selection, *(block.selection for block in self._blocks)]:
-            if selection is not None:
-                selection.forget()
-                self._ready(selection)
+        self._current.regrouped()
+        self._current.share()
 
     def _groups(self, layer: _linears.Layer) -> tuple[list[Group], bool]:
         """The groups of a layer's weight and of its bias, and whether there is one of its bias."""
@@ -629,30 +538,33 @@ class Overlay:
                 kinds.setdefault((bias, delta.granule), {})[name] = delta
         compute = compute_dtype(layer.dtype)
         kind = Rows if layer.kind == _linears.EMBEDDING else Group
-        weights = [kind(deltas, layer, compute) for (bias, _), deltas in kinds.items() if not bias]
-        biases = [Biases(deltas, layer, compute) for (bias, _), deltas in kinds.items() if bias]
+        weights = [kind(deltas, layer.transposed, compute) for (bias, _), deltas in kinds.items() if not bias]
+        biases = [Biases(deltas, layer.transposed, compute) for (bias, _), deltas in kinds.items() if bias]
         return [*weights, *biases], bool(biases)
 
     def _install(self, layer: _linears.Layer) -> None:
-        hook = Hook(self, layer)
+        hook = self._current.hooks[layer.module] = Hook(self._current, layer)
         # Before all other hooks: they see what the layer would compute if the adapters were in its weight.
         handle = layer.module.register_forward_hook(hook, with_kwargs=True, prepend=True)
         where = ((p, key) for p in self.model.modules() for key, child in p._modules.items() if child is layer.module)
         parent, key = next(where, (None, ""))
-        self._hooks[layer.module] = _Installed(hook, handle, parent, key)
+        self._homes[layer.module] = _Home(handle, parent, key)
+        self._enter(self.model)
 
     def _install_entrances(self) -> None:
         """Hooks on the modules that may be called from outside: all around the layers, but for members of lists."""
-        names = {name for name, module in self.model.named_modules(remove_duplicate=False) if module in self._hooks}
+        names = {name for name, module in self.model.named_modules(remove_duplicate=False) if module in self._homes}
         around = {""}
         for name in names:
             parts = name.split(".")
             around |= {".".join(parts[:end]) for end in range(1, len(parts)) if not any(map(str.isdigit, parts[:end]))}
         for name in around:
-            module = self.model.get_submodule(name)
-            if module not in self._entrances:
-                entrance = Entrance(self)
-                self._entrances[module] = [
-                    module.register_forward_pre_hook(entrance.before, with_kwargs=True, prepend=True),
-                    module.register_forward_hook(entrance.after, with_kwargs=True, always_call=True),
-                ]
+            self._enter(self.model.get_submodule(name))
+
+    def _enter(self, module: nn.Module) -> None:
+        if module not in self._entrances:
+            entrance = Entrance(self._current, whole=module is self.model)
+            self._entrances[module] = [
+                module.register_forward_pre_hook(entrance.before, with_kwargs=True, prepend=True),
+                module.register_forward_hook(entrance.after, with_kwargs=True, always_call=True),
+            ]

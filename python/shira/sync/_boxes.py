@@ -55,6 +55,12 @@ class Box:
         """Entries of the box."""
         return math.prod(self.sizes)
 
+    @property
+    def end(self) -> int:
+        """One more than the largest index in the model's weight."""
+        reach = sum((size - 1) * stride for size, stride in zip(self.sizes, self.target_strides, strict=True))
+        return self.target + reach + 1
+
     def sources(self, flat: Tensor) -> Tensor:
         """The box as a view of the checkpoint's flat weight."""
         return flat.as_strided(self.sizes, self.source_strides, flat.storage_offset() + self.source)

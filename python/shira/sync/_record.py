@@ -1,13 +1,16 @@
 """How a `Plan` is recorded: a loader is run on weights whose entries say where they come from.
 
-An entry's place in the checkpoint is written in digits that every dtype holds exactly, however few bits it has: one run
-of the loader for each digit. One more run has the first digit's complement, which a constant that the loader writes
-(padding) cannot have, and the last one has random values. What the loader writes to is seen below autograd, where every
-op says which tensors it writes to (`TorchDispatchMode`): the part is kept, and marked, before the first write.
+Entries are numbered, and the numbers written in digits that every dtype holds exactly, however few bits it has: one run
+of the loader for each digit. One more run has the lowest digit's complement, which a constant that the loader writes
+(padding) cannot have beside that digit, and the last one has random values. What the loader writes to is seen below
+autograd, where every op says which tensors it writes to (`TorchDispatchMode`): the part is kept, and marked, before the
+first write.
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 import sys
 import threading
@@ -16,9 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,17 +30,14 @@ from shira.sync._weights import Weight, weights_of
 from shira.sync.update import SyncError, bits
 
 _Load = Callable[[Iterable[tuple[str, Tensor]]], object]
-_Integers = NDArray[np.int64]
 
-# Entries that are decoded at once.
-_CHUNK = 2**22
-_ROWS = 2**20
+# Entries that are worked on at once: as many as are in a core's own cache.
+_CHUNK = 2**18
 # Boxes of one weight. A real layout has a few; shuffled rows would have one each, which no longer is O(entries).
 _BOXES = 1024
 
-# Whole numbers from 1 that a dtype holds exactly, an even number of them: with an odd one, a digit could be its own
-# complement.
-_DIGITS = {torch.float8_e4m3fn: 16, torch.float8_e5m2: 8, torch.int8: 126}
+# Digits are whole numbers from 1, of which a dtype holds so many exactly. Powers of two.
+_DIGITS = {torch.float8_e4m3fn: 16, torch.float8_e5m2: 8, torch.int8: 64}
 _MOST = 128
 
 # What is known of an entry of the model, where it is not the number of an entry of the checkpoint: nobody wrote to it;
@@ -79,18 +77,28 @@ def recorded(
         recording = _Recording(weights, load_weights, wanted, device)
         try:
             recording.run()
-        finally:
-            lost = recording.lost()
-        if lost:
-            raise SyncError(
-                f"Plan.record: the loader wrote to {_model.some(lost)} in a way that torch does not show (a kernel of "
-                f"its own, NumPy, or a thread that was there before), so what was there is lost; load the model's "
-                f"weights again, and record with a loader that writes through torch"
-            )
+        except BaseException as error:
+            _refuse_lost(recording.lost(), error)
+            raise
+        _refuse_lost(recording.lost())
         if not recording.found and recording.problems:
             name, problem = next(iter(recording.problems.items()))
             raise SyncError(f"Plan.record: not one weight can be followed. {name} {problem}")
+        if not recording.found and any(layout.numel for layout in wanted.values()):
+            raise SyncError(
+                f"Plan.record: the loader writes nothing to the model for {_model.some(wanted)}; give the model that "
+                f"it loads, and the names of the checkpoint that it takes"
+            )
         return recording.result()
+
+
+def _refuse_lost(lost: Sequence[str], cause: BaseException | None = None) -> None:
+    if lost:
+        raise SyncError(
+            f"Plan.record: the loader wrote to {_model.some(lost)} in a way that torch does not show (a kernel of its "
+            f"own, NumPy, or a thread that was there before), so what was there is lost; load the model's weights "
+            f"again, and record with a loader that writes through torch"
+        ) from cause
 
 
 def _wanted(
@@ -128,6 +136,13 @@ class _Span(NamedTuple):
 
     def of(self, flat: Tensor) -> Tensor:
         return flat.as_strided(self.sizes, self.strides, flat.storage_offset() + self.offset)
+
+    def places(self, device: torch.device) -> Tensor:
+        """Where its entries are in the flat weight, int64."""
+        found = torch.full((1,), self.offset, device=device)
+        for size, stride in zip(self.sizes, self.strides, strict=True):
+            found = (found[:, None] + torch.arange(0, size * stride, stride, device=device)).view(-1)
+        return found
 
     @property
     def end(self) -> int:
@@ -273,17 +288,26 @@ class _Group:
 
     def __init__(self, layouts: Mapping[str, Layout], device: torch.device) -> None:
         self.layouts, self.device = layouts, device
-        ends = np.cumsum([layout.numel for layout in layouts.values()])
-        self.begins = np.concatenate([[0], ends[:-1]]).astype(np.int64)
-        self.total = int(ends[-1])
+        *begins, self.total = itertools.accumulate((layout.numel for layout in layouts.values()), initial=0)
+        self.begins = list(begins)
         self.base = min(_DIGITS.get(layout.dtype, _MOST) for layout in layouts.values())
         self.digits = 1
         while self.base**self.digits < self.total:
             self.digits += 1
+        # Twice the largest number of so many digits must fit: see `_numbered`.
+        self.kind = torch.int32 if self.base**self.digits <= 2**30 else torch.int64
+
+    def owner(self, number: int) -> int:
+        """Which of the weights, in their order, an entry is of."""
+        return bisect.bisect_right(self.begins, number) - 1
+
+    def span(self, owner: int) -> tuple[int, int]:
+        """The numbers of a weight's entries, from the first to the one after the last."""
+        return self.begins[owner], [*self.begins, self.total][owner + 1]
 
     def each(self, made: Callable[[str, int, int, torch.dtype], Tensor]) -> Iterator[tuple[str, Tensor]]:
         """The weights, one after the other, with entries that `made` makes: of a name, from the first to the last."""
-        for (name, layout), begin in zip(self.layouts.items(), self.begins.tolist(), strict=True):
+        for (name, layout), begin in zip(self.layouts.items(), self.begins, strict=True):
             flat = torch.empty(layout.numel, dtype=layout.dtype, device=self.device)
             for at in range(0, layout.numel, _CHUNK):
                 end = min(at + _CHUNK, layout.numel)
@@ -291,15 +315,18 @@ class _Group:
             yield name, flat.view(layout.shape)
 
     def digit(self, place: int) -> Iterator[tuple[str, Tensor]]:
+        bits = self.base.bit_length() - 1
+
         def made(name: str, begin: int, end: int, dtype: torch.dtype) -> Tensor:
-            digits: Tensor = torch.arange(begin, end, device=self.device) // self.base**place % self.base + 1
-            return digits
+            numbers = torch.arange(begin, end, dtype=self.kind, device=self.device)
+            return (numbers >> bits * place).bitwise_and_(self.base - 1).add_(1)
 
         return self.each(made)
 
     def complement(self) -> Iterator[tuple[str, Tensor]]:
         def made(name: str, begin: int, end: int, dtype: torch.dtype) -> Tensor:
-            return self.base - torch.arange(begin, end, device=self.device) % self.base
+            numbers = torch.arange(begin, end, dtype=self.kind, device=self.device)
+            return self.base - numbers.bitwise_and_(self.base - 1)
 
         return self.each(made)
 
@@ -312,7 +339,8 @@ class _Group:
                 generators[name] = torch.Generator().manual_seed(fnv1a64(name) >> 1)
             generator = generators[name]
             if dtype.is_floating_point:
-                return torch.randn(end - begin, generator=generator, dtype=torch.float64)
+                wide = torch.float64 if dtype == torch.float64 else torch.float32
+                return torch.rand(end - begin, generator=generator, dtype=wide) - 0.5
             bound = torch.iinfo(dtype)
             return torch.randint(bound.min, bound.max, (end - begin,), generator=generator, dtype=torch.int64)
 
@@ -334,6 +362,9 @@ class _Landing(NamedTuple):
     span: _Span
     # The number of the checkpoint's entry, or _UNTOUCHED and so on: with the span's dimensions.
     numbers: Tensor
+    # Which of the entries are _OTHER, and what they were in a run of the loader; None: none.
+    other: Tensor | None = None
+    constants: Tensor | None = None
 
 
 # ---- the recording --------------------------------------------------------------------------------------------------
@@ -356,7 +387,8 @@ class _Recording:
         alone: list[str] = []
         for group in self._packs():
             left = self._try(group)
-            if len(group) > 1:
+            # One of several may have been written over by the next, or suffer from what another one does.
+            if len(group) > 1 and (len(left) < len(group) or any(left.values())):
                 alone += left
             else:
                 pending |= left
@@ -369,8 +401,8 @@ class _Recording:
             scopes: dict[str, list[str]] = {}
             for name in pending:
                 scopes.setdefault(".".join(name.split(".")[:depth]), []).append(name)
-            for scope, group in scopes.items():
-                if len(group) > 1 and tuple(group) not in tried and (not depth or scope != group[0]):
+            for group in scopes.values():
+                if len(group) > 1 and tuple(group) not in tried:
                     tried.add(tuple(group))
                     self._together(group, pending)
             depth -= 1
@@ -437,43 +469,38 @@ class _Recording:
         for place in range(group.digits):
             with self._loaded(group.digit(place)) as parts:
                 if place == 0:
-                    landings = {span: _first(span, part, new, group) for span, (part, new, _) in parts.items()}
+                    landings = {span: _landed(span, part, group) for span, part in parts.items()}
                     if not landings:
                         return {}
                 _refuse_elsewhere(landings, parts)
-                for span, landing in landings.items() if place else ():
-                    _next(landing.numbers, parts[span][0], group, place)
-        constants: dict[_Span, Tensor] = {}
+                for span, landing in landings.items():
+                    _add_digit(landing.numbers, parts[span].now, group, place)
         with self._loaded(group.complement()) as parts:
             _refuse_elsewhere(landings, parts)
             for span, landing in landings.items():
-                part = parts[span][0]
-                _complement(landing.numbers, part, group)
-                constants[span] = bits(part[landing.numbers == _OTHER].contiguous())
+                _numbered(landing.numbers, parts[span], group)
+                other = landing.numbers == _OTHER
+                if bool(other.any()):
+                    landings[span] = landing._replace(other=other, constants=parts[span].now[other])
         boxes: dict[str, list[Box]] = {}
+        names = list(group.layouts)
         for landing in landings.values():
-            for name, box in _boxes(landing, group):
-                boxes.setdefault(name, []).append(box)
-        for some in boxes.values():
-            if len(some) > _BOXES:
-                raise _Cannot(
-                    f"lies in {len(some):,} pieces, and a plan takes {_BOXES:,} a weight at most: its order is not a "
-                    f"layout, but a shuffle"
-                )
-        self._proven(group, landings, constants, boxes)
-        whole = self._whole(group, landings)
-        self.whole |= {
-            name
-            for name in boxes
-            if name in whole and all(self.flats[box.weight].dtype == self.wanted[name].dtype for box in boxes[name])
-        }
+            for owner, box in _boxes(landing, group):
+                boxes.setdefault(names[owner], []).append(box)
+        self._proven(group, landings, boxes)
+        self.whole |= {name for name in boxes if self._is_whole(self.wanted[name], boxes[name])}
         return boxes
+
+    def _is_whole(self, layout: Layout, boxes: Sequence[Box]) -> bool:
+        seen = torch.zeros(layout.numel, dtype=torch.bool)
+        for box in boxes:
+            box.sources(seen).fill_(True)
+        return bool(seen.all()) and all(self.flats[box.weight].dtype == layout.dtype for box in boxes)
 
     def _proven(
         self,
         group: _Group,
         landings: Mapping[_Span, _Landing],
-        constants: Mapping[_Span, Tensor],
         boxes: Mapping[str, Sequence[Box]],
     ) -> None:
         """Random values must arrive where the boxes say, with the bits of a copy."""
@@ -481,7 +508,7 @@ class _Recording:
             _refuse_elsewhere(landings, parts)
             # In the model itself, or in what has taken its place.
             homes = self.flats | {
-                span.weight: parts[span][0] for span in parts if span.sizes == self.flats[span.weight].shape
+                span.weight: parts[span].now for span in parts if span.sizes == self.flats[span.weight].shape
             }
             for name, given in group.random():
                 flat = given.view(-1)
@@ -490,33 +517,18 @@ class _Recording:
                     if not torch.equal(bits(box.sources(flat).to(there).contiguous()), bits(there)):
                         raise _Cannot(_COMPUTED)
             for span, landing in landings.items():
-                part, _, before = parts[span]
-                other = landing.numbers == _OTHER
-                now = bits(part[other].contiguous())
-                if not torch.equal(now, constants[span]):
+                if landing.other is None or landing.constants is None:
+                    continue
+                now, before = parts[span].now[landing.other], parts[span].before[landing.other]
+                if not torch.equal(bits(now), bits(landing.constants)):
                     raise _Cannot(_COMPUTED)
                 # Padding is one value, or what was there; anything else may be of a weight that came before.
-                new = now[now != bits(before[other].contiguous())]
+                new = bits(now)[bits(now) != bits(before)]
                 if bool((new != new[:1]).any()):
                     raise _Cannot(
                         "arrives together with values that are neither its own nor one constant: the loader keeps "
                         "something from earlier calls, or computes"
                     )
-
-    def _whole(self, group: _Group, landings: Mapping[_Span, _Landing]) -> set[str]:
-        """The weights of which every entry has arrived."""
-        seen = torch.zeros(group.total, dtype=torch.bool)
-        for landing in landings.values():
-            numbers = landing.numbers.view(-1)
-            for at in range(0, numbers.numel(), _CHUNK):
-                some = numbers[at : at + _CHUNK]
-                seen[some[some >= 0].cpu()] = True
-        ends = [*group.begins.tolist()[1:], group.total]
-        return {
-            name
-            for name, begin, end in zip(group.layouts, group.begins.tolist(), ends, strict=True)
-            if bool(seen[begin:end].all())
-        }
 
     # ---- one run of the loader ---------------------------------------------------------------------------------
 
@@ -563,8 +575,10 @@ class _Recording:
         for name, weight in self.weights.items():
             for slot in weight.slots:
                 if not slot.holds():
-                    home = slot.module._parameters if isinstance(slot.weight, nn.Parameter) else slot.module._buffers
-                    home[slot.attribute] = slot.weight
+                    is_parameter: bool = isinstance(slot.weight, nn.Parameter)
+                    homes: list[dict[str, Any]] = [slot.module._buffers, slot.module._parameters]
+                    homes[not is_parameter].pop(slot.attribute, None)
+                    homes[is_parameter][slot.attribute] = slot.weight
             if weight.slots[0].weight.data_ptr() != self.own[name].data_ptr():
                 weight.slots[0].weight.data = self.own[name]
 
@@ -601,7 +615,8 @@ class _Recording:
                 there.setdefault(box.weight, []).append((name, box))
         found: dict[str, set[str]] = {}
         for weight, all_ in there.items():
-            if len({name for name, _ in all_}) == 1:
+            ends = sorted((box.target, box.end) for _, box in all_)
+            if all(one[1] <= other[0] for one, other in itertools.pairwise(ends)):
                 continue
             owner = torch.full((self.flats[weight].numel(),), -1, dtype=torch.int32)
             names = list(dict.fromkeys(name for name, _ in all_))
@@ -619,6 +634,7 @@ _KINDS = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
 )  # fmt: skip
+_SHUFFLE = f"lies in more than {_BOXES:,} pieces, the most that a plan takes: its order is a shuffle, and not a layout"
 _COMPUTED = (
     "is not moved alone: the loader computes with its values (scales, quantizes, or rounds them to fewer bits), or "
     "it does not do the same each time"
@@ -635,180 +651,123 @@ def _refuse_elsewhere(landings: Mapping[_Span, object], parts: Mapping[_Span, ob
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The tensors, of one shape, in pieces along their first dimension."""
-    if not tensors[0].dim():
-        yield tuple(tensor.view(1) if tensor.is_contiguous() else tensor.reshape(1) for tensor in tensors)
-        return
-    rows = max(1, _CHUNK * tensors[0].shape[0] // max(tensors[0].numel(), 1))
-    yield from zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+    if tensors[0].dim():
+        rows = max(1, _CHUNK * tensors[0].shape[0] // max(tensors[0].numel(), 1))
+        yield from zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+    else:
+        yield tensors
 
 
-def _is_digit(value: Tensor, base: int) -> Tensor:
-    return (value >= 1) & (value <= base) & (value == value.floor())
+def _landed(span: _Span, part: _Part, group: _Group) -> _Landing:
+    return _Landing(span, torch.zeros(part.now.shape, dtype=group.kind, device=part.now.device))
 
 
-def _first(span: _Span, part: Tensor, new: Tensor | None, group: _Group) -> _Landing:
-    kind = torch.int32 if group.total < 2**31 else torch.int64
-    numbers = torch.empty(part.shape, dtype=kind, device=part.device)
-    mark = _mark(part.dtype)
+def _add_digit(numbers: Tensor, part: Tensor, group: _Group, place: int) -> None:
+    """What is not a digit makes some number too; `_numbered` finds it out."""
     for value, number in _pieces(part, numbers):
-        value = value.to(torch.float64)
-        digit = _is_digit(value, group.base)
-        number.copy_(torch.where(digit, value - 1, torch.where(value == mark, _UNTOUCHED, _OTHER)))
-    if new is not None:
-        numbers.masked_fill_(~new, _ELSEWHERE)
-    return _Landing(span, numbers)
+        number.add_(value.to(group.kind) - 1, alpha=group.base**place)
 
 
-def _next(numbers: Tensor, part: Tensor, group: _Group, place: int) -> None:
-    for value, number in _pieces(part, numbers):
-        value = value.to(torch.float64)
-        longer = torch.where(_is_digit(value, group.base), number + (value - 1) * group.base**place, _OTHER)
-        number.copy_(torch.where(number >= 0, longer, number.to(torch.float64)))
-
-
-def _complement(numbers: Tensor, part: Tensor, group: _Group) -> None:
-    mark = _mark(part.dtype)
-    for value, number in _pieces(part, numbers):
-        value = value.to(torch.float64)
-        right = (number >= 0) & (number < group.total) & (value == group.base - number % group.base)
-        right |= (number == _UNTOUCHED) & (value == mark)
-        number.masked_fill_(~right & (number != _ELSEWHERE), _OTHER)
+def _numbered(numbers: Tensor, part: _Part, group: _Group) -> None:
+    """From sums of digits to numbers of entries, or what they are instead."""
+    mark = _mark(part.now.dtype)
+    # Below 0, or above every number.
+    untouched = sum((mark - 1) * group.base**place for place in range(group.digits))
+    for value, number in _pieces(part.now, numbers):
+        digit = value.to(group.kind)
+        right = (number >= 0) & (number < group.total) & (digit == group.base - (number & (group.base - 1)))
+        free = (number == untouched) & (digit == mark)
+        number.masked_fill_(~(right | free), _OTHER).masked_fill_(free, _UNTOUCHED)
+    if part.new is not None:
+        numbers.masked_fill_(~part.new, _ELSEWHERE)
 
 
 # ---- boxes ----------------------------------------------------------------------------------------------------------
 
 
-class _Runs(NamedTuple):
-    """Boxes in the order of their targets: where each begins, and its kind, an index into a list of dimensions."""
+class _Row(NamedTuple):
+    """Entries in the order of the model, all of which have numbers, and where they are."""
 
-    target: _Integers
-    source: _Integers
-    kind: _Integers
+    numbers: Tensor
+    # None: one after the other, from `begin` on.
+    places: Tensor | None
+    begin: int
 
+    def place(self, at: int) -> int:
+        return self.begin + at if self.places is None else int(self.places[at])
 
-# (size, target stride, source stride), from the innermost one outwards.
-_Dims = tuple[tuple[int, int, int], ...]
+    def of(self, some: Tensor) -> _Row:
+        """Some of the entries."""
+        at = some.nonzero().view(-1)
+        return _Row(self.numbers[at], at + self.begin if self.places is None else self.places[at], 0)
 
-
-def _boxes(landing: _Landing, group: _Group) -> Iterator[tuple[str, Box]]:
-    kinds: list[_Dims] = [()]
-    owners: list[int] = []
-    runs = _entries(landing, group, kinds, owners)
-    while True:
-        count = len(runs.kind)
-        if not count:
-            return
-        runs = _merged(runs, kinds, owners)
-        if len(runs.kind) == count:
-            break
-    names = list(group.layouts)
-    for target, source, kind in zip(*(array.tolist() for array in runs), strict=True):
-        owner = owners[kind]
-        yield names[owner], _box(landing.span.weight, target, source - int(group.begins[owner]), kinds[kind])
-
-
-def _entries(landing: _Landing, group: _Group, kinds: list[_Dims], owners: list[int]) -> _Runs:
-    """Entries in the order of the model, already in rows as far as they lie in a row."""
-    kinds[:] = [()] * len(group.layouts)
-    owners[:] = range(len(group.layouts))
-    span, flat = landing.span, landing.numbers.reshape(-1)
-    steps = [math.prod(span.sizes[at + 1 :]) for at in range(len(span.sizes))]
-    rows = np.array([_row(layout.shape) for layout in group.layouts.values()])
-    found: list[_Runs] = []
-    for begin in range(0, flat.numel(), _CHUNK):
-        numbers = flat[begin : begin + _CHUNK].to(torch.int64).cpu().numpy()
-        at = np.arange(begin, begin + len(numbers))
-        target = np.full(len(numbers), span.offset)
-        for size, stride, step in zip(span.sizes, span.strides, steps, strict=True):
-            target += at // step % size * stride
-        there = numbers >= 0
-        if not there.all():
-            target, numbers = target[there], numbers[there]
-        kind = np.searchsorted(group.begins, numbers, side="right") - 1
-        # Without this, the last row of one block and the first row of the next one could be one row of twice the
-        # length, and no other one like it.
-        edges = (numbers - group.begins[kind]) % rows[kind] == 0
-        some = _merged(_Runs(target, numbers, kind), kinds, owners, edges)
-        if len(edges) and not edges[0] and found:
-            some = _joined(found[-1], some, kinds, owners)
-        if len(some.kind):
-            found.append(some)
-    if not found:
-        return _Runs(*[np.zeros(0, dtype=np.int64)] * 3)
-    if sum(len(one.kind) for one in found) > _CHUNK:
-        raise _Cannot("is scattered over the model entry by entry: its order is not a layout, but a shuffle")
-    return _Runs(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
+    def alike(self, at: int, ahead: int, step: int, forward: int, end: int) -> int:
+        """How many entries from here on have one so far ahead whose number, below `end`, and place are so much more."""
+        count, size = 0, 1024
+        while True:
+            here = slice(at + count, min(at + count + size, len(self.numbers) - ahead))
+            there = slice(here.start + ahead, here.stop + ahead)
+            if here.start >= here.stop:
+                return count
+            right = (self.numbers[there] - self.numbers[here] == step) & (self.numbers[there] < end)
+            if self.places is not None:
+                right &= self.places[there] - self.places[here] == forward
+            if not bool(right.all()):
+                return count + int((~right).nonzero()[0])
+            count, size = count + len(right), min(4 * size, _CHUNK)
 
 
-def _row(shape: Sequence[int]) -> int:
-    """Entries of a row: of the last dimension, or of several where there would be very many rows."""
-    row = 1
-    for size in reversed(shape):
-        row *= size
-        if math.prod(shape) <= row * _ROWS:
-            break
-    return row
+def _boxes(landing: _Landing, group: _Group) -> list[tuple[int, Box]]:
+    """The boxes of all entries that have a number, each with its weight's place in the group."""
+    span, numbers = landing.span, landing.numbers.reshape(-1)
+    row = _Row(numbers, None if span.strides == (1,) else span.places(numbers.device), span.offset)
+    there = numbers >= 0
+    if not bool(there.all()):
+        row = row.of(there)
+    found = _walked(span.weight, row, group)
+    if found is None and len(group.layouts) > 1:
+        # Entries of several weights may take turns.
+        found = []
+        for owner in range(len(group.layouts)):
+            begin, end = group.span(owner)
+            more = _walked(span.weight, row.of((row.numbers >= begin) & (row.numbers < end)), group)
+            if more is None:
+                raise _Cannot(_SHUFFLE)
+            found += more
+    if found is None:
+        raise _Cannot(_SHUFFLE)
+    return found
 
 
-def _joined(before: _Runs, after: _Runs, kinds: list[_Dims], owners: list[int]) -> _Runs:
-    """Where the first of these runs goes on with the last one before, that one becomes both; returns what is left."""
-    one, other = (
-        (int(runs.target[at]), int(runs.source[at]), int(runs.kind[at])) for runs, at in ((before, -1), (after, 0))
-    )
-    dims, more = kinds[one[2]], kinds[other[2]]
-    count = dims[0][0] if dims else 1
-    pace = dims or more
-    forward, step = pace[0][1:] if pace else (other[0] - one[0], other[1] - one[1])
-    goes_on = owners[one[2]] == owners[other[2]] and (not more or more[0][1:] == (forward, step)) and step > 0
-    if not goes_on or (one[0] + count * forward, one[1] + count * step) != other[:2]:
-        return after
-    kinds.append(((count + (more[0][0] if more else 1), forward, step),))
-    owners.append(owners[one[2]])
-    before.kind[-1] = len(kinds) - 1
-    return _Runs(*(array[1:] for array in after))
+def _walked(weight: str, row: _Row, group: _Group) -> list[tuple[int, Box]] | None:
+    """One box after the other, each as large as it can be; None where there are too many."""
+    found: list[tuple[int, Box]] = []
+    at = 0
+    while at < len(row.numbers):
+        first = int(row.numbers[at])
+        owner = group.owner(first)
+        begin, end = group.span(owner)
+        # (source stride, target stride, size), from the inside out: each repeats all that is inside of it.
+        dims: list[tuple[int, int, int]] = []
+        block = 1
+        while at + block < len(row.numbers):
+            step, forward = int(row.numbers[at + block]) - first, row.place(at + block) - row.place(at)
+            count = 1 + row.alike(at, block, step, forward, end) // block if step > 0 else 1
+            if count == 1:
+                break
+            dims.append((step, forward, count))
+            block *= count
+        found.append((owner, _box(weight, row.place(at), first - begin, dims)))
+        if len(found) > _BOXES * len(group.layouts):
+            return None
+        at += block
+    return found
 
 
-def _merged(runs: _Runs, kinds: list[_Dims], owners: list[int], edges: NDArray[np.bool_] | None = None) -> _Runs:
-    """Neighbours of one kind at regular distances become one; new kinds are added to the lists.
-
-    Where entries follow each other in the source, a run does not go over an edge.
-    """
-    target, source, kind = runs
-    if len(kind) < 2:
-        return runs
-    ahead, on = np.diff(target), np.diff(source)
-    apart = (np.diff(kind) != 0) | (on <= 0)
-    if edges is not None:
-        apart |= edges[1:] & (on == 1)
-    turn = np.zeros(len(ahead), dtype=bool)
-    turn[1:] = ~apart[1:] & ~apart[:-1] & ((ahead[1:] != ahead[:-1]) | (on[1:] != on[:-1]))
-    # The step from a row to the next one differs from the steps in either: of turns one after the other, every second
-    # one is such a step.
-    place = np.arange(len(turn))
-    since = place - np.maximum.accumulate(np.where(turn, -1, place))
-    ends = np.flatnonzero(apart | (turn & (since % 2 == 1)))
-    first = np.concatenate([[0], ends + 1])
-    count = np.diff(np.concatenate([first, [len(kind)]]))
-    long = count > 1
-    after = np.minimum(first, len(ahead) - 1)
-    row = np.stack([kind[first], count, np.where(long, ahead[after], 0), np.where(long, on[after], 0)], axis=1)
-    new, which = np.unique(row, axis=0, return_inverse=True)
-    numbers = []
-    known = {(dims, owner): at for at, (dims, owner) in enumerate(zip(kinds, owners, strict=True))}
-    for old, size, forward, step in new.tolist():
-        dims = (*kinds[old], (size, forward, step)) if size > 1 else kinds[old]
-        at = known.setdefault((dims, owners[old]), len(kinds))
-        if at == len(kinds):
-            kinds.append(dims)
-            owners.append(owners[old])
-        numbers.append(at)
-    return _Runs(target[first], source[first], np.asarray(numbers)[which.reshape(-1)])
-
-
-def _box(weight: str, target: int, source: int, dims: _Dims) -> Box:
-    joined: list[tuple[int, int, int]] = []  # (source stride, target stride, size), from the outside in
-    for step, forward, size in sorted(((step, forward, size) for size, forward, step in dims), reverse=True):
-        if joined and joined[-1][0] == step * size and joined[-1][1] == forward * size:
+def _box(weight: str, target: int, source: int, dims: Sequence[tuple[int, int, int]]) -> Box:
+    joined: list[tuple[int, int, int]] = []
+    for step, forward, size in sorted(dims, reverse=True):
+        if joined and joined[-1][:2] == (step * size, forward * size):
             size *= joined.pop()[2]
         joined.append((step, forward, size))
     reach = 0
@@ -816,5 +775,5 @@ def _box(weight: str, target: int, source: int, dims: _Dims) -> Box:
         if reach >= step:
             raise _Cannot("is repeated in the model in a way that has no boxes")
         reach += (size - 1) * step
-    sources, targets, sizes = zip(*joined, strict=True) if joined else ((), (), ())
-    return Box(weight, tuple(sizes) or (1,), source, tuple(sources) or (1,), target, tuple(targets) or (1,))
+    steps, forwards, sizes = zip(*joined, strict=True) if joined else ((1,), (1,), (1,))
+    return Box(weight, tuple(sizes), source, tuple(steps), target, tuple(forwards))

@@ -98,7 +98,7 @@ class Plan:
         threads that it starts. What computes with them (a scale, a quantizer, ``1 + weight``) is found out, and told
         in `problems` weight by weight. Values are cast as ``copy_`` does where dtypes differ.
 
-        Some weights at a time are given to the loader, together as large as the largest one, five to eight times. What
+        Some weights at a time are given to the loader, together as large as the largest one, three to nine times. What
         it writes over is kept and put back: afterwards the model has the bits that it had. Weights of which nothing
         arrives, as the loader waits for others that belong to them, are tried again together with their neighbours:
         with the weights of their module, of their layer, and so on. In the end other values are loaded, and compared
@@ -132,6 +132,7 @@ class Plan:
         `problems`; and where the model has one weight for two that would differ afterwards.
         """
         if isinstance(adapter, Update):
+            adapter.refuse_relative("Plan.map")
             return Adapter(self.entries(adapter.weights))
         if not isinstance(adapter, Adapter):
             raise TypeError(f"Plan.map: adapter must be an Adapter or an Update, got {type(adapter).__name__}")
@@ -185,21 +186,29 @@ class Plan:
             box.sources(whole).copy_(box.targets(flats[box.weight]))
         return whole
 
-    def version(self, weights: Mapping[str, Weight]) -> int | None:
-        """The checkpoint's version, if the model has all of its weights whole; it reads them all."""
-        if not self.whole >= self.weights.keys():
-            return None
-        counted: dict[str, int] = {}
-        for name in self.weights:
-            # A Publisher counts a tied weight once, under its first name.
-            if not self.shared.get(name, frozenset()) & counted.keys():
-                counted[name] = fingerprint(self.read(name, weights))
-        return version_of(counted)
+    def versions(self, weights: Mapping[str, Weight]) -> tuple[int, ...]:
+        """The checkpoint's version, if the model has all of its weights whole; it reads them all.
 
-    def find(self, name: str, indices: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Where the model has these entries (int64, rising): weight, positions among `indices`, indices there."""
+        Two where weights lie on top of each other: the first if the Publisher has one (tied) weight for them, which it
+        counts once under its first name, and the second if it has several.
+        """
+        if not self.whole >= self.weights.keys():
+            return ()
+        every = {name: fingerprint(self.read(name, weights)) for name in self.weights}
+        once: dict[str, int] = {}
+        for name, one in every.items():
+            if not self.shared.get(name, frozenset()) & once.keys():
+                once[name] = one
+        return tuple(dict.fromkeys((version_of(once), version_of(every))))
+
+    def granule(self, boxes: Iterable[Box], granule: int) -> int:
+        """The largest granule, at most this one, whose granules are whole in the boxes and in the model's weights."""
+        return math.gcd(*(math.gcd(box.granule(granule), self.layout[box.weight].numel) for box in boxes))
+
+    def find(self, name: str, indices: Tensor, granule: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Where the model has these granules (int64, rising): weight, positions among `indices`, indices there."""
         for box in self.boxes[name]:
-            where, found = box.find(indices)
+            where, found = box.coarse(granule).find(indices)
             if where.numel():
                 yield box.weight, where, found
 
@@ -242,7 +251,7 @@ class Plan:
         boxes = dict.fromkeys(box for one in names for box in self.boxes.get(one, ()))
         if not boxes:
             return
-        granule = math.gcd(*(math.gcd(box.granule(entry.granule), self.layout[box.weight].numel) for box in boxes))
+        granule = self.granule(boxes, entry.granule)
         indices = refine(entry.indices, entry.granule, granule, entry.numel).to(torch.int64)
         values = entry.values.view(-1, granule)
         for box in boxes:

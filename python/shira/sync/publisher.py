@@ -18,8 +18,8 @@ from shira.train.tuner import SparseTuner
 
 __all__ = ["Publisher"]
 
-# Indices, values, their granule, and the weight's fingerprint now.
-_Change = tuple[Tensor, Tensor, int, int]
+# Indices, values, their granule, the weight's fingerprint now, and the entries before, where they are known.
+_Change = tuple[Tensor, Tensor, int, int, Tensor | None]
 _ANEW = "make a new Publisher, whose receivers start from a copy of the model"
 
 
@@ -152,18 +152,21 @@ class Publisher:
             found = self._all_changes() if torn else self._known_changes() | self._compared_changes()
             weights: dict[str, Entry] = {}
             after: dict[str, int] = {}
+            before: dict[str, Tensor] = {}
             for name, weight in self._weights.items():  # in the model's order
                 if name not in found:
                     continue
-                indices, values, granule, fingerprint = found[name]
+                indices, values, granule, fingerprint, known = found[name]
                 tensor = weight.tensor
                 weights[name] = Entry(
                     indices, values, tuple(tensor.shape), tensor.dtype, granule, weight.fingerprint, None,
                     weight.aliases, checked=True,
                 )  # fmt: skip
+                if known is not None:
+                    before[name] = known
                 after[name] = weight.fingerprint = fingerprint
                 weight.note()
-            update = Update(weights, after, start, self.step + 1)
+            update = Update(weights, after, start, self.step + 1, before)
             self.step, self._torn = update.step, None
         return update
 
@@ -207,7 +210,7 @@ class Publisher:
             indices = granules * sent.granule + changed % sent.granule
             kind = index_dtype(weight.tensor.numel())
             fingerprint = (weight.fingerprint + share - sent.share) & WORD
-            found[name] = (indices.to(kind), values[changed], 1, fingerprint)
+            found[name] = (indices.to(kind), values[changed], 1, fingerprint, sent.values[changed])
             self._sent[name] = replace(sent, values=values, share=share)
         return found
 
@@ -237,10 +240,11 @@ class Publisher:
         for weights, granule in by_call(compared):
             snapshots = [self._snapshots[weight.name] for weight in weights]
             tensors = [weight.tensor.to(copy.device) for weight, copy in zip(weights, snapshots, strict=True)]
-            changes = shira_ops.foreach_diff_(snapshots, tensors, granule=granule)
-            for weight, tensor, indices, values in zip(weights, tensors, *changes, strict=True):
+            changes = shira_ops.foreach_diff_(snapshots, tensors, granule=granule, before=True)
+            for weight, tensor, indices, before in zip(weights, tensors, *changes, strict=True):
                 if indices.numel():
-                    found[weight.name] = (indices, values, granule, _granules.fingerprint(tensor))
+                    values = shira_ops.gather(tensor, indices, granule=granule)
+                    found[weight.name] = (indices, values, granule, _granules.fingerprint(tensor), before)
         return found
 
     # ---- after a call that failed half way -------------------------------------------------------------------
@@ -262,5 +266,5 @@ class Publisher:
                 granule = 1 if snapshot is None else self._granule
                 count = tensor.numel() // granule
                 indices = torch.arange(count, dtype=index_dtype(count), device=tensor.device)
-                found[name] = (indices, tensor.flatten().clone(), granule, fingerprint)
+                found[name] = (indices, tensor.flatten().clone(), granule, fingerprint, None)
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from shira.adapter._entry import Entry
 from shira.serve.switcher import Switcher
 from shira.sync._weights import Weight, by_call, fingerprints, refuse_moved, weights_of
 from shira.sync.plan import Plan
-from shira.sync.update import SyncError, Update, bits, compose, shown_version, version_of
+from shira.sync.update import SyncError, Update, bits, bits_of, compose, shown_version, version_of
 
 __all__ = ["Receiver"]
 
@@ -58,18 +59,24 @@ class _Words(NamedTuple):
     """The words that an update changes of one of the publisher's weights, wherever they are here."""
 
     name: str
-    dtype: torch.dtype
     positions: Tensor
-    # Entries of these words: in which weight, where among the words' entries, and where in the weight.
-    places: list[tuple[Weight, Tensor, Tensor]]
+    # The words in parts that are here in one piece: whole words where it can be, and single entries where it must.
+    part: torch.dtype
+    # In which weight, where among the parts of these words (None: all, in their order), and where in the weight.
+    places: list[tuple[Weight, Tensor | None, Tensor]]
 
     def share(self) -> Tensor:
         """What they add to the fingerprint of the publisher's weight, as they are now."""
-        per = WORD_BYTES // self.dtype.itemsize
-        entries = torch.zeros(self.positions.numel() * per, dtype=self.dtype, device=self.positions.device)
+        count, device = self.positions.numel() * (WORD_BYTES // self.part.itemsize), self.positions.device
+        parts = torch.zeros(0, dtype=self.part, device=device)
         for weight, where, indices in self.places:
-            entries[where.to(entries.device)] = weight.tensor.view(-1)[indices].to(entries.device)
-        return _granules.share(entries.view(torch.int64), self.positions)
+            here = weight.tensor.view(-1).view(self.part).index_select(0, indices).to(device)
+            if where is None:
+                parts = here
+            else:
+                parts = parts if len(parts) else parts.new_zeros(count)
+                parts[where] = here
+        return _granules.share(parts.view(torch.int64), self.positions)
 
 
 @dataclass(eq=False)
@@ -166,9 +173,9 @@ class Receiver:
         model: the module whose weights to update; at the first update they must be those the Publisher started from.
         exclude: as for `Publisher`, and the same. A plan has its own.
         plan: where the model has the entries of the publisher's weights, if its layout is another.
-        version: with a plan, the publisher's version when the model was loaded. Unless given it is computed, where the
-            model has all weights whole. Where it does not, the first update is taken to start from the model's weights
-            if it starts from those that are here whole.
+        version: with a plan, the publisher's version when the model was loaded. Where the model has all weights whole
+            it is computed, and must be this one if one is given. Elsewhere it is taken as it is given; and if none is,
+            the first update is taken to start from the model's weights if it starts from those that are here whole.
     """
 
     def __init__(
@@ -203,7 +210,14 @@ class Receiver:
                     version = version_of(fingerprints(self._weights))
                 else:
                     plan.check("Receiver", self._weights)
-                    version = plan.version(self._weights) if version is None else version
+                    found = plan.versions(self._weights)
+                    if version is not None and found and version not in found:
+                        raise SyncError(
+                            f"Receiver: the weights must be at version {shown_version(version)}, as version= says, and "
+                            f"are at {shown_version(found[0])}; load the Publisher's, and record the plan with "
+                            f"publisher.shapes"
+                        )
+                    version = found[0] if version is None and found else version
         self._names = {slot.name: weight for weight in self._weights.values() for slot in weight.slots}
         self._state = _State(version)
 
@@ -254,6 +268,7 @@ class Receiver:
                 if at is not None and update.start != at:
                     raise SyncError(self._out_of_order(update, at, step, staged=found is not None))
                 self._check(update)
+                update = self._decoded(update, found)
                 found = update if found is None else compose(found, update)
             if found is not None:
                 self._state = self._state._replace(staged=self._moves(found))
@@ -344,6 +359,60 @@ class Receiver:
             if weight.name != name:
                 raise AdapterError(f"{where}: {named(name)} is called {named(weight.name)} here")
 
+    def _decoded(self, update: Update, staged: Update | None) -> Update:
+        """The update with its values, where a file has differences from the entries that it replaces.
+
+        Of weights that are here in parts, with a plan, it has those parts only.
+        """
+        if not update.relative:
+            return update
+        if self._state.torn is not None:
+            with _bare("stage", self._tensors()) as switchers:
+                self._heal(switchers)
+        holders: list[Switcher] = [switcher for switcher in list(_live.switchers) if switcher.active]
+
+        def base(weight: Weight, indices: Tensor, granule: int) -> Tensor:
+            tensor = weight.slots[0].weight
+            holder = next((switcher for switcher in holders if switcher.knows([tensor])), None)
+            if holder is None:
+                return shira_ops.gather(tensor.detach(), indices, granule=granule)
+            try:
+                found: Tensor = holder.base_entries(tensor, indices, granule)
+            except SwitchError as error:
+                raise SyncError(f"Receiver: stage refused: {error}") from error
+            return found
+
+        def entries(name: str, entry: Entry) -> tuple[Tensor, Tensor | None]:
+            if self.plan is None:
+                weight = self._names[name]
+                indices, granule, here = entry.indices.to(weight.tensor.device), entry.granule, None
+                found = base(weight, indices, granule)
+            else:
+                indices, granule = _granules.refine(entry.indices, entry.granule, 1, entry.numel).to(torch.int64), 1
+                found = torch.zeros(entry.nnz, dtype=entry.dtype, device=indices.device)
+                here = torch.zeros(entry.nnz, dtype=torch.bool, device=indices.device)
+                names = dict.fromkeys((name, *entry.aliases))
+                for box in dict.fromkeys(box for one in names for box in self.plan.boxes.get(one, ())):
+                    weight = self._names[box.weight]
+                    if weight.tensor.dtype != entry.dtype:
+                        raise SyncError(
+                            f"Receiver: stage refused: {named(name)} is {dtype_name(entry.dtype)} at the publisher "
+                            f"and {dtype_name(weight.tensor.dtype)} here, so differences from its entries cannot be "
+                            f"added; send its values: update.to_bytes(differences=False)"
+                        )
+                    where, at = box.find(indices)
+                    at, order = at.sort()
+                    own = at.to(weight.tensor.device, index_dtype(weight.tensor.numel()))
+                    bits(found)[where[order]] = bits(base(weight, own, 1)).to(found.device)
+                    here[where] = True
+            earlier = None if staged is None else staged.weights.get(name)
+            if earlier is not None:
+                others, values = earlier.indices.to(found.device), earlier.values.to(found.device)
+                _granules.overlay_(found, indices, granule, others, values, earlier.granule, entry.numel)
+            return found, here
+
+        return update.decoded("Receiver.stage", entries)
+
     def _moves(self, update: Update) -> _Moves:
         moves = _Moves(update, {}, {}, {}, {}, [])
         given: Mapping[str, Entry] = update.weights
@@ -373,15 +442,19 @@ class Receiver:
 
     def _words(self, plan: Plan, name: str, entry: Entry) -> _Words:
         per = WORD_BYTES // entry.dtype.itemsize
-        positions = _granules.regranule(entry.indices, entry.granule, per).unique()
-        entries = (positions[:, None] * per + torch.arange(per, device=positions.device)).view(-1)
-        places = []
-        for weight, where, indices in plan.find(name, entries[entries < entry.numel]):
-            device = self._names[weight].tensor.device
-            kind = index_dtype(max(self._names[weight].tensor.numel(), entries.numel()))
-            places.append((self._names[weight], where.to(device, kind), indices.to(device, kind)))
-        device = places[0][1].device if places else positions.device
-        return _Words(name, entry.dtype, positions.to(device), places)
+        positions = _granules.regranule(entry.indices, entry.granule, per).unique_consecutive()
+        starts = (self._names[box.weight].tensor.storage_offset() for box in plan.boxes[name])
+        granule = math.gcd(plan.granule(plan.boxes[name], per), entry.numel, *starts)
+        parts = _granules.refine(positions, per, granule, entry.numel).to(torch.int64)
+        # The last word may be longer than the weight.
+        inside = parts[parts < entry.numel // granule]
+        home = self._names[plan.boxes[name][0].weight].tensor.device
+        places: list[tuple[Weight, Tensor | None, Tensor]] = []
+        for weight, where, indices in plan.find(name, inside, granule):
+            tensor = self._names[weight].tensor
+            indices = indices.to(tensor.device, index_dtype(tensor.numel()))
+            places.append((self._names[weight], None if len(where) == len(parts) else where.to(home), indices))
+        return _Words(name, positions.to(home), bits_of(granule * entry.dtype.itemsize), places)
 
     def _refuse_other_start(self, plan: Plan, update: Update) -> None:
         """The first update of a Receiver that could not know its version."""
@@ -457,7 +530,7 @@ class Receiver:
     def _refuse_tuned(self, what: str) -> None:
         for weight in self._weights.values():
             for slot in weight.slots:
-                if slot.values_name in slot.module._parameters:
+                if slot.tuned:
                     raise SyncError(
                         f"Receiver: {what} refused: a SparseTuner trains {slot.name}; detach it first "
                         f"(shira.detach(model))"

@@ -97,7 +97,9 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     for values, target in targets:
         site, module = target.site, target.module()
         for name, wanted in ((site.values_name, values), (site.attribute, site.own_weight)):
-            if module._parameters.get(name) is not wanted and not (site.overlay and name == site.attribute):
+            held = module._parameters.get(name)
+            elsewhere = name == site.attribute and (site.overlay or (site.shard and site.shard.is_holder_of(held)))
+            if held is not wanted and not elsewhere:
                 refuse_replaced(site.name + name.removeprefix(site.attribute))
         if site.group.off:
             raise RuntimeError(
@@ -127,7 +129,9 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
     if not targets:
         return
     _check_reached(targets)
-    if getattr(optimizer, "writes_weights", False):
+    if getattr(optimizer, "writes_weights", False):  # but not into parts of weights, whose values other ranks have
+        targets = [(values, target) for values, target in targets if target.site.shard is not None]
+    if not targets:
         return
     if _in_backward():
         # What is left of the pass needs the weights as they were in the forward.
@@ -187,6 +191,8 @@ def _compare_ranks(targets: Sequence[tuple[Tensor, Target]]) -> None:
     trained = []
     for values, target in targets:
         site, owner = target.site, target.module()
+        if site.shard is not None:
+            continue  # the ranks have compared theirs already
         dense = site.own_weight if site.dense else None
         trained.append(_ranks.Trained(site.name, owner, site.granule, site.indices, values, site.saved, dense))
     _ranks.compare(trained)

@@ -53,7 +53,7 @@ def rule_of(module: nn.Module, attribute: str, granule: int) -> str | None:
     return None
 
 
-def _options(rule: str, module: Any) -> tuple[Any, ...]:
+def options(rule: str, module: Any) -> tuple[Any, ...]:
     """What a rule needs to know about the layer, as plain numbers, which are constants for a compiler."""
     if rule == "conv":
         pads, mode, padding = (), "zeros", module.padding
@@ -94,6 +94,30 @@ def _embedding(grad_output: Tensor, input: Tensor, indices: Tensor, granule: int
     at, columns = _cells(place, indices, granule, width)
     found = summed[at.clamp(min=0)[:, None], columns]
     return torch.where((at >= 0)[:, None], found, 0).view(-1)
+
+
+def gradient(
+    rule: str, grad_output: Tensor, input: Tensor, indices: Tensor, granule: int, options: tuple[Any, ...]
+) -> Tensor:
+    """The gradient of a layer's weight at the indices, float32 (float64 for float64)."""
+    if rule == "conv":
+        return _convolution(grad_output, input, indices, granule, options)
+    if rule == "embedding":
+        return _embedding(grad_output, input, indices, granule, options)
+    # Gradients come expanded (after sum()) and inputs strided.
+    rows, columns = grad_output.contiguous(), input.contiguous()
+    if rule == "transposed":
+        rows, columns = columns, rows
+    return shira_ops.sampled_grad(rows, columns, indices, granule=granule)
+
+
+def refuse_second_derivative() -> None:
+    """In the backward of a sampled gradient."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "SparseTuner: a sampled gradient cannot be differentiated again (create_graph=True): what flows "
+            'through the weight itself would be missing; use SparseTuner(..., gradient="dense")'
+        )
 
 
 def _places(tokens: Tensor, rows: int) -> Tensor:
@@ -139,24 +163,11 @@ class Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "SparseTuner: a sampled gradient cannot be differentiated again (create_graph=True): what flows "
-                'through the weight itself would be missing; use SparseTuner(..., gradient="dense")'
-            )
+        refuse_second_derivative()
         input, indices = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:
             return grad_output, None, None, None, None, None, None
-        if ctx.rule == "conv":
-            grad_values = _convolution(grad_output, input, indices, ctx.granule, ctx.options)
-        elif ctx.rule == "embedding":
-            grad_values = _embedding(grad_output, input, indices, ctx.granule, ctx.options)
-        else:
-            # Gradients come expanded (after sum()) and inputs strided.
-            rows, columns = grad_output.contiguous(), input.contiguous()
-            if ctx.rule == "transposed":
-                rows, columns = columns, rows
-            grad_values = shira_ops.sampled_grad(rows, columns, indices, granule=ctx.granule)
+        grad_values = gradient(ctx.rule, grad_output, input, indices, ctx.granule, ctx.options)
         return grad_output, grad_values.to(ctx.dtype), None, None, None, None, None
 
 
@@ -164,7 +175,7 @@ def attach(
     rule: str, module: nn.Module, output: Tensor, values: Tensor, input: Tensor, indices: Tensor, granule: int
 ) -> Tensor:
     """The layer's output, with the values' gradient attached."""
-    arguments = (output, values, input, indices, granule, rule, _options(rule, module))
+    arguments = (output, values, input, indices, granule, rule, options(rule, module))
     return Attach.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -179,7 +190,7 @@ def lay(
     By the rules ``linear``, ``transposed`` and ``embedding``. Differentiable in output, values and input.
     """
     if rule == "embedding":
-        rows = _rows(values, input, indices, granule, output.shape[-1], _options(rule, module))
+        rows = _rows(values, input, indices, granule, output.shape[-1], options(rule, module))
         return output + rows.to(output.dtype)
     # Autocast gave the layer a cast input, and inputs come strided.
     input, width = input.to(output.dtype).contiguous(), output.shape[-1]

@@ -30,10 +30,11 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import shira_ops
-from shira import _granules, _linears, _model
+from shira import _granules, _linears, _model, _shards
 from shira._granules import dtype_name
 from shira._model import INDICES_SUFFIX, VALUES_SUFFIX
-from shira.train import _layers
+from shira.train import _layers, _sharded
+from shira.train._sharded import Sharded
 
 # A module's own dictionary of the sites on it, by attribute.
 SITES = "_shira_sites"
@@ -64,6 +65,8 @@ class Group:
     served: bool = False
     sites: list[Site] = field(default_factory=list)
     model: weakref.ref[nn.Module] | None = None
+    # Gradients of sharded weights that a backward pass under way has made, by the number of the pass.
+    pending: dict[int, dict[Site, Tensor]] = field(default_factory=dict)
 
     def frozen(self) -> bool:
         """Whether none of the tuner's values requires grad; always False in a copied model, which has no tuner."""
@@ -120,6 +123,9 @@ class Site:
     weight_ref: weakref.ref[Tensor] | None = None
     # The last write of the values into the weight, if it is known.
     written: _Written | None = None
+    # Where ranks hold the weight together. Then `granule`, `saved` and `indices` are those of this rank's part of it,
+    # and the values are divided in another way; see `shira.train._sharded`.
+    shard: Sharded | None = None
 
     def __post_init__(self) -> None:
         # Read at every forward.
@@ -135,12 +141,19 @@ class Site:
         """The values it was made for; None in a copied model."""
         return None if self.values_ref is None else self.values_ref()
 
-    def tensors(self, owner: nn.Module) -> tuple[nn.Parameter, Tensor, nn.Parameter]:
-        """weight, indices and values; refuses a module in which these can no longer be trained or written."""
+    def tensors(self, owner: nn.Module) -> tuple[Tensor, Tensor, nn.Parameter]:
+        """weight, indices and values; refuses a module in which these can no longer be trained or written.
+
+        Of a sharded weight they are its local tensor, the granules in that, and the values of all ranks.
+        """
         indices, values = self.trained(owner)
         weight: nn.Parameter | None = _held(owner, self.attribute)
         if weight is None:
             raise self._converted(owner)
+        if self.shard is not None:
+            if not self.shard.is_holder_of(weight):
+                refuse_replaced(self.name)
+            return *self.shard.tensors(), values
         if not torch.compiler.is_compiling():
             for name, tensor in ((self.name, weight), (self.name + VALUES_SUFFIX, values)):
                 why = None if type(tensor) in (nn.Parameter, Tensor) else _model.foreign(tensor)
@@ -195,10 +208,19 @@ class Site:
 
     def same(self, weight: Tensor, values: Tensor) -> bool:
         """Whether the weight was written from these values, as far as versions tell."""
-        known = self.written
+        known, weight = self.written, self.identity(weight)
         if known is None or known.values() is not values or known.weight() is not weight:
             return False
         return known.marks == _marks(weight, values)
+
+    def held(self, owner: nn.Module) -> Tensor:
+        """The weight that the module has now; of a sharded one, the local tensor."""
+        found: Tensor = getattr(owner, self.attribute)
+        return found if self.shard is None else self.shard.tensors()[0]
+
+    def identity(self, weight: Tensor) -> Tensor:
+        """The parameter that stands for a weight of `tensors`: of a sharded one that is not the local tensor."""
+        return weight if self.shard is None else self.shard.stored()
 
     def settled(self, owner: nn.Module) -> bool:
         """Whether the forward of the whole model is running, and has checked this weight already."""
@@ -249,7 +271,7 @@ class Target:
             raise RuntimeError(f"the module that held {self.site.name} no longer exists")
         return module
 
-    def tensors(self) -> tuple[nn.Parameter, Tensor, nn.Parameter]:
+    def tensors(self) -> tuple[Tensor, Tensor, nn.Parameter]:
         """weight, indices and values; see `Site.tensors`."""
         return self.site.tensors(self.module())
 
@@ -312,10 +334,24 @@ def put(target: Target, holders: Sequence[nn.Module], rules: Sequence[str | None
     groups.add(site.group)
 
 
+def become_sharded(target: Target, shard: Sharded, saved: Tensor, values: nn.Parameter) -> None:
+    """Go on with a weight that was sharded with its site on it."""
+    site = target.site
+    site.shard, site.saved, site.granule = shard, saved, shard.part.granule
+    site.indices = shard.part.indices.to("cpu", copy=True)
+    site.values_ref, site.weight_ref = weakref.ref(values), weakref.ref(shard.stored())
+    site.written = None
+    known[values] = target
+
+
 def take_off(placed: Sequence[tuple[Site, nn.Module]]) -> None:
     """Write the base's entries back and remove everything that `put` has put on modules."""
     written = [(site, owner) for site, owner in placed if not site.overlay]
+    for model in {id(model): model for site, _ in written if (model := _whole(site)) is not None}.values():
+        _sharded.reshard(model)
     for site, owner in written:
+        if site.shard is not None and site.shard.is_holder_of(getattr(owner, site.attribute)):
+            continue
         weight = getattr(owner, site.attribute)
         why = _model.foreign(weight)
         if why is None and _is_sharded(site):
@@ -324,7 +360,7 @@ def take_off(placed: Sequence[tuple[Site, nn.Module]]) -> None:
             raise RuntimeError(f"SparseTuner: the base cannot be put back, since {site.name} {why}")
     items = []
     for site, owner in written:
-        weight = getattr(owner, site.attribute)
+        weight = site.held(owner)
         # The model may have been moved or cast since; then the base has the cast of these entries.
         saved = site.saved.to(device=weight.device, dtype=weight.dtype)
         indices = site.indices.to(weight.device)
@@ -357,6 +393,11 @@ def take_off(placed: Sequence[tuple[Site, nn.Module]]) -> None:
         sites.pop(site.attribute, None)
         if not sites:
             owner.__dict__.pop(SITES, None)
+
+
+def _whole(site: Site) -> nn.Module | None:
+    """The model of a sharded weight."""
+    return None if site.shard is None or site.group.model is None else site.group.model()
 
 
 def _is_sharded(site: Site) -> bool:
@@ -395,6 +436,8 @@ def _attach(
         return None
     place.ran = True
     input = args[0] if args else next(iter(kwargs.values()))
+    if site.shard is not None:
+        return site.shard.attach(site, rule, module, output, input)
     return _layers.attach(rule, module, output, values, input, indices, site.granule)
 
 
@@ -456,7 +499,8 @@ def _follow_in_graph(sites: Sequence[tuple[Site, nn.Module | None]], whole: bool
         if not torch.compiler.is_dynamo_compiling():
             _check_export(sites)
         return
-    for site, owner in (one for one in sites if not one[0].overlay):
+    # Sharded weights are written at every step.
+    for site, owner in (one for one in sites if not one[0].overlay and one[0].shard is None):
         if torch.is_grad_enabled():
             site.traced = True
         elif not site.group.off and (site.dense or not whole):  # layers that sample write in their own hook
@@ -498,6 +542,8 @@ def _follow(sites: Sequence[tuple[Site, nn.Module | None]], whole: bool, module:
             torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
         return
     items = []
+    if whole and torch._C._current_graph_task_id() == -1:
+        sites[0][0].group.pending.clear()  # of backward passes that have failed
     for site, owner in sites:
         if site.overlay:
             _check(site, _held(owner or module, site.attribute), site.trained(owner or module)[1], module.training)
@@ -518,13 +564,14 @@ def look_outside() -> None:
     """Keep torch from compiling the hooks, which it runs outside of a compiled model's graph."""
     from torch._dynamo.eval_frame import skip_code
 
-    for function in (follow, uncover, Site.settled, Site.same, _marks, _version):
+    for function in (follow, uncover, Site.settled, Site.same, Site.identity, _marks, _version):
         skip_code(function.__code__)
 
 
 def _check(site: Site, weight: Tensor | None, values: Tensor, training: bool) -> bool:
     """Refuse a forward that would train nothing. Returns whether the weight is the tuner's own, and so is written."""
     learns = torch.is_grad_enabled() and values.requires_grad
+    weight = weight if weight is None else site.identity(weight)
     weight_ref = None if site.overlay else site.weight_ref
     for what, now, ref in (("", weight, weight_ref), (VALUES_SUFFIX, values, site.values_ref)):
         if learns and ref is not None and now is not ref() and isinstance(now, nn.Parameter) and not _is_functional():
@@ -562,7 +609,8 @@ def refuse_replaced(name: str) -> None:
         f"SparseTuner: {name} was replaced by another parameter after the tuner was attached, so what the model "
         f"computes with is not what the tuner and its optimizer train. fully_shard, conversions under "
         f"torch.__future__.set_overwrite_module_params_on_conversion and load_state_dict(assign=True) do so; do that "
-        f"first and then attach the tuner, or detach it, do that, and attach again"
+        f"first and then attach the tuner, or detach it, do that, and attach again. After fully_shard on a "
+        f"mesh of one dimension it is enough to make the optimizer from tuner.parameters(), or to call tuner.sync()"
     )
 
 
@@ -640,7 +688,7 @@ def settle(items: Iterable[Item]) -> None:
         site, weight, _, values = item
         if not site.same(weight, values):
             stale.append(item)
-        elif not site.group.covered:
+        elif not site.group.covered and site.shard is None:
             content = site.same_content(values)
             if not content:
                 (unsure if content is None else stale).append(item)
@@ -662,9 +710,31 @@ def write(items: Iterable[Item]) -> None:
 
 
 def _write(items: Iterable[Item]) -> None:
+    items = list(items)
     scatter(
-        (site.granule, weight, indices, values.detach().to(weight.dtype)) for site, weight, indices, values in items
+        (site.granule, weight, indices, values.detach().to(weight.dtype))
+        for site, weight, indices, values in items
+        if site.shard is None
     )
+    sharded = [(site, site.shard, values) for site, _, _, values in items if site.shard is not None]
+    sizes = [(shard.count, shard.stored().dtype) for _, shard, _ in sharded]
+    for run in _sharded.runs([count for count, _ in sizes], [dtype for _, dtype in sizes]):
+        wholes = whole_values([(site, values) for site, _, values in sharded[run]])
+        scatter(
+            entries
+            for (site, shard, _), whole in zip(sharded[run], wholes, strict=True)
+            for entries in shard.entries(site, whole)
+        )
+
+
+def whole_values(items: Sequence[tuple[Site, Tensor]], master: bool = False) -> list[Tensor]:
+    """Of sharded weights, all values: in the weight's dtype, or (``master``) as they are. A collective call."""
+    chunks, counts = [], []
+    for site, values in items:
+        assert site.shard is not None
+        chunks.append(_shards.local(values).to(values.dtype if master else site.shard.stored().dtype))
+        counts.append(site.shard.count)
+    return items[0][0].shard.ranks.join(chunks, counts) if items else []  # type: ignore[union-attr]
 
 
 def scatter(items: Iterable[tuple[int, Tensor, Tensor, Tensor]]) -> None:
@@ -688,15 +758,20 @@ def mark_written(site: Site, values: Tensor, weight: Tensor | None = None) -> No
     if weight is None:
         site.written = None
         return
-    content = _granules.fingerprint(values) if values.device.type == "cpu" else None
+    weight = site.identity(weight)
+    on_cpu = values.device.type == "cpu" and site.shard is None
+    content = _granules.fingerprint(values) if on_cpu else None
     site.written = _Written(weakref.ref(values), weakref.ref(weight), _marks(weight, values), content)
 
 
 def _marks(weight: Tensor, values: Tensor) -> tuple[int, int, int, int]:
-    return weight.data_ptr(), _version(weight), values.data_ptr(), _version(values)
+    held, kept = _shards.local(weight), _shards.local(values)
+    return held.data_ptr(), _version(weight), kept.data_ptr(), _version(values)
 
 
 def _version(tensor: Tensor) -> int:
+    if _shards.is_dtensor(tensor):  # an op may move that of the local tensor alone, or only its own
+        return tensor._version + _shards.local(tensor)._version
     return -1 if tensor.is_inference() else tensor._version
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from shira import _fit, _linears, _live, _model, _places
+from shira import _fit, _linears, _live, _model, _places, _shards
 from shira._granules import dtype_name
 from shira._model import VALUES_SUFFIX
 from shira._text import AdapterError, Rename
@@ -27,10 +27,12 @@ Wanted = str | Sequence[str] | None
 class Names:
     """The modules and parameters of a model under all their names, as patterns see them.
 
-    With ``overlay`` the targets are layers that something is laid over, and not weights that are written.
+    With ``overlay`` the targets are layers that something is laid over, and not weights that are written. With
+    ``meta`` weights need no content.
     """
 
-    def __init__(self, model: nn.Module, overlay: bool = False) -> None:
+    def __init__(self, model: nn.Module, overlay: bool = False, meta: bool = False) -> None:
+        self.meta = meta
         # A second tuner may be added to a model; the values of the first one are not targets.
         self.slots = {name: slot for name, slot in _model.slots(model).items() if not name.endswith(VALUES_SUFFIX)}
         self.layers = _linears.find(model) if overlay else None
@@ -217,7 +219,7 @@ class Names:
     def check(self, name: str, group: Sequence[_model.Slot]) -> None:
         """Refuse a weight that cannot be trained in this way, and say why."""
         if self.layers is None:
-            check_trainable(name, group)
+            check_trainable(name, group, self.meta)
         else:
             _check_layers(name, group, self.layers)
 
@@ -285,21 +287,24 @@ def _check_layers(name: str, group: Sequence[_model.Slot], layers: _linears.Laye
     _check_places(name, group)
 
 
-def check_trainable(name: str, group: Sequence[_model.Slot]) -> None:
+def check_trainable(name: str, group: Sequence[_model.Slot], meta: bool = False) -> None:
     """Refuse a weight that cannot be trained, and say why."""
     weight = group[0].weight
     _check_free(name, group)
-    foreign = _model.foreign(weight)
+    foreign = None if _shards.is_dtensor(weight) else _model.foreign(weight)
     if foreign is not None:
-        raise ValueError(f"SparseTuner: {name} {foreign}")
-    if weight.is_meta:
+        advice = "; or train a delta beside it with overlay=True" if _linears.is_quantized(weight) else ""
+        raise ValueError(f"SparseTuner: {name} {foreign}{advice}")
+    if weight.is_meta and not meta:
         raise ValueError(f"SparseTuner: {name} is on the meta device; give it its weights first")
     if weight.dtype not in _FLOATS:
         codes = "" if weight.dtype.is_floating_point else ": the codes of a quantized weight have no gradient"
         kind = "" if type(weight) is nn.Parameter else f" ({type(weight).__name__})"
+        layer = _linears.of(name, group[0].module)
+        advice = ", or train a delta beside it with overlay=True" if layer is not None and layer.quantized else ""
         raise ValueError(
             f"SparseTuner: {name} must be float16, bfloat16, float32 or float64 to train, "
-            f"got {dtype_name(weight.dtype)}{kind}{codes}; leave it out with targets="
+            f"got {dtype_name(weight.dtype)}{kind}{codes}; leave it out with targets={advice}"
         )
     if weight.is_inference():
         raise ValueError(

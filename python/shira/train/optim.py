@@ -19,6 +19,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 import shira_ops
+from shira import _shards
 from shira.train import _hooks
 from shira.train._sites import Target, is_detached, mark_written
 from shira.train.tuner import SparseTuner
@@ -162,7 +163,32 @@ def _check_number(what: str, name: str, value: object) -> None:
 
 
 def _base(values: Tensor, target: Target) -> Tensor:
-    return target.saved.to(device=values.device, dtype=values.dtype)
+    shard = target.site.shard
+    base = target.saved if shard is None else shard.base_of_values(target.site)
+    return base.to(device=values.device, dtype=values.dtype)
+
+
+def _written(values: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+    """The weight that a step of values writes, and its granules, of `_granule` entries.
+
+    Of a weight that ranks hold together each steps its own values, which belong to the parts of other ranks: the tuner
+    exchanges them after the step, and what the op writes is thrown away.
+    """
+    weight, indices, _ = target.tensors()
+    if target.site.shard is None:
+        return weight, indices
+    chunk = _shards.local(values)
+    first = torch.zeros(1, dtype=torch.int32, device=chunk.device)  # all values are one granule
+    return torch.empty_like(chunk, dtype=weight.dtype), first
+
+
+def _granule(values: Tensor, target: Target) -> int:
+    return target.site.granule if target.site.shard is None else _shards.local(values).numel()
+
+
+def _is_empty(values: Tensor) -> bool:
+    """Whether this rank has none of the values, as the last ones may if there are very few."""
+    return not _shards.local(values).numel()
 
 
 class AdamW(_Masked):
@@ -176,11 +202,12 @@ class AdamW(_Masked):
         p = p - lr * weight_decay * p            # decay_towards="zero"
         p = p - lr * weight_decay * (p - b)      # decay_towards="base"
 
-    before the step. With ``"base"`` it is the adapter that decays.
+    before the step. With ``"base"`` it is the adapter that decays. The values of a tuner with ``overlay`` are zero at
+    the base, so both are the same there.
 
     Args:
         params: a `SparseTuner`, or what ``torch.optim`` takes: parameters, or groups of them. Parameters that no tuner
-            trains get torch's own step.
+            trains, and the values of a tuner with ``overlay``, get torch's own step.
         lr: learning rate; a tensor (float32 or float64, one entry) may be changed in place, also for a captured graph.
         betas: decay of the running averages of the gradient and of its square.
         eps: added to the denominator.
@@ -259,29 +286,34 @@ class AdamW(_Masked):
             values, target, grad, state = item
             self._begin(values, state, on_device)
             if towards_base:
-                values.sub_((values - _base(values, target)) * (lr * decay))
+                here = _shards.local(values)
+                here.sub_((here - _base(values, target)) * (lr * decay))
+            if _is_empty(values):
+                _stepped(item)
+                continue
             if not on_device:
-                calls.setdefault((values.device, target.site.granule, int(state["step"]) + 1), []).append(item)
+                calls.setdefault((values.device, _granule(values, target), int(state["step"]) + 1), []).append(item)
                 continue
             # Step count and learning rate stay on the device, where a captured graph finds them.
             fixed = not isinstance(lr, Tensor)
             rate = torch.full((), lr, dtype=torch.float64, device=values.device) if fixed else lr.to(values.device)
-            weight, indices, _ = target.tensors()
+            weight, indices = _written(values, target)
+            master, average, square = map(_shards.local, (values, state["exp_avg"], state["exp_avg_sq"]))
             shira_ops.adamw_(
-                weight, indices, values, state["exp_avg"], state["exp_avg_sq"], grad,
+                weight, indices, master, average, square, _shards.local(grad),
                 step=state["step"] + 1, lr=rate, weight_decay=0.0 if towards_base else decay,
-                granule=target.site.granule, **common,
+                granule=_granule(values, target), **common,
             )  # fmt: skip
             _stepped(item)
         for (_, granule, step), members in calls.items():
-            tensors = [target.tensors() for _, target, _, _ in members]
+            tensors = [_written(values, target) for values, target, _, _ in members]
             shira_ops.foreach_adamw_(
-                [weight for weight, _, _ in tensors],
-                [indices for _, indices, _ in tensors],
-                [values for _, _, values in tensors],
-                [state["exp_avg"] for *_, state in members],
-                [state["exp_avg_sq"] for *_, state in members],
-                [grad for _, _, grad, _ in members],
+                [weight for weight, _ in tensors],
+                [indices for _, indices in tensors],
+                [_shards.local(values) for values, *_ in members],
+                [_shards.local(state["exp_avg"]) for *_, state in members],
+                [_shards.local(state["exp_avg_sq"]) for *_, state in members],
+                [_shards.local(grad) for _, _, grad, _ in members],
                 step=step,
                 lr=float(lr),
                 weight_decay=0.0 if towards_base else decay,
@@ -320,7 +352,13 @@ class AdamW(_Masked):
 def _stepped(item: _Item) -> None:
     values, target, _, state = item
     state["step"] += 1
-    mark_written(target.site, values)
+    _mark(values, target)
+
+
+def _mark(values: Tensor, target: Target) -> None:
+    """The step has written the weight."""
+    if target.site.shard is None:
+        mark_written(target.site, values)
 
 
 class SGD(_Masked):
@@ -334,7 +372,7 @@ class SGD(_Masked):
 
     Args:
         params: a `SparseTuner`, or what ``torch.optim`` takes: parameters, or groups of them. Parameters that no tuner
-            trains get torch's own step.
+            trains, and the values of a tuner with ``overlay``, get torch's own step.
         lr: learning rate; a tensor (float32 or float64, one entry) may be changed in place, also for a captured graph.
         momentum: decay of the running sum of gradients; with 0 there is no such sum.
         dampening: a gradient is added to that sum times ``1 - dampening``.
@@ -383,20 +421,24 @@ class SGD(_Masked):
         # torch starts its sum with the whole first gradient; a first step from zeros without dampening does the same.
         calls: dict[tuple[torch.device, int, bool], list[_Item]] = {}
         for values, target, grad, state in items:
+            grad = _shards.local(grad)
             if towards_base:
-                grad = grad.add(values - _base(values, target), alpha=decay)
+                grad = grad.add(_shards.local(values) - _base(values, target), alpha=decay)
             first = momentum != 0 and state.get("momentum_buffer") is None
             if first:
                 state["momentum_buffer"] = torch.zeros_like(values)
-            calls.setdefault((values.device, target.site.granule, first), []).append((values, target, grad, state))
+            if _is_empty(values):
+                continue
+            key = values.device, _granule(values, target), first
+            calls.setdefault(key, []).append((values, target, grad, state))
         lr = group["lr"]
         for (device, granule, first), members in calls.items():
-            tensors = [target.tensors() for _, target, _, _ in members]
+            tensors = [_written(values, target) for values, target, _, _ in members]
             shira_ops.foreach_sgd_(
-                [weight for weight, _, _ in tensors],
-                [indices for _, indices, _ in tensors],
-                [values for _, _, values in tensors],
-                [state["momentum_buffer"] for *_, state in members] if momentum else None,
+                [weight for weight, _ in tensors],
+                [indices for _, indices in tensors],
+                [_shards.local(values) for values, *_ in members],
+                [_shards.local(state["momentum_buffer"]) for *_, state in members] if momentum else None,
                 [grad for _, _, grad, _ in members],
                 lr=lr.to(device) if isinstance(lr, Tensor) else float(lr),
                 momentum=momentum,
@@ -406,7 +448,7 @@ class SGD(_Masked):
                 granule=granule,
             )
             for values, target, _, _ in members:
-                mark_written(target.site, values)
+                _mark(values, target)
 
     def _step_others(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         buffers = [self.state[parameter].get("momentum_buffer") for parameter in parameters]

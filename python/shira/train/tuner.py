@@ -13,6 +13,9 @@ Their gradients come in one of two ways, chosen for each weight:
 - *dense*: autograd makes the weight's dense gradient, and as soon as it is there a hook of the weight gathers it at the
   indices, passes that on to the values, and frees it. For every other use of a weight: in ``nn.MultiheadAttention``, in
   layers with a forward of their own, plain parameters of any shape, parameters that train as a whole.
+
+With ``overlay=True`` the values are a delta instead, and no weight is written: a forward hook adds the delta's product
+with the layer's input to its output, and autograd does the rest. So weights that are codes can be trained beside.
 """
 
 from __future__ import annotations
@@ -23,29 +26,31 @@ import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import shira_ops
-from shira import _granules, _linears, _live, _model
+from shira import _granules, _linears, _live, _model, _shards
 from shira._model import VALUES_SUFFIX
 from shira._text import AdapterError, Rename, hex_word, named
 from shira.adapter._entry import Entry
 from shira.adapter.adapter import Adapter
 from shira.masks.masks import AUTO_GRANULE, Given, Mask, default
-from shira.train import _hooks, _ranks, _targets
+from shira.train import _hooks, _ranks, _sharded, _targets
 from shira.train._layers import RULES, Attach
+from shira.train._sharded import Sharded
 from shira.train._sites import (
     Group,
     Place,
     Site,
     Target,
+    become_sharded,
     follow,
     is_detached,
     mark_written,
@@ -56,6 +61,7 @@ from shira.train._sites import (
     take_off,
     target_of,
     uncover,
+    whole_values,
     write,
 )
 
@@ -86,6 +92,7 @@ class _Plan:
     fingerprint: int
     seed: int | None = None
     start: Tensor | None = None
+    shard: Sharded | None = None
     # Of an overlay.
     layer: _linears.Layer | None = None
 
@@ -137,9 +144,17 @@ class SparseTuner:
     Buffers, such as the running statistics of batch normalisation, are neither trained nor put back: keep such layers
     in ``eval()``. A tuner cannot be copied or pickled (use `state_dict` or `adapter`). A copy of the model computes
     what the model does, and `shira.detach` puts its base back. Several tuners may train different weights of one model,
-    and be detached in any order. Anything that replaces or freezes parameters (``fully_shard``, PEFT's
+    and be detached in any order. Anything that replaces or freezes parameters (``parallelize_module``, PEFT's
     ``get_peft_model``) must come before the tuner; after it, training is refused. A count of the model's parameters
     includes both the values and the weights that hold them; `nnz` is the number of trained entries.
+
+    Weights may be sharded over ranks by FSDP2 (``fully_shard``), by tensor parallelism (``parallelize_module`` with
+    ``nn.Linear``), or by both. Then all ranks call the tuner together, with the same arguments; the values of a weight
+    are one DTensor of `nnz` entries in the order of the adapter's file, divided evenly between all ranks; masks select
+    what they select in one process; and every rank gets the same whole `adapter`. For that ``gradient`` must be
+    ``"sampled"``; masks that are functions, ``balanced`` or with scores to skip are refused; for `shira.masks.Grad` and
+    `shira.masks.Snip` every rank gives its own batches, equally many. ``fully_shard`` may also follow the tuner, with
+    the optimizer made from ``tuner.parameters()`` after it.
 
     Args:
         model: the model; its weights are changed in place, in the same storage. Wrap it in DistributedDataParallel
@@ -206,10 +221,16 @@ class SparseTuner:
         if not chosen and not entire:
             raise ValueError("SparseTuner: targets is empty, so nothing would train")
         layers: Mapping[str, _linears.Layer] = names.layers or {}
-        mask.check({n: layers[n].stand_in() if overlay else group[0].weight for n, group in chosen.items()})
+        sharded = _sharded.check_targets(self.model, {**chosen, **entire})
+        if entire and sharded:
+            self._refuse_dense(next(iter(entire)))
+        mask.check({name: _stand_in(group, layers.get(name)) for name, group in chosen.items()})
         places = {name: [(slot.module, slot.attribute) for slot in group] for name, group in chosen.items()}
-        mask.prepare(self.model, places, calibration, loss)
-        sparse = [self._masked(mask, name, group, layers.get(name)) for name, group in chosen.items()]
+        if sharded:
+            sparse = self._masked_together(mask, chosen, calibration, loss)
+        else:
+            mask.prepare(self.model, places, calibration, loss)
+            sparse = [self._masked(mask, name, group, layers.get(name)) for name, group in chosen.items()]
         self._install([*sparse, *(self._entire(name, group) for name, group in entire.items())], allow_unused)
         if mask.granule == "auto":
             finer = [plan.name for plan in sparse if plan.granule < AUTO_GRANULE]
@@ -322,6 +343,7 @@ class SparseTuner:
         if isinstance(model, nn.Module):
             _targets.check_model(model)
         self.model = _model.unwrap(model)
+        _sharded.reshard(self.model)
         _live.refuse_active(self.model)
         self.mask, self._about = mask, about
         self._gradient, self.overlay = gradient, overlay
@@ -361,6 +383,53 @@ class SparseTuner:
         fingerprint = layer.fingerprint()
         base = torch.tensor([_granules.signed(fingerprint)], dtype=torch.int64, device=layer.device)
         return _Plan(name, group, indices, granule, base, fingerprint, seed, layer=layer)
+
+    def _masked_together(
+        self,
+        mask: Mask,
+        groups: Mapping[str, list[_model.Slot]],
+        calibration: Iterable[Any] | None,
+        loss: Callable[[nn.Module, Any], Tensor] | None,
+    ) -> list[_Plan]:
+        """The plans for weights that ranks hold together. A collective call."""
+        for name, group in groups.items():
+            rule = self._rules(group, mask.granule_of(group[0].weight))[0]
+            divided = _sharded.is_tensor_parallel(self.model, group[0])
+            _sharded.check_mask(mask, name, divided)
+            if rule is None:
+                self._refuse_dense(name)
+            if divided and rule != "linear":
+                raise ValueError(
+                    f"SparseTuner: {name} is divided by tensor parallelism in a layer other than nn.Linear, which is "
+                    f"not supported; leave it out with exclude="
+                )
+        first: Any = next(iter(groups.values()))[0].weight
+        ranks = _sharded.Ranks(first.device_mesh)
+        _sharded.compare_plans(ranks, list(groups), mask)
+        _sharded.prepare(mask, self.model, groups, calibration, loss, ranks)
+        plans = []
+        for name, group in groups.items():
+            weight: Any = group[0].weight
+            granule = mask.granule_of(weight)
+            indices = _sharded.indices_of(mask, name, weight, ranks)
+            shira_ops.check_indices(indices, weight.numel(), granule=granule)
+            shard = Sharded.of(self.model, group[0], ranks, indices, granule)
+            saved = shira_ops.gather(_shards.local(weight), shard.part.indices, granule=shard.part.granule)
+            plans.append(_Plan(name, group, indices, granule, saved, 0, mask.seed_for(name), shard=shard))
+        _sharded.compare(ranks, {plan.name: (plan.indices, plan.granule, 0) for plan in plans})
+        weights: list[Any] = [plan.slots[0].weight for plan in plans]
+        for plan, fingerprint in zip(plans, _sharded.fingerprints(ranks, weights), strict=True):
+            plan.fingerprint = fingerprint
+        self._notes.append(f"the values are divided between {ranks.size} ranks")
+        return plans
+
+    @staticmethod
+    def _refuse_dense(name: str) -> NoReturn:
+        raise ValueError(
+            f"SparseTuner: {name} is sharded and would train by its dense gradient, which is not supported: weights "
+            f'that ranks hold together need gradient="sampled" and a layer that allows it (linear, convolution, '
+            f"embedding), and cannot train as a whole; leave it out"
+        )
 
     def _entire(self, name: str, group: list[_model.Slot]) -> _Plan:
         weight = group[0].weight
@@ -405,6 +474,10 @@ class SparseTuner:
             # Leave alone what another tuner trains.
             if not any(hasattr(one.module, one.attribute + VALUES_SUFFIX) for one in names.of(slot)):
                 slot.weight.requires_grad_(False)
+        shards = [(plan.shard, plan) for plan in plans if plan.shard is not None]
+        saved = [(shard, plan.saved.to(_master_dtype(plan.saved))) for shard, plan in shards]
+        for (shard, plan), chunk in zip(shards, _sharded.spread(saved), strict=True):
+            plan.start = shard.ranks.values(chunk, shard.count)
         for plan in plans:
             self._put(plan, allow_unused)
         weights = [tuned.plan.slots[0].weight for tuned in self._tuned if tuned.target.site.dense]
@@ -416,35 +489,41 @@ class SparseTuner:
         self._root.append(self.model.register_forward_hook(partial(uncover, self._group), always_call=True))
         self.model.__dict__.setdefault(_ROOT, []).extend(self._root)
         _held.add(self)
-        if any(plan.start is not None for plan in plans):
+        if any(plan.start is not None and plan.shard is None for plan in plans):
             self.sync()
         _hooks.watch_optimizers()
 
     def _put(self, plan: _Plan, allow_unused: bool) -> None:
         owner, weight = plan.slots[0].module, plan.weight
-        rules: list[str | None] = [None] * len(plan.slots)
         laid = [] if plan.layer is None else _targets.laid(plan.slots)
-        if laid:
-            rules = [RULES[layer.kind] for layer in laid]
-        elif self._gradient == "sampled" and plan.granule < weight.numel():
-            rules = _targets.rules(plan.slots, plan.granule)
+        rules = [RULES[layer.kind] for layer in laid] or self._rules(plan.slots, plan.granule)
         dtype, start = _master_dtype(weight), plan.start
         if start is None:
             start = plan.saved if plan.layer is None else torch.zeros(plan.nnz, device=weight.device)
-        values = nn.Parameter(start.to(dtype, copy=True))
+        values = nn.Parameter(start.to(dtype, copy=True) if plan.shard is None else start)
         places = [Place(slot.name, rule) for slot, rule in zip(plan.slots, rules, strict=True)]
+        indices, granule = plan.indices, plan.granule
+        if plan.shard is not None:
+            indices, granule = plan.shard.part.indices, plan.shard.part.granule
         site = Site(
-            plan.name, plan.slots[0].attribute, plan.granule, dtype, rules[0] is None, plan.saved,
-            plan.indices.to("cpu", copy=True), self._group, places, allow_unused, plan.layer is not None,
+            plan.name, plan.slots[0].attribute, granule, dtype, rules[0] is None, plan.saved,
+            indices.to("cpu", copy=True), self._group, places, allow_unused, plan.layer is not None,
+            shard=plan.shard,
         )  # fmt: skip
         target = Target(site, weakref.ref(owner))
         self._tuned.append(_Tuned(plan, target))
         # On the first owner alone: under several names, libraries that save models would see one more tied weight.
         owner.register_parameter(site.values_name, values)
         owner.register_buffer(site.indices_name, plan.indices, persistent=False)
-        plan.indices = site.indices
+        plan.indices = site.indices if plan.shard is None else plan.indices.to("cpu", copy=True)
         site.handles += [kept for layer in laid if (kept := layer.keep()) is not None]
         put(target, [slot.module for slot in plan.slots], rules)
+
+    def _rules(self, group: Sequence[_model.Slot], granule: int) -> list[str | None]:
+        """How the gradient is taken in each place that holds the weight; None: by the dense gradient."""
+        if self._gradient == "sampled" and granule < group[0].weight.numel():
+            return _targets.rules(group, granule)
+        return [None] * len(group)
 
     # ---- while it trains -------------------------------------------------------------------------------------
 
@@ -479,11 +558,14 @@ class SparseTuner:
         self._enabled("adapter")
         self.sync()
         entries: dict[str, Entry] = {}
+        together = self._together(master=False)
         for tuned in self._tuned:
             plan = tuned.plan
             if plan.layer is not None:
                 indices, trained = tuned.target.trained()
                 values = trained.detach().clone()
+            elif plan.shard is not None:
+                indices, values = plan.indices, together[tuned.name]
             else:
                 weight, indices, _ = tuned.target.tensors()
                 with torch.no_grad():
@@ -502,6 +584,11 @@ class SparseTuner:
         alpha = self._alpha if alpha is None else alpha
         return Adapter(entries, alpha=alpha, delta=self.overlay, mask=self._about, provenance=provenance)
 
+    def _together(self, master: bool) -> dict[str, Tensor]:
+        """All values of the weights that ranks hold together: in fp32 (fp64), or in the weights' dtype."""
+        sites = [(tuned.target.site, tuned.values) for tuned in self._attached() if tuned.plan.shard is not None]
+        return {site.name: whole for (site, _), whole in zip(sites, whole_values(sites, master), strict=True)}
+
     def _trained(self) -> Iterator[nn.Parameter]:
         """The values and the weights that follow them, which a tuner's state covers."""
         for tuned in self._attached():
@@ -515,9 +602,10 @@ class SparseTuner:
         To use what was trained, save `adapter`. The state has only tensors, strings and numbers, so that
         ``torch.load(weights_only=True)`` reads it.
         """
-        weights = {}
+        weights, together = {}, self._together(master=True)
         for tuned in self._attached():
-            weights[tuned.name] = {**_identity(tuned), "values": tuned.values.detach().clone()}
+            values = together[tuned.name] if tuned.name in together else tuned.values.detach().clone()
+            weights[tuned.name] = {**_identity(tuned), "values": values}
         return {"version": 1, "weights": weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -526,7 +614,12 @@ class SparseTuner:
         self.check_state_dict(state)
         with torch.no_grad():
             for tuned in self._attached():
-                tuned.values.copy_(state["weights"][tuned.name]["values"])
+                values = state["weights"][tuned.name]["values"]
+                if tuned.plan.shard is None:
+                    tuned.values.copy_(values)
+                else:
+                    begin, count = tuned.plan.shard.ranks.span(values.numel())
+                    _shards.local(tuned.values).copy_(values[begin : begin + count])
         self.sync()
 
     def check_state_dict(self, state: Any) -> None:
@@ -575,13 +668,14 @@ class SparseTuner:
         ]
         for tuned in self._written():
             weight, indices, _ = tuned.target.tensors()
-            plan, other = tuned.plan, tuned.plan.saved.to(weight.device, copy=True)
+            plan, granule = tuned.plan, tuned.target.site.granule
+            other = plan.saved.to(weight.device, copy=True)
             with torch.no_grad():
-                shira_ops.swap_(weight, indices, other, granule=plan.granule)
+                shira_ops.swap_(weight, indices, other, granule=granule)
                 try:
-                    now = _granules.fingerprint(weight)
+                    now = self._fingerprint(plan, weight)
                 finally:
-                    shira_ops.swap_(weight, indices, other, granule=plan.granule)
+                    shira_ops.swap_(weight, indices, other, granule=granule)
             if now != plan.fingerprint:
                 wrong.append(tuned.name)
         if wrong:
@@ -589,6 +683,13 @@ class SparseTuner:
                 f"SparseTuner: {len(wrong)} weight(s) have changed where nothing trains: {_model.some(wrong)}; "
                 "something else wrote to them"
             )
+
+    @staticmethod
+    def _fingerprint(plan: _Plan, weight: Tensor) -> int:
+        if plan.shard is None:
+            return _granules.fingerprint(weight)
+        stored: Any = plan.shard.stored()
+        return _sharded.fingerprints(plan.shard.ranks, [stored])[0]
 
     def detach(self) -> None:
         """Put the base back, bit for bit, and remove everything that the tuner put on the model.
@@ -598,6 +699,7 @@ class SparseTuner:
         """
         self._enabled("detach")
         if self._tuned:
+            self._take_over()
             self._take_off()
 
     def _take_off(self) -> None:
@@ -640,6 +742,7 @@ class SparseTuner:
                 self._disabled -= 1
             return
         # First let the weights hold the values: afterwards what they hold now is put back.
+        _sharded.reshard(self.model)
         written = self._written()
         items = [(tuned.target.site, *tuned.target.tensors()) for tuned in written]
         settle(items)
@@ -658,15 +761,16 @@ class SparseTuner:
         finally:
             self._disabled, self._group.off = 0, False
             # The weights that the model has by now.
-            now = [getattr(tuned.owner, tuned.target.site.attribute) for tuned in written]
+            _sharded.reshard(self.model)
+            now = [tuned.target.site.held(tuned.owner) for tuned in written]
             undisturbed = [
                 (weight, version)
                 for (weight, version), found in zip(before, now, strict=True)
                 if weight is found and weight._version == version + _ASIDE
             ]
             scatter(
-                (site.granule, weight, getattr(tuned.owner, site.indices_name), entries.to(weight.device, weight.dtype))
-                for tuned, (site, *_), weight, entries in zip(written, items, now, trained, strict=True)
+                (site.granule, weight, indices.to(weight.device), entries.to(weight.device, weight.dtype))
+                for (site, _, indices, _), weight, entries in zip(items, now, trained, strict=True)
             )
             # The bits are those that autograd saved, so it may have their versions again.
             _set_versions(undisturbed)
@@ -690,7 +794,37 @@ class SparseTuner:
     def _attached(self) -> list[_Tuned]:
         if not self._tuned:
             raise RuntimeError("SparseTuner: the tuner is detached")
+        self._take_over()
         return self._tuned
+
+    def _take_over(self) -> None:
+        """Go on with what ``fully_shard`` has made of the weights and values, if it came after the tuner."""
+        replaced = [
+            tuned
+            for tuned in self._tuned
+            if tuned.plan.shard is None and tuned.plan.layer is None
+            and tuned.owner._parameters.get(tuned.target.site.attribute) is not None
+            and tuned.owner._parameters[tuned.target.site.attribute] is not tuned.target.site.own_weight
+        ]  # fmt: skip
+        found = [_sharded.taken(self.model, tuned.target.site, tuned.owner) for tuned in replaced]
+        takes = [one for one in found if one is not None]
+        if not takes or len(takes) < len(self._tuned):
+            return  # the next forward says what is wrong
+        _sharded.reshard(self.model)
+        first: Any = takes[0].weight
+        ranks = _sharded.Ranks(first.device_mesh)
+        for tuned, taken in zip(replaced, takes, strict=True):
+            taken.release()
+            plan, target = tuned.plan, tuned.target
+            # What was there before is a whole weight, which nothing may keep.
+            plan.slots = [replace(slot, weight=taken.weight) for slot in plan.slots]
+            device = _shards.local(taken.weight).device
+            plan.shard = Sharded.of(self.model, plan.slots[0], ranks, plan.indices.to(device), plan.granule)
+            plan.shard.fingerprint, plan.shard.compared = plan.fingerprint, False
+            plan.saved = plan.shard.part.of(plan.saved.to(device))
+            become_sharded(target, plan.shard, plan.saved, taken.values)
+        now = _model.slots(self.model)
+        self._froze = [now.get(slot.name, slot) for slot in self._froze]
 
     def _written(self) -> list[_Tuned]:
         """Those whose values are written into the weight: all, or of an overlay none."""
@@ -811,6 +945,13 @@ def _keep(module: nn.Module, name: str, content: Any) -> None:
 def _set_versions(versions: Iterable[tuple[Tensor, int]]) -> None:
     for weight, version in versions:
         torch._C._autograd._unsafe_set_version_counter((weight,), (version,))
+
+
+def _stand_in(group: Sequence[_model.Slot], layer: _linears.Layer | None) -> Tensor:
+    """Of the shape, dtype and device of the weight as a whole."""
+    if layer is not None:
+        return layer.stand_in()
+    return _sharded.stand_in(group[0].weight) if _shards.is_dtensor(group[0].weight) else group[0].weight
 
 
 def _master_dtype(weight: Tensor) -> torch.dtype:

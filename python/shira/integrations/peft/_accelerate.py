@@ -128,32 +128,33 @@ class _Indices(UserDict):  # type: ignore[type-arg]
 class _Buffers(BufferDict):  # type: ignore[misc]
     """What the module becomes in which PEFT's Super-Tuning keeps indices, flat, by the adapter's name."""
 
-    plans: _Plans
+    # No attribute may have a name that an adapter could have, which PEFT would refuse.
+    _shira_plans: _Plans
 
-    def refresh(self) -> None:
+    def _shira_refresh(self) -> None:
         for name, indices in self.items():
-            self.plans.make(name, indices, indices.device)
+            self._shira_plans.make(name, indices, indices.device)
 
     def __setitem__(self, name: str, indices: Tensor) -> None:
-        self.plans.make(name, indices, indices.device)
+        self._shira_plans.make(name, indices, indices.device)
         super().__setitem__(name, indices)
 
     def __delitem__(self, name: str) -> None:
         super().__delitem__(name)
-        self.plans.made.pop(name, None)
+        self._shira_plans.made.pop(name, None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        self.refresh()
+        self._shira_refresh()
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self.refresh()
+        self._shira_refresh()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.refresh()
+        self._shira_refresh()
 
 
 # ---- layers --------------------------------------------------------------------------------------------------
@@ -227,7 +228,7 @@ class SupertuningLinear(_Layer, super_layer.Linear):  # type: ignore[misc]
 
     def _part(self, name: str) -> Part:
         indices = self.supertuning_indices
-        return indices.plans.part(name, indices[name], self.supertuning_values[name], 1.0)
+        return indices._shira_plans.part(name, indices[name], self.supertuning_values[name], 1.0)
 
     def _ours(self, names: Iterable[str]) -> bool:
         return all(self.supertuning_rank[name] == 0 for name in names)
@@ -269,7 +270,7 @@ def _enter(module: Any, name: str) -> None:
         plans, indices = _Plans(module, name), module.supertuning_indices
         for adapter, one in indices.items():
             plans.make(adapter, one, one.device)
-        indices.__class__, indices.plans = _Buffers, plans
+        indices.__class__, indices._shira_plans = _Buffers, plans
     module.__class__ = _CLASSES[type(module)]
 
 
@@ -279,7 +280,7 @@ def _leave(module: Any) -> None:
         module.shira_indices = module.shira_indices.data
     elif isinstance(module, super_layer.Linear):
         module.supertuning_indices.__class__ = BufferDict
-        del module.supertuning_indices.plans
+        del module.supertuning_indices._shira_plans
 
 
 def accelerate(model: _M) -> _M:

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import shira_ops
-from shira import _model, masks
+from shira import _linears, masks
+from shira._linears import Layer
 from shira._text import dtype_name
 from shira.adapter._file import ARITHMETIC
 from shira.adapter._peft import METHOD
@@ -163,7 +164,7 @@ class Linear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.granule: dict[str, int] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        self.quantization_backend = resolve_quantization_backend(base_layer, **options)
+        self.quantization_backend = resolve_quantization_backend(base_layer, **options)  # for PEFT's reports
         self.transposed = isinstance(base_layer, Conv1D)
         self.in_features, self.out_features = _features(base_layer, where)
 
@@ -193,25 +194,18 @@ class Linear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.scaling[adapter_name], self.granule[adapter_name] = 1.0, granule
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _scored(self, mask: Mask, device: torch.device) -> Tensor:
-        """The weight that the mask is asked about: the real one, or, if it is quantized, what stands for it."""
-        weight = self._plain()
-        if weight is not None:
-            return weight
-        if not isinstance(mask, (masks.Rand, masks.Struct)):
-            if self.quantization_backend is None:
-                raise ValueError(f"SparseConfig: the weight of {self.where} cannot be read; take mask='rand'")
-            dense: Tensor = self.quantization_backend.get_base_weight(self.base_layer)
-            return dense.detach()
-        # These ask for shape and device alone. It takes no memory.
-        return torch.zeros((), device=device).expand(self.shape)
+    def _layer(self) -> Layer | None:
+        """What is known of the base layer; None for a class of which it is not known how it uses its weight."""
+        return _linears.of(f"{self.where}.weight", self.base_layer)
 
-    def _plain(self) -> Tensor | None:
-        """The weight, if its entries can be read and written where it is."""
-        weight: Any = getattr(self.base_layer, "weight", None)
-        if self.quantization_backend is not None or not isinstance(weight, Tensor) or weight.is_meta:
-            return None
-        return weight.detach() if tuple(weight.shape) == self.shape and _model.foreign(weight) is None else None
+    def _scored(self, mask: Mask, device: torch.device) -> Tensor:
+        """The weight that the mask is asked about, dequantized; or, if shape and device are enough, no weight."""
+        if isinstance(mask, (masks.Rand, masks.Struct)):
+            return torch.zeros((), device=device).expand(self.shape)
+        layer = self._layer()
+        if layer is None or layer.device.type == "meta":
+            raise ValueError(f"SparseConfig: the weight of {self.where} cannot be read; take mask='rand'")
+        return layer.dense()
 
     def check(self, adapter_name: str, indices: Tensor, values: Tensor) -> None:
         """Refuse what cannot be an adapter of this layer, from a file."""
@@ -275,13 +269,15 @@ class Linear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     # Merging writes the adapter's entries alone, and keeps what they were.
 
     def _writable(self) -> Tensor:
-        weight = self._plain()
-        if weight is None or dtype_name(weight.dtype) not in ARITHMETIC:
+        layer = self._layer()
+        if layer is None or layer.quantized or dtype_name(layer.dtype) not in ARITHMETIC:
+            sharded = "sharded " if _is_sharded(self.base_layer) else ""
             raise ValueError(
-                f"{self.where}: an adapter can be merged into a float weight alone, since a quantized one would have "
-                f"to be rounded anew; use it without merging"
+                f"{self.where}: an adapter can be merged into the whole float weight of an nn.Linear or Conv1D alone, "
+                f"got a {sharded}{type(self.base_layer).__qualname__} (codes would have to be rounded anew, and "
+                f"another forward may use its weight in another way); use it without merging"
             )
-        return weight
+        return layer.dense()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What an adapter adds to the weight, dense, in the values' dtype."""
@@ -347,11 +343,18 @@ class Linear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return "shira_ops." + super().__repr__()
 
 
+def _is_sharded(base_layer: nn.Module) -> bool:
+    """Whether its weight is a DTensor."""
+    return hasattr(getattr(base_layer, "weight", None), "placements")
+
+
 def _features(base_layer: nn.Module, where: str) -> tuple[int, int]:
     """The features of a linear layer, of any class; other layers are refused, and sharded ones."""
-    weight: Any = getattr(base_layer, "weight", None)
-    if hasattr(weight, "placements"):
-        raise ValueError(f"SparseConfig: the weight of {where} {_model.foreign(weight)}")
+    if _is_sharded(base_layer):
+        raise ValueError(
+            f"SparseConfig: the weight of {where} is sharded (a DTensor), and a mask is of the whole weight; call "
+            f"get_peft_model first and shard the model afterwards"
+        )
     features: tuple[int | None, int | None] = (None, None)
     if hasattr(base_layer, "in_features") or hasattr(base_layer, "infeatures") or isinstance(base_layer, Conv1D):
         with warnings.catch_warnings():

@@ -1,0 +1,82 @@
+"""Plans of several adapters over one weight in plain PyTorch: how `fuse_plan` makes one, and how to read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+GROUP = 64  # granules of the union that are planned together: as many as members have bits
+POSITION_BITS = 48  # of a source; the adapter's number is above them
+_OCTET = 8
+
+
+def groups(granules: int) -> int:
+    """How many groups the plan of a union of `granules` has."""
+    return (granules + GROUP - 1) // GROUP
+
+
+def parts(sources: Tensor) -> tuple[Tensor, Tensor]:
+    """The adapters that the sources name, and the positions in their lists."""
+    return sources >> POSITION_BITS, sources & ((1 << POSITION_BITS) - 1)
+
+
+def unpacked(members: Tensor) -> Tensor:
+    """The bits of `members` as bools `[sources, GROUP]`."""
+    octets = members.view(torch.uint8).view(-1, GROUP // _OCTET, 1)  # the lowest first
+    bits = torch.arange(_OCTET, dtype=torch.uint8, device=members.device)
+    return ((octets >> bits) & 1).bool().view(-1, GROUP)
+
+
+def group_of(offsets: Tensor) -> Tensor:
+    """Each source's group."""
+    return torch.arange(offsets.numel() - 1, device=offsets.device).repeat_interleave(offsets.diff().to(torch.int64))
+
+
+def rows(offsets: Tensor, sources: Tensor, members: Tensor, adapter: int) -> Tensor:
+    """Where an adapter's granules lie in the union of a plan as `fuse_plan` makes it, in the order of its list: int64."""
+    mine = (parts(sources)[0] == adapter).nonzero().view(-1)
+    here = members.new_zeros(offsets.numel() - 1)
+    here[group_of(offsets)[mine]] = members[mine]
+    return unpacked(here).view(-1).nonzero().view(-1)
+
+
+def contributions(offsets: Tensor, sources: Tensor, members: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each contribution's granule in the union, adapter, and position in the adapter's list: three int64 `[n]`, in the
+    plan's order within a granule."""
+    bits = unpacked(members)
+    flat = bits.view(-1).nonzero().view(-1)
+    source = flat // GROUP
+    counts = bits.sum(1)
+    adapter, first = parts(sources)
+    rank = torch.arange(flat.numel(), device=flat.device) - (counts.cumsum(0) - counts)[source]
+    return group_of(offsets)[source] * GROUP + flat % GROUP, adapter[source], first[source] + rank
+
+
+def make(indices: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `fuse_plan` returns."""
+    narrow = all(own.dtype == torch.int32 for own in indices)
+    dtype, device = torch.int32 if narrow else torch.int64, indices[0].device
+    entries = torch.cat([own.to(dtype) for own in indices])
+    union, place = entries.unique(return_inverse=True)  # sorted; the place of each adapter's granules in it
+    total, count = entries.numel(), groups(union.numel())
+    adapter = torch.arange(len(indices), device=device).repeat_interleave(
+        torch.tensor([own.numel() for own in indices], device=device)
+    )
+    position = torch.cat([torch.arange(own.numel(), device=device) for own in indices])
+
+    # A source begins where the adapter or the group changes. Its members are different bits, so a sum joins them.
+    key = place // GROUP * len(indices) + adapter
+    begins = torch.ones(total, dtype=torch.bool, device=device)
+    torch.ne(key[1:], key[:-1], out=begins[1:])
+    first = begins.nonzero().view(-1)
+    bits = torch.ones((), dtype=torch.int64, device=device) << place % GROUP
+    members = torch.zeros_like(first).index_add_(0, begins.cumsum(0) - 1, bits)
+    sources = (adapter << POSITION_BITS | position)[first]
+    order = key[first].argsort()  # group by group: all keys differ
+
+    offsets = torch.zeros(count + 1, dtype=torch.int64, device=device)
+    offsets[1:] = torch.bincount(key[first] // len(indices), minlength=count).cumsum(0)
+    offsets = offsets.to(torch.int32 if total < 2**31 else torch.int64)
+    return union, offsets, sources[order], members[order]
