@@ -235,12 +235,13 @@ def answer(model: nn.Module, receiver: Receiver) -> None:
 
 def report(model: nn.Module, plan: Plan, receiver: Receiver, sparse: float) -> None:
     """The last update twice: into the model, and through dense buffers into a copy."""
-    update = broadcast(None, TRAINER)
+    receiver.stage(broadcast(None, TRAINER))
+    update = receiver.staged  # with the values that its differences lead to
+    assert update is not None
     copy = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     start = time.perf_counter()
     through_buffers(copy, plan.map(update))
     dense = milliseconds(start)
-    receiver.stage(update)
     receiver.commit()
     assert all(torch.equal(copy[name], weight) for name, weight in model.named_parameters())
     length = torch.tensor(0)

@@ -163,6 +163,17 @@ def test_dequantize_that_returns_something_else() -> None:
         layer.dense()
 
 
+def test_a_layer_of_ones_own_needs_codes_of_its_own() -> None:
+    own = Int8Linear(nn.Linear(8, 16))
+    own.register_buffer("cache", torch.zeros(3), persistent=False)
+    layer = _linears.of("own.weight", own)
+    assert layer is not None
+    assert [tensor.data_ptr() for tensor in layer.stored()] == [own.codes.data_ptr(), own.scales.data_ptr()]
+    del own.codes, own.scales
+    assert _linears.of("own.weight", own) is None
+    assert "without parameters or buffers of its own" in _linears.unknown("own.weight", own)
+
+
 def test_4_bits_that_are_packed_keep_their_identity() -> None:
     """On CPUs with bfloat16 bitsandbytes packs the codes and rounds the scales in the first forward in eval()."""
 

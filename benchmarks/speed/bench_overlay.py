@@ -4,6 +4,7 @@ LoRA     its two products of rank 20, the second fused into the addition: `outpu
 layer    the layer's own product
 stream   the indices and values read once, as fast as a plain loop can
 mixed    PEFT's LoRA with `adapter_names`: 32 adapters, one token each; its base layer is not computed, here as there
+switch   from one adapter to another in the weight: what an overlay saves, and after how many tokens it no longer does
 """
 
 from __future__ import annotations
@@ -175,3 +176,40 @@ def bench_mixed(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, g
     report.bandwidth(timing, "sparse_linear_add_", adapters.nbytes())
     report.ratio(f"overlay over mixed, granule {granule}", name, timing, "mixed")
     report.ratio("mixed overlay of stream", f"{name}, granule {granule}", timing, "sparse_linear_add_", "stream")
+
+
+@pytest.mark.parametrize("tokens", [1, 64, pytest.param(512, marks=pytest.mark.full)])
+@GRANULES
+@DTYPES
+def bench_break_even(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, granule: int, tokens: int) -> None:
+    adapters = Adapters(dtype, granule, 2)
+    batch = Batch.of(adapters, tokens, dtype, torch.zeros(tokens))
+    batch.prove(adapters)
+    weight = adapters.numbers(settings.side, settings.side, dtype=dtype)
+    before, saved = weight.clone(), [torch.empty_like(one) for one in adapters.values]
+    shira.apply_(weight, adapters.indices[0], adapters.values[0], saved[0], granule=granule)
+
+    def switch(out: int = 0, into: int = 1) -> None:
+        entries = adapters.indices[out], saved[out], adapters.indices[into], adapters.values[into], saved[into]
+        shira.switch_(weight, *entries, granule=granule)
+
+    switch()
+    switch(1, 0)
+    own = weight.clone()
+    shira.scatter_(own, adapters.indices[0], saved[0], granule=granule)
+    assert torch.equal(own, before)
+
+    turn = [(0, 1), (1, 0)]
+
+    def back_and_forth() -> None:
+        switch(*turn[0])
+        turn.reverse()
+
+    timing = compare(benchmark, ("sparse_linear_add_", lambda: batch.overlay(adapters)), {"switch": back_and_forth})
+    name = common.dtype_name(dtype)
+    report = Report(benchmark, threads, dtype=name, tokens=tokens, granule=granule, side=settings.side)
+    report.seconds(timing)
+    pairs = zip(timing.of("switch"), timing.of("sparse_linear_add_"), strict=True)
+    found = [tokens * moved / laid for moved, laid in pairs]
+    best = tokens * min(timing.of("switch")) / min(timing.of("sparse_linear_add_"))
+    report.result("break-even", f"{name}, granule {granule}, {tokens} at a time", found, best)

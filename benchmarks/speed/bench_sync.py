@@ -9,7 +9,7 @@ read    reads all weights once, as fast as a plain loop can: what a publisher of
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -41,11 +41,11 @@ class Turns:
 
     receiver: Any
     updates: tuple[Any, Any]
-    entries: Any = field(init=False)
+    moves: _Moves = field(init=False)
     now: int = 0
 
     def __post_init__(self) -> None:
-        self.entries = self.receiver._moves(self.updates[0]).entries
+        self.moves = self.receiver._moves(self.updates[0])
 
     def stage(self) -> None:
         self.receiver.unstage()
@@ -53,7 +53,8 @@ class Turns:
 
     def commit(self, verify: bool) -> None:
         """Only that: what is swapped for the way there is what the way back takes."""
-        moves = _Moves(self.updates[self.now], self.entries)
+        before, after = (self.moves.after, self.moves.before) if self.now else (self.moves.before, self.moves.after)
+        moves = replace(self.moves, update=self.updates[self.now], before=before, after=after)
         self.receiver._state = self.receiver._state._replace(staged=moves)
         self.receiver.commit(verify=verify)
         self.now = 1 - self.now

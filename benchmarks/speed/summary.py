@@ -108,6 +108,7 @@ LINES = {
         "sparse_linear_add_ 32 adapters, granule 16, over PEFT LoRA's mixed batch", 5.0
     ),
     "overlay over mixed, granule 1": Line("sparse_linear_add_ 32 adapters, over PEFT LoRA's mixed batch", 1.5),
+    "break-even": Line("tokens between two switches from which on an overlay costs more", None, " tokens"),
     "mixed overlay of stream": Line("sparse_linear_add_ 32 adapters, of reading indices and values", None),
     "diff_ of read": Line("diff_, of reading the weight and the snapshot", None, ""),
     "diff_ over torch": Line("diff_, over the same in plain torch", None),

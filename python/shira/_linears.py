@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 import shira_ops
 from shira import _granules, _model
-from shira._model import INDICES_SUFFIX, VALUES_SUFFIX
+from shira._model import VALUES_SUFFIX
 from shira._text import AdapterError, dtype_name
 
 LINEAR, CONV1D, EMBEDDING = "linear", "conv1d", "embedding"
@@ -408,7 +408,10 @@ class _Gguf(_Quantized):
 
 
 class _Own(_Quantized):
-    """Any other module that has ``in_features``, ``out_features`` and ``dequantize()``."""
+    """Any other module that has ``in_features``, ``out_features`` and ``dequantize()``.
+
+    It stores all of its own parameters and persistent buffers except for the bias.
+    """
 
     def dense(self) -> Tensor:
         module: Any = self.module
@@ -425,16 +428,14 @@ class _Own(_Quantized):
         return tuple(tensor.detach() for tensor in self._held().values())
 
     def parts(self) -> dict[str, tuple[str, ...]]:
-        passing = self.module._non_persistent_buffers_set
-        return {name: (name,) for name in self._held() if name not in passing}
+        return {name: (name,) for name in self._held()}
 
     def _held(self) -> dict[str, Tensor]:
-        held = {**self.module._parameters, **self.module._buffers}
-        ours = (VALUES_SUFFIX, INDICES_SUFFIX)
+        held, passing = {**self.module._parameters, **self.module._buffers}, self.module._non_persistent_buffers_set
         return {
             name: tensor
             for name, tensor in sorted(held.items())
-            if tensor is not None and name != "bias" and not name.endswith(ours)
+            if tensor is not None and name != "bias" and name not in passing and not name.endswith(VALUES_SUFFIX)
         }
 
 
@@ -486,8 +487,8 @@ class Part(_model.Slot):
     layer: str = "weight"
 
     @property
-    def values_name(self) -> str:
-        return self.layer + VALUES_SUFFIX
+    def values_names(self) -> tuple[str, ...]:
+        return self.attribute + VALUES_SUFFIX, self.layer + VALUES_SUFFIX
 
     def now(self) -> Tensor | None:
         for path in self.paths:
@@ -549,7 +550,8 @@ def _recognised(name: str, module: Any, floats: torch.dtype) -> Layer | str:
         return Layer(name, module, "weight", kind, floats)
     sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     if own and callable(getattr(module, "dequantize", None)) and all(type(size) is int for size in sizes):
-        return _Own(name, module, "weight", LINEAR, floats)
+        layer = _Own(name, module, "weight", LINEAR, floats)
+        return layer if layer.stored() else f"is in a {called} without parameters or buffers of its own, its codes"
     return (
         f"belongs to a {called}, and it is not known how that computes with it: nn.Linear, transformers' Conv1D and "
         f"nn.Embedding are, with their own forward; quantized linear layers of bitsandbytes, torchao, optimum-quanto "

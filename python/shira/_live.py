@@ -235,7 +235,7 @@ class Weight:
     def tuned(self) -> str | None:
         """The sentence that says that a tuner trains it, or None."""
         for place in self.places:
-            if place.values_name in place.module._parameters:
+            if place.tuned:
                 return f"{place.name} is being tuned by a SparseTuner; detach it first (shira.detach(model))"
         return None
 

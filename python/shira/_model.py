@@ -69,9 +69,15 @@ class Slot:
     weight: nn.Parameter  # or a buffer, where `slots` was asked for them
 
     @property
-    def values_name(self) -> str:
-        """What a tuner that trains the weight calls its values, on the module."""
-        return self.attribute + VALUES_SUFFIX
+    def values_names(self) -> tuple[str, ...]:
+        """What tuners that train the weight call their values, on the module."""
+        return (self.attribute + VALUES_SUFFIX,)
+
+    @property
+    def tuned(self) -> bool:
+        """Whether a tuner trains the weight."""
+        parameters = self.module._parameters
+        return any(name in parameters for name in self.values_names)
 
     def now(self) -> Tensor | None:
         """What the place holds now."""

@@ -249,8 +249,19 @@ def test_sglang() -> None:
         with pytest.raises(SyncError, match=text):
             load(served[0], message)
         assert equal(served[0], before[0])
+    # After loading, an engine may lay weights out anew for its kernels, where its loader would not find them.
+    (shuffled,) = workers(trained)[:1]
+    shuffled.mlp["gate_up"].weight.data.copy_(shuffled.mlp["gate_up"].weight.flip(0))
+    moved = Publisher(trained)
+    with pytest.raises(
+        SyncError, match=r"where its loader would put them: mlp\.gate_proj\.weight, mlp\.up_proj\.weight"
+    ):
+        load(shuffled, sglang.description(moved))
+    step(trained)
+    with pytest.raises(SyncError, match="changed since the last publish"):
+        sglang.description(moved)
     with pytest.raises(SyncError, match="Linear does not have"):
-        load(nn.Linear(2, 2), sglang.description(publisher))
+        load(nn.Linear(2, 2), sglang.description(Publisher(trained)))
     with pytest.raises(TypeError, match="an update must be an Update, got int"):
         sglang.message(3)
 

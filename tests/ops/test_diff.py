@@ -27,8 +27,9 @@ def test_diff(backend: Backend, dtype: torch.dtype, granule: int | str) -> None:
         against_oracle(backend, build("diff_", setup))
 
 
+@pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 4096, 70_003])
-def test_sizes(backend: Backend, size: int) -> None:
+def test_sizes(backend: Backend, size: int, before: bool) -> None:
     """Ends of lines, of chunks and of tiles; a change in the first and the last entry."""
     generator = torch.Generator().manual_seed(size)
     weight = torch.randn(size, generator=generator).bfloat16()
@@ -36,24 +37,27 @@ def test_sizes(backend: Backend, size: int) -> None:
     at = torch.unique(torch.randint(0, size, (size // 50 + 1,), generator=generator))
     at = torch.unique(torch.cat([at, torch.tensor([0, size - 1])]))
     snapshot[at] += 1
-    indices, values = backend("diff_", snapshot=snapshot, weight=weight, granule=1)
+    old = snapshot[at]
+    indices, values = backend("diff_", snapshot=snapshot, weight=weight, granule=1, before=before)
     assert_same(indices, at.int())
-    assert_same(values, weight[at])
+    assert_same(values, old if before else weight[at])
     assert_same(snapshot, weight)
     indices, values = backend("diff_", snapshot=snapshot, weight=weight, granule=1)
     assert len(indices) == len(values) == 0
 
 
+@pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
 @pytest.mark.parametrize("bytes_of_granule", [6, 48, 1024, 3000, 70_000])
-def test_granules_that_no_line_holds(backend: Backend, bytes_of_granule: int) -> None:
+def test_granules_that_no_line_holds(backend: Backend, bytes_of_granule: int, before: bool) -> None:
     granule = bytes_of_granule // 2
     weight = torch.arange(granule * 5, dtype=torch.int16)
     snapshot = weight.clone()
     snapshot[2 * granule - 1] ^= 1
     snapshot[4 * granule] ^= 1
-    indices, values = backend("diff_", snapshot=snapshot, weight=weight, granule=granule)
+    side = snapshot.clone() if before else weight
+    indices, values = backend("diff_", snapshot=snapshot, weight=weight, granule=granule, before=before)
     assert_same(indices, torch.tensor([1, 4], dtype=torch.int32))
-    assert_same(values, torch.cat([weight[granule : 2 * granule], weight[4 * granule :]]))
+    assert_same(values, torch.cat([side[granule : 2 * granule], side[4 * granule :]]))
     assert_same(snapshot, weight)
 
 

@@ -50,10 +50,10 @@ CONTRACT = {
     "select": "nan_comes or zero_times or in_entry or test_narrow or ignores or ties"
     " or bfloat16-magnitude-3] or float32-grad-1] or float64-snip-8]"
     " or test_random_is or test_random_of or test_random_takes or test_random_device or test_random and 65-3]",
-    "codec": "test_refused",
+    "codec": "test_refused or test_rice_past",
     "fingerprint": "bfloat16 or uint8 and not past or complex64 or frozen or all_granules or shape_does",
-    "diff": "bfloat16-16] or uint8-3] or numbers or aligned or list or follows or 15] or 17] or 48] or refusals"
-    " or overlap",
+    "diff": "bfloat16-16] or uint8-3] or numbers or aligned or list or follows or 15-before or 17-after or 48-"
+    " or refusals or overlap",
     "overlay": "leading or nothing_in or not_there and -1] or once or nobody or strength and bfloat16"
     " or exact_overlays and bfloat16-3] or adapters and -65]",
     "refusals": "test_overlap or test_order or test_a_gpu or test_dtype or test_strengths or test_one_weight_twice"

@@ -590,6 +590,9 @@ def test_a_compiled_model_takes_other_selections_without_being_compiled_again():
 
     before = bits(model)
     check(["a", None, "b"])
+    says = r"Overlay: using\(\) names samples, and Net was called with a batch of another: name an adapter"
+    with overlay.using(["a", "b"]), pytest.raises(torch._dynamo.exc.Unsupported, match=says):
+        compiled(IDS)
     with torch._dynamo.config.patch(error_on_recompile=True):
         check(["b", "b", None])
         check([{"a": 0.5}, None, {"b": 3.0}])
@@ -693,9 +696,10 @@ def test_threads_and_tasks_have_their_own():
     assert all(map(torch.equal, found, expected))
 
     async def task(which):
-        with overlay.using(which), torch.no_grad():
+        with overlay.using(which):
             await asyncio.sleep(0)
-            return model(IDS)
+            with torch.no_grad():  # all tasks of a thread share it
+                return model(IDS)
 
     async def main():
         return await asyncio.gather(*map(task, selections))

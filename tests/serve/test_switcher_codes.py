@@ -128,3 +128,19 @@ def test_an_adapter_for_dequantized_weights_is_refused() -> None:
         switcher = shira.Switcher(quantized(kind))
         with pytest.raises(shira.AdapterError, match=says):
             switcher.add("a", adapter)
+
+
+def test_scales_that_a_tuner_trains_are_not_written() -> None:
+    base, tuned = quantized("own int8"), quantized("own int8", tuned=True)
+    adapter = shira.Adapter.from_difference(base.state_dict(), tuned.state_dict())
+    for module in (base[0], base[2]):  # type: ignore[index]
+        scales = module._buffers.pop("scales")
+        module.register_parameter("scales", nn.Parameter(scales))
+    switcher = shira.Switcher(base)
+    switcher.add("tuned", adapter)
+    tuner = shira.SparseTuner(base, shira.masks.Rand(density=0.5), r"0\.scales")
+    with pytest.raises(RuntimeError, match=r"0\.scales is being tuned by a SparseTuner"):
+        switcher.activate("tuned")
+    tuner.detach()
+    with switcher.using("tuned"):
+        assert same(content(base), content(tuned))

@@ -14,7 +14,7 @@ from test_sync_attacks import Interrupt
 from torch import Tensor, nn
 
 from shira import Adapter, AdapterError, Entry, Switcher
-from shira.sync import Box, Plan, Publisher, Receiver, SyncError
+from shira.sync import Box, Plan, Publisher, Receiver, SyncError, Update
 
 Loader = Callable[[Iterable[tuple[str, Tensor]]], object]
 
@@ -236,6 +236,8 @@ def test_the_version_of_a_whole_model_is_the_publishers() -> None:
     other = fused()
     other.model.get_parameter("a.qk").data[7, 1] += 1
     follower = Receiver(other.model, plan=served.plan())
+    with pytest.raises(SyncError, match=r"must be at version [0-9a-f]{16}, as version= says, and are at"):
+        Receiver(other.model, plan=served.plan(), version=publisher.version)
     disturb(served.trained, served.generator)
     with pytest.raises(SyncError, match="the model must hold the weights that the Publisher started from"):
         follower.stage(publisher.publish())
@@ -307,9 +309,10 @@ def test_refused_where_the_layout_changed() -> None:
         ({"c": update.weights["b.o"]}, "'c' is not among the weights that the plan was recorded with"),
         ({"b.o": replace(update.weights["b.o"], indices=update.weights["b.o"].indices + 40, checked=False)}, "indices"),
     ):
+        after = dict.fromkeys(change, 0)
+        changed = {"weights": change, "after": after, "before": {}, "start": receiver.version}
         with pytest.raises(AdapterError, match=text):
-            after = dict.fromkeys(change, 0)
-            receiver.stage(replace(update, weights=change, after=after, before={}, start=receiver.version))
+            receiver.stage(replace(update, **changed))
         with pytest.raises(AdapterError, match=text):
             plan.map(Adapter(change))
     for arguments, error in (
@@ -382,7 +385,13 @@ def test_other_dtypes_are_rounded_as_the_loader_does() -> None:
         Receiver(served.model, plan=plan, version=Publisher(served.trained).version),
     )
     disturb(served.trained, served.generator)
-    receiver.stage(publisher.publish())
+    update = publisher.publish()
+    # Rounded entries are not those that a file's differences start from.
+    with pytest.raises(SyncError, match=r"'a\.q' is float32 at the publisher and bfloat16 here, .*differences=False"):
+        receiver.stage(update.to_bytes())
+    with pytest.raises(SyncError, match=r"^Plan\.map: the values of the update of step 1 are differences"):
+        plan.map(Update.from_bytes(update.to_bytes()))
+    receiver.stage(update.to_bytes(differences=False))
     receiver.commit()
     assert same(state(served.model), served.loaded(served.model))
 

@@ -323,6 +323,7 @@ def hybrid(mesh: DeviceMesh, both: DeviceMesh) -> None:
     like_one_process(model, tuner, my(mesh), RAND, LINEAR, "AdamW")
     _sharded._BUCKET = before
     assert all(values.to_local().numel() <= -(-values.numel() // 4) for values in tuner.parameters())
+    assert tuner.summary().endswith("the values are divided between 4 ranks")
     tuner.detach()
     base_is_back(model)
 

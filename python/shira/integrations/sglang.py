@@ -12,8 +12,9 @@ and the trainer, by whatever reaches the server's ``update_weights_from_tensor``
     engine.update_weights_from_tensor(message(publisher.publish()), load_format=LOADER)
 
 With the description each worker records a `shira.sync.Plan` with its model's own ``load_weights``, so that fused
-projections, slices for tensor parallelism and stacked experts are followed. A model whose weights SGLang has changed
-after loading (quantized, say) cannot be followed: the weights are named, and an update of them is refused.
+projections, slices for tensor parallelism and stacked experts are followed. Weights that SGLang quantizes when it loads
+them are named, and an update of them is refused. A model whose weights SGLang has changed after loading, such as their
+order for a kernel, is refused at the start: some entries of every weight are compared with the trainer's.
 
 A worker refuses what does not follow on its own version, and every update is written as a whole or not at all. What
 SGLang has computed with the old weights (its radix cache) is SGLang's to forget.

@@ -11,8 +11,9 @@ and the trainer, with a client of vLLM's (``vllm.distributed.weight_transfer.cli
     sender.send()
 
 At the start each worker records a `shira.sync.Plan` with its model's own ``load_weights``, so that fused projections,
-slices for tensor parallelism and stacked experts are followed. A model whose weights vLLM has changed after loading
-(quantized, or shuffled for a kernel) cannot be followed: the weights are named, and an update of them is refused.
+slices for tensor parallelism and stacked experts are followed. Weights that vLLM quantizes when it loads them are
+named, and an update of them is refused. A model whose weights vLLM has changed after loading, such as their order for a
+kernel, is refused at the start: some entries of every weight are compared with the trainer's.
 
 An update is staged when it is received, and committed when the weight update is finished. A worker refuses what does
 not follow on its own version, so one that missed an update cannot go on from wrong weights. What vLLM has computed with

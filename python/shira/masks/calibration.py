@@ -79,17 +79,20 @@ def stream(
     layers = {name: _quantized(name, *places[0]) for name, places in weights.items()}
     gathers = bool(_shards.fsdp_modules(model))
     for name, places in weights.items():
+        if layers[name] is not None:
+            continue
         weight = getattr(*places[0])
         if _shards.is_dtensor(weight) and gathers and all(map(_is_linear, places)):
             continue
-        foreign = None if layers[name] is not None else _model.foreign(weight)
+        foreign = _model.foreign(weight)
         if foreign is not None:
             raise ValueError(f"calibration: {name} {foreign}")
     gradients: dict[str, _Gradient] = {}
     for name, places in weights.items():
-        weight, layer = getattr(*places[0]), layers[name]
+        layer = layers[name]
+        weight = getattr(*places[0]) if layer is None else layer.stand_in()
         kind = _ShardedGradient if _shards.is_dtensor(weight) else _Gradient
-        gradients[name] = kind(name, weight if layer is None else layer.stand_in())
+        gradients[name] = kind(name, weight)
     run = _Run(gradients, visit, {name for name, layer in layers.items() if layer is not None})
     with _untouched(model), torch.enable_grad():
         for parameter in model.parameters():

@@ -110,8 +110,13 @@ class Group(Shared):
             adapters: for each token the number of an adapter among ``names``, or -1.
             alphas: the strength of each.
         """
-        lay = _lay if differentiable else _laid
-        return lay(result, input, adapters, alphas, self.transposed, self.granule, *self.indices, *self.values)
+        transposed, granule = self.transposed, self.granule
+        if differentiable:
+            return _lay(result, input, adapters, alphas, transposed, granule, *self.indices, *self.values)
+        shira_ops.sparse_linear_add_(
+            result, input, self.indices, self.values, adapters, alphas, transposed=transposed, granule=granule
+        )
+        return result
 
 
 class Rows(Group):
@@ -446,14 +451,18 @@ class Entrance:
         shape, count = _shape(args, kwargs), selection.count
         if shape is None:
             raise SwitchError(
-                f"Overlay: using() names {count} samples, and none of the arguments of {type(module).__name__} is a "
-                f"tensor that tells the batch"
+                f"Overlay: using() names samples, and none of the arguments of {type(module).__name__} is a tensor "
+                f"that tells the batch"
             )
         if shape[0] % count:
+            # A compiler has symbols for sizes, which it cannot write.
+            named, got = (
+                ("samples", "another") if torch.compiler.is_compiling() else (f"{count} samples", f"{shape[0]}")
+            )
             raise SwitchError(
-                f"Overlay: using() names {count} samples, and {type(module).__name__} was called with a batch of "
-                f"{shape[0]}: name an adapter (or None) for each sample; a batch that holds every sample the same "
-                f"number of times in a row works too, as beams do"
+                f"Overlay: using() names {named}, and {type(module).__name__} was called with a batch of {got}: name "
+                f"an adapter (or None) for each sample; a batch that holds every sample the same number of times in a "
+                f"row works too, as beams do"
             )
         self.current.note(Batch(shape[0], shape[1] if len(shape) > 1 else 1, module))
 
@@ -606,8 +615,13 @@ class Hook:
             return
         if len(lead) == 1 and lead[0] == batch.samples * batch.tokens:
             return
+        sizes = ""
+        if not torch.compiler.is_compiling():
+            sizes = (
+                f" with leading dimensions {list(lead)} in a batch of {batch.samples} samples with {batch.tokens} "
+                f"tokens each"
+            )
         raise SwitchError(
-            f"Overlay: {self.name} got an input with leading dimensions {list(lead)} in a batch of {batch.samples} "
-            f"samples with {batch.tokens} tokens each, so it is not known which of its rows belong to which sample; "
+            f"Overlay: {self.name} got an input{sizes}, and it is not known which of its rows belong to which sample; "
             f"select the same adapters for every sample, or leave the layer out of the adapters"
         )

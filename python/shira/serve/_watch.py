@@ -22,7 +22,7 @@ class Watch:
         places = [place for weight in self.weights for place in weight.places]
         self._parameters = [place for place in places if _is_plain(place)]
         self._others = [place for place in places if not _is_plain(place)]
-        self._tuned = [place.values_name for place in self._parameters]
+        self._tuned = [place.values_names[0] for place in self._parameters]
         self._pointers = [weight.pointer for weight in self.weights]
         self._tensors = [weight.tensor for weight in self.weights]
         self._numels = [weight.shape.numel() for weight in self.weights]
@@ -38,7 +38,7 @@ class Watch:
             all(home.get(place.attribute) is place.weight for home, place in zip(homes, self._parameters, strict=True))
             and not any(tuned in home for home, tuned in zip(homes, self._tuned, strict=True))
             and all(place.holds() for place in self._others)
-            and not any(place.values_name in place.module._parameters for place in self._others)
+            and not any(place.tuned for place in self._others)
             and [tensor.data_ptr() for tensor in self._tensors] == self._pointers
             and not any(hold.storage.expired() for hold in self._holds)
             and [tensor.numel() for tensor in self._tensors] == self._numels
@@ -56,5 +56,6 @@ class Watch:
 
 
 def _is_plain(place: Slot) -> bool:
-    """Whether it is a parameter in a dictionary, as almost all are: not a buffer, nor of a TorchScript module."""
-    return isinstance(place.weight, nn.Parameter) and isinstance(place.module._parameters, dict)
+    """Whether it is a parameter in a dictionary, as almost all are: not a buffer, of a quantized layer, nor of a
+    TorchScript module."""
+    return type(place) is Slot and isinstance(place.weight, nn.Parameter) and isinstance(place.module._parameters, dict)

@@ -186,16 +186,20 @@ class Plan:
             box.sources(whole).copy_(box.targets(flats[box.weight]))
         return whole
 
-    def version(self, weights: Mapping[str, Weight]) -> int | None:
-        """The checkpoint's version, if the model has all of its weights whole; it reads them all."""
+    def versions(self, weights: Mapping[str, Weight]) -> tuple[int, ...]:
+        """The checkpoint's version, if the model has all of its weights whole; it reads them all.
+
+        Two where weights lie on top of each other: the first if the Publisher has one (tied) weight for them, which it
+        counts once under its first name, and the second if it has several.
+        """
         if not self.whole >= self.weights.keys():
-            return None
-        counted: dict[str, int] = {}
-        for name in self.weights:
-            # A Publisher counts a tied weight once, under its first name.
-            if not self.shared.get(name, frozenset()) & counted.keys():
-                counted[name] = fingerprint(self.read(name, weights))
-        return version_of(counted)
+            return ()
+        every = {name: fingerprint(self.read(name, weights)) for name in self.weights}
+        once: dict[str, int] = {}
+        for name, one in every.items():
+            if not self.shared.get(name, frozenset()) & once.keys():
+                once[name] = one
+        return tuple(dict.fromkeys((version_of(once), version_of(every))))
 
     def granule(self, boxes: Iterable[Box], granule: int) -> int:
         """The largest granule, at most this one, whose granules are whole in the boxes and in the model's weights."""

@@ -173,9 +173,9 @@ class Receiver:
         model: the module whose weights to update; at the first update they must be those the Publisher started from.
         exclude: as for `Publisher`, and the same. A plan has its own.
         plan: where the model has the entries of the publisher's weights, if its layout is another.
-        version: with a plan, the publisher's version when the model was loaded. Unless given it is computed, where the
-            model has all weights whole. Where it does not, the first update is taken to start from the model's weights
-            if it starts from those that are here whole.
+        version: with a plan, the publisher's version when the model was loaded. Where the model has all weights whole
+            it is computed, and must be this one if one is given. Elsewhere it is taken as it is given; and if none is,
+            the first update is taken to start from the model's weights if it starts from those that are here whole.
     """
 
     def __init__(
@@ -210,7 +210,14 @@ class Receiver:
                     version = version_of(fingerprints(self._weights))
                 else:
                     plan.check("Receiver", self._weights)
-                    version = plan.version(self._weights) if version is None else version
+                    found = plan.versions(self._weights)
+                    if version is not None and found and version not in found:
+                        raise SyncError(
+                            f"Receiver: the weights must be at version {shown_version(version)}, as version= says, and "
+                            f"are at {shown_version(found[0])}; load the Publisher's, and record the plan with "
+                            f"publisher.shapes"
+                        )
+                    version = found[0] if version is None and found else version
         self._names = {slot.name: weight for weight in self._weights.values() for slot in weight.slots}
         self._state = _State(version)
 
@@ -362,7 +369,7 @@ class Receiver:
         if self._state.torn is not None:
             with _bare("stage", self._tensors()) as switchers:
                 self._heal(switchers)
-        holders = [switcher for switcher in list(_live.switchers) if switcher.active]
+        holders: list[Switcher] = [switcher for switcher in list(_live.switchers) if switcher.active]
 
         def base(weight: Weight, indices: Tensor, granule: int) -> Tensor:
             tensor = weight.slots[0].weight
@@ -370,9 +377,10 @@ class Receiver:
             if holder is None:
                 return shira_ops.gather(tensor.detach(), indices, granule=granule)
             try:
-                return holder.base_entries(tensor, indices, granule)
+                found: Tensor = holder.base_entries(tensor, indices, granule)
             except SwitchError as error:
                 raise SyncError(f"Receiver: stage refused: {error}") from error
+            return found
 
         def entries(name: str, entry: Entry) -> tuple[Tensor, Tensor | None]:
             if self.plan is None:
@@ -522,7 +530,7 @@ class Receiver:
     def _refuse_tuned(self, what: str) -> None:
         for weight in self._weights.values():
             for slot in weight.slots:
-                if slot.values_name in slot.module._parameters:
+                if slot.tuned:
                     raise SyncError(
                         f"Receiver: {what} refused: a SparseTuner trains {slot.name}; detach it first "
                         f"(shira.detach(model))"

@@ -27,6 +27,7 @@ from shira.train import _layers, _targets
 __all__ = ["Estimate", "estimate"]
 
 MOMENTS = 2  # AdamW's
+_POSITION = 8  # bytes of a granule's place in the adapter, which ranks keep for those of their own
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Estimate:
     gathered: int
     """Weights that FSDP2 has put together at one time: those outside the blocks, and two blocks. 0 on one rank."""
     indices: int
+    """All indices; and on several ranks those of the rank's own part, with their places among all."""
     base: int
     """The base's entries, which `SparseTuner.detach` writes back."""
     values: int
@@ -123,7 +125,7 @@ def estimate(
     chosen = _targets.Names(model, meta=True).targets(targets, exclude)
     mask.check({name: group[0].weight for name, group in chosen.items()})
 
-    nnz = indices = base = values = sent = 0
+    nnz = indices = base = values = sent = own = 0
     sites = []
     for name, group in chosen.items():
         weight = group[0].weight
@@ -134,6 +136,7 @@ def estimate(
         master = 8 if weight.dtype == torch.float64 else 4
         nnz, values = nnz + count * granule, values + count * granule * master
         indices, base = indices + count * index, base + count * granule * weight.itemsize
+        own += count * (index + _POSITION)
         sent += count * granule * (master + weight.itemsize)
         sites.append(_Site([(slot.module, slot.attribute) for slot in group], rule, count, granule, index, master))
     activations, most = _run(model, sites, (sequences, length), batch, loss)
@@ -150,7 +153,7 @@ def estimate(
         world_size=world_size,
         weights=round(total * share),
         gathered=total - sum(inside) + sum(sorted(inside)[-2:]) if many else 0,
-        indices=round(indices * (1 + share)) if many else indices,
+        indices=indices + (round(own * share) if many else 0),
         base=round(base * share),
         values=round(values * share),
         moments=round(MOMENTS * values * share),

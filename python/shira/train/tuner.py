@@ -420,6 +420,7 @@ class SparseTuner:
         weights: list[Any] = [plan.slots[0].weight for plan in plans]
         for plan, fingerprint in zip(plans, _sharded.fingerprints(ranks, weights), strict=True):
             plan.fingerprint = fingerprint
+        self._notes.append(f"the values are divided between {ranks.size} ranks")
         return plans
 
     @staticmethod
