@@ -35,7 +35,7 @@ def group_of(offsets: Tensor) -> Tensor:
 
 
 def rows(offsets: Tensor, sources: Tensor, members: Tensor, adapter: int) -> Tensor:
-    """Where an adapter's granules lie in the union of a plan as `fuse_plan` makes it, in the order of its list: int64."""
+    """Where an adapter's granules lie in the union of a plan that `fuse_plan` made, in the order of its list: int64."""
     mine = (parts(sources)[0] == adapter).nonzero().view(-1)
     here = members.new_zeros(offsets.numel() - 1)
     here[group_of(offsets)[mine]] = members[mine]

@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import checks
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
 _DTYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
@@ -32,14 +33,19 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.view(_BITS[tensor.element_size()])
 
 
-def dtype(tensor: Tensor) -> tl.dtype:
+def dtype_of(dtype: torch.dtype) -> tl.dtype:
     """The Triton dtype of what `bits` holds; for a dtype without arithmetic, that of the integers."""
-    return _DTYPES.get(tensor.dtype) or bits_dtype(tensor)
+    return _DTYPES.get(dtype) or _INTEGERS[dtype.itemsize]
+
+
+def dtype(tensor: Tensor) -> tl.dtype:
+    """`dtype_of` a tensor."""
+    return dtype_of(tensor.dtype)
 
 
 def bits_dtype(tensor: Tensor) -> tl.dtype:
     """The Triton dtype of `bits`."""
-    return (tl.int8, tl.int16, tl.int32, tl.int64)[tensor.element_size().bit_length() - 1]
+    return _INTEGERS[tensor.element_size()]
 
 
 def compute(weight: Tensor) -> tl.dtype:

@@ -7,6 +7,7 @@ in a table on the device, in which a program finds its own. So one compiled kern
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import TILE, dtype, launch
+from .launch import TILE, dtype_of, launch
 
 MEMBERS = 512  # per launch: a program looks through the first programs of all of them at once
 _PUT = 256  # numbers that one launch writes to a table: 2 KB of the 4 KB that kernel arguments may take
@@ -193,23 +194,29 @@ def deal(
             aligned = reduce(operator.or_, places[looked_at:]) % 16 == 0
             key = (aligned, apart and apart(*member), *[tensor.dtype for tensor in member])
             groups.setdefault(key, []).append((member, (n, member[0].numel() // granule, *places)))
-    for (aligned, *_), group in groups.items():
+    for (aligned, _, *dtypes), group in groups.items():
         first = group[0][0]
-        types = tuple(dtype(tensor) for tensor in first)
-        power = granule if triton.next_power_of_2(granule) == granule else 0
         args, constant = rule(*first)
-        size = entries // 2 if any(tensor.element_size() == 8 for tensor in (first[0], *first[2:])) else entries
-        columns = min(triton.next_power_of_2(granule), size)
-        rows, parts = size // columns, triton.cdiv(granule, columns)
         for begin in range(0, len(group), MEMBERS):
             jobs = [numbers for _, numbers in group[begin : begin + MEMBERS]]
+            share, parts = _share(tuple(dtypes), granule, aligned, entries, len(jobs))
             starts = [0]
             for job in jobs:
-                starts.append(starts[-1] + triton.cdiv(job[0], rows) * parts)
-            listed = 0
+                starts.append(starts[-1] - job[0] // -share.rows * parts)
             table: Any = hidden((0, *jobs[0]))
-            if len(jobs) > 1:
-                listed = triton.next_power_of_2(len(jobs))
+            if share.listed > 0:
                 table = put([*starts[:-1], *itertools.chain(*zip(*jobs, strict=True))], first[0].device)
-            share = Deal(types, rows, columns, power, aligned, listed)
             launch(kernel, starts[-1], table, len(jobs), granule, *args, DEAL=share, RULE=constant)
+
+
+@functools.lru_cache(maxsize=1024)  # a call on one weight would take longer to work it out than to start its kernel
+def _share(
+    dtypes: tuple[torch.dtype, ...], granule: int, aligned: bool, entries: int, members: int
+) -> tuple[Deal, int]:
+    """How a launch is dealt out, and how many programs a granule takes."""
+    power = granule if triton.next_power_of_2(granule) == granule else 0
+    size = entries // 2 if any(one.itemsize == 8 for one in (dtypes[0], *dtypes[2:])) else entries
+    columns = min(triton.next_power_of_2(granule), size)
+    listed = triton.next_power_of_2(members) if members > 1 else 0
+    types = tuple(map(dtype_of, dtypes))
+    return Deal(types, size // columns, columns, power, aligned, listed), triton.cdiv(granule, columns)
