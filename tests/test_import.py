@@ -77,9 +77,12 @@ def test_public_names_exist() -> None:
 
 
 def test_every_schema_ends_in_granule() -> None:
+    """Options that came later follow it by name."""
     for op in OPS:
-        last = cases.schema_of(op).arguments[-1]
-        assert (last.name, last.default_value) == ("granule", 1), op
+        names = [argument.name for argument in cases.schema_of(op).arguments]
+        later = cases.schema_of(op).arguments[names.index("granule") + 1 :]
+        assert cases.schema_of(op).arguments[names.index("granule")].default_value == 1, op
+        assert all(one.kwarg_only and one.has_default_value() for one in later), op
 
 
 # What serves them

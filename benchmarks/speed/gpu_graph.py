@@ -96,7 +96,7 @@ def captured_calls() -> str:
     count = 0
     for granule in (1, 16):
         for name, given in calls(torch.bfloat16, granule, 24, 80).items():
-            if name in LOOKS:
+            if name.partition(",")[0] in LOOKS:
                 continue
             own, results = placed(given, DEVICE), list[Any]()
 

@@ -86,7 +86,7 @@ def calls(dtype: torch.dtype, granule: int, rows: int, columns: int) -> dict[str
         "sampled_grad": {"grad_output": small(33, rows), "input": small(33, columns), "indices": a},
         "select_top": {"weight": weight, "grad": numbers(rows, columns), "k": limit // 10, "score": "snip"},
         "select_random": {"numel": rows * columns, "k": limit // 10, "seed": 7, "device": None},
-        "encode_indices": {"indices": coded},
+        "encode_indices": {"indices": coded, "version": 1},
         "decode_indices": {
             "code": reference.encode_indices(coded, granule),
             "count": len(coded),
@@ -95,7 +95,7 @@ def calls(dtype: torch.dtype, granule: int, rows: int, columns: int) -> dict[str
         },
         "fingerprint": {"weight": weight},
         "fingerprint_at": here,
-        "diff_": {"snapshot": torch.where(numbers(rows, columns) > 1, 0, weight), "weight": weight},
+        "diff_": {"snapshot": torch.where(numbers(rows, columns) > 1, 0, weight), "weight": weight, "before": False},
         "sparse_linear": {
             "input": small(33, columns),
             "indices": a,
@@ -127,6 +127,9 @@ def calls(dtype: torch.dtype, granule: int, rows: int, columns: int) -> dict[str
             else value
             for a, value in zip(given, one.values(), strict=True)
         }
+    found["encode_indices, version 2"] = {"indices": coded, "version": 2}
+    code = reference.encode_indices(coded, granule, version=2)
+    found["decode_indices, version 2"] = {**single["decode_indices"], "code": code}
     # So sparse that the entries are sampled; with a number of tokens that suits wide accesses, and one that does not.
     sparse = torch.arange(0, 300 * 1040 // granule, 600)
     for tokens in (40, 33):

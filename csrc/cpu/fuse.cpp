@@ -419,48 +419,69 @@ void fuse_entries(const FuseTask& task, int64_t begin, int64_t end) {
   }
 }
 
-// A run within one granule, `skip` entries after its first: the same sources for all of it.
+// A group's granules: whether any adapter with a strength changes one, and whether several do; for a single adapter,
+// which one it is and its values there. Most granules have one, which is then found without a look at the group's other
+// sources.
+template <typename V>
+struct Group {
+  int64_t number = -1;
+  uint64_t any, several;
+  int64_t adapters[core::kGroup];
+  const typename V::Bits* values[core::kGroup];
+
+  template <typename W, typename O>
+  void read(const FuseTask& task, int64_t group) {
+    const auto& all = *static_cast<const Adapters<W, V>*>(task.adapters);
+    const O* const offsets = static_cast<const O*>(task.offsets);
+    number = group;
+    any = several = 0;
+    for (O at = offsets[group]; at < offsets[group + 1]; ++at) {
+      const int64_t source = task.sources[at], k = core::adapter_of(source);
+      if (all.rules[k] == core::Rule::Keep) continue;
+      const uint64_t members = static_cast<uint64_t>(task.members[at]);
+      const typename V::Bits* own = all.values[k] + core::position_of(source) * task.granule;
+      each_member(members, [&](int i) SHIRA_INLINE_LAMBDA {
+        adapters[i] = k;
+        values[i] = own;
+        own += task.granule;
+      });
+      several |= any & members;
+      any |= members;
+    }
+  }
+};
+
+// A run within one granule, `skip` entries after its first: the same adapters for all of it.
 template <typename W, typename V, typename O>
-void fuse_run(const FuseTask& task, int64_t number, int64_t skip, int64_t n, const typename W::Bits* base,
-              typename W::Bits* mixed) {
-  using VB = typename V::Bits;
+void fuse_run(const FuseTask& task, const Group<V>& group, int64_t number, int64_t skip, int64_t n,
+              const typename W::Bits* base, typename W::Bits* mixed) {
   using C = typename W::Compute;
   const auto& adapters = *static_cast<const Adapters<W, V>*>(task.adapters);
-  const O* const offsets = static_cast<const O*>(task.offsets);
+  const int64_t place = number % core::kGroup;
+  if (!core::is_member(group.any, place)) {
+    std::copy_n(base, n, mixed);
+    return;
+  }
+  if (!core::is_member(group.several, place)) {
+    const int64_t k = group.adapters[place];
+    vector_loop(n, [=, values = group.values[place] + skip, alpha = adapters.alphas[k], rule = adapters.rules[k]](
+                       int64_t i) { mixed[i] = core::mix_by<W, V>(rule, base[i], values[i], alpha); });
+    return;
+  }
   C total[kBlock];
-  int64_t first = 0, count = 0;  // the first adapter that counts, and how many do
-  const VB* first_values = nullptr;
-  const auto add = [&](int64_t k, const VB* values) {
-    vector_loop(n, [=, &total, alpha = adapters.alphas[k], delta = adapters.rules[k] == core::Rule::Delta](int64_t i) {
+  vector_loop(n, [=, &total](int64_t i) { total[i] = W::load(base[i]); });
+  const O* const offsets = static_cast<const O*>(task.offsets);
+  for (O at = offsets[group.number]; at < offsets[group.number + 1]; ++at) {
+    const uint64_t members = static_cast<uint64_t>(task.members[at]);
+    const int64_t source = task.sources[at], k = core::adapter_of(source);
+    if (!core::is_member(members, place) || adapters.rules[k] == core::Rule::Keep) continue;
+    const int64_t position = core::position_of(source) + core::members_before(members, place);
+    vector_loop(n, [=, &total, values = adapters.values[k] + position * task.granule + skip, alpha = adapters.alphas[k],
+                    delta = adapters.rules[k] == core::Rule::Delta](int64_t i) {
       total[i] = core::add_share<W, V>(total[i], base[i], values[i], alpha, delta);
     });
-  };
-  const int64_t group = number / core::kGroup;
-  for (O at = offsets[group]; at < offsets[group + 1]; ++at) {
-    const uint64_t own = static_cast<uint64_t>(task.members[at]);
-    const int64_t source = task.sources[at], k = core::adapter_of(source);
-    if (!core::is_member(own, number) || adapters.rules[k] == core::Rule::Keep) continue;
-    const int64_t position = core::position_of(source) + core::members_before(own, number);
-    const VB* values = adapters.values[k] + position * task.granule + skip;
-    if (count++ == 0) {
-      first = k;
-      first_values = values;
-      continue;
-    }
-    if (count == 2) {
-      vector_loop(n, [=, &total](int64_t i) { total[i] = W::load(base[i]); });
-      add(first, first_values);
-    }
-    add(k, values);
   }
-  if (count == 0)
-    std::copy_n(base, n, mixed);
-  else if (count == 1)
-    vector_loop(n, [=, alpha = adapters.alphas[first], rule = adapters.rules[first]](int64_t i) {
-      mixed[i] = core::mix_by<W, V>(rule, base[i], first_values[i], alpha);
-    });
-  else
-    vector_loop(n, [=, &total](int64_t i) { mixed[i] = W::store(total[i]); });
+  vector_loop(n, [=, &total](int64_t i) { mixed[i] = W::store(total[i]); });
 }
 
 template <typename W, typename V, typename I, typename O>
@@ -471,6 +492,7 @@ void fuse_granules(const FuseTask& task, int64_t begin, int64_t end) {
   const int64_t granule = task.granule;
   char* const weight = task.weight;
   WB mixed[kBlock];
+  Group<V> group;
   for (int64_t from = begin; from < end; from += kBlock) {
     const int64_t to = std::min(end, from + kBlock);
     WB* const base = reinterpret_cast<WB*>(task.saved) + from;
@@ -481,7 +503,8 @@ void fuse_granules(const FuseTask& task, int64_t begin, int64_t end) {
                                  });
     for (int64_t at = from; at < to;) {
       const int64_t number = at / granule, skip = at % granule, length = std::min(granule - skip, to - at);
-      fuse_run<W, V, O>(task, number, skip, length, base + (at - from), mixed + (at - from));
+      if (number / core::kGroup != group.number) group.template read<W, O>(task, number / core::kGroup);
+      fuse_run<W, V, O>(task, group, number, skip, length, base + (at - from), mixed + (at - from));
       at += length;
     }
     walk<kBytes, Fetch::None>(weight, indices, granule, from, to, task.total, false,
