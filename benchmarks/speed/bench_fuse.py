@@ -48,24 +48,26 @@ class Stack:
     indices: list[torch.Tensor]
     values: list[torch.Tensor]
     alphas: torch.Tensor
+    granule: int = 1
     plan: tuple[torch.Tensor, ...] = field(init=False)
     saved: torch.Tensor = field(init=False)
     lines: torch.Tensor = field(init=False)
     saved_lines: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.plan = shira.fuse_plan(self.indices)
-        self.saved = torch.zeros(len(self.plan[0]), dtype=self.weight.dtype)
-        self.lines = line_numbers(self.plan[0], 1, self.weight.itemsize)
+        self.plan = shira.fuse_plan(self.indices, self.granule)
+        self.saved = torch.zeros(len(self.plan[0]) * self.granule, dtype=self.weight.dtype)
+        self.lines = line_numbers(self.plan[0], self.granule, self.weight.itemsize)
         self.saved_lines = torch.arange(len(whole_lines(self.saved)) // LINE, dtype=torch.int32)
 
     def fuse(self, refuse: bool = False, ops: object = shira) -> None:
         delta = [True] * len(self.values)
-        ops.fuse_(self.weight, self.saved, *self.plan, self.values, self.alphas, delta=delta, refuse=refuse)
+        strengths, options = (self.values, self.alphas), {"refuse": refuse, "granule": self.granule}
+        ops.fuse_(self.weight, self.saved, *self.plan, *strengths, delta=delta, **options)
 
     def add(self) -> None:
         for index, value, alpha in zip(self.indices, self.values, self.alphas.tolist(), strict=True):
-            shira.scatter_add_(self.weight, index, value, alpha=alpha)
+            shira.scatter_add_(self.weight, index, value, alpha=alpha, granule=self.granule)
 
     def bytes_alone(self, ahead: int) -> None:
         for part in (*self.plan, *self.plan, *self.values):
@@ -84,19 +86,20 @@ def whole_lines(tensor: torch.Tensor) -> torch.Tensor:
     return flat[: len(flat) // LINE * LINE]
 
 
-@functools.lru_cache(maxsize=1)
-def masks(side: int) -> list[list[torch.Tensor]]:
+@functools.lru_cache(maxsize=2)
+def masks(side: int, granule: int = 1) -> list[list[torch.Tensor]]:
     rng = np.random.default_rng(0)
-    numel = side * side
-    return [[random_indices(rng, numel, round(0.01 * numel)) for _ in range(ADAPTERS)] for _ in range(LAYERS)]
+    limit = side * side // granule
+    return [[random_indices(rng, limit, round(0.01 * limit)) for _ in range(ADAPTERS)] for _ in range(LAYERS)]
 
 
-def stacks(dtype: torch.dtype) -> list[Stack]:
+def stacks(dtype: torch.dtype, granule: int = 1) -> list[Stack]:
     generator = torch.Generator().manual_seed(0)
     made = []
-    for weight, indices in zip(weights(dtype, settings.side, settings.working_set), masks(settings.side), strict=False):
-        values = [torch.empty(len(one), dtype=dtype).normal_(0, 1e-3, generator=generator) for one in indices]
-        made.append(Stack(weight.clone(), indices, values, torch.linspace(0.2, 0.9, ADAPTERS)))
+    given = weights(dtype, settings.side, settings.working_set)
+    for weight, indices in zip(given, masks(settings.side, granule), strict=False):
+        values = [torch.empty(len(one) * granule, dtype=dtype).normal_(0, 1e-3, generator=generator) for one in indices]
+        made.append(Stack(weight.clone(), indices, values, torch.linspace(0.2, 0.9, ADAPTERS), granule))
     return made
 
 
@@ -148,6 +151,23 @@ def bench_fuse(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype) ->
     report.ratio(f"fuse_ of bytes {name}", "", timing, "bytes")
     report.ratio(f"fuse_ over scatter_add_ {name}", "", timing, "eight")
     report.ratio(f"refuse over fuse_ {name}", "", timing, "fuse_", of="refuse")
+
+
+def bench_fuse_granules(benchmark: BenchmarkFixture, threads: int) -> None:
+    """bf16, granules of 16, which are half a cache line."""
+    some = stacks(BF16, 16)
+    prove(some[0])
+    touch = {
+        name: sweep(machine.touch_, [(one.weight, one.lines, ahead) for one in some]) for name, ahead in TOUCH.items()
+    }
+    ways = {"eight": sweep(Stack.add, [(one,) for one in some]), **touch}
+    timing = compare(benchmark, ("fuse_", sweep(Stack.fuse, [(one,) for one in some])), ways)
+    timing.best("touch", list(TOUCH))
+    report = Report(benchmark, threads, dtype="bf16", granule=16, adapters=ADAPTERS, layers=len(some))
+    report.seconds(timing, len(some))
+    report.bandwidth(timing, "fuse_", sum(one.moved() for one in some))
+    report.ratio("fuse_ in touches, granule 16", "", timing, "fuse_", of="touch")
+    report.ratio("fuse_ over scatter_add_, granule 16", "", timing, "eight")
 
 
 def bench_plan(benchmark: BenchmarkFixture, threads: int) -> None:

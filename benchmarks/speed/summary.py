@@ -78,6 +78,10 @@ LINES = {
     "fuse_ of bytes fp32": Line("fuse_ 8 x 1 % fp32, of moving its bytes alone", None, ""),
     "fuse_ over scatter_add_ bf16": Line("fuse_ 8 x 1 % bf16, over eight scatter_add_", 3.5),
     "fuse_ over scatter_add_ fp32": Line("fuse_ 8 x 1 % fp32, over eight scatter_add_", None),
+    "fuse_ in touches, granule 16": Line(
+        "fuse_ 8 x 1 % bf16, granule 16, in touches of the union", None, at_least=False
+    ),
+    "fuse_ over scatter_add_, granule 16": Line("fuse_ 8 x 1 % bf16, granule 16, over eight scatter_add_", None),
     "refuse over fuse_ bf16": Line("fuse_ with refuse bf16, over fuse_", 1.0),
     "refuse over fuse_ fp32": Line("fuse_ with refuse fp32, over fuse_", 1.0),
     "fuse_plan": Line("fuse_plan 8 x 1 %, over torch.cat + torch.unique", None),
