@@ -383,22 +383,27 @@ def test_an_interrupted_fit_goes_on_as_if_it_had_not_been(tmp_path: Path) -> Non
         seed(1)
         return make(True, shuffled_by, evaluation=None, evaluate_every=0)
 
-    calls = 0
+    calls, stepping = 0, list[bool]()
 
     def count(frame: Any, event: str, argument: Any) -> None:
         nonlocal calls
         calls += 1
+        stepping.append(trainer._stepping)
         if calls == at:
             sys.setprofile(None)
             raise KeyboardInterrupt
 
     at = 0
+    # What runs once in a process has run then.
+    wanted = {shuffled_by: everything(run(shuffled_by).fit(steps=3)) for shuffled_by in (5, None)}
     trainer = run(5)
     sys.setprofile(count)
     trainer.fit(steps=3)
     sys.setprofile(None)
-    several = random.Random(0).sample(range(50, calls - 50), 8)
-    wanted = {shuffled_by: everything(run(shuffled_by).fit(steps=3)) for shuffled_by in (5, None)}
+    chosen = random.Random(0)
+    inside, outside = ([i for i in range(50, calls - 50) if stepping[i] is half] for half in (True, False))
+    several = [at for pair in zip(chosen.sample(inside, 4), chosen.sample(outside, 4), strict=True) for at in pair]
+    chosen.shuffle(several)
     halves = 0
     for turn, at in enumerate(several):  # noqa: B007 - the hook reads it
         shuffled_by = 5 if turn % 2 else None
