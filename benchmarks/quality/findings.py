@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.quality import tasks
 from benchmarks.quality.experiments import fusion, masks, single, size
-from benchmarks.quality.lab import Lab, Setting, Stop
+from benchmarks.quality.lab import COSTLY, Lab, Setting, Stop, family_of
 from benchmarks.quality.methods import MASKS, Shira
 from benchmarks.quality.store import RESULTS
 
@@ -53,10 +53,27 @@ class Results:
         self.folder, self.seeds = folder, seeds
 
     def study(self, setting: Setting) -> list[dict[str, Any]] | None:
+        """The results of every seed; where a run takes long, of the seeds that are done, from the first one on."""
         try:
-            return self.lab.study(setting)
+            lr = self.lab.tuned(setting)
         except Stop:
             return None
+        return self.trained(setting, lr)
+
+    def _done(self, task: str, run: Callable[[int], Any]) -> list[Any] | None:
+        found = []
+        for seed in self.lab.seeds_of(task):
+            try:
+                found.append(run(seed))
+            except Stop:
+                if family_of(task) not in COSTLY:
+                    return None
+                break
+        return found or None
+
+    def trained(self, setting: Setting, lr: float) -> list[dict[str, Any]] | None:
+        """The same at a rate that was found otherwise."""
+        return self._done(setting.task, lambda seed: self.lab.train(setting, lr, seed))
 
     def rate(self, setting: Setting) -> float | None:
         try:
@@ -81,10 +98,7 @@ class Results:
 
     def fused(self, group: Sequence[str], variant: fusion.Variant) -> list[dict[str, Any]] | None:
         """The results of a group of adapters switched on together, one for each seed."""
-        try:
-            return [fusion.fused(self.lab, group, variant, seed) for seed in self.lab.seeds]
-        except Stop:
-            return None
+        return self._done(group[0], lambda seed: fusion.fused(self.lab, group, variant, seed))
 
     def transferred(self, setting: Setting, names: list[str]) -> list[dict[str, float]] | None:
         """Test scores on the tasks of the family, for each seed."""
@@ -115,6 +129,11 @@ def mean(values: Iterable[float]) -> float:
 def standard_error(values: Sequence[float]) -> float:
     """The standard error of the mean."""
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def gains(ours: Iterable[float], theirs: Iterable[float]) -> list[float]:
+    """By how much the first are ahead, of the seeds that both have (each from the first seed on)."""
+    return [a - b for a, b in zip(ours, theirs, strict=False)]
 
 
 def share_of(runs: list[dict[str, Any]]) -> float:

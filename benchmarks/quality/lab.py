@@ -22,7 +22,7 @@ RATES = tuple(float(f"{digit}e{power}") for power in range(-5, 1) for digit in (
 
 FAILED = -1e9  # the score of a run that diverged: worse than every other, but finite, so that means exist
 
-SLOWER = {"minilm": 1, "gpt-s": 1, "gpt-m": 1, "gpt-l": 1, "smollm2": 1}
+SLOWER = {"minilm": 1, "gpt-s": 1, "gpt-m": 1, "gpt-l": 1, "smollm2": 1, "rl": 1}
 """How many steps below a method's usual start the search begins for a family; the same for all its methods."""
 
 
@@ -30,7 +30,7 @@ UNSTEADY = 0.03
 """The standard deviation of validation scores over seeds (accuracy as a fraction, or nats) above which the score of the
 first seed may have been luck."""
 
-COSTLY = {"smollm2": 3}
+COSTLY = {"smollm2": 3, "smollm2-kin": 3}
 """Families of which a run takes a minute: every figure has at most so many seeds, and unsteady rates are not searched
 again."""
 
@@ -109,7 +109,13 @@ class Lab:
         return self.done({"do": "base", "task": task}, do)
 
     def train(self, setting: Setting, lr: float, seed: int) -> dict[str, Any]:
-        return self.done(setting.run(lr, seed), lambda: self._trained(setting, lr, seed)[1])
+        def do() -> dict[str, Any]:
+            adapter, record = self._trained(setting, lr, seed)
+            if family_of(setting.task) in COSTLY and not adapter.delta:  # the others' are as large as the model
+                self._keep(adapter, self._path(setting, lr, seed))
+            return record
+
+        return self.done(setting.run(lr, seed), do)
 
     def _trained(self, setting: Setting, lr: float, seed: int) -> tuple[Adapter, dict[str, Any]]:
         task: Task = tasks.task(setting.task)
@@ -118,14 +124,20 @@ class Lab:
 
     def adapter(self, setting: Setting, lr: float, seed: int) -> Adapter:
         """The adapter of a run, kept as a file under ``build/``."""
-        name = hashlib.sha256(f"{key(setting.run(lr, seed))}{self.steps}".encode()).hexdigest()[:24]
-        path = self.cache / f"{name}.safetensors"
+        path = self._path(setting, lr, seed)
         if path.exists():
             return Adapter.load(path)
         adapter, _ = self._trained(setting, lr, seed)
+        self._keep(adapter, path)
+        return adapter
+
+    def _path(self, setting: Setting, lr: float, seed: int) -> Path:
+        name = hashlib.sha256(f"{key(setting.run(lr, seed))}{self.steps}".encode()).hexdigest()[:24]
+        return self.cache / f"{name}.safetensors"
+
+    def _keep(self, adapter: Adapter, path: Path) -> None:
         self.cache.mkdir(parents=True, exist_ok=True)
         adapter.save(path)
-        return adapter
 
     def tuned(self, setting: Setting) -> float:
         """The learning rate of a setting: what the search found, or the next lower one where that is steadier.
@@ -134,8 +146,10 @@ class Lab:
         trained with all of them too, and the better mean validation score decides.
         """
         lr = self.searched(setting)
+        if family_of(setting.task) in COSTLY:
+            return lr
         scores = self._validations(setting, lr)
-        steady = len(scores) == 1 or family_of(setting.task) in COSTLY or statistics.pstdev(scores) <= UNSTEADY
+        steady = len(scores) == 1 or statistics.pstdev(scores) <= UNSTEADY
         if not steady and lr != RATES[0]:
             lower = RATES[RATES.index(lr) - 1]
             if statistics.fmean(self._validations(setting, lower)) > statistics.fmean(scores):

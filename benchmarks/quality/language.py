@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 
 from benchmarks.quality import tasks
-from benchmarks.quality.experiments import cost, single
-from benchmarks.quality.findings import Results, mean
+from benchmarks.quality.experiments import cost, single, trials
+from benchmarks.quality.findings import Fused, Results, gains, mean
 from benchmarks.quality.lab import RATES, Setting
-from benchmarks.quality.methods import LATER, MASKS, Lora, Method, Shira, from_description
+from benchmarks.quality.methods import LATER, MASKS, Lora, Shira, from_description
 from benchmarks.quality.rules import rules_table
-from benchmarks.quality.words import NAMES, difference, label, share, table, what
+from benchmarks.quality.words import NAMES, difference, fusion_name, label, number, share, spread, table, what
 
 
 def exact_table(results: Results, family: str) -> str:
@@ -32,13 +33,13 @@ def ahead_table(results: Results, family: str) -> str:
     names, lora = list(tasks.tasks(family)), Lora(single.rank(family))
     rows = []
     for method in single.methods(family):
-        gains = []
+        by = []
         for name in names:
             ours, theirs = (results.scores(Setting(name, one)) for one in (method, lora))
-            gains.append([a - b for a, b in zip(ours, theirs, strict=True)] if ours and theirs else [])
-        if method != lora and any(gains):
-            cells = [difference(family, some) if some else "" for some in gains]
-            every = difference(family, [one for some in gains for one in some]) if all(gains) else ""
+            by.append(gains(ours, theirs) if ours and theirs else [])
+        if method != lora and any(by):
+            cells = [difference(family, some) if some else "" for some in by]
+            every = difference(family, [one for some in by for one in some]) if all(by) else ""
             rows.append([label(method), *cells, every])
     return table(["ahead of LoRA by", *map(what, names), "all"], rows) if rows else ""
 
@@ -68,8 +69,8 @@ def forgotten_table(results: Results, family: str) -> str:
 
 
 def rise(values: list[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{mean(values):+.2f} ± {deviation:.2f}"
+    told = f"{mean(values):+.2f}"
+    return f"{told} ± {statistics.stdev(values):.2f}" if len(values) > 1 else told
 
 
 def by_rate_table(results: Results, family: str) -> str:
@@ -118,25 +119,101 @@ def board_table(results: Results, *families: str) -> str:
     rows = []
     for mask in (*MASKS[1:], *LATER):
         for granule in (1, 16):
-            cells = [against(results, family, mask, granule) for family in families]
+            cells = [
+                against(results, family, Shira(mask, r=single.rank(family), granule=granule)) for family in families
+            ]
             if any(cells):
                 rows.append([f"{NAMES[mask]}, granule {granule}", *cells])
     return table(["ahead of Rand by", *families], rows) if rows else ""
 
 
-def against(results: Results, family: str, mask: str, granule: int) -> str:
+def trials_table(results: Results, *families: str) -> str:
+    """The same for the masks that the library does not have, and for masks that move."""
+    rows: dict[str, list[str]] = {}
+    for place, family in enumerate(families):
+        for method in trials.methods(family):
+            rows.setdefault(label(method), [""] * len(families))[place] = against(results, family, method)
+    told = [[name, *cells] for name, cells in rows.items() if any(cells)]
+    return table(["ahead of Rand by", *families], told) if told else ""
+
+
+def against(results: Results, family: str, method: Shira) -> str:
     """One cell of the board; empty unless both masks were run on every task."""
-    pairs = []
+    rand, pairs = Shira("rand", r=method.r, granule=method.granule), []
     for name in tasks.tasks(family) if results.has(family) else ():
-        methods: list[Method] = [Shira(one, r=single.rank(family), granule=granule) for one in (mask, "rand")]
-        ours, rand = (results.scores(Setting(name, method)) for method in methods)
-        if not ours or not rand:
+        ours, theirs = (results.scores(Setting(name, one)) for one in (method, rand))
+        if not ours or not theirs:
             return ""
-        pairs.append([a - b for a, b in zip(ours, rand, strict=True)])
+        pairs.append(gains(ours, theirs))
     if not pairs:
         return ""
-    ahead = sum(mean(gains) > statistics.stdev(gains) for gains in pairs)
-    return f"{difference(family, [gain for gains in pairs for gain in gains])} ({ahead} of {len(pairs)})"
+    told = difference(family, [gain for some in pairs for gain in some])
+    if any(len(some) < 2 for some in pairs):
+        return told
+    return f"{told} ({sum(mean(some) > statistics.stdev(some) for some in pairs)} of {len(pairs)})"
+
+
+def longer_table(results: Results, family: str) -> str:
+    """Four times the steps, at the rate of the shorter runs: the loss, and what is forgotten."""
+    rows = []
+    for setting in single.longer(family):
+        short = replace(setting, steps=None)
+        rate, base = results.rate(short), results.lab.base(setting.task) if results.base(setting.task) else None
+        if rate is None or base is None:
+            continue
+        for one in (short, setting):
+            runs = results.trained(one, rate)
+            if runs:
+                steps = one.steps or tasks.task(one.task).steps
+                cells = [spread(family, [run["test"] for run in runs]), share([run["exact"] for run in runs])]
+                cells += [rise([run[which] - base[which] for run in runs]) for which in FORGOTTEN]
+                rows.append([label(one.method), f"{steps}", f"{rate:g}", f"{len(runs)}", *cells])
+    heading = ["method", "steps", "rate", "seeds", "loss", "exact, %", *FORGOTTEN.values()]
+    return table(heading, rows) if rows else ""
+
+
+def kin_table(results: Results, *families: str) -> str:
+    """What is left of several adapters on one model, from unrelated tasks to related ones, and what the metrics say."""
+    rows = []
+    for family in filter(results.has, families):
+        fused = Fused(results, family)
+        for group in fused.groups():
+            for variant in fused.variants():
+                if runs := fused.runs.get((group, variant)):
+                    alpha = fused.alpha((group, variant))
+                    alone = [mean(run["single"]["test"]) for run in runs]
+                    together = [[mean(run["together"]["sum"][one]["test"]) for run in runs] for one in ("1", alpha)]
+                    kept = [share(fused.kept((group, variant), "sum", one)) for one in ("1", alpha)]
+                    numbers = [[value for run in runs for value in run[name]] for name in ("overlap", "awor", "awom")]
+                    disturbed = mean(one["is"] for run in runs for one in run["interference"])
+                    rows.append([
+                        " + ".join(map(what, group)), fusion_name(variant), f"{len(runs)}", spread(family, alone),
+                        *(f"{spread(family, scores)} ({left} %)" for scores, left in zip(together, kept, strict=True)),
+                        alpha, *(f"{mean(one):.3g}" for one in numbers), f"{disturbed:.2f}",
+                    ])  # fmt: skip
+    heading = ["tasks", "adapters", "seeds", "alone", "all on at strength 1", "at the best strength", "which is"]
+    return table([*heading, "overlap", "AWOR", "AWOM", "interference"], rows) if rows else ""
+
+
+def unseen_table(results: Results, *families: str) -> str:
+    """The loss of an adapter on the tasks that it was not trained for, beside the base's."""
+    rows = []
+    for family in filter(results.has, families):
+        fused = Fused(results, family)
+        for (group, variant), runs in fused.runs.items():
+            if len(group) > 2:
+                bases = [results.base(name) for name in group]
+                own = [mean(run["single"]["test"]) for run in runs]
+                others = [
+                    score for run in runs for at, row in enumerate(run["elsewhere"]) for by, score in enumerate(row)
+                    if at != by
+                ]  # fmt: skip
+                if all(score is not None for score in bases):
+                    cells = [mean(score or 0 for score in bases), mean(others), mean(own)]
+                    told = [number(family, score) for score in cells]
+                    rows.append([", ".join(map(what, group)), fusion_name(variant), *told])
+    heading = ["tasks", "adapters", "base, untouched", "on the tasks of the others", "on its own task"]
+    return table(heading, rows) if rows else ""
 
 
 LANGUAGE: dict[str, Callable[..., str]] = {
@@ -146,5 +223,9 @@ LANGUAGE: dict[str, Callable[..., str]] = {
     "by-rate": by_rate_table,
     "cost": cost_table,
     "board": board_table,
+    "trials": trials_table,
+    "longer": longer_table,
+    "kin": kin_table,
+    "unseen": unseen_table,
     "rules": rules_table,
 }

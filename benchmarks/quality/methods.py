@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 import shira
 import shira_ops
+from benchmarks.quality import tried
 from benchmarks.quality.task import Task, measured
-from shira import Adapter, Entry, masks
+from shira import Adapter, Entry, Switcher, masks
+from shira._model import VALUES_SUFFIX
 from shira.masks.masks import Mask
 
 LINE_ENTRIES = 32  # bfloat16 entries of a 64-byte cache line
@@ -33,6 +35,9 @@ class Attached:
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
     adapter: Any  # () -> Adapter, to be called once, after training and scoring: the model is not usable afterwards
+
+    before: Callable[[int, int, Any], None] = lambda step, steps, batch: None
+    """Called before each step; what it changes here counts from that step on."""
 
     @property
     def trainable(self) -> int:
@@ -78,8 +83,12 @@ LATER = ("principal",)
 """What others have proposed since; compared in experiment 1 alone."""
 _CLASSES: dict[str, type[Mask]] = {
     "rand": masks.Rand, "struct": masks.Struct, "wm": masks.WeightMagnitude, "grad": masks.Grad, "snip": masks.Snip,
-    "principal": masks.Principal,
+    "principal": masks.Principal, "activation": tried.Activation, "top-rows": tried.TopRows,
+    "half-snip": tried.HalfSnip,
 }  # fmt: skip
+TRIED = ("activation", "top-rows", "half-snip")
+"""Masks that the library does not have."""
+CALIBRATED = ("grad", "snip", "top-rows", "half-snip")
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,7 @@ class Shira(Method):
 
     def make(self, seed: int, density: float | dict[str, float] | None = None) -> Mask:
         options: dict[str, Any] = {"granule": self.granule}
-        if self.mask == "rand":
+        if self.mask in ("rand", "top-rows", "half-snip"):
             options["seed"] = seed
         if self.mask == "struct":
             options["lines"] = self.lines
@@ -139,20 +148,127 @@ class Shira(Method):
         # Masks refuse a density of 0; with a tiny one they take a single granule.
         return {f"^{re.escape(name)}$": max(share, 1e-9) for name, share in zip(weights, shares, strict=True)}
 
-    @contextmanager
-    def attached(self, model: nn.Module, task: Task, lr: float, seed: int) -> Iterator[Attached]:
-        calibrated = self.mask in ("grad", "snip")
-        tuner = shira.SparseTuner(
+    def tuner(self, model: nn.Module, task: Task, seed: int) -> shira.SparseTuner:
+        batches = None
+        if self.mask in (*CALIBRATED, "activation"):
+            batches = list(task.batches(CALIBRATION_SEED + seed, self.calibration))
+        calibrated = self.mask in CALIBRATED
+        if self.mask == "activation":
+            norms = tried.norms(model, task, target_names(model, task)[0], batches or ())
+            mask: Mask = tried.Activation(self.density, r=self.r, granule=self.granule, norms=norms)
+        else:
+            mask = self.make(seed, self.densities(model, task))
+        return shira.SparseTuner(
             model,
-            self.make(seed, self.densities(model, task)),
+            mask,
             targets=task.targets,
             whole=task.whole,
-            calibration=list(task.batches(CALIBRATION_SEED + seed, self.calibration)) if calibrated else None,
+            calibration=batches if calibrated else None,
             loss=task.loss if calibrated else None,
         )
-        with tuner:
+
+    @contextmanager
+    def attached(self, model: nn.Module, task: Task, lr: float, seed: int) -> Iterator[Attached]:
+        with self.tuner(model, task, seed) as tuner:
             optimizer = shira.AdamW(groups(tuner.named_parameters(), task, lr), weight_decay=0.0)
             yield Attached(list(tuner.parameters()), optimizer, tuner.adapter)
+
+
+@dataclass(frozen=True)
+class Moving(Shira):
+    """A mask that moves once, as those of RigL and SpIEL do many times.
+
+    After ``after`` of the steps the ``share`` of the granules that are nearest to the base go back to it, and as many
+    others take their place: those with the largest gradients (of one batch), of the whole weight or (``rows``) of every
+    row. What stays keeps the optimizer's averages; what is new starts with the mean of theirs.
+    """
+
+    kind: ClassVar[str] = "moving"
+
+    share: float = 0.5
+    after: float = 0.25
+    rows: bool = False
+
+    @contextmanager
+    def attached(self, model: nn.Module, task: Task, lr: float, seed: int) -> Iterator[Attached]:
+        with ExitStack() as stack:
+            tuner = stack.enter_context(self.tuner(model, task, seed))
+            optimizer = shira.AdamW(groups(tuner.named_parameters(), task, lr), weight_decay=0.0)
+            attached = Attached(list(tuner.parameters()), optimizer, tuner.adapter)
+
+            def before(step: int, steps: int, batch: Any) -> None:
+                if step != max(1, round(self.after * steps)):
+                    return
+                adapter = attached.adapter()
+                averages = {name: attached.optimizer.state[one] for name, one in tuner.named_parameters()}
+                stack.close()  # the base is back
+                now = self.moved(model, task, adapter, batch)
+                new = stack.enter_context(shira.SparseTuner.from_adapter(model, now))
+                attached.optimizer = shira.AdamW(groups(new.named_parameters(), task, lr), weight_decay=0.0)
+                for name, one in new.named_parameters():
+                    was, is_ = (some.weights[name.removesuffix(VALUES_SUFFIX)] for some in (adapter, now))
+                    attached.optimizer.state[one] = carried(averages[name], was, is_)
+                attached.parameters, attached.adapter = list(new.parameters()), new.adapter
+
+            attached.before = before
+            yield attached
+
+    def moved(self, model: nn.Module, task: Task, adapter: Adapter, batch: Any) -> Adapter:
+        """The adapter with its granules moved; ``model`` holds the base."""
+        names = [name for name in adapter.weights if not is_whole(task, name)]
+        gradients = self.gradients(model, task, adapter, names, batch)
+        entries = dict(adapter.weights)
+        for name in names:
+            entry, weight = entries[name], model.get_parameter(name).detach()
+            values = entry.values.view(-1, entry.granule)
+            base = weight.view(-1, entry.granule)
+            change = (values - base[entry.indices.long()]).abs().sum(1)
+            leaving = round(self.share * len(change))
+            kept = change.sort(descending=True, stable=True).indices[: len(change) - leaving].sort().values
+            if leaving:
+                skip = replace_entry(entry, entry.indices[kept], values[kept].flatten())
+                share = leaving * entry.granule / entry.numel
+                taken = Adapter({name: skip, **{other: entries[other] for other in names if other != name}})
+                grow = masks.WeightMagnitude(share, granule=entry.granule, balanced=self.rows, skip=taken)
+                new = grow(name, gradients[name])
+                indices = torch.cat([entry.indices[kept], new])
+                order = indices.sort().indices
+                both = torch.cat([values[kept], base[new.long()].to(values.dtype)])
+                entries[name] = replace_entry(entry, indices[order], both[order].flatten())
+        return Adapter(entries)
+
+    def gradients(
+        self, model: nn.Module, task: Task, adapter: Adapter, names: list[str], batch: Any
+    ) -> dict[str, Tensor]:
+        """The dense gradients of the adapted model."""
+        switcher = Switcher(model)
+        switcher.add("now", adapter)
+        weights = [model.get_parameter(name) for name in names]
+        with switcher.using("now"):
+            for weight in weights:
+                weight.requires_grad_(True)
+            found = torch.autograd.grad(task.loss(model, batch), weights)
+            for weight in weights:
+                weight.requires_grad_(False)
+        return dict(zip(names, found, strict=True))
+
+
+def replace_entry(entry: Entry, indices: Tensor, values: Tensor) -> Entry:
+    """The entry with others of its weight's granules."""
+    return replace(entry, indices=indices.to(entry.indices.dtype), values=values, seed=None)
+
+
+def carried(state: dict[str, Any], before: Entry, now: Entry) -> dict[str, Any]:
+    """Adam's averages for the granules that are trained now: their own, or for a new one the mean of all."""
+    if torch.equal(before.indices, now.indices):
+        return state
+    place = torch.searchsorted(before.indices, now.indices).clamp(max=len(before.indices) - 1)
+    stayed = (before.indices[place] == now.indices).repeat_interleave(now.granule)
+    found = dict(state)
+    for which, start in (("exp_avg", 0.0), ("exp_avg_sq", float(state["exp_avg_sq"].mean()))):
+        old = state[which].view(-1, now.granule)[place].flatten()
+        found[which] = torch.where(stayed, old, torch.full_like(old, start))
+    return found
 
 
 # ---- the others ----------------------------------------------------------------------------------------------
@@ -172,7 +288,8 @@ def groups(parameters: Iterable[tuple[str, nn.Parameter]], task: Task, lr: float
     rates: dict[bool, list[nn.Parameter]] = {}
     for name, parameter in parameters:
         rates.setdefault(is_whole(task, name), []).append(parameter)
-    return [{"params": found, "lr": task.whole_lr if whole else lr} for whole, found in rates.items()]
+    peaks = {whole: task.whole_lr if whole else lr for whole in rates}
+    return [{"params": found, "lr": peaks[whole], "initial_lr": peaks[whole]} for whole, found in rates.items()]
 
 
 def dense_adapter(model: nn.Module, base: dict[str, Tensor], names: Iterable[str]) -> Adapter:
@@ -305,7 +422,7 @@ def follow(optimizer: torch.optim.Optimizer, pairs: list[tuple[nn.Parameter, nn.
         optimizer.register_step_post_hook(after)
 
 
-KINDS: dict[str, type[Method]] = {method.kind: method for method in (Shira, Lora, Dora, PeftShira, Full)}
+KINDS: dict[str, type[Method]] = {method.kind: method for method in (Shira, Moving, Lora, Dora, PeftShira, Full)}
 
 
 def from_description(description: dict[str, Any]) -> Method:
@@ -330,11 +447,12 @@ def train(task: Task, method: Method, lr: float, seed: int, steps: int, fraction
     model = task.base()
     torch.manual_seed(seed)  # for LoRA's initial values; making the base may have drawn random numbers
     with method.attached(model, task, lr, seed) as attached:
-        optimizer, last = attached.optimizer, math.nan
-        peaks = [group["lr"] for group in optimizer.param_groups]
+        last = math.nan
         for step, batch in enumerate(task.batches(seed, steps, fraction)):
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor(step, steps)
+            attached.before(step, steps, batch)
+            optimizer = attached.optimizer
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor(step, steps)
             loss = task.loss(model, batch)
             optimizer.zero_grad()
             loss.backward()

@@ -8,6 +8,8 @@ results alone.
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,7 +72,16 @@ def readme(text: str, results: Results) -> str:
     return before + MARKS[0] + table(heading, rows) + "\n" + MARKS[1] + after
 
 
-MAKERS = {**TABLES, **VERDICT, **LANGUAGE, "plot": plot}
+def style(results: Results) -> str:
+    """The part about pictures, which makes itself (``section()`` of `benchmarks.quality.style`)."""
+    name = "benchmarks.quality.style"
+    if importlib.util.find_spec(name) is None:
+        return ""
+    section: str = importlib.import_module(name).section()
+    return section
+
+
+MAKERS = {**TABLES, **VERDICT, **LANGUAGE, "plot": plot, "style": style}
 """What can stand in the template, by name."""
 
 

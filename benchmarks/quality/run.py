@@ -28,7 +28,7 @@ def plan(families: Sequence[str], experiments: Sequence[str], seeds: int) -> lis
         job
         for family in families
         for experiment in experiments
-        if family not in COSTLY or experiment in ("single", "cost")
+        if family not in COSTLY or experiment in ("single", "cost", "fusion")
         for job in EXPERIMENTS[experiment](family, seeds)
     ]
     return sorted(jobs, key=lambda job: job.rank)

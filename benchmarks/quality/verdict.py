@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 from benchmarks.quality import tasks
 from benchmarks.quality.experiments import fusion, single
-from benchmarks.quality.findings import Coarse, Fused, Grid, Results, coarse, mean, standard_error
+from benchmarks.quality.findings import Coarse, Fused, Grid, Results, coarse, gains, mean, standard_error
 from benchmarks.quality.lab import Setting
 from benchmarks.quality.methods import MASKS, Dora, Full, Lora, Method, Shira
 from benchmarks.quality.tables import affordable
@@ -39,11 +39,11 @@ def gaps_table(results: Results, *families: str) -> str:
     for family in filter(results.has, families):
         rand = Shira("rand", r=single.rank(family))
         for name, task in tasks.tasks(family).items():
-            gains, base, best = ahead(results, name, rand), results.base(name), best_mask(results, name)
-            if gains and base is not None:
+            by, base, best = ahead(results, name, rand), results.base(name), best_mask(results, name)
+            if by and base is not None:
                 others = [NAMES[best.mask], ahead(results, name, best)] if best else ["", ""]
                 longer = ahead(results, name, rand, 4 * task.steps)
-                rows.append([family, what(name), number(family, base), gains, *others, longer])
+                rows.append([family, what(name), number(family, base), by, *others, longer])
     ahead_by = ["Rand ahead of LoRA by", "best mask", "that ahead by", "Rand ahead by, with 4 x the steps"]
     return table(["base", "task", "untouched", *ahead_by], rows) if rows else ""
 
@@ -52,7 +52,7 @@ def ahead(results: Results, name: str, mask: Shira, steps: int | None = None) ->
     """The difference of a mask's scores and LoRA's on a task."""
     family = name.partition("/")[0]
     ours, lora = (results.scores(Setting(name, method, steps)) for method in (mask, Lora(single.rank(family))))
-    return difference(family, [a - b for a, b in zip(ours, lora, strict=True)]) if ours and lora else ""
+    return difference(family, gains(ours, lora)) if ours and lora else ""
 
 
 def best_mask(results: Results, name: str) -> Shira | None:

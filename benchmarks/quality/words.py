@@ -7,9 +7,12 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from benchmarks.quality.findings import is_accuracy, mean, standard_error
-from benchmarks.quality.methods import Method, Shira
+from benchmarks.quality.methods import Method, Moving, Shira
 
-NAMES = {"rand": "Rand", "struct": "Struct", "wm": "WM", "grad": "Grad", "snip": "Snip", "principal": "Principal"}
+NAMES = {
+    "rand": "Rand", "struct": "Struct", "wm": "WM", "grad": "Grad", "snip": "Snip", "principal": "Principal",
+    "activation": "Activation", "top-rows": "Rand in the top rows", "half-snip": "Rand and Snip",
+}  # fmt: skip
 
 MIXED = {"first": "more in the first weights", "last": "more in the last", "magnitude": "by magnitude over all weights"}
 
@@ -22,19 +25,22 @@ def number(family: str, score: float) -> str:
 
 
 def spread(family: str, scores: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds."""
+    """Mean and standard deviation over seeds; the score alone where there is one seed."""
     if not all(map(math.isfinite, scores)):
         return "diverged"
-    deviation = statistics.stdev(scores) if len(scores) > 1 else 0.0
-    digits = f"{100 * deviation:.1f}" if is_accuracy(family) else f"{deviation:.3f}"
-    return f"{number(family, statistics.fmean(scores))} ± {digits}"
+    told = number(family, statistics.fmean(scores))
+    if len(scores) < 2:
+        return told
+    deviation = statistics.stdev(scores)
+    return f"{told} ± {100 * deviation:.1f}" if is_accuracy(family) else f"{told} ± {deviation:.3f}"
 
 
 def difference(family: str, values: Sequence[float]) -> str:
-    """The mean of differences, in points (or nats), and its standard error."""
+    """The mean of differences, in points (or nats), and its standard error; a single one alone."""
     factor = 100 if is_accuracy(family) else 1
     digits = 1 if is_accuracy(family) else 3
-    return f"{factor * mean(values):+.{digits}f} ± {factor * standard_error(values):.{digits}f}"
+    told = f"{factor * mean(values):+.{digits}f}"
+    return f"{told} ± {factor * standard_error(values):.{digits}f}" if len(values) > 1 else told
 
 
 def label(method: Method) -> str:
@@ -48,6 +54,8 @@ def label(method: Method) -> str:
         parts.append("balanced")
     if method.mixed:
         parts.append(MIXED[method.mixed])
+    if isinstance(method, Moving):
+        parts.append(f"{100 * method.share:.0f} % moved{' within rows' if method.rows else ''}")
     return ", ".join(parts)
 
 
@@ -56,8 +64,8 @@ def percent(share: float) -> str:
 
 
 def share(values: Sequence[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{100 * mean(values):.0f} ± {100 * deviation:.0f}"
+    told = f"{100 * mean(values):.0f}"
+    return f"{told} ± {100 * statistics.stdev(values):.0f}" if len(values) > 1 else told
 
 
 def what(task: str) -> str:

@@ -16,7 +16,7 @@ import transformers
 
 from benchmarks.quality import task as task_module
 from benchmarks.quality import tasks
-from benchmarks.quality.experiments import EXPERIMENTS
+from benchmarks.quality.experiments import fusion, single
 from benchmarks.quality.findings import Results
 from benchmarks.quality.lab import COSTLY, Lab, Setting
 from benchmarks.quality.methods import Full, Lora, Shira, follow, train
@@ -174,10 +174,11 @@ def test_full_fine_tuning_of_half_precision_does_not_swallow_small_steps(small):
 
 
 def test_a_costly_family_has_few_seeds_and_is_told_by_its_own_tables(small, tmp_path):
-    assert COSTLY == {"smollm2": 3}
-    jobs = plan(["smollm2"], list(EXPERIMENTS), 5)
-    assert len(jobs) == len(small) * 16 + 6
-    assert len({job.rank for job in jobs}) > 10  # one method after the other
+    assert set(COSTLY.values()) == {3}
+    jobs = plan(["smollm2"], ["single", "cost"], 5)
+    # Four bases, six costs, two longer runs with three seeds; of each of 15 methods a search and two more seeds.
+    assert len(jobs) == len(small) * (1 + 15 * 3) + 6 + 2 * 3
+    assert plan(["smollm2"], ["masks", "size", "trials"], 5) == []
     lab = Lab(folder=tmp_path, seeds=range(5), steps=1)
     assert list(lab.seeds_of("smollm2/names")) == [0, 1, 2]
     assert list(lab.seeds_of("digits-vit/inverted")) == [0, 1, 2, 3, 4]
@@ -191,3 +192,62 @@ def test_a_costly_family_has_few_seeds_and_is_told_by_its_own_tables(small, tmp_
         assert "SHiRA-Rand, granule 16" in text
         assert "nan" not in text
     assert math.isclose(float(results.base("smollm2/names")), lab.base("smollm2/names")["test"])
+
+
+def test_what_was_done_before_a_stop_compares_all_methods(small):
+    """All rates on one task with one seed, then the next task; then the next seed of all."""
+    placed = {}
+    for name in small:
+        for method in single.methods("smollm2"):
+            for seed, job in enumerate(single.one_by_one(Setting(name, method), 5)):
+                placed[seed, name, method] = job.rank
+    board = [key for key in sorted(placed, key=placed.__getitem__) if getattr(key[2], "granule", 16) < 16]
+    count = len({method for _, _, method in board})
+    first = [board[at : at + count] for at in range(0, len(board), count)]
+    assert [{(seed, name) for seed, name, _ in part} for part in first] == [
+        {(seed, f"smollm2/{name}")} for seed in range(3) for name in single.TELLING["smollm2"]
+    ]
+    assert all(len({method for _, _, method in part}) == count for part in first)
+
+
+def test_a_task_has_as_many_seeds_as_are_done(small, tmp_path):
+    lab = Lab(folder=tmp_path, seeds=range(1), steps=1)
+    rand, lora = (Setting("smollm2/names", method) for method in (Shira("rand", r=4, granule=16), Lora(4)))
+    lab.base("smollm2/names")
+    for setting in (rand, lora):
+        lab.study(setting)
+    Lab(folder=tmp_path, seeds=range(2), steps=1).study(rand)
+    results = Results(tmp_path)
+    assert [len(results.study(setting) or ()) for setting in (rand, lora)] == [2, 1]
+    assert results.study(Setting("smollm2/records", Lora(4))) is None
+    (told,) = [line for line in MAKERS["ahead"](results, "smollm2").splitlines() if "granule 16" in line]
+    ours, theirs = (results.scores(setting)[0] for setting in (rand, lora))
+    assert told.split("|")[4].strip() == f"{ours - theirs:+.3f}"  # of the one seed that both have, without a spread
+
+
+def test_related_adapters_are_fused_at_the_rate_of_the_whole_task(small, tmp_path):
+    assert sorted(smollm2.part(1, 2, 3)) == sorted(smollm2.IDIOMS)
+    assert not set(smollm2.part(1)) & set(smollm2.part(2))
+    assert set(smollm2.part(1, 2)) & set(smollm2.part(2, 3)) == set(smollm2.part(2))
+    assert len(tasks.tasks("smollm2-kin")) == 6
+    assert smollm2.rows("idioms-1")["train"] != smollm2.rows("idioms-2")["train"]
+    lab = Lab(folder=tmp_path, seeds=range(1), steps=2, cache=tmp_path / "adapters")
+    group = fusion.groups("smollm2-kin")[0]
+    assert len(group) == 3
+    for name in group:
+        lab.base(name)
+    for variant in fusion.variants("smollm2-kin", 3)[:2]:
+        whole = lab.tuned(Setting("smollm2/python3", variant.methods[0]))
+        found = fusion.fused(lab, group, variant, 0)
+        assert list(found["together"]["sum"]) == ["0.5", "0.7", "1"]
+        assert [len(row) for row in found["elsewhere"]] == [3, 3, 3]
+        assert [row[at] for at, row in enumerate(found["elsewhere"])] == found["single"]["test"]
+        assert len(found["awom"]) == len(found["overlap"]) == 3
+        assert len(found["interference"]) == 6
+        ((run, _),) = [one for one in lab.store("smollm2-kin") if one[0]["do"] == "fusion" and one[1] == found]
+        assert run["lrs"] == [whole] * 3
+    results = Results(tmp_path)
+    for name in ("kin", "unseen"):
+        text = MAKERS[name](results, "smollm2-kin")
+        assert text.count("SHiRA-Rand") == text.count("LoRA") == 1
+        assert "nan" not in text

@@ -16,22 +16,38 @@ import torch
 
 from benchmarks.quality import tasks
 from benchmarks.quality.experiments.single import rank
-from benchmarks.quality.lab import RATES, Job, Lab, Setting
+from benchmarks.quality.lab import RATES, Job, Lab, Setting, family_of
 from benchmarks.quality.methods import Lora, Method, Shira, is_whole
 from benchmarks.quality.task import Task
 from shira import Adapter, Entry, Switcher, metrics
 from shira.adapter import combine as merging
 
-LARGE = ("minilm",)
+LARGE = ("minilm", "smollm2", "smollm2-kin")
 """Families that take longer to score than to train: they get fewer groups, variants and strengths, and no merges."""
+CHOSEN = {
+    "smollm2": (("records", "python3", "pirate"), ("records", "python3")),
+    "smollm2-kin": (
+        ("idioms-1", "idioms-2", "idioms-3"), ("idioms-12", "idioms-23", "idioms-31"), ("idioms-1", "idioms-2"),
+        ("idioms-12", "idioms-23"),
+    ),
+}  # fmt: skip
+"""The groups of the largest: from tasks that have nothing in common to parts of one task, without and with a common
+half."""
+WHOLE_TASK = {"smollm2-kin": "smollm2/python3"}
+"""The task whose best rate the adapters of a family are trained with, since theirs are parts of it."""
+SAMPLE = 10
+"""In these families the products of two adapters are computed for every so many-th weight."""
 
 ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5)
 FEW_ALPHAS = (0.3, 0.5, 0.7, 1.0)
+CHOSEN_ALPHAS = (0.5, 0.7, 1.0)
 
 
 def groups(family: str) -> list[tuple[str, ...]]:
     """Pairs of neighbouring tasks, the nearest with the farthest, and three in a row from the middle."""
     names = list(tasks.tasks(family))
+    if family in CHOSEN:
+        return [tuple(f"{family}/{what}" for what in group) for group in CHOSEN[family]]
     pairs: list[tuple[str, ...]] = [*itertools.pairwise(names)]
     if len(names) > 2 and family not in LARGE:
         middle = (len(names) - 3) // 2
@@ -55,6 +71,10 @@ class Variant:
 def variants(family: str, count: int) -> list[Variant]:
     """Every compared way to train ``count`` adapters."""
     r = rank(family)
+    if family in CHOSEN:
+        granules = Shira("rand", r=r, granule=16)
+        chosen = {"lora": Lora(r), "rand 16, one mask": granules, "wm, one mask": Shira("wm", r=r)}
+        return [Variant(name, (method,) * count) for name, method in chosen.items()]
     several = {"lora": Lora(r), "rand, one mask": Shira("rand", r=r)}
     if family in LARGE:
         several["snip, own masks"] = Shira("snip", r=r)
@@ -82,7 +102,7 @@ def jobs(family: str, seeds: int) -> list[Job]:
         for variant in variants(family, len(group)):
 
             def do(lab: Lab, group: tuple[str, ...] = group, variant: Variant = variant) -> None:
-                for seed in lab.seeds:
+                for seed in lab.seeds_of(group[0]):
                     fused(lab, group, variant, seed)
 
             found.append(Job(1.2 + number * 0.1, seeds, do))
@@ -93,7 +113,7 @@ def fused(lab: Lab, group: Sequence[str], variant: Variant, seed: int) -> dict[s
     """Train (or load) the adapters of these tasks, and score them together."""
     settings = [Setting(task, method) for task, method in zip(group, variant.methods, strict=True)]
     # The rate of the plain method: a disjoint part is the same kind of mask.
-    best = [lab.tuned(replace(setting, method=_plain(setting.method))) for setting in settings]
+    best = [lab.tuned(_searched(setting)) for setting in settings]
     rates = [RATES[max(0, RATES.index(rate) - variant.slower)] for rate in best]
     described = [method.describe() for method in variant.methods]
     run = {"do": "fusion", "task": group[0], "with": list(group[1:]), "methods": described, "lrs": rates, "seed": seed}
@@ -105,17 +125,26 @@ def fused(lab: Lab, group: Sequence[str], variant: Variant, seed: int) -> dict[s
     return lab.done(run, do)
 
 
+def _searched(setting: Setting) -> Setting:
+    """The setting whose rate is taken."""
+    name = WHOLE_TASK.get(family_of(setting.task), setting.task)
+    return replace(setting, task=name, method=_plain(setting.method))
+
+
 def _plain(method: Method) -> Method:
     return Shira(method.mask, r=method.r, granule=method.granule) if isinstance(method, Shira) else method
 
 
 def measure(group: Sequence[str], adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """Scores of each task with its own adapter alone and with all of them, and what the metrics say of every pair."""
+    """Scores of each task with its own adapter alone and with all of them, and what the metrics say of every pair.
+
+    ``elsewhere`` has the score of each task (the outer list) with each adapter alone.
+    """
     parts = [split(task, adapter) for task, adapter in zip(group, adapters, strict=True)]
     bodies = [body for body, _ in parts]
     first = tasks.task(group[0])
     large = first.family in LARGE
-    alphas, merged = FEW_ALPHAS if large else ALPHAS, {}
+    alphas, merged = CHOSEN_ALPHAS if first.family in CHOSEN else FEW_ALPHAS if large else ALPHAS, {}
     if not large:
         model = first.base()
         merged = {
@@ -123,6 +152,7 @@ def measure(group: Sequence[str], adapters: Sequence[Adapter]) -> dict[str, Any]
             "dare": merging.dare(bodies, model, drop=0.5),
         }
     single: list[dict[str, float]] = []
+    elsewhere: list[list[float]] = []
     together: dict[str, dict[str, dict[str, list[float]]]] = {
         merge: {f"{alpha:g}": {"validation": [], "test": []} for alpha in alphas} for merge in ("sum", *merged)
     }
@@ -143,6 +173,11 @@ def measure(group: Sequence[str], adapters: Sequence[Adapter]) -> dict[str, Any]
 
         switcher.activate({str(number): 1.0, **always})
         single.append(scores())
+        if first.family in CHOSEN:
+            elsewhere.append([])
+            for other in range(len(bodies)):
+                switcher.activate(str(other))
+                elsewhere[-1].append(single[-1]["test"] if other == number else task.score(model, "test"))
         for merge in together:
             for alpha in alphas:
                 on = {merge: alpha} if merge != "sum" else {str(other): alpha for other in range(len(bodies))}
@@ -152,6 +187,7 @@ def measure(group: Sequence[str], adapters: Sequence[Adapter]) -> dict[str, Any]
     return {
         "single": {which: [one[which] for one in single] for which in ("validation", "test")},
         "together": together,
+        **({"elsewhere": elsewhere} if elsewhere else {}),
         **pairs(group, bodies),
     }
 
@@ -174,7 +210,10 @@ def pairs(group: Sequence[str], bodies: Sequence[Adapter]) -> dict[str, list[Any
     for one, two in itertools.combinations(range(len(group)), 2):
         a, b = bodies[one], bodies[two]
         found["overlap"].append(metrics.overlap(a, b))
-        if tasks.task(group[0]).family not in LARGE:
+        family = tasks.task(group[0]).family
+        if family in CHOSEN:
+            a, b = (sample(one) for one in (a, b))
+        if family not in LARGE or family in CHOSEN:
             numbers = products(a, b) if a.delta else sparse_products(a, b, base)
             for name, number in numbers.items():
                 found[name].append(number)
@@ -183,6 +222,12 @@ def pairs(group: Sequence[str], bodies: Sequence[Adapter]) -> dict[str, list[Any
             value = metrics.interference(task.base(), bodies[first], bodies[second], task.inputs())
             found["interference"].append({"of": second, "on": first, "is": value})
     return found
+
+
+def sample(adapter: Adapter) -> Adapter:
+    """Every `SAMPLE`-th of its weights."""
+    names = sorted(adapter.weights)[::SAMPLE]
+    return Adapter({name: adapter.weights[name] for name in names}, delta=adapter.delta)
 
 
 def sparse_products(a: Adapter, b: Adapter, base: torch.nn.Module) -> dict[str, float]:

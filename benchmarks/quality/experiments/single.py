@@ -7,6 +7,7 @@ seen more or fewer batches, and how far a mask's entries crowd into few rows and
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,14 +18,19 @@ from benchmarks.quality.methods import LATER, MASKS, Dora, Full, Lora, Method, S
 from benchmarks.quality.tasks import task, tasks
 from shira._granules import refine
 
-RANKS = {"digits-mlp": 2, "digits-vit": 1, "minilm": 4}
-
+RANKS = {"digits-mlp": 2, "digits-vit": 1, "minilm": 4, "rl": 1}
+KIN = ("smollm2-kin",)
+"""Families whose tasks are there to be fused (`fusion.WHOLE_TASK` has their rates)."""
 
 ORDER = [
-    ("rand", 16), ("lora", 1), ("rand", 1), ("wm", 1), ("full", 1), ("principal", 1), ("snip", 1), ("dora", 1),
-    ("grad", 1), ("struct", 1), ("wm", 16), ("principal", 16), ("snip", 16), ("grad", 16), ("struct", 16),
+    ("rand", 16), ("lora", 1), ("rand", 1), ("wm", 1), ("full", 1), ("dora", 1), ("snip", 1), ("principal", 1),
+    ("grad", 1), ("struct", 1), ("wm", 16), ("snip", 16), ("principal", 16), ("grad", 16), ("struct", 16),
 ]  # fmt: skip
 """The most telling comparisons first, where a run takes long."""
+BOARD = 10
+"""So many of these are the board; the rest, granules of the other masks, wait until all seeds of the board are done."""
+TELLING = {"smollm2": ("python3", "pirate", "records", "names")}
+"""The tasks in the order in which they are run, where a run takes long: first those that tell most for their time."""
 
 
 def rank(family: str) -> int:
@@ -42,25 +48,43 @@ def jobs(family: str, seeds: int) -> list[Job]:
     # Task by task, so that what was done before a stop still compares methods.
     settings = [Setting(name, method) for name in names for method in methods(family)]
     found: list[Job] = [*bases(0, names)]
+    if family in KIN:
+        return found
     r = rank(family)
     first = (Shira("rand", r=r), Shira("wm", r=r), Lora(r))
     second = (Shira("rand", r=r, granule=16), Full())
 
     def rank_of(method: Method) -> float:
-        if family in COSTLY:
-            # The two that matter most task by task, the others one by one.
-            place = ORDER.index((getattr(method, "mask", method.kind), getattr(method, "granule", 1)))
-            return 0.01 * max(1, place)
         return 0 if method in first else 0.1 if method in second else 0.2
 
-    found += [study(rank_of(setting.method), setting, seeds) for setting in settings]
     if family in COSTLY:
-        return found
+        found += [job for setting in settings for job in one_by_one(setting, seeds)]
+        return found + [
+            Job(0.15 + 0.01 * seed, 1, lambda lab, one=setting, seed=seed: longer_run(lab, one, seed))  # type: ignore[misc]
+            for seed in range(min(seeds, COSTLY[family]))
+            for setting in longer(family)
+        ]
+    found += [study(rank_of(setting.method), setting, seeds) for setting in settings]
     found += [study(0.8, setting, seeds) for setting in longer(family)]
     found += [study(0.9, setting, seeds) for setting in calibrated(family)]
     for setting in settings:
         if isinstance(setting.method, Shira):
             found.append(Job(0.5, 1, lambda lab, setting=setting: crowding(lab, setting)))  # type: ignore[misc]
+    return found
+
+
+def one_by_one(setting: Setting, seeds: int) -> list[Job]:
+    """The runs of a setting, placed so that whatever was done before a stop compares the methods fairly.
+
+    First the rates of all methods on one task, with the first seed, then on the next task; then the second seed of all,
+    and so on.
+    """
+    method, (family, name) = setting.method, setting.task.split("/")
+    place = ORDER.index((getattr(method, "mask", method.kind), getattr(method, "granule", 1)))
+    at = 0.2 * (place >= BOARD) + 0.01 * TELLING[family].index(name) + 1e-4 * place
+    found = [Job(at, 4, lambda lab: lab.tuned(setting))]
+    for seed in range(1, min(seeds, COSTLY[family])):
+        found.append(Job(at + 0.05 * seed, 1, lambda lab, seed=seed: lab.train(setting, lab.tuned(setting), seed)))  # type: ignore[misc]
     return found
 
 
@@ -71,8 +95,23 @@ def far(family: str) -> list[str]:
 def longer(family: str) -> list[Setting]:
     """Four times the steps: does a method only need more time?"""
     r = rank(family)
+    if family in LONG:
+        return [Setting(LONG[family], method, steps=4 * task(LONG[family]).steps) for method in tied(r)]
     several = (Shira("rand", r=r), Shira("wm", r=r), Shira("snip", r=r), Lora(r), Full())
     return [Setting(name, method, steps=4 * task(name).steps) for name in far(family) for method in several]
+
+
+LONG = {"smollm2": "smollm2/names"}
+"""Where a run takes long: the one task with longer runs, that on which the methods are closest beside their spread."""
+
+
+def tied(r: int) -> tuple[Method, ...]:
+    return Shira("rand", r=r, granule=16), Lora(r)
+
+
+def longer_run(lab: Lab, setting: Setting, seed: int) -> dict[str, Any]:
+    """A run with more steps, at the rate of the shorter ones."""
+    return lab.train(setting, lab.tuned(replace(setting, steps=None)), seed)
 
 
 CALIBRATIONS = (1, 8, 31)

@@ -14,9 +14,11 @@ FAMILIES = {
     "digits-mlp-1024": "digits",
     "minilm": "minilm",
     "smollm2": "smollm2",
+    "smollm2-kin": "smollm2",
     "gpt-s": "gpt",
     "gpt-m": "gpt",
     "gpt-l": "gpt",
+    "rl": "rl",
 }
 
 
