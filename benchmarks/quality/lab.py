@@ -30,9 +30,8 @@ UNSTEADY = 0.03
 """The standard deviation of validation scores over seeds (accuracy as a fraction, or nats) above which the score of the
 first seed may have been luck."""
 
-COSTLY = {"smollm2": 3, "smollm2-kin": 3}
-"""Families of which a run takes a minute: every figure has at most so many seeds, and unsteady rates are not searched
-again."""
+COSTLY = {"smollm2": 3, "smollm2-kin": 3, "rl": 3}
+"""Families whose runs take long: every figure has at most so many seeds, and unsteady rates are not searched again."""
 
 
 class Stop(Exception):

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks.quality.experiments import EXPERIMENTS
+from benchmarks.quality.experiments import EXPERIMENTS, fusion
 from benchmarks.quality.lab import COSTLY, Job, Lab, Stop
 from benchmarks.quality.store import RESULTS
 from benchmarks.quality.tasks import FAMILIES
@@ -28,7 +28,7 @@ def plan(families: Sequence[str], experiments: Sequence[str], seeds: int) -> lis
         job
         for family in families
         for experiment in experiments
-        if family not in COSTLY or experiment in ("single", "cost", "fusion")
+        if family not in COSTLY or experiment in ("single", "cost", *(["fusion"] if family in fusion.CHOSEN else []))
         for job in EXPERIMENTS[experiment](family, seeds)
     ]
     return sorted(jobs, key=lambda job: job.rank)

@@ -35,7 +35,7 @@ CHOSEN = {
 half."""
 WHOLE_TASK = {"smollm2-kin": "smollm2/python3"}
 """The task whose best rate the adapters of a family are trained with, since theirs are parts of it."""
-SAMPLE = 10
+SAMPLE = 25
 """In these families the products of two adapters are computed for every so many-th weight."""
 
 ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5)

@@ -27,9 +27,9 @@ ORDER = [
     ("grad", 1), ("struct", 1), ("wm", 16), ("snip", 16), ("principal", 16), ("grad", 16), ("struct", 16),
 ]  # fmt: skip
 """The most telling comparisons first, where a run takes long."""
-BOARD = 10
-"""So many of these are the board; the rest, granules of the other masks, wait until all seeds of the board are done."""
-TELLING = {"smollm2": ("python3", "pirate", "records", "names")}
+BOARD = {"smollm2": 10, "rl": 5}
+"""So many of these are the board; the rest wait until all seeds of the board are done."""
+TELLING = {"smollm2": ("python3", "pirate", "records", "names"), "rl": ("last",)}
 """The tasks in the order in which they are run, where a run takes long: first those that tell most for their time."""
 
 
@@ -62,7 +62,7 @@ def jobs(family: str, seeds: int) -> list[Job]:
         return found + [
             Job(0.15 + 0.01 * seed, 1, lambda lab, one=setting, seed=seed: longer_run(lab, one, seed))  # type: ignore[misc]
             for seed in range(min(seeds, COSTLY[family]))
-            for setting in longer(family)
+            for setting in (longer(family) if family in LONG else ())
         ]
     found += [study(rank_of(setting.method), setting, seeds) for setting in settings]
     found += [study(0.8, setting, seeds) for setting in longer(family)]
@@ -81,7 +81,7 @@ def one_by_one(setting: Setting, seeds: int) -> list[Job]:
     """
     method, (family, name) = setting.method, setting.task.split("/")
     place = ORDER.index((getattr(method, "mask", method.kind), getattr(method, "granule", 1)))
-    at = 0.2 * (place >= BOARD) + 0.01 * TELLING[family].index(name) + 1e-4 * place
+    at = 0.2 * (place >= BOARD[family]) + 0.01 * TELLING[family].index(name) + 1e-4 * place
     found = [Job(at, 4, lambda lab: lab.tuned(setting))]
     for seed in range(1, min(seeds, COSTLY[family])):
         found.append(Job(at + 0.05 * seed, 1, lambda lab, seed=seed: lab.train(setting, lab.tuned(setting), seed)))  # type: ignore[misc]
