@@ -172,13 +172,16 @@ def longer_table(results: Results, family: str) -> str:
     return table(heading, rows) if rows else ""
 
 
+KIN_VARIANTS = ("lora", "rand, one mask", "rand 16, one mask", "wm, one mask")
+
+
 def kin_table(results: Results, *families: str) -> str:
     """What is left of several adapters on one model, from unrelated tasks to related ones, and what the metrics say."""
     rows = []
     for family in filter(results.has, families):
         fused = Fused(results, family)
         for group in fused.groups():
-            for variant in fused.variants():
+            for variant in filter(KIN_VARIANTS.__contains__, fused.variants()):
                 if runs := fused.runs.get((group, variant)):
                     alpha = fused.alpha((group, variant))
                     alone = [mean(run["single"]["test"]) for run in runs]

@@ -21,6 +21,7 @@ from benchmarks.quality.findings import (
     standard_error,
 )
 from benchmarks.quality.lab import Setting
+from benchmarks.quality.methods import Method, from_description
 from benchmarks.quality.words import fusion_name, label, what
 
 COLORS = {1: "#4477aa", 4: "#66ccee", 8: "#228833", 16: "#ccbb44", 32: "#ee6677"}
@@ -50,6 +51,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
         for name, plot in PLOTS.items():
             keep(plot(results, family, pyplot), f"{name}-{family}")
     keep(granules(results, pyplot), "granules")
+    keep(tradeoff(results, "smollm2", pyplot), "tradeoff-smollm2")
     return made
 
 
@@ -143,6 +145,41 @@ def granules(results: Results, pyplot: Any) -> Any:
     axes.set_xlabel("granules in a weight, mean")
     axes.set_ylabel("lost of what single entries gain, %")
     axes.legend(frameon=False)
+    return figure
+
+
+def tradeoff(results: Results, family: str, pyplot: Any) -> Any:
+    """What is learned and what is forgotten: a point for each rate (first seed), a line for each method."""
+    if not results.has(family):
+        return None
+    from matplotlib import ticker
+
+    points: dict[tuple[str, Method], list[tuple[float, float, float]]] = {}
+    for run, result in results.lab.store(family):
+        if run["do"] == "train" and run["seed"] == 0 and "steps" not in run and None not in result.values():
+            rise = result["docs"] - results.lab.base(run["task"])["docs"]
+            key = run["task"], from_description(run["method"])
+            points.setdefault(key, []).append((run["lr"], rise, -result["test"]))
+    names = list(tasks.tasks(family))
+    methods = [method for method in single.methods(family) if any((name, method) in points for name in names)]
+    figure, grid = pyplot.subplots(1, len(names), figsize=(9, 2.9), layout="constrained")
+    for axes, name in zip(grid, names, strict=True):
+        for place, method in enumerate(methods):
+            if some := sorted(points.get((name, method), ())):
+                style = {"color": "black" if method.kind == "lora" else f"C{place % 10}", "lw": 1, "ms": 3}
+                style["ls"] = "--" if getattr(method, "granule", 1) > 1 else "-"
+                axes.plot([one[1] for one in some], [one[2] for one in some], marker="o", label=label(method), **style)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
+        axes.set_xscale("symlog", linthresh=0.1)
+        axes.set_xlim(left=-0.05)
+        axes.set_title(what(name), fontsize=8)
+        axes.set_xlabel("rise on other text, nats")
+    grid[0].set_ylabel(axis_name(family))
+    found = {text: line for axes in grid for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(found.values(), found.keys(), ncols=4, loc="outside lower center", frameon=False)
     return figure
 
 

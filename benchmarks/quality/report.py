@@ -20,6 +20,7 @@ from benchmarks.quality.findings import Results, mean
 from benchmarks.quality.lab import Setting
 from benchmarks.quality.language import LANGUAGE
 from benchmarks.quality.methods import Dora, Full, Lora, Shira
+from benchmarks.quality.sentences import SENTENCES
 from benchmarks.quality.store import RESULTS
 from benchmarks.quality.tables import TABLES
 from benchmarks.quality.task import ROOT
@@ -43,6 +44,7 @@ SHOWN = {
     "front": "Score by switch time and by file size",
     "granules": "What granules lose, by how many of them a weight has",
     "fusion": "Score by the strength of fused adapters",
+    "tradeoff": "What is learned and what is forgotten, by the learning rate",
     "metrics": "What fused adapters lose, by each metric",
 }
 """What the plots show, for readers who do not see them."""
@@ -81,7 +83,7 @@ def style(results: Results) -> str:
     return section
 
 
-MAKERS = {**TABLES, **VERDICT, **LANGUAGE, "plot": plot, "style": style}
+MAKERS = {**TABLES, **VERDICT, **LANGUAGE, **SENTENCES, "plot": plot, "style": style}
 """What can stand in the template, by name."""
 
 

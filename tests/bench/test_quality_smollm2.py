@@ -1,6 +1,7 @@
 """The tasks of a real language model, tried on a tiny one with random weights and a tokenizer of letters."""
 
 import ast
+import dataclasses
 import json
 import math
 
@@ -179,7 +180,7 @@ def test_a_costly_family_has_few_seeds_and_is_told_by_its_own_tables(small, tmp_
     # Four bases, six costs, two longer runs with three seeds; of each of 15 methods a search and two more seeds.
     assert len(jobs) == len(small) * (1 + 15 * 3) + 6 + 2 * 3
     assert plan(["smollm2"], ["masks", "size", "trials"], 5) == []
-    lab = Lab(folder=tmp_path, seeds=range(5), steps=1)
+    lab = Lab(folder=tmp_path, seeds=range(5), steps=1, cache=tmp_path / "adapters")
     assert list(lab.seeds_of("smollm2/names")) == [0, 1, 2]
     assert list(lab.seeds_of("digits-vit/inverted")) == [0, 1, 2, 3, 4]
     rand, lora = Shira("rand", r=4, granule=16), Lora(4)
@@ -211,12 +212,12 @@ def test_what_was_done_before_a_stop_compares_all_methods(small):
 
 
 def test_a_task_has_as_many_seeds_as_are_done(small, tmp_path):
-    lab = Lab(folder=tmp_path, seeds=range(1), steps=1)
+    lab = Lab(folder=tmp_path, seeds=range(1), steps=1, cache=tmp_path / "adapters")
     rand, lora = (Setting("smollm2/names", method) for method in (Shira("rand", r=4, granule=16), Lora(4)))
     lab.base("smollm2/names")
     for setting in (rand, lora):
         lab.study(setting)
-    Lab(folder=tmp_path, seeds=range(2), steps=1).study(rand)
+    dataclasses.replace(lab, seeds=range(2)).study(rand)
     results = Results(tmp_path)
     assert [len(results.study(setting) or ()) for setting in (rand, lora)] == [2, 1]
     assert results.study(Setting("smollm2/records", Lora(4))) is None

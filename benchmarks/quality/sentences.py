@@ -1,0 +1,138 @@
+"""Sentences of the page that say who is ahead. Their words are chosen by the results: *ahead* and *behind* mean that a
+mean difference is more than twice its standard error, *level* that it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from benchmarks.quality import tasks
+from benchmarks.quality.experiments import single, trials
+from benchmarks.quality.findings import Results, gains, mean, standard_error
+from benchmarks.quality.lab import COSTLY, Setting
+from benchmarks.quality.methods import LATER, MASKS, Lora, Method, Shira
+from benchmarks.quality.words import difference, label, spread, what
+
+WORDS = ("ahead", "behind", "level")
+
+
+def word(differences: Sequence[float]) -> str:
+    """Which of the `WORDS`; "" where there are fewer than two differences."""
+    if len(differences) < 2:
+        return ""
+    by, error = mean(differences), standard_error(differences)
+    return "ahead" if by > 2 * error else "behind" if by < -2 * error else "level"
+
+
+def listed(some: Iterable[str]) -> str:
+    found = list(some)
+    return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} and {found[-1]}" if found else ""
+
+
+def against_lora(results: Results, family: str, method: Method) -> dict[str, list[float]]:
+    """For each task by how much a method is ahead of LoRA, for the seeds that both have."""
+    found = {}
+    for name in tasks.tasks(family):
+        ours, lora = (results.scores(Setting(name, one)) for one in (method, Lora(single.rank(family))))
+        if ours and lora:
+            found[name] = gains(ours, lora)
+    return found
+
+
+def beside_lora(results: Results, family: str) -> str:
+    """One line for every method: on which tasks it is ahead of LoRA, level, behind; and what was not run."""
+    lines = []
+    for method in single.methods(family):
+        by = {} if isinstance(method, Lora) and method.kind == "lora" else against_lora(results, family, method)
+        if not by:
+            continue
+        told = [
+            f"{said} on {listed(f'*{what(name)}*' for name in names)}"
+            for said in WORDS
+            if (names := [name for name, some in by.items() if word(some) == said])
+        ]
+        few = [f"*{what(name)}* ({difference(family, some)})" for name, some in by.items() if len(some) < 2]
+        told += [f"one seed on {listed(few)}"] if few else []
+        if len(by) == len(tasks.tasks(family)):
+            every = [gain for some in by.values() for gain in some]
+            told.append(f"{difference(family, every)} over all tasks")
+        else:
+            told.append(f"not run on {listed(f'*{what(name)}*' for name in tasks.tasks(family) if name not in by)}")
+        lines.append(f"- {label(method)}: {'; '.join(told)}.")
+    return "\n".join(lines)
+
+
+def forgotten_words(results: Results, family: str) -> str:
+    """What random granules forget beside LoRA, in words."""
+    ours, lora = Shira("rand", r=single.rank(family), granule=16), Lora(single.rank(family))
+    sentences = []
+    for which, text in (("docs", "language reference"), ("chat", "model's own earlier answers")):
+        told: dict[str, list[str]] = {}
+        for name in tasks.tasks(family):
+            runs, theirs = (results.study(Setting(name, one)) for one in (ours, lora))
+            if runs and theirs:
+                # Less forgotten is better.
+                found = word(gains([-one[which] for one in runs], [-one[which] for one in theirs]))
+                told.setdefault({"ahead": "less", "behind": "more", "level": "as much"}.get(found, ""), []).append(name)
+        parts = [
+            f"{said} on {listed(f'*{what(n)}*' for n in told[said])}"
+            for said in ("less", "more", "as much")
+            if said in told
+        ]
+        if parts:
+            sentences.append(f"of the {text} {'; '.join(parts)}")
+    return f"Beside LoRA, {label(ours)} forgets {'; and '.join(sentences)}." if sentences else ""
+
+
+def default_words(results: Results, *families: str) -> str:
+    """Which masks are ahead of Rand on which bases, and whether one is on most of them."""
+    found: dict[str, list[str]] = {}
+    tried: dict[str, int] = {}
+    for family in filter(results.has, families):
+        r = single.rank(family)
+        several: list[Method] = [Shira(mask, r=r) for mask in (*MASKS[1:], *LATER)]
+        several += trials.methods(family) if family not in COSTLY else []
+        for method in several:
+            some = against_rand(results, family, method)
+            if word(some):
+                tried[label(method)] = tried.get(label(method), 0) + 1
+            if word(some) == "ahead":
+                found.setdefault(label(method), []).append(family)
+    if not tried:
+        return ""
+    ahead = [f"{name} on {listed(some)}" for name, some in found.items()]
+    most = [name for name, some in found.items() if len(some) >= 3]
+    told = f"Ahead of Rand in the mean over a base's tasks: {'; '.join(ahead) or 'none'}."
+    enough = listed(most) + (" are" if len(most) > 1 else " is") if most else "No mask is"
+    return f"{told} {enough} ahead on three bases or more."
+
+
+def against_rand(results: Results, family: str, method: Method) -> list[float]:
+    """By how much a mask is ahead of Rand, over all tasks and seeds; nothing unless it was run on every task."""
+    rand, by = Shira("rand", r=single.rank(family)), []
+    for name in tasks.tasks(family):
+        ours, theirs = (results.scores(Setting(name, one)) for one in (method, rand))
+        if not ours or not theirs:
+            return []
+        by += gains(ours, theirs)
+    return by
+
+
+def rewards_words(results: Results, family: str) -> str:
+    """Every method beside LoRA on what was learned from rewards."""
+    lines = []
+    for name in tasks.tasks(family):
+        lora = results.scores(Setting(name, Lora(single.rank(family))))
+        for method in single.methods(family):
+            ours = results.scores(Setting(name, method))
+            if ours and lora and not (isinstance(method, Lora) and method.kind == "lora"):
+                said = word(gains(ours, lora)) or "one seed"
+                lines.append(f"{label(method)} ({spread(family, ours)}) {said}")
+    return f"Beside LoRA: {'; '.join(lines)}." if lines else ""
+
+
+SENTENCES: dict[str, Callable[..., str]] = {
+    "beside-lora": beside_lora,
+    "forgotten-words": forgotten_words,
+    "default": default_words,
+    "rewards": rewards_words,
+}
