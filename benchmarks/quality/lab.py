@@ -34,6 +34,11 @@ COSTLY = {"smollm2": 3, "smollm2-kin": 3, "rl": 3}
 """Families whose runs take long: every figure has at most so many seeds, and unsteady rates are not searched again."""
 
 
+KEPT = ("style",)
+"""Families of which every adapter is kept when it is trained: they are small, and most are used again. Of the costly
+ones, those of SHiRA are; the others are as large as the model."""
+
+
 class Stop(Exception):
     """The time is over: everything that was finished is kept."""
 
@@ -108,18 +113,22 @@ class Lab:
         return self.done({"do": "base", "task": task}, do)
 
     def train(self, setting: Setting, lr: float, seed: int) -> dict[str, Any]:
-        def do() -> dict[str, Any]:
-            adapter, record = self._trained(setting, lr, seed)
-            if family_of(setting.task) in COSTLY and not adapter.delta:  # the others' are as large as the model
-                self._keep(adapter, self._path(setting, lr, seed))
-            return record
-
-        return self.done(setting.run(lr, seed), do)
+        return self.done(setting.run(lr, seed), lambda: self._trained(setting, lr, seed)[1])
 
     def _trained(self, setting: Setting, lr: float, seed: int) -> tuple[Adapter, dict[str, Any]]:
         task: Task = tasks.task(setting.task)
         trained = train(task, setting.method, lr, seed, self.steps or setting.steps or task.steps, setting.fraction)
+        if task.family in KEPT or (task.family in COSTLY and not trained.adapter.delta):
+            self._keep(setting, lr, seed, trained.adapter)
         return trained.adapter, trained.record
+
+    def _path(self, setting: Setting, lr: float, seed: int) -> Path:
+        name = hashlib.sha256(f"{key(setting.run(lr, seed))}{self.steps}".encode()).hexdigest()[:24]
+        return self.cache / f"{name}.safetensors"
+
+    def _keep(self, setting: Setting, lr: float, seed: int, adapter: Adapter) -> None:
+        self.cache.mkdir(parents=True, exist_ok=True)
+        adapter.save(self._path(setting, lr, seed))
 
     def adapter(self, setting: Setting, lr: float, seed: int) -> Adapter:
         """The adapter of a run, kept as a file under ``build/``."""
@@ -127,16 +136,8 @@ class Lab:
         if path.exists():
             return Adapter.load(path)
         adapter, _ = self._trained(setting, lr, seed)
-        self._keep(adapter, path)
+        self._keep(setting, lr, seed, adapter)
         return adapter
-
-    def _path(self, setting: Setting, lr: float, seed: int) -> Path:
-        name = hashlib.sha256(f"{key(setting.run(lr, seed))}{self.steps}".encode()).hexdigest()[:24]
-        return self.cache / f"{name}.safetensors"
-
-    def _keep(self, adapter: Adapter, path: Path) -> None:
-        self.cache.mkdir(parents=True, exist_ok=True)
-        adapter.save(path)
 
     def tuned(self, setting: Setting) -> float:
         """The learning rate of a setting: what the search found, or the next lower one where that is steadier.

@@ -8,13 +8,11 @@ results alone.
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.quality import front, plots, tasks
+from benchmarks.quality import front, plots, style, tasks
 from benchmarks.quality.experiments import single
 from benchmarks.quality.findings import Results, mean
 from benchmarks.quality.lab import Setting
@@ -74,17 +72,15 @@ def readme(text: str, results: Results) -> str:
     return before + MARKS[0] + table(heading, rows) + "\n" + MARKS[1] + after
 
 
-def style(results: Results) -> str:
-    """The part about pictures, which makes itself (``section()`` of `benchmarks.quality.style`)."""
-    name = "benchmarks.quality.style"
-    if importlib.util.find_spec(name) is None:
-        return ""
-    section: str = importlib.import_module(name).section()
-    return section
-
-
-MAKERS = {**TABLES, **VERDICT, **LANGUAGE, **SENTENCES, "plot": plot, "style": style}
-"""What can stand in the template, by name."""
+MAKERS = {
+    **TABLES,
+    **VERDICT,
+    **LANGUAGE,
+    **SENTENCES,
+    "plot": plot,
+    "style": lambda results: style.section(results.folder),
+}
+"""What can stand in the template, by name; ``style`` is a section with a heading of its own."""
 
 
 def page(template: str, results: Results) -> str:
@@ -95,7 +91,7 @@ def page(template: str, results: Results) -> str:
         families = [argument for argument in arguments if argument in tasks.FAMILIES]
         if families and not any(map(results.has, families)):
             return "*Not yet run.*"
-        return MAKERS[name](results, *arguments) or "*Not yet run.*"
+        return MAKERS[name](results, *arguments) or ("" if name == "style" else "*Not yet run.*")
 
     return re.sub(r"^\{\{(.+?)\}\}$", filled, template, flags=re.MULTILINE)
 

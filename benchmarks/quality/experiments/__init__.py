@@ -1,8 +1,13 @@
 """Experiments: each module has ``jobs(family, seeds) -> list[Job]``, for any family."""
 
-from benchmarks.quality.experiments import cost, fusion, masks, single, size, trials
+from benchmarks.quality.experiments import cost, fusion, masks, single, size, style, trials
 
 EXPERIMENTS = {
-    "single": single.jobs, "masks": masks.jobs, "fusion": fusion.jobs, "size": size.jobs, "cost": cost.jobs,
+    "single": single.jobs,
+    "masks": masks.jobs,
+    "fusion": fusion.jobs,
+    "size": size.jobs,
+    "cost": cost.jobs,
     "trials": trials.jobs,
-}  # fmt: skip
+    "style": style.jobs,
+}

@@ -15,6 +15,7 @@ FAMILIES = {
     "minilm": "minilm",
     "smollm2": "smollm2",
     "smollm2-kin": "smollm2",
+    "style": "style",
     "gpt-s": "gpt",
     "gpt-m": "gpt",
     "gpt-l": "gpt",

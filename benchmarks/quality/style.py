@@ -1,0 +1,200 @@
+"""What style transfer has shown, for the page: `section` makes its tables from the kept results.
+
+``python -m benchmarks.quality.style`` draws the pictures in ``docs/quality``; it takes the adapters that
+``python -m benchmarks.quality.run --family style`` left under ``build/``, and trains those that are missing again.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality import tasks
+from benchmarks.quality.experiments import style as experiment
+from benchmarks.quality.experiments.style import ALPHAS, FAMILY, SLOWER
+from benchmarks.quality.findings import Reader, standard_error
+from benchmarks.quality.lab import Lab, Stop
+from benchmarks.quality.methods import Lora, Method, Shira
+from benchmarks.quality.store import RESULTS
+from benchmarks.quality.task import ROOT
+from benchmarks.quality.words import label, table
+
+PICTURES = ROOT / "docs" / "quality"
+
+Swept = list[dict[str, dict[str, float]]]
+"""For each seed: what the judge says, by strength."""
+
+
+def swept(lab: Lab, some: Sequence[str], method: Method, slower: int = 0) -> Swept | None:
+    """The results of all seeds, or None while some are missing."""
+    try:
+        if len(some) == 1:
+            return [experiment.alone(lab, some[0], method, seed, slower) for seed in experiment.seeds(lab)]
+        return [experiment.fused(lab, method, seed, slower) for seed in experiment.seeds(lab)]
+    except Stop:
+        return None
+
+
+def percent(values: Sequence[float]) -> str:
+    return f"{100 * statistics.fmean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
+
+
+def at(found: Swept, alpha: float, what: str = "score") -> list[float]:
+    return [one[f"{alpha:g}"][what] for one in found]
+
+
+def scores_table(lab: Lab, some: Sequence[str], slower: int = 0) -> str:
+    """The score by method and strength."""
+    rows = []
+    for method in experiment.methods():
+        found = swept(lab, some, method, slower)
+        if found:
+            rows.append([label(method), *(percent(at(found, alpha)) for alpha in ALPHAS)])
+    return table(["method", *(f"α {alpha:g}" for alpha in ALPHAS)], rows) if rows else ""
+
+
+PARTS = {
+    "concept": "the digit asked for", "style": "the style", "taught": "score, digits 0 to 5", "new": "score, 6 to 9",
+    "distance": "distance",
+}  # fmt: skip
+
+
+def parts_table(lab: Lab, some: Sequence[str], slower: int = 0) -> str:
+    """What the score at full strength is made of."""
+    rows = []
+    for method in experiment.methods():
+        found = swept(lab, some, method, slower)
+        if found:
+            rows.append([label(method), *(percent(at(found, 1.0, what)) for what in PARTS)])
+    return table(["method", *PARTS.values()], rows) if rows else ""
+
+
+def ahead_table(lab: Lab) -> str:
+    """By how much each method is ahead of LoRA: pairs of one seed, mean and standard error."""
+    columns: list[tuple[tuple[str, ...], float, int]] = [
+        *(((style,), alpha, 0) for style in experiment.styles() for alpha in (0.5, 1.0)),
+        *((experiment.styles(), alpha, slower) for slower in SLOWER.values() for alpha in (0.5, 1.0)),
+    ]
+    rows = []
+    for method in experiment.methods():
+        cells = []
+        for some, alpha, slower in columns:
+            ours, theirs = (swept(lab, some, one, slower) for one in (method, Lora(experiment.R)))
+            gains = [a - b for a, b in zip(at(ours, alpha), at(theirs, alpha), strict=True)] if ours and theirs else []
+            cells.append(f"{100 * statistics.fmean(gains):+.1f} ± {100 * standard_error(gains):.1f}" if gains else "")
+        if any(cells) and method != Lora(experiment.R):
+            rows.append([label(method), *cells])
+    gentle = {0: "", 1: ", gentle"}
+    heading = [f"{' + '.join(some)}, α {alpha:g}{gentle[slower]}" for some, alpha, slower in columns]
+    return table(["ahead of LoRA by", *heading], rows) if rows else ""
+
+
+def rates_table(lab: Lab) -> str:
+    rows = []
+    for method in experiment.methods():
+        try:
+            rates = [lab.searched(experiment.setting(style, method)) for style in experiment.styles()]
+            rows.append([label(method), *(f"{rate:g}" for rate in rates)])
+        except Stop:
+            continue
+    return table(["method", *experiment.styles()], rows) if rows else ""
+
+
+def section(folder: Path = RESULTS, seeds: int = 5) -> str:
+    """The section of the page, in Markdown; empty while there are no results."""
+    if not (folder / f"{FAMILY}.jsonl").exists():
+        return ""
+    lab = Reader(folder=folder, seeds=range(seeds))
+    text = (Path(__file__).parent / "style.md").read_text(encoding="utf-8")
+    for mark, make in MAKERS.items():
+        text = text.replace(f"{{{{{mark}}}}}", make(lab) or "*Not yet run.*")
+    return text
+
+
+MAKERS: dict[str, Callable[[Lab], str]] = {
+    "ahead": ahead_table,
+    "rates": rates_table,
+    **{f"{style} scores": lambda lab, style=style: scores_table(lab, [style]) for style in ("bluefire", "brick")},
+    **{f"{style} parts": lambda lab, style=style: parts_table(lab, [style]) for style in ("bluefire", "brick")},
+    "fused scores": lambda lab: scores_table(lab, experiment.styles()),
+    "fused parts": lambda lab: parts_table(lab, experiment.styles()),
+    "gentle scores": lambda lab: scores_table(lab, experiment.styles(), 1),
+}
+"""What can stand in ``style.md``, by name."""
+
+
+# ---- pictures ------------------------------------------------------------------------------------------------
+
+SHOWN = (2, 5, 7, 9)
+"""Two digits that the training pictures show, and two that they do not."""
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.2)
+
+
+def grid(lab: Lab, some: Sequence[str], method: Method, slower: int = 0) -> Any:
+    """Digits by strength, ``[3, height, width]``: the first picture of each digit that the scores are about."""
+    import torch
+
+    from benchmarks.quality.tasks import style
+    from shira import Switcher
+
+    model = style.base()
+    switcher = Switcher(model)
+    for one in some:
+        setting = experiment.setting(one, method)
+        switcher.add(one, lab.adapter(setting, experiment.rate(lab, setting, slower), lab.seeds[0]))
+    columns = []
+    for alpha in STRENGTHS:
+        switcher.activate(dict.fromkeys(some, alpha))
+        drawn = style.draw(model, style.asked(style.DRAWN["test"]), style.SEEDS["test"])
+        columns.append(torch.cat([drawn[digit] for digit in SHOWN], 1))
+    return torch.cat(columns, 2)
+
+
+def draw(lab: Lab, folder: Path) -> list[Path]:
+    """LoRA and SHiRA side by side: a picture for each style, and one for both at once."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({"font.size": 8})
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    several: dict[str, tuple[tuple[str, ...], int]] = {style: ((style,), 0) for style in experiment.styles()}
+    several |= {"fused": (experiment.styles(), 0), "gentle": (experiment.styles(), 1)}
+    for name, (some, slower) in several.items():
+        methods = (Lora(experiment.R), Shira("rand", r=experiment.R), Shira("struct", r=experiment.R))
+        methods = tuple(method for method in methods if swept(lab, some, method, slower))
+        if not methods:
+            continue
+        figure, axes = pyplot.subplots(1, len(methods), figsize=(3.1 * len(methods), 2.4), squeeze=False)
+        for axis, method in zip(axes[0], methods, strict=True):
+            picture = grid(lab, some, method, slower)
+            axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
+            side = picture.shape[2] // len(STRENGTHS)
+            axis.set_xticks([side * (number + 0.5) for number in range(len(STRENGTHS))], [f"{a:g}" for a in STRENGTHS])
+            axis.set_yticks([])
+            axis.tick_params(length=0)
+            axis.set_title(label(method))
+            axis.set_xlabel("strength")
+        figure.tight_layout()
+        path = folder / f"style-{name}.png"
+        figure.savefig(path, dpi=100, metadata={"Software": None})
+        pyplot.close(figure)
+        made.append(path)
+    return made
+
+
+def main() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    tasks.tasks(FAMILY)
+    for path in draw(Reader(), PICTURES):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
