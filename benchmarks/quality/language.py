@@ -155,7 +155,7 @@ def against(results: Results, family: str, method: Shira) -> str:
 
 def longer_table(results: Results, family: str) -> str:
     """Four times the steps, at the rate of the shorter runs: the loss, and what is forgotten."""
-    rows = []
+    rows, more = [], False
     for setting in single.longer(family):
         short = replace(setting, steps=None)
         rate, base = results.rate(short), results.lab.base(setting.task) if results.base(setting.task) else None
@@ -164,15 +164,19 @@ def longer_table(results: Results, family: str) -> str:
         for one in (short, setting):
             runs = results.trained(one, rate)
             if runs:
+                more |= one.steps is not None
                 steps = one.steps or tasks.task(one.task).steps
                 cells = [spread(family, [run["test"] for run in runs]), share([run["exact"] for run in runs])]
                 cells += [rise([run[which] - base[which] for run in runs]) for which in FORGOTTEN]
                 rows.append([label(one.method), f"{steps}", f"{rate:g}", f"{len(runs)}", *cells])
     heading = ["method", "steps", "rate", "seeds", "loss", "exact, %", *FORGOTTEN.values()]
-    return table(heading, rows) if rows else ""
+    return table(heading, rows) if more else ""
 
 
-KIN_VARIANTS = ("lora", "rand, one mask", "rand 16, one mask", "wm, one mask")
+KIN_VARIANTS = (
+    "lora", "rand, one mask", "rand 16, one mask", "wm, one mask", "lora, a third of the rate",
+    "rand 16, one mask, a third of the rate",
+)  # fmt: skip
 
 
 def kin_table(results: Results, *families: str) -> str:

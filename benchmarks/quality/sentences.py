@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.quality import tasks
 from benchmarks.quality.experiments import single, trials
-from benchmarks.quality.findings import Results, gains, mean, standard_error
+from benchmarks.quality.findings import Fused, Results, gains, mean, standard_error
 from benchmarks.quality.lab import COSTLY, Setting
 from benchmarks.quality.methods import LATER, MASKS, Lora, Method, Shira
-from benchmarks.quality.words import difference, label, spread, what
+from benchmarks.quality.verdict import validation
+from benchmarks.quality.words import difference, label, number, spread, what
 
 WORDS = ("ahead", "behind", "level")
 
@@ -130,9 +131,32 @@ def rewards_words(results: Results, family: str) -> str:
     return f"Beside LoRA: {'; '.join(lines)}." if lines else ""
 
 
+def fused_words(results: Results, family: str) -> str:
+    """Whose fused adapters score higher, LoRA's or SHiRA's, at the strength and the rate that validation prefers."""
+    fused = Fused(results, family)
+    told: dict[str, list[str]] = {}
+    for group in fused.groups():
+        keys = {
+            lora: [k for k in fused.runs if k[0] == group and k[1].startswith("lora") is lora] for lora in (True, False)
+        }
+        if all(keys.values()):
+            best = {lora: max(some, key=lambda key: validation(fused, key)) for lora, some in keys.items()}
+            scores = [
+                mean(mean(run["together"]["sum"][fused.alpha(key)]["test"]) for run in fused.runs[key])
+                for key in (best[True], best[False])
+            ]
+            seeds = min(len(fused.runs[key]) for key in best.values())
+            numbers = " against ".join(number(family, score) for score in sorted(scores, reverse=True))
+            text = f"*{' + '.join(map(what, group))}* ({numbers}; {seeds} seed{'s' * (seeds > 1)})"
+            told.setdefault("LoRA" if scores[0] > scores[1] else "SHiRA", []).append(text)
+    parts = [f"{who} scores better on {listed(some)}" for who, some in told.items()]
+    return f"On {family}, with all adapters on, {'; '.join(parts)}." if parts else ""
+
+
 SENTENCES: dict[str, Callable[..., str]] = {
     "beside-lora": beside_lora,
     "forgotten-words": forgotten_words,
     "default": default_words,
+    "fused-words": fused_words,
     "rewards": rewards_words,
 }

@@ -74,7 +74,12 @@ def variants(family: str, count: int) -> list[Variant]:
     if family in CHOSEN:
         granules = Shira("rand", r=r, granule=16)
         chosen = {"lora": Lora(r), "rand 16, one mask": granules, "wm, one mask": Shira("wm", r=r)}
-        return [Variant(name, (method,) * count) for name, method in chosen.items()]
+        gentler = next(iter(SLOWER))
+        return [
+            Variant(f"{name}, {text}" if text else name, (method,) * count, slower)
+            for text, slower in (("", 0), (gentler, SLOWER[gentler]))
+            for name, method in chosen.items()
+        ]
     several = {"lora": Lora(r), "rand, one mask": Shira("rand", r=r)}
     if family in LARGE:
         several["snip, own masks"] = Shira("snip", r=r)
