@@ -494,7 +494,8 @@ def write_entries(
     *,
     seeds: bool = False,
     version: int | None = None,
-    differences: Mapping[str, tuple[Tensor, int]] = MappingProxyType({}),
+    differences: Mapping[str, tuple[Tensor, int | None]] = MappingProxyType({}),
+    after: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
     """Write an adapter's file.
 
@@ -502,6 +503,7 @@ def write_entries(
         about: the JSON object of `shira.adapter`.
         version: the newest that may be written; None: 2 where that makes the file at least a twentieth smaller.
         differences: of weights whose values are written so, the differences and the fingerprint of the values.
+        after: of an update, the fingerprints of the weights afterwards. The file has version 2 then.
     """
     codes: dict[str, Tensor] = {}
     newer: dict[str, Tensor] = {}
@@ -526,7 +528,9 @@ def write_entries(
     else:
         spared = 0
 
+    newest = spared > 0 or bool(differences) or bool(after)
     parts: list[tuple[str, _file.Part]] = []
+    packed: dict[str, list[Tensor]] = {}
     headers: dict[str, Any] = {}
     prints: list[tuple[int, int]] = []
     for name, entry in weights.items():
@@ -535,8 +539,10 @@ def write_entries(
         if name in differences:
             numbers, printed = differences[name]
             values = _difference.encode(numbers)
-        parts.append((f"{name}.values", _file.tensor_part(values)))
-        if code is not None:
+        packed[name] = ([] if code is None else [code]) + ([values] if name in differences else [])
+        if name not in differences:
+            parts.append((f"{name}.values", _file.tensor_part(values)))
+        if code is not None and not newest:
             parts.append((f"{name}.indices", _file.tensor_part(code)))
         headers[name] = {
             "shape": list(entry.shape),
@@ -547,17 +553,22 @@ def write_entries(
             "seed": _text.hex_word(entry.seed),
             "fingerprint": _text.hex_word(entry.fingerprint),
             **({"aliases": list(entry.aliases)} if entry.aliases else {}),
-            **({} if printed is None else {"values": "difference", "print": _text.hex_word(printed)}),
+            **({"values": "difference"} if name in differences else {}),
+            **({} if printed is None else {"print": _text.hex_word(printed)}),
+            **({"after": _text.hex_word(after[name])} if name in after else {}),
         }
         values = values.detach().cpu().contiguous()
         prints.append((_granules.fingerprint(values), 0 if code is None else _granules.fingerprint(code)))
     metadata = {
         "format": "pt",
-        _file.VERSION_KEY: "2" if spared > 0 or differences else "1",
+        _file.VERSION_KEY: "2" if newest else "1",
         _file.ADAPTER_KEY: _file.jsoned(about),
-        _file.WEIGHTS_KEY: _file.jsoned(headers),
     }
-    metadata[_file.CHECKSUMS_KEY] = _file.checksums(metadata, prints)
+    if newest:
+        parts += _file.Packed.parts(metadata, headers, packed, prints).items()
+    else:
+        metadata[_file.WEIGHTS_KEY] = _file.jsoned(headers)
+        metadata[_file.CHECKSUMS_KEY] = _file.hexed(_file.checksums(metadata, b"", prints))
     # Tensors of wide entries come first, so that each is aligned to its entries; otherwise the adapter's order.
     parts.sort(key=lambda one: -_file.ITEM_BYTES[one[1].dtype])
     _file.write_safetensors(path, dict(parts), metadata, _file.MAX_ADAPTER_HEADER)
