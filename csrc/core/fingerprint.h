@@ -184,6 +184,31 @@ SHIRA_AVX512 inline uint64_t sum_touched_avx512(const uint8_t* data, int64_t who
 }
 #endif
 
+// The share of words that were read already, wherever they lie in the tensor.
+#if SHIRA_X86
+SHIRA_AVX512 inline uint64_t sum_read_avx512(const int64_t* words, const int64_t* positions, int64_t& begin,
+                                             int64_t end) {
+  const __m512i golden = _mm512_set1_epi64(static_cast<long long>(kGolden));
+  __m512i sum = _mm512_setzero_si512();
+  for (; begin + 8 <= end; begin += 8) {
+    const __m512i place = _mm512_mullo_epi64(_mm512_loadu_si512(positions + begin), golden);
+    sum = _mm512_add_epi64(sum, mix_avx512(_mm512_xor_si512(_mm512_loadu_si512(words + begin), place)));
+  }
+  return total_avx512(sum);
+}
+#endif
+inline uint64_t sum_read(const int64_t* words, const int64_t* positions, int64_t begin, int64_t end,
+                         Width width = widest()) {
+  uint64_t sum = 0;
+#if SHIRA_X86
+  if (width == Width::Avx512) sum += sum_read_avx512(words, positions, begin, end);
+#endif
+  (void)width;
+  for (; begin < end; ++begin)
+    sum += mix_word(static_cast<uint64_t>(words[begin]), static_cast<uint64_t>(positions[begin]));
+  return sum;
+}
+
 // The logarithm of a size that words hold whole granules of, or -1.
 inline int word_part(int64_t granule_bytes) {
   return granule_bytes == 1 ? 0 : granule_bytes == 2 ? 1 : granule_bytes == 4 ? 2 : granule_bytes == 8 ? 3 : -1;

@@ -89,6 +89,19 @@ Tensor foreach_swap_fingerprint(const Tensors& weights, const Tensors& indices, 
   return changes;
 }
 
+// The share of words that were read wherever a model has them: int64, as their positions in the weight.
+Tensor fingerprint_words(const Tensor& words, const Tensor& positions) {
+  const char* op = "_fingerprint_words";
+  const auto flat = [](const Tensor& t) { return t.scalar_type() == ScalarType::Long && t.dim() == 1; };
+  SHIRA_CHECK(flat(words) && flat(positions) && words.numel() == positions.numel(), op,
+              ": words and positions must be int64, 1-D and as many");
+  check_contiguous(op, {"words"}, words);
+  check_contiguous(op, {"positions"}, positions);
+  const auto *data = words.const_data_ptr<int64_t>(), *places = positions.const_data_ptr<int64_t>();
+  return sum_over(words, words.numel(), kWordsAThread,
+                  [&](int64_t begin, int64_t end) { return core::sum_read(data, places, begin, end); });
+}
+
 }  // namespace
 }  // namespace shira::cpu
 
@@ -96,4 +109,5 @@ SHIRA_LIBRARY_IMPL(CPU, m) {
   if (shira::backend_is_reference()) return;
   shira::FingerprintOps<shira::cpu::Cpu>::implement(m);
   m.impl("_foreach_swap_fingerprint_", TORCH_BOX(&shira::cpu::foreach_swap_fingerprint));
+  m.impl("_fingerprint_words", TORCH_BOX(&shira::cpu::fingerprint_words));
 }

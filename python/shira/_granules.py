@@ -57,7 +57,7 @@ def fingerprint_at(weight: Tensor, indices: Tensor, granule: int) -> int:
 
 @cache
 def _has_kernel() -> bool:
-    """Whether this build's CPU kernels are in use, among them the one that `swap_` takes."""
+    """Whether this build's CPU kernels are in use, among them those that `swap_` and `share` take."""
     name = add_op_namespace_prefix("_foreach_swap_fingerprint_")
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"))
 
@@ -84,6 +84,9 @@ def swap_(weights: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence
 
 def share(words: Tensor, positions: Tensor) -> Tensor:
     """What 64-bit words at these positions of a weight add to its fingerprint: int64, without dimensions."""
+    if words.device.type == "cpu" and _has_kernel():
+        found: Tensor = ops._fingerprint_words.default(words, positions)
+        return found
     return reference.words_hash(words, positions)
 
 

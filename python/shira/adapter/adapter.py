@@ -495,7 +495,7 @@ def write_entries(
     seeds: bool = False,
     version: int | None = None,
     differences: Mapping[str, tuple[Tensor, int | None]] = MappingProxyType({}),
-    after: Mapping[str, int] = MappingProxyType({}),
+    after: Mapping[str, int] | None = None,
 ) -> None:
     """Write an adapter's file.
 
@@ -503,7 +503,7 @@ def write_entries(
         about: the JSON object of `shira.adapter`.
         version: the newest that may be written; None: 2 where that makes the file at least a twentieth smaller.
         differences: of weights whose values are written so, the differences and the fingerprint of the values.
-        after: of an update, the fingerprints of the weights afterwards. The file has version 2 then.
+        after: of an update, the fingerprints of the weights afterwards. The file has version 2 then, and is packed.
     """
     codes: dict[str, Tensor] = {}
     newer: dict[str, Tensor] = {}
@@ -528,7 +528,6 @@ def write_entries(
     else:
         spared = 0
 
-    newest = spared > 0 or bool(differences) or bool(after)
     parts: list[tuple[str, _file.Part]] = []
     packed: dict[str, list[Tensor]] = {}
     headers: dict[str, Any] = {}
@@ -542,7 +541,7 @@ def write_entries(
         packed[name] = ([] if code is None else [code]) + ([values] if name in differences else [])
         if name not in differences:
             parts.append((f"{name}.values", _file.tensor_part(values)))
-        if code is not None and not newest:
+        if code is not None and after is None:
             parts.append((f"{name}.indices", _file.tensor_part(code)))
         headers[name] = {
             "shape": list(entry.shape),
@@ -555,16 +554,16 @@ def write_entries(
             **({"aliases": list(entry.aliases)} if entry.aliases else {}),
             **({"values": "difference"} if name in differences else {}),
             **({} if printed is None else {"print": _text.hex_word(printed)}),
-            **({"after": _text.hex_word(after[name])} if name in after else {}),
+            **({} if after is None else {"after": _text.hex_word(after[name])}),
         }
         values = values.detach().cpu().contiguous()
         prints.append((_granules.fingerprint(values), 0 if code is None else _granules.fingerprint(code)))
     metadata = {
         "format": "pt",
-        _file.VERSION_KEY: "2" if newest else "1",
+        _file.VERSION_KEY: "2" if spared > 0 or after is not None else "1",
         _file.ADAPTER_KEY: _file.jsoned(about),
     }
-    if newest:
+    if after is not None:
         parts += _file.Packed.parts(metadata, headers, packed, prints).items()
     else:
         metadata[_file.WEIGHTS_KEY] = _file.jsoned(headers)

@@ -52,7 +52,7 @@ class _Words(NamedTuple):
         count, device = self.positions.numel() * (WORD_BYTES // self.part.itemsize), self.positions.device
         parts = torch.zeros(0, dtype=self.part, device=device)
         for weight, where, indices in self.places:
-            here = weight.tensor.view(-1).view(self.part).index_select(0, indices).to(device)
+            here = shira_ops.gather(weight.tensor.view(-1).view(self.part), indices).to(device)
             if where is None:
                 parts = here
             else:
@@ -446,8 +446,13 @@ class Receiver:
         places: list[tuple[Weight, Tensor | None, Tensor]] = []
         for weight, where, indices in plan.find(name, inside, granule):
             tensor = self._names[weight].tensor
+            rising = bool((indices[1:] > indices[:-1]).all())
+            if not rising:  # a layout that transposes
+                indices, order = indices.sort()
+                where = where[order]
             indices = indices.to(tensor.device, index_dtype(tensor.numel()))
-            places.append((self._names[weight], None if len(where) == len(parts) else where.to(home), indices))
+            every = rising and len(where) == len(parts)
+            places.append((self._names[weight], None if every else where.to(home), indices))
         return _Words(name, positions.to(home), bits_of(granule * entry.dtype.itemsize), places)
 
     def _refuse_other_start(self, plan: Plan, update: Update) -> None:
