@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,10 +13,13 @@ GROUP = 64  # granules of the union that are planned together: as many as member
 POSITION_BITS = 48  # of a source; the adapter's number is above them
 _OCTET = 8
 
+Size = TypeVar("Size", int, torch.SymInt)
 
-def groups(granules: int) -> int:
-    """How many groups the plan of a union of `granules` has."""
-    return (granules + GROUP - 1) // GROUP
+
+def groups(granules: Size) -> Size:
+    """How many groups the plan of a union of `granules` has. A size that is traced is a torch.SymInt."""
+    count: Size = (granules + GROUP - 1) // GROUP
+    return count
 
 
 def parts(sources: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,8 +30,8 @@ def parts(sources: Tensor) -> tuple[Tensor, Tensor]:
 def unpacked(members: Tensor) -> Tensor:
     """The bits of `members` as bools `[sources, GROUP]`."""
     if members.device.type == "cpu":  # a twentieth of the time
-        bits = np.unpackbits(members.numpy().view(np.uint8), bitorder="little")
-        return torch.from_numpy(bits.view(np.bool_)).view(-1, GROUP)
+        flat = np.unpackbits(members.numpy().view(np.uint8), bitorder="little")
+        return torch.from_numpy(flat).view(torch.bool).view(-1, GROUP)
     octets = members.view(torch.uint8).view(-1, GROUP // _OCTET, 1)  # the lowest first
     bits = torch.arange(_OCTET, dtype=torch.uint8, device=members.device)
     return ((octets >> bits) & 1).bool().view(-1, GROUP)
@@ -45,12 +49,13 @@ def group_of(offsets: Tensor) -> Tensor:
     return torch.arange(offsets.numel() - 1, device=offsets.device).repeat_interleave(offsets.diff().to(torch.int64))
 
 
-def rows(offsets: Tensor, sources: Tensor, members: Tensor, adapter: int) -> Tensor:
-    """Where an adapter's granules lie in the union of a plan that `fuse_plan` made, in the order of its list: int64."""
-    mine = places(sources >> POSITION_BITS == adapter)
-    here = members.new_zeros(offsets.numel() - 1)
-    here[group_of(offsets)[mine]] = members[mine]
-    return places(unpacked(here).view(-1))
+def rows(offsets: Tensor, sources: Tensor, members: Tensor, adapters: int) -> Iterator[Tensor]:
+    """For each adapter of a plan that `fuse_plan` made, where its granules lie in the union, in the order of its list:
+    int64."""
+    count = offsets.numel() - 1
+    own = members.new_zeros(adapters * count)
+    own.index_copy_(0, (sources >> POSITION_BITS).mul_(count).add_(group_of(offsets)), members)
+    return (places(unpacked(bits).view(-1)) for bits in own.view(adapters, count))
 
 
 def contributions(offsets: Tensor, sources: Tensor, members: Tensor) -> tuple[Tensor, Tensor, Tensor]:
