@@ -201,7 +201,7 @@ def boxes(mesh: DeviceMesh, both: DeviceMesh) -> None:
         box, local = _shards.Box.of(weight), _shards.local(weight)
         at = box.globally(torch.arange(local.numel()), 1)
         whole = weight.detach().full_tensor()
-        assert torch.equal(local.flatten(), whole.view(-1)[at])
+        assert torch.equal(local.flatten(), whole.flatten()[at])
         first = torch.tensor([_shards.is_first(weight) * local.numel()])
         dist.all_reduce(first)
         assert first == whole.numel()

@@ -340,8 +340,8 @@ def _best(mask: _Scored, name: str, weight: DTensor, gradient: Any, ranks: Ranks
     own = 0 if split or not _shards.is_first(weight) else min(k, box.local_numel // granule)
     most, anywhere = ranks.most([own, split])
     if anywhere:  # a score needs all entries of its granule
-        whole = None if gradient is None else gradient.full_tensor()
-        return shira_ops.select_top(weight.full_tensor().detach(), whole, k, score=score, granule=granule)
+        whole = None if gradient is None else gradient.full_tensor().contiguous()
+        return shira_ops.select_top(weight.full_tensor().detach().contiguous(), whole, k, score=score, granule=granule)
     # The best of the weight are among the best of each part.
     candidates = torch.full((most,), -1, dtype=torch.int64, device=here.device)
     best = shira_ops.select_top(here, part, own, score=score, granule=granule) if own else None
@@ -603,7 +603,26 @@ def flush(group: Group, task: int) -> None:
     if with_grad:
         # Through autograd: so it accumulates, and the hooks of the values run, as for any parameter.
         grads = [ranks.values(chunk, count) for _, chunk, count in with_grad]
-        torch.autograd.backward([one for one, _, _ in with_grad], grads)
+        with torch.enable_grad():
+            given: Tensor = _Give.apply(grads, *(one for one, _, _ in with_grad))  # type: ignore[no-untyped-call]
+        given.backward()  # type: ignore[no-untyped-call]
+
+
+class _Give(torch.autograd.Function):
+    """A constant whose backward pass gives each of some tensors its gradient of a list, and keeps none of them.
+
+    Autograd copies a gradient to which somebody else still refers, and torch 2.11 makes a whole tensor of a DTensor
+    that is divided unevenly when it copies one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grads: list[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.grads = grads
+        return _shards.local(tensors[0]).new_zeros(())  # on their device, so that this node has their stream
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(ctx.grads.pop(0) for _ in range(len(ctx.grads)))
 
 
 # ---- what the ranks agree on ---------------------------------------------------------------------------------
@@ -653,7 +672,7 @@ def fingerprints(ranks: Ranks, weights: Sequence[DTensor]) -> list[int]:
     found = []
     for weight, word, split in zip(weights, added, added[len(weights) :], strict=False):
         if split:  # a cut goes through a 64-bit word: such weights are small and odd
-            found.append(_granules.fingerprint(weight.full_tensor()))
+            found.append(_granules.fingerprint(weight.full_tensor().contiguous()))
         else:
             found.append(word & _granules.WORD)
     return found
