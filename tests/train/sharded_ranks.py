@@ -273,16 +273,54 @@ def fsdp_and_tensor_parallel(mesh: DeviceMesh, both: DeviceMesh) -> None:
 
 
 def masks_by_gradients(mesh: DeviceMesh, both: DeviceMesh) -> None:
-    """Two batches on each of four ranks are eight in one process."""
+    """Batches of several ranks, and layers that several ranks compute: the mask of one process on all batches."""
     batches = [IDS[i : i + 1].roll(turn, 1) for i in range(4) for turn in (0, 1)]
-    for kind, granule, where in ((masks.Snip, 1, mesh), (masks.Grad, 4, both)):
-        mask = kind(density=0.1, granule=granule)
-        model, alone = shard(net(), where), net()
-        wanted = SparseTuner(alone, mask, LINEAR, calibration=batches, loss=loss_of)
-        own = batches[2 * dist.get_rank() :][:2]
-        tuner = SparseTuner(model, mask, LINEAR, calibration=own, loss=loss_of)
+    rank, half = dist.get_rank(), both["dp"].get_local_rank()
+    every, own = batches, batches[2 * rank :][:2]
+    two, four, of_half = batches[:2], batches[:4], batches[2 * half :][:2]
+    skip = masks.WeightMagnitude(density=0.05, skip=masks.Grad(density=0.05))
+    for mask, make, whole, given in (
+        (masks.Snip(density=0.1), lambda: shard(net(), mesh), every, own),
+        (masks.Grad(density=0.1, granule=4, balanced=True), lambda: shard(net(), both), every, own),
+        (masks.Rand(density=0.1, skip=masks.Grad(density=0.1)), lambda: shard(net(), mesh), every, own),
+        (masks.Grad(density=0.1, granule=16), lambda: parallel(net(), mesh, sequence=True), two, two),
+        (masks.Snip(density=0.1, balanced=True, skip=skip), lambda: parallel(net(), mesh), two, two),
+        (masks.Grad(density=0.1), lambda: shard(parallel(net(), both["tp"]), both["dp"]), four, of_half),
+        (
+            masks.Snip(density=0.1, granule=2),
+            lambda: shard(parallel(net(checkpointed=True), both["tp"], True), both["dp"]), four, of_half,
+        ),
+    ):  # fmt: skip
+        alone, model = net(), make()
+        wanted = SparseTuner(alone, mask, "up|down", calibration=whole, loss=loss_of)
+        tuner = SparseTuner(model, mask, "up|down", calibration=given, loss=loss_of)
         same(tuner.adapter(), wanted.adapter(), exact=True)
         tuner.detach()
+        base_is_back(model)
+    model = shard(net(), mesh)
+    with pytest.raises(ValueError, match=r"calibration: the ranks have different numbers of batches, this one 1"):
+        SparseTuner(model, masks.Grad(density=0.1), LINEAR, calibration=batches[: 1 + (rank == 1)], loss=loss_of)
+    base_is_back(model)
+
+
+def masks_of_whole_weights(mesh: DeviceMesh, both: DeviceMesh) -> None:
+    """Masks for which a weight is gathered."""
+    makes: tuple[Callable[[], nn.Module], ...] = (
+        lambda: parallel(net(), mesh),
+        lambda: shard(parallel(net(), both["tp"]), both["dp"]),
+        lambda: shard(net(), mesh),
+    )
+    several = (
+        masks.Principal(density=0.1, rank=4),
+        masks.WeightMagnitude(density=0.1, balanced=True),
+        masks.Rand(density=0.1, skip=masks.WeightMagnitude(density=0.1)),
+        masks.Given(lambda name, weight: weight > weight.mean()),
+        masks.Struct(density=0.3, skip=SparseTuner(net(), RAND, LINEAR).adapter()),
+    )
+    for mask, make in zip(several, makes + makes, strict=False):
+        wanted, model = SparseTuner(net(), mask, "up|down").adapter(), make()
+        with SparseTuner(model, mask, "up|down") as tuner:
+            same(tuner.adapter(), wanted, exact=True)
         base_is_back(model)
 
 
@@ -523,14 +561,6 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
     same_mask = masks.Given({"head.weight": torch.arange(11 * 16).view(11, 16) % 5 == 0})
     with SparseTuner(model, same_mask) as tuner:
         same(tuner.adapter(), SparseTuner(net(), same_mask).adapter(), exact=True)
-    for mask, says in (
-        (masks.Grad(density=0.1, balanced=True), r"for which Grad cannot take balanced=True"),
-        (masks.Given(lambda name, weight: weight > 0), r"Given reads .* or give the function's tensors by name"),
-        (masks.WeightMagnitude(density=0.1, balanced=True), r"WeightMagnitude cannot take balanced=True"),
-        (masks.Rand(density=0.1, skip=masks.WeightMagnitude(density=0.1)), r"Rand reads the whole weight"),
-    ):
-        with pytest.raises(ValueError, match=rf"SparseTuner: head\.weight is sharded, .*{says}"):
-            SparseTuner(model, mask, LINEAR)
     for options in ({"gradient": "dense"}, {"whole": "head"}):
         with pytest.raises(
             ValueError, match=r"weight is sharded and would train by its dense gradient, which is not supported"
@@ -567,8 +597,6 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
     with pytest.raises(ValueError, match=r"calibration: embed\.weight is sharded"):
         SparseTuner(model, masks.Grad(density=0.1), "embed", calibration=[my(mesh)], loss=loss_of)
     part = parallel(net(), mesh)
-    with pytest.raises(ValueError, match=r"up\.weight is divided by tensor parallelism, where Grad has no gradients"):
-        SparseTuner(part, masks.Grad(density=0.1), "up", calibration=[IDS], loss=loss_of)
     with pytest.raises(
         ValueError, match=r"head\.weight is not sharded, but blocks\.0\.up\.weight is, and nothing says"
     ):
@@ -601,8 +629,9 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
 
 
 CHECKS = (
-    boxes, fsdp, attached_before, tensor_parallel, fsdp_and_tensor_parallel, masks_by_gradients, few_entries,
-    convolution, hybrid, tied, by_hand, edits_and_states, mixed_precision, budget, refusals, checkpoint_to_resume,
+    boxes, fsdp, attached_before, tensor_parallel, fsdp_and_tensor_parallel, masks_by_gradients, masks_of_whole_weights,
+    few_entries, convolution, hybrid, tied, by_hand, edits_and_states, mixed_precision, budget, refusals,
+    checkpoint_to_resume,
 )  # fmt: skip
 
 

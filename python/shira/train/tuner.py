@@ -152,9 +152,9 @@ class SparseTuner:
     ``nn.Linear``), or by both. Then all ranks call the tuner together, with the same arguments; the values of a weight
     are one DTensor of `nnz` entries in the order of the adapter's file, divided evenly between all ranks; masks select
     what they select in one process; and every rank gets the same whole `adapter`. For that ``gradient`` must be
-    ``"sampled"``; masks that are functions, ``balanced`` or with scores to skip are refused; for `shira.masks.Grad` and
-    `shira.masks.Snip` every rank gives its own batches, equally many. ``fully_shard`` may also follow the tuner, with
-    the optimizer made from ``tuner.parameters()`` after it.
+    ``"sampled"``. For `shira.masks.Grad` and `shira.masks.Snip` every rank gives its own batches, equally many, and the
+    ranks of one tensor-parallel group the same ones. ``fully_shard`` may also follow the tuner, with the optimizer made
+    from ``tuner.parameters()`` after it.
 
     Args:
         model: the model; its weights are changed in place, in the same storage. Wrap it in DistributedDataParallel
@@ -394,11 +394,9 @@ class SparseTuner:
         """The plans for weights that ranks hold together. A collective call."""
         for name, group in groups.items():
             rule = self._rules(group, mask.granule_of(group[0].weight))[0]
-            divided = _sharded.is_tensor_parallel(self.model, group[0])
-            _sharded.check_mask(mask, name, divided)
             if rule is None:
                 self._refuse_dense(name)
-            if divided and rule != "linear":
+            if rule != "linear" and _sharded.is_tensor_parallel(self.model, group[0]):
                 raise ValueError(
                     f"SparseTuner: {name} is divided by tensor parallelism in a layer other than nn.Linear, which is "
                     f"not supported; leave it out with exclude="
