@@ -533,6 +533,7 @@ def budget(mesh: DeviceMesh, both: DeviceMesh) -> None:
 def checkpoint_to_resume(mesh: DeviceMesh, both: DeviceMesh) -> None:
     """For `resume_ranks`, which goes on with other ranks."""
     model = shard(net(), mesh)
+    dcp.save(model.state_dict(), checkpoint_id="base")
     tuner = SparseTuner(model, RAND, LINEAR)
     optimizer = OPTIMIZERS["AdamW"](tuner)
     for step in range(3):

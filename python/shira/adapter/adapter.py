@@ -180,8 +180,9 @@ class Adapter:
         which must not be written to while the adapter is in use.
 
         Args:
-            base, tuned: each a path (a ``.safetensors`` file, or a folder with one or with shards and their index), a
-                state dict, or a module, with the same shapes and dtypes. Tied tensors of ``base`` become aliases. Names
+            base, tuned: each a path (a ``.safetensors`` file, a folder with one or with shards and their index, or a
+                folder of ``torch.distributed.checkpoint``, of which one weight at a time is read), a state dict, or a
+                module, with the same shapes and dtypes. Tied tensors of ``base`` become aliases. Names
                 may differ where it is certain what belongs together: prefixes of wrappers (``_orig_mod.``,
                 ``module.``), a prefix that only one of them has (``transformer.``, ``0.auto_model.``), and a tied
                 weight that only one of them holds twice. The values of a `SparseTuner` are left out. The report's
