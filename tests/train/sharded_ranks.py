@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import resource
 import sys
 import warnings
 import weakref
@@ -488,11 +489,11 @@ def mixed_precision(mesh: DeviceMesh, both: DeviceMesh) -> None:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes that this rank sends or receives for values and gradients."""
+    """Counts the bytes that this rank sends or receives for values and gradients, in all and at most in one call."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0
+        self.bytes = self.most = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
@@ -502,6 +503,7 @@ class Traffic(TorchDispatchMode):
             if frame is not None:
                 tensors = [one for one in tree_leaves(args) if isinstance(one, Tensor)]
                 self.bytes += max(one.nbytes for one in tensors)
+                self.most = max(self.most, *(one.nbytes for one in tensors))
         return func(*args, **(kwargs or {}))
 
 
@@ -528,6 +530,39 @@ def budget(mesh: DeviceMesh, both: DeviceMesh) -> None:
     held += list(tuner.parameters())
     own = sum(one.to_local().nbytes for one in held)
     assert own <= 1.1 * 3 * 4 * tuner.nnz / 4, (own, tuner.nnz)
+
+
+def files(mesh: DeviceMesh, both: DeviceMesh) -> None:
+    """The first rank writes the file of one process, one weight at a time; and says to the others if it cannot."""
+    rank = dist.get_rank()
+    for make, options, dtype in (
+        (lambda: shard(net(), mesh), {}, torch.float32),
+        (lambda: shard(parallel(net().bfloat16(), both["tp"]), both["dp"]), {"seeds": True}, torch.bfloat16),
+        (lambda: shard(net().bfloat16(), both), {"version": 2}, torch.bfloat16),
+    ):
+        model, alone = make(), net().to(dtype)
+        tuner, other = (SparseTuner(one, masks.Rand(density=0.1), "up|down") for one in (model, alone))
+        for one in (tuner, other):
+            with torch.no_grad():
+                for values in one.parameters():
+                    values.mul_(1.5)
+        other.save(f"alone.{rank}.safetensors", alpha=0.5, provenance={"data": "none"}, **options)
+        before, _sharded._BUCKET = _sharded._BUCKET, 1
+        with Traffic() as traffic:
+            tuner.save("together.safetensors", alpha=0.5, provenance={"data": "none"}, **options)
+        _sharded._BUCKET = before
+        largest = max(values.numel() for values in tuner.parameters()) * dtype.itemsize
+        assert traffic.most <= largest + 4 * dtype.itemsize, (traffic.most, largest)
+        assert Path("together.safetensors").read_bytes() == Path(f"alone.{rank}.safetensors").read_bytes()
+        dist.barrier()  # before the file is written anew
+        with pytest.raises(FileNotFoundError if rank == 0 else RuntimeError, match=r"the folder 'gone' to write 'a'"):
+            tuner.save("gone/a")
+    before_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before_limit[1]))
+    with pytest.raises(OSError if rank == 0 else RuntimeError, match=r"File too large"):  # while it is written
+        tuner.save("together.safetensors")
+    resource.setrlimit(resource.RLIMIT_FSIZE, before_limit)
+    assert Path("together.safetensors").read_bytes() == Path(f"alone.{rank}.safetensors").read_bytes()
 
 
 def checkpoint_to_resume(mesh: DeviceMesh, both: DeviceMesh) -> None:
@@ -631,7 +666,7 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
 
 CHECKS = (
     boxes, fsdp, attached_before, tensor_parallel, fsdp_and_tensor_parallel, masks_by_gradients, masks_of_whole_weights,
-    few_entries, convolution, hybrid, tied, by_hand, edits_and_states, mixed_precision, budget, refusals,
+    few_entries, convolution, hybrid, tied, by_hand, edits_and_states, mixed_precision, budget, files, refusals,
     checkpoint_to_resume,
 )  # fmt: skip
 

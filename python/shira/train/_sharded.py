@@ -16,6 +16,7 @@ No dense gradient of a weight is made, and what is added up is fp32 whatever FSD
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +27,8 @@ from torch import Tensor, distributed, nn
 
 import shira_ops
 from shira import _granules, _model, _shards
-from shira._granules import fnv1a64, signed
+from shira._granules import dtype_name, fnv1a64, signed
+from shira.adapter import _file
 from shira.masks import calibration
 from shira.masks.masks import Grad, Mask, Principal, Snip, WeightMagnitude
 from shira.train import _layers
@@ -153,6 +155,21 @@ class Ranks:
         tensor = tensor.contiguous()
         distributed.broadcast(tensor, group=self.group, group_src=0)
         return tensor
+
+    def to_first(self, chunk: Tensor, count: int) -> list[Any]:
+        """The bytes of all values, from the chunks of all ranks, on the first rank; nothing on the others."""
+        size = chunk.element_size()
+        sent = torch.zeros(self.chunk(count) * size, dtype=torch.uint8, device=chunk.device)
+        sent[: chunk.numel() * size] = chunk.contiguous().view(torch.uint8)
+        got = sent.new_empty(self.size, sent.numel()) if self.rank == 0 else None
+        distributed.gather(sent, None if got is None else list(got), group=self.group, group_dst=0)
+        return [] if got is None else [got.view(-1)[: count * size].cpu().numpy()]
+
+    def told_by_first(self, text: str | None) -> str | None:
+        """The text of the first rank."""
+        texts = [text]
+        distributed.broadcast_object_list(texts, group=self.group, group_src=0, device=self._device)
+        return texts[0]
 
     @property
     def _device(self) -> torch.device:
@@ -590,6 +607,53 @@ class _Give(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         return None, *(ctx.grads.pop(0) for _ in range(len(ctx.grads)))
+
+
+# ---- files ---------------------------------------------------------------------------------------------------
+
+
+def written_by_first(
+    shards: Mapping[str, tuple[Sharded, Tensor]],
+    write: Callable[[dict[str, tuple[_file.Part, int]]], None],
+    where: str,
+) -> None:
+    """Have the first rank write the values of sharded weights, which it gets when it writes them. A collective call.
+
+    Args:
+        shards: by name, how the weight is divided, and this rank's values.
+        write: takes what gives the values of each weight, and their fingerprints, as `write_entries` does.
+        where: what is written, for the other ranks' error.
+    """
+    ranks = next(iter(shards.values()))[0].ranks
+    dtypes = {name: shard.stored().dtype for name, (shard, _) in shards.items()}
+    # As in the file.
+    waiting = deque(sorted(shards, key=lambda name: -dtypes[name].itemsize))
+
+    def chunk(name: str) -> Tensor:
+        return _shards.local(shards[name][1]).to(dtypes[name])
+
+    def take(name: str) -> list[Any]:
+        assert waiting.popleft() == name
+        return ranks.to_first(chunk(name), shards[name][0].count)
+
+    words = fingerprints(ranks, [ranks.values(chunk(name), shard.count) for name, (shard, _) in shards.items()])
+    parts: dict[str, tuple[_file.Part, int]] = {}
+    for (name, (shard, _)), word in zip(shards.items(), words, strict=True):
+        known, size = _file.DTYPES[dtype_name(dtypes[name])]
+        parts[name] = _file.Part(known, (shard.count,), shard.count * size, partial(take, name)), word
+    error: BaseException | None = None
+    if ranks.rank == 0:
+        try:
+            write(parts)
+        except BaseException as raised:
+            error = raised
+    while waiting:
+        take(waiting[0])  # the ranks go on together even if nothing is written any more
+    told = ranks.told_by_first(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    if told is not None:
+        raise RuntimeError(f"SparseTuner: the first rank could not write {where}: {told}")
 
 
 # ---- what the ranks agree on ---------------------------------------------------------------------------------

@@ -555,8 +555,45 @@ class SparseTuner:
         """
         self._enabled("adapter")
         self.sync()
+        return self._adapter(self._together(master=False), alpha, provenance)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        alpha: float | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        seeds: bool = False,
+        version: int | None = None,
+    ) -> None:
+        """Write `adapter` to a file: the same bytes as ``tuner.adapter(...).save(path, ...)``.
+
+        Of weights that ranks hold together all ranks call it, and the first one writes: it gets the values of one
+        weight at a time, so that no rank ever holds all of them. If it cannot write the file, every rank raises.
+
+        Args:
+            path: where to write; an existing file is replaced.
+            alpha, provenance: as for `adapter`.
+            seeds, version: as for `Adapter.save`.
+        """
+        self._enabled("save")
+        self.sync()
+        shards = {tuned.name: (tuned.plan.shard, tuned.values) for tuned in self._tuned if tuned.plan.shard is not None}
+        if not shards:
+            self._adapter({}, alpha, provenance).save(path, seeds=seeds, version=version)
+            return
+        nothing = {
+            name: torch.empty(shard.count, dtype=shard.stored().dtype, device="meta")
+            for name, (shard, _) in shards.items()
+        }
+        adapter = self._adapter(nothing, alpha, provenance)
+        _sharded.written_by_first(shards, partial(adapter._save, path, seeds, version), os.fspath(path))
+
+    def _adapter(
+        self, together: Mapping[str, Tensor], alpha: float | None, provenance: Mapping[str, Any] | None
+    ) -> Adapter:
+        """The adapter; ``together`` has the values of the weights that ranks hold together."""
         entries: dict[str, Entry] = {}
-        together = self._together(master=False)
         for tuned in self._tuned:
             plan = tuned.plan
             if plan.layer is not None:
