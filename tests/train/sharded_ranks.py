@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -410,6 +410,20 @@ def by_hand(mesh: DeviceMesh, both: DeviceMesh) -> None:
         torch.testing.assert_close(full(values.grad), other.grad)
 
 
+def offloaded(mesh: DeviceMesh, both: DeviceMesh) -> None:
+    """Right where the weights stay on the device that computes, refused where they do not."""
+    model = shard(net(), mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeviceMesh, "device_type", "cuda")
+        with pytest.raises(ValueError, match=r"weight is kept on cpu by a CPUOffloadPolicy and computed with on cuda"):
+            SparseTuner(model, RAND, LINEAR)
+    base_is_back(model)
+    tuner = SparseTuner(model, RAND, LINEAR)
+    like_one_process(model, tuner, my(mesh), RAND, LINEAR, "AdamW")
+    tuner.detach()
+    base_is_back(model)
+
+
 def edits_and_states(mesh: DeviceMesh, both: DeviceMesh) -> None:
     model, alone = shard(net(), mesh), net()
     tuner, other = SparseTuner(model, RAND, LINEAR), SparseTuner(alone, RAND, LINEAR)
@@ -666,8 +680,8 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
 
 CHECKS = (
     boxes, fsdp, attached_before, tensor_parallel, fsdp_and_tensor_parallel, masks_by_gradients, masks_of_whole_weights,
-    few_entries, convolution, hybrid, tied, by_hand, edits_and_states, mixed_precision, budget, files, refusals,
-    checkpoint_to_resume,
+    few_entries, convolution, hybrid, tied, by_hand, offloaded, edits_and_states, mixed_precision, budget, files,
+    refusals, checkpoint_to_resume,
 )  # fmt: skip
 
 
