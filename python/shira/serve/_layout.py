@@ -19,8 +19,8 @@ from torch import Tensor
 import shira_ops
 from shira._granules import dtype_name, overlay_, refine
 from shira._live import Weight
-from shira.adapter._file import ARITHMETIC
 from shira.adapter._entry import Entry
+from shira.adapter._file import ARITHMETIC
 from shira.serve._streams import Events, send, wait
 from shira.serve._watch import Watch
 from shira_ops import plan

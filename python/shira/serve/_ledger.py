@@ -218,7 +218,7 @@ class Ledger:
                     weight.record.whole = whole
 
     def whole_fingerprint(self, slot: _model.Slot, weight: Weight | None, step: Step) -> int:
-        """The fingerprint that a sharded weight should have now; its base if adapters are on it is shown to be right."""
+        """The fingerprint that a sharded weight should have now; added up by all ranks."""
         if weight is None:
             return step.ranks.fingerprints([slot.weight], [_shards.local(slot.weight)], step)[0]
         _live.refuse_first([weight], Weight.place)

@@ -511,14 +511,14 @@ def stamp_of(file: Path) -> Stamp:
     return found.st_mtime_ns, found.st_size, found.st_dev, found.st_ino
 
 
-def content(adapter: Adapter) -> str:
-    """Tells the content of an adapter, for ranks that compare theirs. Reads all of it."""
+def content(adapter: Adapter, names: Iterable[str]) -> str:
+    """Tells what an adapter holds and for which weights, so that ranks can compare theirs. Reads all of it."""
     words = (
         (name, entry.shape, entry.granule, entry.values.dtype,
          *(_granules.fingerprint(tensor) for tensor in (entry.indices.to(torch.int64), entry.values)))
         for name, entry in adapter.weights.items()
     )  # fmt: skip
-    told = repr((list(words), adapter.delta, adapter.alpha)).encode()
+    told = repr((list(words), adapter.delta, adapter.alpha, list(names))).encode()
     return (
         f"an adapter of {len(adapter.weights)} weights and {adapter.nnz:,} entries, strength {adapter.alpha:g}, "
         f"content {hashlib.blake2b(told, digest_size=8).hexdigest()}"
@@ -554,7 +554,7 @@ def refuse_written(file: Path | None, stamp: Stamp | None) -> None:
 
 
 def _part(weight: Weight, entry: Entry) -> Entry:
-    """What an adapter changes in this rank's part of a weight, in memory of its own; all of it, if that is not sharded."""
+    """What an adapter changes in this rank's part of a sharded weight, in memory of its own."""
     if weight.box is None:
         return entry
     part = weight.box.take(entry.indices, entry.granule)

@@ -142,7 +142,7 @@ class Switcher:
         Raises `AdapterError` if it does not fit the model, and `SwitchError` if the weights cannot be trusted: someone
         else changed them, a tuner trains them, or another Switcher has adapters on them. Nothing is added then.
         """
-        with self._together("add", name, verify) as step:
+        with self._together("add", name, verify=verify) as step:
             given = _shelf.given(name, adapter, check_finite=check_finite, own=step is None)
             with LOCK, quiet():
                 self._add(name, given, verify, rename, step)
@@ -160,7 +160,7 @@ class Switcher:
         with shelf.streams.staging(devices) as ready:
             weights = ledger.take(places, verify=verify)
             if step is not None:
-                step.agree(f"{_shelf.content(adapter)}, for {', '.join(weight.name for weight in weights)}")
+                step.agree(_shelf.content(adapter, (weight.name for weight in weights)))
             tied = [found for name in places if len(found := [w for w in weights if weights[w] == name]) > 1]
             ledger.know(list(weights) if verify else [weight for found in tied for weight in found], step)
             for found in tied:
@@ -189,7 +189,7 @@ class Switcher:
             which: a name; or names with their strengths, for adapters that are summed onto the base.
             alpha: the strength of a single adapter; None is the adapter's own.
         """
-        with LOCK, self._together("activate", which, alpha):
+        with LOCK, self._together("activate", which, alpha=alpha):
             self._refuse_outsiders()
             self._move(self._strengths(which, alpha))
 
@@ -202,7 +202,7 @@ class Switcher:
                 whatever is there now, and wherever the weights are now; what was changed at other entries stays
                 changed. Weights that were moved can be used again after `rebind`.
         """
-        with LOCK, self._together("deactivate", name, verify):
+        with LOCK, self._together("deactivate", name=name, verify=verify):
             self._refuse_outsiders()
             if name is None:
                 self._move({}, verify=verify)
@@ -224,7 +224,7 @@ class Switcher:
         try:
             with LOCK:
                 before = self.active
-                with self._together("using", which, alpha):
+                with self._together("using", which, alpha=alpha):
                     self._refuse_outsiders()
                     base = isinstance(which, Mapping) and not which and alpha is None
                     self._move({} if base else self._strengths(which, alpha))
@@ -292,7 +292,7 @@ class Switcher:
                 On the CPU, a weight with an adapter that was never active is read whole, since the base's entries there
                 have not been saved yet.
         """
-        with LOCK, quiet(), self._together("verify", full):
+        with LOCK, quiet(), self._together("verify", full=full):
             self._refuse_torn()
             self._ledger.refuse_gone(self.model)
             active = self._ledger.state.layout
@@ -369,7 +369,7 @@ class Switcher:
         self._ranks = Ranks.of(slot.weight for slot in self._slots.values())
         self._ledger.gathered = _shards.gathered(self._fsdp)
 
-    def _together(self, call: str, *arguments: object) -> AbstractContextManager[Step | None]:
+    def _together(self, call: str, *arguments: object, **options: object) -> AbstractContextManager[Step | None]:
         """A call that all ranks of a sharded model make together, or none; nothing for any other model."""
         if self._ranks is None:
             return _ALONE
@@ -385,7 +385,8 @@ class Switcher:
                 for name in self._shelf.added.keys() - added:
                     self._shelf.remove(name)
 
-        named = f"{call}({', '.join(map(repr, arguments))})"
+        given = [*map(repr, arguments), *(f"{key}={value!r}" for key, value in options.items() if value is not None)]
+        named = f"{call}({', '.join(given)})"
         return self._ranks.together(named, lambda: self._ledger.state.told(), undo)
 
     # ---- who may switch, and to what -------------------------------------------------------------------------
