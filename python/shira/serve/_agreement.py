@@ -8,7 +8,7 @@ the same error. A model that is not sharded knows nothing of this.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,6 +23,7 @@ from shira._text import AdapterError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class _Word(NamedTuple):
@@ -50,6 +51,7 @@ class Step:
     """A call that all ranks make together."""
 
     ranks: Ranks
+    who: str
     call: str
     state: str
     # What this rank works on, where it must be the same on all of them.
@@ -68,12 +70,33 @@ class Step:
         except Exception as error:
             raise _Lost(str(error)) from error
 
+    def add(self, words: Tensor, mesh: DeviceMesh) -> None:
+        """Add up numbers, in place, over the ranks of a mesh."""
+        from torch import distributed
+
+        try:
+            for dim in range(mesh.ndim):
+                distributed.all_reduce(words, group=mesh.get_group(dim))
+        except Exception as error:
+            raise _Lost(str(error)) from error
+
     def _exchange(self, error: BaseException | None) -> None:
         words = [int(error is not None), *(_digest(text) for text in (self.call, self.state, self.about))]
         rows = self.gather(words)
         if any(row != rows[0] or row[0] for row in rows):
             self.told = True
             raise _Refused
+
+
+def call(name: str, arguments: Iterable[object], options: Mapping[str, object]) -> str:
+    """A call, for messages; options that are None are left out."""
+    given = [*map(repr, arguments), *(f"{key}={value!r}" for key, value in options.items() if value is not None)]
+    return f"{name}({', '.join(given)})"
+
+
+def meshes_of(weights: Iterable[Tensor]) -> list[DeviceMesh]:
+    """The device meshes of the sharded ones."""
+    return [weight.device_mesh for weight in weights if _shards.is_dtensor(weight)]
 
 
 def _digest(text: str) -> int:
@@ -90,17 +113,17 @@ class Ranks:
     device: torch.device
 
     @staticmethod
-    def of(weights: Iterable[Tensor]) -> Ranks | None:
-        """Those of these weights that are sharded; None if none is.
+    def of(who: str, meshes: Iterable[DeviceMesh]) -> Ranks | None:
+        """Those of these device meshes; None if there is none.
 
         Raises:
             ValueError: no process group is known that has exactly those ranks.
         """
-        from torch import distributed
-
-        meshes = list(dict.fromkeys(weight.device_mesh for weight in weights if _shards.is_dtensor(weight)))
+        meshes = list(dict.fromkeys(meshes))
         if not meshes:
             return None
+        from torch import distributed
+
         members = sorted({rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()})
         world = distributed.group.WORLD
         group: Any = world if world is not None and distributed.get_world_size() == len(members) else None
@@ -109,7 +132,7 @@ class Ranks:
                 group = mesh.get_group() if mesh.ndim == 1 else mesh._flatten().get_group()
         if group is None:
             raise ValueError(
-                f"Switcher: the model's weights are on {len(meshes)} device meshes, and none of them has all of the "
+                f"{who}: the model's weights are on {len(meshes)} device meshes, and none of them has all of the "
                 f"ranks {members}; make them parts of one mesh"
             )
         kind = meshes[0].device_type
@@ -160,16 +183,17 @@ class Ranks:
     # ---- calls -----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def together(self, call: str, state: Callable[[], str], undo: Callable[[], None]) -> Iterator[Step]:
+    def together(self, who: str, call: str, state: Callable[[], str], undo: Callable[[], None]) -> Iterator[Step]:
         """A call that all ranks make: it succeeds on all of them, or on none.
 
         Args:
+            who: the class, as messages begin with it.
             call: what is called, as it must be on every rank.
             state: says what is on the weights now, as the end of a message.
             undo: goes back to what was before the call; does nothing where the call itself has done so.
         """
         with LOCK:
-            step, mine = Step(self, call, state()), None
+            step, mine = Step(self, who, call, state()), None
             try:
                 yield step
             except BaseException as error:
@@ -206,7 +230,7 @@ class Ranks:
         if mine is not None and interrupt:
             raise mine
         kind = AdapterError if any(word.of_adapter for word in words) else SwitchError
-        raise kind(self._sentence(words, told)) from mine
+        raise kind(f"{step.who}: {self._sentence(words, told)}") from mine
 
     def _tell(self, word: Any) -> list[Any]:
         from torch import distributed
@@ -229,16 +253,13 @@ class Ranks:
             why = f". {each}. {_ADVICE[differ]}"
         torn = [rank for rank, (error, _) in enumerate(told) if error is not None]
         if torn:
-            return (
-                f"Switcher: {what}, and taking it back failed on rank {_model.some(map(str, torn))}: "
-                f"{told[torn[0]][0]}{why}"
-            )
+            return f"{what}, and taking it back failed on rank {_model.some(map(str, torn))}: {told[torn[0]][0]}{why}"
         if any(state != word.state for (_, state), word in zip(told, words, strict=True)):
             now = "; ".join(f"rank {rank}: {state}" for rank, (_, state) in enumerate(told))
-            return f"Switcher: {what}, and the ranks hold different things now: {now}{why}"
+            return f"{what}, and the ranks hold different things now: {now}{why}"
         states = dict.fromkeys(state for _, state in told)
         now = next(iter(states)) if len(states) == 1 else "each has what it had before"
-        return f"Switcher: {what}, and nothing has changed on any: {now}{why}"
+        return f"{what}, and nothing has changed on any: {now}{why}"
 
     def _lost(
         self, step: Step, state: Callable[[], str], undo: Callable[[], None], cause: BaseException
@@ -247,9 +268,9 @@ class Ranks:
         failed = _done(undo)
         here = f"it is as it was before the call: {state()}" if failed is None else f"taking it back failed: {failed}"
         return SwitchError(
-            f"Switcher: {step.call}: the ranks could not agree, since one has died or did not answer in time. On this "
-            f"rank {here}; what the others hold is not known. Start the program again, or make the process groups and "
-            f"the Switcher anew. Cause: {cause}"
+            f"{step.who}: {step.call}: the ranks could not agree, since one has died or did not answer in time. On "
+            f"this rank {here}; what the others hold is not known. Start the program again, or make the process "
+            f"groups and the {step.who} anew. Cause: {cause}"
         )
 
 

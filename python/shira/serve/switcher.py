@@ -22,7 +22,7 @@ from shira import _granules, _linears, _live, _model, _places, _shards, _text
 from shira._live import LOCK, SwitchError, Weight
 from shira._text import AdapterError
 from shira.adapter.adapter import Adapter
-from shira.serve import _layout, _shelf
+from shira.serve import _agreement, _layout, _shelf
 from shira.serve._agreement import Ranks, Step
 from shira.serve._layout import BASE, EMPTY, State, Way, listed
 from shira.serve._ledger import Ledger, quiet
@@ -366,7 +366,7 @@ class Switcher:
         self._fsdp = _shards.fsdp_modules(self.model)
         _shards.reshard(self._fsdp)
         self._slots = _linears.slots(self.model)
-        self._ranks = Ranks.of(slot.weight for slot in self._slots.values())
+        self._ranks = Ranks.of("Switcher", _agreement.meshes_of(slot.weight for slot in self._slots.values()))
         self._ledger.gathered = _shards.gathered(self._fsdp)
 
     def _together(self, call: str, *arguments: object, **options: object) -> AbstractContextManager[Step | None]:
@@ -385,9 +385,8 @@ class Switcher:
                 for name in self._shelf.added.keys() - added:
                     self._shelf.remove(name)
 
-        given = [*map(repr, arguments), *(f"{key}={value!r}" for key, value in options.items() if value is not None)]
-        named = f"{call}({', '.join(given)})"
-        return self._ranks.together(named, lambda: self._ledger.state.told(), undo)
+        named = _agreement.call(call, arguments, options)
+        return self._ranks.together("Switcher", named, lambda: self._ledger.state.told(), undo)
 
     # ---- who may switch, and to what -------------------------------------------------------------------------
 

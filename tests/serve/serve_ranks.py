@@ -1,4 +1,4 @@
-"""What every rank does in `test_sharded`: a program for ``ranks.py``."""
+"""What every rank does in `test_sharded_serving`: a program for ``ranks.py``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import shira
-from shira import Adapter, AdapterError, Entry, Switcher, _granules, _shards
+from shira import Adapter, AdapterError, Entry, Overlay, Switcher, _granules, _shards
 from shira.serve import _layout
 
 IDS = torch.randint(11, (4, 6), generator=torch.Generator().manual_seed(1))
@@ -377,6 +377,111 @@ def other_memory(mesh: DeviceMesh) -> None:
     same(model, base)
 
 
+def linear_only(base: nn.Module, seed: int, delta: bool = False, whole: str = "") -> Adapter:
+    """Entries of what an overlay can be laid over."""
+    made = adapter(base, seed, 8, delta, whole)
+    return Adapter({name: entry for name, entry in made.weights.items() if "norm" not in name and "exp" not in name},
+                   alpha=0.75, delta=delta)  # fmt: skip
+
+
+def lay(model: nn.Module, base: Net, exact: bool, tables: bool) -> None:
+    """The same outputs as in one process, for all samples alike and for each its own."""
+    alone, overlay = Overlay(base), Overlay(model)
+    switched = net(base.head.weight.dtype)
+    switcher = Switcher(switched)
+    for seed, name in enumerate("abc"):
+        given = linear_only(base, seed, name == "b", "head" if name == "c" else "")
+        if not tables:
+            given.weights.pop("embed.weight")  # type: ignore[attr-defined]
+        alone.add(name, given)
+        overlay.add(name, given)
+        switcher.add(name, given)
+    wanted = base(IDS)
+    torch.testing.assert_close(model(IDS), wanted, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-4)
+    for which in ("a", {"a": 0.5, "b": 1.0, "c": 0.25}, ["c", None, "a", {"b": 0.5, "a": 1.0}]):
+        with alone.using(which), overlay.using(which):
+            got, wanted = model(IDS), base(IDS)
+            torch.testing.assert_close(got, wanted, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-3)
+        if not isinstance(which, list):
+            with switcher.using(which):
+                torch.testing.assert_close(got, switched(IDS), rtol=1e-4, atol=1e-3)
+    overlay.verify()
+    same(model, net(base.head.weight.dtype))
+
+
+def overlays(mesh: DeviceMesh) -> None:
+    with torch.no_grad():
+        lay(shard(net(), mesh), net(), exact=True, tables=True)
+        lay(parallel(net(), mesh), net(), exact=False, tables=True)
+        overlays_apart(mesh)
+        overlays_refused(mesh)
+
+
+def overlays_apart(mesh: DeviceMesh) -> None:
+    """With FSDP each rank selects for its own batch; and beside a Switcher, also where FSDP holds gathered weights."""
+    base, model = net(), shard(net(), mesh, reshard_after_forward=False)
+    model(IDS)
+    alone, overlay, switchers = Overlay(base), Overlay(model), (Switcher(base), Switcher(model))
+    for each in switchers:
+        each.add("s", adapter(base, 7) if each.model is base else adapter(net(), 7))
+        each.activate("s")
+    for seed, name in enumerate("ab"):
+        given = linear_only(net(), seed)
+        for each in (alone, overlay):
+            each.add(name, given)
+    mine = "ab"[dist.get_rank()]
+    with alone.using(mine), overlay.using(mine):
+        torch.testing.assert_close(model(IDS), base(IDS), rtol=0, atol=0)
+    for each in switchers:
+        each.deactivate()
+    same(model, base)
+    with alone.using("a"), overlay.using("a"):
+        torch.testing.assert_close(model(IDS), base(IDS), rtol=0, atol=0)
+    overlay.verify()
+    if dist.get_rank() == 1:
+        _shards.local(model.head.weight)[0].add_(1)
+    says(
+        refused(overlay.verify), "failed on rank 1 of 2", "1 weight(s) are not what they were when adapters", "head.wei"
+    )
+
+
+def overlays_refused(mesh: DeviceMesh) -> None:
+    rank, base, model = dist.get_rank(), net(), parallel(net(), mesh)
+    overlay = Overlay(model)
+    overlay.add("a", linear_only(base, 1))
+    overlay.add("b", linear_only(base, 2))
+    says(refused(lambda: overlay.add("a", adapter(base, 1)), AdapterError), "an adapter 'a' was already added")
+    says(refused(lambda: overlay.add("c", linear_only(base, rank))), "Overlay: the ranks did not agree on what to do")
+    says(refused(lambda: overlay.activate("ab"[rank])), "rank 0: activate('a'), rank 1: activate('b')")
+    with pytest.raises(shira.SwitchError, match="the ranks did not agree"), overlay.using(["a", "b"][rank]):
+        pass
+    assert overlay.active == {}
+    assert list(overlay.memory()) == ["a", "b"]
+    with torch.enable_grad(), overlay.using("a"), pytest.raises(
+        shira.SwitchError, match=r"blocks\.0\.up\.weight is divided between ranks, where an Overlay has no gradients"
+    ):  # fmt: skip
+        model(IDS)
+    overlay.activate("a")
+    up = model.blocks[0].up
+    up.weight = nn.Parameter(distribute_tensor(full(up.weight), mesh, [Replicate()]))
+    with pytest.raises(shira.SwitchError, match=r"blocks\.0\.up\.weight is divided between ranks in another way"):
+        model.blocks[0].up(torch.ones(2, 16))
+    room = Overlay(parallel(net(), mesh), budget=10**9)
+    says(refused(lambda: room.add("a", linear_only(base, 1)), AdapterError), "there an Overlay takes no budget")
+    table = parallelize_module(net(), mesh, {"embed": ColwiseParallel()})
+    says(refused(lambda: Overlay(table).add("a", linear_only(base, 1)), AdapterError),
+         "'embed.weight' is divided by tensor parallelism in an embedding, which nothing can be laid over")  # fmt: skip
+    by_hand = nn.Linear(16, 32)
+    alone = linear_only(by_hand, 1)
+    by_hand.weight = nn.Parameter(distribute_tensor(by_hand.weight.detach(), mesh, [Shard(0)]))
+    by_hand.bias = nn.Parameter(distribute_tensor(by_hand.bias.detach(), mesh, [Shard(0)]))
+    other = Overlay(by_hand)
+    other.add("a", alone)
+    other.activate("a")
+    with pytest.raises(shira.SwitchError, match=r"output with \(.*\), and it is not known which part of the sums"):
+        by_hand(distribute_tensor(torch.ones(2, 16), mesh, [Shard(0)]))
+
+
 def death(mesh: DeviceMesh) -> None:
     """A rank dies in the middle of a switch: the last check of a run."""
     rank, base = dist.get_rank(), net()
@@ -458,7 +563,16 @@ def odd_shapes(mesh: DeviceMesh) -> None:
 
 
 Checks = tuple[Callable[[DeviceMesh], None], ...]
-OF_TWO: Checks = (fsdp, tensor_parallel, all_or_nothing, blocks_and_room, gathered_weights, other_memory, death)
+OF_TWO: Checks = (
+    fsdp,
+    tensor_parallel,
+    all_or_nothing,
+    blocks_and_room,
+    gathered_weights,
+    other_memory,
+    overlays,
+    death,
+)
 OF_FOUR: Checks = (fsdp_and_tensor_parallel, hybrid, odd_shapes)
 
 
