@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)  # fmt: skip
 
 import shira
 from shira import Adapter, AdapterError, Entry, Overlay, Switcher, _granules, _shards
@@ -102,9 +109,21 @@ def shard(model: Any, mesh: DeviceMesh, **options: Any) -> nn.Module:
     return fully_shard(model, mesh=mesh, **options)
 
 
-def parallel(model: Any, mesh: DeviceMesh) -> nn.Module:
+def parallel(model: Any, mesh: DeviceMesh, sequence: bool = False) -> nn.Module:
+    inside = Shard(1) if sequence else Replicate()
     for block in model.blocks:
-        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        plan: dict[str, Any] = {
+            "up": ColwiseParallel(input_layouts=inside),
+            "down": RowwiseParallel(output_layouts=inside, use_local_output=not sequence),
+        }
+        if sequence:
+            plan["norm"] = SequenceParallel()
+        parallelize_module(block, mesh, plan)
+        if sequence:
+            into = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1))
+            out = PrepareModuleOutput(output_layouts=Shard(1), desired_output_layouts=Replicate())
+            for style in (into, out):
+                parallelize_module(block, mesh, style)
     weight = model.experts.weight
     model.experts.weight = nn.Parameter(distribute_tensor(weight.detach(), mesh, [Shard(0)]))
     return model
@@ -384,15 +403,13 @@ def linear_only(base: nn.Module, seed: int, delta: bool = False, whole: str = ""
                    alpha=0.75, delta=delta)  # fmt: skip
 
 
-def lay(model: nn.Module, base: Net, exact: bool, tables: bool) -> None:
+def lay(model: nn.Module, base: Net, exact: bool) -> None:
     """The same outputs as in one process, for all samples alike and for each its own."""
     alone, overlay = Overlay(base), Overlay(model)
     switched = net(base.head.weight.dtype)
     switcher = Switcher(switched)
     for seed, name in enumerate("abc"):
         given = linear_only(base, seed, name == "b", "head" if name == "c" else "")
-        if not tables:
-            given.weights.pop("embed.weight")  # type: ignore[attr-defined]
         alone.add(name, given)
         overlay.add(name, given)
         switcher.add(name, given)
@@ -411,8 +428,9 @@ def lay(model: nn.Module, base: Net, exact: bool, tables: bool) -> None:
 
 def overlays(mesh: DeviceMesh) -> None:
     with torch.no_grad():
-        lay(shard(net(), mesh), net(), exact=True, tables=True)
-        lay(parallel(net(), mesh), net(), exact=False, tables=True)
+        lay(shard(net(), mesh), net(), exact=True)
+        for sequence in (False, True):
+            lay(parallel(net(), mesh, sequence), net(), exact=False)
         overlays_apart(mesh)
         overlays_refused(mesh)
 
@@ -512,6 +530,8 @@ def fsdp_and_tensor_parallel(mesh: DeviceMesh) -> None:
     """Both divide the rows of ``up``; norms, embedding and head are on meshes of two of the four ranks."""
     both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     walk(shard(parallel(net(), both["tp"]), both["dp"]), net())
+    with torch.no_grad():
+        lay(shard(parallel(net(), both["tp"]), both["dp"]), net(), exact=False)
 
 
 def hybrid(mesh: DeviceMesh) -> None:
