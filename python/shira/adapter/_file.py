@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeGuard
 
@@ -629,7 +630,7 @@ class Packed:
         cls,
         metadata: Mapping[str, str],
         headers: Mapping[str, Mapping[str, Any]],
-        codes: Mapping[str, Sequence[Tensor]],
+        codes: Mapping[str, Sequence[Part]],
         prints: Iterable[tuple[int, int]],
     ) -> dict[str, Part]:
         """What a file has beside plain values: of objects as version 1 has them, the codes and their fingerprints."""
@@ -643,16 +644,17 @@ class Packed:
                 for key, value in header.items()
                 if key not in cls.KEYS and (key not in cls.DEFAULTS or value != cls.DEFAULTS[key])
             }
-            objects[name] |= {"bytes": [code.numel() for code in codes[name]]} if codes[name] else {}
+            objects[name] |= {"bytes": [code.nbytes for code in codes[name]]} if codes[name] else {}
             objects[name] |= {"words": keys} if keys else {}
         text, said = jsoned(objects), struct.pack(f"<{len(words)}Q", *words)
         checks = checksums({**metadata, WEIGHTS_KEY: text}, said, prints)
         flat = [code for some in codes.values() for code in some]
+        nbytes = sum(code.nbytes for code in flat)
         return {
             cls.WORDS: _bytes_part("I64", [said]),
             CHECKSUMS_KEY: _bytes_part("I64", [struct.pack(f"<{len(checks)}Q", *checks)]),
             WEIGHTS_KEY: _bytes_part("U8", [zlib.compress(text.encode(), 9)]),
-            cls.CODES: _bytes_part("U8", [code.numpy() for code in flat]),
+            cls.CODES: Part("U8", (nbytes,), nbytes, lambda: chain.from_iterable(code.pieces() for code in flat)),
         }
 
 

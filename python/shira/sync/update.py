@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -34,9 +35,13 @@ class SyncError(RuntimeError):
     """An update that is refused, or a switch to it that failed. The message says why; no weight has changed."""
 
 
+# Names come again with every update.
+_name_word = lru_cache(maxsize=1 << 16)(fnv1a64)
+
+
 def term(name: str, fingerprint: int) -> int:
     """What one weight adds to a version."""
-    return splitmix64(fnv1a64(name) ^ splitmix64(fingerprint))
+    return splitmix64(_name_word(name) ^ splitmix64(fingerprint))
 
 
 def version_of(fingerprints: Mapping[str, int]) -> int:
