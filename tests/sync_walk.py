@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import reduce
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import shira_ops
 from shira import AdapterError, Switcher, _granules
-from shira.sync import Publisher, Receiver, SyncError, Update
+from shira.sync import Publisher, Receiver, SyncError, Update, compose
 from switcher_walk import NAMES, STRENGTHS, adapter_of, bits, differing, model_of, restore
 
 
@@ -113,6 +114,9 @@ class SyncWalk:
         while update is not None and len(updates) < self.random.randint(1, 3):
             updates.append(update if self.random.random() < 0.5 else update.to_bytes())
             update = self.log.get(update.end)
+        if self.random.random() < 0.3:  # as one, whichever of them have differences
+            read = [Update.from_bytes(one) if isinstance(one, bytes) else one for one in updates]
+            updates = [reduce(compose, read)]
         self.receiver.stage(*updates)
 
     def unstage(self) -> None:
@@ -122,7 +126,8 @@ class SyncWalk:
         update = self.following(self.receiver.version)
         if update is None:
             return
-        data = bytearray(update.to_bytes())
+        sound = update.to_bytes()
+        data = bytearray(sound)
         data[self.random.randrange(len(data))] ^= 1 << self.random.randrange(8)
         with refused():
             self.receiver.stage(bytes(data[: -self.random.randint(1, 99)]))
@@ -130,8 +135,10 @@ class SyncWalk:
             read = Update.from_bytes(data)
             # Some bits say nothing: the header's padding, or which program wrote the file.
             assert (read.start, read.after) == (update.start, update.after)
+            whole = Update.from_bytes(sound)
+            assert (read.prints, read.weights.keys()) == (whole.prints, whole.weights.keys())
             for name, entry in read.weights.items():
-                other = update.weights[name]
+                other = whole.weights[name]
                 assert torch.equal(entry.indices, other.indices)
                 assert differing(entry.values.view(torch.uint8), other.values.view(torch.uint8)) == 0
 
