@@ -245,6 +245,7 @@ def bench_mixed(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, g
     report.result("mixed overlay: memory over mixed", f"{name}, granule {granule}", [share], share)
     report.ratio(f"overlay over mixed, granule {granule}", name, timing, "mixed")
     report.ratio("mixed overlay of stream", f"{name}, granule {granule}", timing, "sparse_linear_add_", "stream")
+    report.ratio("mixed overlay, bound", f"{name}, granule {granule}", timing, "mixed", "stream")
 
 
 @pytest.mark.parametrize("tokens", [1, 64, pytest.param(512, marks=pytest.mark.full)])

@@ -120,6 +120,9 @@ LINES = {
     "overlay over mixed, granule 1": Line("sparse_linear_add_ 32 adapters, over PEFT LoRA's mixed batch", 1.5),
     "break-even": Line("tokens between two switches from which on an overlay costs more", None, " tokens"),
     "mixed overlay of stream": Line("sparse_linear_add_ 32 adapters, of reading indices and values", None),
+    "mixed overlay, bound": Line(
+        "reading indices and values of 32 adapters, over PEFT LoRA's mixed batch", None, guarded=False
+    ),
     "mixed overlay: memory over mixed": Line(
         "peak memory of sparse_linear_add_ 32 adapters, of PEFT LoRA's mixed batch", None, at_least=False
     ),
