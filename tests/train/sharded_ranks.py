@@ -605,6 +605,10 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
         SparseTuner(model, masks.Rand(density=0.1, seed=rank), LINEAR)
     with pytest.raises(ValueError, match=r"the ranks train different weights, this one"):
         SparseTuner(model, RAND, "up" if rank else "down")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_sharded, "_version", lambda: f"0.{rank}")
+        with pytest.raises(ValueError, match=rf"run different versions of shira, this one 0\.{rank}; install"):
+            SparseTuner(model, RAND, LINEAR)
     marked = {"head.weight": (torch.arange(11 * 16).view(11, 16) % 5 == rank)}
     with pytest.raises(ValueError, match=r"the ranks have different masks, this one Given"):
         SparseTuner(model, marked)
@@ -670,12 +674,42 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
     tuner.parameters()
     with pytest.raises(RuntimeError, match=r"was replaced by another parameter after the tuner was attached"):
         dense(my(mesh))
-    differ = net()
-    tuner = SparseTuner(differ, masks.Rand(density=0.1, seed=rank), LINEAR)
-    shard(differ, mesh)
-    tuner.sync()
-    with pytest.raises(ValueError, match=r"the ranks have different masks for .*blocks\.0\.up\.weight"):
-        loss_of(differ, my(mesh)).backward()
+    for seed, more, what in ((rank, 0, "masks"), (0, rank, "base weights")):
+        differ = net()
+        with torch.no_grad():
+            differ.blocks[0].up.weight[0, 0] += more
+        tuner = SparseTuner(differ, masks.Rand(density=0.1, seed=seed), "0.up")
+        shard(differ, mesh)
+        tuner.sync()
+        with pytest.raises(ValueError, match=rf"the ranks have different {what} for blocks\.0\.up\.weight; "):
+            loss_of(differ, my(mesh)).backward()
+    other_ranks(mesh, both)
+
+
+def other_ranks(mesh: DeviceMesh, both: DeviceMesh) -> None:
+    """States of another number of ranks, as one would load them without a checkpoint that divides them anew."""
+    model = shard(net(), mesh)
+    tuner = SparseTuner(model, RAND, LINEAR)
+    fit(model, tuner, my(mesh), "AdamW")
+    optimizer = shira.AdamW(tuner)
+    before = tuner.adapter()
+
+    def divided(tensor: Tensor) -> Tensor:
+        two = [Shard(0), Replicate()]
+        return distribute_tensor(tensor, both, two)
+
+    state = optimizer.state_dict()
+    for number, values in enumerate(tuner.parameters()):
+        whole = torch.ones(values.shape)
+        state["state"][number] = {"step": torch.tensor(1.0), "exp_avg": divided(whole), "exp_avg_sq": divided(whole)}
+    with pytest.raises(
+        ValueError, match=r"shira\.AdamW: exp_avg of parameter 0 .* is divided between other ranks; torch"
+    ):
+        optimizer.load_state_dict(state)
+    assert not optimizer.state
+    with pytest.raises(RuntimeError):
+        model.load_state_dict({name: divided(full(tensor)) for name, tensor in model.state_dict().items()})
+    same(tuner.adapter(), before, exact=True)
 
 
 CHECKS = (

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import metadata
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
@@ -661,17 +662,23 @@ def written_by_first(
 
 def compare_plans(ranks: Ranks, names: Sequence[str], mask: Mask) -> None:
     """Refuse ranks that would train different weights, or with other masks. A collective call."""
-    targets, kind = fnv1a64("\n".join(names)), fnv1a64(repr(mask))
-    same_targets, same_kind = ranks.same([signed(targets), signed(kind)])
-    if not same_targets:
-        raise ValueError(
-            f"SparseTuner: the ranks train different weights, this one {_model.some(names)}; give every rank the same "
-            f"targets"
-        )
-    if not same_kind:
-        raise ValueError(
-            f"SparseTuner: the ranks have different masks, this one {mask!r}; give every rank the same mask"
-        )
+    version = _version()
+    given = (
+        ("run different versions of shira", version, version, "install the same one on every rank"),
+        ("train different weights", "\n".join(names), _model.some(names), "give every rank the same targets"),
+        ("have different masks", repr(mask), repr(mask), "give every rank the same mask"),
+    )
+    agreed = ranks.same([signed(fnv1a64(text)) for _, text, _, _ in given])
+    for (what, _, ours, advice), same in zip(given, agreed, strict=True):
+        if not same:
+            raise ValueError(f"SparseTuner: the ranks {what}, this one {ours}; {advice}")
+
+
+def _version() -> str:
+    try:
+        return metadata.version("shira-ops")
+    except metadata.PackageNotFoundError:  # it runs from a folder
+        return "that is not installed"
 
 
 def compare(ranks: Ranks, weights: Mapping[str, tuple[Tensor, int, int]]) -> None:
