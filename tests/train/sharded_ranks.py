@@ -521,6 +521,21 @@ class Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Dense(TorchDispatchMode):
+    """Counts what is computed of a shape, that of a weight: its dense gradient."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        moved = func.is_view or func.namespace in ("c10d", "fsdp")  # weights, as FSDP gathers them
+        tensors = [one for one in tree_leaves(found) if isinstance(one, Tensor)]
+        self.count += sum(not moved and tuple(one.shape) == self.shape for one in tensors)
+        return found
+
+
 def budget(mesh: DeviceMesh, both: DeviceMesh) -> None:
     """Bytes a rank, and bytes a step, for a mask of which one rank has nearly all entries."""
     torch.manual_seed(0)
@@ -532,11 +547,17 @@ def budget(mesh: DeviceMesh, both: DeviceMesh) -> None:
     optimizer = shira.AdamW(tuner, lr=0.01)
     requires = []
     layers[1].register_forward_hook(lambda module, *_: requires.append(module.weight.requires_grad))
-    traffic = Traffic()
+    traffic, dense, control = Traffic(), Dense(128, 128), Dense(128, 128)
     for step in range(2):
         with traffic if step else nullcontext():
-            model(torch.ones(4, 128)).sum().backward()
+            loss = model(torch.ones(4, 128)).sum()
+            with dense:
+                loss.backward()
             optimizer.step()
+    loss = nn.Linear(128, 128)(torch.ones(4, 128)).sum()
+    with control:
+        loss.backward()
+    assert (dense.count, control.count > 0) == (0, True)
     assert requires == [False, False]  # so autograd makes no gradient of it
     assert all(module.weight.grad is None for module in layers)
     assert 0 < traffic.bytes <= 3 * 4 * tuner.nnz, (traffic.bytes, tuner.nnz)
