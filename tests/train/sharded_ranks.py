@@ -325,6 +325,74 @@ def masks_of_whole_weights(mesh: DeviceMesh, both: DeviceMesh) -> None:
         base_is_back(model)
 
 
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(7)) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of tokens for each expert, in a row."""
+        weight = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
+        return torch.bmm(x, weight)
+
+
+def dense_gradients(mesh: DeviceMesh, both: DeviceMesh) -> None:
+    """Whole parameters, masks of dense gradients, and layers whose gradient only torch knows."""
+    paper: dict[str, Any] = {"gradient": "dense", "whole": r"norm|0\.up\.bias"}
+    head: dict[str, Any] = {"whole": ["head", "blocks.1.norm"]}
+    table: Any = {"embed": RowwiseParallel(input_layouts=Replicate())}
+    for make, targets, options, parts, ids in (
+        (lambda: shard(net(), mesh), "up|embed", head, 1, my(mesh)),
+        (lambda: shard(net(), both, reshard_after_forward=False), "up|down", paper, 1, my(mesh)),
+        (lambda: parallel(net(), mesh, True), "up|down", paper, 1, IDS),
+        (lambda: shard(parallel(net(), both["tp"], True), both["dp"]), "up|down", paper, 2, my(both["dp"])),
+        (lambda: parallelize_module(net(), mesh, table), "embed", {}, 1, IDS),
+    ):  # fmt: skip
+        alone, model = net(), make()
+        wanted = SparseTuner(alone, RAND, targets, **options)
+        tuner = SparseTuner(model, RAND, targets, **options)
+        losses, norms = fit(alone, wanted, IDS, "AdamW", parts)
+        got, got_norms = fit(model, tuner, ids, "AdamW", parts)
+        if ids.shape != IDS.shape:
+            dist.all_reduce(got)
+            got /= dist.get_world_size()
+        torch.testing.assert_close(got, losses, rtol=1e-6, atol=0)
+        torch.testing.assert_close(torch.tensor(got_norms), torch.tensor(norms), rtol=1e-5, atol=0)
+        same(tuner.adapter(), wanted.adapter())
+        assert not any(weight.grad is not None for weight in model.parameters() if weight.shape == (32, 16))
+        with tuner.disabled():
+            assert_same_output(model, net())
+            assert not model.get_parameter("embed.weight").requires_grad
+        tuner.verify()
+        tuner.detach()
+        base_is_back(model)
+
+
+def experts(mesh: DeviceMesh, both: DeviceMesh) -> None:
+    """Stacks of weights: divided by FSDP in any of their dimensions, and one expert on each rank."""
+    x = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(8))
+
+    def trained(model: nn.Module, given: Tensor, tokens: int) -> shira.Adapter:
+        tuner = SparseTuner(model, RAND, "weight")
+        optimizer = shira.SGD(tuner, lr=0.1)
+        for _ in range(2):
+            (model(given).square().sum() / tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        adapter = tuner.adapter()
+        tuner.detach()
+        assert torch.equal(full(model.weight), Experts().weight)
+        return adapter
+
+    wanted = trained(Experts(), x, 32)
+    for dim in range(3):
+        model = fully_shard(Experts(), mesh=mesh, shard_placement_fn=lambda _, dim=dim: Shard(dim))
+        same(trained(model, x.chunk(4, 1)[dist.get_rank()], 8), wanted)
+    model = Experts()
+    model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Shard(0)]))
+    same(trained(model, x[dist.get_rank()][None], 32), wanted)
+
+
 def few_entries(mesh: DeviceMesh, both: DeviceMesh) -> None:
     """Fewer than there are ranks; and what FSDP keeps on a smaller mesh after a forward pass."""
     mask = masks.Rand(density=1e-9)
@@ -636,11 +704,6 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
     same_mask = masks.Given({"head.weight": torch.arange(11 * 16).view(11, 16) % 5 == 0})
     with SparseTuner(model, same_mask) as tuner:
         same(tuner.adapter(), SparseTuner(net(), same_mask).adapter(), exact=True)
-    for options in ({"gradient": "dense"}, {"whole": "head"}):
-        with pytest.raises(
-            ValueError, match=r"weight is sharded and would train by its dense gradient, which is not supported"
-        ):
-            SparseTuner(model, RAND, "up", **options)  # type: ignore[arg-type]
     with pytest.raises(
         ValueError, match=r"blocks\.0\.up\.weight is a DTensor in a Linear, which nothing can be laid ov"
     ):
@@ -662,11 +725,6 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
         SparseTuner(ignoring, RAND, "head")
     with pytest.raises(ValueError, match=r"head\.weight is not sharded, and nothing would average its gradient"):
         SparseTuner(ignoring, RAND, "head", overlay=True)
-    table = parallelize_module(net(), mesh, {"embed": RowwiseParallel(input_layouts=Replicate())})
-    with pytest.raises(
-        ValueError, match=r"embed\.weight is divided by tensor parallelism in a layer other than nn\.Lin"
-    ):
-        SparseTuner(table, RAND, "embed")
     with pytest.raises(ValueError, match=r"Snip: needs calibration batches: SparseTuner"):
         SparseTuner(model, masks.Snip(density=0.1), LINEAR)
     with pytest.raises(ValueError, match=r"calibration: embed\.weight is sharded"):
@@ -735,8 +793,8 @@ def other_ranks(mesh: DeviceMesh, both: DeviceMesh) -> None:
 
 CHECKS = (
     boxes, fsdp, attached_before, tensor_parallel, fsdp_and_tensor_parallel, masks_by_gradients, masks_of_whole_weights,
-    few_entries, convolution, hybrid, tied, by_hand, offloaded, edits_and_states, mixed_precision, budget, files,
-    refusals, checkpoint_to_resume,
+    dense_gradients, experts, few_entries, convolution, hybrid, tied, by_hand, offloaded, edits_and_states,
+    mixed_precision, budget, files, refusals, checkpoint_to_resume,
 )  # fmt: skip
 
 
