@@ -192,23 +192,13 @@ def _collective(name: str) -> Callable[..., Any]:
 
 def reshard(model: nn.Module) -> None:
     """Have FSDP drop what it gathered, so that modules hold their shards."""
-    for module in _shards.fsdp_modules(model):
-        module.reshard()
-        for group in _fsdp_groups(module):  # which after a forward that has failed does nothing
-            if group is not None and group.is_unsharded:
-                group._to_sharded()
-
-
-def _fsdp_groups(module: Any) -> list[Any]:
-    state = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None)
-    return [state._fsdp_param_group] if groups is None else list(groups)
+    _shards.reshard(_shards.fsdp_modules(model))
 
 
 def fsdp_of(model: nn.Module, owner: nn.Module, attribute: str) -> tuple[Any, Any] | None:
     """FSDP's group of parameters and its own entry for one; None if FSDP does not have it."""
     for module in _shards.fsdp_modules(model):
-        for group in _fsdp_groups(module):
+        for group in _shards.fsdp_groups(module):
             for found in () if group is None else group.fsdp_params:
                 info = found._module_info
                 places = [
