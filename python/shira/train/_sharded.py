@@ -173,6 +173,12 @@ def reshard(model: nn.Module) -> None:
                 group._to_sharded()
 
 
+def gathered(model: nn.Module) -> list[Any]:
+    """FSDP's groups of parameters that are gathered at present."""
+    groups = (group for module in _shards.fsdp_modules(model) for group in _fsdp_groups(module))
+    return [group for group in groups if group is not None and group.is_unsharded]
+
+
 def _fsdp_groups(module: Any) -> list[Any]:
     state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)
