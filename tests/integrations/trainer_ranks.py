@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -18,7 +19,12 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_model_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -73,11 +79,13 @@ OPTIMIZERS: dict[str, Callable[[SparseTuner], torch.optim.Optimizer]] = {
 }
 
 
-def one_process(mask: masks.Mask = RAND, kind: type[SparseTuner] = SparseTuner, steps: int = 3) -> tuple[Tensor, Adapter]:
+def one_process(
+    mask: masks.Mask = RAND, kind: type[SparseTuner] = SparseTuner, steps: int = 3
+) -> tuple[Tensor, Adapter]:
     model = net()
     tuner = kind(model, mask, LINEAR)
     optimizer, losses = OPTIMIZERS["torch"](tuner), []
-    for _ in range(steps):
+    for _ in range(3):
         loss = model(IDS)["loss"]
         loss.backward()
         nn.utils.clip_grad_norm_(tuner.parameters(), 0.05)
@@ -146,9 +154,7 @@ def forget() -> None:
 def accelerator_of(accumulate: int = 1, precision: str = "no", **options: Any) -> Accelerator:
     forget()
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", **options)
-    made = Accelerator(
-        cpu=True, fsdp_plugin=plugin, gradient_accumulation_steps=accumulate, mixed_precision=precision
-    )
+    made = Accelerator(cpu=True, fsdp_plugin=plugin, gradient_accumulation_steps=accumulate, mixed_precision=precision)
     assert made.is_fsdp2
     return made
 
@@ -184,9 +190,23 @@ def accelerate_prepares() -> None:
         torch.testing.assert_close(torch.stack(got), losses, rtol=1e-6, atol=0)
         same(tuner.adapter(), wanted)
         assert all(isinstance(values, DTensor) for values in tuner.parameters())
+        if accumulate == 1 and not options:
+            goes_on_from_a_state(accelerator, prepared, tuner, optimizer)
         tuner.verify()
         tuner.detach()
         base_is_back(prepared)
+
+
+def goes_on_from_a_state(accelerator: Accelerator, model: nn.Module, tuner: SparseTuner, optimizer: Any) -> None:
+    accelerator.save_state("state")
+    found = []
+    for _ in range(2):
+        accelerator.backward(model(own())["loss"])
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(tuner.adapter())
+        accelerator.load_state("state")
+    same(found[1], found[0], exact=True)
 
 
 def accelerate_computes_in_bf16() -> None:
@@ -215,23 +235,25 @@ class Trainer(AdapterCheckpoints, transformers.Trainer):
     pass
 
 
-def train(folder: str, kept: str, resume: bool = False, plain: bool = False, **options: Any) -> tuple[Any, SparseTuner]:
+def train(
+    folder: str, kept: str, resume: str | None = None, plain: bool = False, **options: Any
+) -> tuple[Any, SparseTuner]:
     forget()
     model = net()
     tuner = SparseTuner(model, RAND, LINEAR)
-    settings: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "gradient_accumulation_steps": 2, **options}
+    settings: dict[str, Any] = {
+        "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2, **options,
+    }  # fmt: skip
     arguments = transformers.TrainingArguments(
         folder, use_cpu=True, report_to=[], disable_tqdm=True, per_device_train_batch_size=1, learning_rate=0.01,
-        adam_epsilon=1e-4, lr_scheduler_type="constant", logging_strategy="no", save_strategy="steps", fsdp=True,
+        adam_epsilon=1e-4, lr_scheduler_type="constant", logging_strategy="no", fsdp=True,
         fsdp_config={"version": 2, "state_dict_type": kept, "transformer_layer_cls_to_wrap": ["Block"]}, **settings,
     )  # fmt: skip
     if plain:
-        trainer: Any = transformers.Trainer(
-            model, arguments, train_dataset=ROWS, callbacks=[AdapterCallback(tuner)]
-        )
+        trainer: Any = transformers.Trainer(model, arguments, train_dataset=ROWS, callbacks=[AdapterCallback(tuner)])
     else:
         trainer = Trainer(model, arguments, train_dataset=ROWS, eval_dataset=ROWS[:4], tuner=tuner)
-    trainer.train(resume_from_checkpoint=resume or None)
+    trainer.train(resume_from_checkpoint=resume)
     return trainer, tuner
 
 
@@ -241,31 +263,31 @@ def names(folder: str) -> set[str]:
 
 
 def transformers_shards() -> None:
-    for kept, state in (("FULL_STATE_DICT", "optimizer.bin"), ("SHARDED_STATE_DICT", "optimizer_0")):
-        trainer, tuner = train(f"whole-{kept}", kept)
-        assert type(trainer.model).__name__ == "FSDPNet"
-        wanted = tuner.adapter()
-        files = names(f"whole-{kept}/checkpoint-4")
-        assert {"shira_adapter.safetensors", "shira_tuner.pt", state, "scheduler.pt"} <= files
-        assert not any("model" in name for name in files)
-        same(Adapter.from_pretrained(f"whole-{kept}/checkpoint-4"), wanted, exact=True)
-        train(f"half-{kept}", kept, max_steps=2)
-        _, tuner = train(f"half-{kept}", kept, resume=True)
-        same(tuner.adapter(), wanted, exact=True)
+    ours = {"shira_adapter.safetensors", "shira_tuner.pt"}
+    trainer, tuner = train("beside", "FULL_STATE_DICT", plain=True)
+    assert type(trainer.model).__name__ == "FSDPNet"
+    wanted = tuner.adapter()
+    assert {*ours, "optimizer.bin", "pytorch_model_fsdp.bin"} <= names("beside/checkpoint-4")
+    same(Adapter.from_pretrained("beside/checkpoint-4"), wanted, exact=True)
     trainer, tuner = train(
-        "best", kept, load_best_model_at_end=True, eval_strategy="steps", eval_steps=2, metric_for_best_model="loss",
-        greater_is_better=True,
+        "best", "SHARDED_STATE_DICT", load_best_model_at_end=True, eval_strategy="steps", eval_steps=2,
+        metric_for_best_model="loss", greater_is_better=True,
     )  # fmt: skip
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")  # the largest loss
     same(tuner.adapter(), Adapter.from_pretrained("best/checkpoint-2"), exact=True)
     trainer.save_model("out")
-    assert names("out") == {"shira_adapter.safetensors", "shira_tuner.pt", "training_args.bin"}
+    assert names("out") == {*ours, "training_args.bin"}
     tuner.verify()
     tuner.detach()
     base_is_back(trainer.model)
-    _, tuner = train("beside", "SHARDED_STATE_DICT", plain=True)
-    assert {"shira_adapter.safetensors", "shira_tuner.pt", "pytorch_model_fsdp_0"} <= names("beside/checkpoint-4")
-    same(Adapter.from_pretrained("beside/checkpoint-4"), wanted, exact=True)
+    for folder, kept, state in (
+        ("beside", "FULL_STATE_DICT", "optimizer.bin"), ("best", "SHARDED_STATE_DICT", "optimizer_0"),
+    ):  # fmt: skip
+        _, tuner = train(f"after-{folder}", kept, f"{folder}/checkpoint-2")
+        same(tuner.adapter(), wanted, exact=True)
+        files = names(f"after-{folder}/checkpoint-4")
+        assert {*ours, state, "scheduler.pt"} <= files
+        assert not any("model" in name for name in files)
 
 
 # ---- a loop as TorchTitan's ----------------------------------------------------------------------------------
@@ -280,61 +302,55 @@ def from_meta(tensor_parallel: bool) -> Net:
         parallelize_module(block, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
         fully_shard(block, mesh=mesh["dp"])
     fully_shard(model, mesh=mesh["dp"])
-    refuses(lambda: SparseTuner(model, RAND, "up|down"), "is on the meta device; give it its weights first")
+    with pytest.raises(ValueError, match=r"is on the meta device; give it its weights first"):
+        SparseTuner(model, RAND, "up|down")
     model.to_empty(device="cpu")
     set_model_state_dict(model, net().state_dict(), options=StateDictOptions(full_state_dict=True))
     return model
 
 
-def refuses(call: Callable[[], object], says: str) -> None:
-    try:
-        call()
-    except (RuntimeError, ValueError) as error:
-        assert says in str(error), error
-    else:
-        raise AssertionError(f"nothing was refused: {says}")
+def as_torchtitan_does(tensor_parallel: bool) -> None:
+    ids, kept = IDS if tensor_parallel else own(), f"dcp-{tensor_parallel}"
 
+    def attached() -> tuple[Net, SparseTuner, torch.optim.Optimizer]:
+        model = from_meta(tensor_parallel)
+        tuner = SparseTuner(model, RAND, "up|down")
+        return model, tuner, OPTIMIZERS["shira"](tuner)
 
-def as_torchtitan_does() -> None:
-    for tensor_parallel in (False, True):
-        targets, ids = "up|down", IDS if tensor_parallel else own()
-        kept = f"dcp-{tensor_parallel}"
+    def steps(model: Net, tuner: SparseTuner, optimizer: torch.optim.Optimizer, count: int) -> None:
+        for _ in range(count):
+            model(ids)["loss"].backward()
+            nn.utils.clip_grad_norm_(tuner.parameters(), 0.05)
+            optimizer.step()
+            optimizer.zero_grad()
 
-        def attached() -> tuple[Net, SparseTuner, torch.optim.Optimizer]:
-            model = from_meta(tensor_parallel)
-            tuner = SparseTuner(model, RAND, targets)
-            return model, tuner, OPTIMIZERS["shira"](tuner)
-
-        def steps(model: Net, tuner: SparseTuner, optimizer: torch.optim.Optimizer, count: int) -> None:
-            for _ in range(count):
-                model(ids)["loss"].backward()
-                nn.utils.clip_grad_norm_(tuner.parameters(), 0.05)
-                optimizer.step()
-                optimizer.zero_grad()
-
-        model, tuner, optimizer = attached()
-        steps(model, tuner, optimizer, 1)
+    def state_of(model: Net, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The values and the optimizer's state, without the base."""
         weights, moments = get_state_dict(model, optimizer)
-        values = {name: weights[name] for name in weights if name.endswith("_shira_values")}
-        group = dist.new_group(backend="gloo")
-        pending = dcp.async_save({"values": values, "optimizer": moments}, checkpoint_id=kept, process_group=group)
-        steps(model, tuner, optimizer, 2)  # while it is being written
-        pending.result()
-        wanted = tuner.adapter()
-        tuner.detach()
-        base_is_back(model)
+        return {"values": {k: v for k, v in weights.items() if k.endswith("_shira_values")}, "optimizer": moments}
 
-        model, tuner, optimizer = attached()
-        weights, moments = get_state_dict(model, optimizer)
-        values = {name: weights[name] for name in weights if name.endswith("_shira_values")}
-        state = {"values": values, "optimizer": moments}
-        dcp.load(state, checkpoint_id=kept)
-        set_state_dict(
-            model, optimizer, model_state_dict=state["values"], optim_state_dict=state["optimizer"],
-            options=StateDictOptions(strict=False),
-        )  # fmt: skip
-        steps(model, tuner, optimizer, 2)
-        same(tuner.adapter(), wanted, exact=True)
+    model, tuner, optimizer = attached()
+    steps(model, tuner, optimizer, 1)
+    pending = dcp.async_save(state_of(model, optimizer), checkpoint_id=kept, process_group=dist.new_group())
+    steps(model, tuner, optimizer, 2)  # while it is being written
+    pending.result()
+    wanted = tuner.adapter()
+    tuner.detach()
+    base_is_back(model)
+
+    model, tuner, optimizer = attached()
+    state = state_of(model, optimizer)
+    dcp.load(state, checkpoint_id=kept)
+    set_state_dict(
+        model, optimizer, model_state_dict=state["values"], optim_state_dict=state["optimizer"],
+        options=StateDictOptions(strict=False),
+    )  # fmt: skip
+    steps(model, tuner, optimizer, 2)
+    same(tuner.adapter(), wanted, exact=True)
+    trainer = shira.Trainer(tuner, [ids], loss=lambda model, ids: model(ids)["loss"], progress=False)
+    trainer.fit(1)
+    with pytest.raises(ValueError, match=r"Trainer: save has one file .* use torch\.distributed\.checkpoint"):
+        trainer.save("run.pt")
 
 
 # ---- DDP -----------------------------------------------------------------------------------------------------
@@ -357,11 +373,14 @@ def dora_in_ddp() -> None:
         losses.append(mean(loss))
     torch.testing.assert_close(torch.stack(losses), wanted_losses, rtol=1e-6, atol=0)
     same(tuner.adapter(), wanted)
-    refuses(lambda: DoRATuner(from_meta(False), RAND, "up"), "blocks.0.up.weight is sharded, and its norms would need")
+    with pytest.raises(ValueError, match=r"blocks\.0\.up\.weight is sharded, and its norms would need"):
+        DoRATuner(from_meta(False), RAND, "up")
     other = net()
     tuner = DoRATuner(other, masks.Rand(density=0.1, seed=dist.get_rank()), LINEAR)
-    DistributedDataParallel(other)(own())["loss"].backward()
-    refuses(OPTIMIZERS["torch"](tuner).step, "the ranks have different masks for")
+    parallel = DistributedDataParallel(other)
+    parallel(own())["loss"].backward()
+    with pytest.raises(RuntimeError, match=r"the ranks have different masks for"):
+        OPTIMIZERS["torch"](tuner).step()
 
 
 def main() -> None:
@@ -372,7 +391,8 @@ def main() -> None:
         accelerate_prepares()
         accelerate_computes_in_bf16()
         transformers_shards()
-    as_torchtitan_does()
+    as_torchtitan_does(tensor_parallel=False)
+    as_torchtitan_does(tensor_parallel=True)
     dora_in_ddp()
     Path(f"done.{dist.get_rank()}").touch()
 

@@ -335,9 +335,9 @@ def check_model(model: nn.Module) -> None:
     for name, weight in model.named_parameters():
         if _ranks.engine_of(weight) is not None:
             raise ValueError(
-                f"SparseTuner: {_model.clean(name)} is already in a DeepSpeed engine, which would not train the tuner's "
-                f"values; attach the tuner to the model first, and call deepspeed.initialize then, with an optimizer "
-                f"over tuner.parameters()"
+                f"SparseTuner: {_model.clean(name)} is already in a DeepSpeed engine, which would not train the "
+                f"tuner's values; attach the tuner to the model first, and call deepspeed.initialize then, with an "
+                f"optimizer over tuner.parameters()"
             )
         if isinstance(weight, UninitializedParameter):  # it cannot even be frozen
             raise ValueError(f"SparseTuner: {_model.clean(name)} has no shape yet; run the model once first")

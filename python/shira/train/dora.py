@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 import shira_ops
-from shira import _linears, _live, _model
+from shira import _granules, _linears, _live
 from shira._model import VALUES_SUFFIX
 from shira.masks.masks import Mask, WeightMagnitude
 from shira.train import _hooks, _ranks
@@ -39,8 +39,10 @@ _NAMES = tuple(f"_{part}{VALUES_SUFFIX}" for part in ("magnitude", "a", "b"))
 
 
 class _Product(torch.autograd.Function):
-    """The entries of ``B @ A`` at the indices, from ``B.T`` ``[rank, out]`` and ``A`` ``[rank, in]``; the product itself
-    is never made, nor is a dense gradient."""
+    """The entries of ``B @ A`` at the indices, from ``B.T`` ``[rank, out]`` and ``A`` ``[rank, in]``.
+
+    The product itself is never made, nor is its gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, columns: Tensor, indices: Tensor, granule: int) -> Tensor:
@@ -66,10 +68,13 @@ class _DoRA:
     turned: bool
     # The norm of base + B @ A for each output, and of which state of the parameters it and the values are.
     norm: Tensor
-    made_of: list[tuple[int, int]] = field(default_factory=list)
+    made_of: list[tuple[int, ...]] = field(default_factory=list)
 
-    def state(self) -> list[tuple[int, int]]:
-        return [(p.data_ptr(), p._version) for p in self.parameters()]
+    def state(self) -> list[tuple[int, ...]]:
+        """By memory and version, and on a CPU by content too, since many writes do not move a version."""
+        parameters = self.parameters()
+        content = [_granules.fingerprint(p) if p.device.type == "cpu" else 0 for p in parameters]
+        return [(p.data_ptr(), p._version, word) for p, word in zip(parameters, content, strict=True)]
 
     def parameters(self) -> list[nn.Parameter]:
         owner = self.target.module()
@@ -91,7 +96,8 @@ class _DoRA:
         entries = (first[:, None] + torch.arange(site.granule, device=first.device)).view(-1)
         outputs = entries % width if self.turned else entries // width
         base = site.saved.to(device=values.device, dtype=values.dtype)
-        return scale[outputs] * (base + product)
+        made: Tensor = scale[outputs] * (base + product)
+        return made
 
     @torch.no_grad()
     def measure(self) -> None:
@@ -110,8 +116,8 @@ class _DoRA:
 class DoRATuner(SparseTuner):
     """Train DoRA, of which only the entries that a mask selects reach the weights: SHiRA-DoRA.
 
-    The paper (arXiv 2406.13175, section 5 and its tables) trains "a high-rank DoRA masked by the top 1 %" of a weight's
-    magnitudes, with 6.25 % of the parameters to train and 1 % changed, and says no more. This is the plain reading. With
+    The paper (arXiv 2406.13175, in its results on LLaMA-7B) masks a DoRA of high rank by the largest 1 % of a weight's
+    entries: 6.25 % of the parameters are trained and 1 % changed. It gives no formula; this is the plain reading. With
     DoRA's (arXiv 2402.09353) magnitude ``m`` ``[out]`` and factors ``B`` ``[out, rank]`` and ``A`` ``[rank, in]``, a
     weight ``W`` ``[out, in]`` holds, at the mask's entries alone::
 
@@ -122,16 +128,17 @@ class DoRATuner(SparseTuner):
     constant to autograd. `adapter` gives an ordinary adapter of the mask's entries, for any Switcher.
 
     It is used as `SparseTuner` is, with any loop and optimizer, `shira.Trainer`, ``transformers.Trainer`` and DDP:
-    `parameters` are ``m``, ``A`` and ``B`` of each weight, registered on the weight's module, and the values have no
-    optimizer. `nnz` is the number of entries that change. With the attached tuner, each step makes ``W + B @ A`` of one
-    weight at a time in fp32 for its norm; a backward pass computes at the mask only. The parameters and their moments
-    take ``(rank * (in + out) + out)`` entries a weight, whatever the mask.
+    `parameters` are ``m``, ``A`` and ``B`` of each weight, registered on the weight's module. `nnz` is the number of
+    entries that change. Sharded weights and DeepSpeed are refused. Training goes on from `state_dict`, not from an
+    adapter's file, which does not hold the factors.
 
-    Training goes on from `state_dict`, not from an adapter's file, which does not hold the factors.
+    Memory: ``rank * (in + out) + out`` parameters a weight in fp32 (fp64 for fp64), with their gradients and moments,
+    whatever the mask; the values besides; and after each step, for the norms, one dense ``W + B @ A`` in fp32 of one
+    weight at a time. A backward pass computes at the mask alone.
 
     Args:
-        model, targets, exclude, gradient, calibration, loss, allow_unused: as for `SparseTuner`. Targets must be weights
-            of ``nn.Linear`` or transformers' ``Conv1D``, float and not sharded.
+        model, targets, exclude, gradient, calibration, loss, allow_unused: as for `SparseTuner`. Targets must be
+            weights of ``nn.Linear`` or transformers' ``Conv1D``, float and not sharded.
         mask: as for `SparseTuner`; None is the paper's, ``shira.masks.WeightMagnitude(density=0.01)``.
         rank: of ``B @ A``. 6.25 % of the parameters of a square weight of ``n`` rows is ``rank = n / 32``.
     """
@@ -168,23 +175,24 @@ class DoRATuner(SparseTuner):
     def from_adapter(cls, *args: Any, **options: Any) -> NoReturn:
         """Refused: an adapter holds the entries and not what DoRA makes them from."""
         raise TypeError(
-            "DoRATuner: an adapter does not hold the magnitudes and factors that its entries were made from; go on with "
-            "tuner.state_dict(), or train the entries themselves with SparseTuner.from_adapter"
+            "DoRATuner: an adapter does not hold the magnitudes and factors that its entries were made from; go on "
+            "with tuner.state_dict(), or train the entries themselves with SparseTuner.from_adapter"
         )
 
     def _make(self, rank: int) -> None:
         """Put the parameters on the model, and the hooks that make the values of them."""
         if self.sharded:
             raise ValueError(
-                f"DoRATuner: {self._tuned[0].name} is sharded, and its norms would need the whole weight; use SparseTuner"
+                f"DoRATuner: {self._tuned[0].name} is sharded, and its norms would need the whole weight; use "
+                f"SparseTuner"
             )
         for tuned in self._tuned:
             kinds = {_kind(slot.module) for slot in tuned.plan.slots}
             if len(kinds) != 1 or None in kinds or tuned.plan.slots[0].attribute != "weight":
                 module = next((slot.module for slot in tuned.plan.slots if _kind(slot.module) is None), tuned.owner)
                 raise ValueError(
-                    f"DoRATuner: {tuned.name} is in a {type(module).__name__}, and DoRA is for the weights of nn.Linear "
-                    f"and Conv1D; leave it out with exclude="
+                    f"DoRATuner: {tuned.name} is in a {type(module).__name__}, and DoRA is for the weights of "
+                    f"nn.Linear and Conv1D; leave it out with exclude="
                 )
         for tuned in self._tuned:
             weight, site = tuned.plan.weight, tuned.target.site
@@ -232,7 +240,7 @@ class DoRATuner(SparseTuner):
         """Make the values of the parameters, if these have changed, and write them into the weights.
 
         Steps of optimizers do so by themselves. After any other edit the next forward of the model does, unless the
-        edit moves no version counter (through ``.data``).
+        edit moves no version counter (through ``.data``, on a GPU).
         """
         self._enabled("sync")
         self._renew()
@@ -240,7 +248,12 @@ class DoRATuner(SparseTuner):
 
     @torch.no_grad()
     def _renew(self) -> None:
-        for dora in self._doras.values():
+        for name, dora in self._doras.items():
+            if any(_ranks.engine_of(parameter) is not None for parameter in dora.parameters()):
+                raise RuntimeError(
+                    f"DoRATuner: a DeepSpeed engine trains what {name} is made of, and its steps cannot be followed; "
+                    f"use DDP, or SparseTuner"
+                )
             if dora.made_of != dora.state():
                 dora.measure()
                 dora.target.trained()[1].copy_(dora.values())
