@@ -172,7 +172,7 @@ class AdapterCheckpoints:
         if not getattr(self, "is_fsdp_enabled", False):
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
             return
-        from accelerate.utils import save_fsdp_optimizer  # type: ignore[import-untyped]
+        from accelerate.utils import save_fsdp_optimizer
         from transformers.trainer import SCHEDULER_NAME
 
         trainer: Any = self

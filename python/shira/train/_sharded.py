@@ -639,7 +639,12 @@ def compare(ranks: Ranks, weights: Mapping[str, tuple[Tensor, int, int]]) -> Non
     same = ranks.same([*words, *(signed(base) for _, _, base in weights.values())])
     advices = (
         ("masks", "give every rank the same mask: the same seed, or the same tensors", same[: len(weights)]),
-        ("base weights", "load the same base on every rank before the tuner is attached", same[len(weights) :]),
+        (
+            "base weights",
+            "load the same base on every rank before the tuner is attached (accelerate's "
+            "cpu_ram_efficient_loading loads it on the first one alone)",
+            same[len(weights) :],
+        ),
     )
     for what, advice, agreed in advices:
         differ = [name for name, one in zip(weights, agreed, strict=True) if not one]
