@@ -177,9 +177,15 @@ def test_refusals() -> None:
         DoRATuner(nn.Embedding(4, 8), masks.Rand(density=0.5), "weight")
     with pytest.raises(TypeError, match=r"does not hold the magnitudes and factors .* go on with tuner\.state_dict"):
         DoRATuner.from_adapter(model, "file")
+    zero = net()
+    with torch.no_grad():
+        zero[2].weight[3] = 0
+    with pytest.raises(
+        ValueError, match=r"DoRATuner: 2\.weight has outputs whose weights are all zero, and DoRA gives"
+    ):
+        DoRATuner(zero, MASK)
+    assert not any(name.endswith("_shira_values") for name, _ in zero.named_parameters())
     tuner = DoRATuner(model, MASK, rank=2)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.dim() == 1 and p.requires_grad], lr=0.1)
-    del optimizer.param_groups[0]["params"][::2]
     values = torch.optim.SGD([tuned.values for tuned in tuner._tuned], lr=0.1)
     loss_of(model, X).backward()
     with pytest.raises(RuntimeError, match=r"this SGD has the values, .* make it from tuner\.parameters\(\)"):

@@ -424,6 +424,8 @@ def of_adapter(who: str, adapter: Adapter, model: nn.Module, rename: Rename) -> 
             if len(places) > 1:
                 both = _fit.one_in_adapter(places[1].name, places[0].name)
                 raise AdapterError(f"{both} two in the model, which training would let drift apart; tie them first")
+            if _shards.is_dtensor(places[0].slot.weight):
+                raise AdapterError(f"{places[0].name} {_model.foreign(places[0].slot.weight)}")
             if not isinstance(places[0].slot.weight, nn.Parameter):
                 raise AdapterError(f"{places[0].name} is a buffer, not a parameter, so it cannot be trained")
         anything = _fit.indifferent(adapter.weights, adapter.delta, 1.0)

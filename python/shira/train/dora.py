@@ -134,7 +134,8 @@ class DoRATuner(SparseTuner):
 
     Memory: ``rank * (in + out) + out`` parameters a weight in fp32 (fp64 for fp64), with their gradients and moments,
     whatever the mask; the values besides; and after each step, for the norms, one dense ``W + B @ A`` in fp32 of one
-    weight at a time. A backward pass computes at the mask alone.
+    weight at a time. A backward pass computes at the mask alone. The norms are sums of torch's own, with the same bits
+    for the same device and number of threads.
 
     Args:
         model, targets, exclude, gradient, calibration, loss, allow_unused: as for `SparseTuner`. Targets must be
@@ -207,6 +208,11 @@ class DoRATuner(SparseTuner):
             site.others = tuple(site.attribute + name for name in _NAMES)
             dora = self._doras[tuned.name] = _DoRA(tuned.target, turned, made[0])
             dora.measure()
+            if not bool(dora.norm.all()):
+                raise ValueError(
+                    f"DoRATuner: {tuned.name} has outputs whose weights are all zero, and DoRA gives these no "
+                    f"direction; leave it out with exclude="
+                )
             with torch.no_grad():
                 dora.parameters()[0].copy_(dora.norm)
             dora.made_of = dora.state()
