@@ -236,14 +236,19 @@ def attached_before(mesh: DeviceMesh, both: DeviceMesh) -> None:
     assert [*map(id, trained)] == [*map(id, tuner.parameters())]
     tuner.detach()
     base_is_back(model)
-    # Before the tuner knows, a forward is refused.
+    # Without a word to the tuner it goes on at the next forward; an optimizer that was made before is refused.
     model = net()
     tuner = SparseTuner(model, RAND, LINEAR)
+    early = torch.optim.AdamW(tuner.parameters(), lr=0.01)
     shard(model, mesh)
-    with pytest.raises(
-        RuntimeError, match=r"was replaced .* make the optimizer from tuner\.parameters\(\), or to call tuner\.sync"
-    ):
-        model(my(mesh))
+    loss_of(model, my(mesh)).backward()
+    with pytest.raises(RuntimeError, match=r"was replaced .* if the optimizer is made from tuner\.parameters\(\) then"):
+        early.step()
+    for values in tuner.parameters():
+        values.grad = None
+    like_one_process(model, tuner, my(mesh), RAND, LINEAR, "AdamW")
+    tuner.detach()
+    base_is_back(model)
 
 
 def tensor_parallel(mesh: DeviceMesh, both: DeviceMesh) -> None:

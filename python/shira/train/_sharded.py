@@ -195,6 +195,12 @@ def reshard(model: nn.Module) -> None:
     _shards.reshard(_shards.fsdp_modules(model))
 
 
+def gathered_groups(model: nn.Module) -> list[Any]:
+    """FSDP's groups of parameters that are gathered at present."""
+    groups = (group for module in _shards.fsdp_modules(model) for group in _shards.fsdp_groups(module))
+    return [group for group in groups if group is not None and group.is_unsharded]
+
+
 def fsdp_of(model: nn.Module, owner: nn.Module, attribute: str) -> tuple[Any, Any] | None:
     """FSDP's group of parameters and its own entry for one; None if FSDP does not have it."""
     for module in _shards.fsdp_modules(model):
@@ -713,7 +719,12 @@ def compare(ranks: Ranks, weights: Mapping[str, tuple[Tensor, int, int]]) -> Non
     same = ranks.same([*words, *(signed(base) for _, _, base in weights.values())])
     advices = (
         ("masks", "give every rank the same mask: the same seed, or the same tensors", same[: len(weights)]),
-        ("base weights", "load the same base on every rank before the tuner is attached", same[len(weights) :]),
+        (
+            "base weights",
+            "load the same base on every rank before the tuner is attached (accelerate's "
+            "cpu_ram_efficient_loading loads it on the first one alone)",
+            same[len(weights) :],
+        ),
     )
     for what, advice, agreed in advices:
         differ = [name for name, one in zip(weights, agreed, strict=True) if not one]

@@ -354,7 +354,7 @@ class SparseTuner:
         self._tuned: list[_Tuned] = []
         self._froze: list[_model.Slot] = []
         self._root: list[RemovableHandle] = []
-        self._group = Group(model=weakref.ref(self.model))
+        self._group = Group(model=weakref.ref(self.model), take_over=weakref.WeakMethod(self._take_over_gathered))
         self._disabled = 0
         self._ignored: list[str] = []  # what DistributedDataParallel leaves alone
         self._notes: list[str] = []  # what `summary` says besides
@@ -851,6 +851,14 @@ class SparseTuner:
         now = _model.slots(self.model)
         self._froze = [now.get(slot.name, slot) for slot in self._froze]
 
+    def _take_over_gathered(self) -> None:
+        """The same in a forward pass, for which FSDP has gathered some weights already."""
+        gathered = _sharded.gathered_groups(self.model)
+        self._take_over()
+        for group in gathered:
+            group.unshard()
+            group.wait_for_unshard()
+
     def _written(self) -> list[_Tuned]:
         """Those whose values are written into the weight: all, or of an overlay none."""
         return [tuned for tuned in self._attached() if tuned.plan.layer is None]
@@ -861,6 +869,11 @@ class SparseTuner:
     def nnz(self) -> int:
         """The number of trainable entries."""
         return sum(tuned.plan.nnz for tuned in self._tuned)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether ranks hold the weights together, so that all of them must call a method at the same time."""
+        return any(tuned.plan.shard is not None for tuned in self._attached())
 
     @property
     def density(self) -> float:
@@ -915,9 +928,9 @@ class SparseTuner:
 
     def __repr__(self) -> str:
         if not self._tuned:
-            return "SparseTuner(detached)"
+            return f"{type(self).__name__}(detached)"
         mask = "no mask" if self._about is None else self._about.get("name", "a mask")
-        return f"SparseTuner({mask}, {len(self._tuned)} weights, {self.nnz:,} entries, {self.density:.2%})"
+        return f"{type(self).__name__}({mask}, {len(self._tuned)} weights, {self.nnz:,} entries, {self.density:.2%})"
 
 
 def detach(model: nn.Module) -> None:
