@@ -106,6 +106,12 @@ LINES = {
     "overlay of LoRA fp32, granule 1": Line("sparse_linear_add_ fp32, of LoRA's two products", 1.5, at_least=False),
     "overlay of LoRA bf16, granule 1": Line("sparse_linear_add_ bf16, of LoRA's two products", 2.5, at_least=False),
     "overlay of LoRA, other batches": Line("sparse_linear_add_, of LoRA's two products", None),
+    "overlay, bound of LoRA": Line(
+        "the multiply-adds of sparse_linear_add_ alone, of LoRA's two products", None, guarded=False
+    ),
+    "overlay, bound of stream": Line(
+        "a call of sparse_linear_add_ with one granule and reading indices and values, of reading", None, guarded=False
+    ),
     "overlay of stream": Line("sparse_linear_add_ 1 token, of reading indices and values", 1.3, at_least=False),
     "overlay of layer": Line("sparse_linear_add_, share of the layer's product", 6.0, " %", at_least=False),
     "overlay over mixed, granule 16": Line(
@@ -114,6 +120,12 @@ LINES = {
     "overlay over mixed, granule 1": Line("sparse_linear_add_ 32 adapters, over PEFT LoRA's mixed batch", 1.5),
     "break-even": Line("tokens between two switches from which on an overlay costs more", None, " tokens"),
     "mixed overlay of stream": Line("sparse_linear_add_ 32 adapters, of reading indices and values", None),
+    "mixed overlay, bound": Line(
+        "reading indices and values of 32 adapters, over PEFT LoRA's mixed batch", None, guarded=False
+    ),
+    "mixed overlay: memory over mixed": Line(
+        "peak memory of sparse_linear_add_ 32 adapters, of PEFT LoRA's mixed batch", None, at_least=False
+    ),
     "diff_ of read": Line("diff_, of reading the weight and the snapshot", None, ""),
     "diff_ over torch": Line("diff_, over the same in plain torch", None),
     "commit of touch": Line("commit of a live update, of touch bandwidth", 0.85, ""),
@@ -155,6 +167,9 @@ LINES = {
     ),
     "accelerate: memory over a tuner": Line(
         "peak memory of PEFT SHiRA after accelerate, of a SparseTuner's with overlay", None, at_least=False
+    ),
+    "accelerate, bound": Line(
+        "the frozen model alone, forward and backward, of PEFT SHiRA's step", None, "", guarded=False
     ),
     "SparseConfig over LoRA": Line("a step with SparseConfig, of PEFT LoRA's", None, at_least=False),
     "SparseConfig: memory over LoRA": Line("peak memory with SparseConfig, of PEFT LoRA's", None, at_least=False),
