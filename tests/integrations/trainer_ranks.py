@@ -375,6 +375,11 @@ def dora_in_ddp() -> None:
     same(tuner.adapter(), wanted)
     with pytest.raises(ValueError, match=r"blocks\.0\.up\.weight is sharded, and its norms would need"):
         DoRATuner(from_meta(False), RAND, "up")
+    later = net()
+    tuner = DoRATuner(later, RAND, LINEAR)
+    fully_shard(later)
+    with pytest.raises(ValueError, match=r"DoRATuner: .* is sharded, and its norms would need the whole weight"):
+        later(own())
     other = net()
     tuner = DoRATuner(other, masks.Rand(density=0.1, seed=dist.get_rank()), LINEAR)
     parallel = DistributedDataParallel(other)
