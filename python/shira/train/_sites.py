@@ -691,6 +691,9 @@ def _gathered(target: Target, weight: Tensor) -> None:
     _, indices, values = target.tensors()
     if grad is None or not values.requires_grad:
         return
+    if target.site.shard is not None:
+        target.site.shard.gathered(target.site, grad)
+        return
     dense = grad.to_dense() if grad.is_sparse else grad
     at_mask = shira_ops.gather(dense.contiguous(), indices, granule=target.site.granule).to(values.dtype)
     # Through autograd: so it accumulates, and the hooks of the values and of DDP run, as for any parameter.
