@@ -301,7 +301,8 @@ class DoRATuner(SparseTuner):
     def _has(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer has the parameters; refuses one that has the values without them."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if any(id(p) in held for p in self.parameters()):
+        # This runs at the steps of all optimizers there are, so what may be wrong with this model must not raise here.
+        if any(id(p) in held for dora in self._doras.values() for p in dora.parameters()):
             return True
         if any(id(tuned.values) in held for tuned in self._tuned):
             raise RuntimeError(
