@@ -167,8 +167,7 @@ def accelerate_prepares() -> None:
     for kind, accumulate, options in (
         ("torch", 1, {}),
         ("shira", 2, {"reshard_after_forward": False}),
-        ("shira", 1, {"activation_checkpointing": True}),
-        ("torch", 1, {"cpu_ram_efficient_loading": True}),
+        ("shira", 1, {"activation_checkpointing": True, "cpu_ram_efficient_loading": True}),
     ):
         accelerator = accelerator_of(accumulate, **options)
         model = net()
