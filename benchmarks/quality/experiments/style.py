@@ -9,6 +9,7 @@ the dense changes of its weights, so two of them together are the sum of both pr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.quality import tasks
@@ -19,50 +20,74 @@ from shira import Switcher
 FAMILY = "style"
 R = 2
 """LoRA's rank; SHiRA trains as many entries of every weight: 1.6 % of all that are adapted."""
-ALPHAS = (0.25, 0.5, 0.75, 1.0, 1.2)
+ALPHAS = (0.5, 0.75, 1.0, 1.2)
 BUDGET = 4  # runs of the search for a rate
-SEEDS = 3
-SLOWER = {"the best rate": 0, "a third of the rate": 1}
-"""Gentler training for what is to be fused: how many steps of `RATES` below the best rate."""
+FIRST = (Shira("rand", r=R), Lora(R))
+"""The methods that are compared with the most seeds."""
+SEEDS, FEW_SEEDS = 3, 2
+
+
+@dataclass(frozen=True)
+class Training:
+    """How adapters are trained: how many steps of `RATES` below the best rate, and how many times as long."""
+
+    name: str
+    slower: int = 0
+    longer: int = 1
+
+
+BEST = Training("the best rate")
+STRONG = Training("three times the rate", slower=-1)
+LONG = Training("three times the steps", longer=3)
+GENTLE = Training("a third of the rate", slower=1)
 
 
 def methods() -> list[Method]:
     return [*(Shira(mask, r=R) for mask in MASKS), Shira("rand", r=R, granule=16), Lora(R)]
 
 
-def setting(style: str, method: Method) -> Setting:
-    return Setting(f"{FAMILY}/{style}", method, budget=BUDGET)
+def trainings() -> dict[Training, list[Method]]:
+    """Every way of training, and the methods that are tried with it; the most telling first."""
+    several = [one for one in methods() if one in (*FIRST, *(Shira(mask, r=R) for mask in ("grad", "snip")))]
+    first = [one for one in several if one in FIRST]
+    return {BEST: sorted(methods(), key=lambda one: one not in FIRST), STRONG: several, LONG: first, GENTLE: first}
+
+
+def setting(style: str, method: Method, training: Training = BEST) -> Setting:
+    name = f"{FAMILY}/{style}"
+    steps = None if training.longer == 1 else training.longer * tasks.task(name).steps
+    return Setting(name, method, steps=steps, budget=BUDGET)
 
 
 def styles() -> tuple[str, ...]:
     return tuple(name.partition("/")[2] for name in tasks.tasks(FAMILY))
 
 
-def seeds(lab: Lab) -> Sequence[int]:
-    return lab.seeds[:SEEDS]
+def seeds(lab: Lab, method: Method) -> Sequence[int]:
+    return lab.seeds[: SEEDS if method in FIRST else FEW_SEEDS]
 
 
-def rate(lab: Lab, of: Setting, slower: int) -> float:
-    return RATES[max(0, RATES.index(lab.searched(of)) - slower)]
+def rate(lab: Lab, style: str, method: Method, training: Training) -> float:
+    """The rate that the search found, as much higher or lower as the training has it."""
+    best = RATES.index(lab.searched(setting(style, method)))
+    return RATES[min(max(0, best - training.slower), len(RATES) - 1)]
 
 
 def jobs(family: str, count: int) -> list[Job]:
-    """The main methods first, then the other masks; what is trained more gently last."""
     if family != FAMILY:
         return []
     found = [Job(0, 1, judge), Job(0, 1, untouched)]
-    first = (Shira("rand", r=R), Lora(R))
-    for slower in SLOWER.values():
-        for number, method in enumerate(sorted(methods(), key=lambda one: one not in first)):
+    for place, (training, several) in enumerate(trainings().items()):
+        for number, method in enumerate(several):
 
-            def do(lab: Lab, method: Method = method, slower: int = slower) -> None:
-                for seed in seeds(lab):
+            def do(lab: Lab, method: Method = method, training: Training = training) -> None:
+                for seed in seeds(lab, method):
                     for style in styles():
-                        alone(lab, style, method, seed, slower)
-                    fused(lab, method, seed, slower)
+                        alone(lab, style, method, seed, training)
+                    fused(lab, method, seed, training)
 
             runs = (BUDGET + 2 * SEEDS) * len(styles()) + SEEDS
-            found.append(Job(slower + 0.1 * number, runs, do))
+            found.append(Job(place + 0.1 * number, runs, do))
     return found
 
 
@@ -93,23 +118,25 @@ def untouched(lab: Lab) -> dict[str, Any]:
     return lab.done({"do": "untouched", "task": f"{FAMILY}/{styles()[0]}"}, do)
 
 
-def alone(lab: Lab, style: str, method: Method, seed: int, slower: int = 0) -> dict[str, Any]:
+def alone(lab: Lab, style: str, method: Method, seed: int, training: Training = BEST) -> dict[str, Any]:
     """One adapter at every strength: what `tasks.style.judged` says, by strength."""
-    return swept(lab, (style,), method, seed, slower)
+    return swept(lab, (style,), method, seed, training)
 
 
-def fused(lab: Lab, method: Method, seed: int, slower: int = 0) -> dict[str, Any]:
+def fused(lab: Lab, method: Method, seed: int, training: Training = BEST) -> dict[str, Any]:
     """The adapters of all styles at once, each at the same strength."""
-    return swept(lab, styles(), method, seed, slower)
+    return swept(lab, styles(), method, seed, training)
 
 
-def swept(lab: Lab, some: tuple[str, ...], method: Method, seed: int, slower: int) -> dict[str, Any]:
-    settings = [setting(style, method) for style in some]
-    rates = [rate(lab, one, slower) for one in settings]
-    run = {
+def swept(lab: Lab, some: tuple[str, ...], method: Method, seed: int, training: Training) -> dict[str, Any]:
+    settings = [setting(style, method, training) for style in some]
+    rates = [rate(lab, style, method, training) for style in some]
+    run: dict[str, Any] = {
         "do": "alphas", "task": settings[0].task, "with": [one.task for one in settings[1:]],
         "method": method.describe(), "lrs": rates, "seed": seed,
     }  # fmt: skip
+    if settings[0].steps is not None:
+        run["steps"] = settings[0].steps
 
     def do() -> dict[str, Any]:
         from benchmarks.quality.tasks import style
