@@ -107,6 +107,27 @@ def trainings_table(lab: Lab) -> str:
     return table([*heading, *(f"fused, α {alpha:g}" for alpha in ALPHAS if alpha > 0.5)], rows) if rows else ""
 
 
+def sizes_table(lab: Lab) -> str:
+    """How large the change is, how it lies, and the fused score, from the best on."""
+    rows = []
+    for method in experiment.methods():
+        both = swept(lab, experiment.styles(), method)
+        if not both:
+            continue
+        try:
+            found = experiment.sizes(lab, method)
+        except Stop:
+            continue
+        norms = [percent([one["norm"][number] for one in found]) for number in range(len(experiment.styles()))]
+        rank = statistics.fmean(value for one in found for value in one["rank"])
+        cosine = statistics.fmean(one["cosine"] for one in found)
+        score = at(both, 1.0)
+        rows.append((-statistics.fmean(score), [label(method), *norms, f"{rank:.1f}", f"{cosine:.2f}", percent(score)]))
+    heading = ["method", *(f"change, {style}" for style in experiment.styles())]
+    heading += ["stable rank", "cosine of the two", "fused, α 1"]
+    return table(heading, [row for _, row in sorted(rows)]) if rows else ""
+
+
 def rates_table(lab: Lab) -> str:
     rows = []
     for method in experiment.methods():
@@ -147,6 +168,7 @@ MAKERS: dict[str, Callable[[Lab], str]] = {
     "fused scores": lambda lab: scores_table(lab, experiment.styles()),
     "fused parts": lambda lab: parts_table(lab, experiment.styles()),
     "trainings": trainings_table,
+    "sizes": sizes_table,
 }
 """What can stand in ``style.md``, by name."""
 

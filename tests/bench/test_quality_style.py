@@ -138,13 +138,13 @@ def test_adapters_are_swept_alone_and_together_and_the_page_tells_it(small, monk
     few = {experiment.BEST: experiment.methods(), experiment.LONG: [Lora(2)]}
     monkeypatch.setattr(experiment, "trainings", lambda: few)
     jobs = plan(["style"], list(EXPERIMENTS), 2)
-    assert len(jobs) == 2 + 3
+    assert len(jobs) == 2 + 3 + 2
     lab = Lab(folder=tmp_path / "results", seeds=range(2), steps=2, cache=tmp_path / "adapters")
     for job in jobs:
         job.do(lab)
     kept = (lab.folder / "style.jsonl").read_bytes()
     done = [run["do"] for run, _ in Store("style", lab.folder)]
-    assert set(done) - {"base"} == {"judge", "untouched", "train", "alphas"}
+    assert set(done) - {"base"} == {"judge", "untouched", "train", "alphas", "sizes"}
     assert done.count("alphas") == 3 * 2 * 3
     again = Lab(folder=lab.folder, seeds=range(2), until=0, steps=2)
     for job in jobs:
@@ -167,6 +167,17 @@ def test_adapters_are_swept_alone_and_together_and_the_page_tells_it(small, monk
                         weight[entry.indices.long()] += 0.5 * entry.values
         expected = style.drawn(model, experiment.styles())
         assert found["score"] == pytest.approx(expected["score"], rel=1e-4)
+
+    # The size of a change, against the sum over all weights.
+    for method in experiment.methods():
+        found = experiment.sizes(lab, method)[1]
+        changes = [experiment.setting(one, method) for one in experiment.styles()]
+        adapters = [lab.adapter(one, lab.searched(one), 1).to_delta(Tiny()) for one in changes]
+        whole = sum(Tiny().get_parameter(name).square().sum().item() for name in adapters[0].weights)
+        added = [sum(entry.values.square().sum().item() for entry in one.weights.values()) for one in adapters]
+        assert found["norm"] == pytest.approx([(one / whole) ** 0.5 for one in added], rel=1e-3)
+        assert all(1 <= one <= (2.01 if isinstance(method, Lora) else 16) for one in found["rank"])
+    assert experiment.stable_rank(torch.diag(torch.tensor([3.0, 3.0, 0.0]))) == pytest.approx(2)
 
     text = page.section(lab.folder, seeds=2)
     assert "Not yet run" not in text

@@ -8,14 +8,17 @@ the dense changes of its weights, so two of them together are the sum of both pr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from benchmarks.quality import tasks
 from benchmarks.quality.lab import RATES, Job, Lab, Setting
 from benchmarks.quality.methods import MASKS, Lora, Method, Shira
-from shira import Switcher
+from shira import Adapter, Switcher
 
 FAMILY = "style"
 R = 2
@@ -86,6 +89,8 @@ def jobs(family: str, count: int) -> list[Job]:
                         alone(lab, style, method, seed, training)
                     fused(lab, method, seed, training)
 
+            if training == BEST:
+                found.append(Job(place + 0.9, SEEDS, lambda lab, one=method: sizes(lab, one)))  # type: ignore[misc]
             runs = (BUDGET + 2 * SEEDS) * len(styles()) + SEEDS
             found.append(Job(place + 0.1 * number, runs, do))
     return found
@@ -153,3 +158,53 @@ def swept(lab: Lab, some: tuple[str, ...], method: Method, seed: int, training: 
         return found
 
     return lab.done(run, do)
+
+
+def sizes(lab: Lab, method: Method) -> list[dict[str, Any]]:
+    """How much the adapters of every seed change: for each style the norm of the change as a share of that of the
+    weights, and its stable rank (the mean over the weights); and the cosine between the changes of the first two."""
+    names = [setting(style, method).task for style in styles()]
+    rates = [rate(lab, style, method, BEST) for style in styles()]
+    found = []
+    for seed in seeds(lab, method):
+        run = {
+            "do": "sizes", "task": names[0], "with": names[1:], "method": method.describe(), "lrs": rates, "seed": seed,
+        }  # fmt: skip
+
+        def do(seed: int = seed) -> dict[str, Any]:
+            model = tasks.task(names[0]).base()
+            several = zip(styles(), rates, strict=True)
+            adapters = [lab.adapter(setting(style, method), lr, seed) for style, lr in several]
+            changes = [changed(model, adapter) for adapter in adapters]
+            weights = {name: model.get_parameter(name) for name in changes[0]}
+            whole = norm(weights.values())
+            one, other = changes[0], changes[1]
+            product = sum(float((one[name] * other[name]).sum()) for name in one)
+            return {
+                "norm": [norm(change.values()) / whole for change in changes],
+                "rank": [sum(map(stable_rank, change.values())) / len(change) for change in changes],
+                "cosine": product / (norm(one.values()) * norm(other.values())),
+            }
+
+        found.append(lab.done(run, do))
+    return found
+
+
+def changed(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """What an adapter at full strength adds to each weight."""
+    before = {name: model.get_parameter(name).detach().clone() for name in adapter.weights}
+    switcher = Switcher(model)
+    switcher.add("it", adapter)
+    switcher.activate("it", alpha=1.0)
+    found = {name: model.get_parameter(name).detach() - weight for name, weight in before.items()}
+    switcher.deactivate()
+    return found
+
+
+def norm(some: Iterable[Tensor]) -> float:
+    return sum(float(one.detach().double().square().sum()) for one in some) ** 0.5
+
+
+def stable_rank(matrix: Tensor) -> float:
+    """The squared Frobenius norm over the squared spectral norm: 1 for a matrix of rank 1."""
+    return float(matrix.square().sum() / torch.linalg.matrix_norm(matrix, 2) ** 2)
