@@ -31,8 +31,11 @@ def swept(lab: Lab, some: Sequence[str], method: Method, training: Training = BE
     """The results of all seeds, or None while some are missing."""
     try:
         if len(some) == 1:
-            return [experiment.alone(lab, some[0], method, seed, training) for seed in experiment.seeds(lab, method)]
-        return [experiment.fused(lab, method, seed, training) for seed in experiment.seeds(lab, method)]
+            return [
+                experiment.alone(lab, some[0], method, seed, training)
+                for seed in experiment.seeds(lab, method, training)
+            ]
+        return [experiment.fused(lab, method, seed, training) for seed in experiment.seeds(lab, method, training)]
     except Stop:
         return None
 
@@ -182,7 +185,7 @@ SIDE_BY_SIDE = (Lora(experiment.R), Shira("grad", r=experiment.R), Shira("rand",
 
 
 def grid(lab: Lab, some: Sequence[str], method: Method) -> Any:
-    """Digits by strength, ``[3, height, width]``: the first picture of each digit that the scores are about."""
+    """Digits by strength, ``[3, height, width]``, from the same noise at every strength."""
     import torch
 
     from benchmarks.quality.tasks import style
@@ -196,7 +199,7 @@ def grid(lab: Lab, some: Sequence[str], method: Method) -> Any:
     columns = []
     for alpha in STRENGTHS:
         switcher.activate(dict.fromkeys(some, alpha))
-        drawn = style.draw(model, style.asked(style.DRAWN["test"]), style.SEEDS["test"])
+        drawn = style.draw(model, style.asked(style.DIGITS), style.SEEDS["test"])
         columns.append(torch.cat([drawn[digit] for digit in SHOWN], 1))
     return torch.cat(columns, 2)
 
@@ -216,7 +219,7 @@ def draw(lab: Lab, folder: Path) -> list[Path]:
         methods = [method for method in SIDE_BY_SIDE if swept(lab, some, method)]
         if not methods:
             continue
-        figure, axes = pyplot.subplots(1, len(methods), figsize=(3.1 * len(methods), 2.4), squeeze=False)
+        figure, axes = pyplot.subplots(1, len(methods), figsize=(3.4 * len(methods), 2.9), squeeze=False)
         for axis, method in zip(axes[0], methods, strict=True):
             picture = grid(lab, some, method)
             axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
@@ -226,9 +229,8 @@ def draw(lab: Lab, folder: Path) -> list[Path]:
             axis.tick_params(length=0)
             axis.set_title(label(method))
             axis.set_xlabel("strength")
-        figure.tight_layout()
         path = folder / f"style-{name}.png"
-        figure.savefig(path, dpi=100, metadata={"Software": None})
+        figure.savefig(path, dpi=100, bbox_inches="tight", metadata={"Software": None})
         pyplot.close(figure)
         made.append(path)
     return made
