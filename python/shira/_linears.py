@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import shira_ops
-from shira import _granules, _model
+from shira import _granules, _model, _shards
 from shira._model import VALUES_SUFFIX
 from shira._text import AdapterError, dtype_name
 
@@ -459,15 +459,19 @@ class Layers(dict[str, Layer]):
         return self.keys()
 
 
-def find(model: nn.Module) -> Layers:
+def find(model: nn.Module, *, sharded: bool = False) -> Layers:
     """Every layer of the model of which it is known what it computes, by its weight's name, in the model's order.
 
-    A module under several names is there under each of them. `unknown` says why a module is not among them.
+    A module under several names is there under each of them. `unknown` says why a module is not among them. Those whose
+    weight is a DTensor are among them only if ``sharded``.
     """
     found, floats = Layers(), _floats(model)
     for prefix, module in model.named_modules(remove_duplicate=False):
         name = _model.clean(f"{prefix}.weight" if prefix else "weight")
         layer = of(name, module, floats)
+        if layer is None and sharded and _shards.is_dtensor(weight := _model.held(module, "weight")):
+            kind = kind_of(module)
+            layer = None if kind is None or weight.dim() != 2 else Layer(name, module, "weight", kind, floats)
         if layer is not None:
             found[name] = layer
     return found

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from shira import _granules, _linears, _model
+from shira import _granules, _linears, _model, _shards
 from shira._granules import dtype_name
 
 LOCK = threading.RLock()
@@ -47,8 +47,10 @@ class Hold:
 class Record:
     """What Switchers know about a parameter."""
 
-    # The base's fingerprint, once it has been read.
+    # The base's fingerprint, once it has been read; of a sharded weight, that of this rank's part alone.
     base: int | None = None
+    # Of a sharded weight: the fingerprint of the whole base, once the ranks have added it up.
+    whole: int | None = None
     # Its version and address when a Switcher last wrote or verified it.
     version: int | None = None
     pointer: int | None = None
@@ -72,7 +74,9 @@ def base_of(tensor: Tensor) -> int | None:
     """The fingerprint of a weight that a Switcher left at the base, if nobody has written to it since."""
     record, hold = left(tensor), _holds.get(_model.memory(tensor))
     held = hold is None or hold.holder is not None or hold.storage.expired()
-    return None if record is None or held else record.base
+    if record is None or held:
+        return None
+    return record.whole if _shards.is_dtensor(tensor) else record.base
 
 
 def holder(tensor: Tensor) -> Any | None:
@@ -89,9 +93,9 @@ def holder(tensor: Tensor) -> Any | None:
 def left(tensor: Tensor) -> Record | None:
     """What Switchers know about a weight that one of them wrote or examined last, whatever is on it."""
     record = _records.get(id(tensor))
-    if record is None or tensor.is_inference() or record.version != tensor._version:
+    if record is None or tensor.is_inference() or record.version != _shards.version(tensor):
         return None
-    return record if record.pointer == tensor.data_ptr() else None
+    return record if record.pointer == _shards.local(tensor).data_ptr() else None
 
 
 def _hold(tensor: Tensor) -> Hold:
@@ -101,7 +105,7 @@ def _hold(tensor: Tensor) -> Hold:
     key = _model.memory(tensor)
     found = _holds.get(key)
     if found is None or found.storage.expired():
-        found = _holds[key] = Hold(StorageWeakRef(tensor.untyped_storage()))
+        found = _holds[key] = Hold(StorageWeakRef(_shards.local(tensor).untyped_storage()))
     return found
 
 
@@ -109,7 +113,7 @@ def abandon(weights: Mapping[object, Weight], switcher: weakref.ref[object]) -> 
     """Called when a Switcher with these weights is gone: remember the weights that still have its adapters on them."""
     for key, weight in weights.items():
         if weight.hold.holder is switcher:
-            weight.hold.left = id(weight.tensor), weight.record.version, weight.record.base
+            weight.hold.left = id(weight.slot.weight), weight.record.version, weight.record.base
             _abandoned[key] = weight.hold
 
 
@@ -118,7 +122,8 @@ class Neighbours(weakref.WeakSet["Weight"]):
 
 
 def _storage(tensor: Tensor) -> object:
-    return tensor.device, tensor.untyped_storage().data_ptr()
+    here = _shards.local(tensor)
+    return here.device, here.untyped_storage().data_ptr()
 
 
 def known(tensors: Iterable[Tensor]) -> list[Weight]:
@@ -129,7 +134,10 @@ def known(tensors: Iterable[Tensor]) -> list[Weight]:
 
 @dataclass(eq=False)
 class Weight:
-    """A weight of the model as it was when it was found: where it is, its memory, and what is known about both."""
+    """A weight of the model as it was when it was found: where it is, its memory, and what is known about both.
+
+    Of a sharded weight (a DTensor), memory and content are those of this rank's part.
+    """
 
     # Every place of the model that holds it (a tied weight has several); first the one by which it was found.
     places: tuple[_model.Slot, ...]
@@ -141,6 +149,8 @@ class Weight:
     shape: torch.Size
     # Inference tensors have no version: only `Switcher.verify` finds what others write to them.
     versioned: bool
+    # Which part of a sharded weight this rank holds.
+    box: _shards.Box | None = None
     neighbours: Neighbours | None = None
 
     @classmethod
@@ -150,16 +160,18 @@ class Weight:
         With `verify`, reads all of it for its fingerprint, unless that is known.
         """
         tensor = places[0].weight
+        here = _shards.local(tensor)
         found = _records.get(id(tensor))
         weight = cls(
             places,
             found or Record(),
             _hold(tensor),
-            tensor.data_ptr(),
-            tensor.device,
+            here.data_ptr(),
+            here.device,
             tensor.dtype,
             tensor.shape,
-            not tensor.is_inference(),
+            not here.is_inference(),
+            _shards.box(tensor),
         )
         refuse_first([weight], lambda one: one.held(me))
         seen = found is not None and found.pointer == weight.pointer and not weight.changed()
@@ -187,19 +199,33 @@ class Weight:
 
     @property
     def tensor(self) -> Tensor:
-        return self.slot.weight
+        """The memory that is written: the parameter, or its local tensor."""
+        return _shards.local(self.slot.weight)
+
+    @property
+    def key(self) -> object:
+        """Tells its memory (`_model.memory`)."""
+        return _model.memory(self.slot.weight)
+
+    @property
+    def base(self) -> int | None:
+        """The fingerprint of the whole base, if it is known."""
+        return self.record.base if self.box is None else self.record.whole
 
     def fingerprint(self) -> int:
         """The fingerprint of what the memory holds now. Reads all of it."""
         return _granules.fingerprint(self.tensor)
 
+    def version(self) -> int | None:
+        return _shards.version(self.slot.weight) if self.versioned else None
+
     def changed(self) -> bool:
         """Whether someone else has written to it since `note`, as far as its version tells."""
-        return self.versioned and self.tensor._version != self.record.version
+        return self.versioned and self.version() != self.record.version
 
     def note(self) -> None:
         """Remember the weight's version: it holds what we believe it to hold."""
-        self.record.version = self.tensor._version if self.versioned else None
+        self.record.version = self.version()
         self.record.pointer = self.pointer
 
     def distrust(self) -> None:
@@ -216,10 +242,11 @@ class Weight:
             if not place.holds():
                 return f"{place.name} is no longer the parameter it was when an adapter for it was added; {_BACK}"
         weight = self.tensor
-        if weight.shape != self.shape:
+        shape = self.slot.weight.shape
+        if shape != self.shape:
             return (
                 f"{self.name} had shape {list(self.shape)} when an adapter for it was added, and has shape "
-                f"{list(weight.shape)} now; put it back, or make a new Switcher"
+                f"{list(shape)} now; put it back, or make a new Switcher"
             )
         # New memory may have the old address; then the old memory was freed.
         stayed = weight.data_ptr() == self.pointer and not self.hold.storage.expired()
@@ -258,9 +285,18 @@ class Weight:
             return False
         identity, version, base = self.hold.left
         # Another parameter over the same memory has a version counter of its own.
-        if self.versioned and id(self.tensor) == identity and self.tensor._version != version:
+        if self.versioned and id(self.slot.weight) == identity and self.version() != version:
             return True
         return base is not None and self.fingerprint() == base
+
+    def divided(self, place: _model.Slot) -> str | None:
+        """Why what a place holds now cannot stand for this rank's part of the weight, or None."""
+        if _shards.box(place.weight) == self.box:
+            return None
+        return (
+            f"{place.name} is divided between ranks in another way than when an adapter for it was added; divide it as "
+            f"it was, or make a new Switcher"
+        )
 
     def now(self) -> tuple[_model.Slot, ...]:
         """Its places, with the parameters that they hold now."""
@@ -274,11 +310,12 @@ class Weight:
 
     def rebind(self, fresh: Weight) -> None:
         """Become the weight that is in these places now. Its content is the same, and so is who has adapters on it."""
-        base, holder = self.record.base, self.hold.holder
+        base, whole, holder = self.record.base, self.record.whole, self.hold.holder
         self.hold.holder = None
         self.places, self.hold, self.record = fresh.places, fresh.hold, fresh.record
         self.pointer, self.device, self.versioned = fresh.pointer, fresh.device, fresh.versioned
-        self.record.base, self.hold.holder, self.neighbours = base, holder, fresh.neighbours
+        self.record.base, self.record.whole = base, whole
+        self.hold.holder, self.neighbours = holder, fresh.neighbours
         if self.neighbours is not None:
             self.neighbours.add(self)
         self.note()
@@ -322,7 +359,7 @@ def refuse_active(model: torch.nn.Module) -> None:
         record = _records.get(id(slot.weight))
         version = record.version if record is not None else hold.left and hold.left[1]
         # Where the version has moved, as after loading a state dict, the adapter is not on the weight any more.
-        if slot.weight.is_inference() or version is None or version == slot.weight._version:
+        if slot.weight.is_inference() or version is None or version == _shards.version(slot.weight):
             whose = (
                 "a Switcher"
                 if hold.holder and hold.holder()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from shira import _shards
 from shira._text import clean as clean
 from shira._text import some as some
 
@@ -111,10 +112,16 @@ def gone(model: nn.Module, places: Iterable[Slot]) -> list[str]:
 
 
 def memory(weight: Tensor) -> object:
-    """A key that is equal for two weights exactly when they are one, by identity or by the memory they share."""
-    if isinstance(weight, UninitializedParameter) or foreign(weight) is not None or not weight.data_ptr():
+    """A key that is equal for two weights exactly when they are one, by identity or by the memory they share.
+
+    The memory of a DTensor is that of its local tensor; one that has none is told by identity.
+    """
+    if isinstance(weight, UninitializedParameter):
         return id(weight)
-    return weight.device, weight.data_ptr(), weight.numel()
+    here = _shards.local(weight)
+    if foreign(here) is not None or not here.data_ptr() or (here is not weight and not here.numel()):
+        return id(weight)
+    return here.device, here.data_ptr(), here.numel()
 
 
 def stride_advice(name: str, weight: Tensor) -> str:
@@ -132,9 +139,13 @@ def foreign(weight: Tensor) -> str | None:
     The tuner, the switcher, masks and differences share this text. A tensor subclass that wraps other tensors (torchao,
     optimum-quanto, DTensor) has no memory of its own; one that merely adds attributes does.
     """
-    dtensor = sys.modules.get("torch.distributed.tensor")
-    if dtensor is not None and isinstance(weight, dtensor.DTensor):
+    if _shards.is_dtensor(weight):
         return f"is sharded (a DTensor with placements {tuple(weight.placements)}), which is not supported yet"
+    if is_partitioned(weight):
+        return (
+            "is partitioned by DeepSpeed's ZeRO-3, which leaves it empty between its uses; take ZeRO-1 or ZeRO-2, or "
+            "shard the model with torch.distributed.fsdp.fully_shard"
+        )
     wrapped: bool = is_traceable_wrapper_subclass(weight)
     if wrapped:
         return (
@@ -146,6 +157,11 @@ def foreign(weight: Tensor) -> str | None:
     return None
 
 
+def is_partitioned(weight: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has the weight: by the attributes that it gives to every parameter."""
+    return "ds_id" in weight.__dict__
+
+
 def overlaps(weights: Iterable[Slot]) -> list[tuple[Slot, Slot]]:
     """Pairs of different weights whose memory overlaps, such as a fused projection and a view of its first rows.
 
@@ -153,8 +169,10 @@ def overlaps(weights: Iterable[Slot]) -> list[tuple[Slot, Slot]]:
     """
     spans = []
     for slot in weights:
-        weight = slot.weight
-        if isinstance(weight, UninitializedParameter) or foreign(weight) is not None or not weight.numel():
+        if isinstance(slot.weight, UninitializedParameter):
+            continue
+        weight = _shards.local(slot.weight)
+        if foreign(weight) is not None or not weight.numel():
             continue
         if weight.is_meta or not weight.data_ptr():
             continue

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from shira import _fit, _granules, _live, _model, _text
+from shira import _fit, _granules, _live, _model, _shards, _text
 from shira._fit import Wanted
 from shira._live import Weight
 from shira._model import Slot
@@ -45,13 +45,23 @@ class Place:
         weight = self.slot.weight
         if isinstance(weight, UninitializedParameter):
             return "has no shape yet; run the model once first"
-        return _model.foreign(weight)
+        try:
+            _shards.box(weight)
+        except ValueError as error:
+            return str(error)
+        return _model.foreign(_shards.local(weight))
 
     @property
     def obstacle(self) -> str | None:
-        if self.slot.weight.is_meta:
+        here = _shards.local(self.slot.weight)
+        if here.is_meta:
             return "is on the meta device"
-        if not self.slot.weight.is_contiguous():
+        if not here.is_contiguous():
+            if _shards.is_dtensor(self.slot.weight):
+                return (
+                    "is a DTensor whose local tensor is not contiguous, and only contiguous memory can be written; "
+                    "distribute a weight of which every rank has its own copy of its part"
+                )
             return f"must be contiguous; {_model.stride_advice(self.name, self.slot.weight)}"
         return restless(self.slot)
 
@@ -100,7 +110,7 @@ def watched(who: str, found: Iterable[Sequence[Place]], slots: Mapping[str, Slot
     listed = [list(places) for places in found]
     shared: dict[object, list[Slot]] = {place.one: [] for places in listed for place in places}
     for slot in slots.values():
-        if not isinstance(slot.weight, UninitializedParameter) and _model.foreign(slot.weight) is None:
+        if not isinstance(slot.weight, UninitializedParameter) and _model.foreign(_shards.local(slot.weight)) is None:
             there = shared.get(_model.memory(slot.weight))
             if there is not None:
                 there.append(slot)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
@@ -46,6 +46,41 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
     """The modules that ``fully_shard`` was called for, whose weights FSDP2 gathers while they compute."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+
+
+def fsdp_groups(module: Any) -> list[Any]:
+    """FSDP's groups of parameters of such a module, each gathered at once."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return [state._fsdp_param_group] if groups is None else list(groups)
+
+
+def reshard(modules: Iterable[Any]) -> None:
+    """Have FSDP drop what it gathered, so that these modules (`fsdp_modules`) hold their shards."""
+    for module in modules:
+        for group in fsdp_groups(module):
+            if group is not None and group._all_gather_result is not None:
+                group.wait_for_unshard()  # one that was begun, by unshard(async_op=True), would bring the old entries
+        module.reshard()
+        for group in fsdp_groups(module):  # which after a forward that has failed does nothing
+            if group is not None and group.is_unsharded:
+                group._to_sharded()
+
+
+def gathered(modules: Iterable[Any]) -> dict[int, Any]:
+    """FSDP's own entry for each of its sharded parameters, by the parameter's id."""
+    groups = [group for module in modules for group in fsdp_groups(module) if group is not None]
+    return {id(found.sharded_param): found for group in groups for found in group.fsdp_params}
+
+
+def version(tensor: Tensor) -> int:
+    """A number that moves when a tensor is written to: its version; of a DTensor, also that of the local tensor.
+
+    Operations of the DTensor move the one, and of its local tensor the other.
+    """
+    if not is_dtensor(tensor):
+        return tensor._version
+    return tensor._version + tensor._local_tensor._version
 
 
 class Part(NamedTuple):
@@ -169,6 +204,15 @@ class Box:
             return Part((flat // finer).to(dtype), finer, torch.arange(fine.numel(), device=fine.device))
         return Part((flat[inside] // finer).to(dtype), finer, inside.nonzero().view(-1))
 
+    def cut(self, held: Tensor, box: Box) -> Tensor:
+        """This box of a tensor that holds a larger one, ``box``."""
+        for dim, (ours, theirs) in enumerate(zip(self.spans, box.spans, strict=True)):
+            if ours != theirs:
+                coordinates = [torch.arange(begin, begin + length) for begin, length in ours]
+                at = torch.cat([*coordinates, torch.empty(0, dtype=torch.int64)])
+                held = held.index_select(dim, _moved(at, theirs, _packed(theirs))[0].to(held.device))
+        return held
+
     def globally(self, indices: Tensor, granule: int) -> Tensor:
         """The numbers in the whole weight of granules of the local tensor: int64, in the same order.
 
@@ -185,6 +229,11 @@ class Box:
             flat += coordinate * stride
             stride *= size
         return flat // granule
+
+
+def box(weight: Tensor) -> Box | None:
+    """The box of this rank; None for a tensor that is not sharded. Raises as `Box.of`."""
+    return Box.of(weight) if is_dtensor(weight) else None
 
 
 def box_of(shape: tuple[int, ...], mesh: tuple[int, ...], coordinate: Sequence[int], placements: Sequence[Any]) -> Box:
@@ -208,6 +257,31 @@ def box_of(shape: tuple[int, ...], mesh: tuple[int, ...], coordinate: Sequence[i
         _check_even(shape[dim], several, placements)
         spans[dim] = _inwards(spans[dim], several)
     return Box(shape, tuple(spans))
+
+
+def aligned(grad_output: Any, input: Any, mesh: Any, placements: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
+    """The parts of a linear layer's gradient and input that make the gradient of this rank's part of its weight, which
+    is divided so while the layer computes; None if another rank has made the same."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    rows, columns, mine = [], [], True
+    last = grad_output.dim() - 1
+    coordinate = mesh.get_coordinate() or ()
+    for at, placement in enumerate(placements):
+        ours, theirs = grad_output.placements[at], input.placements[at]
+        if placement.is_shard():
+            out = placement.dim == 0
+            rows.append(Shard(last) if out else Replicate())
+            columns.append(Replicate() if out else Shard(last))
+        elif ours == theirs and ours.is_shard() and ours.dim < last:
+            rows.append(ours)  # each rank has its own tokens
+            columns.append(theirs)
+        else:
+            rows.append(Replicate())
+            columns.append(Replicate())
+            mine = mine and coordinate[at] == 0
+    found = [local(one.redistribute(mesh, to)) for one, to in ((grad_output, rows), (input, columns))]
+    return (found[0], found[1]) if mine else None
 
 
 def is_first(weight: DTensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import resource
 import sys
 import warnings
 import weakref
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -201,7 +202,7 @@ def boxes(mesh: DeviceMesh, both: DeviceMesh) -> None:
         box, local = _shards.Box.of(weight), _shards.local(weight)
         at = box.globally(torch.arange(local.numel()), 1)
         whole = weight.detach().full_tensor()
-        assert torch.equal(local.flatten(), whole.view(-1)[at])
+        assert torch.equal(local.flatten(), whole.flatten()[at])
         first = torch.tensor([_shards.is_first(weight) * local.numel()])
         dist.all_reduce(first)
         assert first == whole.numel()
@@ -235,14 +236,19 @@ def attached_before(mesh: DeviceMesh, both: DeviceMesh) -> None:
     assert [*map(id, trained)] == [*map(id, tuner.parameters())]
     tuner.detach()
     base_is_back(model)
-    # Before the tuner knows, a forward is refused.
+    # Without a word to the tuner it goes on at the next forward; an optimizer that was made before is refused.
     model = net()
     tuner = SparseTuner(model, RAND, LINEAR)
+    early = torch.optim.AdamW(tuner.parameters(), lr=0.01)
     shard(model, mesh)
-    with pytest.raises(
-        RuntimeError, match=r"was replaced .* make the optimizer from tuner\.parameters\(\), or to call tuner\.sync"
-    ):
-        model(my(mesh))
+    loss_of(model, my(mesh)).backward()
+    with pytest.raises(RuntimeError, match=r"was replaced .* if the optimizer is made from tuner\.parameters\(\) then"):
+        early.step()
+    for values in tuner.parameters():
+        values.grad = None
+    like_one_process(model, tuner, my(mesh), RAND, LINEAR, "AdamW")
+    tuner.detach()
+    base_is_back(model)
 
 
 def tensor_parallel(mesh: DeviceMesh, both: DeviceMesh) -> None:
@@ -273,17 +279,123 @@ def fsdp_and_tensor_parallel(mesh: DeviceMesh, both: DeviceMesh) -> None:
 
 
 def masks_by_gradients(mesh: DeviceMesh, both: DeviceMesh) -> None:
-    """Two batches on each of four ranks are eight in one process."""
+    """Batches of several ranks, and layers that several ranks compute: the mask of one process on all batches."""
     batches = [IDS[i : i + 1].roll(turn, 1) for i in range(4) for turn in (0, 1)]
-    for kind, granule, where in ((masks.Snip, 1, mesh), (masks.Grad, 4, both)):
-        mask = kind(density=0.1, granule=granule)
-        model, alone = shard(net(), where), net()
-        wanted = SparseTuner(alone, mask, LINEAR, calibration=batches, loss=loss_of)
-        own = batches[2 * dist.get_rank() :][:2]
-        tuner = SparseTuner(model, mask, LINEAR, calibration=own, loss=loss_of)
+    rank, half = dist.get_rank(), both["dp"].get_local_rank()
+    every, own = batches, batches[2 * rank :][:2]
+    two, four, of_half = batches[:2], batches[:4], batches[2 * half :][:2]
+    skip = masks.WeightMagnitude(density=0.05, skip=masks.Grad(density=0.05))
+    for mask, make, whole, given in (
+        (masks.Snip(density=0.1), lambda: shard(net(), mesh), every, own),
+        (masks.Grad(density=0.1, granule=4, balanced=True), lambda: shard(net(), both), every, own),
+        (masks.Rand(density=0.1, skip=masks.Grad(density=0.1)), lambda: shard(net(), mesh), every, own),
+        (masks.Grad(density=0.1, granule=16), lambda: parallel(net(), mesh, sequence=True), two, two),
+        (masks.Snip(density=0.1, balanced=True, skip=skip), lambda: parallel(net(), mesh), two, two),
+        (masks.Grad(density=0.1), lambda: shard(parallel(net(), both["tp"]), both["dp"]), four, of_half),
+        (
+            masks.Snip(density=0.1, granule=2),
+            lambda: shard(parallel(net(checkpointed=True), both["tp"], True), both["dp"]), four, of_half,
+        ),
+    ):  # fmt: skip
+        alone, model = net(), make()
+        wanted = SparseTuner(alone, mask, "up|down", calibration=whole, loss=loss_of)
+        tuner = SparseTuner(model, mask, "up|down", calibration=given, loss=loss_of)
         same(tuner.adapter(), wanted.adapter(), exact=True)
         tuner.detach()
         base_is_back(model)
+    model = shard(net(), mesh)
+    with pytest.raises(ValueError, match=r"calibration: the ranks have different numbers of batches, this one 1"):
+        SparseTuner(model, masks.Grad(density=0.1), LINEAR, calibration=batches[: 1 + (rank == 1)], loss=loss_of)
+    base_is_back(model)
+
+
+def masks_of_whole_weights(mesh: DeviceMesh, both: DeviceMesh) -> None:
+    """Masks for which a weight is gathered."""
+    makes: tuple[Callable[[], nn.Module], ...] = (
+        lambda: parallel(net(), mesh),
+        lambda: shard(parallel(net(), both["tp"]), both["dp"]),
+        lambda: shard(net(), mesh),
+    )
+    several = (
+        masks.Principal(density=0.1, rank=4),
+        masks.WeightMagnitude(density=0.1, balanced=True),
+        masks.Rand(density=0.1, skip=masks.WeightMagnitude(density=0.1)),
+        masks.Given(lambda name, weight: weight > weight.mean()),
+        masks.Struct(density=0.3, skip=SparseTuner(net(), RAND, LINEAR).adapter()),
+    )
+    for mask, make in zip(several, makes + makes, strict=False):
+        wanted, model = SparseTuner(net(), mask, "up|down").adapter(), make()
+        with SparseTuner(model, mask, "up|down") as tuner:
+            same(tuner.adapter(), wanted, exact=True)
+        base_is_back(model)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(7)) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of tokens for each expert, in a row."""
+        weight = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
+        return torch.bmm(x, weight)
+
+
+def dense_gradients(mesh: DeviceMesh, both: DeviceMesh) -> None:
+    """Whole parameters, masks of dense gradients, and layers whose gradient only torch knows."""
+    paper: dict[str, Any] = {"gradient": "dense", "whole": r"norm|0\.up\.bias"}
+    head: dict[str, Any] = {"whole": ["head", "blocks.1.norm"]}
+    table: Any = {"embed": RowwiseParallel(input_layouts=Replicate())}
+    for make, targets, options, parts, ids in (
+        (lambda: shard(net(), mesh), "up|embed", head, 1, my(mesh)),
+        (lambda: shard(net(), both, reshard_after_forward=False), "up|down", paper, 1, my(mesh)),
+        (lambda: parallel(net(), mesh, True), "up|down", paper, 1, IDS),
+        (lambda: shard(parallel(net(), both["tp"], True), both["dp"]), "up|down", paper, 2, my(both["dp"])),
+        (lambda: parallelize_module(net(), mesh, table), "embed", {}, 1, IDS),
+    ):  # fmt: skip
+        alone, model = net(), make()
+        wanted = SparseTuner(alone, RAND, targets, **options)
+        tuner = SparseTuner(model, RAND, targets, **options)
+        losses, norms = fit(alone, wanted, IDS, "AdamW", parts)
+        got, got_norms = fit(model, tuner, ids, "AdamW", parts)
+        if ids.shape != IDS.shape:
+            dist.all_reduce(got)
+            got /= dist.get_world_size()
+        torch.testing.assert_close(got, losses, rtol=1e-6, atol=0)
+        torch.testing.assert_close(torch.tensor(got_norms), torch.tensor(norms), rtol=1e-5, atol=0)
+        same(tuner.adapter(), wanted.adapter())
+        assert not any(weight.grad is not None for weight in model.parameters() if weight.shape == (32, 16))
+        with tuner.disabled():
+            assert_same_output(model, net())
+            assert not model.get_parameter("embed.weight").requires_grad
+        tuner.verify()
+        tuner.detach()
+        base_is_back(model)
+
+
+def experts(mesh: DeviceMesh, both: DeviceMesh) -> None:
+    """Stacks of weights: divided by FSDP in any of their dimensions, and one expert on each rank."""
+    x = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(8))
+
+    def trained(model: nn.Module, given: Tensor, tokens: int) -> shira.Adapter:
+        tuner = SparseTuner(model, RAND, "weight")
+        optimizer = shira.SGD(tuner, lr=0.1)
+        for _ in range(2):
+            (model(given).square().sum() / tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        adapter = tuner.adapter()
+        tuner.detach()
+        assert torch.equal(full(model.weight), Experts().weight)
+        return adapter
+
+    wanted = trained(Experts(), x, 32)
+    for dim in range(3):
+        model = fully_shard(Experts(), mesh=mesh, shard_placement_fn=lambda _, dim=dim: Shard(dim))
+        same(trained(model, x.chunk(4, 1)[dist.get_rank()], 8), wanted)
+    model = Experts()
+    model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Shard(0)]))
+    same(trained(model, x[dist.get_rank()][None], 32), wanted)
 
 
 def few_entries(mesh: DeviceMesh, both: DeviceMesh) -> None:
@@ -371,6 +483,20 @@ def by_hand(mesh: DeviceMesh, both: DeviceMesh) -> None:
         torch.testing.assert_close(full(values.grad), other.grad)
 
 
+def offloaded(mesh: DeviceMesh, both: DeviceMesh) -> None:
+    """Right where the weights stay on the device that computes, refused where they do not."""
+    model = shard(net(), mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeviceMesh, "device_type", "cuda")
+        with pytest.raises(ValueError, match=r"weight is kept on cpu by a CPUOffloadPolicy and computed with on cuda"):
+            SparseTuner(model, RAND, LINEAR)
+    base_is_back(model)
+    tuner = SparseTuner(model, RAND, LINEAR)
+    like_one_process(model, tuner, my(mesh), RAND, LINEAR, "AdamW")
+    tuner.detach()
+    base_is_back(model)
+
+
 def edits_and_states(mesh: DeviceMesh, both: DeviceMesh) -> None:
     model, alone = shard(net(), mesh), net()
     tuner, other = SparseTuner(model, RAND, LINEAR), SparseTuner(alone, RAND, LINEAR)
@@ -450,11 +576,11 @@ def mixed_precision(mesh: DeviceMesh, both: DeviceMesh) -> None:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes that this rank sends or receives for values and gradients."""
+    """Counts the bytes that this rank sends or receives for values and gradients, in all and at most in one call."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0
+        self.bytes = self.most = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
@@ -464,7 +590,23 @@ class Traffic(TorchDispatchMode):
             if frame is not None:
                 tensors = [one for one in tree_leaves(args) if isinstance(one, Tensor)]
                 self.bytes += max(one.nbytes for one in tensors)
+                self.most = max(self.most, *(one.nbytes for one in tensors))
         return func(*args, **(kwargs or {}))
+
+
+class Dense(TorchDispatchMode):
+    """Counts what is computed of a shape, that of a weight: its dense gradient."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        moved = func.is_view or func.namespace in ("c10d", "fsdp")  # weights, as FSDP gathers them
+        tensors = [one for one in tree_leaves(found) if isinstance(one, Tensor)]
+        self.count += sum(not moved and tuple(one.shape) == self.shape for one in tensors)
+        return found
 
 
 def budget(mesh: DeviceMesh, both: DeviceMesh) -> None:
@@ -478,11 +620,17 @@ def budget(mesh: DeviceMesh, both: DeviceMesh) -> None:
     optimizer = shira.AdamW(tuner, lr=0.01)
     requires = []
     layers[1].register_forward_hook(lambda module, *_: requires.append(module.weight.requires_grad))
-    traffic = Traffic()
+    traffic, dense, control = Traffic(), Dense(128, 128), Dense(128, 128)
     for step in range(2):
         with traffic if step else nullcontext():
-            model(torch.ones(4, 128)).sum().backward()
+            loss = model(torch.ones(4, 128)).sum()
+            with dense:
+                loss.backward()
             optimizer.step()
+    loss = nn.Linear(128, 128)(torch.ones(4, 128)).sum()
+    with control:
+        loss.backward()
+    assert (dense.count, control.count > 0) == (0, True)
     assert requires == [False, False]  # so autograd makes no gradient of it
     assert all(module.weight.grad is None for module in layers)
     assert 0 < traffic.bytes <= 3 * 4 * tuner.nnz, (traffic.bytes, tuner.nnz)
@@ -492,9 +640,43 @@ def budget(mesh: DeviceMesh, both: DeviceMesh) -> None:
     assert own <= 1.1 * 3 * 4 * tuner.nnz / 4, (own, tuner.nnz)
 
 
+def files(mesh: DeviceMesh, both: DeviceMesh) -> None:
+    """The first rank writes the file of one process, one weight at a time; and says to the others if it cannot."""
+    rank = dist.get_rank()
+    for make, options, dtype in (
+        (lambda: shard(net(), mesh), {}, torch.float32),
+        (lambda: shard(parallel(net().bfloat16(), both["tp"]), both["dp"]), {"seeds": True}, torch.bfloat16),
+        (lambda: shard(net().bfloat16(), both), {"version": 2}, torch.bfloat16),
+    ):
+        model, alone = make(), net().to(dtype)
+        tuner, other = (SparseTuner(one, masks.Rand(density=0.1), "up|down") for one in (model, alone))
+        for one in (tuner, other):
+            with torch.no_grad():
+                for values in one.parameters():
+                    values.mul_(1.5)
+        other.save(f"alone.{rank}.safetensors", alpha=0.5, provenance={"data": "none"}, **options)
+        before, _sharded._BUCKET = _sharded._BUCKET, 1
+        with Traffic() as traffic:
+            tuner.save("together.safetensors", alpha=0.5, provenance={"data": "none"}, **options)
+        _sharded._BUCKET = before
+        largest = max(values.numel() for values in tuner.parameters()) * dtype.itemsize
+        assert traffic.most <= largest + 4 * dtype.itemsize, (traffic.most, largest)
+        assert Path("together.safetensors").read_bytes() == Path(f"alone.{rank}.safetensors").read_bytes()
+        dist.barrier()  # before the file is written anew
+        with pytest.raises(FileNotFoundError if rank == 0 else RuntimeError, match=r"the folder 'gone' to write 'a'"):
+            tuner.save("gone/a")
+    before_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before_limit[1]))
+    with pytest.raises(OSError if rank == 0 else RuntimeError, match=r"File too large"):  # while it is written
+        tuner.save("together.safetensors")
+    resource.setrlimit(resource.RLIMIT_FSIZE, before_limit)
+    assert Path("together.safetensors").read_bytes() == Path(f"alone.{rank}.safetensors").read_bytes()
+
+
 def checkpoint_to_resume(mesh: DeviceMesh, both: DeviceMesh) -> None:
     """For `resume_ranks`, which goes on with other ranks."""
     model = shard(net(), mesh)
+    dcp.save(model.state_dict(), checkpoint_id="base")
     tuner = SparseTuner(model, RAND, LINEAR)
     optimizer = OPTIMIZERS["AdamW"](tuner)
     for step in range(3):
@@ -517,25 +699,16 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
         SparseTuner(model, masks.Rand(density=0.1, seed=rank), LINEAR)
     with pytest.raises(ValueError, match=r"the ranks train different weights, this one"):
         SparseTuner(model, RAND, "up" if rank else "down")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_sharded, "_version", lambda: f"0.{rank}")
+        with pytest.raises(ValueError, match=rf"run different versions of shira, this one 0\.{rank}; install"):
+            SparseTuner(model, RAND, LINEAR)
     marked = {"head.weight": (torch.arange(11 * 16).view(11, 16) % 5 == rank)}
     with pytest.raises(ValueError, match=r"the ranks have different masks, this one Given"):
         SparseTuner(model, marked)
     same_mask = masks.Given({"head.weight": torch.arange(11 * 16).view(11, 16) % 5 == 0})
     with SparseTuner(model, same_mask) as tuner:
         same(tuner.adapter(), SparseTuner(net(), same_mask).adapter(), exact=True)
-    for mask, says in (
-        (masks.Grad(density=0.1, balanced=True), r"for which Grad cannot take balanced=True"),
-        (masks.Given(lambda name, weight: weight > 0), r"Given reads .* or give the function's tensors by name"),
-        (masks.WeightMagnitude(density=0.1, balanced=True), r"WeightMagnitude cannot take balanced=True"),
-        (masks.Rand(density=0.1, skip=masks.WeightMagnitude(density=0.1)), r"Rand reads the whole weight"),
-    ):
-        with pytest.raises(ValueError, match=rf"SparseTuner: head\.weight is sharded, .*{says}"):
-            SparseTuner(model, mask, LINEAR)
-    for options in ({"gradient": "dense"}, {"whole": "head"}):
-        with pytest.raises(
-            ValueError, match=r"weight is sharded and would train by its dense gradient, which is not supported"
-        ):
-            SparseTuner(model, RAND, "up", **options)  # type: ignore[arg-type]
     with pytest.raises(
         ValueError, match=r"blocks\.0\.up\.weight is a DTensor in a Linear, which nothing can be laid ov"
     ):
@@ -557,18 +730,11 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
         SparseTuner(ignoring, RAND, "head")
     with pytest.raises(ValueError, match=r"head\.weight is not sharded, and nothing would average its gradient"):
         SparseTuner(ignoring, RAND, "head", overlay=True)
-    table = parallelize_module(net(), mesh, {"embed": RowwiseParallel(input_layouts=Replicate())})
-    with pytest.raises(
-        ValueError, match=r"embed\.weight is divided by tensor parallelism in a layer other than nn\.Lin"
-    ):
-        SparseTuner(table, RAND, "embed")
     with pytest.raises(ValueError, match=r"Snip: needs calibration batches: SparseTuner"):
         SparseTuner(model, masks.Snip(density=0.1), LINEAR)
     with pytest.raises(ValueError, match=r"calibration: embed\.weight is sharded"):
         SparseTuner(model, masks.Grad(density=0.1), "embed", calibration=[my(mesh)], loss=loss_of)
     part = parallel(net(), mesh)
-    with pytest.raises(ValueError, match=r"up\.weight is divided by tensor parallelism, where Grad has no gradients"):
-        SparseTuner(part, masks.Grad(density=0.1), "up", calibration=[IDS], loss=loss_of)
     with pytest.raises(
         ValueError, match=r"head\.weight is not sharded, but blocks\.0\.up\.weight is, and nothing says"
     ):
@@ -592,17 +758,48 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
     tuner.parameters()
     with pytest.raises(RuntimeError, match=r"was replaced by another parameter after the tuner was attached"):
         dense(my(mesh))
-    differ = net()
-    tuner = SparseTuner(differ, masks.Rand(density=0.1, seed=rank), LINEAR)
-    shard(differ, mesh)
-    tuner.sync()
-    with pytest.raises(ValueError, match=r"the ranks have different masks for .*blocks\.0\.up\.weight"):
-        loss_of(differ, my(mesh)).backward()
+    for seed, more, what in ((rank, 0, "masks"), (0, rank, "base weights")):
+        differ = net()
+        with torch.no_grad():
+            differ.blocks[0].up.weight[0, 0] += more
+        tuner = SparseTuner(differ, masks.Rand(density=0.1, seed=seed), "0.up")
+        shard(differ, mesh)
+        tuner.sync()
+        with pytest.raises(ValueError, match=rf"the ranks have different {what} for blocks\.0\.up\.weight; "):
+            loss_of(differ, my(mesh)).backward()
+    other_ranks(mesh, both)
+
+
+def other_ranks(mesh: DeviceMesh, both: DeviceMesh) -> None:
+    """States of another number of ranks, as one would load them without a checkpoint that divides them anew."""
+    model = shard(net(), mesh)
+    tuner = SparseTuner(model, RAND, LINEAR)
+    fit(model, tuner, my(mesh), "AdamW")
+    optimizer = shira.AdamW(tuner)
+    before = tuner.adapter()
+
+    def divided(tensor: Tensor) -> Tensor:
+        two = [Shard(0), Replicate()]
+        return distribute_tensor(tensor, both, two)
+
+    state = optimizer.state_dict()
+    for number, values in enumerate(tuner.parameters()):
+        whole = torch.ones(values.shape)
+        state["state"][number] = {"step": torch.tensor(1.0), "exp_avg": divided(whole), "exp_avg_sq": divided(whole)}
+    with pytest.raises(
+        ValueError, match=r"shira\.AdamW: exp_avg of parameter 0 .* is divided between other ranks; torch"
+    ):
+        optimizer.load_state_dict(state)
+    assert not optimizer.state
+    with pytest.raises(RuntimeError):
+        model.load_state_dict({name: divided(full(tensor)) for name, tensor in model.state_dict().items()})
+    same(tuner.adapter(), before, exact=True)
 
 
 CHECKS = (
-    boxes, fsdp, attached_before, tensor_parallel, fsdp_and_tensor_parallel, masks_by_gradients, few_entries,
-    convolution, hybrid, tied, by_hand, edits_and_states, mixed_precision, budget, refusals, checkpoint_to_resume,
+    boxes, fsdp, attached_before, tensor_parallel, fsdp_and_tensor_parallel, masks_by_gradients, masks_of_whole_weights,
+    dense_gradients, experts, few_entries, convolution, hybrid, tied, by_hand, offloaded, edits_and_states,
+    mixed_precision, budget, files, refusals, checkpoint_to_resume,
 )  # fmt: skip
 
 

@@ -15,22 +15,30 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 import shira_ops
-from shira import _model
-from shira._linears import EMBEDDING, Layer
+from shira import _model, _shards
+from shira._linears import CONV1D, EMBEDDING, Layer
 from shira._live import SwitchError
 from shira.serve._ledger import quiet
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement
 
 Strengths = dict[str, float]
 """Adapters and their strengths, in the order in which the adapters were added."""
 
 EXPERTS = re.compile(r"(^|\.)experts?\.")
 """Layers of a mixture of experts, by their names: they get some of the tokens, in an order of their own."""
+
+Division = tuple["DeviceMesh", tuple["Placement", ...]]
+"""How a weight is divided between ranks while its layer computes with it."""
 
 _NARROW = (torch.float16, torch.bfloat16)
 # How many spread selections are kept: a prompt, its continuation, and a few others.
@@ -551,6 +559,10 @@ class Hook:
         self.current = current
         self.name = layer.name
         self.embedding = layer.kind == EMBEDDING
+        # The dimension of the weight that the layer's outputs are of.
+        self.rows = 1 if layer.kind == CONV1D else 0
+        # How the weight was divided when adapters for it were added.
+        self.division: Division | None = None
         # Whether the layer ever ran.
         self.ran = False
         # Of the weight, one for each granule; and of the bias.
@@ -575,6 +587,15 @@ class Hook:
         input = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(output, Tensor) or not isinstance(input, Tensor):
             raise SwitchError(f"Overlay: {self.name} must take a tensor and return one, got {type(output).__name__}")
+        if _shards.is_dtensor(output) or self.division is not None:
+            return self._lay_part(module, output, input, selection, calls)
+        return self._lay_all(output, input, selection, calls)
+
+    def _lay_all(
+        self, output: Tensor, input: Tensor, selection: Selection, calls: Sequence[tuple[Group, Rounds]]
+    ) -> Tensor:
+        """The output with what the adapters give, all in memory of this rank."""
+        compiling = torch.compiler.is_compiling()
         lead = input.shape if self.embedding else input.shape[:-1]
         if selection.count > 1:
             self._refuse_unknown(lead, self.current.batch())
@@ -595,6 +616,71 @@ class Hook:
                     adapters = spread(adapters, tokens)
                 result = group.lay(result, input, adapters, alphas, differentiable)
         return result.to(output.dtype)
+
+    def _lay_part(
+        self, module: nn.Module, output: Tensor, input: Tensor, selection: Selection,
+        calls: Sequence[tuple[Group, Rounds]],
+    ) -> Any:  # fmt: skip
+        """The same in a layer of tensor parallelism: this rank's part of the output, from its part of the input.
+
+        Where an output is to be added up over ranks, each rank adds what its own columns give, before that; and one of
+        them the bias.
+        """
+        from torch.distributed.tensor import DTensor
+
+        weight: Any = module._parameters["weight"]
+        if not isinstance(output, DTensor) or not isinstance(input, DTensor) or not isinstance(weight, DTensor):
+            raise SwitchError(
+                f"Overlay: {self.name} is divided between ranks by itself and not in what it computes with; give it a "
+                f"style of torch.distributed.tensor.parallel, or use a Switcher"
+            )
+        if torch.compiler.is_compiling():
+            raise SwitchError(
+                f"Overlay: {self.name} is divided between ranks, where an Overlay does not work in a compiled model; "
+                f"use a Switcher, which does"
+            )
+        if torch.is_grad_enabled() and (output.requires_grad or input.requires_grad):
+            raise SwitchError(
+                f"Overlay: {self.name} is divided between ranks, where an Overlay has no gradients; compute under "
+                f"torch.no_grad(), or use a Switcher"
+            )
+        if self.division not in (None, (weight.device_mesh, tuple(weight.placements))):
+            raise SwitchError(
+                f"Overlay: {self.name} is divided between ranks in another way than when adapters for it were added: "
+                f"now {tuple(weight.placements)}; make a new Overlay"
+            )
+        first = self._check_placements(weight, output, input)
+        mine = [(group, rounds) for group, rounds in calls if first or not isinstance(group, Biases)]
+        result = self._lay_all(_shards.local(output), _shards.local(input), selection, mine)
+        return DTensor.from_local(
+            result, output.device_mesh, output.placements, run_check=False, shape=output.shape, stride=output.stride()
+        )
+
+    def _check_placements(self, weight: DTensor, output: DTensor, input: DTensor) -> bool:
+        """Refuse an input or output of which this rank's part is not what its part of the weight computes.
+
+        Returns whether this rank is the one that adds a bias.
+        """
+        coordinate, first, last = weight.device_mesh.get_coordinate() or (), True, output.dim() - 1
+        same = weight.device_mesh == output.device_mesh == input.device_mesh
+        for at, (of_weight, out, into) in enumerate(
+            zip(weight.placements, output.placements, input.placements, strict=False)
+        ):
+            if not of_weight.is_shard():
+                right = out == into and not out.is_partial() and not (out.is_shard() and out.dim == last)  # type: ignore[attr-defined]
+            elif of_weight.dim == self.rows:  # type: ignore[attr-defined]
+                right = out.is_shard(last) and into.is_replicate()
+            else:
+                right = out.is_partial() and into.is_shard(last)
+                first = first and coordinate[at] == 0
+            same = same and right
+        if not same:
+            raise SwitchError(
+                f"Overlay: {self.name} has a weight with placements {tuple(weight.placements)}, an input with "
+                f"{tuple(input.placements)} and an output with {tuple(output.placements)}, and it is not known which "
+                f"part of the sums each rank has; give the layer the style ColwiseParallel or RowwiseParallel"
+            )
+        return first
 
     def _refuse_backward(self) -> None:
         if torch._C._current_graph_task_id() != -1:

@@ -19,8 +19,8 @@ from torch import Tensor
 import shira_ops
 from shira._granules import dtype_name, overlay_, refine
 from shira._live import Weight
+from shira.adapter._entry import Entry
 from shira.adapter._file import ARITHMETIC
-from shira.adapter.adapter import Adapter
 from shira.serve._streams import Events, send, wait
 from shira.serve._watch import Watch
 from shira_ops import plan
@@ -253,14 +253,13 @@ def base_entries(weight: Weight, indices: Tensor, granule: int, active: Part | N
     return overlay_(entries, indices, granule, active.indices, active.saved, active.granule, numel)
 
 
-def of_adapter(name: str, adapter: Adapter, weights: Mapping[Weight, str], active: Layout) -> Layout:
-    """The layout of one adapter, on the devices of its weights: each weight with what the adapter calls it.
+def of_adapter(name: str, entries: Mapping[Weight, Entry], delta: bool, active: Layout) -> Layout:
+    """The layout of one adapter, on the devices of its weights.
 
     On GPUs the base's entries that it will replace are gathered here, on the CPU there is only memory for them.
     """
     parts: dict[Weight, Part] = {}
-    for weight, weight_name in weights.items():
-        entry = adapter.weights[weight_name]
+    for weight, entry in entries.items():
         indices = send(entry.indices, weight.device)
         values = send(entry.values.detach(), weight.device)
         # A GPU gathers beside the model's computation, on a side stream; so the switch itself is as short as it can be.
@@ -271,7 +270,7 @@ def of_adapter(name: str, adapter: Adapter, weights: Mapping[Weight, str], activ
             unfilled = _bits(saved).bitwise_not_()
             saved = saved.new_empty(entry.nnz)
             _bits(saved[: entry.granule]).copy_(unfilled)
-        parts[weight] = Part(weight, (name,), indices, entry.granule, [values], [adapter.delta], saved, unfilled)
+        parts[weight] = Part(weight, (name,), indices, entry.granule, [values], [delta], saved, unfilled)
     return Layout((name,), parts)
 
 
@@ -300,8 +299,8 @@ def _union(weight: Weight, parts: list[Part]) -> Part:
     indices, offsets, sources, members = shira_ops.fuse_plan(lists, granule=granule)
     saved = parts[0].saved.new_empty(indices.numel() * granule)
     rows = _bits(saved).view(-1, granule * weight.dtype.itemsize)
-    for number, part in enumerate(parts):  # where adapters meet, all of them saved the same base
-        rows[plan.rows(offsets, sources, members, number)] = _bits(part.saved).view(-1, rows.shape[1])
+    for part, here in zip(parts, plan.rows(offsets, sources, members, len(parts)), strict=True):
+        rows[here] = _bits(part.saved).view(-1, rows.shape[1])  # where adapters meet, all of them saved the same base
     values = [part.values[0] for part in parts]
     borrowed = len({value.dtype for value in values}) == 1
     if not borrowed:

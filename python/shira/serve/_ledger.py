@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 import shira_ops
-from shira import _fit, _granules, _live, _model, _places
+from shira import _fit, _granules, _live, _model, _places, _shards
+from shira._granules import signed
 from shira._live import SwitchError, Weight
 from shira._text import AdapterError
 from shira.adapter.adapter import Adapter
 from shira.serve._layout import BASE, Layout, Part, State, Way
 from shira.serve._streams import Events, mark, wait
 from shira.serve._watch import Watch
+
+if TYPE_CHECKING:
+    from shira.serve._agreement import Step
 
 # For how many sets of strengths a part remembers what it adds to its weight's fingerprint.
 _MOST_DIFFERENCES = 64
@@ -41,6 +46,8 @@ class Ledger:
         self.state: State = BASE
         # When the last change of the weights is done, on GPUs.
         self.written: Events = {}
+        # Of parameters that FSDP has sharded, by id: its entry, which has the tensor that layers compute with.
+        self.gathered: dict[int, Any] = {}
 
     def wait(self) -> None:
         """Let the caller's streams wait for the last change of the weights."""
@@ -52,24 +59,20 @@ class Ledger:
         """The weight in this tensor's memory."""
         return self.weights.get(_model.memory(tensor))
 
-    def take(
-        self, where: str, places: Mapping[str, list[tuple[_model.Slot, ...]]], *, verify: bool
-    ) -> dict[Weight, str]:
+    def take(self, places: Mapping[str, list[tuple[_model.Slot, ...]]], *, verify: bool) -> dict[Weight, str]:
         """The weights in these places, and what an adapter calls each; several may be one (tied) weight in the adapter.
 
-        With `verify`, the base's fingerprint of each is known afterwards. Nothing is added to the ledger (`keep`).
+        With `verify`, all of each has been read. Nothing is added to the ledger (`keep`).
         """
         self._refuse_moved(group for groups in places.values() for group in groups)
         taken: dict[Weight, str] = {}
         for name, groups in places.items():
-            found = [self._take(group, verify) for group in groups]
-            self._refuse_different(where, found)
-            taken.update(dict.fromkeys(found, name))
+            taken.update(dict.fromkeys([self._take(group, verify) for group in groups], name))
         return taken
 
     def keep(self, weights: Iterable[Weight]) -> None:
         """Add weights that were taken."""
-        self.weights.update((_model.memory(weight.tensor), weight) for weight in weights)
+        self.weights.update((weight.key, weight) for weight in weights)
 
     def keep_only(self, used: set[Weight]) -> None:
         """Forget all other weights."""
@@ -82,15 +85,11 @@ class Ledger:
         found = [known.get((place.module, place.attribute)) for group in groups for place in group]
         _live.refuse_first([weight for weight in found if weight is not None], Weight.moved)
 
-    def _refuse_different(self, where: str, weights: list[Weight]) -> None:
-        """Refuse weights that are one in the adapter, unless they have the same content."""
-        if len(weights) > 1:
-            for weight in weights:
-                if weight.record.base is None:
-                    self._read_base(weight)
-            for weight in weights[1:]:
-                if weight.record.base != weights[0].record.base:
-                    raise AdapterError(_fit.two_that_differ(where, _places.WHERE, weight.name, weights[0].name))
+    def refuse_different(self, where: str, weights: list[Weight]) -> None:
+        """Refuse weights that are one in the adapter, unless they have the same content, which must be known."""
+        for weight in weights[1:]:
+            if weight.base != weights[0].base:
+                raise AdapterError(_fit.two_that_differ(where, _places.WHERE, weight.name, weights[0].name))
 
     def _take(self, places: tuple[_model.Slot, ...], verify: bool) -> Weight:
         weight = self.weight(places[0].weight) or Weight.of(places, self.me, verify)
@@ -106,7 +105,7 @@ class Ledger:
         """
         fingerprints = {weight: adapter.weights[name].fingerprint for weight, name in weights.items()}
         wanted = {weight: fingerprint for weight, fingerprint in fingerprints.items() if fingerprint is not None}
-        other = [weight for weight, fingerprint in wanted.items() if weight.record.base != fingerprint]
+        other = [weight for weight, fingerprint in wanted.items() if weight.base != fingerprint]
         wrong = [weight.name for weight in other if adapter.delta or not adapter.weights[weights[weight]].whole]
         if wrong:
             raise AdapterError(_fit.made_for_another(where, wrong, len(wanted)))
@@ -198,14 +197,52 @@ class Ledger:
         assert weight.record.base is not None
         return weight.record.base
 
+    def know(self, weights: Sequence[Weight], step: Step | None) -> None:
+        """Read the base's fingerprint of these weights, where it is not known.
+
+        Of sharded weights the ranks add it up, after they have agreed that all of them ask for the same weights.
+        """
+        for weight in weights:
+            if weight.record.base is None:
+                self._read_base(weight)
+        sharded = [weight for weight in weights if weight.box is not None]
+        if step is not None and sharded:
+            known = [signed(weight.record.whole or 0) for weight in sharded]
+            rows = step.gather(known)
+            if not all(known) or any(row != known for row in rows):
+                parts = [self.state.part(weight) for weight in sharded]
+                bases = [weight.tensor if part is None else part.base_copy()
+                         for weight, part in zip(sharded, parts, strict=True)]  # fmt: skip
+                found = step.ranks.fingerprints([weight.slot.weight for weight in sharded], bases, step)
+                for weight, whole in zip(sharded, found, strict=True):
+                    weight.record.whole = whole
+
+    def whole_fingerprint(self, slot: _model.Slot, weight: Weight | None, step: Step) -> int:
+        """The fingerprint that a sharded weight should have now; added up by all ranks."""
+        if weight is None:
+            return step.ranks.fingerprints([slot.weight], [_shards.local(slot.weight)], step)[0]
+        _live.refuse_first([weight], Weight.place)
+        self.wait()
+        part = self.state.part(weight)
+        here = weight.tensor
+        if part is not None:
+            here = self._shown_base(weight, part)
+            shira_ops.scatter_(here, part.indices, self.state.expected(part), granule=part.granule)
+        return step.ranks.fingerprints([slot.weight], [here], step)[0]
+
+    def _shown_base(self, weight: Weight, part: Part) -> Tensor:
+        """A copy that is shown to be the base."""
+        copy = part.base_copy()
+        if weight.record.base is not None and _granules.fingerprint(copy) != weight.record.base:
+            raise self._foreign(weight)
+        return copy
+
     def _difference(self, weight: Weight, part: Part) -> int:
         """What an active part adds to the base's fingerprint.
 
         Computed on a copy that is shown to be the base, so that what others may have done to the weight does not count.
         """
-        copy = part.base_copy()
-        if _granules.fingerprint(copy) != weight.record.base:
-            raise self._foreign(weight)
+        copy = self._shown_base(weight, part)
         before = _granules.fingerprint_at(copy, part.indices, part.granule)
         shira_ops.scatter_(copy, part.indices, self.state.expected(part), granule=part.granule)
         return (_granules.fingerprint_at(copy, part.indices, part.granule) - before) & _granules.WORD
@@ -235,6 +272,7 @@ class Ledger:
 
         Weights that someone else ``changed`` before stay suspect until their content is found to be right.
         """
+        self._wrote(way.watch.weights)
         way.watch.left(self.me, state.layout.parts)
         for weight in changed:
             weight.distrust()
@@ -242,6 +280,21 @@ class Ledger:
         for layout in (way.before, way.after):
             layout.used.update(self.written)
         self.state = state
+
+    def _wrote(self, weights: Iterable[Weight]) -> None:
+        """Have torch refuse a backward pass through what was computed with sharded weights before they were written.
+
+        What autograd has saved is the parameter, or what FSDP had gathered of it, and the ops saw only the local
+        tensor.
+        """
+        saved: list[Tensor] = []
+        for weight in weights:
+            if weight.box is not None:
+                saved.append(weight.slot.weight)
+                twin = getattr(self.gathered.get(id(weight.slot.weight)), "_unsharded_param", None)
+                saved += [] if twin is None else [twin]
+        if saved:
+            torch.autograd.graph.increment_version(saved)
 
     def rebase(self, bases: Mapping[object, int]) -> None:
         """Where no adapter is active: weights, by their memory, hold another base now, with these fingerprints."""
@@ -261,7 +314,10 @@ class Ledger:
                 problem = _places.misfit(place, weight.shape, weight.dtype)
                 if problem is not None:
                     raise SwitchError(f"Switcher: {place.name} {problem}; {self.state.told()}")
-                targets.append((place.weight, part))
+                divided = weight.divided(place)
+                if divided is not None:
+                    raise SwitchError(f"Switcher: {divided}")
+                targets.append((_shards.local(place.weight), part))
         wait(layout.ready)
         try:
             for tensor, part in targets:
@@ -274,6 +330,7 @@ class Ledger:
             ) from error
         finally:
             torch.clear_autocast_cache()
+        self._wrote(layout.parts)
         for weight in layout.parts:
             weight.hold.holder = None
             weight.distrust()
@@ -302,7 +359,7 @@ class Ledger:
         found = {weight: self._in_its_places(weight) for weight in moved}
         there: dict[object, str] = {}
         for weight in self.weights.values():
-            name = there.setdefault(_model.memory(found.get(weight, weight).tensor), weight.name)
+            name = there.setdefault(found.get(weight, weight).key, weight.name)
             if name != weight.name:
                 raise SwitchError(f"Switcher: {weight.name} and {name} were two weights, and are one now")
         overlap = _places.overlap([fresh.slot for fresh in found.values()], besides=set(moved))
@@ -335,6 +392,9 @@ class Ledger:
         problem = _places.misfit(places[0], weight.shape, weight.dtype)
         if problem is not None:
             raise SwitchError(f"Switcher: {weight.name} {problem}")
+        divided = weight.divided(places[0])
+        if divided is not None:
+            raise SwitchError(f"Switcher: {divided}")
         return Weight.of(places, self.me, False)
 
     def _has_content_of(self, weight: Weight, fresh: Weight) -> bool:

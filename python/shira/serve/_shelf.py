@@ -5,6 +5,7 @@ What an `Overlay` needs of it stands here too: adapters as they are given, and t
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -16,13 +17,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
-from shira import _model, _text
+from shira import _granules, _model, _text
 from shira._granules import dtype_name
 from shira._live import SwitchError, Weight
 from shira._text import AdapterError
 from shira.adapter import _file
+from shira.adapter._entry import Entry
 from shira.adapter.adapter import Adapter
 from shira.serve import _layout
 from shira.serve._layout import EMPTY, Layout, Way
@@ -68,8 +71,9 @@ class Stored:
         """What the model calls the weights that it changes."""
         raise NotImplementedError
 
-    def read(self) -> Adapter:
-        """The adapter; from its file, if it is not in memory."""
+    def read(self, *, own: bool = True) -> Adapter:
+        """The adapter; from its file, if it is not in memory. Then its values are in memory of their own, or without
+        `own` in the mapped file."""
         if self.adapter is not None:
             return self.adapter
         assert self.file is not None
@@ -79,7 +83,7 @@ class Stored:
             raise AdapterError(f"{self.file}, the file of {self.name!r}, is gone: {error}") from error
         if not same:
             raise AdapterError(f"{self.file} has changed since {self.name!r} was added; remove it and add it again")
-        return load(self.file, self.stamp)
+        return load(self.file, self.stamp, own=own)
 
     def allow(self, alpha: float, others: Iterable[Stored]) -> None:
         """Refuse a strength, or other adapters beside it, with which the result is not what it was made for."""
@@ -144,7 +148,12 @@ class Added(Stored):
     nbytes: int
     # The weights, and what the adapter calls each; a weight that is tied in the adapter may be several here.
     weights: dict[Weight, str]
-    # Whether the file is one that we wrote to make room.
+    # Whether its values are added.
+    delta: bool
+    # On a sharded model, this rank's entries, where they are in memory: all that is kept of the adapter.
+    parts: dict[Weight, Entry] | None = None
+    # Whether the file is one that we wrote to make room. On a sharded model it has this rank's entries alone, under the
+    # model's names.
     spilled: bool = False
     # A weight whose entries are codes or counts, which have no strength other than 1.
     codes: Weight | None = None
@@ -152,22 +161,51 @@ class Added(Stored):
     @classmethod
     def of(cls, stored: Given, name: str, weights: dict[Weight, str], elsewhere: tuple[str, ...]) -> Added:
         """An adapter that fits these weights of a model."""
-        adapter = stored.adapter
-        entries = [adapter.weights[weight_name] for weight_name in weights.values()]
-        nbytes = sum(entry.indices.nbytes + entry.values.nbytes for entry in entries)
-        nbytes += sum(entry.nnz * entry.dtype.itemsize for entry in entries)
-        codes = next((weight for weight in weights if dtype_name(weight.dtype) not in _file.ARITHMETIC), None)
-        return cls(
+        added = cls(
             name=name,
             alpha=stored.alpha,
-            adapter=adapter,
+            adapter=stored.adapter,
             file=stored.file,
             stamp=stored.stamp,
             elsewhere=elsewhere,
-            nbytes=nbytes,
+            nbytes=0,
             weights=weights,
-            codes=codes,
+            delta=stored.adapter.delta,
+            codes=next((weight for weight in weights if dtype_name(weight.dtype) not in _file.ARITHMETIC), None),
         )
+        if added.is_sharded:
+            added.parts, added.adapter = added.entries(), None
+            refuse_written(added.file, added.stamp)
+        entries = added.entries().values()
+        added.nbytes = sum(entry.indices.nbytes + entry.values.nbytes for entry in entries)
+        added.nbytes += sum(entry.nnz * entry.dtype.itemsize for entry in entries)
+        return added
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the ranks hold its weights together."""
+        return any(weight.box is not None for weight in self.weights)
+
+    def entries(self, adapter: Adapter | None = None) -> dict[Weight, Entry]:
+        """What it changes in each weight, or in this rank's part of it; ``adapter`` is what `read` gives, if known."""
+        if self.parts is not None:
+            return self.parts
+        if adapter is None:
+            adapter = self.read(own=not self.is_sharded)
+        if self.spilled and self.is_sharded:
+            there = adapter.weights
+            return {weight: there[weight.name] for weight in self.weights if weight.name in there}
+        found = {weight: _part(weight, adapter.weights[name]) for weight, name in self.weights.items()}
+        return {weight: entry for weight, entry in found.items() if weight.box is None or entry.nnz}
+
+    def whole(self) -> Adapter:
+        """The adapter as it was given."""
+        if self.is_sharded and (self.file is None or self.spilled):
+            raise SwitchError(
+                f"Switcher: of {self.name!r} each rank has kept its own entries alone; add it from a file to have it "
+                f"among adapters, or keep the one that was given"
+            )
+        return self.read()
 
     @property
     def weight_names(self) -> list[str]:
@@ -218,7 +256,10 @@ class Shelf:
         if self.budget is not None and added.nbytes > self.budget:
             raise AdapterError(f"{where} needs {added.nbytes:,} bytes, more than the budget of {self.budget:,}")
         if self._make_room(added.nbytes, keep=[self.ledger.state.names]):
-            return _layout.of_adapter(added.name, added.read(), added.weights, self.ledger.state.layout)
+            layout = _layout.of_adapter(added.name, added.entries(), added.delta, self.ledger.state.layout)
+            if added.file is not None:
+                added.parts = None  # they can be read again
+            return layout
         self._leave(added)
         return None
 
@@ -246,6 +287,8 @@ class Shelf:
             layout = self.layouts.get((name,))
             on_cpu = layout is not None and all(device.type == "cpu" for device in layout.devices)
             host = 0 if added.adapter is None or on_cpu else added.adapter.nbytes
+            if added.parts is not None and not on_cpu:
+                host = sum(entry.indices.nbytes + entry.values.nbytes for entry in added.parts.values())
             found[name] = Memory(0 if layout is None else layout.nbytes, host, added.on_disk)
         for names, layout in self.layouts.items():
             if len(names) > 1:
@@ -289,12 +332,13 @@ class Shelf:
     def _bring(self, name: str, keep: list[Names]) -> Layout:
         """Bring an adapter that has left back to the devices."""
         added = self.added[name]
-        adapter = added.read()
+        adapter = None if added.is_sharded else added.read()
+        entries = added.entries(adapter)
         self._need(added.nbytes, keep, (name,))
         weights = list(added.weights)
         self.ledger.examine(weights)
         with self.streams.staging(weight.device for weight in weights) as ready:
-            layout = _layout.of_adapter(name, adapter, added.weights, self.ledger.state.layout)
+            layout = _layout.of_adapter(name, entries, added.delta, self.ledger.state.layout)
         layout.ready, added.adapter = ready, adapter
         return layout
 
@@ -330,7 +374,7 @@ class Shelf:
         for layout in self.layouts.values():
             wait(layout.ready)
             for weight, part in layout.parts.items():
-                if _model.memory(weight.tensor) in changed:
+                if weight.key in changed:
                     part.rebase()
 
     # ---- room ------------------------------------------------------------------------------------------------
@@ -387,11 +431,12 @@ class Shelf:
 
     def _leave(self, added: Added) -> None:
         """Take an adapter off the devices: it is in its file, or goes to a file in the folder, or to host memory."""
-        if added.file is None and self.folder is not None:
+        adapter = self._to_spill(added)
+        if added.file is None and self.folder is not None and adapter is not None:
             file = spilled(self.folder)
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                added.read().save(file)
+                adapter.save(file)
                 stamp = stamp_of(file)
             except OSError as error:
                 raise SwitchError(
@@ -401,8 +446,16 @@ class Shelf:
             self.files.add(file)
             added.file, added.stamp, added.spilled = file, stamp, True
         if added.file is not None:
-            added.adapter = None
+            added.adapter = added.parts = None
         self._drop(added.name)
+
+    @staticmethod
+    def _to_spill(added: Added) -> Adapter | None:
+        """What a file is written of."""
+        if added.parts is None:
+            return added.adapter
+        parts = {weight.name: entry for weight, entry in added.parts.items()}
+        return Adapter(parts, alpha=added.alpha, delta=added.delta) if parts else None
 
     def _drop(self, name: str) -> None:
         """Free all layouts that an adapter is in."""
@@ -432,15 +485,18 @@ class Given(NamedTuple):
     stamp: Stamp | None
 
 
-def given(name: str, adapter: str | os.PathLike[str] | Adapter, *, check_finite: bool) -> Given:
-    """Take an adapter, or read its file; refuses indices that are not valid and, with `check_finite`, NaN."""
+def given(name: str, adapter: str | os.PathLike[str] | Adapter, *, check_finite: bool, own: bool = True) -> Given:
+    """Take an adapter, or read its file; refuses indices that are not valid and, with `check_finite`, NaN.
+
+    Without `own` its values may stay where they are, for a caller that copies what it needs of them.
+    """
     file = stamp = None
     if isinstance(adapter, Adapter):
-        where, adapter = f"adapter {name!r}" if name else "the adapter", own(adapter)
+        where, adapter = f"adapter {name!r}" if name else "the adapter", _owned(adapter) if own else adapter
     else:
         file = Path(adapter).absolute()
         where, stamp = os.fspath(adapter), stamp_of(file)
-        adapter = load(file, stamp)
+        adapter = load(file, stamp, own=own)
     alpha = _text.strength(f"{where}: alpha", adapter.alpha)
     for weight_name, entry in adapter.weights.items():
         entry.check_indices(f"{where}: weight {weight_name!r}")
@@ -455,7 +511,21 @@ def stamp_of(file: Path) -> Stamp:
     return found.st_mtime_ns, found.st_size, found.st_dev, found.st_ino
 
 
-def own(adapter: Adapter) -> Adapter:
+def content(adapter: Adapter, names: Iterable[str]) -> str:
+    """Tells what an adapter holds and for which weights, so that ranks can compare theirs. Reads all of it."""
+    words = (
+        (name, entry.shape, entry.granule, entry.values.dtype,
+         *(_granules.fingerprint(tensor) for tensor in (entry.indices.to(torch.int64), entry.values)))
+        for name, entry in adapter.weights.items()
+    )  # fmt: skip
+    told = repr((list(words), adapter.delta, adapter.alpha, list(names))).encode()
+    return (
+        f"an adapter of {len(adapter.weights)} weights and {adapter.nnz:,} entries, strength {adapter.alpha:g}, "
+        f"content {hashlib.blake2b(told, digest_size=8).hexdigest()}"
+    )
+
+
+def _owned(adapter: Adapter) -> Adapter:
     """The adapter with values in memory of their own; those of a loaded one are in its mapped file."""
     for entry in adapter.weights.values():
         storage = entry.values.untyped_storage()
@@ -465,12 +535,40 @@ def own(adapter: Adapter) -> Adapter:
     return adapter
 
 
-def load(file: Path, stamp: Stamp | None) -> Adapter:
-    """An adapter in memory of its own: a mapped file would show what is written to it later, or could be cut off."""
-    adapter = _copied(Adapter.load(file))
-    if stamp_of(file) != stamp:
-        raise AdapterError(f"{file} was written to while it was read; try again when that is done")
+def load(file: Path, stamp: Stamp | None, *, own: bool = True) -> Adapter:
+    """An adapter in memory of its own: a mapped file would show what is written to it later, or could be cut off.
+
+    Without `own` its values stay in the mapped file: for a caller that copies some of them at once.
+    """
+    adapter = Adapter.load(file)
+    if own:
+        adapter = _copied(adapter)
+    refuse_written(file, stamp)
     return adapter
+
+
+def refuse_written(file: Path | None, stamp: Stamp | None) -> None:
+    """Refuse what was read from a file if the file was written to since."""
+    if file is not None and stamp_of(file) != stamp:
+        raise AdapterError(f"{file} was written to while it was read; try again when that is done")
+
+
+def _part(weight: Weight, entry: Entry) -> Entry:
+    """What an adapter changes in this rank's part of a sharded weight, in memory of its own."""
+    if weight.box is None:
+        return entry
+    part = weight.box.take(entry.indices, entry.granule)
+    return replace(
+        entry,
+        indices=part.indices,
+        values=part.of(entry.values.detach()),
+        shape=weight.box.local_shape,
+        granule=part.granule,
+        fingerprint=None,
+        seed=None,
+        aliases=(),
+        checked=True,
+    )
 
 
 def _copied(adapter: Adapter) -> Adapter:

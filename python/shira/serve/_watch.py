@@ -23,12 +23,14 @@ class Watch:
         self._parameters = [place for place in places if _is_plain(place)]
         self._others = [place for place in places if not _is_plain(place)]
         self._tuned = [place.values_names[0] for place in self._parameters]
-        self._pointers = [weight.pointer for weight in self.weights]
-        self._tensors = [weight.tensor for weight in self.weights]
-        self._numels = [weight.shape.numel() for weight in self.weights]
+        whole = [weight for weight in self.weights if weight.box is None]
+        self._pointers = [weight.pointer for weight in whole]
+        self._tensors = [weight.tensor for weight in whole]
+        self._numels = [weight.shape.numel() for weight in whole]
         self._records = [weight.record for weight in self.weights]
         self._holds = [weight.hold for weight in self.weights]
-        self._versioned = [(weight.tensor, weight.record) for weight in self.weights if weight.versioned]
+        self._versioned = [(weight.tensor, weight.record) for weight in whole if weight.versioned]
+        self._sharded = [weight for weight in self.weights if weight.box is not None]
 
     def undisturbed(self, me: weakref.ref[object]) -> bool:
         """Whether every weight is in its place and memory, is not trained, has no adapters of another Switcher than
@@ -44,6 +46,7 @@ class Watch:
             and [tensor.numel() for tensor in self._tensors] == self._numels
             and all(tensor._version == record.version for tensor, record in self._versioned)
             and all(hold.holder is None or hold.holder is me for hold in self._holds)
+            and not any(weight.changed() or weight.tensor.data_ptr() != weight.pointer for weight in self._sharded)
         )
 
     def left(self, me: weakref.ref[object], on: Container[Weight]) -> None:
@@ -53,6 +56,8 @@ class Watch:
             record.pointer = weight.pointer
         for tensor, record in self._versioned:
             record.version = tensor._version
+        for weight in self._sharded:
+            weight.note()
 
 
 def _is_plain(place: Slot) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,17 +16,29 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from shira import _fit, _linears, _model, _places, _text
+from shira import _fit, _linears, _model, _places, _shards, _text
 from shira._granules import dtype_name
 from shira._live import LOCK, SwitchError
 from shira._text import AdapterError
 from shira.adapter import _file
 from shira.adapter.adapter import Adapter
-from shira.serve import _shelf
+from shira.serve import _agreement, _shelf
+from shira.serve._agreement import Ranks, Step
 from shira.serve._laying import EXPERTS, Biases, Current, Delta, Entrance, Group, Hook, Rows, Selection, Strengths
 from shira.serve._ledger import quiet
 from shira.serve._shelf import Memory, Stored
-from shira.serve._spots import Place, Spot, Spots, Watched, compute_dtype, deltas_of, estimate
+from shira.serve._spots import (
+    Place,
+    SharedSpot,
+    Spot,
+    Spots,
+    Watched,
+    base_entries,
+    compute_dtype,
+    deltas_of,
+    estimate,
+    know,
+)  # fmt: skip
 
 __all__ = ["Overlay"]
 
@@ -59,6 +71,11 @@ class _Laid(Stored):
     def experts(self) -> list[str]:
         """The weights of its layers that are given some of the tokens, in an order of their own."""
         return [name for name in self.weight_names if EXPERTS.search(name)]
+
+    @cached_property
+    def shared(self) -> list[SharedSpot]:
+        """Those that ranks hold together."""
+        return [spot for spot in self.all_spots if isinstance(spot, SharedSpot)]
 
     def is_elsewhere(self) -> bool:
         """Whether a weight is on another device than what is added to it."""
@@ -136,6 +153,8 @@ class Overlay:
         self._entrances: dict[nn.Module, list[RemovableHandle]] = {}
         # Whether the entrances are there that a list of samples needs.
         self._surveyed = False
+        # The ranks that compute with parts of the same layers, once they are known.
+        self._partnered: tuple[Ranks | None] | None = None
 
     @property
     def budget(self) -> int | None:
@@ -186,21 +205,32 @@ class Overlay:
         Raises `AdapterError` if it does not fit the model, has entries of weights that nothing can be laid over, or
         needs more than the budget; and `SwitchError` if someone else has changed the base since. Nothing is added then.
         """
-        given = _shelf.given(name, adapter, check_finite=check_finite)
-        with LOCK, quiet():
-            if name in self._added:
-                raise AdapterError(f"an adapter {name!r} was already added; remove it first")
-            laid, watched = self._find(name, given, verify, rename)
-            self._check([laid])
-            needed = estimate(given.adapter)
-            if self._budget is not None and needed > self._budget:
-                raise AdapterError(f"{given.where} needs {needed:,} bytes, more than the budget of {self._budget:,}")
-            if self._make_room(needed, keep=self._in_use()):
-                laid.deltas = deltas_of(given.adapter, laid.spots)
-            # From here on nothing fails.
-            self._watched |= watched
-            self._added[name] = laid
-            self._arrived(laid)
+        with self._together(self._ranks(), "add", name, verify=verify) as step:
+            given = _shelf.given(name, adapter, check_finite=check_finite)
+            with LOCK, quiet():
+                self._add(name, given, verify, rename, step)
+
+    def _add(self, name: str, given: _shelf.Given, verify: bool, rename: _text.Rename, step: Step | None) -> None:
+        if name in self._added:
+            raise AdapterError(f"an adapter {name!r} was already added; remove it first")
+        laid, watched = self._find(name, given, verify, rename, step)
+        self._check([laid])
+        needed = estimate(given.adapter)
+        if self._budget is not None and laid.shared:
+            raise AdapterError(
+                f"{given.where} changes {laid.shared[0].name}, which ranks hold together, and there an Overlay takes "
+                f"no budget: what an adapter adds is computed by all ranks, when it is added"
+            )
+        if self._budget is not None and needed > self._budget:
+            raise AdapterError(f"{given.where} needs {needed:,} bytes, more than the budget of {self._budget:,}")
+        if self._make_room(needed, keep=self._in_use()):
+            bases = base_entries(given.adapter, laid.spots, step) if step is not None else {}
+            laid.deltas = deltas_of(given.adapter, laid.spots, bases)
+        # From here on nothing fails.
+        self._watched |= watched
+        self._added[name] = laid
+        self._partnered = None
+        self._arrived(laid)
 
     def remove(self, name: str) -> None:
         """Forget an adapter. If it is active it is taken off; others that are active with it stay."""
@@ -212,6 +242,7 @@ class Overlay:
                 )
             del self._added[name]
             self._recent.pop(name, None)
+            self._partnered = None
             laid.deltas = None
             active = self._current.active
             if active is not None and name in active.mentioned:
@@ -230,14 +261,14 @@ class Overlay:
             which: a name; or names with their strengths, for adapters that are summed.
             alpha: the strength of a single adapter; None is the adapter's own.
         """
-        with LOCK, quiet():
+        with LOCK, quiet(), self._together(self._partners(), "activate", which, alpha=alpha):
             if isinstance(which, Mapping) and not which and alpha is None:
                 raise ValueError("name at least one adapter; deactivate() gives the base")
             self._current.select(self._select(which, alpha))
 
     def deactivate(self) -> None:
         """The base for every sample."""
-        with LOCK:
+        with LOCK, self._together(self._partners(), "deactivate"):
             self._current.select(None)
 
     @contextmanager
@@ -258,7 +289,9 @@ class Overlay:
         raises `SwitchError`: those of position embeddings that all samples share, for instance.
         """
         with LOCK, quiet():
-            block = self._current.enter(self._select(which, alpha) or Selection([{}]))
+            with self._together(self._partners(), "using", which, alpha=alpha):
+                selection = self._select(which, alpha) or Selection([{}])
+            block = self._current.enter(selection)
         try:
             yield self
         finally:
@@ -271,7 +304,7 @@ class Overlay:
         Changes that move version counters are noticed whenever adapters are selected. This finds the others too: writes
         through ``weight.data`` or by another process. What a `Switcher` has put on the weights counts as unchanged.
         """
-        with LOCK, quiet():
+        with LOCK, quiet(), self._together(self._ranks(), "verify"):
             self._refuse_gone()
             wrong = [watched.spot.name for watched in dict.fromkeys(self._watched.values()) if not watched.holds()]
             if wrong:
@@ -327,6 +360,41 @@ class Overlay:
     def __repr__(self) -> str:
         return f"Overlay(adapters={list(self._added)}, active={self.active})"
 
+    # ---- sharded models ------------------------------------------------------------------------------------------
+
+    def _ranks(self) -> Ranks | None:
+        """The ranks that hold the model together, if it is sharded."""
+        _shards.reshard(_shards.fsdp_modules(self.model))
+        return Ranks.of("Overlay", _agreement.meshes_of(self.model.parameters()))
+
+    def _partners(self) -> Ranks | None:
+        """The ranks that compute with parts of the same layers, and must select the same; None where none do."""
+        if self._partnered is None:
+            divisions = (spot.division for laid in self._added.values() for spot in laid.shared)
+            meshes = [division[0] for division in divisions if division is not None]
+            self._partnered = (Ranks.of("Overlay", meshes),)
+        return self._partnered[0]
+
+    def _together(
+        self, ranks: Ranks | None, call: str, *arguments: object, **options: object
+    ) -> AbstractContextManager[Step | None]:
+        """A call that these ranks make together, or none."""
+        if ranks is None:
+            return nullcontext()
+        added, block, before = set(self._added), self._current.block(), self._current.now()
+
+        def undo() -> None:
+            for name in self._added.keys() - added:
+                self.remove(name)
+            if self._current.block() is block and self._current.now() is not before:
+                self._current.select(before)
+
+        def state() -> str:
+            active = self.active
+            return f"active is {active}" if active else "no adapter is active"
+
+        return ranks.together("Overlay", _agreement.call(call, arguments, options), state, undo)
+
     # ---- selections ----------------------------------------------------------------------------------------------
 
     def _select(self, which: Which | Sequence[Which], alpha: float | None) -> Selection | None:
@@ -381,7 +449,7 @@ class Overlay:
     # ---- adapters and where they are -------------------------------------------------------------------------------
 
     def _find(
-        self, name: str, given: _shelf.Given, verify: bool, rename: _text.Rename
+        self, name: str, given: _shelf.Given, verify: bool, rename: _text.Rename, step: Step | None
     ) -> tuple[_Laid, dict[Place, Watched]]:
         """Find an adapter's weights in the model, and compare the base; refuses what does not fit."""
         base = Spots(self.model, self._watched)
@@ -402,6 +470,10 @@ class Overlay:
                 raise AdapterError(
                     f"{given.where}: {spots[own][0].name} has entries of {dtype}, which have no difference in float32"
                 )
+        if step is not None:
+            everywhere = [spot for several in places.values() for spot in several]
+            step.agree(_shelf.content(given.adapter, (spot.name for spot in everywhere)))
+            know(everywhere, step)
         # What is replaced as a whole may be anything at strength 1; copies of a tied weight must be alike in any case.
         anything = _fit.indifferent(weights, given.adapter.delta, 1.0)
         unread = anything if verify else weights.keys()
@@ -427,7 +499,7 @@ class Overlay:
             known = self._watched.get(spot.place) or first.get(spot.one) or Watched(spot, None)
             watched[spot.place] = first[spot.one] = known
             if verify and known.fingerprint is None and not known.changed():
-                known.fingerprint = spot.fingerprint()
+                known.fingerprint = spot.own()
         return laid, watched
 
     def _settle(self, names: Sequence[str]) -> None:
@@ -436,6 +508,11 @@ class Overlay:
         changed = self._check(settled)
         self._refuse_replaced(dict.fromkeys(module for laid in settled for module in laid.modules))
         for name, laid in zip(names, settled, strict=True):
+            if changed and laid.shared and laid.is_elsewhere():
+                raise SwitchError(
+                    f"Overlay: {laid.shared[0].name} was moved to another device since {name!r} was added, and ranks "
+                    f"hold it together; remove the adapter and add it again, on all ranks"
+                )
             if changed and laid.is_elsewhere():
                 self._leave(name)  # the model was moved
             if laid.deltas is None:
@@ -446,7 +523,7 @@ class Overlay:
                         f"Overlay: {name!r} would need {needed:,} bytes on the device beside what is in use, and the "
                         f"budget is {self._budget:,}: set overlay.budget to more"
                     )
-                laid.deltas, laid.adapter = deltas_of(adapter, laid.spots), adapter
+                laid.deltas, laid.adapter = deltas_of(adapter, laid.spots, {}), adapter
                 self._arrived(laid)
             self._recent[name] = self._recent.pop(name, None)
 
@@ -514,7 +591,9 @@ class Overlay:
 
     def _regroup(self, modules: Iterable[nn.Module]) -> None:
         """Make the groups of these layers from the adapters that are on the devices."""
-        layers = {spot.layer.module: spot.layer for laid in self._added.values() for spot in laid.all_spots}
+        spots = [spot for laid in self._added.values() for spot in laid.all_spots]
+        layers = {spot.layer.module: spot.layer for spot in spots}
+        divisions = {spot.layer.module: spot.division for spot in spots if not spot.is_bias}
         for module in modules:
             layer = layers.get(module)
             if layer is None:
@@ -527,6 +606,7 @@ class Overlay:
                 self._surveyed = False
             hook = self._current.hooks[module]
             hook.groups, hook.biased = self._groups(layer)
+            hook.division = divisions.get(module)
         self._current.regrouped()
         self._current.share()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shira import _granules, _linears, _live, _model, _places, _text
+from shira import _granules, _linears, _live, _model, _places, _shards, _text
 from shira._live import LOCK, SwitchError, Weight
 from shira._text import AdapterError
 from shira.adapter.adapter import Adapter
-from shira.serve import _layout, _shelf
+from shira.serve import _agreement, _layout, _shelf
+from shira.serve._agreement import Ranks, Step
 from shira.serve._layout import BASE, EMPTY, State, Way, listed
 from shira.serve._ledger import Ledger, quiet
 from shira.serve._shelf import Added, Memory, Shelf
@@ -37,6 +38,9 @@ class _Block:
 
     before: dict[str, float] | None = None
 
+
+# What is around a call on a model that is not sharded.
+_ALONE: AbstractContextManager[None] = nullcontext()
 
 # The blocks around the code that runs now; every thread and task has its own. A block lives as long as its frame.
 _INSIDE: ContextVar[tuple[weakref.ref[_Block], ...]] = ContextVar("shira.using", default=())
@@ -77,9 +81,9 @@ class Switcher:
         self, model: nn.Module, *, budget: int | None = None, spill: str | os.PathLike[str] | None = None
     ) -> None:
         self.model = _model.unwrap(model)
-        self._slots = _linears.slots(self.model)
         me: weakref.ref[object] = weakref.ref(self)
         self._ledger = Ledger(me)
+        self._find()
         self._shelf = Shelf(self._ledger, None if spill is None else Path(spill))
         self.budget = budget
         # The way on which a move stopped, if going back failed too: the weights are in between.
@@ -109,7 +113,7 @@ class Switcher:
     def adapters(self) -> dict[str, Adapter]:
         """The added adapters by name, in the order in which they were added; those that left are read again."""
         with LOCK:
-            return {name: added.read() for name, added in self._shelf.added.items()}
+            return {name: added.whole() for name, added in self._shelf.added.items()}
 
     def add(
         self,
@@ -138,34 +142,44 @@ class Switcher:
         Raises `AdapterError` if it does not fit the model, and `SwitchError` if the weights cannot be trusted: someone
         else changed them, a tuner trains them, or another Switcher has adapters on them. Nothing is added then.
         """
-        given = _shelf.given(name, adapter, check_finite=check_finite)
-        where, adapter = given.where, given.adapter
-        with LOCK, quiet():
-            ledger, shelf = self._ledger, self._shelf
-            if name in shelf.added:
-                raise AdapterError(f"an adapter {name!r} was already added; remove it first")
-            self._heal()
-            ledger.wait()
-            # Parameters may have been replaced since.
-            self._slots = _linears.slots(self.model)
-            places = _places.places(where, adapter.weights, self._slots, rename)
-            devices = [group[0].weight.device for groups in places.values() for group in groups]
-            with shelf.streams.staging(devices) as ready:
-                weights = ledger.take(where, places, verify=verify)
-                elsewhere = ledger.compare_base(where, adapter, weights) if verify else ()
-                added = Added.of(given, name, weights, elsewhere)
-                layout = shelf.place(where, added)
-            if layout is not None:
-                layout.ready = ready
-            shelf.put(added, layout)
+        with self._together("add", name, verify=verify) as step:
+            given = _shelf.given(name, adapter, check_finite=check_finite, own=step is None)
+            with LOCK, quiet():
+                self._add(name, given, verify, rename, step)
+
+    def _add(self, name: str, given: _shelf.Given, verify: bool, rename: _text.Rename, step: Step | None) -> None:
+        ledger, shelf, where, adapter = self._ledger, self._shelf, given.where, given.adapter
+        if name in shelf.added:
+            raise AdapterError(f"an adapter {name!r} was already added; remove it first")
+        self._heal()
+        ledger.wait()
+        # Parameters may have been replaced since.
+        self._find()
+        places = _places.places(where, adapter.weights, self._slots, rename)
+        devices = [group[0].weight.device for groups in places.values() for group in groups]
+        with shelf.streams.staging(devices) as ready:
+            weights = ledger.take(places, verify=verify)
+            if step is not None:
+                step.agree(_shelf.content(adapter, (weight.name for weight in weights)))
+            tied = [found for name in places if len(found := [w for w in weights if weights[w] == name]) > 1]
+            ledger.know(list(weights) if verify else [weight for found in tied for weight in found], step)
+            for found in tied:
+                ledger.refuse_different(where, found)
+            elsewhere = ledger.compare_base(where, adapter, weights) if verify else ()
+            added = Added.of(given, name, weights, elsewhere)
+            layout = shelf.place(where, added)
+        if layout is not None:
+            layout.ready = ready
+        shelf.put(added, layout)
 
     def remove(self, name: str) -> None:
         """Forget an adapter. If it is active it is taken off first; others that are active with it stay."""
         with LOCK:
-            self._shelf.known(name)
-            if name in self.active:
-                self._refuse_outsiders()
-                self._move(self._without(name))
+            with self._together("remove", name):
+                self._shelf.known(name)
+                if name in self.active:
+                    self._refuse_outsiders()
+                    self._move(self._without(name))
             self._shelf.remove(name)
 
     def activate(self, which: str | Mapping[str, float], alpha: float | None = None) -> None:
@@ -175,7 +189,7 @@ class Switcher:
             which: a name; or names with their strengths, for adapters that are summed onto the base.
             alpha: the strength of a single adapter; None is the adapter's own.
         """
-        with LOCK:
+        with LOCK, self._together("activate", which, alpha=alpha):
             self._refuse_outsiders()
             self._move(self._strengths(which, alpha))
 
@@ -188,7 +202,7 @@ class Switcher:
                 whatever is there now, and wherever the weights are now; what was changed at other entries stays
                 changed. Weights that were moved can be used again after `rebind`.
         """
-        with LOCK:
+        with LOCK, self._together("deactivate", name=name, verify=verify):
             self._refuse_outsiders()
             if name is None:
                 self._move({}, verify=verify)
@@ -209,11 +223,12 @@ class Switcher:
         entered = weakref.ref(block)
         try:
             with LOCK:
-                self._refuse_outsiders()
-                base = isinstance(which, Mapping) and not which and alpha is None
-                strengths = {} if base else self._strengths(which, alpha)
-                block.before = self.active
-                self._move(strengths)
+                before = self.active
+                with self._together("using", which, alpha=alpha):
+                    self._refuse_outsiders()
+                    base = isinstance(which, Mapping) and not which and alpha is None
+                    self._move({} if base else self._strengths(which, alpha))
+                block.before = before
                 self._blocks.append(entered)
             _INSIDE.set((*_INSIDE.get(), entered))
             yield self
@@ -239,11 +254,12 @@ class Switcher:
         shapes or dtypes differ, or if their modules are not in the model any more; nothing has changed then.
         """
         with LOCK, quiet():
-            self._refuse_torn()
-            self._ledger.wait()
-            self._slots = _linears.slots(self.model)
-            self._ledger.refuse_gone(self.model)
-            moved = self._ledger.moved()
+            with self._together("rebind"):
+                self._refuse_torn()
+                self._ledger.wait()
+                self._find()
+                self._ledger.refuse_gone(self.model)
+                moved = self._ledger.moved()
             if moved:
                 self._ledger.rebind(moved)
                 self._shelf.rebind()
@@ -254,18 +270,18 @@ class Switcher:
         This does not read the weight (`verify` does): it is the base's fingerprint plus the difference that the active
         adapters make. The difference is computed on a copy when it is first needed, and kept for each strength.
         """
-        with LOCK:
+        with LOCK, self._together("fingerprint", name) as step:
             if name not in self._slots:
                 raise KeyError(f"the model has no weight {name!r}")
             slot = self._slots[name]
-            foreign = _model.foreign(slot.weight)
+            foreign = _places.Place(slot).foreign
             if foreign is not None:
                 raise SwitchError(f"Switcher: {name} {foreign}")
             weight = self._ledger.weight(slot.weight)
-            if weight is None:
-                with quiet():
-                    return _granules.fingerprint(slot.weight)
-            return self._ledger.fingerprint(weight)
+            with quiet():
+                if step is not None and _shards.is_dtensor(slot.weight):
+                    return self._ledger.whole_fingerprint(slot, weight, step)
+                return _granules.fingerprint(slot.weight) if weight is None else self._ledger.fingerprint(weight)
 
     def verify(self, *, full: bool = False) -> None:
         """Raise `SwitchError`, naming the weights, unless they are the base plus what is active.
@@ -276,7 +292,7 @@ class Switcher:
                 On the CPU, a weight with an adapter that was never active is read whole, since the base's entries there
                 have not been saved yet.
         """
-        with LOCK, quiet():
+        with LOCK, quiet(), self._together("verify", full=full):
             self._refuse_torn()
             self._ledger.refuse_gone(self.model)
             active = self._ledger.state.layout
@@ -343,6 +359,35 @@ class Switcher:
     def __repr__(self) -> str:
         return f"Switcher(adapters={list(self._shelf.added)}, active={self.active})"
 
+    # ---- sharded models --------------------------------------------------------------------------------------
+
+    def _find(self) -> None:
+        """Find the model's weights, and the ranks that hold them, if it is sharded."""
+        self._fsdp = _shards.fsdp_modules(self.model)
+        _shards.reshard(self._fsdp)
+        self._slots = _linears.slots(self.model)
+        self._ranks = Ranks.of("Switcher", _agreement.meshes_of(slot.weight for slot in self._slots.values()))
+        self._ledger.gathered = _shards.gathered(self._fsdp)
+
+    def _together(self, call: str, *arguments: object, **options: object) -> AbstractContextManager[Step | None]:
+        """A call that all ranks of a sharded model make together, or none; nothing for any other model."""
+        if self._ranks is None:
+            return _ALONE
+        # What FSDP has gathered would be computed with after the switch, and modules must hold their shards.
+        _shards.reshard(self._fsdp)
+        before, added = self._ledger.state, set(self._shelf.added)
+
+        def undo() -> None:
+            with quiet():
+                lasting = any(weight.moved() for weight in before.layout.parts)  # deactivate(verify=False)
+                if self.active != before.strengths and not lasting:
+                    self._move(before.strengths, verify=False)
+                for name in self._shelf.added.keys() - added:
+                    self._shelf.remove(name)
+
+        named = _agreement.call(call, arguments, options)
+        return self._ranks.together("Switcher", named, lambda: self._ledger.state.told(), undo)
+
     # ---- who may switch, and to what -------------------------------------------------------------------------
 
     def _refuse_outsiders(self) -> None:
@@ -364,7 +409,8 @@ class Switcher:
         if at + 1 < len(open_blocks):
             open_blocks[at + 1].before = block.before
         else:
-            self._move({name: alpha for name, alpha in block.before.items() if name in self._shelf.added})
+            with self._together("leaving using"):
+                self._move({name: alpha for name, alpha in block.before.items() if name in self._shelf.added})
 
     def _without(self, name: str) -> dict[str, float]:
         """What is active, without one of the adapters."""

@@ -16,7 +16,7 @@ from shira._granules import dtype_name
 from shira._model import VALUES_SUFFIX
 from shira._text import AdapterError, Rename
 from shira.adapter.adapter import Adapter
-from shira.train import _layers
+from shira.train import _layers, _ranks
 
 ALL_LINEAR = "all-linear"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -333,6 +333,12 @@ def check_model(model: nn.Module) -> None:
             )
         _model.unwrap(module)
     for name, weight in model.named_parameters():
+        if _ranks.engine_of(weight) is not None:
+            raise ValueError(
+                f"SparseTuner: {_model.clean(name)} is already in a DeepSpeed engine, which would not train the "
+                f"tuner's values; attach the tuner to the model first, and call deepspeed.initialize then, with an "
+                f"optimizer over tuner.parameters()"
+            )
         if isinstance(weight, UninitializedParameter):  # it cannot even be frozen
             raise ValueError(f"SparseTuner: {_model.clean(name)} has no shape yet; run the model once first")
 
@@ -418,6 +424,8 @@ def of_adapter(who: str, adapter: Adapter, model: nn.Module, rename: Rename) -> 
             if len(places) > 1:
                 both = _fit.one_in_adapter(places[1].name, places[0].name)
                 raise AdapterError(f"{both} two in the model, which training would let drift apart; tie them first")
+            if _shards.is_dtensor(places[0].slot.weight):
+                raise AdapterError(f"{places[0].name} {_model.foreign(places[0].slot.weight)}")
             if not isinstance(places[0].slot.weight, nn.Parameter):
                 raise AdapterError(f"{places[0].name} is a buffer, not a parameter, so it cannot be trained")
         anything = _fit.indifferent(adapter.weights, adapter.delta, 1.0)

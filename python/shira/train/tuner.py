@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -148,13 +148,13 @@ class SparseTuner:
     ``get_peft_model``) must come before the tuner; after it, training is refused. A count of the model's parameters
     includes both the values and the weights that hold them; `nnz` is the number of trained entries.
 
-    Weights may be sharded over ranks by FSDP2 (``fully_shard``), by tensor parallelism (``parallelize_module`` with
-    ``nn.Linear``), or by both. Then all ranks call the tuner together, with the same arguments; the values of a weight
-    are one DTensor of `nnz` entries in the order of the adapter's file, divided evenly between all ranks; masks select
-    what they select in one process; and every rank gets the same whole `adapter`. For that ``gradient`` must be
-    ``"sampled"``; masks that are functions, ``balanced`` or with scores to skip are refused; for `shira.masks.Grad` and
-    `shira.masks.Snip` every rank gives its own batches, equally many. ``fully_shard`` may also follow the tuner, with
-    the optimizer made from ``tuner.parameters()`` after it.
+    Weights may be sharded over ranks by FSDP2 (``fully_shard``), by tensor parallelism (``parallelize_module``, or
+    DTensors made by hand), or by both. Then all ranks call the tuner together, with the same arguments; the values of a
+    weight are one DTensor of `nnz` entries in the order of the adapter's file, divided evenly between all ranks; masks
+    select what they select in one process; and every rank gets the same whole `adapter`. For `shira.masks.Grad` and
+    `shira.masks.Snip` every rank gives its own batches, equally many, and the ranks of one tensor-parallel group the
+    same ones. Where all gradients are sampled, ``fully_shard`` may also follow the tuner, with the optimizer made from
+    ``tuner.parameters()`` after it.
 
     Args:
         model: the model; its weights are changed in place, in the same storage. Wrap it in DistributedDataParallel
@@ -220,18 +220,21 @@ class SparseTuner:
         chosen = {name: group for name, group in names.targets(targets, exclude).items() if name not in entire}
         if not chosen and not entire:
             raise ValueError("SparseTuner: targets is empty, so nothing would train")
+        empty = [name for name, group in entire.items() if not group[0].weight.numel()]
+        if empty:
+            raise ValueError(f"SparseTuner: {_model.some(empty)} has no entries to train")
         layers: Mapping[str, _linears.Layer] = names.layers or {}
         sharded = _sharded.check_targets(self.model, {**chosen, **entire})
-        if entire and sharded:
-            self._refuse_dense(next(iter(entire)))
         mask.check({name: _stand_in(group, layers.get(name)) for name, group in chosen.items()})
         places = {name: [(slot.module, slot.attribute) for slot in group] for name, group in chosen.items()}
         if sharded:
-            sparse = self._masked_together(mask, chosen, calibration, loss)
+            plans = self._together_planned(mask, chosen, entire, calibration, loss)
+            sparse = plans[: len(chosen)]
         else:
             mask.prepare(self.model, places, calibration, loss)
             sparse = [self._masked(mask, name, group, layers.get(name)) for name, group in chosen.items()]
-        self._install([*sparse, *(self._entire(name, group) for name, group in entire.items())], allow_unused)
+            plans = [*sparse, *(self._entire(name, group) for name, group in entire.items())]
+        self._install(plans, allow_unused)
         if mask.granule == "auto":
             finer = [plan.name for plan in sparse if plan.granule < AUTO_GRANULE]
             if finer:
@@ -351,7 +354,7 @@ class SparseTuner:
         self._tuned: list[_Tuned] = []
         self._froze: list[_model.Slot] = []
         self._root: list[RemovableHandle] = []
-        self._group = Group(model=weakref.ref(self.model))
+        self._group = Group(model=weakref.ref(self.model), take_over=weakref.WeakMethod(self._take_over_gathered))
         self._disabled = 0
         self._ignored: list[str] = []  # what DistributedDataParallel leaves alone
         self._notes: list[str] = []  # what `summary` says besides
@@ -384,38 +387,32 @@ class SparseTuner:
         base = torch.tensor([_granules.signed(fingerprint)], dtype=torch.int64, device=layer.device)
         return _Plan(name, group, indices, granule, base, fingerprint, seed, layer=layer)
 
-    def _masked_together(
+    def _together_planned(
         self,
         mask: Mask,
-        groups: Mapping[str, list[_model.Slot]],
+        chosen: Mapping[str, list[_model.Slot]],
+        entire: Mapping[str, list[_model.Slot]],
         calibration: Iterable[Any] | None,
         loss: Callable[[nn.Module, Any], Tensor] | None,
     ) -> list[_Plan]:
-        """The plans for weights that ranks hold together. A collective call."""
-        for name, group in groups.items():
-            rule = self._rules(group, mask.granule_of(group[0].weight))[0]
-            divided = _sharded.is_tensor_parallel(self.model, group[0])
-            _sharded.check_mask(mask, name, divided)
-            if rule is None:
-                self._refuse_dense(name)
-            if divided and rule != "linear":
-                raise ValueError(
-                    f"SparseTuner: {name} is divided by tensor parallelism in a layer other than nn.Linear, which is "
-                    f"not supported; leave it out with exclude="
-                )
+        """The plans for weights that ranks hold together, the masked ones first. A collective call."""
+        groups = {**chosen, **entire}
         first: Any = next(iter(groups.values()))[0].weight
         ranks = _sharded.Ranks(first.device_mesh)
         _sharded.compare_plans(ranks, list(groups), mask)
-        _sharded.prepare(mask, self.model, groups, calibration, loss, ranks)
+        _sharded.prepare(mask, self.model, chosen, calibration, loss, ranks)
         plans = []
         for name, group in groups.items():
             weight: Any = group[0].weight
-            granule = mask.granule_of(weight)
-            indices = _sharded.indices_of(mask, name, weight, ranks)
+            if name in entire:
+                indices, granule, seed = _whole_indices(weight), weight.numel(), None
+            else:
+                indices, granule = _sharded.indices_of(mask, name, weight, ranks), mask.granule_of(weight)
+                seed = mask.seed_for(name)
             shira_ops.check_indices(indices, weight.numel(), granule=granule)
             shard = Sharded.of(self.model, group[0], ranks, indices, granule)
             saved = shira_ops.gather(_shards.local(weight), shard.part.indices, granule=shard.part.granule)
-            plans.append(_Plan(name, group, indices, granule, saved, 0, mask.seed_for(name), shard=shard))
+            plans.append(_Plan(name, group, indices, granule, saved, 0, seed, shard=shard))
         _sharded.compare(ranks, {plan.name: (plan.indices, plan.granule, 0) for plan in plans})
         weights: list[Any] = [plan.slots[0].weight for plan in plans]
         for plan, fingerprint in zip(plans, _sharded.fingerprints(ranks, weights), strict=True):
@@ -423,21 +420,9 @@ class SparseTuner:
         self._notes.append(f"the values are divided between {ranks.size} ranks")
         return plans
 
-    @staticmethod
-    def _refuse_dense(name: str) -> NoReturn:
-        raise ValueError(
-            f"SparseTuner: {name} is sharded and would train by its dense gradient, which is not supported: weights "
-            f'that ranks hold together need gradient="sampled" and a layer that allows it (linear, convolution, '
-            f"embedding), and cannot train as a whole; leave it out"
-        )
-
     def _entire(self, name: str, group: list[_model.Slot]) -> _Plan:
         weight = group[0].weight
-        if not weight.numel():
-            raise ValueError(f"SparseTuner: {name} has no entries to train")
-        # As in a file: one granule of all its entries.
-        indices = torch.zeros(1, dtype=torch.int32, device=weight.device)
-        return self._plan(name, group, indices, weight.numel(), None)
+        return self._plan(name, group, _whole_indices(weight), weight.numel(), None)
 
     def _plan(
         self,
@@ -522,7 +507,10 @@ class SparseTuner:
     def _rules(self, group: Sequence[_model.Slot], granule: int) -> list[str | None]:
         """How the gradient is taken in each place that holds the weight; None: by the dense gradient."""
         if self._gradient == "sampled" and granule < group[0].weight.numel():
-            return _targets.rules(group, granule)
+            rules = _targets.rules(group, granule)
+            # Of other layers it is not known what tensor parallelism makes each rank compute.
+            if set(rules) == {"linear"} or not _sharded.is_tensor_parallel(self.model, group[0]):
+                return rules
         return [None] * len(group)
 
     # ---- while it trains -------------------------------------------------------------------------------------
@@ -557,8 +545,45 @@ class SparseTuner:
         """
         self._enabled("adapter")
         self.sync()
+        return self._adapter(self._together(master=False), alpha, provenance)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        alpha: float | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        seeds: bool = False,
+        version: int | None = None,
+    ) -> None:
+        """Write `adapter` to a file: the same bytes as ``tuner.adapter(...).save(path, ...)``.
+
+        Of weights that ranks hold together all ranks call it, and the first one writes: it gets the values of one
+        weight at a time, so that no rank ever holds all of them. If it cannot write the file, every rank raises.
+
+        Args:
+            path: where to write; an existing file is replaced.
+            alpha, provenance: as for `adapter`.
+            seeds, version: as for `Adapter.save`.
+        """
+        self._enabled("save")
+        self.sync()
+        shards = {tuned.name: (tuned.plan.shard, tuned.values) for tuned in self._tuned if tuned.plan.shard is not None}
+        if not shards:
+            self._adapter({}, alpha, provenance).save(path, seeds=seeds, version=version)
+            return
+        nothing = {
+            name: torch.empty(shard.count, dtype=shard.stored().dtype, device="meta")
+            for name, (shard, _) in shards.items()
+        }
+        adapter = self._adapter(nothing, alpha, provenance)
+        _sharded.written_by_first(shards, partial(adapter._save, path, seeds, version), os.fspath(path))
+
+    def _adapter(
+        self, together: Mapping[str, Tensor], alpha: float | None, provenance: Mapping[str, Any] | None
+    ) -> Adapter:
+        """The adapter; ``together`` has the values of the weights that ranks hold together."""
         entries: dict[str, Entry] = {}
-        together = self._together(master=False)
         for tuned in self._tuned:
             plan = tuned.plan
             if plan.layer is not None:
@@ -746,7 +771,7 @@ class SparseTuner:
         written = self._written()
         items = [(tuned.target.site, *tuned.target.tensors()) for tuned in written]
         settle(items)
-        required = [weight.requires_grad for _, weight, _, _ in items]
+        required = [site.identity(weight).requires_grad for site, weight, _, _ in items]
         with torch.no_grad():
             trained = [shira_ops.gather(weight, indices, granule=site.granule) for site, weight, indices, _ in items]
         before = [(weight, weight._version) for _, weight, _, _ in items]
@@ -755,8 +780,8 @@ class SparseTuner:
             scatter((site.granule, weight, at, site.saved.to(weight.device)) for site, weight, at, _ in items)
             # By the version autograd distinguishes what was saved inside from what was saved outside.
             _set_versions((weight, version + _ASIDE) for weight, version in before)
-            for weight, _ in before:
-                weight.requires_grad_(False)
+            for site, weight, _, _ in items:
+                site.identity(weight).requires_grad_(False)
             yield self
         finally:
             self._disabled, self._group.off = 0, False
@@ -774,8 +799,8 @@ class SparseTuner:
             )
             # The bits are those that autograd saved, so it may have their versions again.
             _set_versions(undisturbed)
-            for weight, requires in zip(now, required, strict=True):
-                weight.requires_grad_(requires)
+            for (site, *_), weight, requires in zip(items, now, required, strict=True):
+                site.identity(weight).requires_grad_(requires)
 
     def _enabled(self, what: str) -> None:
         if self._disabled:
@@ -826,6 +851,14 @@ class SparseTuner:
         now = _model.slots(self.model)
         self._froze = [now.get(slot.name, slot) for slot in self._froze]
 
+    def _take_over_gathered(self) -> None:
+        """The same in a forward pass, for which FSDP has gathered some weights already."""
+        gathered = _sharded.gathered_groups(self.model)
+        self._take_over()
+        for group in gathered:
+            group.unshard()
+            group.wait_for_unshard()
+
     def _written(self) -> list[_Tuned]:
         """Those whose values are written into the weight: all, or of an overlay none."""
         return [tuned for tuned in self._attached() if tuned.plan.layer is None]
@@ -836,6 +869,11 @@ class SparseTuner:
     def nnz(self) -> int:
         """The number of trainable entries."""
         return sum(tuned.plan.nnz for tuned in self._tuned)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether ranks hold the weights together, so that all of them must call a method at the same time."""
+        return any(tuned.plan.shard is not None for tuned in self._attached())
 
     @property
     def density(self) -> float:
@@ -890,9 +928,9 @@ class SparseTuner:
 
     def __repr__(self) -> str:
         if not self._tuned:
-            return "SparseTuner(detached)"
+            return f"{type(self).__name__}(detached)"
         mask = "no mask" if self._about is None else self._about.get("name", "a mask")
-        return f"SparseTuner({mask}, {len(self._tuned)} weights, {self.nnz:,} entries, {self.density:.2%})"
+        return f"{type(self).__name__}({mask}, {len(self._tuned)} weights, {self.nnz:,} entries, {self.density:.2%})"
 
 
 def detach(model: nn.Module) -> None:
@@ -952,6 +990,11 @@ def _stand_in(group: Sequence[_model.Slot], layer: _linears.Layer | None) -> Ten
     if layer is not None:
         return layer.stand_in()
     return _sharded.stand_in(group[0].weight) if _shards.is_dtensor(group[0].weight) else group[0].weight
+
+
+def _whole_indices(weight: Tensor) -> Tensor:
+    """As in a file: one granule of all its entries."""
+    return torch.zeros(1, dtype=torch.int32, device=_shards.local(weight).device)
 
 
 def _master_dtype(weight: Tensor) -> torch.dtype:
