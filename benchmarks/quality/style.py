@@ -93,20 +93,26 @@ def ahead_table(lab: Lab) -> str:
 
 
 def trainings_table(lab: Lab) -> str:
-    """Every way of training: the scores alone at half and full strength (means over the styles), and fused."""
+    """Every way of training: the size of the change and the scores alone (means over the styles), and fused."""
     rows = []
     for training, methods in experiment.trainings().items():
         for method in methods:
-            alone = [swept(lab, [style], method, training) for style in experiment.styles()]
+            alone = [swept(lab, [style], method, training) or [] for style in experiment.styles()]
             both = swept(lab, experiment.styles(), method, training)
-            if both and all(alone):
-                cells = [
-                    percent([statistics.fmean(one) for one in zip(*(at(a or [], alpha) for a in alone), strict=True)])
-                    for alpha in (0.5, 1.0)
-                ]
-                cells += [percent(at(both, alpha)) for alpha in ALPHAS if alpha > 0.5]
-                rows.append([training.name, label(method), *cells])
-    heading = ["training", "method", "alone, α 0.5", "alone, α 1"]
+            if not both or not all(alone):
+                continue
+            try:
+                sizes = experiment.sizes(lab, method, training)
+            except Stop:
+                continue
+            cells = [percent([statistics.fmean(one["norm"]) for one in sizes])]
+            for alpha in (0.5, 1.0):
+                cells.append(
+                    percent([statistics.fmean(one) for one in zip(*(at(a, alpha) for a in alone), strict=True)])
+                )
+            cells += [percent(at(both, alpha)) for alpha in ALPHAS if alpha > 0.5]
+            rows.append([training.name, label(method), *cells])
+    heading = ["training", "method", "change", "alone, α 0.5", "alone, α 1"]
     return table([*heading, *(f"fused, α {alpha:g}" for alpha in ALPHAS if alpha > 0.5)], rows) if rows else ""
 
 

@@ -32,16 +32,14 @@ SEEDS, FEW_SEEDS = 3, 2
 
 @dataclass(frozen=True)
 class Training:
-    """How adapters are trained: how many steps of `RATES` below the best rate, and how many times as long."""
+    """How adapters are trained: how many steps of `RATES` below the best rate."""
 
     name: str
     slower: int = 0
-    longer: int = 1
 
 
 BEST = Training("the best rate")
 STRONG = Training("three times the rate", slower=-1)
-LONG = Training("three times the steps", longer=3)
 GENTLE = Training("a third of the rate", slower=1)
 
 
@@ -52,14 +50,12 @@ def methods() -> list[Method]:
 def trainings() -> dict[Training, list[Method]]:
     """Every way of training, and the methods that are tried with it; the most telling first."""
     every = sorted(methods(), key=lambda one: one not in FIRST)
-    first = [one for one in every if one in FIRST]
-    return {BEST: every, STRONG: [*first, Shira("grad", r=R)], LONG: first, GENTLE: first}
+    several = [*FIRST, Shira("grad", r=R)]
+    return {BEST: every, STRONG: several, GENTLE: several}
 
 
-def setting(style: str, method: Method, training: Training = BEST) -> Setting:
-    name = f"{FAMILY}/{style}"
-    steps = None if training.longer == 1 else training.longer * tasks.task(name).steps
-    return Setting(name, method, steps=steps, budget=BUDGET)
+def setting(style: str, method: Method) -> Setting:
+    return Setting(f"{FAMILY}/{style}", method, budget=BUDGET)
 
 
 def styles() -> tuple[str, ...]:
@@ -89,8 +85,8 @@ def jobs(family: str, count: int) -> list[Job]:
                         alone(lab, style, method, seed, training)
                     fused(lab, method, seed, training)
 
-            if training == BEST:
-                found.append(Job(place + 0.9, SEEDS, lambda lab, one=method: sizes(lab, one)))  # type: ignore[misc]
+                sizes(lab, method, training)
+
             runs = (BUDGET + 2 * SEEDS) * len(styles()) + SEEDS
             found.append(Job(place + 0.1 * number, runs, do))
     return found
@@ -134,14 +130,12 @@ def fused(lab: Lab, method: Method, seed: int, training: Training = BEST) -> dic
 
 
 def swept(lab: Lab, some: tuple[str, ...], method: Method, seed: int, training: Training) -> dict[str, Any]:
-    settings = [setting(style, method, training) for style in some]
+    settings = [setting(style, method) for style in some]
     rates = [rate(lab, style, method, training) for style in some]
-    run: dict[str, Any] = {
+    run = {
         "do": "alphas", "task": settings[0].task, "with": [one.task for one in settings[1:]],
         "method": method.describe(), "lrs": rates, "seed": seed,
     }  # fmt: skip
-    if settings[0].steps is not None:
-        run["steps"] = settings[0].steps
 
     def do() -> dict[str, Any]:
         from benchmarks.quality.tasks import style
@@ -160,13 +154,13 @@ def swept(lab: Lab, some: tuple[str, ...], method: Method, seed: int, training: 
     return lab.done(run, do)
 
 
-def sizes(lab: Lab, method: Method) -> list[dict[str, Any]]:
+def sizes(lab: Lab, method: Method, training: Training = BEST) -> list[dict[str, Any]]:
     """How much the adapters of every seed change: for each style the norm of the change as a share of that of the
     weights, and its stable rank (the mean over the weights); and the cosine between the changes of the first two."""
     names = [setting(style, method).task for style in styles()]
-    rates = [rate(lab, style, method, BEST) for style in styles()]
+    rates = [rate(lab, style, method, training) for style in styles()]
     found = []
-    for seed in seeds(lab, method):
+    for seed in seeds(lab, method, training):
         run = {
             "do": "sizes", "task": names[0], "with": names[1:], "method": method.describe(), "lrs": rates, "seed": seed,
         }  # fmt: skip
