@@ -50,7 +50,7 @@ def methods() -> list[Method]:
 def trainings() -> dict[Training, list[Method]]:
     """Every way of training, and the methods that are tried with it; the most telling first."""
     every = sorted(methods(), key=lambda one: one not in FIRST)
-    several = [*FIRST, Shira("grad", r=R)]
+    several = [*FIRST, Shira("grad", r=R), Shira("snip", r=R)]
     return {BEST: every, STRONG: several, GENTLE: several}
 
 
