@@ -143,7 +143,6 @@ def swept(lab: Lab, some: tuple[str, ...], method: Method, seed: int, training: 
         model = style.base()
         switcher = Switcher(model)
         for one, lr in zip(settings, rates, strict=True):
-            lab.train(one, lr, seed)
             switcher.add(one.task, lab.adapter(one, lr, seed))
         found = {}
         for alpha in ALPHAS:
