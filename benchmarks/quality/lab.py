@@ -35,6 +35,10 @@ COSTLY = {"smollm2": 3}
 again."""
 
 
+KEPT = ("style",)
+"""Families of which every adapter is kept when it is trained: they are small, and most are used again."""
+
+
 class Stop(Exception):
     """The time is over: everything that was finished is kept."""
 
@@ -114,17 +118,25 @@ class Lab:
     def _trained(self, setting: Setting, lr: float, seed: int) -> tuple[Adapter, dict[str, Any]]:
         task: Task = tasks.task(setting.task)
         trained = train(task, setting.method, lr, seed, self.steps or setting.steps or task.steps, setting.fraction)
+        if task.family in KEPT:
+            self._keep(setting, lr, seed, trained.adapter)
         return trained.adapter, trained.record
+
+    def _path(self, setting: Setting, lr: float, seed: int) -> Path:
+        name = hashlib.sha256(f"{key(setting.run(lr, seed))}{self.steps}".encode()).hexdigest()[:24]
+        return self.cache / f"{name}.safetensors"
+
+    def _keep(self, setting: Setting, lr: float, seed: int, adapter: Adapter) -> None:
+        self.cache.mkdir(parents=True, exist_ok=True)
+        adapter.save(self._path(setting, lr, seed))
 
     def adapter(self, setting: Setting, lr: float, seed: int) -> Adapter:
         """The adapter of a run, kept as a file under ``build/``."""
-        name = hashlib.sha256(f"{key(setting.run(lr, seed))}{self.steps}".encode()).hexdigest()[:24]
-        path = self.cache / f"{name}.safetensors"
+        path = self._path(setting, lr, seed)
         if path.exists():
             return Adapter.load(path)
         adapter, _ = self._trained(setting, lr, seed)
-        self.cache.mkdir(parents=True, exist_ok=True)
-        adapter.save(path)
+        self._keep(setting, lr, seed, adapter)
         return adapter
 
     def tuned(self, setting: Setting) -> float:
