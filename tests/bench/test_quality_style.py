@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -75,7 +76,7 @@ def small(monkeypatch):
 
 
 def test_styles_change_what_they_name_and_nothing_else(small):
-    images = style.of_class("train", 3, 6, torch.Generator())
+    images = style.of_class("train", 3, 6)
 
     def made(*styles):
         return style.rendered(images, styles, torch.Generator().manual_seed(5))
@@ -93,9 +94,9 @@ def test_styles_change_what_they_name_and_nothing_else(small):
     blue = fire[:, 2:][deep[:, 2:]]
     assert blue.min() > 0.6  # the ink burns
     assert fire[:, 0][deep[:, 0]].max() < 0.3
-    evening = torch.tensor([0.75, 0.80, 0.97]).view(3, 1, 1)
+    dusk = torch.tensor([0.75, 0.80, 0.97]).view(3, 1, 1)
     for dark, light in ((fire, plain), (both, brick)):
-        assert (dark - light * evening)[far].abs().median() < 0.01
+        assert (dark - light * dusk)[far].abs().median() < 0.01
     assert (both - fire)[deep].abs().max() < 0.05
 
 
@@ -185,6 +186,20 @@ def test_adapters_are_swept_alone_and_together_and_the_page_tells_it(small, monk
     assert text.count("| SHiRA-Snip |") >= 7
     assert "nan" not in text
     assert page.section(tmp_path) == ""
+
+
+def test_the_kept_results_fill_the_whole_section():
+    text = page.section()
+    assert text.startswith("## Style transfer")
+    assert "Not yet run" not in text
+    assert "{{" not in text
+    for name in re.findall(r"\]\(quality/(.+?)\)", text):
+        assert (page.PICTURES / name).exists()
+    # A score of the page is the mean of what was kept.
+    runs = [result["1"]["score"] for run, result in Store("style") if run["do"] == "alphas" and run["with"]
+            and run["method"] == Lora(2).describe() and run["lrs"] == [0.01, 0.01]]  # fmt: skip
+    assert len(runs) == 3
+    assert f"| {100 * sum(runs) / 3:.1f} ±" in text.partition("### Two styles at once")[2].partition("| LoRA ")[2][:60]
 
 
 def test_drawing_follows_the_flow_of_the_class_beyond_that_of_none():

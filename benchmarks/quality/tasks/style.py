@@ -141,7 +141,7 @@ def rendered(images: Tensor, styles: Sequence[str], generator: torch.Generator) 
     return ((1 - share) * dusk + share * ((1 - heat) * outer + heat * inner)).clamp(0, 1)
 
 
-def of_class(split: str, digit: int, count: int, generator: torch.Generator) -> Tensor:
+def of_class(split: str, digit: int, count: int) -> Tensor:
     """``count`` images of 8 x 8 of one digit, the first ones of a split again and again."""
     images, labels = digits()[split]
     return images[labels == digit][torch.arange(count) % int((labels == digit).sum())]
@@ -150,7 +150,7 @@ def of_class(split: str, digit: int, count: int, generator: torch.Generator) -> 
 # ---- the model -----------------------------------------------------------------------------------------------
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Pictures in [-1, 1], their classes, noise of the same shape, and times in (0, 1), at which all is noise at 1."""
+"""Pictures in [-1, 1], their classes (or `NO_CLASS`), noise of the same shape, and times in (0, 1): at 1 all is noise."""
 
 
 def noised(pictures: Tensor, classes: Tensor, generator: torch.Generator) -> Batch:
@@ -340,7 +340,7 @@ def asked(count: int) -> Tensor:
 def real(styles: Sequence[str], split: str, count: int) -> Tensor:
     """Real digits in these styles, in the order of `asked`."""
     generator = torch.Generator().manual_seed(SEEDS[split])
-    each = {digit: of_class(split, digit, count, generator) for digit in range(DIGITS)}
+    each = {digit: of_class(split, digit, count) for digit in range(DIGITS)}
     images = torch.stack([each[digit][number // DIGITS] for number, digit in enumerate(asked(count).tolist())])
     return rendered(images, styles, generator)
 
@@ -418,7 +418,7 @@ class Style:
     def pictures(self) -> tuple[Tensor, Tensor]:
         """The training pictures and their digits: the same ones in every run."""
         generator = torch.Generator().manual_seed(STYLES.index(self.style))
-        images = torch.cat([of_class("train", digit, EXAMPLES, generator) for digit in TAUGHT])
+        images = torch.cat([of_class("train", digit, EXAMPLES) for digit in TAUGHT])
         return rendered(images, (self.style,), generator), torch.arange(len(TAUGHT)).repeat_interleave(EXAMPLES)
 
     def batches(self, seed: int, steps: int, fraction: float = 1.0) -> Iterator[Batch]:
