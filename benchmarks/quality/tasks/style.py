@@ -150,7 +150,7 @@ def of_class(split: str, digit: int, count: int) -> Tensor:
 # ---- the model -----------------------------------------------------------------------------------------------
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Pictures in [-1, 1], their classes (or `NO_CLASS`), noise of the same shape, and times in (0, 1): at 1 all is noise."""
+"""Pictures in [-1, 1], their classes (or `NO_CLASS`), noise of the same shape, times in (0, 1): at 1 all is noise."""
 
 
 def noised(pictures: Tensor, classes: Tensor, generator: torch.Generator) -> Batch:
