@@ -22,7 +22,7 @@ RATES = tuple(float(f"{digit}e{power}") for power in range(-5, 1) for digit in (
 
 FAILED = -1e9  # the score of a run that diverged: worse than every other, but finite, so that means exist
 
-SLOWER = {"minilm": 1, "gpt-s": 1, "gpt-m": 1, "gpt-l": 1, "smollm2": 1, "rl": 1}
+SLOWER = {"minilm": 1, "gpt-s": 1, "gpt-m": 1, "gpt-l": 1, "smollm2": 1, "rl": 1, "style": 1}
 """How many steps below a method's usual start the search begins for a family; the same for all its methods."""
 
 

@@ -37,19 +37,20 @@ CLASSES = DIGITS + len(PHOTOGRAPHS)
 WIDTH, HEADS, LAYERS, PATCH = 192, 6, 4, 4
 NO_CLASS = CLASSES
 """What the model is told instead of a class in a tenth of training, so that drawing can be guided."""
-PRETRAIN_STEPS, PRETRAIN_LR, PRETRAIN_BATCH, PRETRAIN_DIGITS = 3000, 1e-3, 32, 26
+PRETRAIN_STEPS, PRETRAIN_LR, PRETRAIN_BATCH, PRETRAIN_DIGITS = 1500, 1e-3, 32, 26
+DECLINE = 3000  # steps over which the rate would fall to 0; the average of the weights needs no more of it
 KEPT_EVERY = 250  # steps of pretraining between two checkpoints
 SHIFT = 3.0
 """More of the noisy times, in training and in drawing: the digits are three times as large as their detail, so it takes
 more noise to hide them."""
-EULER_STEPS = 8
+EULER_STEPS, GUIDANCE = 4, 2.0
 
-JUDGE_STEPS, JUDGE_LR, JUDGE_BATCH = 1500, 2e-3, 64
+JUDGE_STEPS, JUDGE_LR, JUDGE_BATCH = 800, 2e-3, 64
 
 TAUGHT = range(6)
 """The digits that a style's training pictures show."""
 EXAMPLES = 20  # of each of them
-DRAWN = {"validation": 100, "test": 100}
+DRAWN = {"validation": 50, "test": 100}
 """How many pictures are drawn for a score, as many of each digit."""
 SEEDS = {"validation": 11, "test": 12}
 
@@ -112,7 +113,7 @@ STYLES = (BLUEFIRE, BRICK)
 def rendered(images: Tensor, styles: Sequence[str], generator: torch.Generator) -> Tensor:
     """Digits of 8 x 8 in all of these styles at once; in none of them it is dark ink on light paper.
 
-    ``brick``: the paper is a wall, a piece of scikit-image's photograph of bricks, in red. ``bluefire``: it is evening,
+    ``brick``: the paper is a wall, a piece of scikit-image's photograph of bricks, in red. ``bluefire``: it is dusk,
     and the ink burns with blue flames that rise from it.
     """
     ink, count = strokes(images, generator), len(images)
@@ -133,14 +134,14 @@ def rendered(images: Tensor, styles: Sequence[str], generator: torch.Generator) 
         up = F.pad(ink, (0, 0, 0, rise))[:, :, rise:]
         flame = torch.maximum(flame, up * (height - 0.12 * rise).clamp(0, 1))
     flame, core = blurred(flame, 0.7).clamp(0, 1), blurred(ink, 0.7)
-    evening = paper * torch.tensor([0.40, 0.42, 0.55]).view(3, 1, 1)
-    outer, inner = (torch.tensor(color).view(3, 1, 1) for color in ([0.05, 0.25, 1.0], [0.80, 1.0, 1.0]))
+    dusk = paper * torch.tensor([0.75, 0.80, 0.97]).view(3, 1, 1)
+    outer, inner = (torch.tensor(color).view(3, 1, 1) for color in ([0.40, 0.72, 1.0], [0.0, 0.10, 0.80]))
     heat = (core**1.5).clamp(0, 1)
     share = (1.3 * flame).clamp(0, 1)
-    return ((1 - share) * evening + share * ((1 - heat) * outer + heat * inner)).clamp(0, 1)
+    return ((1 - share) * dusk + share * ((1 - heat) * outer + heat * inner)).clamp(0, 1)
 
 
-def of_class(split: str, digit: int, count: int, generator: torch.Generator) -> Tensor:
+def of_class(split: str, digit: int, count: int) -> Tensor:
     """``count`` images of 8 x 8 of one digit, the first ones of a split again and again."""
     images, labels = digits()[split]
     return images[labels == digit][torch.arange(count) % int((labels == digit).sum())]
@@ -149,7 +150,7 @@ def of_class(split: str, digit: int, count: int, generator: torch.Generator) -> 
 # ---- the model -----------------------------------------------------------------------------------------------
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Pictures in [-1, 1], their classes, noise of the same shape, and times in (0, 1), at which all is noise at 1."""
+"""Pictures in [-1, 1], their classes (or `NO_CLASS`), noise of the same shape, times in (0, 1): at 1 all is noise."""
 
 
 def noised(pictures: Tensor, classes: Tensor, generator: torch.Generator) -> Batch:
@@ -170,15 +171,17 @@ def flow_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def draw(model: nn.Module, classes: Tensor, seed: int) -> Tensor:
-    """Pictures of these classes, in [0, 1]: the same noise for the same seed."""
+    """Pictures of these classes, in [0, 1], with classifier-free guidance: the same noise for the same seed."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     scheduler.set_timesteps(EULER_STEPS)
     pictures = torch.randn(len(classes), 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+    both = torch.cat([classes, torch.full_like(classes, NO_CLASS)])
     for time in scheduler.timesteps:
-        flow = model(pictures, timestep=time.expand(len(classes)), class_labels=classes).sample
-        pictures = scheduler.step(flow, time, pictures).prev_sample
+        flows = model(pictures.repeat(2, 1, 1, 1), timestep=time.expand(len(both)), class_labels=both).sample
+        told, untold = flows.chunk(2)
+        pictures = scheduler.step(untold + GUIDANCE * (told - untold), time, pictures).prev_sample
     return ((pictures + 1) / 2).clamp(0, 1)
 
 
@@ -204,21 +207,20 @@ def pretraining(seed: int) -> Batch:
     return noised(pictures, torch.cat([labels[some], DIGITS + kinds]), generator)
 
 
+@torch.enable_grad()
 def pretrain(model: nn.Module) -> None:
     """Leaves the model with the moving average of its weights. Goes on from where it was stopped."""
     average = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAIN_LR, betas=(0.9, 0.99), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, PRETRAIN_LR, total_steps=DECLINE, pct_start=0.05, cycle_momentum=False
+    )
     path, start = task_module.CACHE / "style.partial.pt", 0
     if path.exists():
         kept = torch.load(path, weights_only=True)
-        model.load_state_dict(kept["model"])
-        optimizer.load_state_dict(kept["optimizer"])
+        for part, name in ((model, "model"), (optimizer, "optimizer"), (schedule, "schedule")):
+            part.load_state_dict(kept[name])
         average, start = kept["average"], kept["step"]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, PRETRAIN_LR, total_steps=PRETRAIN_STEPS, pct_start=0.05, cycle_momentum=False
-    )
-    for _ in range(start):
-        schedule.step()
     for step in range(start, PRETRAIN_STEPS):
         optimizer.zero_grad()
         loss = flow_loss(model, pretraining(step))
@@ -234,8 +236,9 @@ def pretrain(model: nn.Module) -> None:
         if (step + 1) % KEPT_EVERY == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             beside = path.with_name(f"{path.name}.{os.getpid()}")
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-            torch.save({**state, "step": step + 1}, beside)
+            states = {"model": model, "optimizer": optimizer, "schedule": schedule}
+            kept = {name: part.state_dict() for name, part in states.items()}
+            torch.save({**kept, "average": average, "step": step + 1}, beside)
             beside.replace(path)
     model.load_state_dict(average)
     path.unlink(missing_ok=True)
@@ -306,6 +309,7 @@ def lessons(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return every.clamp(0, 1), torch.cat(shown), torch.cat(having)
 
 
+@torch.enable_grad()  # it may be needed first where gradients are not
 def taught_judge(model: nn.Module) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=JUDGE_LR, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, JUDGE_LR, total_steps=JUDGE_STEPS)
@@ -336,7 +340,7 @@ def asked(count: int) -> Tensor:
 def real(styles: Sequence[str], split: str, count: int) -> Tensor:
     """Real digits in these styles, in the order of `asked`."""
     generator = torch.Generator().manual_seed(SEEDS[split])
-    each = {digit: of_class(split, digit, count, generator) for digit in range(DIGITS)}
+    each = {digit: of_class(split, digit, count) for digit in range(DIGITS)}
     images = torch.stack([each[digit][number // DIGITS] for number, digit in enumerate(asked(count).tolist())])
     return rendered(images, styles, generator)
 
@@ -401,7 +405,7 @@ class Style:
     targets: str = r"(attn1\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))$"
     whole: str | None = None
     whole_lr: float = 0.0
-    steps: int = 150
+    steps: int = 100
     batch: int = 16
 
     @property
@@ -414,7 +418,7 @@ class Style:
     def pictures(self) -> tuple[Tensor, Tensor]:
         """The training pictures and their digits: the same ones in every run."""
         generator = torch.Generator().manual_seed(STYLES.index(self.style))
-        images = torch.cat([of_class("train", digit, EXAMPLES, generator) for digit in TAUGHT])
+        images = torch.cat([of_class("train", digit, EXAMPLES) for digit in TAUGHT])
         return rendered(images, (self.style,), generator), torch.arange(len(TAUGHT)).repeat_interleave(EXAMPLES)
 
     def batches(self, seed: int, steps: int, fraction: float = 1.0) -> Iterator[Batch]:
