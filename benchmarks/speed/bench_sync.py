@@ -27,10 +27,9 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.speed import common, run
+from benchmarks.speed import common, heap, run
 from benchmarks.speed.bench_diff import READ
 from benchmarks.speed.bench_switch import TOUCH, about, touch
-from benchmarks.speed.bench_training import resident
 from benchmarks.speed.common import BF16, Layer, Report, compare, layers, settings, sweep
 from benchmarks.speed.peers import Layers
 
@@ -292,10 +291,10 @@ def peak(way: str, density: float) -> int:
         receiver = Receiver(model)
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
-        before = resident("VmRSS")
+        before = heap.resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is recorded anew
         take_over(way, receiver, update, some)
-        found = resident("VmHWM") - before
+        found = heap.resident("VmHWM") - before
     return found
 
 

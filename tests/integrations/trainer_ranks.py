@@ -167,8 +167,7 @@ def accelerate_prepares() -> None:
     for kind, accumulate, options in (
         ("torch", 1, {}),
         ("shira", 2, {"reshard_after_forward": False}),
-        ("shira", 1, {"activation_checkpointing": True}),
-        ("torch", 1, {"cpu_ram_efficient_loading": True}),
+        ("shira", 1, {"activation_checkpointing": True, "cpu_ram_efficient_loading": True}),
     ):
         accelerator = accelerator_of(accumulate, **options)
         model = net()
@@ -375,6 +374,11 @@ def dora_in_ddp() -> None:
     same(tuner.adapter(), wanted)
     with pytest.raises(ValueError, match=r"blocks\.0\.up\.weight is sharded, and its norms would need"):
         DoRATuner(from_meta(False), RAND, "up")
+    later = net()
+    tuner = DoRATuner(later, RAND, LINEAR)
+    fully_shard(later)
+    with pytest.raises(ValueError, match=r"DoRATuner: .* is sharded, and its norms would need the whole weight"):
+        later(own())
     other = net()
     tuner = DoRATuner(other, masks.Rand(density=0.1, seed=dist.get_rank()), LINEAR)
     parallel = DistributedDataParallel(other)

@@ -480,3 +480,12 @@ def test_versions_of_an_adapter(tmp_path: Path) -> None:
         assert small < large
     with pytest.raises(ValueError, match=r"Adapter\.save: version must be 1, 2 or None, got 3"):
         file(0.01, 3)
+
+
+def test_a_file_with_values_is_an_adapter_too(tmp_path: Path) -> None:
+    _, (update,) = rounds(1)
+    path = tmp_path / "values.safetensors"
+    update.save(path, differences=False)
+    again = Update.from_adapter(Adapter.load(path))
+    assert (again.start, again.end, again.after) == (update.start, update.end, update.after)
+    assert replace(again, before={}).to_bytes() == path.read_bytes()

@@ -128,27 +128,36 @@ def test_a_module_that_was_replaced_is_refused() -> None:
 
 
 @pytest.mark.parametrize("gradient", ["sampled", "dense"])
-def test_a_model_that_was_sharded_is_refused(gradient: str) -> None:
+def test_a_model_that_was_sharded(gradient: str) -> None:
+    """A tuner goes on with it if it can; an optimizer of what was there before is refused."""
     model = net()
     before = [parameter.detach().clone() for parameter in model.parameters()]
     tuner = tune(model, gradient)
-    train(model, AdamW(tuner, lr=0.1))
+    optimizer = AdamW(tuner, lr=0.1)
+    train(model, optimizer)
+    output = model(X).detach()
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         from torch.distributed.fsdp import fully_shard
 
         fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
-        with pytest.raises(
-            RuntimeError, match=r"0\.weight (was replaced by another parameter .*fully_shard|is sharded)"
-        ):
-            model(X)
+        replaced = r"0\.weight (was replaced by another parameter .*fully_shard|is sharded)"
         if gradient == "dense":  # a sharded weight cannot train that way
+            with pytest.raises(RuntimeError, match=replaced):
+                model(X)
             with pytest.raises(RuntimeError, match=r"the base cannot be put back, since 0\.weight (was|is) sharded"):
                 tuner.detach()
         else:
+            now = model(X)
+            assert torch.equal(now, output)
+            now.square().sum().backward()
+            with pytest.raises(RuntimeError, match=r"was replaced by another parameter .* made from tuner\.parameters"):
+                optimizer.step()
+            AdamW(tuner, lr=0.1).step()
+            assert not torch.equal(model(X), output)
             tuner.detach()
-            now: list[Any] = list(model.parameters())
-            assert all(torch.equal(one.full_tensor(), base) for one, base in zip(now, before, strict=True))
+            bases: list[Any] = list(model.parameters())
+            assert all(torch.equal(one.full_tensor(), base) for one, base in zip(bases, before, strict=True))
     finally:
         torch.distributed.destroy_process_group()
 

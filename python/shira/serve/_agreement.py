@@ -177,7 +177,7 @@ class Ranks:
                 content.detach(), weight.device_mesh, weight.placements, run_check=False, shape=weight.shape,
                 stride=weight.stride(),
             ).full_tensor()  # fmt: skip
-            found.append(_granules.fingerprint(whole))
+            found.append(_granules.fingerprint(whole.contiguous()))  # torch 2.11 gathers columns in another order
         return found
 
     # ---- calls -----------------------------------------------------------------------------------------------

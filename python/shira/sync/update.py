@@ -293,14 +293,16 @@ class Update:
                 differences[name] = entry.values, self.prints[name]
             elif wanted and known is not None and _difference.has_differences(entry.dtype):
                 differences[name] = self._differences(name), _granules.fingerprint(entry.values)
+        said = self._about()
+        if differences:  # no adapter then, which would keep its provenance alone
+            del said["after"]
         numel = sum(entry.numel for entry in self.weights.values())
         about = {
             "alpha": 1.0,
             "delta": False,
             "mask": None,
             "density": self.nnz / numel if numel else 0.0,
-            # The fingerprints afterwards are beside the others.
-            "provenance": {_KEY: {key: said for key, said in self._about().items() if key != "after"}},
+            "provenance": {_KEY: said},
         }
         write_entries(path, self.weights, about, version=2, differences=differences, after=self.after)
 

@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 import shira_ops
-from shira import _granules, _linears, _live
+from shira import _granules, _linears, _live, _shards
 from shira._model import VALUES_SUFFIX
 from shira.masks.masks import Mask, WeightMagnitude
 from shira.train import _hooks, _ranks
@@ -183,10 +183,7 @@ class DoRATuner(SparseTuner):
     def _make(self, rank: int) -> None:
         """Put the parameters on the model, and the hooks that make the values of them."""
         if self.sharded:
-            raise ValueError(
-                f"DoRATuner: {self._tuned[0].name} is sharded, and its norms would need the whole weight; use "
-                f"SparseTuner"
-            )
+            self._refuse_sharded(self._tuned[0].name)
         for tuned in self._tuned:
             kinds = {_kind(slot.module) for slot in tuned.plan.slots}
             if len(kinds) != 1 or None in kinds or tuned.plan.slots[0].attribute != "weight":
@@ -225,6 +222,10 @@ class DoRATuner(SparseTuner):
         self._handles.append(register_optimizer_step_post_hook(self._after_step))
         count = sum(p.numel() for p in self.parameters())
         self._notes.append(f"made by DoRA of rank {rank}, with {count:,} parameters to train")
+
+    @staticmethod
+    def _refuse_sharded(name: str) -> NoReturn:
+        raise ValueError(f"DoRATuner: {name} is sharded, and its norms would need the whole weight; use SparseTuner")
 
     # ---- while it trains -------------------------------------------------------------------------------------
 
@@ -300,7 +301,8 @@ class DoRATuner(SparseTuner):
     def _has(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer has the parameters; refuses one that has the values without them."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if any(id(p) in held for p in self.parameters()):
+        # This runs at the steps of all optimizers there are, so what may be wrong with this model must not raise here.
+        if any(id(p) in held for dora in self._doras.values() for p in dora.parameters()):
             return True
         if any(id(tuned.values) in held for tuned in self._tuned):
             raise RuntimeError(
@@ -338,7 +340,11 @@ class DoRATuner(SparseTuner):
     # ---- taking off ------------------------------------------------------------------------------------------
 
     def _take_over(self) -> None:
-        """A weight that ``fully_shard`` has taken is refused: see `_make`."""
+        """A weight that ``fully_shard`` has taken is refused, as one that was sharded before."""
+        for tuned in self._tuned:
+            held = tuned.owner._parameters.get(tuned.target.site.attribute)
+            if held is not tuned.target.site.own_weight and _shards.fsdp_modules(self.model):
+                self._refuse_sharded(tuned.name)
 
     def _take_off(self) -> None:
         super()._take_off()
