@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import shira_ops
-from shira._granules import WORD, index_dtype, refine
+from shira._granules import WORD, index_dtype, refine, signed
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -268,12 +268,24 @@ def fingerprint(local: Tensor, box: Box) -> int | None:
     entries = 8 // local.element_size()  # of a word
     if box.granule(entries) != entries:
         return None
-    words = local.reshape(-1).view(torch.int64)
-    total = 0
-    for begin in range(0, words.numel(), _WORDS):
-        at = torch.arange(begin, min(begin + _WORDS, words.numel()), device=words.device)
-        total += int(_mixed(words[begin : begin + _WORDS] ^ (box.globally(at, entries) * _GOLDEN)).sum())
-    return total & WORD
+    if not box.local_numel:
+        return 0
+    # Runs of words that lie one after the other in the whole weight too, some or parts of one at a time.
+    run = box.granule(0) // entries
+    flat = local.reshape(-1)
+    if flat.storage_offset() % entries:
+        flat = flat.clone()
+    words = flat.view(torch.int64).view(-1, run)
+    starts = box.globally(torch.arange(words.shape[0], device=words.device), run * entries) * run * _GOLDEN
+    rows, columns = max(1, _words(words) // run), min(run, _words(words))
+    steps = torch.arange(columns, device=words.device) * _GOLDEN
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for row in range(0, words.shape[0], rows):
+        for column in range(0, run, columns):
+            block = words[row : row + rows, column : column + columns]
+            at = starts[row : row + rows, None] + (steps[: block.shape[1]] + signed(column * _GOLDEN & WORD))
+            total += _mix_(at.bitwise_xor_(block)).sum()
+    return int(total) & WORD
 
 
 # ---- runs of coordinates -------------------------------------------------------------------------------------
@@ -382,13 +394,20 @@ def _moved(coordinate: Tensor, source: Spans, target: Spans) -> tuple[Tensor, Te
 
 # ---- words ---------------------------------------------------------------------------------------------------
 
-_WORDS = 2**22  # how many are hashed at a time
 _GOLDEN, _FACTOR1, _FACTOR2 = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
-def _mixed(x: Tensor) -> Tensor:
-    """splitmix64 of every word; int64 arithmetic wraps, and a shift must not carry the sign along."""
-    z = x + _GOLDEN
-    z = (z ^ ((z >> 30) & (2**34 - 1))) * _FACTOR1
-    z = (z ^ ((z >> 27) & (2**37 - 1))) * _FACTOR2
-    return z ^ ((z >> 31) & (2**33 - 1))
+def _words(words: Tensor) -> int:
+    """How many are mixed at a time: on a CPU as many as stay in its caches from one operation to the next."""
+    return 2**15 if words.device.type == "cpu" else 2**22
+
+
+def _mix_(z: Tensor) -> Tensor:
+    """splitmix64 of every word, in place; int64 arithmetic wraps, and a shift must not carry the sign along."""
+    z += _GOLDEN
+    z ^= (z >> 30).bitwise_and_(2**34 - 1)
+    z *= _FACTOR1
+    z ^= (z >> 27).bitwise_and_(2**37 - 1)
+    z *= _FACTOR2
+    z ^= (z >> 31).bitwise_and_(2**33 - 1)
+    return z
