@@ -1,0 +1,132 @@
+"""`Switcher.activate` on weights that 2 and 4 ranks of this machine hold together, from one adapter to another.
+
+touch   each rank reads and writes each cache line of its own part that the switch needs once: see bench_switch.py. It
+        waits for nobody, and `activate` waits for the slowest rank, since all ranks agree that it went well
+agree   the agreement alone: `activate` of what is active already
+
+All ranks do the same at the same time, on one thread each, so with more ranks than cores they share the cores, and
+`activate` waits for ranks that have not had a turn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from benchmarks.speed import common
+from benchmarks.speed.bench_switch import TOUCH, machine
+from benchmarks.speed.common import BF16, Report, settings, sweep
+
+shira = pytest.importorskip("shira")
+Seconds = dict[str, list[float]]
+
+
+def measure(rank: int, ranks: int, folder: Path, quick: bool, rounds: int) -> None:
+    """What one rank does; leaves its times in the folder."""
+    settings.quick = quick
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=300))
+    mesh, side, mask = init_device_mesh("cpu", (ranks,)), settings.side, shira.masks.Rand(density=0.01)
+    whole = torch.Size([side, side])
+    model, adapters = nn.ParameterList(), {"a": {}, "b": {}}
+    lines, expected = [], []
+    for layer in range(max(2, -(-settings.working_set // (side * side * BF16.itemsize)))):
+        generator = torch.Generator().manual_seed(layer * ranks + rank)
+        local = torch.empty(side // ranks, side, dtype=BF16).normal_(0, 0.02, generator=generator)
+        weight = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=whole, stride=(side, 1))
+        model.append(nn.Parameter(weight))
+        own = []
+        for name in adapters:
+            indices = mask(f"{name}.{layer}", torch.empty((), dtype=BF16).expand(whole))
+            generator.manual_seed(layer)
+            values = torch.empty(len(indices), dtype=BF16).normal_(0, 0.02, generator=generator)
+            adapters[name][str(layer)] = shira.Entry(indices, values, tuple(whole), BF16)
+            mine = (indices >= rank * local.numel()) & (indices < (rank + 1) * local.numel())
+            own.append(indices[mine] - rank * local.numel())
+            if name == "b":
+                expected.append(local.view(-1).index_copy(0, own[-1].to(torch.int64), values[mine]))
+        lines.append(common.line_numbers(torch.cat(own).unique(), 1, BF16.itemsize))
+    switcher = shira.Switcher(model)
+    for name, entries in adapters.items():
+        switcher.add(name, shira.Adapter(entries), verify=False)
+        switcher.activate(name)
+    there = [weight.to_local().detach() for weight in model]
+    assert all(torch.equal(local.view(-1), wanted) for local, wanted in zip(there, expected, strict=True))
+    names = ["a", "b"]
+
+    def switch() -> None:
+        switcher.activate(names[0])
+        names.reverse()
+
+    def agree() -> None:
+        switcher.activate(names[1])
+
+    ways: dict[str, Callable[[], None]] = {"activate": switch, "agree": agree}
+    for name, ahead in TOUCH.items():
+        ways[name] = sweep(machine.touch_, [(local, own, ahead) for local, own in zip(there, lines, strict=True)])
+    seconds: Seconds = {name: [] for name in ways}
+    order = list(ways)
+    for warm in [True] * 3 + [False] * rounds:
+        order.append(order.pop(0))
+        for name in order:
+            common.chill()
+            dist.barrier()
+            start = time.perf_counter()
+            ways[name]()
+            if not warm:
+                seconds[name].append(time.perf_counter() - start)
+    (folder / f"{rank}.json").write_text(json.dumps(seconds))
+    dist.destroy_process_group()
+
+
+def run(counts: list[int], folder: Path, quick: bool, rounds: int) -> None:
+    """Ranks as forks of this process, which has imported everything and has no threads yet."""
+    for count in counts:
+        (folder / str(count)).mkdir()
+        children = []
+        for rank in range(count):
+            child = os.fork()
+            if not child:
+                measure(rank, count, folder / str(count), quick, rounds)
+                os._exit(0)
+            children.append(child)
+        assert not any(os.waitpid(child, 0)[1] for child in children)
+
+
+def bench_sharded(benchmark: BenchmarkFixture, threads: int) -> None:
+    if threads > 1:
+        pytest.skip("each rank has one thread")
+    counts, rounds = [2, 4], settings.few(11)
+    report = Report(benchmark, threads, working_set=settings.working_set)
+    with tempfile.TemporaryDirectory() as folder:
+        code = f"from {__name__} import *; run({counts}, Path({folder!r}), {settings.quick}, {rounds})"
+        benchmark.pedantic(subprocess.run, args=([sys.executable, "-c", code],), kwargs={"check": True}, rounds=1)
+        for ranks in counts:
+            found: list[Seconds] = [json.loads(file.read_text()) for file in Path(folder, str(ranks)).glob("*.json")]
+            for name in found[0]:
+                taken = [seconds for one in found for seconds in one[name]]
+                report.info["seconds"][f"{ranks} ranks, {name}"] = common.spread(taken)
+            ratios, fastest = [], []
+            for one in found:
+                touch = min((one[name] for name in TOUCH), key=min)
+                ratios += [seconds / least for seconds, least in zip(one["activate"], touch, strict=True)]
+                fastest.append(min(one["activate"]) / min(touch))
+            report.result("sharded switch in touches", f"{ranks} ranks", ratios, max(fastest))
+            agree = [1e6 * seconds for one in found for seconds in one["agree"]]
+            report.result("ranks agree", f"{ranks} ranks", agree, min(agree))
