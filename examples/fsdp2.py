@@ -48,9 +48,8 @@ def main() -> None:
         dist.all_reduce(loss.detach())
         if dist.get_rank() == 0 and (step % 20 == 0 or step == 59):
             print(f"step {step:3}  loss {loss.item() / mesh.size():.3f}")
-    adapter = tuner.adapter()  # all ranks together; each gets all of it
+    tuner.save(args.out)  # all ranks together; the first one writes
     if dist.get_rank() == 0:
-        adapter.save(args.out)
         print(f"{own} of {tuner.nnz} values on this rank, all of them in {args.out}")
     tuner.detach()  # the base is back, bit for bit
     dist.destroy_process_group()

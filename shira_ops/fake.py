@@ -37,7 +37,7 @@ def fuse_plan(indices: Sequence[Tensor], granule: int) -> tuple[Tensor, Tensor, 
     narrow = all(tensor.dtype == torch.int32 for tensor in indices)
     return (
         indices[0].new_empty(union, dtype=torch.int32 if narrow else torch.int64),
-        indices[0].new_empty((union + plan.GROUP - 1) // plan.GROUP + 1, dtype=_index_dtype(total)),
+        indices[0].new_empty(plan.groups(union) + 1, dtype=_index_dtype(total)),
         indices[0].new_empty(sources, dtype=torch.int64),
         indices[0].new_empty(sources, dtype=torch.int64),
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,10 +13,13 @@ GROUP = 64  # granules of the union that are planned together: as many as member
 POSITION_BITS = 48  # of a source; the adapter's number is above them
 _OCTET = 8
 
+Size = TypeVar("Size", int, torch.SymInt)
 
-def groups(granules: int) -> int:
-    """How many groups the plan of a union of `granules` has."""
-    return (granules + GROUP - 1) // GROUP
+
+def groups(granules: Size) -> Size:
+    """How many groups the plan of a union of `granules` has. A size that is traced is a torch.SymInt."""
+    count: Size = (granules + GROUP - 1) // GROUP
+    return count
 
 
 def parts(sources: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,9 +29,19 @@ def parts(sources: Tensor) -> tuple[Tensor, Tensor]:
 
 def unpacked(members: Tensor) -> Tensor:
     """The bits of `members` as bools `[sources, GROUP]`."""
+    if members.device.type == "cpu":  # a twentieth of the time
+        flat = np.unpackbits(members.numpy().view(np.uint8), bitorder="little")
+        return torch.from_numpy(flat).view(torch.bool).view(-1, GROUP)
     octets = members.view(torch.uint8).view(-1, GROUP // _OCTET, 1)  # the lowest first
     bits = torch.arange(_OCTET, dtype=torch.uint8, device=members.device)
     return ((octets >> bits) & 1).bool().view(-1, GROUP)
+
+
+def places(bits: Tensor) -> Tensor:
+    """Where bools `[n]` are True, ascending: int64."""
+    if bits.device.type == "cpu":  # a third of the time
+        return torch.from_numpy(np.flatnonzero(bits.numpy()))
+    return bits.nonzero().view(-1)
 
 
 def group_of(offsets: Tensor) -> Tensor:
@@ -34,19 +49,20 @@ def group_of(offsets: Tensor) -> Tensor:
     return torch.arange(offsets.numel() - 1, device=offsets.device).repeat_interleave(offsets.diff().to(torch.int64))
 
 
-def rows(offsets: Tensor, sources: Tensor, members: Tensor, adapter: int) -> Tensor:
-    """Where an adapter's granules lie in the union of a plan that `fuse_plan` made, in the order of its list: int64."""
-    mine = (parts(sources)[0] == adapter).nonzero().view(-1)
-    here = members.new_zeros(offsets.numel() - 1)
-    here[group_of(offsets)[mine]] = members[mine]
-    return unpacked(here).view(-1).nonzero().view(-1)
+def rows(offsets: Tensor, sources: Tensor, members: Tensor, adapters: int) -> Iterator[Tensor]:
+    """For each adapter of a plan that `fuse_plan` made, where its granules lie in the union, in the order of its list:
+    int64."""
+    count = offsets.numel() - 1
+    own = members.new_zeros(adapters * count)
+    own.index_copy_(0, (sources >> POSITION_BITS).mul_(count).add_(group_of(offsets)), members)
+    return (places(unpacked(bits).view(-1)) for bits in own.view(adapters, count))
 
 
 def contributions(offsets: Tensor, sources: Tensor, members: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each contribution's granule in the union, adapter, and position in the adapter's list: three int64 `[n]`, in the
     plan's order within a granule."""
     bits = unpacked(members)
-    flat = bits.view(-1).nonzero().view(-1)
+    flat = places(bits.view(-1))
     source = flat // GROUP
     counts = bits.sum(1)
     adapter, first = parts(sources)
@@ -70,7 +86,7 @@ def make(indices: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     key = place // GROUP * len(indices) + adapter
     begins = torch.ones(total, dtype=torch.bool, device=device)
     torch.ne(key[1:], key[:-1], out=begins[1:])
-    first = begins.nonzero().view(-1)
+    first = places(begins)
     bits = torch.ones((), dtype=torch.int64, device=device) << place % GROUP
     members = torch.zeros_like(first).index_add_(0, begins.cumsum(0) - 1, bits)
     sources = (adapter << POSITION_BITS | position)[first]

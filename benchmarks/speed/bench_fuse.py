@@ -4,6 +4,7 @@ touch   reads and writes each cache line of the union once: see bench_switch.py.
 bytes   what every fuse_ has to move: the plan read once to check it before the first write and once to follow it, the
         values read, `saved` written, the union touched
 eight   scatter_add_ for one adapter after the other
+rows    where the granules of each adapter lie in the union, read from the plan: what a Switcher's first union needs
 torch   the union and its counts by torch.cat and torch.unique: less than a plan holds, but the closest in plain torch
 """
 
@@ -32,7 +33,7 @@ from benchmarks.speed.common import (
     sweep,
     weights,
 )
-from shira_ops.plan import contributions
+from shira_ops.plan import contributions, rows
 
 shira, machine = torch.ops.shira, torch.ops.shira_bench
 ADAPTERS, LAYERS = 8, 4
@@ -177,17 +178,24 @@ def bench_plan(benchmark: BenchmarkFixture, threads: int) -> None:
         indices, *sources = shira.fuse_plan(one)
         assert torch.equal(indices, union)
         assert torch.equal(contributions(*sources)[0].bincount(), counts)
+        for own, places in zip(one, rows(*sources, ADAPTERS), strict=True):
+            assert torch.equal(indices[places], own)
 
     def union_and_counts(lists: list[torch.Tensor]) -> None:
         torch.cat(lists).unique(return_counts=True)
+
+    def all_rows(*sources: torch.Tensor) -> None:
+        for _ in rows(*sources, ADAPTERS):
+            pass
 
     torch_way = sweep(union_and_counts, [(one,) for one in some])
     timing = compare(
         benchmark,
         ("fuse_plan", sweep(shira.fuse_plan, [(one,) for one in some])),
-        {"torch": torch_way},
+        {"torch": torch_way, "rows": sweep(all_rows, [shira.fuse_plan(one)[1:] for one in some])},
         rounds=settings.few(9),
     )
     report = Report(benchmark, threads, adapters=ADAPTERS, layers=len(some))
     report.seconds(timing, len(some))
     report.ratio("fuse_plan", "", timing, "torch")
+    report.ratio("rows of a plan in the time of making it", "", timing, "rows", of="fuse_plan")

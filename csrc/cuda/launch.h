@@ -34,6 +34,16 @@ inline cudaStream_t current_stream(int32_t) { return nullptr; }
     kernel<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__); \
     SHIRA_CUDA_CHECK(cudaGetLastError());                  \
   } while (0)
+// With as many bytes of shared memory as the host says, which a kernel names by SHIRA_SHARED_REST.
+#define SHIRA_SHARED_REST(name, ...)                                 \
+  extern __shared__ __align__(16) unsigned char shira_shared_rest[]; \
+  __VA_ARGS__* const name = reinterpret_cast<__VA_ARGS__*>(shira_shared_rest)
+#define SHIRA_LAUNCH_WITH(bytes, kernel, grid, block, stream, ...)                                          \
+  do {                                                                                                      \
+    SHIRA_CUDA_CHECK(cudaFuncSetAttribute((kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, (bytes))); \
+    kernel<<<(grid), (block), (bytes), (stream)>>>(__VA_ARGS__);                                            \
+    SHIRA_CUDA_CHECK(cudaGetLastError());                                                                   \
+  } while (0)
 
 // Exported by libtorch_cuda only. Weak: null under a CPU-only torch, so that one .so loads everywhere; under a
 // CUDA torch libtorch.so pulls it in.
@@ -78,6 +88,14 @@ class Device {
  private:
   DeviceGuard guard_;
 };
+
+// How much the current device has of something.
+inline int device_has(cudaDeviceAttr what) {
+  int device = 0, value = 0;
+  SHIRA_CUDA_CHECK(cudaGetDevice(&device));
+  SHIRA_CUDA_CHECK(cudaDeviceGetAttribute(&value, what, device));
+  return value;
+}
 
 inline int64_t byte_size(const Tensor& t) { return t.numel() * static_cast<int64_t>(t.element_size()); }
 

@@ -4,9 +4,11 @@
 // digit by digit, 11 bits at a time from the top: a pass over the weight counts the next digits of the keys that agree
 // with the digits found so far, and one block picks the digit that holds the k-th. Once the cut is known, a last pass
 // writes in order: a tile learns its offset from the tiles before it, which publish their counts as soon as they know
-// them. This takes four passes for float32 scores, three if a score is one 16-bit entry, each at the speed of memory (a
-// thread has all its entries in flight before it scores the first). Each pass computes the scores again, except for
-// granules of kLong entries or more: their keys take at most an eighth of the weight's memory, and are computed once.
+// them. This takes four passes for float32 scores. Each pass computes the scores again, except for granules of kLong
+// entries or more: their keys take at most an eighth of the weight's memory, and are computed once.
+//
+// A score that is the magnitude of one 16-bit entry has 15 bits: all of them are one digit, whose counts fit in a
+// block's shared memory, and so two passes are enough.
 //
 // select_random: the images of 0 .. k-1, sorted by torch.
 #include "../ops/select.h"
@@ -36,14 +38,17 @@ struct SelectRow {
   const void *weight, *grad;
   int64_t granule, granules;
   Cut* cut;
-  unsigned long long* histogram;  // [kBins], zeros before and after every digit
+  unsigned long long* histogram;  // [kBins], zeros before and after every digit; [kMagnitudes] of 16-bit entries
+  unsigned long long* groups;     // [kGroups]: the sums of kGroup neighbours in the histogram of 16-bit entries
   uint64_t *above, *ties;         // what each tile has published; zeros at first
   uint32_t* next;                 // the next tile to take
   void* keys;                     // for granules of kLong entries or more
+  const void* stored;             // what Stored makes keys of: those, or 16-bit entries
   void* out;
   int64_t k;
-  int32_t shift, drop;  // the digit's lowest bit; how many low bits of a score are always 0
+  int32_t shift, bins;  // the digit's lowest bit, and how many values it has
   int32_t rounds;       // tiles per counting block, which adds up its histogram once for all of them
+  int32_t infinity;     // of 16-bit entries: greater magnitudes are NaN
   bool first, wide, aligned;
 };
 
@@ -60,10 +65,6 @@ struct Scores {
     if constexpr (score != Score::Grad) weight = load_cached(static_cast<const Weight*>(weights) + i);
     if constexpr (score != Score::Magnitude) grad = load_cached(static_cast<const Grad*>(grads) + i);
   }
-  static __device__ __forceinline__ Key key(const SelectRow& row, typename W::Compute total) {
-    const Key whole = core::score_key(total);
-    return whole == 0 ? 0 : ((whole - 1) >> row.drop) + 1;
-  }
   // f(e, key) for each of a thread's granules of a tile, which are neighbours; past the last one, the key is below 0.
   template <typename F>
   static __device__ __forceinline__ void each(const SelectRow& row, int64_t tile, const F& f) {
@@ -74,7 +75,8 @@ struct Scores {
       if constexpr (score != Score::Grad) weight = Pack<Weight, kItems>::cached(row.weight, run);
       if constexpr (score != Score::Magnitude) grad = Pack<Grad, kItems>::cached(row.grad, run);
 #pragma unroll
-      for (int e = 0; e < kItems; ++e) f(e, key(row, core::entry_score<W, G, score>(weight.entry, grad.entry, e)));
+      for (int e = 0; e < kItems; ++e)
+        f(e, core::score_key(core::entry_score<W, G, score>(weight.entry, grad.entry, e)));
       return;
     }
     const int64_t rest = row.granules - first;
@@ -91,7 +93,7 @@ struct Scores {
         load(row.weight, row.grad, i, weight, grad);
         total += core::entry_score<W, G, score>(&weight, &grad, 0);  // in entry order
       }
-      f(e, e < left ? key(row, total) : Key{-1});
+      f(e, e < left ? core::score_key(total) : Key{-1});
     }
   }
 };
@@ -100,19 +102,38 @@ struct Scores {
 template <typename KeyOf>
 struct Kept {
   using Key = KeyOf;
+  using Entry = KeyOf;
+  static __device__ __forceinline__ Key key(const SelectRow&, Entry entry) { return entry; }
+};
+
+// 16-bit entries whose magnitudes are the scores: keys below kMagnitudes, in the order of core::score_key.
+struct Short {
+  using Key = int32_t;
+  using Entry = uint16_t;
+  static __device__ __forceinline__ Key key(const SelectRow& row, Entry entry) {
+    const int32_t magnitude = entry & 0x7FFF;
+    return magnitude > row.infinity ? 0 : magnitude + 1;
+  }
+};
+
+// Keys that take no arithmetic: there is one entry for each.
+template <typename Of>
+struct Stored {
+  using Key = typename Of::Key;
+  using Entry = typename Of::Entry;
   template <typename F>
   static __device__ __forceinline__ void each(const SelectRow& row, int64_t tile, const F& f) {
     const int64_t run = tile * kThreads + threadIdx.x;
-    if ((tile + 1) * kTile <= row.granules) {
-      const auto keys = Pack<Key, kItems>::cached(row.keys, run);
+    if (row.aligned && (tile + 1) * kTile <= row.granules) {
+      const auto some = Pack<Entry, kItems>::cached(row.stored, run);
 #pragma unroll
-      for (int e = 0; e < kItems; ++e) f(e, keys.entry[e]);
+      for (int e = 0; e < kItems; ++e) f(e, Of::key(row, some.entry[e]));
       return;
     }
 #pragma unroll
     for (int e = 0; e < kItems; ++e) {
       const int64_t at = run * kItems + e;
-      f(e, at < row.granules ? load_cached(static_cast<const Key*>(row.keys) + at) : Key{-1});
+      f(e, at < row.granules ? Of::key(row, load_cached(static_cast<const Entry*>(row.stored) + at)) : Key{-1});
     }
   }
 };
@@ -182,7 +203,7 @@ struct Histogram {
       Keys::each(row, tile * row.rounds + round, [&](int, Key key) {
         // Keys below the base wrap around to large numbers.
         const Bits bin = static_cast<Bits>(static_cast<Bits>(key) - base) >> row.shift;
-        if (key >= 0 && bin < kBins) atomicAdd(bins + bin, 1u);
+        if (key >= 0 && bin < static_cast<Bits>(row.bins)) atomicAdd(bins + bin, 1u);
       });
     __syncthreads();
     for (int bin = static_cast<int>(threadIdx.x); bin < kBins; bin += kThreads)
@@ -190,35 +211,160 @@ struct Histogram {
   }
 };
 
-// One block finds the bin that holds the k-th highest key. Each thread has kBins / kThreads bins, from the top.
+// Of kOwn * kThreads bins, the one that holds the `wanted`-th highest key, and which of the bin's keys that is. A block
+// looks for it; each thread has kOwn neighbours of the bins, from the top. count(bin) is how many keys a bin holds.
+struct Found {
+  int64_t bin, rank;
+};
+template <int kOwn, typename Count>
+__device__ __forceinline__ Found find(int64_t wanted, const Count& count) {
+  SHIRA_SHARED(found, 1, Found);
+  uint64_t counts[kOwn], sum = 0, total;
+  const int top = kOwn * (kThreads - static_cast<int>(threadIdx.x)) - 1;
+#pragma unroll
+  for (int k = 0; k < kOwn; ++k) sum += counts[k] = count(top - k);
+  uint64_t above = block_scan(sum, total, Plain{});
+  const auto place = static_cast<uint64_t>(wanted);
+#pragma unroll
+  for (int k = 0; k < kOwn; ++k) {
+    if (above < place && place <= above + counts[k])  // true in one thread only
+      *found = {top - k, static_cast<int64_t>(place - above)};
+    above += counts[k];
+  }
+  __syncthreads();
+  return *found;
+}
+
+// One block picks the next digit.
 struct Pick {
   using Row = SelectRow;
   struct Scalars {};
   static int64_t tiles(const Row&) { return 1; }
   static __device__ void tile(const Scalars&, const Row& row, int64_t) {
-    constexpr int kOwn = kBins / kThreads;
     const Cut cut{load_stream(&row.cut->key), row.first ? row.k : load_stream(&row.cut->ties)};
-    uint64_t count[kOwn], sum = 0, total;
-#pragma unroll
-    for (int k = 0; k < kOwn; ++k) {
-      unsigned long long* const bin = row.histogram + (kBins - 1 - (static_cast<int>(threadIdx.x) * kOwn + k));
-      count[k] = load_stream(bin);
-      store_stream(bin, 0ull);
-      sum += count[k];
-    }
-    const uint64_t wanted = static_cast<uint64_t>(cut.ties);
-    uint64_t above = block_scan(sum, total, Plain{});  // also a barrier: every thread has read the cut
-#pragma unroll
-    for (int k = 0; k < kOwn; ++k) {
-      if (above < wanted && wanted <= above + count[k]) {  // true in one thread only
-        const int64_t bin = kBins - 1 - (static_cast<int>(threadIdx.x) * kOwn + k);
-        store_stream(&row.cut->key, cut.key + (bin << row.shift));
-        store_stream(&row.cut->ties, static_cast<int64_t>(wanted - above));
-      }
-      above += count[k];
+    const Found found = find<kBins / kThreads>(cut.ties, [&](int bin) {
+      const unsigned long long count = load_stream(row.histogram + bin);
+      store_stream(row.histogram + bin, 0ull);
+      return count;
+    });
+    if (threadIdx.x == 0) {
+      store_stream(&row.cut->key, cut.key + (found.bin << row.shift));
+      store_stream(&row.cut->ties, found.rank);
     }
   }
 };
+
+// ---- the one digit of 16-bit entries
+
+constexpr int kMagnitudes = 1 << 15, kGroup = 128, kGroups = kMagnitudes / kGroup;
+static_assert(kGroups == kThreads && kGroup <= kThreads);
+constexpr int kCounting = 1024;  // threads of a block: there is one on a multiprocessor, whose shared memory it takes
+constexpr int kUnits = 3;        // of 16 bytes that a thread has in flight: 48 KB on a multiprocessor
+constexpr int kChunk = 32 * kUnits;  // units that a warp takes at a time
+
+// Adds what a block has counted to the histogram, and forgets it.
+template <typename Counter>
+__device__ __forceinline__ void add_up(const SelectRow& row, Counter* counts) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  for (int group = warp; group < kGroups; group += kCounting / 32) {
+    uint32_t sum = 0;
+#pragma unroll
+    for (int k = 0; k < kGroup; k += 32) {
+      const int key = group * kGroup + k + lane;
+      const int magnitude = (key + kMagnitudes - 1) % kMagnitudes;  // of key 0: one of NaN's
+      const uint32_t count = counts[magnitude];
+      if (count == 0) continue;
+      counts[magnitude] = 0;
+      if (magnitude <= row.infinity) {
+        atomicAdd(row.histogram + key, static_cast<unsigned long long>(count));
+        sum += count;
+      } else {
+        atomicAdd(row.histogram, static_cast<unsigned long long>(count));
+        atomicAdd(row.groups, static_cast<unsigned long long>(count));
+      }
+    }
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
+    if (lane == 0 && sum != 0) atomicAdd(row.groups + group, static_cast<unsigned long long>(sum));
+  }
+}
+
+__device__ __forceinline__ void count_one(uint32_t* counts, uint32_t magnitude) { atomicAdd(counts + magnitude, 1u); }
+// Two counters share a word: a block cannot add to 16 bits.
+__device__ __forceinline__ void count_one(uint16_t* counts, uint32_t magnitude) {
+  atomicAdd(reinterpret_cast<uint32_t*>(counts) + magnitude / 2, magnitude % 2 == 0 ? 1u : 0x10000u);
+}
+template <typename Counter>
+__device__ __forceinline__ void count_unit(Counter* counts, const Pack<uint32_t, 4>& unit) {
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    count_one(counts, unit.entry[e] & 0x7FFF);
+    count_one(counts, unit.entry[e] >> 16 & 0x7FFF);
+  }
+}
+
+// Counters of 32 bits never run over: no multiprocessor has that many entries to count. Those of 16 bits are added up
+// before they can.
+template <typename Counter>
+__global__ void __launch_bounds__(kCounting, 1) count_magnitudes(SHIRA_PARAMETER(row, SelectRow)) {
+  constexpr int64_t kRounds = sizeof(Counter) == 4 ? INT32_MAX : (UINT16_MAX - 16) / (kCounting * kUnits * 8);
+  SHIRA_SHARED_REST(counts, Counter);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int64_t block = blockIdx.x, blocks = gridDim.x, warps = blocks * (kCounting / 32);
+  for (int i = thread; i < kMagnitudes; i += kCounting) counts[i] = 0;
+  __syncthreads();
+
+  // Units of 16 bytes, and the few entries before the first and after the last.
+  const auto* const entries = static_cast<const uint16_t*>(row.stored);
+  const auto misplaced = static_cast<int64_t>(reinterpret_cast<uintptr_t>(entries) % 16 / sizeof(uint16_t));
+  const int64_t skipped = (8 - misplaced) % 8, head = skipped < row.granules ? skipped : row.granules;
+  const int64_t units = (row.granules - head) / 8, tail = head + 8 * units;
+  if (block == 0 && thread < 16) {
+    const int64_t i = thread < 8 ? thread : tail + thread - 8;
+    if (i < (thread < 8 ? head : row.granules)) count_one(counts, load_weight(entries + i) & 0x7FFF);
+  }
+  const int64_t chunks = (units + kChunk - 1) / kChunk;
+  int64_t begin = 0;
+  do {
+    const int64_t end = chunks - begin < warps * kRounds ? chunks : begin + warps * kRounds;
+    for (int64_t chunk = begin + warp * blocks + block; chunk < end; chunk += warps) {
+      const int64_t first = chunk * kChunk + lane;
+      if ((chunk + 1) * kChunk <= units) {
+        Pack<uint32_t, 4> unit[kUnits];
+#pragma unroll
+        for (int k = 0; k < kUnits; ++k) unit[k] = Pack<uint32_t, 4>::weight(entries + head, first + k * 32);
+#pragma unroll
+        for (int k = 0; k < kUnits; ++k) count_unit(counts, unit[k]);
+      } else {
+        for (int64_t at = first; at < units; at += 32)
+          count_unit(counts, Pack<uint32_t, 4>::weight(entries + head, at));
+      }
+    }
+    __syncthreads();
+    add_up(row, counts);
+    __syncthreads();
+    begin = end;
+  } while (begin < chunks);
+}
+
+// One block picks the key: first the group of keys that holds it.
+struct PickShort {
+  using Row = SelectRow;
+  struct Scalars {};
+  static int64_t tiles(const Row&) { return 1; }
+  static __device__ void tile(const Scalars&, const Row& row, int64_t) {
+    const Found group = find<1>(row.k, [&](int bin) { return load_stream(row.groups + bin); });
+    const int64_t first = group.bin * kGroup;
+    const Found found =
+        find<1>(group.rank, [&](int bin) { return bin < kGroup ? load_stream(row.histogram + first + bin) : 0ull; });
+    if (threadIdx.x == 0) {
+      store_stream(&row.cut->key, first + found.bin);
+      store_stream(&row.cut->ties, found.rank);
+    }
+  }
+};
+
+// ---- the selection itself
 
 // Two counts below 2^32, packed into one sum.
 __device__ __forceinline__ uint64_t both(uint32_t above, uint32_t ties) { return uint64_t{above} << 32 | ties; }
@@ -312,18 +458,12 @@ struct Write {
   }
 };
 
-// How many low bits of every score are 0: those that a 16-bit entry gains when it is widened to float32.
-template <typename W, typename G, Score score>
-constexpr int32_t low_bits() {
-  if constexpr (score == Score::Snip) return 0;
-  using Entry = std::conditional_t<score == Score::Grad, G, W>;
-  return std::is_same_v<Entry, core::BFloat16> ? 16 : std::is_same_v<Entry, core::Float16> ? 13 : 0;
-}
-
 template <typename Keys>
-void select_by(SelectRow row, int bits, cudaStream_t stream) {
+void select_by(SelectRow row, cudaStream_t stream) {
   row.first = true;
-  for (row.shift = (bits - 1) / kDigit * kDigit; row.shift >= 0; row.shift -= kDigit) {
+  for (int32_t bits = 8 * sizeof(typename Keys::Key) - 1; bits > 0; bits = row.shift) {
+    row.shift = std::max(bits - kDigit, 0);
+    row.bins = 1 << (bits - row.shift);
     launch_one<Histogram<Keys>>({}, row, stream);
     launch_one<Pick>({}, row, stream);
     row.first = false;
@@ -331,18 +471,35 @@ void select_by(SelectRow row, int bits, cudaStream_t stream) {
   launch_one<Write<Keys>>({}, row, stream);
 }
 
+void select_short(const SelectRow& row, cudaStream_t stream) {
+  const auto count = [&](auto kernel, int bytes) {
+    // A block has more entries to count than counters to add up.
+    constexpr int64_t kLeast = int64_t{kCounting} * kUnits * 8;
+    const int64_t most = device_has(cudaDevAttrMultiProcessorCount);
+    const auto blocks = static_cast<unsigned>(std::clamp<int64_t>(row.granules / kLeast, 1, most));
+    SHIRA_LAUNCH_WITH(bytes, kernel, blocks, kCounting, stream, row);
+  };
+  constexpr int kBytes = kMagnitudes * sizeof(uint32_t);  // sm_80, 90 and 100 have them, sm_86, 89 and 120 do not
+  if (device_has(cudaDevAttrMaxSharedMemoryPerBlockOptin) >= kBytes)
+    count(count_magnitudes<uint32_t>, kBytes);
+  else
+    count(count_magnitudes<uint16_t>, kBytes / 2);
+  launch_one<PickShort>({}, row, stream);
+  launch_one<Write<Stored<Short>>>({}, row, stream);
+}
+
 template <typename W, typename G, Score score>
 void select(SelectRow row, cudaStream_t stream) {
   using Own = Scores<W, G, score>;
-  row.drop = row.granule == 1 ? low_bits<W, G, score>() : 0;
-  const int bits = static_cast<int>(8 * sizeof(typename W::Compute)) - row.drop;
-  if (row.keys == nullptr) return select_by<Own>(row, bits, stream);
+  if (row.keys == nullptr) return select_by<Own>(row, stream);
   using All = Sum<W, G, score, kWarps>;
   if (row.granule >= kWarps * All::kColumns)
     launch_one<All>({}, row, stream);
   else
     launch_one<Sum<W, G, score, 1>>({}, row, stream);
-  select_by<Kept<typename Own::Key>>(row, bits, stream);
+  row.stored = row.keys;
+  row.aligned = true;
+  select_by<Stored<Kept<typename Own::Key>>>(row, stream);
 }
 
 template <typename W>
@@ -415,16 +572,26 @@ struct Cuda {
     row.wide = indices.scalar_type() == ScalarType::Long;
     row.rounds = static_cast<int32_t>(std::clamp<int64_t>(granules / (int64_t{kTile} * kBlocks), 1, kMostRounds));
     row.aligned = widest_unit(16, row.weight, row.grad) == 16;
-    // The cut, the histogram, the next tile, and what the tiles publish; for long granules, the keys too.
-    const int64_t tiles = tile_count(row), size = 2 + kBins + 1 + 2 * tiles;
+    const Tensor& scored = score == Score::Grad ? *grad : weight;
+    const bool shorts = granule == 1 && score != Score::Snip && scored.element_size() == sizeof(uint16_t);
+    // The cut, the next tile, the histogram, and what the tiles publish; for long granules, the keys too.
+    const int64_t bins = shorts ? kMagnitudes + kGroups : kBins;
+    const int64_t tiles = tile_count(row), size = 3 + bins + 2 * tiles;
     const Tensor scratch = torch::stable::new_empty(weight, {size}, ScalarType::Long);
     auto* room = address<int64_t>(scratch);
     row.cut = reinterpret_cast<Cut*>(room);
-    row.histogram = reinterpret_cast<unsigned long long*>(room + 2);
-    row.next = reinterpret_cast<uint32_t*>(room + 2 + kBins);
-    row.above = reinterpret_cast<uint64_t*>(room + 2 + kBins + 1);
+    row.next = reinterpret_cast<uint32_t*>(room + 2);
+    row.histogram = reinterpret_cast<unsigned long long*>(room + 3);
+    row.groups = row.histogram + kMagnitudes;
+    row.above = reinterpret_cast<uint64_t*>(room + 3 + bins);
     row.ties = row.above + tiles;
     SHIRA_CUDA_CHECK(cudaMemsetAsync(room, 0, static_cast<size_t>(size) * sizeof(int64_t), device.stream));
+    if (shorts) {
+      row.stored = score == Score::Grad ? row.grad : row.weight;
+      row.infinity = scored.scalar_type() == ScalarType::Half ? 0x7C00 : 0x7F80;
+      select_short(row, device.stream);
+      return indices;
+    }
     const bool doubles = weight.scalar_type() == ScalarType::Double;
     const Tensor keys = torch::stable::new_empty(weight, {granule >= kLong ? granules : 0},
                                                  doubles ? ScalarType::Long : ScalarType::Int);

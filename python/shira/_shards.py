@@ -204,6 +204,15 @@ class Box:
             return Part((flat // finer).to(dtype), finer, torch.arange(fine.numel(), device=fine.device))
         return Part((flat[inside] // finer).to(dtype), finer, inside.nonzero().view(-1))
 
+    def cut(self, held: Tensor, box: Box) -> Tensor:
+        """This box of a tensor that holds a larger one, ``box``."""
+        for dim, (ours, theirs) in enumerate(zip(self.spans, box.spans, strict=True)):
+            if ours != theirs:
+                coordinates = [torch.arange(begin, begin + length) for begin, length in ours]
+                at = torch.cat([*coordinates, torch.empty(0, dtype=torch.int64)])
+                held = held.index_select(dim, _moved(at, theirs, _packed(theirs))[0].to(held.device))
+        return held
+
     def globally(self, indices: Tensor, granule: int) -> Tensor:
         """The numbers in the whole weight of granules of the local tensor: int64, in the same order.
 
@@ -248,6 +257,31 @@ def box_of(shape: tuple[int, ...], mesh: tuple[int, ...], coordinate: Sequence[i
         _check_even(shape[dim], several, placements)
         spans[dim] = _inwards(spans[dim], several)
     return Box(shape, tuple(spans))
+
+
+def aligned(grad_output: Any, input: Any, mesh: Any, placements: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
+    """The parts of a linear layer's gradient and input that make the gradient of this rank's part of its weight, which
+    is divided so while the layer computes; None if another rank has made the same."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    rows, columns, mine = [], [], True
+    last = grad_output.dim() - 1
+    coordinate = mesh.get_coordinate() or ()
+    for at, placement in enumerate(placements):
+        ours, theirs = grad_output.placements[at], input.placements[at]
+        if placement.is_shard():
+            out = placement.dim == 0
+            rows.append(Shard(last) if out else Replicate())
+            columns.append(Replicate() if out else Shard(last))
+        elif ours == theirs and ours.is_shard() and ours.dim < last:
+            rows.append(ours)  # each rank has its own tokens
+            columns.append(theirs)
+        else:
+            rows.append(Replicate())
+            columns.append(Replicate())
+            mine = mine and coordinate[at] == 0
+    found = [local(one.redistribute(mesh, to)) for one, to in ((grad_output, rows), (input, columns))]
+    return (found[0], found[1]) if mine else None
 
 
 def is_first(weight: DTensor) -> bool:

@@ -17,6 +17,8 @@
 namespace shira::emul {
 
 Grid grid;
+constexpr size_t kMostRest = 227 << 10;  // on an H100
+int64_t most_shared = kMostRest;
 bool capturing = false;
 thread_local cudaError_t last_error = cudaSuccess;
 
@@ -100,9 +102,10 @@ struct Block {
   const std::function<void()>* kernel = nullptr;
   std::exception_ptr error;
   std::vector<Shared> sites;
+  size_t shared_rest = 0;  // what the launch asked for: the first array
   size_t shared_used = 0;
-  size_t shared_real = 0;  // without red zones
-  alignas(128) char shared[2 * kMostShared];
+  size_t shared_real = 0;  // without red zones and the rest
+  alignas(128) char shared[2 * kMostShared + kMostRest + 2 * kRedZone];
 };
 Block block;
 std::mutex running;
@@ -184,6 +187,16 @@ bool release_warp(unsigned warp) {
   return released;
 }
 
+void* shared_array(const void* site, size_t bytes) {
+  const size_t offset = block.shared_used;
+  block.shared_used += (bytes + kRedZone + 127) / 128 * 128;
+  if (block.shared_used > sizeof(block.shared)) fail("a block has too many shared arrays");
+  block.sites.push_back({site, offset, bytes});
+  std::memset(block.shared + offset, 0xCD, bytes);
+  std::memset(block.shared + offset + bytes, kRed, kRedZone);
+  return block.shared + offset;
+}
+
 // Checks that nothing was written past the end of a shared array, up to the start of the next.
 void check_red_zones() {
   for (const Shared& shared : block.sites) {
@@ -201,6 +214,7 @@ void run_block(unsigned threads, std::mt19937_64& random) {
   block.received.assign((threads + 31) / 32 * 32, 0);
   block.sites.clear();
   block.shared_used = block.shared_real = 0;
+  if (block.shared_rest > 0) shared_array(nullptr, block.shared_rest);
   std::vector<unsigned> turn(threads);
   for (unsigned i = 0; i < threads; ++i) {
     turn[i] = order_of_threads == 1 ? threads - 1 - i : i;
@@ -248,13 +262,17 @@ void set_order(int64_t order) { order_of_threads = order; }
 void set_capturing(bool on) { capturing = on; }
 int64_t launches() { return launched; }
 
-void launch(unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
+void set_most_shared(int64_t bytes) { most_shared = bytes == 0 ? int64_t{kMostRest} : bytes; }
+
+void launch(unsigned blocks, unsigned threads, size_t shared_rest, const std::function<void()>& kernel) {
   if (blocks == 0 || threads == 0 || threads > kMostThreads) fail("a launch of ", blocks, " x ", threads, " threads");
+  if (shared_rest > static_cast<size_t>(most_shared)) fail("a launch with ", shared_rest, " bytes of shared memory");
   const std::lock_guard<std::mutex> lock(running);
   std::sort(allowed.begin(), allowed.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
   touched = &allowed;
   ++launched;
   block.kernel = &kernel;
+  block.shared_rest = shared_rest;
   grid.block_size = {threads};
   grid.grid_size = {blocks};
   std::mt19937_64 random(static_cast<uint64_t>(order_of_threads));
@@ -270,16 +288,12 @@ void launch(unsigned blocks, unsigned threads, const std::function<void()>& kern
 void* shared_bytes(const void* site, size_t bytes) {
   for (const Shared& shared : block.sites)
     if (shared.site == site) return block.shared + shared.offset;
-  const size_t offset = block.shared_used;
   block.shared_real += (bytes + 127) / 128 * 128;
-  block.shared_used += (bytes + kRedZone + 127) / 128 * 128;
-  if (block.shared_real > kMostShared || block.shared_used > sizeof(block.shared))
-    fail("a block uses more than ", kMostShared, " bytes of shared memory");
-  block.sites.push_back({site, offset, bytes});
-  std::memset(block.shared + offset, 0xCD, bytes);
-  std::memset(block.shared + offset + bytes, kRed, kRedZone);
-  return block.shared + offset;
+  if (block.shared_real > kMostShared) fail("a block uses more than ", kMostShared, " bytes of shared memory");
+  return shared_array(site, bytes);
 }
+
+void* shared_rest() { return block.shared; }
 
 void allow(const void* memory, int64_t bytes, bool writable) {
   const auto begin = reinterpret_cast<uintptr_t>(memory);

@@ -7,7 +7,8 @@
 //   - an access outside the tensors that the host code took an address() of, a write to one that it took as const, and
 //     an access that is not aligned to its size
 //   - a barrier or warp operation that some of its threads never reach, or reach with other masks
-//   - shared memory beyond 48 KB, and a write past the end of a shared array
+//   - shared memory beyond 48 KB, or beyond what the device has for the part that a launch asks for, and a write past
+//     the end of a shared array
 //   - while capturing: a copy from or to the host, and waiting for a stream
 // Shared memory is filled with 0xCD before a block runs. What only parallel threads do cannot be seen here: a race
 // within one step, memory ordering, or how fast anything is.
@@ -34,20 +35,24 @@ struct Dim3 {
 #define SHIRA_SHARED(name, count, ...) \
   static char name##_site;             \
   __VA_ARGS__* const name = ::shira::emul::shared<__VA_ARGS__>(&name##_site, count)
-#define SHIRA_LAUNCH(kernel, grid, block, stream, ...)                    \
-  do {                                                                    \
-    ::shira::emul::launch((grid), (block), [&] { kernel(__VA_ARGS__); }); \
-    SHIRA_CUDA_CHECK(cudaGetLastError());                                 \
+#define SHIRA_SHARED_REST(name, ...) __VA_ARGS__* const name = static_cast<__VA_ARGS__*>(::shira::emul::shared_rest())
+#define SHIRA_LAUNCH(kernel, grid, block, stream, ...) SHIRA_LAUNCH_WITH(0, kernel, grid, block, stream, __VA_ARGS__)
+#define SHIRA_LAUNCH_WITH(bytes, kernel, grid, block, stream, ...)                 \
+  do {                                                                             \
+    ::shira::emul::launch((grid), (block), (bytes), [&] { kernel(__VA_ARGS__); }); \
+    SHIRA_CUDA_CHECK(cudaGetLastError());                                          \
   } while (0)
 
 // ---- the runtime's few functions ---------------------------------------------------------------------------
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorStreamCaptureUnsupported };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum cudaMemcpyKind { cudaMemcpyDeviceToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToDevice };
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "operation not permitted when stream is capturing";
 }
 namespace shira::emul {
+extern int64_t most_shared;                  // bytes of shared memory that a launch may ask for
 extern bool capturing;                       // whether a graph is captured; what it cannot hold is an error
 extern thread_local cudaError_t last_error;  // of any call, until it is read
 inline cudaError_t unless_capturing() {
@@ -55,6 +60,14 @@ inline cudaError_t unless_capturing() {
   return capturing ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
 }
 }  // namespace shira::emul
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
+  *value = what == cudaDevAttrMultiProcessorCount ? 3 : static_cast<int>(shira::emul::most_shared);
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() { return std::exchange(shira::emul::last_error, cudaSuccess); }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return shira::emul::unless_capturing(); }
 // All host memory counts as pageable.
@@ -88,14 +101,16 @@ extern Grid grid;
 // 0: forward, 1: reverse, else shuffled by this seed.
 void set_order(int64_t order);
 void set_capturing(bool on);
-int64_t launches();  // so far
-void launch(unsigned blocks, unsigned threads, const std::function<void()>& kernel);
+void set_most_shared(int64_t bytes);  // 0: as on an H100
+int64_t launches();                   // so far
+void launch(unsigned blocks, unsigned threads, size_t shared_rest, const std::function<void()>& kernel);
 
 // Memory that kernels may touch from now on, until forget() (at the start of every op).
 void allow(const void* memory, int64_t bytes, bool writable);
 void forget();
 void check_access(const void* p, size_t bytes, bool writes);
 
+void* shared_rest();
 void* shared_bytes(const void* site, size_t bytes);
 template <typename T>
 inline T* shared(const void* site, size_t count) {

@@ -7,9 +7,10 @@ SHIRA_LIBRARY(m) {
   SHIRA_SCHEMAS(m);
   m.def("_select_random(Tensor like, int numel, int k, int seed, int granule) -> Tensor");
   m.def("_sampled_grad(Tensor grad_output, Tensor input, Tensor indices, int granule, str how) -> Tensor");
-  m.def("_order(int order) -> ()");    // of threads and blocks: 0 forward, 1 reverse, else shuffled by this seed
-  m.def("_capturing(bool on) -> ()");  // whether a graph is captured
-  m.def("_launches() -> int");         // so far
+  m.def("_order(int order) -> ()");        // of threads and blocks: 0 forward, 1 reverse, else shuffled by this seed
+  m.def("_capturing(bool on) -> ()");      // whether a graph is captured
+  m.def("_launches() -> int");             // so far
+  m.def("_most_shared(int bytes) -> ()");  // that a launch may ask for; 0: as on an H100
   m.def("_planted(Tensor x, str defect) -> Tensor");
 }
 
@@ -25,4 +26,5 @@ SHIRA_LIBRARY_IMPL(CompositeExplicitAutograd, m) {
   m.impl("_order", TORCH_BOX(&shira::emul::set_order));
   m.impl("_capturing", TORCH_BOX(&shira::emul::set_capturing));
   m.impl("_launches", TORCH_BOX(&shira::emul::launches));
+  m.impl("_most_shared", TORCH_BOX(&shira::emul::set_most_shared));
 }

@@ -324,3 +324,46 @@ def test_select_top_of_more_tiles_than_a_scan_takes_at_once() -> None:
     given = EMULATOR("select_top", weight=weight, grad=None, k=k, score="magnitude", granule=1)
     order = weight.abs().float().sort(descending=True, stable=True).indices
     assert_same(given, order[:k].sort().values.int())
+
+
+def top_of(weight: torch.Tensor, grad: torch.Tensor | None, k: int, score: str) -> torch.Tensor:
+    scores = (weight if grad is None else grad).float().abs().nan_to_num(nan=-1.0, posinf=torch.inf)
+    return scores.sort(descending=True, stable=True).indices[:k].sort().values.int()
+
+
+@pytest.mark.parametrize("shared", [0, 99 << 10], ids=["of an H100", "of an RTX 5090"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_select_top_of_16_bits_counts_them_once(order: int, dtype: torch.dtype, shared: int) -> None:
+    """All 15 bits at a time, in counters of 32 or of 16 bits; any bits, any alignment, and more equal ones in a block
+    than 16 bits can count."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    shuffled = every[torch.randperm(2**16, generator=torch.Generator().manual_seed(0))]
+    equal = torch.cat([every, every.new_full((3 * 65_536 + 5,), 0x3C01)])
+    torch.ops.shira_emul._most_shared(shared)
+    try:
+        for bits, k, score in (
+            (shuffled, 70, "magnitude"),
+            (shuffled[3:], 30_000, "grad"),
+            (shuffled[5 : 5 + 2**15], 2**15 - 10, "magnitude"),  # the cut lies among NaNs
+            (equal[1:], 150_000, "magnitude"),
+            (every[7:9], 1, "grad"),
+        ):
+            entries = bits.view(dtype)
+            grad = entries if score == "grad" else None
+            weight = torch.zeros_like(entries) if score == "grad" else entries
+            before = torch.ops.shira_emul._launches()
+            given = EMULATOR("select_top", weight=weight, grad=grad, k=k, score=score, granule=1)
+            assert torch.ops.shira_emul._launches() - before == 3  # count, pick, write
+            assert_same(given, top_of(weight, grad, k, score))
+    finally:
+        torch.ops.shira_emul._most_shared(0)
+
+
+def test_shared_memory_that_a_device_lacks() -> None:
+    emul.library()
+    torch.ops.shira_emul._most_shared(48 << 10)
+    try:
+        with pytest.raises(RuntimeError, match="emulated CUDA: a launch with 65536 bytes of shared memory"):
+            EMULATOR("select_top", weight=torch.ones(9).half(), grad=None, k=1, score="magnitude", granule=1)
+    finally:
+        torch.ops.shira_emul._most_shared(0)

@@ -13,6 +13,7 @@ import torch
 import cases
 import oracles
 from cases import FLOAT_DTYPES, Backend, Case, Setup, assert_same, build, run
+from shira_ops.plan import rows as plan_rows
 from test_switch import id_of, values_dtypes
 
 
@@ -67,6 +68,16 @@ def test_plan_goes_on_in_the_next_group(backend: Backend) -> None:
     assert plan[1].tolist() == [0, 3, 5, 7]
     assert plan[2].tolist() == [source for group in groups for source in group]
     assert plan[3].tolist() == [members for group in groups for members in group.values()]
+
+
+def test_rows_of_a_plan(backend: Backend) -> None:
+    """Where each adapter's granules lie in the union: also of an adapter without any, and in bit 63 of a group."""
+    rng = np.random.default_rng(2)
+    for limit, counts in ((66, (17, 0, 30, 61, 2)), (5000, (200, 1300)), (130, (130,)), (9, (0, 0))):
+        adapters = [cases.random_indices(rng, limit, count, torch.int32) for count in counts]
+        union, *rest = run(backend, Case("fuse_plan", {"indices": adapters}))["result"]
+        for own, rows in zip(adapters, plan_rows(*rest, len(adapters)), strict=True):
+            assert_same(rows, torch.isin(union, own).nonzero().view(-1))
 
 
 # fuse_

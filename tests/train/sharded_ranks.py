@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import resource
 import sys
 import warnings
 import weakref
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -201,7 +202,7 @@ def boxes(mesh: DeviceMesh, both: DeviceMesh) -> None:
         box, local = _shards.Box.of(weight), _shards.local(weight)
         at = box.globally(torch.arange(local.numel()), 1)
         whole = weight.detach().full_tensor()
-        assert torch.equal(local.flatten(), whole.view(-1)[at])
+        assert torch.equal(local.flatten(), whole.flatten()[at])
         first = torch.tensor([_shards.is_first(weight) * local.numel()])
         dist.all_reduce(first)
         assert first == whole.numel()
@@ -273,16 +274,54 @@ def fsdp_and_tensor_parallel(mesh: DeviceMesh, both: DeviceMesh) -> None:
 
 
 def masks_by_gradients(mesh: DeviceMesh, both: DeviceMesh) -> None:
-    """Two batches on each of four ranks are eight in one process."""
+    """Batches of several ranks, and layers that several ranks compute: the mask of one process on all batches."""
     batches = [IDS[i : i + 1].roll(turn, 1) for i in range(4) for turn in (0, 1)]
-    for kind, granule, where in ((masks.Snip, 1, mesh), (masks.Grad, 4, both)):
-        mask = kind(density=0.1, granule=granule)
-        model, alone = shard(net(), where), net()
-        wanted = SparseTuner(alone, mask, LINEAR, calibration=batches, loss=loss_of)
-        own = batches[2 * dist.get_rank() :][:2]
-        tuner = SparseTuner(model, mask, LINEAR, calibration=own, loss=loss_of)
+    rank, half = dist.get_rank(), both["dp"].get_local_rank()
+    every, own = batches, batches[2 * rank :][:2]
+    two, four, of_half = batches[:2], batches[:4], batches[2 * half :][:2]
+    skip = masks.WeightMagnitude(density=0.05, skip=masks.Grad(density=0.05))
+    for mask, make, whole, given in (
+        (masks.Snip(density=0.1), lambda: shard(net(), mesh), every, own),
+        (masks.Grad(density=0.1, granule=4, balanced=True), lambda: shard(net(), both), every, own),
+        (masks.Rand(density=0.1, skip=masks.Grad(density=0.1)), lambda: shard(net(), mesh), every, own),
+        (masks.Grad(density=0.1, granule=16), lambda: parallel(net(), mesh, sequence=True), two, two),
+        (masks.Snip(density=0.1, balanced=True, skip=skip), lambda: parallel(net(), mesh), two, two),
+        (masks.Grad(density=0.1), lambda: shard(parallel(net(), both["tp"]), both["dp"]), four, of_half),
+        (
+            masks.Snip(density=0.1, granule=2),
+            lambda: shard(parallel(net(checkpointed=True), both["tp"], True), both["dp"]), four, of_half,
+        ),
+    ):  # fmt: skip
+        alone, model = net(), make()
+        wanted = SparseTuner(alone, mask, "up|down", calibration=whole, loss=loss_of)
+        tuner = SparseTuner(model, mask, "up|down", calibration=given, loss=loss_of)
         same(tuner.adapter(), wanted.adapter(), exact=True)
         tuner.detach()
+        base_is_back(model)
+    model = shard(net(), mesh)
+    with pytest.raises(ValueError, match=r"calibration: the ranks have different numbers of batches, this one 1"):
+        SparseTuner(model, masks.Grad(density=0.1), LINEAR, calibration=batches[: 1 + (rank == 1)], loss=loss_of)
+    base_is_back(model)
+
+
+def masks_of_whole_weights(mesh: DeviceMesh, both: DeviceMesh) -> None:
+    """Masks for which a weight is gathered."""
+    makes: tuple[Callable[[], nn.Module], ...] = (
+        lambda: parallel(net(), mesh),
+        lambda: shard(parallel(net(), both["tp"]), both["dp"]),
+        lambda: shard(net(), mesh),
+    )
+    several = (
+        masks.Principal(density=0.1, rank=4),
+        masks.WeightMagnitude(density=0.1, balanced=True),
+        masks.Rand(density=0.1, skip=masks.WeightMagnitude(density=0.1)),
+        masks.Given(lambda name, weight: weight > weight.mean()),
+        masks.Struct(density=0.3, skip=SparseTuner(net(), RAND, LINEAR).adapter()),
+    )
+    for mask, make in zip(several, makes + makes, strict=False):
+        wanted, model = SparseTuner(net(), mask, "up|down").adapter(), make()
+        with SparseTuner(model, mask, "up|down") as tuner:
+            same(tuner.adapter(), wanted, exact=True)
         base_is_back(model)
 
 
@@ -371,6 +410,20 @@ def by_hand(mesh: DeviceMesh, both: DeviceMesh) -> None:
         torch.testing.assert_close(full(values.grad), other.grad)
 
 
+def offloaded(mesh: DeviceMesh, both: DeviceMesh) -> None:
+    """Right where the weights stay on the device that computes, refused where they do not."""
+    model = shard(net(), mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeviceMesh, "device_type", "cuda")
+        with pytest.raises(ValueError, match=r"weight is kept on cpu by a CPUOffloadPolicy and computed with on cuda"):
+            SparseTuner(model, RAND, LINEAR)
+    base_is_back(model)
+    tuner = SparseTuner(model, RAND, LINEAR)
+    like_one_process(model, tuner, my(mesh), RAND, LINEAR, "AdamW")
+    tuner.detach()
+    base_is_back(model)
+
+
 def edits_and_states(mesh: DeviceMesh, both: DeviceMesh) -> None:
     model, alone = shard(net(), mesh), net()
     tuner, other = SparseTuner(model, RAND, LINEAR), SparseTuner(alone, RAND, LINEAR)
@@ -450,11 +503,11 @@ def mixed_precision(mesh: DeviceMesh, both: DeviceMesh) -> None:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes that this rank sends or receives for values and gradients."""
+    """Counts the bytes that this rank sends or receives for values and gradients, in all and at most in one call."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0
+        self.bytes = self.most = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
@@ -464,6 +517,7 @@ class Traffic(TorchDispatchMode):
             if frame is not None:
                 tensors = [one for one in tree_leaves(args) if isinstance(one, Tensor)]
                 self.bytes += max(one.nbytes for one in tensors)
+                self.most = max(self.most, *(one.nbytes for one in tensors))
         return func(*args, **(kwargs or {}))
 
 
@@ -492,9 +546,43 @@ def budget(mesh: DeviceMesh, both: DeviceMesh) -> None:
     assert own <= 1.1 * 3 * 4 * tuner.nnz / 4, (own, tuner.nnz)
 
 
+def files(mesh: DeviceMesh, both: DeviceMesh) -> None:
+    """The first rank writes the file of one process, one weight at a time; and says to the others if it cannot."""
+    rank = dist.get_rank()
+    for make, options, dtype in (
+        (lambda: shard(net(), mesh), {}, torch.float32),
+        (lambda: shard(parallel(net().bfloat16(), both["tp"]), both["dp"]), {"seeds": True}, torch.bfloat16),
+        (lambda: shard(net().bfloat16(), both), {"version": 2}, torch.bfloat16),
+    ):
+        model, alone = make(), net().to(dtype)
+        tuner, other = (SparseTuner(one, masks.Rand(density=0.1), "up|down") for one in (model, alone))
+        for one in (tuner, other):
+            with torch.no_grad():
+                for values in one.parameters():
+                    values.mul_(1.5)
+        other.save(f"alone.{rank}.safetensors", alpha=0.5, provenance={"data": "none"}, **options)
+        before, _sharded._BUCKET = _sharded._BUCKET, 1
+        with Traffic() as traffic:
+            tuner.save("together.safetensors", alpha=0.5, provenance={"data": "none"}, **options)
+        _sharded._BUCKET = before
+        largest = max(values.numel() for values in tuner.parameters()) * dtype.itemsize
+        assert traffic.most <= largest + 4 * dtype.itemsize, (traffic.most, largest)
+        assert Path("together.safetensors").read_bytes() == Path(f"alone.{rank}.safetensors").read_bytes()
+        dist.barrier()  # before the file is written anew
+        with pytest.raises(FileNotFoundError if rank == 0 else RuntimeError, match=r"the folder 'gone' to write 'a'"):
+            tuner.save("gone/a")
+    before_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before_limit[1]))
+    with pytest.raises(OSError if rank == 0 else RuntimeError, match=r"File too large"):  # while it is written
+        tuner.save("together.safetensors")
+    resource.setrlimit(resource.RLIMIT_FSIZE, before_limit)
+    assert Path("together.safetensors").read_bytes() == Path(f"alone.{rank}.safetensors").read_bytes()
+
+
 def checkpoint_to_resume(mesh: DeviceMesh, both: DeviceMesh) -> None:
     """For `resume_ranks`, which goes on with other ranks."""
     model = shard(net(), mesh)
+    dcp.save(model.state_dict(), checkpoint_id="base")
     tuner = SparseTuner(model, RAND, LINEAR)
     optimizer = OPTIMIZERS["AdamW"](tuner)
     for step in range(3):
@@ -523,14 +611,6 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
     same_mask = masks.Given({"head.weight": torch.arange(11 * 16).view(11, 16) % 5 == 0})
     with SparseTuner(model, same_mask) as tuner:
         same(tuner.adapter(), SparseTuner(net(), same_mask).adapter(), exact=True)
-    for mask, says in (
-        (masks.Grad(density=0.1, balanced=True), r"for which Grad cannot take balanced=True"),
-        (masks.Given(lambda name, weight: weight > 0), r"Given reads .* or give the function's tensors by name"),
-        (masks.WeightMagnitude(density=0.1, balanced=True), r"WeightMagnitude cannot take balanced=True"),
-        (masks.Rand(density=0.1, skip=masks.WeightMagnitude(density=0.1)), r"Rand reads the whole weight"),
-    ):
-        with pytest.raises(ValueError, match=rf"SparseTuner: head\.weight is sharded, .*{says}"):
-            SparseTuner(model, mask, LINEAR)
     for options in ({"gradient": "dense"}, {"whole": "head"}):
         with pytest.raises(
             ValueError, match=r"weight is sharded and would train by its dense gradient, which is not supported"
@@ -567,8 +647,6 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
     with pytest.raises(ValueError, match=r"calibration: embed\.weight is sharded"):
         SparseTuner(model, masks.Grad(density=0.1), "embed", calibration=[my(mesh)], loss=loss_of)
     part = parallel(net(), mesh)
-    with pytest.raises(ValueError, match=r"up\.weight is divided by tensor parallelism, where Grad has no gradients"):
-        SparseTuner(part, masks.Grad(density=0.1), "up", calibration=[IDS], loss=loss_of)
     with pytest.raises(
         ValueError, match=r"head\.weight is not sharded, but blocks\.0\.up\.weight is, and nothing says"
     ):
@@ -601,8 +679,9 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
 
 
 CHECKS = (
-    boxes, fsdp, attached_before, tensor_parallel, fsdp_and_tensor_parallel, masks_by_gradients, few_entries,
-    convolution, hybrid, tied, by_hand, edits_and_states, mixed_precision, budget, refusals, checkpoint_to_resume,
+    boxes, fsdp, attached_before, tensor_parallel, fsdp_and_tensor_parallel, masks_by_gradients, masks_of_whole_weights,
+    few_entries, convolution, hybrid, tied, by_hand, offloaded, edits_and_states, mixed_precision, budget, files,
+    refusals, checkpoint_to_resume,
 )  # fmt: skip
 
 

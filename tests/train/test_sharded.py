@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from sharded_ranks import net
 
 from shira import Adapter
+from shira_ops import scatter_
 
 TESTS = Path(__file__).parent.parent
 EXAMPLES = TESTS.parent / "examples"
@@ -32,6 +35,23 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_four_ranks_find_what_one_process_finds(four: Path) -> None:
     assert sorted(path.name for path in four.glob("sharded_ranks/done.*")) == [f"done.{rank}" for rank in range(4)]
+
+
+def test_differences_of_what_four_ranks_saved(four: Path) -> None:
+    """Of a model and its optimizer, in pieces that differ between the ranks."""
+    base, folder = net().state_dict(), four / "sharded_ranks"
+    tuned = {name: tensor.clone() for name, tensor in base.items()}
+    for name, entry in Adapter.load(folder / "1.safetensors").weights.items():
+        scatter_(tuned[name], entry.indices, entry.values, granule=entry.granule)
+    wanted = Adapter.from_difference(base, tuned)
+    assert wanted.nnz > 0
+    for one in (base, folder / "base"):
+        got = Adapter.from_difference(one, folder / "checkpoint")
+        assert got.weights.keys() == wanted.weights.keys()
+        for name, entry in wanted.weights.items():
+            assert got.weights[name].fingerprint == entry.fingerprint
+            assert torch.equal(got.weights[name].indices, entry.indices)
+            assert torch.equal(got.weights[name].values, entry.values)
 
 
 def test_two_ranks_go_on_and_run_the_examples(four: Path) -> None:

@@ -1,7 +1,7 @@
 """Checkpoints, read tensor by tensor: safetensors files (mapped, without torch), state dicts and modules.
 
-A checkpoint on disk is a ``.safetensors`` file, a folder that holds one, or a folder with shards and their
-``*.safetensors.index.json``. A tensor is not read before it is used.
+A checkpoint on disk is a ``.safetensors`` file, a folder that holds one, a folder with shards and their
+``*.safetensors.index.json``, or a folder of ``torch.distributed.checkpoint``. A tensor is not read before it is used.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ Bytes: TypeAlias = npt.NDArray[np.uint8]
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with a tensor's name, the bytes done so far and the bytes in all."""
 
+DCP_METADATA = ".metadata"
 INDEX_SUFFIX = ".safetensors.index.json"
 _MOST_INDEX_BYTES = 256 << 20
 # Dtypes that an adapter cannot hold: such tensors are only compared and copied.
@@ -48,7 +49,7 @@ class Stored:
     dtype: str  # torch's name where an adapter can hold it, else safetensors' in lower case
     shape: tuple[int, ...]
     nbytes: int
-    # The bytes of the mapped file, or the tensor in memory.
+    # The bytes of the mapped file, the tensor in memory, or a function that reads the tensor.
     data: Any = field(repr=False)
     # Equal for two names of one tensor.
     memory: object = None
@@ -67,9 +68,9 @@ class Stored:
         return self.dtype in _file.DTYPES
 
     @property
-    def mapped(self) -> bool:
-        """Whether it is part of a mapped file."""
-        return isinstance(self.data, np.ndarray)
+    def on_disk(self) -> bool:
+        """Whether it is read from a file, so that nobody else writes to what was read."""
+        return isinstance(self.data, np.ndarray) or callable(self.data)
 
     @property
     def file_dtype(self) -> str:
@@ -89,7 +90,8 @@ class Stored:
             raise AdapterError(f"{self.name!r} {self.foreign}")
         import torch
 
-        flat = self.data.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
+        data = self.data() if callable(self.data) else self.data
+        flat = data.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
         found: Bytes = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
         return found
 
@@ -208,6 +210,8 @@ def _on_disk(path: str) -> Checkpoint:
     if not os.path.isdir(path):
         shard = map_file(path)
         return _named(path, shard.tensors, shards=[shard])
+    if os.path.isfile(os.path.join(path, DCP_METADATA)):
+        return _distributed(path)
     files = sorted(os.listdir(path))
     indices = [name for name in files if name.endswith(INDEX_SUFFIX)]
     single = [name for name in files if name.endswith(".safetensors")]
@@ -224,6 +228,18 @@ def _on_disk(path: str) -> Checkpoint:
         )
     shard = map_file(os.path.join(path, single[0]))
     return _named(path, shard.tensors, shards=[shard], folder=path)
+
+
+def _distributed(folder: str) -> Checkpoint:
+    import torch
+
+    from shira.adapter import _dcp
+
+    tensors = {}
+    for name, (shape, dtype, read) in _dcp.find(folder, os.path.join(folder, DCP_METADATA)).items():
+        size = getattr(torch, dtype).itemsize
+        tensors[name] = Stored(name, dtype, shape, math.prod(shape) * size, read)
+    return _named(folder, tensors, folder=folder)
 
 
 def _in_memory(where: str, tensors: Mapping[str, Any], model: object) -> Checkpoint:

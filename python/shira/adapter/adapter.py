@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,16 +115,35 @@ class Adapter:
             version: of the file. 1 can be read by every version of this library; 2 has a shorter code of indices, most
                 of all below 1 %. None: 2 where that makes the file at least a twentieth smaller.
         """
+        self._save(path, seeds, version, {})
+
+    def _save(
+        self,
+        path: str | os.PathLike[str],
+        seeds: bool,
+        version: int | None,
+        values: Mapping[str, tuple[_file.Part, int]],
+    ) -> None:
         path = Path(path)
         if version not in (None, *_file.VERSIONS):
             raise ValueError(f"Adapter.save: version must be 1, 2 or None, got {_text.shown(version)}")
         if not path.parent.is_dir():
             raise FileNotFoundError(f"the folder {str(path.parent)!r} to write {path.name!r} into does not exist")
         with _file.replacing(path) as temporary:
-            self.write(temporary, seeds=seeds, version=version)
+            self.write(temporary, seeds=seeds, version=version, values=values)
 
-    def write(self, path: Path, *, seeds: bool = False, version: int | None = None) -> None:
-        """Write the bytes of `save` to this path itself, which may hold half of them if that is interrupted."""
+    def write(
+        self,
+        path: Path,
+        *,
+        seeds: bool = False,
+        version: int | None = None,
+        values: Mapping[str, tuple[_file.Part, int]] = MappingProxyType({}),
+    ) -> None:
+        """Write the bytes of `save` to this path itself, which may hold half of them if that is interrupted.
+
+        ``values``: see `write_entries`.
+        """
         about = {
             "alpha": self.alpha,
             "delta": self.delta,
@@ -132,7 +151,7 @@ class Adapter:
             "density": self.density,
             "provenance": self.provenance,
         }
-        write_entries(path, self.weights, about, seeds=seeds, version=version)
+        write_entries(path, self.weights, about, seeds=seeds, version=version, values=values)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, checksums: bool = True) -> Adapter:
@@ -180,8 +199,9 @@ class Adapter:
         which must not be written to while the adapter is in use.
 
         Args:
-            base, tuned: each a path (a ``.safetensors`` file, or a folder with one or with shards and their index), a
-                state dict, or a module, with the same shapes and dtypes. Tied tensors of ``base`` become aliases. Names
+            base, tuned: each a path (a ``.safetensors`` file, a folder with one or with shards and their index, or a
+                folder of ``torch.distributed.checkpoint``, of which one weight at a time is read), a state dict, or a
+                module, with the same shapes and dtypes. Tied tensors of ``base`` become aliases. Names
                 may differ where it is certain what belongs together: prefixes of wrappers (``_orig_mod.``,
                 ``module.``), a prefix that only one of them has (``transformer.``, ``0.auto_model.``), and a tied
                 weight that only one of them holds twice. The values of a `SparseTuner` are left out. The report's
@@ -487,6 +507,25 @@ class Adapter:
         return cls(entries, alpha=alpha, provenance=provenance)
 
 
+class _Code(NamedTuple):
+    """The code of a weight's indices, in memory or made again when it is written."""
+
+    nbytes: int
+    print: int
+    pieces: Callable[[], list[Any]]
+
+    @staticmethod
+    def of(indices: Tensor, version: int, keep: bool) -> _Code:
+        def made() -> Tensor:
+            return shira_ops.encode_indices(indices.cpu(), version=version)
+
+        code = made()
+        pieces = [code.numpy()]
+        return _Code(
+            code.numel(), _granules.fingerprint(code), (lambda: pieces) if keep else (lambda: [made().numpy()])
+        )
+
+
 def write_entries(
     path: Path,
     weights: Mapping[str, Entry],
@@ -495,6 +534,7 @@ def write_entries(
     seeds: bool = False,
     version: int | None = None,
     differences: Mapping[str, tuple[Tensor, int]] = MappingProxyType({}),
+    values: Mapping[str, tuple[_file.Part, int]] = MappingProxyType({}),
 ) -> None:
     """Write an adapter's file.
 
@@ -502,9 +542,12 @@ def write_entries(
         about: the JSON object of `shira.adapter`.
         version: the newest that may be written; None: 2 where that makes the file at least a twentieth smaller.
         differences: of weights whose values are written so, the differences and the fingerprint of the values.
+        values: of weights whose values are not in memory (those of their entries are on the meta device), what gives
+            them when they are written, in the order of the file, and their fingerprint. Then indices are coded a
+            second time instead of being kept until then.
     """
-    codes: dict[str, Tensor] = {}
-    newer: dict[str, Tensor] = {}
+    codes: dict[str, _Code] = {}
+    newer: dict[str, _Code] = {}
     for name, entry in weights.items():
         where = f"weight {named(name)}"
         entry.check_indices(where)
@@ -515,11 +558,11 @@ def write_entries(
             if not torch.equal(drawn, entry.indices.cpu().to(drawn.dtype)):
                 raise AdapterError(f"{where}: its indices are not those its seed draws; save it without seeds=True")
             continue
-        codes[name] = shira_ops.encode_indices(entry.indices.cpu())
+        codes[name] = _Code.of(entry.indices, 1, keep=not values)
         if version != 1:
-            newer[name] = shira_ops.encode_indices(entry.indices.cpu(), version=2)
-    spared = sum(codes[name].numel() - newer[name].numel() for name in newer)
-    if version == 2 or 20 * spared >= sum(code.numel() for code in codes.values()) + sum(
+            newer[name] = _Code.of(entry.indices, 2, keep=not values)
+    spared = sum(codes[name].nbytes - newer[name].nbytes for name in newer)
+    if version == 2 or 20 * spared >= sum(code.nbytes for code in codes.values()) + sum(
         entry.values.nbytes for entry in weights.values()
     ):
         codes |= newer
@@ -531,13 +574,19 @@ def write_entries(
     prints: list[tuple[int, int]] = []
     for name, entry in weights.items():
         code = codes.get(name)
-        values, printed = entry.values, None
-        if name in differences:
-            numbers, printed = differences[name]
-            values = _difference.encode(numbers)
-        parts.append((f"{name}.values", _file.tensor_part(values)))
+        printed = None
+        if name in values:
+            part, word = values[name]
+        else:
+            tensor = entry.values
+            if name in differences:
+                numbers, printed = differences[name]
+                tensor = _difference.encode(numbers)
+            part = _file.tensor_part(tensor)
+            word = _granules.fingerprint(tensor.detach().cpu().contiguous())
+        parts.append((f"{name}.values", part))
         if code is not None:
-            parts.append((f"{name}.indices", _file.tensor_part(code)))
+            parts.append((f"{name}.indices", _file.Part("U8", (code.nbytes,), code.nbytes, code.pieces)))
         headers[name] = {
             "shape": list(entry.shape),
             "dtype": dtype_name(entry.dtype),
@@ -549,8 +598,7 @@ def write_entries(
             **({"aliases": list(entry.aliases)} if entry.aliases else {}),
             **({} if printed is None else {"values": "difference", "print": _text.hex_word(printed)}),
         }
-        values = values.detach().cpu().contiguous()
-        prints.append((_granules.fingerprint(values), 0 if code is None else _granules.fingerprint(code)))
+        prints.append((word, 0 if code is None else code.print))
     metadata = {
         "format": "pt",
         _file.VERSION_KEY: "2" if spared > 0 or differences else "1",

@@ -140,6 +140,11 @@ def bake(
         progress: called with a tensor's name, the bytes done and the bytes in all.
     """
     source = open_checkpoint(os.fspath(base), "base")
+    if not source.shards:
+        raise AdapterError(
+            f"{source.where} is a checkpoint of torch.distributed.checkpoint, and the merged one is written in the "
+            f"base's own files, which must be .safetensors; convert the base first"
+        )
     target = _output.destination(
         out,
         overwrite,

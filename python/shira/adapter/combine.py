@@ -236,9 +236,9 @@ class _Meeting:
         indices, offsets, sources, members = shira_ops.fuse_plan(lists, granule=granule)
         dtype = torch.float64 if self.parts[0][1].dtype == torch.float64 else torch.float32
         rows = torch.zeros(len(self.parts), indices.numel(), granule, dtype=dtype, device="cpu")
-        for number, (_, entry) in enumerate(self.parts):
-            union = plan.rows(offsets, sources, members, number)
-            rows[number, union] = entry.values.detach().cpu().to(dtype).view(-1, granule)
+        places = plan.rows(offsets, sources, members, len(self.parts))
+        for row, place, (_, entry) in zip(rows, places, self.parts, strict=True):
+            row[place] = entry.values.detach().cpu().to(dtype).view(-1, granule)
         factors = torch.tensor([factor for factor, _ in self.parts], dtype=dtype, device="cpu").view(-1, 1, 1)
         return granule, indices, rows, factors
 

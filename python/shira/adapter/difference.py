@@ -1,7 +1,8 @@
 """An adapter from two checkpoints: what fine-tuning changed, and how much of that was left out.
 
-Both checkpoints are mapped and compared in chunks that stay in the caches. Neither model is ever in memory. The bits
-are compared, so that another payload of a NaN or another sign of a zero counts as a change.
+Both checkpoints are mapped and compared in chunks that stay in the caches. Neither model is ever in memory; of a
+checkpoint of ``torch.distributed.checkpoint``, whose tensors are in pieces, one weight at a time is. The bits are
+compared, so that another payload of a NaN or another sign of a zero counts as a change.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class _Pair:
     tuned: Bytes
     granule: int
     aliases: tuple[str, ...]
-    mapped: bool  # whether the tuned one is a file's
+    on_disk: bool  # whether the tuned one is a file's
 
     @property
     def numel(self) -> int:
@@ -229,7 +230,7 @@ def _entry(pair: _Pair, density: float | None, pool: Executor, ahead: int) -> tu
     elif budget >= whole_from:
         granule = pair.numel
         indices, kept = torch.zeros(1, dtype=torch.int32, device="cpu"), _flat(pair.tuned, pair.dtype)
-        if not pair.mapped:  # the tensor is the caller's, who may go on training it
+        if not pair.on_disk:  # the tensor is the caller's, who may go on training it
             kept = kept.clone()
         if density is not None:
             total = _squared(pair, pool, ahead)
@@ -300,7 +301,7 @@ def _new(aligned: Aligned) -> dict[str, Entry]:
         if first[stored.one] != name:
             continue  # another name of a tensor that is new as well
         aliases = tuple(other for other, one in aligned.tuned.items() if other != name and one.one == stored.one)
-        values = stored.tensor() if stored.mapped else stored.tensor().clone()
+        values = stored.tensor() if stored.on_disk else stored.tensor().clone()
         indices, dtype = torch.zeros(1, dtype=torch.int32), getattr(torch, stored.dtype)
         entries[name] = Entry(indices, values, stored.shape, dtype, stored.numel, None, None, aliases, checked=True)
     return entries
@@ -330,16 +331,17 @@ def difference(
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
         for name, one, two, aliases in matched:
-            pair = _Pair(name, one.dtype, one.shape, one.bytes(), two.bytes(), granule, aliases, two.mapped)
+            pair = _Pair(name, one.dtype, one.shape, one.bytes(), two.bytes(), granule, aliases, two.on_disk)
             if pair.numel and (pair.shape[-1] if pair.shape else 1) % granule:
                 # Only a weight that changed needs granules.
                 if not equal_bytes(pair.base, pair.tuned):
                     uneven.append(f"{pair.name} {list(pair.shape)}")
             elif not uneven and (made := _entry(pair, density, pool, 2 * threads)) is not None:
                 entries[pair.name], report[pair.name] = made
+            del pair  # before the next one is read
             done += one.nbytes
             if progress is not None:
-                progress(pair.name, done, total)
+                progress(name, done, total)
     if uneven:
         raise AdapterError(
             f"granule {granule} must divide the last dimension of every weight that changed; "

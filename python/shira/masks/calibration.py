@@ -14,9 +14,10 @@ over all calibration batches: signed, in fp32 (fp64 for fp64 weights). `stream` 
   last contribution is there. So with one batch there is never more than one dense gradient at a time, and with several
   batches never more than one besides the accumulators.
 
-Weights that FSDP2 divides between ranks take part where their layers are ``nn.Linear``: after every backward pass of
-such a layer its product is added up over the ranks, which keep their part of the sum. So the gradient is that of the
-batches of all ranks, and a rank never keeps more than its part of it. All ranks run equally many batches.
+Weights that FSDP2, tensor parallelism or both divide between ranks take part where their layers are ``nn.Linear``:
+after every backward pass of such a layer its product is added up over the ranks, which keep their part of the sum. So
+the gradient is that of the batches of all ranks, and a rank never keeps more than its part of it. All ranks run equally
+many batches; the ranks that compute a layer together by tensor parallelism run the same ones.
 
 Afterwards the model is unchanged: parameters, their ``.grad`` and ``requires_grad``, modes, buffers, and torch's random
 state. The model runs in its current mode: call ``model.eval()`` first for gradients without dropout and with the
@@ -77,12 +78,11 @@ def stream(
             f"put it in a list"
         )
     layers = {name: _quantized(name, *places[0]) for name, places in weights.items()}
-    gathers = bool(_shards.fsdp_modules(model))
     for name, places in weights.items():
         if layers[name] is not None:
             continue
         weight = getattr(*places[0])
-        if _shards.is_dtensor(weight) and gathers and all(map(_is_linear, places)):
+        if _shards.is_dtensor(weight) and all(map(_is_linear, places)):
             continue
         foreign = _model.foreign(weight)
         if foreign is not None:
@@ -133,9 +133,17 @@ class _Gradient:
     def dtype(self) -> torch.dtype:
         return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
 
+    @property
+    def shape(self) -> Sequence[int]:
+        """The shape of what is summed up."""
+        return self.weight.shape
+
+    def computed_by(self, module: nn.Module) -> None:
+        """Called before each call of the linear layer."""
+
     def of_layer(self, grad_output: Tensor, input: Tensor, keep: bool) -> None:
         """Adds a call of the linear layer. Its factors are kept for later if that is allowed and they are small."""
-        rows, columns = self.weight.shape
+        rows, columns = self.shape
         self._contribution()
         size = sum(_bytes(g) + _bytes(x) for g, x, _ in self.pairs) + _bytes(grad_output) + _bytes(input)
         keep = keep and self.total is None and size <= self.weight.numel() * self.dtype.itemsize
@@ -161,6 +169,11 @@ class _Gradient:
         self.visited = True
         return total
 
+    def is_finite(self, total: Tensor) -> bool:
+        """Whether every entry of the gradient is finite."""
+        # If all entries are, their sum almost always is: one cheap pass instead of a mask.
+        return bool(total.sum().isfinite()) or bool(total.isfinite().all())
+
     def _contribution(self) -> None:
         if self.visited:
             raise RuntimeError(
@@ -171,7 +184,7 @@ class _Gradient:
 
     def _accumulator(self) -> Tensor:
         if self.total is None:
-            self.total = torch.zeros(self.weight.shape, dtype=self.dtype, device=self.weight.device)
+            self.total = torch.zeros(self.shape, dtype=self.dtype, device=self.weight.device)
         return self.total
 
     def _multiply(self) -> None:
@@ -191,7 +204,7 @@ class _Gradient:
         # time, and summed in fp32.
         first = self.total is None
         if self.total is None:
-            self.total = torch.empty(self.weight.shape, dtype=self.dtype, device=self.weight.device)
+            self.total = torch.empty(self.shape, dtype=self.dtype, device=self.weight.device)
         for rows, part in zip(self.total.split(_ROWS), grad_output.split(_ROWS, dim=1), strict=True):
             product = part.t() @ input
             rows.copy_(product) if first else rows.add_(product)
@@ -199,30 +212,73 @@ class _Gradient:
 
 @dataclass(eq=False)
 class _ShardedGradient(_Gradient):
-    """The gradient of a weight that FSDP divides between ranks, of which each keeps the part that it has of the weight.
+    """The gradient of a weight that ranks hold together, of which each keeps the part that it has of the weight.
 
     Every call of the layer is added up over the ranks at once. All of them run the same layers in the same order.
     """
 
-    def of_layer(self, grad_output: Tensor, input: Tensor, keep: bool) -> None:
-        from torch.distributed.tensor import DTensor, Partial
+    # How tensor parallelism divides the weight while its layer computes: mesh and placements; None: not at all.
+    layout: tuple[Any, Sequence[Any]] | None = None
 
-        if _shards.is_dtensor(grad_output):
-            raise RuntimeError(
-                f"calibration: {self.name} is divided while its layer computes (tensor parallelism), which is not "
-                f"supported"
-            )
+    @property
+    def shape(self) -> Sequence[int]:
+        return self.weight.shape if self.layout is None else self._computed().local_shape
+
+    def computed_by(self, module: nn.Module) -> None:
+        held: Any = module.weight
+        self.layout = (held.device_mesh, held.placements) if _shards.is_dtensor(held) else None
+
+    def of_layer(self, grad_output: Tensor, input: Tensor, keep: bool) -> None:
         before, self.total = self.total, None
-        super().of_layer(grad_output, input, keep=False)
-        weight: Any = self.weight
-        every = [Partial()] * weight.device_mesh.ndim
-        added = DTensor.from_local(self._accumulator(), weight.device_mesh, every, run_check=False)
-        part = added.redistribute(placements=weight.placements)
+        if self.layout is None:
+            super().of_layer(grad_output, input, keep=False)
+        elif (parts := _shards.aligned(grad_output, input, *self.layout)) is not None:
+            super().of_layer(*parts, keep=False)
+        else:  # another rank has made the same
+            self._contribution()
+        part = self._added(self._accumulator())
         self.total = part if before is None else before.add_(part)
 
+    def _computed(self) -> _shards.Box:
+        """The part of the weight with which this rank computes."""
+        assert self.layout is not None
+        mesh, placements = self.layout
+        return _shards.box_of(tuple(self.weight.shape), tuple(mesh.shape), mesh.get_coordinate(), placements)
 
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if _shards.is_dtensor(tensor) else tensor
+    def _added(self, own: Tensor) -> Tensor:
+        """Of the sum of what all ranks have made, the part of this rank."""
+        from torch.distributed.tensor import DTensor, Partial
+
+        weight: Any = self.weight
+        mesh, placements = weight.device_mesh, weight.placements
+        if self.layout is None:
+            every = [Partial()] * mesh.ndim
+            return DTensor.from_local(own, mesh, every, run_check=False).redistribute(placements=placements)
+        computing, divided = self.layout
+        names = range(mesh.ndim) if computing == mesh else computing.mesh_dim_names
+        cut = {name for name, placement in zip(names, divided, strict=True) if placement.is_shard()}
+        for name in range(mesh.ndim) if computing == mesh else mesh.mesh_dim_names:
+            if name not in cut:
+                torch.distributed.all_reduce(own, group=mesh.get_group(name))
+        part = _shards.Box.of(weight).cut(own, self._computed())
+        shape = {"shape": weight.shape, "stride": weight.stride()}
+        return DTensor.from_local(part, mesh, placements, run_check=False, **shape)
+
+    def is_finite(self, total: Tensor) -> bool:
+        return self.every_rank(super().is_finite(_shards.local(total)))
+
+    def every_rank(self, here: bool) -> bool:
+        """Whether something is so on every rank. A collective call."""
+        return not self.any_rank(not here)
+
+    def any_rank(self, here: bool) -> bool:
+        """Whether something is so on any rank. A collective call."""
+        weight: Any = self.weight
+        found = torch.tensor(here, dtype=torch.int32, device=_shards.local(weight).device)
+        for dim in range(weight.device_mesh.ndim):
+            group = weight.device_mesh.get_group(dim)
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=group)
+        return bool(found)
 
 
 def _is_linear(place: tuple[nn.Module, str]) -> bool:
@@ -284,8 +340,9 @@ class _Run:
                 plain = all(map(_is_linear, places))
                 if plain or name in self.quantized:
                     for module, _ in places:
+                        # Before all other hooks, which may change the output: this one needs the layer's own.
                         hook = partial(self._forward, gradient)
-                        handles.append(module.register_forward_hook(hook, with_kwargs=True))
+                        handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
                 else:
                     gradient.weight.requires_grad_(True)
                     self.leaves.append(gradient.weight)
@@ -304,6 +361,7 @@ class _Run:
         while following is not _END:
             batch, following = following, next(iterator, _END)
             self.last = following is _END
+            self._check_ranks(number + 1)
             self._batch(model, batch, loss, number)
             number += 1
         missing = [name for name, gradient in self.gradients.items() if not gradient.reached]
@@ -315,6 +373,16 @@ class _Run:
         for gradient in self.gradients.values():
             if not gradient.visited:
                 self._finish(gradient)
+
+    def _check_ranks(self, number: int) -> None:
+        """Refuse ranks of which one has its last batch and another has not: it would wait for ever."""
+        sharded = [gradient for gradient in self.gradients.values() if isinstance(gradient, _ShardedGradient)]
+        if sharded and sharded[0].any_rank(self.last) and not sharded[0].every_rank(self.last):
+            more = "" if self.last else " or more"
+            raise ValueError(
+                f"calibration: the ranks have different numbers of batches, this one {number}{more}; give every rank "
+                f"equally many"
+            )
 
     def _batch(self, model: nn.Module, batch: Any, loss: Loss, number: int) -> None:
         for gradient in self.gradients.values():
@@ -336,6 +404,7 @@ class _Run:
         if not torch.is_grad_enabled():
             return None
         gradient.expected += not self.in_backward  # activation checkpointing runs it again in the backward
+        gradient.computed_by(module)
         input = args[0] if args else next(iter(kwargs.values()))
         return _Tap.apply(output, self.anchor, input, partial(self._layer, gradient))  # type: ignore[no-untyped-call]
 
@@ -358,8 +427,7 @@ class _Run:
     def _finish(self, gradient: _Gradient) -> None:
         with torch.no_grad():
             total = gradient.finish()
-            # If all entries are finite, the sum almost always is: one cheap pass instead of a mask.
-            if not bool(_whole(total.sum()).isfinite()) and bool(_whole((~total.isfinite()).sum())):
+            if not gradient.is_finite(total):
                 why = f" ({_model.some(self.strange_losses)})" if self.strange_losses else ""
                 raise RuntimeError(f"calibration: the gradient of {gradient.name} is not finite{why}")
             self.visit(gradient.name, total)

@@ -65,6 +65,8 @@ __all__ = [
 Density: TypeAlias = float | Mapping[str, float]
 Rank: TypeAlias = int | Mapping[str, int]
 Granule: TypeAlias = int | Literal["auto"]
+# What a mask by gradients selects of a weight: mask, name, weight, gradient.
+Choose: TypeAlias = Callable[["_Scored", str, Tensor, Tensor], Tensor]
 Skip: TypeAlias = Union["Mask", "Adapter", Sequence[Union["Mask", "Adapter"]]]
 
 DEFAULT_SEED = 0
@@ -239,6 +241,8 @@ class Mask:
         weights: Mapping[str, Sequence[tuple[nn.Module, str]]],
         calibration: Iterable[Any] | None = None,
         loss: _calibration.Loss | None = None,
+        *,
+        choose: Choose | None = None,
     ) -> None:
         """Called once before ``select``: masks that need gradients collect them here.
 
@@ -247,6 +251,7 @@ class Mask:
             weights: a weight's name to every place that holds it, as (module, attribute).
             calibration: batches, for a mask that needs them or that skips one that does; otherwise None.
             loss: see `shira.masks.calibration.stream`.
+            choose: for weights that ranks hold together, what a mask by gradients selects of one.
         """
         needing = [mask for mask in self._with_skipped() if isinstance(mask, _Calibrated)]
         kind = type(self).__name__
@@ -265,7 +270,7 @@ class Mask:
         def visit(name: str, gradient: Tensor) -> None:
             weight = _calibration.dense(name, *weights[name][0])
             for mask in needing:  # those that are skipped come first
-                mask._selected[name] = mask._choose(name, weight, gradient)
+                mask._selected[name] = (choose or _chosen)(mask, name, weight, gradient)
 
         _calibration.stream(model, weights, calibration, loss, visit)
 
@@ -273,6 +278,11 @@ class Mask:
     def reads_weights(self) -> bool:
         """Whether this mask, or one that it skips, depends on what a weight holds."""
         return not all(mask.by_shape for mask in self._with_skipped())
+
+    @property
+    def _is_calibrated(self) -> bool:
+        """Whether this mask, or one that it skips, needs gradients over calibration batches."""
+        return any(isinstance(mask, _Calibrated) for mask in self._with_skipped())
 
     def _with_skipped(self) -> Iterator[Mask]:
         """The masks that this one skips, each after those that it skips itself; this one comes last."""
@@ -334,6 +344,10 @@ class Mask:
     def __repr__(self) -> str:
         inside = ", ".join(f"{key}={value!r}" for key, value in self.describe().items() if key != "name")
         return f"{type(self).__name__}({inside})"
+
+
+def _chosen(mask: _Scored, name: str, weight: Tensor, gradient: Tensor) -> Tensor:
+    return mask._choose(name, weight, gradient)
 
 
 def _about_adapter(adapter: Adapter) -> dict[str, Any]:
@@ -787,11 +801,13 @@ class Given(Mask):
         weights: Mapping[str, Sequence[tuple[nn.Module, str]]],
         calibration: Iterable[Any] | None = None,
         loss: _calibration.Loss | None = None,
+        *,
+        choose: Choose | None = None,
     ) -> None:
         unused = [name for name in self.names or () if name not in weights]
         if unused:
             raise ValueError(f"Given: has masks for {_model.some(unused)}, which are not targets: leave them out")
-        super().prepare(model, weights, calibration, loss)
+        super().prepare(model, weights, calibration, loss, choose=choose)
 
     def select(self, name: str, weight: Tensor) -> Tensor:
         mask = self.given[name] if isinstance(self.given, Mapping) else self.given(name, weight)

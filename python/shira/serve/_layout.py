@@ -299,8 +299,8 @@ def _union(weight: Weight, parts: list[Part]) -> Part:
     indices, offsets, sources, members = shira_ops.fuse_plan(lists, granule=granule)
     saved = parts[0].saved.new_empty(indices.numel() * granule)
     rows = _bits(saved).view(-1, granule * weight.dtype.itemsize)
-    for number, part in enumerate(parts):  # where adapters meet, all of them saved the same base
-        rows[plan.rows(offsets, sources, members, number)] = _bits(part.saved).view(-1, rows.shape[1])
+    for part, here in zip(parts, plan.rows(offsets, sources, members, len(parts)), strict=True):
+        rows[here] = _bits(part.saved).view(-1, rows.shape[1])  # where adapters meet, all of them saved the same base
     values = [part.values[0] for part in parts]
     borrowed = len({value.dtype for value in values}) == 1
     if not borrowed:

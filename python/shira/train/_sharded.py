@@ -16,6 +16,7 @@ No dense gradient of a weight is made, and what is added up is fp32 whatever FSD
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,9 +27,10 @@ from torch import Tensor, distributed, nn
 
 import shira_ops
 from shira import _granules, _model, _shards
-from shira._granules import fnv1a64, signed
+from shira._granules import dtype_name, fnv1a64, signed
+from shira.adapter import _file
 from shira.masks import calibration
-from shira.masks.masks import Given, Grad, Mask, Snip, WeightMagnitude
+from shira.masks.masks import Grad, Mask, Principal, Snip, WeightMagnitude
 from shira.train import _layers
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 # How a weight is divided while a layer computes with it; None: not at all.
 Layout: TypeAlias = "tuple[DeviceMesh, tuple[Any, ...]] | None"
 
-_Scored: TypeAlias = WeightMagnitude | Grad | Snip
+# The masks whose scores depend on each granule alone.
 _SCORED = (WeightMagnitude, Grad, Snip)
 
 # How many entries one collective moves, so that its buffers stay small beside the model.
@@ -147,6 +149,27 @@ class Ranks:
         got = tensor.new_empty(self.size * tensor.numel())
         _collective("all_gather")(got, tensor.contiguous(), group=self.group)
         return got
+
+    def of_first(self, tensor: Tensor) -> Tensor:
+        """The tensor of the first rank; all of them are of one shape and dtype."""
+        tensor = tensor.contiguous()
+        distributed.broadcast(tensor, group=self.group, group_src=0)
+        return tensor
+
+    def to_first(self, chunk: Tensor, count: int) -> list[Any]:
+        """The bytes of all values, from the chunks of all ranks, on the first rank; nothing on the others."""
+        size = chunk.element_size()
+        sent = torch.zeros(self.chunk(count) * size, dtype=torch.uint8, device=chunk.device)
+        sent[: chunk.numel() * size] = chunk.contiguous().view(torch.uint8)
+        got = sent.new_empty(self.size, sent.numel()) if self.rank == 0 else None
+        distributed.gather(sent, None if got is None else list(got), group=self.group, group_dst=0)
+        return [] if got is None else [got.view(-1)[: count * size].cpu().numpy()]
+
+    def told_by_first(self, text: str | None) -> str | None:
+        """The text of the first rank."""
+        texts = [text]
+        distributed.broadcast_object_list(texts, group=self.group, group_src=0, device=self._device)
+        return texts[0]
 
     @property
     def _device(self) -> torch.device:
@@ -268,23 +291,6 @@ def stand_in(weight: Tensor) -> Tensor:
     return _shards.local(weight).new_zeros(()).expand(weight.shape)
 
 
-def check_mask(mask: Mask, name: str, tensor_parallel: bool) -> None:
-    """Refuse a mask that would have to read a weight that no rank has."""
-    kind = type(mask).__name__
-    if type(mask) in _SCORED:
-        option = "balanced=True" if getattr(mask, "balanced", False) else "skip" if mask.skip else None
-        if option is not None:
-            _refuse(name, f"is sharded, for which {kind} cannot take {option}; leave it out, or make the mask on one "
-                    f"process and give its tensors by name")  # fmt: skip
-        if tensor_parallel and type(mask) is not WeightMagnitude:
-            _refuse(name, f"is divided by tensor parallelism, where {kind} has no gradients; take WeightMagnitude, or "
-                    f"make the mask on one process and give its tensors by name")  # fmt: skip
-    elif mask.reads_weights:
-        advice = " or give the function's tensors by name" if isinstance(mask, Given) else ""
-        _refuse(name, f"is sharded, and {kind} reads the whole weight; take Rand, Struct, WeightMagnitude, Grad or "
-                f"Snip{advice}, or make the mask on one process and give its tensors by name")  # fmt: skip
-
-
 def prepare(
     mask: Mask,
     model: nn.Module,
@@ -295,55 +301,58 @@ def prepare(
 ) -> None:
     """For a mask by gradients: run the calibration batches of all ranks. A collective call."""
     places = {name: [(slot.module, slot.attribute) for slot in group] for name, group in groups.items()}
-    if not isinstance(mask, (Grad, Snip)):
-        mask.prepare(model, places, batches, loss)
-        return
-    if batches is None:
-        raise ValueError(
-            f"{type(mask).__name__}: needs calibration batches: SparseTuner(model, mask, calibration=batches)"
-        )
-    mask._selected = {}
 
-    def visit(name: str, gradient: Tensor) -> None:
-        weight: Any = groups[name][0].weight
-        mask._selected[name] = _best(mask, name, weight, gradient, ranks)
+    def chosen(needing: Mask, name: str, _: Tensor, gradient: Tensor) -> Tensor:
+        # FSDP may have gathered what the module holds.
+        return _scored(ranks, needing, name, groups[name][0].weight, gradient)
 
+    choose: dict[str, Any] = {"choose": chosen} if mask._is_calibrated else {}
     try:
-        calibration.stream(model, places, batches, loss, visit)
+        mask.prepare(model, places, batches, loss, **choose)
     finally:
         reshard(model)
 
 
 def indices_of(mask: Mask, name: str, weight: DTensor, ranks: Ranks) -> Tensor:
-    """What the mask selects of the whole weight, the same as in one process."""
-    if isinstance(mask, WeightMagnitude):
-        return _best(mask, name, weight, None, ranks)
-    return mask(name, stand_in(weight))
+    """What the mask selects of the whole weight, the same as in one process. A collective call."""
+    if type(mask) is WeightMagnitude:
+        return _scored(ranks, mask, name, weight, None)
+    if type(mask) in _SCORED or not mask.reads_weights:
+        return mask(name, stand_in(weight))
+    # One weight at a time, as FSDP itself gathers them.
+    chosen = mask(name, _whole(weight))
+    # The approximation's last bits may differ between devices.
+    return ranks.of_first(chosen) if isinstance(mask, Principal) else chosen
 
 
-def _best(mask: _Scored, name: str, weight: DTensor, gradient: Any, ranks: Ranks) -> Tensor:
-    """The ``k`` best granules of all ranks' parts; ``gradient`` is divided as the weight is."""
+def _whole(tensor: Any) -> Tensor:
+    whole: Tensor = tensor.detach().full_tensor().contiguous()
+    return whole
+
+
+def _scored(ranks: Ranks, mask: Any, name: str, weight: Any, gradient: Any) -> Tensor:
+    """The best granules of the whole weight; ``gradient`` is divided as the weight is."""
     box, here = _shards.Box.of(weight), _shards.local(weight)
     part = None if gradient is None else _shards.local(gradient)
     granule, k, score = mask.granule_of(weight), mask.count(name, weight), mask.score
-    split = box.granule(granule) != granule
+    split = box.granule(granule) != granule  # and a score needs all entries of its granule
     own = 0 if split or not _shards.is_first(weight) else min(k, box.local_numel // granule)
     most, anywhere = ranks.most([own, split])
-    if anywhere:  # a score needs all entries of its granule
-        whole = None if gradient is None else gradient.full_tensor()
-        return shira_ops.select_top(weight.full_tensor().detach(), whole, k, score=score, granule=granule)
+    if anywhere or mask.balanced or mask.skip or type(mask) not in _SCORED:
+        best: Tensor = mask._choose(name, _whole(weight), None if gradient is None else _whole(gradient))
+        return best
     # The best of the weight are among the best of each part.
     candidates = torch.full((most,), -1, dtype=torch.int64, device=here.device)
-    best = shira_ops.select_top(here, part, own, score=score, granule=granule) if own else None
-    if best is not None:
-        candidates[:own] = box.globally(best, granule)
+    ours = shira_ops.select_top(here, part, own, score=score, granule=granule) if own else None
+    if ours is not None:
+        candidates[:own] = box.globally(ours, granule)
     candidates = ranks.gather(candidates)
     order = candidates.argsort()[int((candidates < 0).sum()) :]
 
     def few(entries: Tensor) -> Tensor:
         sent = entries.new_zeros(most * granule)
-        if best is not None:
-            sent[: own * granule] = shira_ops.gather(entries, best, granule=granule)
+        if ours is not None:
+            sent[: own * granule] = shira_ops.gather(entries, ours, granule=granule)
         return ranks.gather(sent).view(-1, granule)[order].view(-1)
 
     chosen = shira_ops.select_top(few(here), None if part is None else few(part), k, score=score, granule=granule)
@@ -485,7 +494,7 @@ class Sharded:
             found = _layers.gradient(rule, grad_output, input, indices, self.granule, options)
         else:
             size //= layout[0].size()
-            aligned = _aligned(grad_output, input, *layout)
+            aligned = _shards.aligned(grad_output, input, *layout)
             part = self._computed(layout, indices)
             if aligned is None or not part.indices.numel():
                 found = torch.zeros(self.count, dtype=site.dtype, device=indices.device)
@@ -543,31 +552,6 @@ class _Watch(torch.autograd.Function):
         return grad_output, None, None, None
 
 
-def _aligned(grad_output: Any, input: Any, mesh: DeviceMesh, placements: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
-    """The parts of gradient and input that make the gradient of this rank's part of a linear weight; None if another
-    rank has made the same."""
-    from torch.distributed.tensor import Replicate, Shard
-
-    rows, columns, mine = [], [], True
-    last = grad_output.dim() - 1
-    coordinate = mesh.get_coordinate() or ()
-    for at, placement in enumerate(placements):
-        ours, theirs = grad_output.placements[at], input.placements[at]
-        if placement.is_shard():
-            out = placement.dim == 0
-            rows.append(Shard(last) if out else Replicate())
-            columns.append(Replicate() if out else Shard(last))
-        elif ours == theirs and ours.is_shard() and ours.dim < last:
-            rows.append(ours)  # each rank has its own tokens
-            columns.append(theirs)
-        else:
-            rows.append(Replicate())
-            columns.append(Replicate())
-            mine = mine and coordinate[at] == 0
-    found = [_shards.local(one.redistribute(mesh, to)) for one, to in ((grad_output, rows), (input, columns))]
-    return (found[0], found[1]) if mine else None
-
-
 def flush(group: Group, task: int) -> None:
     """At the end of a backward pass: add up the gradients of all ranks, and give each its own."""
     pending = group.pending.pop(task, {})
@@ -593,7 +577,73 @@ def flush(group: Group, task: int) -> None:
     if with_grad:
         # Through autograd: so it accumulates, and the hooks of the values run, as for any parameter.
         grads = [ranks.values(chunk, count) for _, chunk, count in with_grad]
-        torch.autograd.backward([one for one, _, _ in with_grad], grads)
+        with torch.enable_grad():
+            given: Tensor = _Give.apply(grads, *(one for one, _, _ in with_grad))  # type: ignore[no-untyped-call]
+        given.backward()
+
+
+class _Give(torch.autograd.Function):
+    """A constant whose backward pass gives each of some tensors its gradient of a list, and keeps none of them.
+
+    Autograd copies a gradient to which somebody else still refers, and torch 2.11 makes a whole tensor of a DTensor
+    that is divided unevenly when it copies one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grads: list[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.grads = grads
+        return _shards.local(tensors[0]).new_zeros(())  # on their device, so that this node has their stream
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(ctx.grads.pop(0) for _ in range(len(ctx.grads)))
+
+
+# ---- files ---------------------------------------------------------------------------------------------------
+
+
+def written_by_first(
+    shards: Mapping[str, tuple[Sharded, Tensor]],
+    write: Callable[[dict[str, tuple[_file.Part, int]]], None],
+    where: str,
+) -> None:
+    """Have the first rank write the values of sharded weights, which it gets when it writes them. A collective call.
+
+    Args:
+        shards: by name, how the weight is divided, and this rank's values.
+        write: takes what gives the values of each weight, and their fingerprints, as `write_entries` does.
+        where: what is written, for the other ranks' error.
+    """
+    ranks = next(iter(shards.values()))[0].ranks
+    dtypes = {name: shard.stored().dtype for name, (shard, _) in shards.items()}
+    # As in the file.
+    waiting = deque(sorted(shards, key=lambda name: -dtypes[name].itemsize))
+
+    def chunk(name: str) -> Tensor:
+        return _shards.local(shards[name][1]).to(dtypes[name])
+
+    def take(name: str) -> list[Any]:
+        assert waiting.popleft() == name
+        return ranks.to_first(chunk(name), shards[name][0].count)
+
+    words = fingerprints(ranks, [ranks.values(chunk(name), shard.count) for name, (shard, _) in shards.items()])
+    parts: dict[str, tuple[_file.Part, int]] = {}
+    for (name, (shard, _)), word in zip(shards.items(), words, strict=True):
+        known, size = _file.DTYPES[dtype_name(dtypes[name])]
+        parts[name] = _file.Part(known, (shard.count,), shard.count * size, partial(take, name)), word
+    error: BaseException | None = None
+    if ranks.rank == 0:
+        try:
+            write(parts)
+        except BaseException as raised:
+            error = raised
+    while waiting:
+        take(waiting[0])  # the ranks go on together even if nothing is written any more
+    told = ranks.told_by_first(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    if told is not None:
+        raise RuntimeError(f"SparseTuner: the first rank could not write {where}: {told}")
 
 
 # ---- what the ranks agree on ---------------------------------------------------------------------------------
@@ -643,7 +693,7 @@ def fingerprints(ranks: Ranks, weights: Sequence[DTensor]) -> list[int]:
     found = []
     for weight, word, split in zip(weights, added, added[len(weights) :], strict=False):
         if split:  # a cut goes through a 64-bit word: such weights are small and odd
-            found.append(_granules.fingerprint(weight.full_tensor()))
+            found.append(_granules.fingerprint(_whole(weight)))
         else:
             found.append(word & _granules.WORD)
     return found

@@ -152,9 +152,9 @@ class SparseTuner:
     ``nn.Linear``), or by both. Then all ranks call the tuner together, with the same arguments; the values of a weight
     are one DTensor of `nnz` entries in the order of the adapter's file, divided evenly between all ranks; masks select
     what they select in one process; and every rank gets the same whole `adapter`. For that ``gradient`` must be
-    ``"sampled"``; masks that are functions, ``balanced`` or with scores to skip are refused; for `shira.masks.Grad` and
-    `shira.masks.Snip` every rank gives its own batches, equally many. ``fully_shard`` may also follow the tuner, with
-    the optimizer made from ``tuner.parameters()`` after it.
+    ``"sampled"``. For `shira.masks.Grad` and `shira.masks.Snip` every rank gives its own batches, equally many, and the
+    ranks of one tensor-parallel group the same ones. ``fully_shard`` may also follow the tuner, with the optimizer made
+    from ``tuner.parameters()`` after it.
 
     Args:
         model: the model; its weights are changed in place, in the same storage. Wrap it in DistributedDataParallel
@@ -394,11 +394,9 @@ class SparseTuner:
         """The plans for weights that ranks hold together. A collective call."""
         for name, group in groups.items():
             rule = self._rules(group, mask.granule_of(group[0].weight))[0]
-            divided = _sharded.is_tensor_parallel(self.model, group[0])
-            _sharded.check_mask(mask, name, divided)
             if rule is None:
                 self._refuse_dense(name)
-            if divided and rule != "linear":
+            if rule != "linear" and _sharded.is_tensor_parallel(self.model, group[0]):
                 raise ValueError(
                     f"SparseTuner: {name} is divided by tensor parallelism in a layer other than nn.Linear, which is "
                     f"not supported; leave it out with exclude="
@@ -557,8 +555,45 @@ class SparseTuner:
         """
         self._enabled("adapter")
         self.sync()
+        return self._adapter(self._together(master=False), alpha, provenance)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        alpha: float | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        seeds: bool = False,
+        version: int | None = None,
+    ) -> None:
+        """Write `adapter` to a file: the same bytes as ``tuner.adapter(...).save(path, ...)``.
+
+        Of weights that ranks hold together all ranks call it, and the first one writes: it gets the values of one
+        weight at a time, so that no rank ever holds all of them. If it cannot write the file, every rank raises.
+
+        Args:
+            path: where to write; an existing file is replaced.
+            alpha, provenance: as for `adapter`.
+            seeds, version: as for `Adapter.save`.
+        """
+        self._enabled("save")
+        self.sync()
+        shards = {tuned.name: (tuned.plan.shard, tuned.values) for tuned in self._tuned if tuned.plan.shard is not None}
+        if not shards:
+            self._adapter({}, alpha, provenance).save(path, seeds=seeds, version=version)
+            return
+        nothing = {
+            name: torch.empty(shard.count, dtype=shard.stored().dtype, device="meta")
+            for name, (shard, _) in shards.items()
+        }
+        adapter = self._adapter(nothing, alpha, provenance)
+        _sharded.written_by_first(shards, partial(adapter._save, path, seeds, version), os.fspath(path))
+
+    def _adapter(
+        self, together: Mapping[str, Tensor], alpha: float | None, provenance: Mapping[str, Any] | None
+    ) -> Adapter:
+        """The adapter; ``together`` has the values of the weights that ranks hold together."""
         entries: dict[str, Entry] = {}
-        together = self._together(master=False)
         for tuned in self._tuned:
             plan = tuned.plan
             if plan.layer is not None:
