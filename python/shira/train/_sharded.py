@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
+    from shira.adapter.adapter import Adapter
     from shira.train._sites import Group, Site
 
 # How a weight is divided while a layer computes with it; None: not at all.
@@ -662,6 +663,17 @@ def compare_plans(ranks: Ranks, names: Sequence[str], mask: Mask) -> None:
         raise ValueError(
             f"SparseTuner: the ranks have different masks, this one {mask!r}; give every rank the same mask"
         )
+
+
+def compare_adapters(ranks: Ranks, adapter: Adapter) -> None:
+    """Refuse ranks that would go on with different adapters. A collective call."""
+    content = [
+        (name, entry.shape, entry.granule, _granules.fingerprint(entry.indices.to(torch.int64)),
+         _granules.fingerprint(entry.values))
+        for name, entry in adapter.weights.items()
+    ]  # fmt: skip
+    if not all(ranks.same([signed(fnv1a64(repr((content, adapter.delta))))])):
+        raise ValueError("SparseTuner: the ranks have different adapters; give every rank the same file")
 
 
 def compare(ranks: Ranks, weights: Mapping[str, tuple[Tensor, int, int]]) -> None:
