@@ -183,6 +183,34 @@ def fsdp(mesh: DeviceMesh) -> None:
     walk(shard(net(torch.bfloat16), mesh, reshard_after_forward=False), net(torch.bfloat16))
 
 
+def costs(mesh: DeviceMesh) -> None:
+    """Each entry is kept by one rank, and a switch takes one exchange of 32 bytes."""
+    base = net()
+    given, switcher = adapter(base, 1), Switcher(shard(net(), mesh))
+    switcher.add("a", given)
+    switcher.add("b", adapter(base, 2))
+    kept = torch.tensor(switcher.memory()["a"].device)
+    assert kept < 0.6 * given.nbytes * 2
+    dist.all_reduce(kept)
+    assert kept == sum(entry.indices.nbytes + 2 * entry.values.nbytes for entry in given.weights.values())
+    sent: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_gather", "all_reduce", "broadcast", "all_gather_object", "barrier"):
+            function = getattr(dist, name)
+
+            def counted(*args: Any, function: Any = function, **kwargs: Any) -> Any:
+                sent.append(sum(one.nbytes for one in args if isinstance(one, Tensor)))
+                return function(*args, **kwargs)
+
+            patch.setattr(dist, name, counted)
+        for strengths in ("a", "b", {"a": 1.0, "b": 0.5}, {"b": 0.5}):
+            switcher.activate(strengths)
+        switcher.deactivate()
+        assert sent == [32] * 5
+        switcher.add("again", given)  # for weights whose fingerprints are known
+        assert sent[5:] == [32, 8 * 16, 32]
+
+
 def tensor_parallel(mesh: DeviceMesh) -> None:
     walk(parallel(net(), mesh), net())
 
@@ -585,6 +613,7 @@ def odd_shapes(mesh: DeviceMesh) -> None:
 Checks = tuple[Callable[[DeviceMesh], None], ...]
 OF_TWO: Checks = (
     fsdp,
+    costs,
     tensor_parallel,
     all_or_nothing,
     blocks_and_room,

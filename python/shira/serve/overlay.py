@@ -393,7 +393,7 @@ class Overlay:
             active = self.active
             return f"active is {active}" if active else "no adapter is active"
 
-        return ranks.together("Overlay", _agreement.call(call, arguments, options), state, undo)
+        return ranks.together("Overlay", _agreement.call(call, arguments, options), lambda: None, state, undo)
 
     # ---- selections ----------------------------------------------------------------------------------------------
 
@@ -471,9 +471,9 @@ class Overlay:
                     f"{given.where}: {spots[own][0].name} has entries of {dtype}, which have no difference in float32"
                 )
         if step is not None:
-            everywhere = [spot for several in places.values() for spot in several]
-            step.agree(_shelf.content(given.adapter, (spot.name for spot in everywhere)))
-            know(everywhere, step)
+            names = (spot.name for several in places.values() for spot in several)
+            read = [spot for several in places.values() if verify or len(several) > 1 for spot in several]
+            know(read, _shelf.content(given.adapter, names), step)
         # What is replaced as a whole may be anything at strength 1; copies of a tied weight must be alike in any case.
         anything = _fit.indifferent(weights, given.adapter.delta, 1.0)
         unread = anything if verify else weights.keys()
@@ -498,6 +498,8 @@ class Overlay:
         for spot in laid.all_spots:
             known = self._watched.get(spot.place) or first.get(spot.one) or Watched(spot, None)
             watched[spot.place] = first[spot.one] = known
+            if isinstance(spot, SharedSpot) and spot.whole is not None:
+                known.whole = spot.whole
             if verify and known.fingerprint is None and not known.changed():
                 known.fingerprint = spot.own()
         return laid, watched

@@ -159,10 +159,9 @@ class Switcher:
         devices = [group[0].weight.device for groups in places.values() for group in groups]
         with shelf.streams.staging(devices) as ready:
             weights = ledger.take(places, verify=verify)
-            if step is not None:
-                step.agree(_shelf.content(adapter, (weight.name for weight in weights)))
             tied = [found for name in places if len(found := [w for w in weights if weights[w] == name]) > 1]
-            ledger.know(list(weights) if verify else [weight for found in tied for weight in found], step)
+            about = "" if step is None else _shelf.content(adapter, (weight.name for weight in weights))
+            ledger.know(list(weights) if verify else [weight for found in tied for weight in found], about, step)
             for found in tied:
                 ledger.refuse_different(where, found)
             elsewhere = ledger.compare_base(where, adapter, weights) if verify else ()
@@ -373,8 +372,6 @@ class Switcher:
         """A call that all ranks of a sharded model make together, or none; nothing for any other model."""
         if self._ranks is None:
             return _ALONE
-        # What FSDP has gathered would be computed with after the switch, and modules must hold their shards.
-        _shards.reshard(self._fsdp)
         before, added = self._ledger.state, set(self._shelf.added)
 
         def undo() -> None:
@@ -385,8 +382,12 @@ class Switcher:
                 for name in self._shelf.added.keys() - added:
                     self._shelf.remove(name)
 
+        def reshard() -> None:
+            # What FSDP has gathered would be computed with after the switch, and modules must hold their shards.
+            _shards.reshard(self._fsdp)
+
         named = _agreement.call(call, arguments, options)
-        return self._ranks.together("Switcher", named, lambda: self._ledger.state.told(), undo)
+        return self._ranks.together("Switcher", named, reshard, lambda: self._ledger.state.told(), undo)
 
     # ---- who may switch, and to what -------------------------------------------------------------------------
 
