@@ -166,6 +166,14 @@ def test_fingerprints_add_up(dtype: torch.dtype) -> None:
     assert sum(half or 0 for half in halves) & _granules.WORD == wanted
 
 
+def test_a_part_that_ends_within_the_last_word() -> None:
+    for rows, several in ((7, 2), (13, 4), (5, 3)):
+        weight = numbers((rows,), torch.bfloat16 if rows == 13 else torch.int32)
+        parts = [_shards.fingerprint(local, box) for box, local in ranks(weight, (several,), [Shard(0)])]
+        assert sum(part or 0 for part in parts) & _granules.WORD == _granules.fingerprint(weight)
+        assert None not in parts
+
+
 def test_a_word_that_a_cut_splits() -> None:
     parts = [_shards.fingerprint(local, box) for box, local in ranks(numbers((3, 6)), (2,), [Shard(1)])]
     assert parts == [None, None]  # 3 columns of 4 bytes

@@ -1,15 +1,20 @@
-"""`Switcher.activate` on weights that 2 and 4 ranks of this machine hold together, from one adapter to another.
+"""`Switcher.activate` on weights that 2 and 4 ranks of this machine hold together.
 
-touch   each rank reads and writes each cache line of its own part that the switch needs once: see bench_switch.py. It
-        waits for nobody, and `activate` waits for the slowest rank, since all ranks agree that it went well
+on      from the base to an adapter
+switch  from one adapter to another
+touch   for either, each rank reads and writes each cache line of its own part that the switch needs once: see
+        bench_switch.py. It waits for nobody, and `activate` waits for the slowest rank, since all ranks agree that it
+        went well
 agree   the agreement alone: `activate` of what is active already
 
 All ranks do the same at the same time, on one thread each, so with more ranks than cores they share the cores, and
-`activate` waits for ranks that have not had a turn.
+`activate` waits for ranks that have not had a turn. So the time that a rank is on a processor is noted too, which
+leaves the waiting out.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -45,7 +50,8 @@ def measure(rank: int, ranks: int, folder: Path, quick: bool, rounds: int) -> No
     mesh, side, mask = init_device_mesh("cpu", (ranks,)), settings.side, shira.masks.Rand(density=0.01)
     whole = torch.Size([side, side])
     model, adapters = nn.ParameterList(), {"a": {}, "b": {}}
-    lines, expected = [], []
+    lines: dict[str, list[torch.Tensor]] = {"on": [], "switch": []}
+    expected = []
     for layer in range(max(2, -(-settings.working_set // (side * side * BF16.itemsize)))):
         generator = torch.Generator().manual_seed(layer * ranks + rank)
         local = torch.empty(side // ranks, side, dtype=BF16).normal_(0, 0.02, generator=generator)
@@ -61,42 +67,50 @@ def measure(rank: int, ranks: int, folder: Path, quick: bool, rounds: int) -> No
             own.append(indices[mine] - rank * local.numel())
             if name == "b":
                 expected.append(local.view(-1).index_copy(0, own[-1].to(torch.int64), values[mine]))
-        lines.append(common.line_numbers(torch.cat(own).unique(), 1, BF16.itemsize))
+        lines["on"].append(common.line_numbers(own[0], 1, BF16.itemsize))
+        lines["switch"].append(common.line_numbers(torch.cat(own).unique(), 1, BF16.itemsize))
     switcher = shira.Switcher(model)
     for name, entries in adapters.items():
         switcher.add(name, shira.Adapter(entries), verify=False)
         switcher.activate(name)
     there = [weight.to_local().detach() for weight in model]
     assert all(torch.equal(local.view(-1), wanted) for local, wanted in zip(there, expected, strict=True))
-    names = ["a", "b"]
 
-    def switch() -> None:
-        switcher.activate(names[0])
-        names.reverse()
+    def nothing() -> None:
+        pass
 
-    def agree() -> None:
-        switcher.activate(names[1])
-
-    ways: dict[str, Callable[[], None]] = {"activate": switch, "agree": agree}
-    for name, ahead in TOUCH.items():
-        ways[name] = sweep(machine.touch_, [(local, own, ahead) for local, own in zip(there, lines, strict=True)])
-    seconds: Seconds = {name: [] for name in ways}
-    order = list(ways)
+    # What comes before, untimed, and what is timed.
+    ways: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
+        "on": (switcher.deactivate, lambda: switcher.activate("a")),
+        "switch": (lambda: switcher.activate("a"), lambda: switcher.activate("b")),
+        "agree": (nothing, lambda: switcher.activate(*switcher.active)),
+    }
+    for what, numbers in lines.items():
+        for name, ahead in TOUCH.items():
+            arguments = [(local, own, ahead) for local, own in zip(there, numbers, strict=True)]
+            ways[f"{what}: {name}"] = (nothing, sweep(machine.touch_, arguments))
+    seconds: Seconds = {name: [] for way in ways for name in (way, f"{way}, on a processor")}
+    switches, touches = list(ways)[:3], list(ways)[3:]
     for warm in [True] * 3 + [False] * rounds:
-        order.append(order.pop(0))
-        for name in order:
+        touches.append(touches.pop(0))
+        for name in (*touches, *switches):
+            before, timed = ways[name]
+            before()
             common.chill()
             dist.barrier()
-            start = time.perf_counter()
-            ways[name]()
+            start, ran = time.perf_counter(), time.process_time()
+            timed()
+            ran, taken = time.process_time() - ran, time.perf_counter() - start
             if not warm:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
+                seconds[f"{name}, on a processor"].append(ran)
     (folder / f"{rank}.json").write_text(json.dumps(seconds))
     dist.destroy_process_group()
 
 
-def run(counts: list[int], folder: Path, quick: bool, rounds: int) -> None:
+def run(counts: list[int], where: str, quick: bool, rounds: int) -> None:
     """Ranks as forks of this process, which has imported everything and has no threads yet."""
+    folder = Path(where)
     for count in counts:
         (folder / str(count)).mkdir()
         children = []
@@ -115,18 +129,19 @@ def bench_sharded(benchmark: BenchmarkFixture, threads: int) -> None:
     counts, rounds = [2, 4], settings.few(11)
     report = Report(benchmark, threads, working_set=settings.working_set)
     with tempfile.TemporaryDirectory() as folder:
-        code = f"from {__name__} import *; run({counts}, Path({folder!r}), {settings.quick}, {rounds})"
+        code = f"from {__name__} import run; run({counts}, {folder!r}, {settings.quick}, {rounds})"
         benchmark.pedantic(subprocess.run, args=([sys.executable, "-c", code],), kwargs={"check": True}, rounds=1)
         for ranks in counts:
             found: list[Seconds] = [json.loads(file.read_text()) for file in Path(folder, str(ranks)).glob("*.json")]
             for name in found[0]:
                 taken = [seconds for one in found for seconds in one[name]]
                 report.info["seconds"][f"{ranks} ranks, {name}"] = common.spread(taken)
-            ratios, fastest = [], []
-            for one in found:
-                touch = min((one[name] for name in TOUCH), key=min)
-                ratios += [seconds / least for seconds, least in zip(one["activate"], touch, strict=True)]
-                fastest.append(min(one["activate"]) / min(touch))
-            report.result("sharded switch in touches", f"{ranks} ranks", ratios, max(fastest))
+            for what, kind in itertools.product(("on", "switch"), ("", ", on a processor")):
+                ratios, fastest = [], []
+                for one in found:
+                    taken, touch = one[what + kind], min((one[f"{what}: {name}{kind}"] for name in TOUCH), key=min)
+                    ratios += [seconds / least for seconds, least in zip(taken, touch, strict=True)]
+                    fastest.append(min(taken) / min(touch))
+                report.result(f"sharded {what} in touches{kind}", f"{ranks} ranks", ratios, max(fastest))
             agree = [1e6 * seconds for one in found for seconds in one["agree"]]
             report.result("ranks agree", f"{ranks} ranks", agree, min(agree))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import shira_ops
-from shira._granules import WORD, index_dtype, refine, signed
+from shira._granules import WORD, index_dtype, refine
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -300,26 +300,30 @@ def fingerprint(local: Tensor, box: Box) -> int | None:
     if box.is_whole:
         return int(shira_ops.fingerprint(local)) & WORD
     entries = 8 // local.element_size()  # of a word
+    if box._cut == (0,) and len(box.spans[0]) == 1:
+        # One run, which may end within the last word of the weight.
+        first, count = (number * (box.numel // box.shape[0]) for number in box.spans[0][0])
+        if first % entries == 0 and (count % entries == 0 or first + count == box.numel):
+            run = -(-count // entries)
+            return int(shira_ops.fingerprint_part(local, first // entries, run, run)) & WORD
     if box.granule(entries) != entries:
         return None
     if not box.local_numel:
         return 0
-    # Runs of words that lie one after the other in the whole weight too, some or parts of one at a time.
+    # Runs of words that lie one after the other in the whole weight too; those that are equally far apart at once.
     run = box.granule(0) // entries
-    flat = local.reshape(-1)
-    if flat.storage_offset() % entries:
-        flat = flat.clone()
-    words = flat.view(torch.int64).view(-1, run)
-    starts = box.globally(torch.arange(words.shape[0], device=words.device), run * entries) * run * _GOLDEN
-    rows, columns = max(1, _words(words) // run), min(run, _words(words))
-    steps = torch.arange(columns, device=words.device) * _GOLDEN
-    total = torch.zeros((), dtype=torch.int64, device=words.device)
-    for row in range(0, words.shape[0], rows):
-        for column in range(0, run, columns):
-            block = words[row : row + rows, column : column + columns]
-            at = starts[row : row + rows, None] + (steps[: block.shape[1]] + signed(column * _GOLDEN & WORD))
-            total += _mix_(at.bitwise_xor_(block)).sum()
-    return int(total) & WORD
+    words = local.reshape(-1, run * entries)
+    starts = box.globally(torch.arange(words.shape[0]), run * entries) * run
+    steps = starts.diff()
+    ends = [*((steps[1:] != steps[:-1]).nonzero().view(-1) + 1).tolist(), steps.numel()]  # where steps change
+    begin, total = 0, 0
+    for end in ends:
+        if end >= begin:
+            stride = int(steps[begin]) if begin < steps.numel() else run
+            first = int(starts[begin])
+            total += int(shira_ops.fingerprint_part(words[begin : end + 1], first, run, stride))
+            begin = end + 1
+    return total & WORD
 
 
 # ---- runs of coordinates -------------------------------------------------------------------------------------
@@ -424,24 +428,3 @@ def _moved(coordinate: Tensor, source: Spans, target: Spans) -> tuple[Tensor, Te
     moves = torch.tensor([to - start for (start, _), (to, _) in zip(source, target, strict=True)], device=device)
     span = (torch.searchsorted(starts, coordinate, right=True) - 1).clamp(min=0)
     return coordinate + moves[span], (coordinate >= starts[span]) & (coordinate < ends[span])
-
-
-# ---- words ---------------------------------------------------------------------------------------------------
-
-_GOLDEN, _FACTOR1, _FACTOR2 = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-
-
-def _words(words: Tensor) -> int:
-    """How many are mixed at a time: on a CPU as many as stay in its caches from one operation to the next."""
-    return 2**15 if words.device.type == "cpu" else 2**22
-
-
-def _mix_(z: Tensor) -> Tensor:
-    """splitmix64 of every word, in place; int64 arithmetic wraps, and a shift must not carry the sign along."""
-    z += _GOLDEN
-    z ^= (z >> 30).bitwise_and_(2**34 - 1)
-    z *= _FACTOR1
-    z ^= (z >> 27).bitwise_and_(2**37 - 1)
-    z *= _FACTOR2
-    z ^= (z >> 31).bitwise_and_(2**33 - 1)
-    return z

@@ -124,6 +124,11 @@ class Overlay:
       of quantized weights; biases of linear layers too, and weights that are replaced as a whole. Adapters with entries
       of anything else are refused. Where a model uses a layer's weight without running the layer, the adapter has no
       effect; a warning names layers that did not run.
+    - **Sharded models**: layers of FSDP2 compute with whole weights, so each rank has the whole adapter and selects for
+      its own batch. Layers of tensor parallelism (``ColwiseParallel``, ``RowwiseParallel``) add what this rank's part
+      of the adapter gives, to partial sums before those are added up; the ranks must select the same, which they
+      compare, and it is for inference, not compiled. All ranks call `add` and `verify` together; there is no
+      ``budget``.
     - **It trains through**: gradients of inputs are right, with one restriction: no gradient checkpointing (it runs
       layers again when other adapters may be selected; `SwitchError`).
     - **Compiled models** (``torch.compile(model, fullgraph=True)``) take other selections without being compiled again,

@@ -63,6 +63,12 @@ class Switcher:
       operations of torch increase, and reads the content where a counter has moved. It cannot see writes that move no
       counter: to ``weight.data``, to a numpy view, through another parameter over the same memory, by another process,
       to inference tensors. `verify` finds those among the entries of what is active, ``verify(full=True)`` everywhere.
+    - **Sharded models** (DTensors of ``fully_shard``, tensor parallelism or by hand): each rank keeps and writes the
+      entries of its own part of the weights. All ranks must make the same calls together, from making the Switcher on;
+      `memory` and `budget` alone are a rank's own. A call succeeds on all ranks or on none: where it fails on one, or
+      the ranks differ in what they ask for, all take it back and raise the same error, which names the rank. It takes
+      one small collective a switch. If a rank dies, the others raise `SwitchError` within the process group's time-out
+      and hold what was active before. What FSDP has gathered is dropped before a switch.
     - Going from one adapter to another is one walk over the entries of both (`shira_ops.foreach_switch_`); so is a new
       strength for what is active.
     - Calls may come from several threads. But the weights change while a call runs, so it must not run while the model
@@ -111,7 +117,10 @@ class Switcher:
 
     @property
     def adapters(self) -> dict[str, Adapter]:
-        """The added adapters by name, in the order in which they were added; those that left are read again."""
+        """The added adapters by name, in the order in which they were added; those that left are read again.
+
+        On a sharded model those that have a file; `SwitchError` where one was given as an `Adapter`.
+        """
         with LOCK:
             return {name: added.whole() for name, added in self._shelf.added.items()}
 
@@ -141,6 +150,8 @@ class Switcher:
 
         Raises `AdapterError` if it does not fit the model, and `SwitchError` if the weights cannot be trusted: someone
         else changed them, a tuner trains them, or another Switcher has adapters on them. Nothing is added then.
+
+        On a sharded model the adapter is global, every rank must give the same one, and each keeps its own part.
         """
         with self._together("add", name, verify=verify) as step:
             given = _shelf.given(name, adapter, check_finite=check_finite, own=step is None)
@@ -267,7 +278,8 @@ class Switcher:
         """The fingerprint that the weight should have now, as an unsigned number (`shira_ops.fingerprint`).
 
         This does not read the weight (`verify` does): it is the base's fingerprint plus the difference that the active
-        adapters make. The difference is computed on a copy when it is first needed, and kept for each strength.
+        adapters make. The difference is computed on a copy when it is first needed, and kept for each strength. Of a
+        sharded weight each rank computes its share, every time, and they are added up: that of the whole weight.
         """
         with LOCK, self._together("fingerprint", name) as step:
             if name not in self._slots:
@@ -298,7 +310,10 @@ class Switcher:
             self._ledger.verify([active] if active.names else list(self._shelf.layouts.values()), full=full)
 
     def memory(self) -> dict[str, Memory]:
-        """The bytes that each adapter keeps, by name; under ``"a + b"`` those for adapters that are used together."""
+        """The bytes that each adapter keeps, by name; under ``"a + b"`` those for adapters that are used together.
+
+        On a sharded model, those of this rank.
+        """
         with LOCK:
             return self._shelf.memory()
 
