@@ -5,6 +5,7 @@ switch  from one adapter to another
 touch   for either, each rank reads and writes each cache line of its own part that the switch needs once: see
         bench_switch.py. It waits for nobody, and `activate` waits for the slowest rank, since all ranks agree that it
         went well
+op      `foreach_apply_` alone, on each rank's own part: what a switch of one process of that size does
 agree   the agreement alone: `activate` of what is active already
 
 All ranks do the same at the same time, on one thread each, so with more ranks than cores they share the cores, and
@@ -51,7 +52,7 @@ def measure(rank: int, ranks: int, folder: Path, quick: bool, rounds: int) -> No
     whole = torch.Size([side, side])
     model, adapters = nn.ParameterList(), {"a": {}, "b": {}}
     lines: dict[str, list[torch.Tensor]] = {"on": [], "switch": []}
-    expected = []
+    expected, lists = [], [[], [], [], []]
     for layer in range(max(2, -(-settings.working_set // (side * side * BF16.itemsize)))):
         generator = torch.Generator().manual_seed(layer * ranks + rank)
         local = torch.empty(side // ranks, side, dtype=BF16).normal_(0, 0.02, generator=generator)
@@ -65,7 +66,11 @@ def measure(rank: int, ranks: int, folder: Path, quick: bool, rounds: int) -> No
             adapters[name][str(layer)] = shira.Entry(indices, values, tuple(whole), BF16)
             mine = (indices >= rank * local.numel()) & (indices < (rank + 1) * local.numel())
             own.append(indices[mine] - rank * local.numel())
-            if name == "b":
+            if name == "a":
+                row = (local.clone(), own[-1], values[mine], torch.empty_like(values[mine]))
+                for column, tensor in zip(lists, row, strict=True):
+                    column.append(tensor)
+            else:
                 expected.append(local.view(-1).index_copy(0, own[-1].to(torch.int64), values[mine]))
         lines["on"].append(common.line_numbers(own[0], 1, BF16.itemsize))
         lines["switch"].append(common.line_numbers(torch.cat(own).unique(), 1, BF16.itemsize))
@@ -83,6 +88,7 @@ def measure(rank: int, ranks: int, folder: Path, quick: bool, rounds: int) -> No
     ways: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
         "on": (switcher.deactivate, lambda: switcher.activate("a")),
         "switch": (lambda: switcher.activate("a"), lambda: switcher.activate("b")),
+        "op": (nothing, lambda: torch.ops.shira.foreach_apply_(*lists)),
         "agree": (nothing, lambda: switcher.activate(*switcher.active)),
     }
     for what, numbers in lines.items():
@@ -90,7 +96,7 @@ def measure(rank: int, ranks: int, folder: Path, quick: bool, rounds: int) -> No
             arguments = [(local, own, ahead) for local, own in zip(there, numbers, strict=True)]
             ways[f"{what}: {name}"] = (nothing, sweep(machine.touch_, arguments))
     seconds: Seconds = {name: [] for way in ways for name in (way, f"{way}, on a processor")}
-    switches, touches = list(ways)[:3], list(ways)[3:]
+    switches, touches = list(ways)[:4], list(ways)[4:]
     for warm in [True] * 3 + [False] * rounds:
         touches.append(touches.pop(0))
         for name in (*touches, *switches):
@@ -143,5 +149,10 @@ def bench_sharded(benchmark: BenchmarkFixture, threads: int) -> None:
                     ratios += [seconds / least for seconds, least in zip(taken, touch, strict=True)]
                     fastest.append(min(taken) / min(touch))
                 report.result(f"sharded {what} in touches{kind}", f"{ranks} ranks", ratios, max(fastest))
+            for kind in ("", ", on a processor"):
+                pairs = [(one[f"on{kind}"], one[f"op{kind}"]) for one in found]
+                ratios = [on / op for pair in pairs for on, op in zip(*pair, strict=True)]
+                fastest = [min(on) / min(op) for on, op in pairs]
+                report.result(f"sharded on in ops{kind}", f"{ranks} ranks", ratios, max(fastest))
             agree = [1e6 * seconds for one in found for seconds in one["agree"]]
             report.result("ranks agree", f"{ranks} ranks", agree, min(agree))

@@ -186,6 +186,10 @@ LINES = {
         "Switcher.activate of ranks, in touches of each rank's own part", 1.1, at_least=False
     ),
     "sharded on in touches, on a processor": Line("the same, of its time on a processor", 1.1, at_least=False),
+    "sharded on in ops": Line(
+        "Switcher.activate of ranks, in times of foreach_apply_ on each rank's own part", 1.1, at_least=False
+    ),
+    "sharded on in ops, on a processor": Line("the same, of its time on a processor", 1.1, at_least=False),
     "sharded switch in touches": Line(
         "Switcher.activate A to B of ranks, in touches of each rank's own part", None, at_least=False
     ),

@@ -600,6 +600,7 @@ class Overlay:
         """Make the groups of these layers from the adapters that are on the devices."""
         spots = [spot for laid in self._added.values() for spot in laid.all_spots]
         layers = {spot.layer.module: spot.layer for spot in spots}
+        divided = {spot.layer.module for spot in spots if spot.division is not None}
         divisions = {spot.layer.module: spot.division for spot in spots if not spot.is_bias}
         for module in modules:
             layer = layers.get(module)
@@ -613,7 +614,7 @@ class Overlay:
                 self._surveyed = False
             hook = self._current.hooks[module]
             hook.groups, hook.biased = self._groups(layer)
-            hook.division = divisions.get(module)
+            hook.divided, hook.division = module in divided, divisions.get(module)
         self._current.regrouped()
         self._current.share()
 
