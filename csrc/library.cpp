@@ -9,6 +9,11 @@ SHIRA_LIBRARY(m) {
   SHIRA_SCHEMAS(m);
   m.def("_build_info() -> int");
   m.def("_select_random(Tensor like, int numel, int k, int seed, int granule) -> Tensor");  // see csrc/ops/select.h
+  // On the CPU alone, for python/shira/_granules.py: foreach_swap_, and by how much it changes each fingerprint; and
+  // what words that were read add to one.
+  m.def(
+      "_foreach_swap_fingerprint_(Tensor(a!)[] weights, Tensor[] indices, Tensor(b!)[] values, int granule) -> Tensor");
+  m.def("_fingerprint_words(Tensor words, Tensor positions) -> Tensor");
   // In any vector width that the processor has, or in either way on a GPU: the bits depend on it, so the tests ask for
   // each.
   m.def("_sampled_grad(Tensor grad_output, Tensor input, Tensor indices, int granule, str how) -> Tensor");

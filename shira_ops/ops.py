@@ -739,7 +739,8 @@ def sparse_linear(
     but nothing: an infinity that meets none of them does no harm. Differentiable in `input` (the same op, transposed)
     and `values` (`sampled_grad`), any number of times and in forward mode.
 
-    Deterministic on one device and vector width for any thread count. A CUDA op skips indices that are out of range.
+    Deterministic on one device and vector width for any thread count. The order of a sum depends on the shapes, so
+    also on how many tokens there are. A CUDA op skips indices that are out of range.
 
     The same in plain PyTorch::
 
@@ -779,7 +780,8 @@ def sparse_linear_add_(
     dtype. A CPU op refuses a number that names no adapter, and checks the indices of the adapters that are named; a
     CUDA op, one launch for all adapters, leaves such tokens as they are and skips indices that are out of range.
 
-    Deterministic on one device and vector width for any thread count.
+    Deterministic on one device and vector width for any thread count. The order of a sum depends on the shapes, so
+    also on how many tokens and adapters a call has.
 
     The same in plain PyTorch::
 

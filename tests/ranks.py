@@ -1,7 +1,8 @@
-"""Run programs on several ranks of this machine, each in its own folder: ``ranks.py COUNT FOLDER PROGRAM ...``.
+"""Run programs on several ranks of this machine, each in its own folder:
+``ranks.py COUNT FOLDER [--import MODULE,...] PROGRAM ...``.
 
-As ``torchrun`` does it, but torch is imported once, and then forked; and the ranks meet in a file of the folder. (A
-TCP store's thread may outlive the rank that serves it, and abort the process.)
+As ``torchrun`` does it, but torch (and what ``--import`` names) is imported once, and then forked; and the ranks meet
+in a file of the folder. (A TCP store's thread may outlive the rank that serves it, and abort the process.)
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ def run(rank: int, count: int, folder: Path, program: Path) -> None:
 
 
 def main() -> int:
-    count, folder, programs = int(sys.argv[1]), Path(sys.argv[2]).resolve(), [Path(p).resolve() for p in sys.argv[3:]]
-    for module in IMPORTED:
+    count, folder, rest = int(sys.argv[1]), Path(sys.argv[2]).resolve(), sys.argv[3:]
+    more = rest.pop(1).split(",") if rest[0] == "--import" else []
+    programs = [Path(p).resolve() for p in rest if p != "--import"]
+    for module in (*IMPORTED, *more):
         importlib.import_module(module)
     children = []
     for rank in range(count):

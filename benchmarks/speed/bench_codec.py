@@ -14,7 +14,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.speed import common
-from benchmarks.speed.common import Report, compare, random_indices, settings, sweep
+from benchmarks.speed.common import Report, Steps, compare, random_indices, settings, sweep
 
 shira = torch.ops.shira
 DENSITIES = pytest.mark.parametrize("density", [0.01, 0.02], ids=["1%", "2%"])
@@ -65,7 +65,13 @@ def bench_versions(benchmark: BenchmarkFixture, threads: int, density: float, ve
     for call, one in zip(calls, some, strict=True):
         assert torch.equal(shira.decode_indices(*call), one)
     encode = sweep(functools.partial(shira.encode_indices, version=version), [(one,) for one in some])
-    timing = compare(benchmark, ("decode_indices", sweep(shira.decode_indices, calls)), {"encode_indices": encode})
+    # What the memory allows: the result alone, written by the fastest plain loop.
+    fill = sweep(lambda one: torch.empty_like(one).fill_(1), [(one,) for one in some])
+    decode = sweep(shira.decode_indices, calls)
+    # The second of two finds everything in the caches.
+    warm = Steps({"first": decode, "again": decode})
+    ways = {"encode_indices": encode, "filling": fill, "both": warm}
+    timing = compare(benchmark, ("decode_indices", decode), ways)
     report = Report(benchmark, threads, density=density, version=version)
     report.seconds(timing, len(some))
     count = sum(map(len, some))
@@ -77,6 +83,9 @@ def bench_versions(benchmark: BenchmarkFixture, threads: int, density: float, ve
     for name in ("encode", "decode"):
         rates = [count / sample / threads / 1e9 for sample in timing.of(f"{name}_indices")]
         report.result(f"{name} {version}", variant, rates, max(rates))
+    report.ratio(f"decode {version} of filling", variant, timing, "filling")
+    rates = [count / sample / threads / 1e9 for sample in timing.of("both: again")]
+    report.result(f"decode {version}, warm", variant, rates, max(rates))
 
 
 def gapped(density: float, count: int, seed: int) -> torch.Tensor:

@@ -3,6 +3,9 @@
 LoRA     its two products of rank 20, the second fused into the addition: `output.addmm_(input @ a.T, b.T)`
 layer    the layer's own product
 stream   the indices and values read once, as fast as a plain loop can
+call     the op with as good as no entries: what a call costs. No kernel is faster than call and stream together
+bound    the multiply-adds of all entries with the packed tokens, and nothing else: no packing, no checks, no output.
+         Granules take their columns together, so these stay in registers; single entries have to load each its own
 mixed    PEFT's LoRA with `adapter_names`: 32 adapters, one token each; its base layer is not computed, here as there
 switch   from one adapter to another in the weight: what an overlay saves, and after how many tokens it no longer does
 """
@@ -10,7 +13,14 @@ switch   from one adapter to another in the weight: what an overlay saves, and a
 from __future__ import annotations
 
 import copy
+import ctypes
+import functools
+import gc
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +28,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.speed import common
+from benchmarks.speed import common, heap
 from benchmarks.speed.common import BF16, FP32, Report, compare, lora_rank, random_indices, settings
 
 shira, machine = torch.ops.shira, torch.ops.shira_bench
@@ -45,8 +55,18 @@ class Adapters:
     def numbers(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.randint(-2, 3, shape, generator=self.random).to(dtype)
 
+    def first_granule(self) -> Adapters:
+        """The first granule of the first adapter, and nothing else."""
+        few = copy.copy(self)
+        few.indices = [self.indices[0][:1].clone()]
+        few.values = [self.values[0][: self.granule].clone()]
+        return few
+
     def nbytes(self) -> int:
         return sum(one.nbytes for one in (*self.indices, *self.values))
+
+    def lora_nbytes(self) -> int:
+        return sum(one.nbytes for one in (*self.a, *self.b))
 
 
 @dataclass
@@ -86,6 +106,14 @@ class Batch:
             assert torch.equal(own.output[rows][:, some], wanted.to(self.output.dtype))
 
 
+def multiply_adds(adapters: Adapters, tokens: int) -> Callable[[], None]:
+    """The bound of the first adapter."""
+    depth, side = 32, settings.side  # as many tokens as `machine.products` takes at a time
+    packed, values = torch.ones(side, depth), adapters.values[0].float()
+    columns = adapters.indices[0] % side if adapters.granule == 1 else torch.empty(0, dtype=torch.int32)
+    return lambda: machine.products(packed, columns, values, tokens // depth)
+
+
 @pytest.mark.parametrize("tokens", [1, 8, 128, *(pytest.param(one, marks=pytest.mark.full) for one in (16, 64, 512))])
 @GRANULES
 @DTYPES
@@ -106,6 +134,11 @@ def bench_overlay(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype,
     name = common.dtype_name(dtype)
     op = "sparse_linear_add_"
     ways = {"LoRA": lora, "layer": lambda: torch.mm(batch.input, weight.T, out=layer), "stream": stream}
+    if tokens == 1:
+        few = adapters.first_granule()
+        ways["call"] = lambda: batch.overlay(few)
+    if tokens == 128:
+        ways["bound"] = multiply_adds(adapters, tokens)
     # Warm, as a layer's adapter is in the loop over one batch's tokens; LoRA's factors are as large.
     timing = compare(benchmark, (op, lambda: batch.overlay(adapters)), ways, cold=False)
     report = Report(benchmark, threads, dtype=name, tokens=tokens, granule=granule, side=settings.side)
@@ -114,10 +147,14 @@ def bench_overlay(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype,
     variant = f"{tokens} tokens"
     if tokens == 128:
         report.ratio(f"overlay of LoRA {name}, granule {granule}", variant, timing, op, "LoRA")
+        report.ratio("overlay, bound of LoRA", f"{name}, granule {granule}, {variant}", timing, "bound", "LoRA")
     else:
         report.ratio("overlay of LoRA, other batches", f"{name}, granule {granule}, {variant}", timing, op, "LoRA")
     if tokens == 1:
         report.ratio("overlay of stream", f"{name}, granule {granule}", timing, op, "stream")
+        least = [a + b for a, b in zip(timing.of("call"), timing.of("stream"), strict=True)]
+        timing.samples["call and stream"] = least
+        report.ratio("overlay, bound of stream", f"{name}, granule {granule}", timing, "call and stream", "stream")
     report.share("overlay of layer", f"{name}, granule {granule}, {variant}", timing, "layer")
 
 
@@ -142,6 +179,34 @@ def peft_layer(adapters: Adapters, batch: Batch) -> Any:
         layer.lora_A[str(k)].weight = torch.nn.Parameter(adapters.a[k], requires_grad=False)
         layer.lora_B[str(k)].weight = torch.nn.Parameter(adapters.b[k], requires_grad=False)
     return layer.eval()
+
+
+def peak(way: str, dtype: torch.dtype, granule: int) -> int:
+    """Bytes of a way's adapters and of what its calls need at their peak."""
+    adapters = Adapters(dtype, granule, ADAPTERS)
+    batch = Batch.of(adapters, ADAPTERS, dtype, torch.arange(ADAPTERS))
+    layer, names = peft_layer(adapters, batch), [str(k) for k in range(ADAPTERS)]
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = heap.resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is recorded anew
+    with torch.no_grad():
+        for _ in range(3):
+            if way == "mixed":
+                layer(batch.input, adapter_names=names)
+            else:
+                batch.overlay(adapters)
+    own = adapters.lora_nbytes() if way == "mixed" else adapters.nbytes()
+    return own + heap.resident("VmHWM") - before
+
+
+@functools.cache
+def peak_alone(way: str, dtype: torch.dtype, granule: int) -> int:
+    """In a process of its own, since memory that others have freed would not count again."""
+    if settings.quick:
+        return peak(way, dtype, granule)
+    with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool:
+        return pool.submit(peak, way, dtype, granule).result()
 
 
 @GRANULES
@@ -171,11 +236,16 @@ def bench_mixed(benchmark: BenchmarkFixture, threads: int, dtype: torch.dtype, g
             cold=False,
         )
     name = common.dtype_name(dtype)
-    report = Report(benchmark, threads, dtype=name, granule=granule, adapters=ADAPTERS, side=settings.side)
+    memory = {way: peak_alone(way, dtype, granule) for way in ("sparse_linear_add_", "mixed")}
+    about = {"granule": granule, "adapters": ADAPTERS, "side": settings.side, "peak_bytes": memory}
+    report = Report(benchmark, threads, dtype=name, **about)
     report.seconds(timing)
     report.bandwidth(timing, "sparse_linear_add_", adapters.nbytes())
+    share = memory["sparse_linear_add_"] / memory["mixed"]
+    report.result("mixed overlay: memory over mixed", f"{name}, granule {granule}", [share], share)
     report.ratio(f"overlay over mixed, granule {granule}", name, timing, "mixed")
     report.ratio("mixed overlay of stream", f"{name}, granule {granule}", timing, "sparse_linear_add_", "stream")
+    report.ratio("mixed overlay, bound", f"{name}, granule {granule}", timing, "mixed", "stream")
 
 
 @pytest.mark.parametrize("tokens", [1, 64, pytest.param(512, marks=pytest.mark.full)])

@@ -3,23 +3,35 @@
 touch   reads and writes each cache line that a commit writes once: see bench_switch.py
 dense   an update the usual way: each weight is cloned, the clone gets the entries by `index_copy_`, and is copied back.
         Nothing is checked, and there is no way back
+a run   the updates of a real training run (run.py), each of which is sent after one step in bf16 with a small rate
+memory  what `stage` and `commit` take at the most beside the model and the update, and what clones of all weights take:
+        those that a dense update can fail on without leaving the model half updated
 read    reads all weights once, as fast as a plain loop can: what a publisher of a model, which keeps a snapshot, does
         twice, and once more for the weights that changed
 """
 
 from __future__ import annotations
 
+import copy
+import ctypes
+import functools
+import gc
+import math
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.speed import common
+from benchmarks.speed import common, run
 from benchmarks.speed.bench_diff import READ
 from benchmarks.speed.bench_switch import TOUCH, about, touch
-from benchmarks.speed.common import BF16, Layer, Report, compare, layers, sweep
+from benchmarks.speed.bench_training import resident
+from benchmarks.speed.common import BF16, Layer, Report, compare, layers, settings, sweep
 from benchmarks.speed.peers import Layers
 
 shira = pytest.importorskip("shira")
@@ -176,3 +188,137 @@ def bench_publish(benchmark: BenchmarkFixture, threads: int, density: float) -> 
     variant = f"{density:g} changed"
     report.ratio("publish over read", variant, timing, "publish", of="read")
     report.ratio("publish of a tuner over publish", variant, timing, "publish", of="publish of a tuner")
+
+
+def bench_run(benchmark: BenchmarkFixture, threads: int) -> None:
+    if settings.quick and threads > 1:
+        pytest.skip("one run is enough")
+    steps = run.training(run.run())
+    trained = next(steps)
+    start, served, plain = (copy.deepcopy(trained) for _ in range(3))
+    publisher, receiver = Publisher(trained), Receiver(served)
+    updates, files, shares, codes = [], [], [], []
+    for _ in steps:
+        update = publisher.publish()
+        data = update.to_bytes()
+        updates.append(update)
+        files.append(len(data) / update.nnz)
+        shares.append(update.nnz / sum(weight.numel() for weight in trained.parameters()))
+        codes.append(code_of(update))
+        receiver.stage(data)
+        receiver.commit()
+    # An update without what was there before is written with its values, in the same layout.
+    values = [len(replace(update, before={}).to_bytes()) / update.nnz for update in updates]
+    wanted = trained.state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in served.state_dict().items())
+    turns = {"receiver": receiver}
+    calls = [
+        (plain.get_parameter(name).data, entry.indices.long(), entry.values)
+        for update in updates
+        for name, entry in update.weights.items()
+    ]
+
+    def reset() -> None:
+        served.load_state_dict(start.state_dict())
+        turns["receiver"] = Receiver(served)
+
+    def follow() -> None:
+        for update in updates:
+            turns["receiver"].stage(update)
+            turns["receiver"].commit()
+
+    def stage_densely(weight: torch.Tensor, indices: torch.Tensor, entries: torch.Tensor) -> None:
+        staged = weight.clone()
+        staged.view(-1).index_copy_(0, indices, entries)
+        weight.copy_(staged)
+
+    timing = compare(
+        benchmark, ("stage and commit", follow), {"dense": sweep(stage_densely, calls)}, rounds=settings.few(5),
+        reset=reset,
+    )  # fmt: skip
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in served.state_dict().items())
+    report = Report(benchmark, threads, updates=len(updates), weights=len(updates[-1]), share=shares)
+    report.seconds(timing, len(updates))
+    variant = f"{sum(shares) / len(shares):.1%} changed"
+    report.result("bytes of a run", variant, files, min(files))
+    report.result("bytes of a run, values", variant, values, min(values))
+    report.result("index code of a run", variant, codes, min(codes))
+    report.ratio("a run over dense", variant, timing, "dense")
+
+
+def code_of(update: Update) -> float:
+    """How long its index codes are, over the entropy of entries that are chosen independently in each weight."""
+    found, wanted = 0, 0.0
+    for entry in update.weights.values():
+        found += 8 * ops.encode_indices(entry.indices, version=2).numel()
+        share = entry.indices.numel() / (entry.numel // entry.granule)
+        if share < 1:
+            left = 1 - share
+            wanted -= entry.numel * (share * math.log2(share) + left * math.log2(left))
+    return found / wanted
+
+
+@DENSITIES
+def bench_memory(benchmark: BenchmarkFixture, threads: int, density: float) -> None:
+    ways = {way: peak_alone(way, density) for way in ("stage and commit", "dense, all weights", "dense, one by one")}
+    benchmark.pedantic(lambda: None, rounds=1)
+    report = Report(benchmark, threads, density=density, peak_bytes=ways)
+    for way in ("dense, all weights", "dense, one by one"):
+        ratio = ways[way] / max(1, ways["stage and commit"])
+        report.result(f"memory: {way}", f"{density:g} changed", [ratio], ratio)
+
+
+@functools.cache
+def peak_alone(way: str, density: float) -> int:
+    """Measured in a process of its own: memory that another way has freed would not count again."""
+    if settings.quick:
+        return peak(way, density)
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(peak, way, density).result()
+
+
+def peak(way: str, density: float) -> int:
+    """Bytes beside the model and the update. A small weight comes first, for what is taken once in a process."""
+    found = 0
+    for some in ([small()], layers(BF16, density=density)):
+        model = Layers([one.weight.data for one in some])
+        publisher = Publisher(model)
+        swap(some)
+        update = publisher.publish()
+        swap(some)
+        del publisher
+        receiver = Receiver(model)
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is recorded anew
+        take_over(way, receiver, update, some)
+        found = resident("VmHWM") - before
+    return found
+
+
+def take_over(way: str, receiver: Any, update: Any, some: list[Layer]) -> None:
+    if way == "stage and commit":
+        receiver.stage(update)
+        receiver.commit()
+    elif way == "dense, one by one":
+        dense(some, False)
+    else:
+        dense_at_once(some)
+
+
+def small() -> Layer:
+    indices = torch.arange(0, 4096, 50, dtype=torch.int32)
+    weight, nothing = torch.zeros(64, 64, dtype=BF16), torch.zeros(0)
+    values = torch.ones(len(indices), dtype=BF16)
+    return Layer(weight, indices, indices.long(), values, values.clone(), indices, nothing, nothing, 1)
+
+
+def dense_at_once(some: list[Layer]) -> None:
+    staged = [one.weight.clone() for one in some]
+    for one, copied in zip(some, staged, strict=True):
+        copied.view(-1).index_copy_(0, one.indices64, one.values)
+    for one, copied in zip(some, staged, strict=True):
+        one.weight.copy_(copied)

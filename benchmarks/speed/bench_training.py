@@ -27,7 +27,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import nn
 
-from benchmarks.speed import common
+from benchmarks.speed import common, heap
 from benchmarks.speed.common import BF16, FP32, Report, compare, settings
 
 peft = pytest.importorskip("peft")
@@ -145,23 +145,16 @@ class Trained:
         return float(loss)
 
 
-def resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) << 10
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
 def peak(way: str, model: str, dtype: torch.dtype) -> int:
     """Bytes."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    before = resident("VmRSS")
+    before = heap.resident("VmRSS")
     trained = Trained(way, model, dtype)
     Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is recorded anew
     for _ in range(3):
         trained.step()
-    return resident("VmHWM") - before
+    return heap.resident("VmHWM") - before
 
 
 @functools.cache

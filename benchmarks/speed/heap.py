@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import resource
+from pathlib import Path
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # from malloc.h
 
@@ -28,3 +29,11 @@ def keep() -> bool:
 def faults() -> int:
     """The page faults of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def resident(field: str) -> int:
+    """Bytes of memory of this process: VmRSS now, VmHWM at the peak."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) << 10
+    raise RuntimeError(f"/proc/self/status has no {field}")

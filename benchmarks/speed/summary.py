@@ -106,6 +106,12 @@ LINES = {
     "overlay of LoRA fp32, granule 1": Line("sparse_linear_add_ fp32, of LoRA's two products", 1.5, at_least=False),
     "overlay of LoRA bf16, granule 1": Line("sparse_linear_add_ bf16, of LoRA's two products", 2.5, at_least=False),
     "overlay of LoRA, other batches": Line("sparse_linear_add_, of LoRA's two products", None),
+    "overlay, bound of LoRA": Line(
+        "the multiply-adds of sparse_linear_add_ alone, of LoRA's two products", None, guarded=False
+    ),
+    "overlay, bound of stream": Line(
+        "a call of sparse_linear_add_ with one granule and reading indices and values, of reading", None, guarded=False
+    ),
     "overlay of stream": Line("sparse_linear_add_ 1 token, of reading indices and values", 1.3, at_least=False),
     "overlay of layer": Line("sparse_linear_add_, share of the layer's product", 6.0, " %", at_least=False),
     "overlay over mixed, granule 16": Line(
@@ -114,11 +120,23 @@ LINES = {
     "overlay over mixed, granule 1": Line("sparse_linear_add_ 32 adapters, over PEFT LoRA's mixed batch", 1.5),
     "break-even": Line("tokens between two switches from which on an overlay costs more", None, " tokens"),
     "mixed overlay of stream": Line("sparse_linear_add_ 32 adapters, of reading indices and values", None),
+    "mixed overlay, bound": Line(
+        "reading indices and values of 32 adapters, over PEFT LoRA's mixed batch", None, guarded=False
+    ),
+    "mixed overlay: memory over mixed": Line(
+        "peak memory of sparse_linear_add_ 32 adapters, of PEFT LoRA's mixed batch", None, at_least=False
+    ),
     "diff_ of read": Line("diff_, of reading the weight and the snapshot", None, ""),
     "diff_ over torch": Line("diff_, over the same in plain torch", None),
     "commit of touch": Line("commit of a live update, of touch bandwidth", 0.85, ""),
     "commit, verify=False of touch": Line("commit(verify=False) of a live update, of touch bandwidth", 0.85, ""),
     "stage and commit over dense": Line("a live update staged and committed, over clone + index_copy_ + copy_", None),
+    "bytes of a run": Line("bytes an entry of the updates of a real run", 1.6, " B", at_least=False),
+    "bytes of a run, values": Line("bytes an entry of the same with plain values", None, " B", at_least=False),
+    "index code of a run": Line("index code of the updates of a real run, over the entropy", 1.05, at_least=False),
+    "a run over dense": Line("a real run's updates staged and committed, over clone + index_copy_ + copy_", None),
+    "memory: dense, all weights": Line("memory of a dense update, staged as a whole, over ours", 50.0),
+    "memory: dense, one by one": Line("memory of a dense update, weight by weight, over ours", None),
     "publish over read": Line("publish of a model, in reads of its weights", None, at_least=False),
     "publish of a tuner over publish": Line("publish of a tuner, over publish of a model", None),
     "sampled_grad fp32": Line("sampled_grad 1 % fp32, over dense gradient + gather", 8.0),
@@ -150,6 +168,9 @@ LINES = {
     "accelerate: memory over a tuner": Line(
         "peak memory of PEFT SHiRA after accelerate, of a SparseTuner's with overlay", None, at_least=False
     ),
+    "accelerate, bound": Line(
+        "the frozen model alone, forward and backward, of PEFT SHiRA's step", None, "", guarded=False
+    ),
     "SparseConfig over LoRA": Line("a step with SparseConfig, of PEFT LoRA's", None, at_least=False),
     "SparseConfig: memory over LoRA": Line("peak memory with SparseConfig, of PEFT LoRA's", None, at_least=False),
     "SparseConfig, granule 16 over LoRA": Line(
@@ -168,6 +189,10 @@ LINES = {
     "encode 2": Line("encode_indices int32, a core, version 2", None, " G/s"),
     "decode 1": Line("decode_indices int32, a core, version 1", 2.0, " G/s"),
     "decode 2": Line("decode_indices int32, a core, version 2", 2.0, " G/s"),
+    "decode 1 of filling": Line("decode_indices int32, version 1, of filling as much memory", None, ""),
+    "decode 2 of filling": Line("decode_indices int32, version 2, of filling as much memory", None, ""),
+    "decode 1, warm": Line("decode_indices int32, a core, version 1, in the caches", None, " G/s"),
+    "decode 2, warm": Line("decode_indices int32, a core, version 2, in the caches", 2.0, " G/s"),
     "select_top magnitude bf16": Line("select_top magnitude 1 % bf16, over abs().topk", 8.0),
     "select_top magnitude fp32": Line("select_top magnitude 1 % fp32, over abs().topk", 8.0),
     "select_top snip bf16": Line("select_top snip 1 % bf16, over the same with topk", 8.0),

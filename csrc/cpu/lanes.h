@@ -10,8 +10,14 @@
 //   fused(a, b, sum)        multiply_add of single numbers: what a lane of registers gives
 //   transpose(r)            kLanes registers as a square of numbers
 //   sum(a, p)               p[k] = the sum of the lanes of a[k], for kGroup registers
+//   add_entries(indices, start, columns, values, x, sum)
+//                           adds value * x[column] of the next kLanes entries, as far as they lie in the row whose
+//                           `columns` entries begin at `start`, and returns how many do. Indices increase from `start`
+//                           on and are at most kNoEntry
 #pragma once
 #include <algorithm>
+#include <cstdint>
+#include <limits>
 #include <memory>
 #include <new>
 
@@ -27,6 +33,8 @@ std::unique_ptr<T[], void (*)(T*)> allocate(int64_t count) {  // by lines: loadi
 }
 
 constexpr int kGroup = 8;  // entries whose sums run side by side: enough to hide the latency of a multiply-add
+
+constexpr int64_t kNoEntry = std::numeric_limits<int32_t>::max();
 
 // The dtype is part of the type, since both 16-bit floats are uint16_t.
 template <typename D>
@@ -81,6 +89,14 @@ struct Lanes {
   static void sum(const Register* a, T* to) {
     for (int k = 0; k < kGroup; ++k) to[k] = (a[k].lane[0] + a[k].lane[1]) + (a[k].lane[2] + a[k].lane[3]);
   }
+  template <typename D, typename I>
+  static int64_t add_entries(const I* indices, int64_t start, int64_t columns, Source<D> values, const T* x,
+                             Register& sum) {
+    int here = 0;
+    for (; here < kLanes && int64_t{indices[here]} - start < columns; ++here)
+      sum.lane[here] += static_cast<T>(D::load(values.data[here])) * x[int64_t{indices[here]} - start];
+    return here;
+  }
 };
 using Floats = Lanes<float>;
 using Doubles = Lanes<double>;
@@ -89,6 +105,17 @@ using Doubles = Lanes<double>;
 
 #if SHIRA_X86
 namespace avx2 {
+
+// The columns of the next indices in a row.
+SHIRA_AVX2 inline __m128i four_columns(const int32_t* indices, int64_t start) {
+  return _mm_sub_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(indices)),
+                       _mm_set1_epi32(static_cast<int32_t>(start)));
+}
+SHIRA_AVX2 inline __m128i four_columns(const int64_t* indices, int64_t start) {
+  const __m256i wide = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(indices));
+  const __m256i narrow = _mm256_permutevar8x32_epi32(wide, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
+  return _mm_sub_epi32(_mm256_castsi256_si128(narrow), _mm_set1_epi32(static_cast<int32_t>(start)));
+}
 
 struct Floats {
   using Value = float;
@@ -135,6 +162,16 @@ struct Floats {
       _mm_storeu_ps(to + k, _mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1)));
     }
   }
+  template <typename D, typename I>
+  SHIRA_AVX2 static int64_t add_entries(const I* indices, int64_t start, int64_t columns, Source<D> values,
+                                        const float* x, __m256& sum) {
+    const __m256i column = _mm256_setr_m128i(four_columns(indices, start), four_columns(indices + 4, start));
+    const __m256i most = _mm256_set1_epi32(static_cast<int32_t>(std::min(columns, kNoEntry)));
+    const __m256 here = _mm256_castsi256_ps(_mm256_cmpgt_epi32(most, column));
+    const __m256 own = _mm256_mask_i32gather_ps(zero(), x, column, here, 4);
+    sum = _mm256_blendv_ps(sum, _mm256_fmadd_ps(load(values), own, sum), here);
+    return __builtin_popcount(_mm256_movemask_ps(here));
+  }
 };
 
 struct Doubles {
@@ -168,11 +205,37 @@ struct Doubles {
       _mm_storeu_pd(to + k, _mm_add_pd(_mm256_castpd256_pd128(pairs), _mm256_extractf128_pd(pairs, 1)));
     }
   }
+  template <typename D, typename I>
+  SHIRA_AVX2 static int64_t add_entries(const I* indices, int64_t start, int64_t columns, Source<D> values,
+                                        const double* x, __m256d& sum) {
+    const __m128i column = four_columns(indices, start);
+    const __m128i most = _mm_set1_epi32(static_cast<int32_t>(std::min(columns, kNoEntry)));
+    const __m256d here = _mm256_castsi256_pd(_mm256_cvtepi32_epi64(_mm_cmpgt_epi32(most, column)));
+    const __m256d own = _mm256_mask_i32gather_pd(zero(), x, column, here, 8);
+    sum = _mm256_blendv_pd(sum, _mm256_fmadd_pd(load(values), own, sum), here);
+    return __builtin_popcount(_mm256_movemask_pd(here));
+  }
 };
 
 }  // namespace avx2
 
 namespace avx512 {
+
+// The columns of the next indices in a row.
+SHIRA_AVX512 inline __m256i eight_columns(const int32_t* indices, int64_t start) {
+  return _mm256_sub_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(indices)),
+                          _mm256_set1_epi32(static_cast<int32_t>(start)));
+}
+SHIRA_AVX512 inline __m256i eight_columns(const int64_t* indices, int64_t start) {
+  return _mm512_cvtepi64_epi32(_mm512_sub_epi64(_mm512_loadu_si512(indices), _mm512_set1_epi64(start)));
+}
+SHIRA_AVX512 inline __m512i sixteen_columns(const int32_t* indices, int64_t start) {
+  return _mm512_sub_epi32(_mm512_loadu_si512(indices), _mm512_set1_epi32(static_cast<int32_t>(start)));
+}
+SHIRA_AVX512 inline __m512i sixteen_columns(const int64_t* indices, int64_t start) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(eight_columns(indices, start)), eight_columns(indices + 8, start),
+                            1);
+}
 
 struct Floats {
   using Value = float;
@@ -231,6 +294,16 @@ struct Floats {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 0, 0, 0, 0, 0, 0, 0);
     _mm256_storeu_ps(to, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, sums)));
   }
+  template <typename D, typename I>
+  SHIRA_AVX512 static int64_t add_entries(const I* indices, int64_t start, int64_t columns, Source<D> values,
+                                          const float* x, __m512& sum) {
+    const __m512i column = sixteen_columns(indices, start);
+    const __m512i most = _mm512_set1_epi32(static_cast<int32_t>(std::min(columns, kNoEntry)));
+    const __mmask16 here = _mm512_cmplt_epu32_mask(column, most);
+    const __m512 own = _mm512_mask_i32gather_ps(zero(), here, column, x, 4);
+    sum = _mm512_mask3_fmadd_ps(load(values), own, sum, here);
+    return __builtin_popcount(here);
+  }
 };
 
 struct Doubles {
@@ -277,6 +350,16 @@ struct Doubles {
         _mm512_add_pd(_mm512_unpacklo_pd(quarter[0], quarter[1]), _mm512_unpackhi_pd(quarter[0], quarter[1]));
     const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
     _mm512_storeu_pd(to, _mm512_permutexvar_pd(order, sums));
+  }
+  template <typename D, typename I>
+  SHIRA_AVX512 static int64_t add_entries(const I* indices, int64_t start, int64_t columns, Source<D> values,
+                                          const double* x, __m512d& sum) {
+    const __m256i column = eight_columns(indices, start);
+    const __m256i most = _mm256_set1_epi32(static_cast<int32_t>(std::min(columns, kNoEntry)));
+    const __mmask8 here = _mm256_cmplt_epu32_mask(column, most);
+    const __m512d own = _mm512_mask_i32gather_pd(zero(), here, column, x, 8);
+    sum = _mm512_mask3_fmadd_pd(load(values), own, sum, here);
+    return __builtin_popcount(here);
   }
 };
 

@@ -5,8 +5,8 @@
 // packed column, and a row's sums stay in registers (transposed: the packed row).
 //
 // A single token is not packed: it stays in L1, where the walk reads its numbers. Its sums have the same order. With
-// few tokens per adapter, granules that fill registers are summed across lanes: another order, so the shapes alone
-// decide.
+// few tokens per adapter, single entries and granules that fill registers are summed across lanes: another order, so
+// the shapes alone decide.
 #include "../ops/overlay.h"
 
 #include "../dispatch.h"
@@ -18,11 +18,14 @@ namespace shira::cpu {
 namespace {
 
 constexpr int64_t kLanesMost = 16;
-constexpr int64_t kRows = 64;  // rows per walk, whose sums are then transposed back: a multiple of kLanesMost
+constexpr int64_t kRows = 128;  // rows per walk, whose sums are then transposed back: a multiple of kLanesMost
 constexpr int64_t kPackedBytes = 1 << 20;
-constexpr int kSides = 4;                     // 1, 2, 4 or 8 registers of tokens lie side by side
-constexpr int64_t kColumnGranule = 8;         // packed granules of at least this size are taken column by column
-constexpr int64_t kFew = 4;                   // up to this many tokens per adapter, granules are summed across lanes
+constexpr int kSides = 4;              // 1, 2, 4 or 8 registers of tokens lie side by side
+constexpr int64_t kColumnGranule = 8;  // packed granules of at least this size are taken column by column
+// Up to this many tokens per adapter, rows are summed across lanes: granules load registers, single entries gather
+// them.
+constexpr int64_t kFew = 4, kFewEntries = 2;
+constexpr int kAhead = 8;                     // packed granules that are fetched this early
 constexpr int64_t kExact = int64_t{1} << 50;  // see granule_sums
 
 // The dtype of numbers in the compute type.
@@ -49,6 +52,8 @@ struct Kernel {
   void (*turn)(const typename Wide<C>::Bits*, int64_t stride, int64_t tokens, int64_t columns, C* to, int64_t depth);
   void (*granule_sums)(const I*, int64_t n, int64_t granule, int64_t a_row, double inverse, int64_t first,
                        const typename V::Bits*, const C* x, C* sums);
+  void (*entry_sums)(const I*, int64_t n, int64_t columns, int64_t first, int64_t count, const typename V::Bits*,
+                     const C* x, C* sums);
   void (*columns[2])(const Placed*, const int64_t* starts, int64_t count, int64_t granule, const C* values, const C* x,
                      C* sums);
   Loops<C, I, true> entries;
@@ -116,8 +121,12 @@ class Product {
         alpha_(alpha),
         adds_(adds) {}
 
-  // Whether a granule's entries fill registers and lie in one row.
-  bool fills() const { return !problem_.transposed && aligned() && problem_.granule % kernel_.lanes == 0; }
+  // Whether rows are summed across lanes: of single entries, or of granules that fill registers and lie in one row.
+  bool across(int64_t adapters) const {
+    if (problem_.transposed) return false;
+    if (problem_.granule == 1) return problem_.tokens <= kFewEntries * adapters && problem_.limit() <= kNoEntry;
+    return problem_.tokens <= kFew * adapters && aligned() && problem_.granule % kernel_.lanes == 0;
+  }
 
   // Rows [begin, end) of the sums of one token; for the transposed product, all rows.
   void alone(int64_t token, bool across, int64_t begin, int64_t end) const {
@@ -129,8 +138,12 @@ class Product {
     if (across) {
       const int64_t first = mask_.row_start(begin) / problem_.granule;
       const int64_t count = mask_.row_start(end) / problem_.granule - first;
-      kernel_.granule_sums(mask_.indices + first, count, problem_.granule, a_row(), inverse(), begin,
-                           values_ + first * problem_.granule, x.get(), sums.get());
+      const auto* const values = values_ + first * problem_.granule;
+      if (problem_.granule == 1)
+        kernel_.entry_sums(mask_.indices + first, count, mask_.columns, begin, outs, values, x.get(), sums.get());
+      else
+        kernel_.granule_sums(mask_.indices + first, count, problem_.granule, a_row(), inverse(), begin, values, x.get(),
+                             sums.get());
     } else {
       with_loops([&](const auto& loops, auto walk) {
         Numbers numbers;
@@ -224,7 +237,10 @@ class Product {
     const int64_t squares = (problem_.features + kLanesMost - 1) / kLanesMost;
     torch::stable::parallel_for(0, squares, kGrain / (kLanesMost * depth) + 1, [&](int64_t begin, int64_t end) {
       const int64_t first = begin * kLanesMost, last = std::min(problem_.features, end * kLanesMost);
-      kernel_.pack(from + first, problem_.features, tokens.count, last - first, x + first * depth, depth);
+      // Square by square: the lines of x are then complete when they leave L1.
+      for (int64_t column = first; column < last; column += kLanesMost)
+        kernel_.pack(from + column, problem_.features, tokens.count, std::min(kLanesMost, last - column),
+                     x + column * depth, depth);
     });
   }
 
@@ -232,7 +248,8 @@ class Product {
   struct Share {
     int64_t begin, end;
     std::vector<int64_t> starts;
-    std::vector<Placed> placed;
+    std::vector<Placed> placed;  // and some more, which are fetched and not used
+    decltype(allocate<C>(0)) sums = allocate<C>(0);
   };
 
   // A counting sort.
@@ -244,7 +261,7 @@ class Product {
       return static_cast<int64_t>((static_cast<double>(index) + 0.5) * inverse);
     };
     share.starts.assign(wide + 2, 0);
-    share.placed.resize(last - first);
+    share.placed.resize(last - first + kAhead);
     for (int64_t number = first; number < last; ++number) {
       const int64_t index = mask_.indices[number];
       ++share.starts[index - row_of(index) * wide + 2];
@@ -257,6 +274,7 @@ class Product {
   }
 
   void by_column(const Tokens& tokens) const {
+    const int64_t block = 2 * kernel_.lanes;
     const int64_t work = mask_.n * problem_.granule / kGrain, groups = (problem_.out_features + kRows - 1) / kRows;
     const int64_t most = std::min<int64_t>(groups, torch::stable::get_num_threads());
     std::vector<Share> shares(std::clamp<int64_t>(work, 1, most));
@@ -266,11 +284,13 @@ class Product {
         shares[k].begin = std::min(problem_.out_features, k * rows);
         shares[k].end = std::min(problem_.out_features, (k + 1) * rows);
         sort(shares[k]);
+        const int64_t size = (shares[k].end - shares[k].begin) * block;
+        shares[k].sums = allocate<C>(size);
+        std::fill_n(shares[k].sums.get(), size, C{0});
       }
     });
     Numbers numbers;
     const C* const values = numbers(*this, 0, problem_.out_features);
-    const int64_t block = 2 * kernel_.lanes;
     const auto x = allocate<C>(problem_.features * block);
     for (int64_t first = 0; first < tokens.count; first += block) {
       const Tokens some = tokens.part(first, std::min(block, tokens.count - first));
@@ -278,15 +298,17 @@ class Product {
       const int64_t depth = kernel_.lanes << log;
       pack(some, depth, x.get());
       torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-        const auto sums = allocate<C>(rows * depth), turned = allocate<C>(kRows * depth);
+        const auto turned = allocate<C>(kRows * depth);
         for (int64_t k = begin; k < end; ++k) {
           const Share& share = shares[k];
-          std::fill_n(sums.get(), (share.end - share.begin) * depth, C{0});
+          C* sums = share.sums.get();
           kernel_.columns[log](share.placed.data(), share.starts.data(), a_row(), problem_.granule, values, x.get(),
-                               sums.get());
-          for (int64_t row = share.begin; row < share.end; row += kRows)
-            turn_back(some, row, std::min(kRows, share.end - row), depth, sums.get() + (row - share.begin) * depth,
-                      turned.get());
+                               sums);
+          for (int64_t row = share.begin; row < share.end; row += kRows, sums += kRows * depth) {
+            const int64_t tall = std::min(kRows, share.end - row);
+            turn_back(some, row, tall, depth, sums, turned.get());
+            std::fill_n(sums, tall * depth, C{0});  // for the next tokens, while they are in L1
+          }
         }
       });
     }
@@ -366,16 +388,16 @@ struct Cpu {
     check_indices_content(op, name, indices, limit);
   }
 
-  // One adapter on some of the call's tokens. `few`: the call has few tokens per adapter.
+  // One of the call's adapters on some of its tokens.
   template <typename W, typename V>
   static void one(const SparseLinear& problem, const Tensor& input, const Tensor& output, const Tensor& indices,
-                  const Tensor& values, typename W::Compute alpha, bool adds, const Tokens& tokens, bool few) {
+                  const Tensor& values, typename W::Compute alpha, bool adds, const Tokens& tokens, int64_t adapters) {
     with_index(indices.scalar_type(), [&](auto index) {
       using I = typename decltype(index)::type;
       const Product<W, V, I> product(problem, static_cast<const typename W::Bits*>(input.const_data_ptr()),
                                      static_cast<typename W::Bits*>(output.data_ptr()), indices, values, alpha, adds,
                                      width());
-      const bool across = few && product.fills();
+      const bool across = product.across(adapters);
       if (!across && tokens.count > 1) return product.packed(tokens);
       // Each token's rows are split into as many parts as keep the threads busy.
       const int64_t work = values.numel() + problem.rows();
@@ -395,7 +417,7 @@ struct Cpu {
                        const Tensor& result) {
     with_dtypes(input.scalar_type(), values.scalar_type(), [&](auto w, auto v) {
       one<typename decltype(w)::type, typename decltype(v)::type>(problem, input, result, indices, values, 1, false,
-                                                                  {nullptr, 0, problem.tokens}, problem.tokens <= kFew);
+                                                                  {nullptr, 0, problem.tokens}, 1);
     });
   }
 
@@ -423,7 +445,7 @@ struct Cpu {
         const Tokens tokens{order.data() + starts[k], 0, starts[k + 1] - starts[k]};
         if (tokens.count > 0 && strengths[k] != 0)
           one<W, typename decltype(v)::type>(problem, input, output, indices[k], values[k], strengths[k], true, tokens,
-                                             problem.tokens <= kFew * count);
+                                             count);
       }
     });
   }

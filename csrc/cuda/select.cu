@@ -139,41 +139,85 @@ struct Stored {
 };
 
 // Computes the keys of long granules. A sum is in entry order, so one thread makes it; but the whole block loads, in
-// whole lines, for the lanes that add. kTeam warps load for the 32 granules of one of them: all warps, if granules are
-// longer than what one warp loads of each at a time.
-template <typename W, typename G, Score score, int kTeam>
+// whole lines, for the lanes that add. kTeam warps load for the 32 granules
+// of one of them: all warps, if granules are longer than what one warp loads of each at a time. kVector: 16 bytes per
+// access.
+template <typename W, typename G, Score score, int kTeam, bool kVector>
 struct Sum {
   using Row = SelectRow;
   struct Scalars {};
-  static constexpr int kLeastBlocks = 4;
+  static constexpr int kLeastBlocks = 2;
   using C = typename W::Compute;
-  using Own = Scores<W, G, score>;
+  using Weight = typename W::Bits;
+  using Grad = typename G::Bits;
+  static constexpr int kWeightBytes = score == Score::Grad ? 0 : sizeof(Weight);
+  static constexpr int kGradBytes = score == Score::Magnitude ? 0 : sizeof(Grad);
+  static constexpr int kWide = kVector ? 16 / std::max(kWeightBytes, kGradBytes) : 1;
   static constexpr int kColumns = 128 / sizeof(C), kPitch = kColumns + 1;  // no bank conflicts
+  static constexpr int kPacks = kColumns / kWide;  // of a line; and of a lane, since there are as many lines as lanes
+  // Packs that a lane has in flight. Where those are all of them, it loads the next ones while others are added.
+  static constexpr int kAtOnce = std::min(kPacks, !kVector ? 4 : score == Score::Snip ? 2 : 8);
+  static constexpr bool kAhead = kAtOnce == kPacks;
   static constexpr int kGranules = kThreads / kTeam;
-  static constexpr int kAtOnce = score == Score::Snip ? 4 : 8;
+
+  struct Loaded {
+    Pack<Weight, kWide> weight[kAtOnce];
+    Pack<Grad, kWide> grad[kAtOnce];
+  };
+  // f(k, line, column) for kAtOnce of a lane's packs.
+  template <typename F>
+  static __device__ __forceinline__ void each(int begin, const F& f) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int at = (begin + k) * 32 + lane;
+      f(k, at / kPacks, at % kPacks * kWide);
+    }
+  }
+  // What lies past the last line or column repeats it, so that no branch is between two loads; it is not added.
+  static __device__ __forceinline__ void load(const Row& row, int64_t first, int64_t from, int begin, Loaded& loaded) {
+    each(begin, [&](int k, int line, int column) {
+      const int64_t granule = std::min(first + line, row.granules - 1);
+      const int64_t at = (granule * row.granule + std::min(from + column, row.granule - kWide)) / kWide;
+      if constexpr (score != Score::Grad) loaded.weight[k] = Pack<Weight, kWide>::cached(row.weight, at);
+      if constexpr (score != Score::Magnitude) loaded.grad[k] = Pack<Grad, kWide>::cached(row.grad, at);
+    });
+  }
+  static __device__ __forceinline__ void keep(C* own, int begin, const Loaded& loaded) {
+    each(begin, [&](int k, int line, int column) {
+#pragma unroll
+      for (int e = 0; e < kWide; ++e)
+        own[line * kPitch + column + e] =
+            core::entry_score<W, G, score>(loaded.weight[k].entry, loaded.grad[k].entry, e);
+    });
+  }
 
   static int64_t tiles(const Row& row) { return (row.granules + kGranules - 1) / kGranules; }
   static __device__ void tile(const Scalars&, const Row& row, int64_t tile) {
     SHIRA_SHARED(terms, kWarps * 32 * kPitch, C);
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     C* const own = terms + warp * 32 * kPitch;
-    const int64_t first = tile * kGranules + warp / kTeam * 32;
+    const int64_t first = tile * kGranules + warp / kTeam * 32, step = kTeam * kColumns;
     C total = 0;
-    for (int64_t begin = 0; begin < row.granule; begin += kTeam * kColumns) {
-      const int64_t from = begin + warp % kTeam * kColumns;
-#pragma unroll kAtOnce
-      for (int i = 0; i < kColumns; ++i) {
-        const int at = i * 32 + lane, line = at / kColumns, column = at % kColumns;
-        typename Own::Weight weight = 0;
-        typename Own::Grad grad = 0;
-        const bool is = first + line < row.granules && from + column < row.granule;
-        if (is) Own::load(row.weight, row.grad, (first + line) * row.granule + from + column, weight, grad);
-        if (is) own[line * kPitch + column] = core::entry_score<W, G, score>(&weight, &grad, 0);
+    int64_t from = warp % kTeam * kColumns;
+    Loaded loaded;
+    if constexpr (kAhead) load(row, first, from, 0, loaded);
+    for (int64_t begin = 0; begin < row.granule; begin += step) {
+      if constexpr (kAhead) {
+        keep(own, 0, loaded);
+      } else {
+#pragma unroll 1
+        for (int k = 0; k < kPacks; k += kAtOnce) {
+          load(row, first, from, k, loaded);
+          keep(own, k, loaded);
+        }
       }
       __syncthreads();
+      from += step;
+      if constexpr (kAhead)
+        if (begin + step < row.granule) load(row, first, from, 0, loaded);
       if (warp % kTeam == 0) {
-        const int64_t left = row.granule - begin;
-        const int count = left < kTeam * kColumns ? static_cast<int>(left) : kTeam * kColumns;
+        const int count = static_cast<int>(std::min(row.granule - begin, step));
         for (int part = 0; part * kColumns < count; ++part)
 #pragma unroll 8
           for (int column = 0; column < kColumns; ++column)
@@ -182,7 +226,7 @@ struct Sum {
       __syncthreads();
     }
     if (warp % kTeam == 0 && first + lane < row.granules)
-      store_stream(static_cast<typename Own::Key*>(row.keys) + first + lane, core::score_key(total));
+      store_stream(static_cast<core::Key<C>*>(row.keys) + first + lane, core::score_key(total));
   }
 };
 
@@ -492,11 +536,18 @@ template <typename W, typename G, Score score>
 void select(SelectRow row, cudaStream_t stream) {
   using Own = Scores<W, G, score>;
   if (row.keys == nullptr) return select_by<Own>(row, stream);
-  using All = Sum<W, G, score, kWarps>;
-  if (row.granule >= kWarps * All::kColumns)
-    launch_one<All>({}, row, stream);
+  const auto sum = [&](auto vector) {
+    constexpr bool kVector = decltype(vector)::value;
+    using All = Sum<W, G, score, kWarps, kVector>;
+    if (row.granule >= kWarps * All::kColumns)
+      launch_one<All>({}, row, stream);
+    else
+      launch_one<Sum<W, G, score, 1, kVector>>({}, row, stream);
+  };
+  if (row.aligned && row.granule % Sum<W, G, score, 1, true>::kWide == 0)
+    sum(std::true_type{});
   else
-    launch_one<Sum<W, G, score, 1>>({}, row, stream);
+    sum(std::false_type{});
   row.stored = row.keys;
   row.aligned = true;
   select_by<Stored<Kept<typename Own::Key>>>(row, stream);

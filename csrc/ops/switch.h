@@ -32,7 +32,8 @@ struct SwitchOps {
   }
 
   // `swaps`: values are written too.
-  static void move_list(Call call, const Tensors& weights, const Tensors& indices, const Tensors& values, bool swaps) {
+  static void check_move(Call& call, const Tensors& weights, const Tensors& indices, const Tensors& values,
+                         bool swaps) {
     call.length("indices", indices, weights);
     call.length("values", values, weights);
     call.weights(weights, Kind::Moves);
@@ -45,6 +46,10 @@ struct SwitchOps {
     call.memory("values", values, swaps);
     call.overlap.check();
     content(call, "indices", indices, weights);
+  }
+
+  static void move_list(Call call, const Tensors& weights, const Tensors& indices, const Tensors& values, bool swaps) {
+    check_move(call, weights, indices, values, swaps);
     (swaps ? Backend::swap : Backend::scatter)(weights, indices, values, call.granule);
   }
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from shira.adapter.adapter import Adapter
     from shira.serve.overlay import Overlay
     from shira.serve.switcher import Switcher
+    from shira.train.dora import DoRATuner
     from shira.train.estimate import Estimate, estimate
     from shira.train.optim import SGD, AdamW
     from shira.train.trainer import Trainer
@@ -42,6 +43,7 @@ __all__ = [
     "AdamW",
     "Adapter",
     "AdapterError",
+    "DoRATuner",
     "Entry",
     "Estimate",
     "Overlay",
@@ -63,6 +65,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "Adapter": ("shira.adapter.adapter", "Adapter"),
     "AdapterError": ("shira._text", "AdapterError"),
     "AdamW": ("shira.train.optim", "AdamW"),
+    "DoRATuner": ("shira.train.dora", "DoRATuner"),
     "Entry": ("shira.adapter._entry", "Entry"),
     "Estimate": ("shira.train.estimate", "Estimate"),
     "Overlay": ("shira.serve.overlay", "Overlay"),

@@ -6,6 +6,8 @@ A granule is a run of consecutive entries of the flat weight; an index selects o
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 import shira_ops
 from shira._text import dtype_name as dtype_name
 from shira_ops import reference
+from shira_ops._ops import add_op_namespace_prefix, ops
 from shira_ops.checks import index_dtype as index_dtype
 
 WORD = 2**64 - 1
@@ -52,8 +55,38 @@ def fingerprint_at(weight: Tensor, indices: Tensor, granule: int) -> int:
     return int(shira_ops.fingerprint_at(weight.detach(), indices, granule=granule)) & WORD
 
 
+@cache
+def _has_kernel() -> bool:
+    """Whether this build's CPU kernels are in use, among them those that `swap_` and `share` take."""
+    name = add_op_namespace_prefix("_foreach_swap_fingerprint_")
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"))
+
+
+def swap_(weights: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor], granule: int) -> Tensor:
+    """`shira_ops.foreach_swap_`, and by how much it changes each weight's fingerprint: int64, mod 2^64, on the device.
+
+    On the CPU in one pass: a word that was read is still at hand when the swap has changed it. No tensor may require
+    grad, and the list must not be empty.
+    """
+    if weights[0].device.type == "cpu" and _has_kernel():
+        changes: Tensor = ops._foreach_swap_fingerprint_.default(weights, indices, values, granule)
+        torch._C._increment_version([tensor for tensor in (*weights, *values) if not tensor.is_inference()])
+        return changes
+
+    def shares() -> Tensor:
+        each = zip(weights, indices, strict=True)
+        return torch.stack([shira_ops.fingerprint_at(one, at, granule=granule) for one, at in each])
+
+    before = shares()
+    shira_ops.foreach_swap_(weights, indices, values, granule=granule)
+    return shares() - before
+
+
 def share(words: Tensor, positions: Tensor) -> Tensor:
     """What 64-bit words at these positions of a weight add to its fingerprint: int64, without dimensions."""
+    if words.device.type == "cpu" and _has_kernel():
+        found: Tensor = ops._fingerprint_words.default(words, positions)
+        return found
     return reference.words_hash(words, positions)
 
 

@@ -141,6 +141,11 @@ def foreign(weight: Tensor) -> str | None:
     """
     if _shards.is_dtensor(weight):
         return f"is sharded (a DTensor with placements {tuple(weight.placements)}), which is not supported yet"
+    if is_partitioned(weight):
+        return (
+            "is partitioned by DeepSpeed's ZeRO-3, which leaves it empty between its uses; take ZeRO-1 or ZeRO-2, or "
+            "shard the model with torch.distributed.fsdp.fully_shard"
+        )
     wrapped: bool = is_traceable_wrapper_subclass(weight)
     if wrapped:
         return (
@@ -150,6 +155,11 @@ def foreign(weight: Tensor) -> str | None:
     if weight.layout != torch.strided:
         return f"must be dense, got {weight.layout}"
     return None
+
+
+def is_partitioned(weight: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has the weight: by the attributes that it gives to every parameter."""
+    return "ds_id" in weight.__dict__
 
 
 def overlaps(weights: Iterable[Slot]) -> list[tuple[Slot, Slot]]:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import math
 import re
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import shira_ops
 from shira import Adapter, Entry, _codec
 from shira._granules import signed
 from shira.adapter import _difference
+from shira.sync import Publisher, Update
 
 PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 WORD = 2**64 - 1
@@ -164,3 +167,52 @@ def test_the_whole_file_is_what_is_written(whole_file: bytes, tmp_path: Path) ->
     mask = {"name": "Struct", "granule": 1}
     Adapter(entries, mask=mask, provenance={"data": "made up"}).save(tmp_path / "a.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == whole_file
+
+
+def test_a_packed_update() -> None:
+    """All but the deflated text, of which the content counts, is what is written; and the page's bytes read."""
+    found = r"The tensors, and the text:\n\n```\n(.*?)```\n\n```text\n(.*?)\n```\n\n`shira.adapter` is `(.*?)`"
+    block = re.search(found, PAGE, re.DOTALL)
+    assert block is not None
+    lines = [bytes.fromhex(line.split("   ")[0]) for line in block[1].splitlines()]
+    tensors = {
+        "shira.words": b"".join(lines[:3]),
+        "shira.checksums": b"".join(lines[3:5]),
+        "shira.weights": zlib.compress(block[2].encode(), 1),
+        "shira.codes": b"".join(lines[5:]),
+    }
+    metadata = {"shira.version": "2", "shira.adapter": block[3]}
+    header, data = {"__metadata__": metadata}, b""
+    for name, content in tensors.items():
+        wide = name in ("shira.words", "shira.checksums")
+        header[name] = {
+            "dtype": "I64" if wide else "U8",
+            "shape": [len(content) // 8 if wide else len(content)],
+            "data_offsets": [len(data), len(data) + len(content)],
+        }
+        data += content
+    text = json.dumps(header).encode()
+    read = Update.from_bytes(len(text).to_bytes(8, "little") + text + data)
+
+    model = nn.Module()
+    model.w = nn.Parameter(torch.arange(8.0).bfloat16().view(2, 4))
+    model.b = nn.Parameter(torch.zeros(2))
+    publisher = Publisher(model)
+    with torch.no_grad():
+        model.w.view(-1)[[1, 6]] = torch.tensor([1.0078125, 5.96875]).bfloat16()
+    update = publisher.publish()
+    assert (read.start, read.end, read.step) == (update.start, update.end, 1)
+    assert read.weights["w"].values.tolist() == [1, -1]
+    assert read.weights["w"].indices.tolist() == [1, 6]
+    written = update.to_bytes()
+    assert read.to_bytes() == written
+    length = int.from_bytes(written[:8], "little")
+    header = json.loads(written[8 : 8 + length])
+    assert {"format": "pt", **metadata} == header.pop("__metadata__")
+    assert list(header) == list(tensors)
+    for name, content in tensors.items():
+        begin, end = header[name]["data_offsets"]
+        found = written[8 + length + begin : 8 + length + end]
+        if name == "shira.weights":
+            found, content = zlib.decompress(found), zlib.decompress(content)
+        assert found == content

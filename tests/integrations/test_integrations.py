@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from shira import AdamW, Adapter, SparseTuner, Switcher, masks
+from shira import AdamW, Adapter, DoRATuner, SparseTuner, Switcher, masks
 from tuning import bits, same_bits
 
 # Of torch and the trainers themselves.
@@ -102,6 +102,27 @@ def test_transformers_goes_on_from_an_adapter_alone(peer: Any, tmp_path: Path) -
     switcher.activate("it")
     assert torch.equal(base.body[0].weight, model.body[0].weight)
     assert torch.equal(base.body[3].weight, model.body[3].weight)
+
+
+def test_transformers_goes_on_with_a_dora(peer: Any, tmp_path: Path) -> None:
+    from shira.integrations.transformers import AdapterCheckpoints
+
+    class Trainer(AdapterCheckpoints, peer.Trainer):  # type: ignore[misc, name-defined]
+        pass
+
+    def run(steps: int, resume: Any) -> dict[str, Tensor]:
+        model = Network()
+        model.body[2].p = 0.0
+        tuner = DoRATuner(model, masks.Rand(density=0.02), r"body\.(0|3)$", rank=2)
+        options = arguments(peer, tmp_path, max_steps=steps, learning_rate=0.1, lr_scheduler_type="constant")
+        Trainer(model, options, train_dataset=rows(), tuner=tuner).train(resume_from_checkpoint=resume)
+        tuner.verify()
+        assert not torch.equal(model.body[0].weight, Network().body[0].weight)
+        return bits(model)
+
+    wanted = run(4, None)
+    got = run(4, str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
 def test_transformers_loads_the_best_and_saves_where_it_is_asked(peer: Any, tmp_path: Path) -> None:

@@ -367,3 +367,19 @@ def test_shared_memory_that_a_device_lacks() -> None:
             EMULATOR("select_top", weight=torch.ones(9).half(), grad=None, k=1, score="magnitude", granule=1)
     finally:
         torch.ops.shira_emul._most_shared(0)
+
+
+@pytest.mark.parametrize("score", ["magnitude", "grad", "snip"])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_select_top_of_long_granules(order: int, score: str, offset: int) -> None:
+    """By 16 bytes and by single entries: of one team of warps and of several, and cut at any entry."""
+    for dtype, values in (
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ):
+        for granule, limit in ((16, 70), (40, 33), (43, 3), (264, 31), (1032, 2)):
+            setup = Setup(dtype=dtype, values=values, granule=granule, limit=limit, count=limit // 2)
+            case = build("select_top", setup, score=score)
+            assert_same(run(EMULATOR, case, offset=offset), run(cases.REFERENCE, case))

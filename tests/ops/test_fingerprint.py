@@ -11,7 +11,9 @@ import torch
 
 import cases
 import oracles
+import shira_ops
 from cases import GRANULES, MOVE_DTYPES, Backend, Case, Setup, assert_same, build, run
+from shira import _granules
 from test_switch import against_oracle, id_of
 
 
@@ -156,3 +158,69 @@ def test_shape_does_not_count_but_length_does(backend: Backend) -> None:
 def test_oracle_words() -> None:
     """splitmix64's published first output for the seed 0."""
     assert oracles.splitmix64(0) == 0xE220A8397B1DCDAF
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kernel", [True, False], ids=["in one pass", "op by op"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64], ids=id_of)
+def test_a_swap_tells_by_how_much_it_changes_the_fingerprint(
+    dtype: torch.dtype, kernel: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Granules that share words with their neighbours, that reach over words, and in the padded last word."""
+    if not kernel:
+        monkeypatch.setattr(_granules, "_has_kernel", lambda: False)
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    before_threads = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for granule, numel in ((1, 999), (1, 20_011), (2, 1000), (3, 20_001), (8, 4000), (33, 3300)):
+            weights, indices, values = [], [], []
+            for share, kind in ((0.02, torch.int32), (0.4, torch.int64), (1.0, torch.int32), (0.0, torch.int64)):
+                # At every alignment that the dtype allows.
+                weights.append(cases.random_bits(rng, numel + 1, dtype)[len(weights) % 2 :][:numel])
+                chosen = torch.rand(numel // granule, generator=generator) < share
+                indices.append(chosen.nonzero().view(-1).to(kind))
+                values.append(cases.random_bits(rng, indices[-1].numel() * granule, dtype))
+            swapped, kept = [one.clone() for one in weights], [one.clone() for one in values]
+            for each in zip(swapped, indices, kept, strict=True):
+                torch.ops.shira.swap_(*each, granule)
+            prints = [_granules.fingerprint(one) for one in weights]
+            versions = [one._version for one in (*weights, *values)]
+            changes = _granules.swap_(weights, indices, values, granule)
+            assert [one._version for one in (*weights, *values)] == [version + 1 for version in versions]
+            for one, other in zip((*weights, *values), (*swapped, *kept), strict=True):
+                assert_same(one, other)
+            for one, old, change in zip(weights, prints, changes.tolist(), strict=True):
+                assert _granules.fingerprint(one) == (old + change) & _granules.WORD
+    finally:
+        torch.set_num_threads(before_threads)
+
+
+def test_a_swap_that_is_refused_has_swapped_nothing() -> None:
+    weights, values = [torch.zeros(8), torch.zeros(8)], [torch.ones(2), torch.ones(2)]
+    indices = [torch.tensor([1, 2]), torch.tensor([2, 1])]
+    with pytest.raises(RuntimeError, match=r"foreach_swap_: indices\[1\] must be strictly increasing"):
+        _granules.swap_(weights, indices, values, 1)
+    assert not any(one.any() for one in weights)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 100_001])
+def test_words_that_were_read(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = cases.random_bits(np.random.default_rng(0), count, torch.int64)
+    positions = torch.arange(count).flip(0) * 3
+    found = _granules.share(words, positions)
+    monkeypatch.setattr(_granules, "_has_kernel", lambda: False)
+    assert_same(found, _granules.share(words, positions))
+    with pytest.raises(RuntimeError, match="_fingerprint_words: words and positions must be int64, 1-D and as many"):
+        torch.ops.shira._fingerprint_words(words, torch.arange(count + 1))
+
+
+def test_many_narrow_granules() -> None:
+    """Eight words at a time, where neighbours share words and the last one is padded."""
+    rng = np.random.default_rng(0)
+    for dtype in (torch.uint8, torch.bfloat16, torch.float32, torch.float64):
+        weight = cases.random_bits(rng, 5003, dtype)
+        for share in (0.01, 0.3, 1.0):
+            indices = torch.from_numpy(np.flatnonzero(rng.random(5003) < share))
+            assert_same(shira_ops.fingerprint_at(weight, indices), oracles.fingerprint_at(weight, indices))
+            assert_same(shira_ops.fingerprint_at(weight, indices.int()), oracles.fingerprint_at(weight, indices))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import shira_ops
-from shira import AdamW, Adapter, AdapterError, Entry, SparseTuner, Switcher, masks
+from shira import AdamW, Adapter, AdapterError, Entry, SparseTuner, Switcher, _granules, masks
 from shira.sync import Folder, Publisher, Receiver, SyncError, Update, compose
 from sync_walk import SyncWalk
 
@@ -340,17 +340,17 @@ def test_a_commit_that_fails_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> N
         trained[1].weight.add_(1)
     follower.stage(compose(first, coarse.publish()))
     before = state(served)
-    for verify, name in ((True, "swap_"), (False, "foreach_swap_")):
-        swap, calls = getattr(shira_ops, name), []
+    for verify, module, name in ((True, _granules, "swap_"), (False, shira_ops, "foreach_swap_")):
+        swap, calls = getattr(module, name), []
 
-        def fail(*args: object, _swap: Any = swap, _calls: list[Any] = calls, **kwargs: object) -> None:
+        def fail(*args: object, _swap: Any = swap, _calls: list[Any] = calls, **kwargs: object) -> Any:
             _calls.append(args)
             if len(_calls) == 2:
                 raise RuntimeError("out of memory")
-            _swap(*args, **kwargs)
+            return _swap(*args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(shira_ops, name, fail)
+            patch.setattr(module, name, fail)
             with pytest.raises(SyncError, match=r"commit failed and nothing has changed\. Cause: out of memory"):
                 follower.commit(verify=verify)
         assert len(calls) >= 2

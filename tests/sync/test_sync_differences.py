@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 import shira_ops
-from shira import Adapter, AdapterError, Entry, SparseTuner, Switcher, masks
-from shira.adapter._file import read_header, read_whole
+from shira import Adapter, AdapterError, Entry, SparseTuner, Switcher, _granules, masks
+from shira.adapter import _file
+from shira.adapter._file import Packed, opened_adapter, read_whole
 from shira.sync import Folder, Publisher, Receiver, SyncError, Update, compose
 
 
@@ -134,15 +139,128 @@ def test_decode_gives_the_values() -> None:
 def test_what_needs_values_says_so() -> None:
     _, (first, second) = rounds(2)
     read = Update.from_bytes(first.to_bytes())
-    for call in (
-        read.adapter,
-        lambda: compose(read, second),
-        lambda: compose(read, Update.from_bytes(second.to_bytes())),
-    ):
-        with pytest.raises(
-            SyncError, match=r"the update of step 1 are differences .* decode\(weights\) gives the values"
-        ):
-            call()
+    says = r"the update of step 1 are differences .* decode\(weights\) gives the values"
+    with pytest.raises(SyncError, match=says):
+        read.adapter()
+    with pytest.raises(SyncError, match=says):
+        read.to_bytes(differences=False)
+    for one, other in ((first, Update.from_bytes(second.to_bytes())), (read, second)):
+        says = r"has the values of '0\.weight' and not the entries before, and the other one has differences"
+        with pytest.raises(SyncError, match=says):
+            compose(replace(one, before={}), replace(other, before={}))
+
+
+def composed(updates: list[Update], read: set[int]) -> Update:
+    """All of them as one, some of them as they come from files."""
+    given = [Update.from_bytes(one.to_bytes()) if at in read else one for at, one in enumerate(updates)]
+    found = given[0]
+    for update in given[1:]:
+        found = compose(found, update)
+    return found
+
+
+@pytest.mark.parametrize("granule", [1, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_differences_add_up(dtype: torch.dtype, granule: int) -> None:
+    trained, updates = rounds(3, dtype, granule)
+    exclude = "num_batches" if granule > 1 else None
+    for read in ({0, 1, 2}, {0}, {1}, {0, 2}):
+        sum_of = composed(updates, read)
+        assert sum_of.relative
+        assert (sum_of.start, sum_of.end, sum_of.step) == (updates[0].start, updates[-1].end, 3)
+        decoded = sum_of.decode(model_of(dtype).state_dict())
+        assert not decoded.relative
+        served = model_of(dtype)
+        follower = Receiver(served, exclude=exclude)
+        for given in (sum_of, sum_of.to_bytes(), decoded):
+            follower.stage(given)
+            follower.commit()
+            assert same(state(served), state(trained) | ({} if exclude is None else untracked(served)))
+            follower.rollback()
+            assert same(state(served), state(model_of(dtype)))
+
+
+def untracked(model: nn.Module) -> dict[str, Tensor]:
+    """What is left out where granules are large."""
+    return {name: tensor for name, tensor in state(model).items() if "num_batches" in name}
+
+
+def test_a_sum_of_differences_under_adapters_and_after_others() -> None:
+    """Its print is not known, so the whole base is compared: what an adapter covers is not what it is added to."""
+    trained, updates = rounds(4)
+    served = model_of()
+    follower, switcher = Receiver(served), Switcher(served)
+    indices = torch.arange(0, 96 * 64 // 4, 3, dtype=torch.int32)
+    entry = Entry(indices, torch.full((4 * len(indices),), 3.0).bfloat16(), (64, 96), torch.bfloat16, 4)
+    switcher.add("on", Adapter({"0.weight": entry}))
+    switcher.activate("on")
+    follower.stage(updates[0].to_bytes())  # staged, not written: the sum starts from what that leads to
+    follower.stage(composed(updates[1:3], {0, 1}).to_bytes())
+    follower.commit()
+    follower.stage(composed(updates[3:], {0}))
+    follower.commit()
+    assert switcher.active == {"on": 1.0}
+    switcher.deactivate()
+    assert same(state(served), state(trained))
+
+
+def test_a_sum_of_differences_is_added_to_its_own_weights_alone() -> None:
+    _, updates = rounds(2)
+    sum_of = composed(updates, {0, 1})
+    assert sum_of.prints["0.weight"] is None
+    served = model_of()
+    follower = Receiver(served)
+    untouched = set(range(96 * 64)) - set(sum_of.weights["0.weight"].indices.tolist())
+    served[0].weight.data.view(-1)[min(untouched)] += 1
+    before = state(served)
+    says = r"'0\.weight' is not what the update of step 2 starts from, so its differences cannot be added"
+    with pytest.raises(SyncError, match=rf"Receiver\.stage: {says}"):
+        follower.stage(sum_of)
+    with pytest.raises(SyncError, match=rf"Update\.decode: {says}"):
+        sum_of.decode(served.state_dict())
+    assert follower.staged is None
+    assert same(state(served), before)
+
+
+def test_the_print_of_a_sum_is_known_where_the_second_writes_every_entry() -> None:
+    trained = nn.Linear(8, 8, bias=False)
+    served = nn.Linear(8, 8, bias=False)
+    served.load_state_dict(trained.state_dict())
+    publisher = Publisher(trained)
+    updates = []
+    for rows in (2, 4):
+        with torch.no_grad():
+            trained.weight[:rows] += 1
+        updates.append(publisher.publish())
+    for read in ({0, 1}, {0}):
+        sum_of = composed(updates, read)
+        assert sum_of.prints == {"weight": _granules.fingerprint(updates[1].weights["weight"].values)}
+        assert torch.equal(sum_of.decode(served.state_dict()).weights["weight"].values, trained.weight[:4].view(-1))
+
+
+def test_differences_lead_back_without_weights() -> None:
+    trained, served = (nn.Linear(16, 16).to(torch.bfloat16) for _ in range(2))
+    served.load_state_dict(trained.state_dict())
+    first, follower, publisher = state(served), Receiver(served), Publisher(trained)
+    updates = []
+    for seed in range(2):
+        step(trained, seed, share=0.3)
+        updates.append(Update.from_bytes(publisher.publish().to_bytes()))
+    sum_of = compose(*updates)
+    back = sum_of.invert()
+    assert back.relative
+    assert (back.start, back.end) == (sum_of.end, sum_of.start)
+    for one, wanted in ((sum_of, state(trained)), (back.to_bytes(), first), (sum_of.to_bytes(), state(trained))):
+        follower.stage(one)
+        follower.commit()
+        assert same(state(served), wanted)
+    nowhere = compose(updates[1], updates[1].invert())
+    assert nowhere.start == nowhere.end == updates[1].start
+    assert not any(entry.values.any() for entry in nowhere.weights.values())
+    # Whole numbers have no differences, so what was before them must be known.
+    _, (counted,) = rounds(1)
+    with pytest.raises(SyncError, match=r"weights must have '1\.num_batches_tracked', which the update changes"):
+        Update.from_bytes(counted.to_bytes()).invert()
 
 
 def test_back_without_weights() -> None:
@@ -200,6 +318,36 @@ def test_from_a_tuner() -> None:
     assert torch.equal(served[0].weight, model[0].weight)
 
 
+def parts_of(raw: bytes) -> tuple[dict[str, Any], bytes]:
+    """The header of a safetensors file, and the rest."""
+    length = int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def file_of(header: dict[str, Any], data: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def with_tensor(raw: bytes, name: str, change: Callable[[bytes], bytes] | None) -> bytes:
+    """The file with another content of a tensor, or without it."""
+    header, data = parts_of(raw)
+    found, at = {"__metadata__": header.pop("__metadata__")}, 0
+    content = b""
+    for one, said in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = said["data_offsets"]
+        piece = data[begin:end]
+        if one == name:
+            if change is None:
+                continue
+            piece = change(piece)
+            said = {**said, "shape": [len(piece) // {"U8": 1, "I64": 8}[said["dtype"]]]}
+        found[one] = {**said, "data_offsets": [at, at + len(piece)]}
+        content += piece
+        at += len(piece)
+    return file_of(found, content)
+
+
 def test_the_file(tmp_path: Path) -> None:
     _, (update,) = rounds(1)
     path = tmp_path / "update.safetensors"
@@ -208,26 +356,108 @@ def test_the_file(tmp_path: Path) -> None:
     assert header.version == 2
     assert header.weights["0.weight"].difference
     assert header.weights["0.weight"].values_dtype == "int16"
+    assert header.weights["0.weight"].after == update.after["0.weight"]
     assert not header.weights["1.num_batches_tracked"].difference
     raw = path.read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    said = json.loads(raw[8 : 8 + length])
-    begin, end = said["0.weight.values"]["data_offsets"]
-    assert 8 * (end - begin) < 4 * update.weights["0.weight"].nnz, "a few bits for each"
-    damaged = bytearray(raw)
-    damaged[8 + length + begin + 7] = 0xFF
-    path.write_bytes(damaged)
-    for read in (read_whole, Update.load):
-        with pytest.raises(
-            AdapterError, match=r"weight '0.weight': its values do not decode: .* modes of at most 15 low"
-        ):
-            read(path)
-    path.write_bytes(raw.replace(b'\\"values\\":\\"difference\\"', b'\\"values\\":\\"different!\\"'))
-    with pytest.raises(AdapterError, match="values must be plain or difference, got 'different!'"):
-        read_header(path)
-    path.write_bytes(raw.replace(b'"shira.version":"2"', b'"shira.version":"1"'))
-    with pytest.raises(AdapterError, match=r"'0.weight.values' must be BF16 or F32, got U8"):
-        read_header(path)
+    said, _ = parts_of(raw)
+    packed = {"shira.words", "shira.checksums", "shira.weights", "shira.codes"}
+    assert said.keys() - {"__metadata__"} == packed | {"1.num_batches_tracked.values"}
+    with safe_open(path, "pt") as file:
+        text = json.loads(zlib.decompress(file.get_tensor("shira.weights").numpy().tobytes()))
+        assert list(text) == list(update.weights)
+        assert sum(sum(one.get("bytes", [])) for one in text.values()) == file.get_tensor("shira.codes").numel()
+    numbers = 8 * text["0.weight"]["bytes"][1]
+    assert numbers < 4 * update.weights["0.weight"].nnz, "a few bits for each"
+
+    def read(changed: bytes, says: str) -> None:
+        path.write_bytes(changed)
+        for way in (read_whole, Update.load):
+            with pytest.raises(AdapterError, match=says):
+                way(path)
+
+    def retold(change: Callable[[str], str]) -> bytes:
+        return with_tensor(
+            raw, "shira.weights", lambda old: zlib.compress(change(zlib.decompress(old).decode()).encode())
+        )
+
+    at = text["0.weight"]["bytes"][0] + 7
+    read(
+        with_tensor(raw, "shira.codes", lambda old: old[:at] + b"\xff" + old[at + 1 :]),
+        r"weight '0.weight': its values do not decode: .* modes of at most 15 low",
+    )
+    read(
+        retold(lambda old: old.replace('"difference"', '"different!"')),
+        r"'0\.weight': bytes must be 1 sizes, got \[\d+, \d+\]",
+    )
+    read(
+        retold(lambda old: old.replace('"dtype":"bfloat16","count"', '"dtype":"int16","count"', 1)),
+        "values that are differences must be of floats, got dtype int16",
+    )
+    older = raw.replace(b'"shira.version":"2"', b'"shira.version":"1"')
+    read(older, "the metadata has no shira.weights")
+    bomb = zlib.compress(b" " * 60_000_000)
+    cannot = "its packed header cannot be read: "
+    read(with_tensor(raw, "shira.weights", lambda _: bomb), cannot + "shira.weights must have at most 50,000,000 bytes")
+    read(
+        with_tensor(raw, "shira.weights", lambda old: old[:-5]), cannot + "shira.weights must be one whole zlib stream"
+    )
+    read(
+        with_tensor(raw, "shira.weights", lambda old: old + b"x"),
+        cannot + "shira.weights must be one whole zlib stream",
+    )
+    read(with_tensor(raw, "shira.weights", lambda old: b"x" + old), cannot + "Error -3 while decompressing")
+    read(
+        with_tensor(raw, "shira.codes", lambda old: old + b"x"),
+        cannot + "the codes of the weights must fill shira.codes",
+    )
+    read(
+        with_tensor(raw, "shira.codes", lambda old: old[:-1]), cannot + "the codes of the weights must fill shira.codes"
+    )
+    read(with_tensor(raw, "shira.codes", None), cannot + "the codes of the weights must fill shira.codes")
+    read(with_tensor(raw, "shira.words", lambda old: old + b"x" * 8), "shira.words has more words than its weights")
+    read(with_tensor(raw, "shira.words", lambda old: old[:-8]), "shira.words ends before the words of '2.weight'")
+    read(with_tensor(raw, "shira.words", None), "shira.words ends before the words of '0.weight'")
+    read(
+        with_tensor(raw, "shira.words", lambda old: b"x" + old[1:]), "its metadata is not as it was written, by the che"
+    )
+    read(retold(lambda old: old.replace('"print"', '"other"')), "words must be some of seed, fingerprint, print, after")
+    read(with_tensor(raw, "shira.checksums", lambda old: b"x" * 8 + old[8:]), "its metadata is not as it was written")
+    read(with_tensor(raw, "shira.checksums", lambda old: old[:-8]), "its metadata is not as it was written")
+    path.write_bytes(with_tensor(raw, "shira.checksums", None))
+    assert Update.load(path).end == update.end
+    header, data = parts_of(raw)
+    header["__metadata__"]["shira.weights"] = "{}"
+    read(file_of(header, data), cannot + "shira.weights must be metadata or a tensor, not both")
+
+
+def test_a_file_that_is_not_packed_reads_too(tmp_path: Path) -> None:
+    """The layout of version 1 with what version 2 may have: who writes such a file need not pack it."""
+    _, (update,) = rounds(1)
+    path = tmp_path / "packed.safetensors"
+    update.save(path)
+    with opened_adapter(path) as (_, file):
+        data = file.map()
+        headers = Packed.entries(file, json.loads(file.metadata["shira.weights"]))
+        parts = {
+            name: _file._bytes_part("U8", [data[place.begin : place.end]])
+            for name, place in file.places.items()
+            if not name.startswith("1.num")
+        }
+        parts |= {"1.num_batches_tracked.values": _file._bytes_part("I64", [b"\1" + bytes(7)])}
+        metadata = {key: file.metadata[key] for key in ("shira.version", "shira.adapter")}
+    about = json.loads(metadata["shira.adapter"])
+    after = {name: one.pop("after") for name, one in headers.items()}
+    about["provenance"]["shira.sync"]["after"] = after
+    metadata |= {"shira.adapter": json.dumps(about), "shira.weights": json.dumps(headers)}
+    old = tmp_path / "old.safetensors"
+    _file.write_safetensors(old, dict(sorted(parts.items(), key=lambda one: one[1].dtype)), metadata)
+    assert not read_whole(old).checksums
+    assert Update.load(old).to_bytes() == update.to_bytes()
+    served = model_of()
+    follower = Receiver(served)
+    follower.stage(old)
+    follower.commit()
+    assert follower.version == update.end
 
 
 def test_versions_of_an_adapter(tmp_path: Path) -> None:

@@ -236,14 +236,19 @@ def attached_before(mesh: DeviceMesh, both: DeviceMesh) -> None:
     assert [*map(id, trained)] == [*map(id, tuner.parameters())]
     tuner.detach()
     base_is_back(model)
-    # Before the tuner knows, a forward is refused.
+    # Without a word to the tuner it goes on at the next forward; an optimizer that was made before is refused.
     model = net()
     tuner = SparseTuner(model, RAND, LINEAR)
+    early = torch.optim.AdamW(tuner.parameters(), lr=0.01)
     shard(model, mesh)
-    with pytest.raises(
-        RuntimeError, match=r"was replaced .* make the optimizer from tuner\.parameters\(\), or to call tuner\.sync"
-    ):
-        model(my(mesh))
+    loss_of(model, my(mesh)).backward()
+    with pytest.raises(RuntimeError, match=r"was replaced .* if the optimizer is made from tuner\.parameters\(\) then"):
+        early.step()
+    for values in tuner.parameters():
+        values.grad = None
+    like_one_process(model, tuner, my(mesh), RAND, LINEAR, "AdamW")
+    tuner.detach()
+    base_is_back(model)
 
 
 def tensor_parallel(mesh: DeviceMesh, both: DeviceMesh) -> None:
@@ -323,6 +328,74 @@ def masks_of_whole_weights(mesh: DeviceMesh, both: DeviceMesh) -> None:
         with SparseTuner(model, mask, "up|down") as tuner:
             same(tuner.adapter(), wanted, exact=True)
         base_is_back(model)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(7)) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of tokens for each expert, in a row."""
+        weight = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
+        return torch.bmm(x, weight)
+
+
+def dense_gradients(mesh: DeviceMesh, both: DeviceMesh) -> None:
+    """Whole parameters, masks of dense gradients, and layers whose gradient only torch knows."""
+    paper: dict[str, Any] = {"gradient": "dense", "whole": r"norm|0\.up\.bias"}
+    head: dict[str, Any] = {"whole": ["head", "blocks.1.norm"]}
+    table: Any = {"embed": RowwiseParallel(input_layouts=Replicate())}
+    for make, targets, options, parts, ids in (
+        (lambda: shard(net(), mesh), "up|embed", head, 1, my(mesh)),
+        (lambda: shard(net(), both, reshard_after_forward=False), "up|down", paper, 1, my(mesh)),
+        (lambda: parallel(net(), mesh, True), "up|down", paper, 1, IDS),
+        (lambda: shard(parallel(net(), both["tp"], True), both["dp"]), "up|down", paper, 2, my(both["dp"])),
+        (lambda: parallelize_module(net(), mesh, table), "embed", {}, 1, IDS),
+    ):  # fmt: skip
+        alone, model = net(), make()
+        wanted = SparseTuner(alone, RAND, targets, **options)
+        tuner = SparseTuner(model, RAND, targets, **options)
+        losses, norms = fit(alone, wanted, IDS, "AdamW", parts)
+        got, got_norms = fit(model, tuner, ids, "AdamW", parts)
+        if ids.shape != IDS.shape:
+            dist.all_reduce(got)
+            got /= dist.get_world_size()
+        torch.testing.assert_close(got, losses, rtol=1e-6, atol=0)
+        torch.testing.assert_close(torch.tensor(got_norms), torch.tensor(norms), rtol=1e-5, atol=0)
+        same(tuner.adapter(), wanted.adapter())
+        assert not any(weight.grad is not None for weight in model.parameters() if weight.shape == (32, 16))
+        with tuner.disabled():
+            assert_same_output(model, net())
+            assert not model.get_parameter("embed.weight").requires_grad
+        tuner.verify()
+        tuner.detach()
+        base_is_back(model)
+
+
+def experts(mesh: DeviceMesh, both: DeviceMesh) -> None:
+    """Stacks of weights: divided by FSDP in any of their dimensions, and one expert on each rank."""
+    x = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(8))
+
+    def trained(model: nn.Module, given: Tensor, tokens: int) -> shira.Adapter:
+        tuner = SparseTuner(model, RAND, "weight")
+        optimizer = shira.SGD(tuner, lr=0.1)
+        for _ in range(2):
+            (model(given).square().sum() / tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        adapter = tuner.adapter()
+        tuner.detach()
+        assert torch.equal(full(model.weight), Experts().weight)
+        return adapter
+
+    wanted = trained(Experts(), x, 32)
+    for dim in range(3):
+        model = fully_shard(Experts(), mesh=mesh, shard_placement_fn=lambda _, dim=dim: Shard(dim))
+        same(trained(model, x.chunk(4, 1)[dist.get_rank()], 8), wanted)
+    model = Experts()
+    model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Shard(0)]))
+    same(trained(model, x[dist.get_rank()][None], 32), wanted)
 
 
 def few_entries(mesh: DeviceMesh, both: DeviceMesh) -> None:
@@ -521,6 +594,21 @@ class Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Dense(TorchDispatchMode):
+    """Counts what is computed of a shape, that of a weight: its dense gradient."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        moved = func.is_view or func.namespace in ("c10d", "fsdp")  # weights, as FSDP gathers them
+        tensors = [one for one in tree_leaves(found) if isinstance(one, Tensor)]
+        self.count += sum(not moved and tuple(one.shape) == self.shape for one in tensors)
+        return found
+
+
 def budget(mesh: DeviceMesh, both: DeviceMesh) -> None:
     """Bytes a rank, and bytes a step, for a mask of which one rank has nearly all entries."""
     torch.manual_seed(0)
@@ -532,11 +620,17 @@ def budget(mesh: DeviceMesh, both: DeviceMesh) -> None:
     optimizer = shira.AdamW(tuner, lr=0.01)
     requires = []
     layers[1].register_forward_hook(lambda module, *_: requires.append(module.weight.requires_grad))
-    traffic = Traffic()
+    traffic, dense, control = Traffic(), Dense(128, 128), Dense(128, 128)
     for step in range(2):
         with traffic if step else nullcontext():
-            model(torch.ones(4, 128)).sum().backward()
+            loss = model(torch.ones(4, 128)).sum()
+            with dense:
+                loss.backward()
             optimizer.step()
+    loss = nn.Linear(128, 128)(torch.ones(4, 128)).sum()
+    with control:
+        loss.backward()
+    assert (dense.count, control.count > 0) == (0, True)
     assert requires == [False, False]  # so autograd makes no gradient of it
     assert all(module.weight.grad is None for module in layers)
     assert 0 < traffic.bytes <= 3 * 4 * tuner.nnz, (traffic.bytes, tuner.nnz)
@@ -635,17 +729,16 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
         SparseTuner(model, masks.Rand(density=0.1, seed=rank), LINEAR)
     with pytest.raises(ValueError, match=r"the ranks train different weights, this one"):
         SparseTuner(model, RAND, "up" if rank else "down")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_sharded, "_version", lambda: f"0.{rank}")
+        with pytest.raises(ValueError, match=rf"run different versions of shira, this one 0\.{rank}; install"):
+            SparseTuner(model, RAND, LINEAR)
     marked = {"head.weight": (torch.arange(11 * 16).view(11, 16) % 5 == rank)}
     with pytest.raises(ValueError, match=r"the ranks have different masks, this one Given"):
         SparseTuner(model, marked)
     same_mask = masks.Given({"head.weight": torch.arange(11 * 16).view(11, 16) % 5 == 0})
     with SparseTuner(model, same_mask) as tuner:
         same(tuner.adapter(), SparseTuner(net(), same_mask).adapter(), exact=True)
-    for options in ({"gradient": "dense"}, {"whole": "head"}):
-        with pytest.raises(
-            ValueError, match=r"weight is sharded and would train by its dense gradient, which is not supported"
-        ):
-            SparseTuner(model, RAND, "up", **options)  # type: ignore[arg-type]
     with pytest.raises(
         ValueError, match=r"blocks\.0\.up\.weight is a DTensor in a Linear, which nothing can be laid ov"
     ):
@@ -667,11 +760,6 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
         SparseTuner(ignoring, RAND, "head")
     with pytest.raises(ValueError, match=r"head\.weight is not sharded, and nothing would average its gradient"):
         SparseTuner(ignoring, RAND, "head", overlay=True)
-    table = parallelize_module(net(), mesh, {"embed": RowwiseParallel(input_layouts=Replicate())})
-    with pytest.raises(
-        ValueError, match=r"embed\.weight is divided by tensor parallelism in a layer other than nn\.Lin"
-    ):
-        SparseTuner(table, RAND, "embed")
     with pytest.raises(ValueError, match=r"Snip: needs calibration batches: SparseTuner"):
         SparseTuner(model, masks.Snip(density=0.1), LINEAR)
     with pytest.raises(ValueError, match=r"calibration: embed\.weight is sharded"):
@@ -700,18 +788,49 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
     tuner.parameters()
     with pytest.raises(RuntimeError, match=r"was replaced by another parameter after the tuner was attached"):
         dense(my(mesh))
-    differ = net()
-    tuner = SparseTuner(differ, masks.Rand(density=0.1, seed=rank), LINEAR)
-    shard(differ, mesh)
-    tuner.sync()
-    with pytest.raises(ValueError, match=r"the ranks have different masks for .*blocks\.0\.up\.weight"):
-        loss_of(differ, my(mesh)).backward()
+    for seed, more, what in ((rank, 0, "masks"), (0, rank, "base weights")):
+        differ = net()
+        with torch.no_grad():
+            differ.blocks[0].up.weight[0, 0] += more
+        tuner = SparseTuner(differ, masks.Rand(density=0.1, seed=seed), "0.up")
+        shard(differ, mesh)
+        tuner.sync()
+        with pytest.raises(ValueError, match=rf"the ranks have different {what} for blocks\.0\.up\.weight; "):
+            loss_of(differ, my(mesh)).backward()
+    other_ranks(mesh, both)
+
+
+def other_ranks(mesh: DeviceMesh, both: DeviceMesh) -> None:
+    """States of another number of ranks, as one would load them without a checkpoint that divides them anew."""
+    model = shard(net(), mesh)
+    tuner = SparseTuner(model, RAND, LINEAR)
+    fit(model, tuner, my(mesh), "AdamW")
+    optimizer = shira.AdamW(tuner)
+    before = tuner.adapter()
+
+    def divided(tensor: Tensor) -> Tensor:
+        two = [Shard(0), Replicate()]
+        return distribute_tensor(tensor, both, two)
+
+    state = optimizer.state_dict()
+    for number, values in enumerate(tuner.parameters()):
+        whole = torch.ones(values.shape)
+        state["state"][number] = {"step": torch.tensor(1.0), "exp_avg": divided(whole), "exp_avg_sq": divided(whole)}
+    with pytest.raises(
+        ValueError, match=r"shira\.AdamW: exp_avg of parameter 0 .* is divided between other ranks; torch"
+    ):
+        optimizer.load_state_dict(state)
+    assert not optimizer.state
+    with pytest.raises(RuntimeError):
+        model.load_state_dict({name: divided(full(tensor)) for name, tensor in model.state_dict().items()})
+    same(tuner.adapter(), before, exact=True)
 
 
 CHECKS = (
     boxes, fsdp, attached_before, tensor_parallel, fsdp_and_tensor_parallel, masks_by_gradients, masks_of_whole_weights,
-    few_entries, convolution, hybrid, tied, by_hand, offloaded, edits_and_states, mixed_precision, budget, files,
-    continued, refusals, checkpoint_to_resume,
+    dense_gradients, experts, few_entries, convolution, hybrid, tied, by_hand, offloaded, edits_and_states,
+    mixed_precision, budget, files, continued, refusals,
+    checkpoint_to_resume,
 )  # fmt: skip
 
 

@@ -219,6 +219,63 @@ void copy_(const Tensor& out, const Tensor& input, bool stream) {
   });
 }
 
+// ---- products: the multiply-adds of a sparse product, and nothing else ------------------------------------
+
+constexpr int64_t kDepth = 32;                           // tokens side by side in a packed column
+constexpr int kSums = 4;                                 // entries whose sums run side by side, for the latency
+typedef float Sixteen __attribute__((vector_size(64)));  // two or four registers where there are none of 64 bytes
+
+// The sum over the entries of value * packed column; without `columns` one column, which stays in registers.
+#define BENCH_PRODUCTS(name, attribute)                                                                        \
+  attribute float name(const float* x, const int32_t* columns, const float* values, int64_t entries) {         \
+    Sixteen sums[kSums][2] = {};                                                                               \
+    const auto* const own = reinterpret_cast<const Sixteen*>(x);                                               \
+    const Sixteen low = own[0], high = own[1];                                                                 \
+    for (int64_t i = 0; i + kSums <= entries; i += kSums) {                                                    \
+      _Pragma("GCC unroll 4") for (int k = 0; k < kSums; ++k) {                                                \
+        const float value = values[i + k];                                                                     \
+        const auto* const from = columns == nullptr ? nullptr : own + int64_t{columns[i + k]} * (kDepth / 16); \
+        sums[k][0] += value * (from == nullptr ? low : from[0]);                                               \
+        sums[k][1] += value * (from == nullptr ? high : from[1]);                                              \
+      }                                                                                                        \
+    }                                                                                                          \
+    Sixteen total = {};                                                                                        \
+    for (auto& sum : sums) total += sum[0] + sum[1];                                                           \
+    float all = 0;                                                                                             \
+    for (int lane = 0; lane < 16; ++lane) all += total[lane];                                                  \
+    return all;                                                                                                \
+  }
+BENCH_PRODUCTS(products_portable, )
+#ifdef BENCH_X86
+BENCH_PRODUCTS(products_avx2, __attribute__((target("avx2,fma"))))
+BENCH_PRODUCTS(products_avx512, __attribute__((target("avx512f,prefer-vector-width=512"))))
+#endif
+
+// x: packed columns of kDepth tokens, fp32. columns: one for each of values, or none at all. All of it `blocks` times,
+// as for so many blocks of tokens.
+double products(const Tensor& x, const Tensor& columns, const Tensor& values, int64_t blocks) {
+  using torch::headeronly::ScalarType;
+  const int64_t n = values.numel(), limit = x.numel() / kDepth;
+  require(x.scalar_type() == ScalarType::Float && values.scalar_type() == ScalarType::Float && limit > 0,
+          "products: x and values must be float32, and x have a column");
+  require(columns.scalar_type() == ScalarType::Int && (columns.numel() == 0 || columns.numel() == n),
+          "products: columns must be int32, one for each of values or none");
+  lines_of(x);
+  const auto* const at = columns.numel() == 0 ? nullptr : static_cast<const int32_t*>(columns.data_ptr());
+  const auto* const own = static_cast<const float*>(values.data_ptr());
+  const auto* const from = static_cast<const float*>(x.data_ptr());
+  auto loop = products_portable;
+#ifdef BENCH_X86
+  if (isa() == Isa::Avx2) loop = products_avx2;
+  if (isa() == Isa::Avx512) loop = products_avx512;
+#endif
+  std::atomic<double> total{0};
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) total += loop(from, at, own, n);
+  });
+  return total.load();
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(shira_bench, m) {
@@ -226,10 +283,12 @@ STABLE_TORCH_LIBRARY(shira_bench, m) {
   m.def("chill_(Tensor(a!) scratch) -> ()");
   m.def("read(Tensor input, bool prefetch) -> int");
   m.def("copy_(Tensor(a!) out, Tensor input, bool stream) -> ()");
+  m.def("products(Tensor x, Tensor columns, Tensor values, int blocks) -> float");
 }
 STABLE_TORCH_LIBRARY_IMPL(shira_bench, CPU, m) {
   m.impl("touch_", TORCH_BOX(&touch_));
   m.impl("chill_", TORCH_BOX(&chill_));
   m.impl("read", TORCH_BOX(&read_all));
   m.impl("copy_", TORCH_BOX(&copy_));
+  m.impl("products", TORCH_BOX(&products));
 }

@@ -8,9 +8,11 @@ the rest, as strings:
 - ``shira.adapter``: JSON with ``alpha``, ``delta``, ``mask``, ``density`` and ``provenance``.
 - ``shira.weights``: JSON, name to ``shape``, ``dtype``, ``granule``, ``count``, ``indices`` (``"code"``, ``"seed"`` or
   ``"whole"``), ``seed``, ``fingerprint`` (16 hex digits, or null) and, where there are any, ``aliases``.
-  In version 2 the code may be of version 2 too, and ``values`` may say ``"difference"``: then ``NAME.values`` is a
-  uint8 code of differences from the entries that they replace, and ``print`` the fingerprint of the values themselves.
 - ``shira.checksums``: 16 hex digits for the two JSON texts above, then 16 for the tensors of each weight, in order.
+
+In version 2 the index code may be of version 2 too, and ``values`` may say ``"difference"``: then the values are a
+uint8 code of differences from the entries that they replace, and ``print`` the fingerprint of the values themselves.
+Codes lie in one tensor, and what the file says of its weights takes some 50 bytes for each: see `Packed`.
 """
 
 from __future__ import annotations
@@ -21,13 +23,16 @@ import math
 import os
 import re
 import stat
+import struct
 import sys
 import time
 import weakref
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeGuard
 
@@ -92,13 +97,12 @@ class WeightHeader:
     aliases: tuple[str, ...]
     values_dtype: str
     code_bytes: int
-    # Of values that are differences: the fingerprint of the values themselves.
+    # Whether the values are a code of differences from the entries that they replace, and the fingerprint of the values
+    # themselves, where it is known.
+    difference: bool = False
     print: int | None = None
-
-    @property
-    def difference(self) -> bool:
-        """Whether the values are a code of differences from the entries that they replace."""
-        return self.print is not None
+    # Of an update: the weight's fingerprint afterwards.
+    after: int | None = None
 
     @property
     def numel(self) -> int:
@@ -298,6 +302,8 @@ class Opened:
     file: BinaryIO
     metadata: dict[str, str]
     places: dict[str, Place]  # in the order of the tensors in the file
+    packed: bool = False  # whether the metadata and the places of codes were unpacked: see `Packed`
+    words: bytes = b""
 
     def map(self, *, unchanged: bool = False) -> Bytes:
         """Map the whole file as an array. Nothing is read before it is used, and the path is not looked up again.
@@ -464,11 +470,8 @@ def _weight(where: str, name: str, entry: Any, places: Mapping[str, Place], vers
     printed: int | None = None
     if form == "difference":
         printed = _word(where, entry, "print")
-        if dtype not in DIFFERENCES or printed is None:
-            problem = f"dtype {dtype}" if dtype not in DIFFERENCES else "print null"
-            raise AdapterError(
-                f"{where}: values that are differences must be of floats and have a print, got {problem}"
-            )
+        if dtype not in DIFFERENCES:
+            raise AdapterError(f"{where}: values that are differences must be of floats, got dtype {dtype}")
         _tensor(where, places, f"{name}.values", {"U8": "uint8"}, None)
         values_dtype = DIFFERENCES[dtype]
     elif form == "plain":
@@ -503,7 +506,9 @@ def _weight(where: str, name: str, entry: Any, places: Mapping[str, Place], vers
         tuple(aliases),
         values_dtype,
         code_bytes,
+        form == "difference",
         printed,
+        _word(where, entry, "after") if version > 1 else None,
     )
 
 
@@ -511,7 +516,12 @@ def _weight(where: str, name: str, entry: Any, places: Mapping[str, Place], vers
 def opened_adapter(path: str | os.PathLike[str]) -> Iterator[tuple[Header, Opened]]:
     """Open an adapter's file and check all it says about its adapter, without torch and without reading tensors."""
     with opened(path, MAX_ADAPTER_HEADER) as file:
-        yield _header(file.path, file.metadata, file.places), file
+        if file.metadata.get(VERSION_KEY) == "2" and WEIGHTS_KEY in file.places:
+            try:
+                file = Packed.unpacked(file)
+            except (ValueError, RecursionError, zlib.error) as error:
+                raise AdapterError(f"{file.path}: its packed header cannot be read: {error}") from error
+        yield _header(file), file
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -520,7 +530,136 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         return header
 
 
-def _header(path: str, metadata: Mapping[str, str], places: Mapping[str, Place]) -> Header:
+class Packed:
+    """The layout of version 2: what version 1 says with some 350 bytes a weight, in some 50.
+
+    - The tensor ``shira.weights``, uint8: the JSON text of ``shira.weights``, deflated (zlib). Its objects leave out
+      what is as usual (`DEFAULTS`), and say with ``bytes`` how long the weight's codes are, with ``words`` which keys
+      have a 64-bit word.
+    - ``shira.words``, int64: those words, weight after weight.
+    - ``shira.codes``, uint8: of each weight its index code and its code of differences, where it has them.
+    - ``shira.checksums``, int64: a word for what the file says of itself, then one for each weight.
+
+    Unpacked, the metadata and places of a file are those that version 1 would have.
+    """
+
+    DEFAULTS: Mapping[str, Any] = {"granule": 1, "indices": "code", "seed": None, "fingerprint": None}
+    WORDS, CODES = "shira.words", "shira.codes"
+    KEYS = ("seed", "fingerprint", "print", "after")
+
+    @classmethod
+    def unpacked(cls, file: Opened) -> Opened:
+        """The file with the metadata and places of its weights."""
+        for key in (WEIGHTS_KEY, CHECKSUMS_KEY):
+            if key in file.metadata:
+                raise ValueError(f"{key} must be metadata or a tensor, not both")
+        places, metadata = dict(file.places), dict(file.metadata)
+
+        def take(name: str, dtype: str, most: int | None = None) -> Place:
+            place = places.pop(name, None)
+            if place is None or place.dtype != dtype or len(place.shape) != 1:
+                raise ValueError(f"the tensor {named(name)} must be there, {dtype} and 1-D")
+            if most is not None and place.end - place.begin > most:
+                raise ValueError(f"{named(name)} must have at most {most:,} bytes, got {place.end - place.begin:,}")
+            return place
+
+        def read(place: Place) -> bytes:
+            file.file.seek(place.begin)
+            return file.file.read(place.end - place.begin)
+
+        inflater = zlib.decompressobj()
+        text = inflater.decompress(read(take(WEIGHTS_KEY, "U8", MAX_ADAPTER_HEADER)), MAX_ADAPTER_HEADER + 1)
+        if len(text) > MAX_ADAPTER_HEADER:
+            raise ValueError(f"{WEIGHTS_KEY} must have at most {MAX_ADAPTER_HEADER:,} bytes when it is inflated")
+        if not inflater.eof or inflater.unused_data:
+            raise ValueError(f"{WEIGHTS_KEY} must be one whole zlib stream")
+        metadata[WEIGHTS_KEY] = text.decode()
+        weights = _object(file.path, metadata, WEIGHTS_KEY)
+        codes = take(cls.CODES, "U8") if cls.CODES in places else None
+        begin = 0 if codes is None else codes.begin
+        for name, entry in weights.items():
+            for tensor, size in cls._sizes(name, entry).items():
+                if tensor in places:
+                    raise ValueError(f"the tensor {named(tensor)} must be in {cls.CODES} alone")
+                places[tensor] = Place("U8", (size,), begin, begin + size)
+                begin += size
+        if begin != (0 if codes is None else codes.end):
+            raise ValueError(f"the codes of the weights must fill {cls.CODES} exactly")
+        words = read(take(cls.WORDS, "I64", 8 * len(cls.KEYS) * len(weights))) if cls.WORDS in places else b""
+        if CHECKSUMS_KEY in places:
+            checks = read(take(CHECKSUMS_KEY, "I64", 8 * (1 + len(weights))))
+            metadata[CHECKSUMS_KEY] = hexed(word for (word,) in struct.iter_unpack("<Q", checks))
+        return replace(file, metadata=metadata, places=places, packed=True, words=words)
+
+    @staticmethod
+    def _sizes(name: str, entry: Any) -> dict[str, int]:
+        """The codes of a weight, in their order, and how long they are."""
+        if not isinstance(entry, dict):
+            return {}
+        tensors = [f"{name}.indices"] if entry.get("indices", "code") == "code" else []
+        tensors += [f"{name}.values"] if entry.get("values") == "difference" else []
+        sizes = entry.get("bytes", [])
+        if not _sizes(sizes) or len(sizes) != len(tensors):
+            raise ValueError(f"{named(name)}: bytes must be {len(tensors)} sizes, got {shown(sizes)}")
+        return dict(zip(tensors, sizes, strict=True))
+
+    @classmethod
+    def entries(cls, file: Opened, weights: dict[str, Any]) -> dict[str, Any]:
+        """The objects of the weights as version 1 has them."""
+        words = (word for (word,) in struct.iter_unpack("<Q", file.words))
+        found: dict[str, Any] = {}
+        for name, entry in weights.items():
+            if isinstance(entry, dict):
+                keys = entry.get("words", [])
+                if not isinstance(keys, list) or not all(key in cls.KEYS and key not in entry for key in keys):
+                    raise AdapterError(
+                        f"{file.path}: weight {named(name)}: words must be some of {', '.join(cls.KEYS)}, which its "
+                        f"object does not have, got {shown(keys)}"
+                    )
+                try:
+                    entry = {**cls.DEFAULTS, **entry, **{key: f"{next(words):016x}" for key in keys}}
+                except StopIteration:
+                    raise AdapterError(f"{file.path}: {cls.WORDS} ends before the words of {named(name)}") from None
+            found[name] = entry
+        if next(words, None) is not None:
+            raise AdapterError(f"{file.path}: {cls.WORDS} has more words than its weights")
+        return found
+
+    @classmethod
+    def parts(
+        cls,
+        metadata: Mapping[str, str],
+        headers: Mapping[str, Mapping[str, Any]],
+        codes: Mapping[str, Sequence[Part]],
+        prints: Iterable[tuple[int, int]],
+    ) -> dict[str, Part]:
+        """What a file has beside plain values: of objects as version 1 has them, the codes and their fingerprints."""
+        objects: dict[str, Any] = {}
+        words: list[int] = []
+        for name, header in headers.items():
+            keys = [key for key in cls.KEYS if header.get(key) is not None]
+            words += (int(header[key], 16) for key in keys)
+            objects[name] = {
+                key: value
+                for key, value in header.items()
+                if key not in cls.KEYS and (key not in cls.DEFAULTS or value != cls.DEFAULTS[key])
+            }
+            objects[name] |= {"bytes": [code.nbytes for code in codes[name]]} if codes[name] else {}
+            objects[name] |= {"words": keys} if keys else {}
+        text, said = jsoned(objects), struct.pack(f"<{len(words)}Q", *words)
+        checks = checksums({**metadata, WEIGHTS_KEY: text}, said, prints)
+        flat = [code for some in codes.values() for code in some]
+        nbytes = sum(code.nbytes for code in flat)
+        return {
+            cls.WORDS: _bytes_part("I64", [said]),
+            CHECKSUMS_KEY: _bytes_part("I64", [struct.pack(f"<{len(checks)}Q", *checks)]),
+            WEIGHTS_KEY: _bytes_part("U8", [zlib.compress(text.encode(), 9)]),
+            cls.CODES: Part("U8", (nbytes,), nbytes, lambda: chain.from_iterable(code.pieces() for code in flat)),
+        }
+
+
+def _header(file: Opened) -> Header:
+    path, metadata, places = file.path, file.metadata, file.places
     if VERSION_KEY not in metadata:
         raise AdapterError(f"{path}: the metadata has no {VERSION_KEY}, so this is not a SHiRA adapter")
     if metadata[VERSION_KEY] not in map(str, VERSIONS):
@@ -543,7 +682,8 @@ def _header(path: str, metadata: Mapping[str, str], places: Mapping[str, Place])
 
     expected: set[str] = set()
     weights: dict[str, WeightHeader] = {}
-    for name, entry in _object(path, metadata, WEIGHTS_KEY).items():
+    entries = _object(path, metadata, WEIGHTS_KEY)
+    for name, entry in (Packed.entries(file, entries) if file.packed else entries).items():
         if not name:
             raise AdapterError(f"{path}: weight '': the name is empty")
         weights[name] = _weight(f"{path}: weight {named(name)}", name, entry, places, version)
@@ -596,16 +736,20 @@ def fingerprint(data: Any) -> int:
     return _codec.fingerprint(data) & (2**64 - 1)
 
 
-def checksums(metadata: Mapping[str, str], weights: Iterable[tuple[int, int]]) -> str:
+def checksums(metadata: Mapping[str, str], words: bytes, weights: Iterable[tuple[int, int]]) -> list[int]:
     """The checksums that tell whether an adapter file is as it was written.
 
-    16 hex digits for the metadata, then 16 for each weight, in the order of the metadata. ``weights`` are the
-    fingerprints of each weight's values and of its code (0 if it has none).
+    One for the metadata and, in version 2, the weights' words; then one for each weight, in the order of the metadata.
+    ``weights`` are the fingerprints of each weight's values and of its code (0 if it has none).
     """
     import numpy as np
 
-    said = np.frombuffer((metadata[ADAPTER_KEY] + metadata[WEIGHTS_KEY]).encode(), np.uint8)
-    words = [fingerprint(said), *(fingerprint(np.array(pair, np.uint64)) for pair in weights)]
+    said = np.frombuffer((metadata[ADAPTER_KEY] + metadata[WEIGHTS_KEY]).encode() + words, np.uint8)
+    return [fingerprint(said), *(fingerprint(np.array(pair, np.uint64)) for pair in weights)]
+
+
+def hexed(words: Iterable[int]) -> str:
+    """64-bit words as the metadata has several: 16 hex digits each."""
     return "".join(f"{word:016x}" for word in words)
 
 
@@ -619,9 +763,8 @@ def check_checksums(file: Opened, header: Header, data: Bytes) -> None:
         place = file.places.get(name)
         return 0 if place is None else fingerprint(data[place.begin : place.end])
 
-    found = checksums(
-        file.metadata, ((printed(f"{name}.values"), printed(f"{name}.indices")) for name in header.weights)
-    )
+    prints = ((printed(f"{name}.values"), printed(f"{name}.indices")) for name in header.weights)
+    found = hexed(checksums(file.metadata, file.words, prints))
     if found == said:
         return
     if len(found) != len(said) or found[:16] != said[:16]:
@@ -694,6 +837,12 @@ def tensor_part(tensor: Tensor) -> Part:
 
     dtype = DTYPES[str(tensor.dtype).removeprefix("torch.")][0]
     return Part(dtype, tuple(tensor.shape), tensor.nbytes, pieces)
+
+
+def _bytes_part(dtype: str, pieces: Sequence[Any]) -> Part:
+    """A 1-D tensor of these bytes, to be written."""
+    nbytes = sum(memoryview(piece).nbytes for piece in pieces)
+    return Part(dtype, (nbytes // ITEM_BYTES[dtype],), nbytes, lambda: pieces)
 
 
 def write_safetensors(

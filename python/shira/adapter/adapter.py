@@ -533,7 +533,8 @@ def write_entries(
     *,
     seeds: bool = False,
     version: int | None = None,
-    differences: Mapping[str, tuple[Tensor, int]] = MappingProxyType({}),
+    differences: Mapping[str, tuple[Tensor, int | None]] = MappingProxyType({}),
+    after: Mapping[str, int] | None = None,
     values: Mapping[str, tuple[_file.Part, int]] = MappingProxyType({}),
 ) -> None:
     """Write an adapter's file.
@@ -542,6 +543,7 @@ def write_entries(
         about: the JSON object of `shira.adapter`.
         version: the newest that may be written; None: 2 where that makes the file at least a twentieth smaller.
         differences: of weights whose values are written so, the differences and the fingerprint of the values.
+        after: of an update, the fingerprints of the weights afterwards. The file has version 2 then, and is packed.
         values: of weights whose values are not in memory (those of their entries are on the meta device), what gives
             them when they are written, in the order of the file, and their fingerprint. Then indices are coded a
             second time instead of being kept until then.
@@ -570,6 +572,7 @@ def write_entries(
         spared = 0
 
     parts: list[tuple[str, _file.Part]] = []
+    packed: dict[str, list[_file.Part]] = {}
     headers: dict[str, Any] = {}
     prints: list[tuple[int, int]] = []
     for name, entry in weights.items():
@@ -584,9 +587,14 @@ def write_entries(
                 tensor = _difference.encode(numbers)
             part = _file.tensor_part(tensor)
             word = _granules.fingerprint(tensor.detach().cpu().contiguous())
-        parts.append((f"{name}.values", part))
-        if code is not None:
-            parts.append((f"{name}.indices", _file.Part("U8", (code.nbytes,), code.nbytes, code.pieces)))
+        coded = [] if code is None else [_file.Part("U8", (code.nbytes,), code.nbytes, code.pieces)]
+        if name in differences:
+            packed[name] = [*coded, part]
+        else:
+            packed[name] = coded
+            parts.append((f"{name}.values", part))
+        if after is None:
+            parts += ((f"{name}.indices", one) for one in coded)
         headers[name] = {
             "shape": list(entry.shape),
             "dtype": dtype_name(entry.dtype),
@@ -596,16 +604,21 @@ def write_entries(
             "seed": _text.hex_word(entry.seed),
             "fingerprint": _text.hex_word(entry.fingerprint),
             **({"aliases": list(entry.aliases)} if entry.aliases else {}),
-            **({} if printed is None else {"values": "difference", "print": _text.hex_word(printed)}),
+            **({"values": "difference"} if name in differences else {}),
+            **({} if printed is None else {"print": _text.hex_word(printed)}),
+            **({} if after is None else {"after": _text.hex_word(after[name])}),
         }
         prints.append((word, 0 if code is None else code.print))
     metadata = {
         "format": "pt",
-        _file.VERSION_KEY: "2" if spared > 0 or differences else "1",
+        _file.VERSION_KEY: "2" if spared > 0 or after is not None else "1",
         _file.ADAPTER_KEY: _file.jsoned(about),
-        _file.WEIGHTS_KEY: _file.jsoned(headers),
     }
-    metadata[_file.CHECKSUMS_KEY] = _file.checksums(metadata, prints)
+    if after is not None:
+        parts += _file.Packed.parts(metadata, headers, packed, prints).items()
+    else:
+        metadata[_file.WEIGHTS_KEY] = _file.jsoned(headers)
+        metadata[_file.CHECKSUMS_KEY] = _file.hexed(_file.checksums(metadata, b"", prints))
     # Tensors of wide entries come first, so that each is aligned to its entries; otherwise the adapter's order.
     parts.sort(key=lambda one: -_file.ITEM_BYTES[one[1].dtype])
     _file.write_safetensors(path, dict(parts), metadata, _file.MAX_ADAPTER_HEADER)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shira import _shards
 from shira.adapter import _file
 from shira.adapter.hub import FILE
 from shira.train import _state
@@ -19,8 +20,11 @@ STATE = "shira_tuner.pt"
 
 
 def state_of(tuner: SparseTuner) -> dict[str, Any]:
-    """The values, and what else training may change: persistent buffers, and parameters that were unfrozen by hand."""
-    others = {name: tensor.detach().clone() for name, tensor in _state.others(tuner).items()}
+    """The values, and what else training may change: persistent buffers, and parameters that were unfrozen by hand.
+
+    Of a sharded model they are whole on every rank, and all ranks must call it together.
+    """
+    others = {name: _whole(tensor.detach()).clone() for name, tensor in _state.others(tuner).items()}
     return {"version": 1, "tuner": tuner.state_dict(), "others": others}
 
 
@@ -37,16 +41,38 @@ def take(tuner: SparseTuner, state: Any, where: str) -> None:
     tuner.load_state_dict(state["tuner"])
     with torch.no_grad():
         for name, tensor in others.items():
-            tensor.copy_(theirs[name])
+            tensor.copy_(_divided_as(tensor, theirs[name]))
 
 
-def write(tuner: SparseTuner, folder: str | os.PathLike[str]) -> None:
-    """Write the adapter as it is now, which is for use, and the state from which training can go on."""
+def _whole(tensor: Any) -> Tensor:
+    found: Tensor = tensor.full_tensor() if _shards.is_dtensor(tensor) else tensor
+    return found
+
+
+def _divided_as(tensor: Any, whole: Tensor) -> Tensor:
+    if not _shards.is_dtensor(tensor):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    device = _shards.local(tensor).device
+    return distribute_tensor(whole.to(device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+
+def write(tuner: SparseTuner, folder: str | os.PathLike[str], keep: bool = True) -> None:
+    """Write the adapter as it is now, which is for use, and the state from which training can go on.
+
+    The ranks of a sharded model call it together, and those that ``keep`` write.
+    """
+    if not (keep or tuner.sharded):
+        return
+    adapter, state = tuner.adapter(), state_of(tuner)
+    if not keep:
+        return
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    tuner.adapter().save(target / FILE)
+    adapter.save(target / FILE)
     with _file.replacing(target / STATE) as temporary:
-        torch.save(state_of(tuner), temporary)
+        torch.save(state, temporary)
 
 
 def read(tuner: SparseTuner, folder: str | os.PathLike[str]) -> None:

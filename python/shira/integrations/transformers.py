@@ -108,8 +108,8 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
         self.tuner = tuner
 
     def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        if args.should_save:
-            _checkpoint.write(self.tuner, os.path.join(args.output_dir, f"checkpoint-{state.global_step}"))
+        folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+        _checkpoint.write(self.tuner, folder, keep=args.should_save)
 
 
 class AdapterCheckpoints:
@@ -123,8 +123,9 @@ class AdapterCheckpoints:
         trainer.train(resume_from_checkpoint=True)
 
     ``load_best_model_at_end`` works too. Checkpoints that hold a whole model are read as before. Buffers, and
-    parameters that were unfrozen by hand, are kept with the values. It refuses FSDP and DeepSpeed, which save in their
-    own way.
+    parameters that were unfrozen by hand, are kept with the values. With FSDP2 the trainer shards the model after the
+    tuner was attached, checkpoints hold the same two files, and the optimizer's state as the trainer saves it there;
+    the trainer makes the optimizer. FSDP1 and DeepSpeed are refused.
 
     Args:
         tuner: the tuner, attached to the trainer's model before the trainer is made.
@@ -134,18 +135,29 @@ class AdapterCheckpoints:
         self.tuner = tuner
         with _adapters_told(tuner):
             super().__init__(*args, **options)
-        for kind in ("fsdp", "deepspeed"):
-            if getattr(self, f"is_{kind}_enabled", False):
-                raise ValueError(
-                    f"AdapterCheckpoints: {kind} shards and saves in its own way; leave it out, or use DDP"
-                )
+        if getattr(self, "is_deepspeed_enabled", False):
+            raise ValueError(
+                "AdapterCheckpoints: DeepSpeed saves and loads in its own way; leave it out, or use DDP or FSDP2"
+            )
+        if getattr(self, "is_fsdp_enabled", False) and not self.accelerator.is_fsdp2:  # type: ignore[attr-defined]
+            raise ValueError("AdapterCheckpoints: FSDP1 flattens weights; take FSDP2, with fsdp_config={'version': 2}")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in the trainer, but FSDP2 need not gather the model for it."""
+        if not getattr(self, "is_fsdp_enabled", False):
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+            return
+        self._save(output_dir)
+        arguments: Any = self.args  # type: ignore[attr-defined]
+        if arguments.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=arguments.hub_revision)  # type: ignore[attr-defined]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         arguments: Any = self.args  # type: ignore[attr-defined]
+        folder = arguments.output_dir if output_dir is None else output_dir
+        _checkpoint.write(self.tuner, folder, keep=arguments.should_save)
         if not arguments.should_save:
             return
-        folder = arguments.output_dir if output_dir is None else output_dir
-        _checkpoint.write(self.tuner, folder)
         configuration: Any = getattr(self.tuner.model, "config", None)
         processing: Any = getattr(self, "processing_class", None)
         if processing is None:
@@ -154,6 +166,20 @@ class AdapterCheckpoints:
             if hasattr(part, "save_pretrained"):
                 part.save_pretrained(folder)
         torch.save(arguments, os.path.join(folder, "training_args.bin"))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As in the trainer, but with FSDP2 without the model, which it saves beside the optimizer."""
+        if not getattr(self, "is_fsdp_enabled", False):
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+            return
+        from accelerate.utils import save_fsdp_optimizer
+        from transformers.trainer import SCHEDULER_NAME
+
+        trainer: Any = self
+        plugin = trainer.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, trainer.accelerator, trainer.optimizer, trainer.model, output_dir)
+        if trainer.args.should_save:
+            torch.save(trainer.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if os.path.exists(os.path.join(resume_from_checkpoint, _checkpoint.STATE)):

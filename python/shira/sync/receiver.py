@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -27,9 +27,6 @@ from shira.sync.update import SyncError, Update, bits, bits_of, compose, shown_v
 __all__ = ["Receiver"]
 
 _ANEW = "make a new Receiver"
-_LINE = 64
-# In bytes: half of the cache that a core of today has to itself.
-_CACHE = 2**19
 
 
 class _Entry(NamedTuple):
@@ -38,21 +35,6 @@ class _Entry(NamedTuple):
     indices: Tensor
     values: Tensor
     granule: int
-    # How many granules are checked and swapped before the next ones are looked at.
-    piece: int
-
-    def pieces(self) -> Iterable[_Entry]:
-        if self.indices.numel() <= self.piece:
-            return (self,)
-        indices, values = self.indices.split(self.piece), self.values.split(self.piece * self.granule)
-        return (self._replace(indices=one, values=other) for one, other in zip(indices, values, strict=True))
-
-    def swap(self, weight: Tensor) -> None:
-        shira_ops.swap_(weight, self.indices, self.values, granule=self.granule)
-
-    def share(self, weight: Tensor) -> Tensor:
-        """What the words that are touched add to the weight's fingerprint."""
-        return shira_ops.fingerprint_at(weight, self.indices, granule=self.granule)
 
 
 class _Words(NamedTuple):
@@ -70,7 +52,7 @@ class _Words(NamedTuple):
         count, device = self.positions.numel() * (WORD_BYTES // self.part.itemsize), self.positions.device
         parts = torch.zeros(0, dtype=self.part, device=device)
         for weight, where, indices in self.places:
-            here = weight.tensor.view(-1).view(self.part).index_select(0, indices).to(device)
+            here = shira_ops.gather(weight.tensor.view(-1).view(self.part), indices).to(device)
             if where is None:
                 parts = here
             else:
@@ -94,33 +76,27 @@ class _Moves:
 
     def swap(self, *, check: bool) -> dict[Weight, int]:
         """Swap all entries. With `check`: by how much that changes each weight's fingerprint."""
-        if not check:
-            for weights, granule in by_call((weight, entry.granule) for weight, entry in self.entries.items()):
-                shira_ops.foreach_swap_(
-                    [weight.tensor for weight in weights],
-                    [self.entries[weight].indices for weight in weights],
-                    [self.entries[weight].values for weight in weights],
-                    granule=granule,
-                )
-            return {}
-        shares: list[tuple[Weight, Tensor, Tensor]] = []
-        for weight, entry in self.entries.items():
-            tensor = weight.tensor
-            # Where two pieces share a word, the first one's "after" is the second one's "before".
-            for piece in entry.pieces():
-                before = piece.share(tensor)
-                piece.swap(tensor)
-                shares.append((weight, before, piece.share(tensor)))
-        return _differences(shares)
+        changes: list[tuple[list[Weight], Tensor]] = []
+        for weights, granule in by_call((weight, entry.granule) for weight, entry in self.entries.items()):
+            tensors = [weight.tensor for weight in weights]
+            indices = [self.entries[weight].indices for weight in weights]
+            values = [self.entries[weight].values for weight in weights]
+            if check:
+                changes.append((weights, _granules.swap_(tensors, indices, values, granule)))
+            else:
+                shira_ops.foreach_swap_(tensors, indices, values, granule=granule)
+        # Only now: to read one waits for its device.
+        return {
+            weight: change for weights, found in changes for weight, change in zip(weights, found.tolist(), strict=True)
+        }
 
     def restore(self, *, written: bool) -> None:
         """Put every weight on one side, wherever a swap of them all has stopped: with the update's values, or not."""
         for weight, entry in self.entries.items():
             # Where a weight has the update's values, its own are here. Where both are equal, any side will do.
-            given = entry._replace(values=self.given[weight].to(entry.values.device))
-            for piece, other in zip(entry.pieces(), given.pieces(), strict=True):
-                if torch.equal(bits(piece.values), bits(other.values)) == written:
-                    piece.swap(weight.tensor)
+            given = self.given[weight].to(entry.values.device)
+            if torch.equal(bits(entry.values), bits(given)) == written:
+                shira_ops.swap_(weight.tensor, entry.indices, entry.values, granule=entry.granule)
 
     def fingerprint(self, weight: Weight, *, written: bool) -> int:
         """A weight's fingerprint on either side."""
@@ -283,8 +259,8 @@ class Receiver:
 
         Args:
             verify: compare the words of the weights that change with those the update was made on. This finds what was
-                written without moving a version counter (through ``weight.data``, say), and costs two more passes over
-                these words: on a CPU a commit takes two to three times as long.
+                written without moving a version counter (through ``weight.data``, say). On a CPU this takes place in
+                the pass that swaps; elsewhere it costs two more passes over these words.
 
         Raises `SyncError` with every weight as it was, and what was staged still staged. So does an interrupt. Only
         where the adapters of a Switcher cannot be put back afterwards, the update is written and the base stands there
@@ -411,7 +387,27 @@ class Receiver:
                 _granules.overlay_(found, indices, granule, others, values, earlier.granule, entry.numel)
             return found, here
 
-        return update.decoded("Receiver.stage", entries)
+        return update.decoded("Receiver.stage", entries, self._starts(update, staged))
+
+    def _starts(self, update: Update, staged: Update | None) -> Callable[[str, Entry], bool]:
+        """Whether a weight is as a whole what an update starts from that is staged after others: for differences whose
+        print is not known. Of parts of weights, with a plan, no rank alone can tell: there the version counts."""
+        names = [name for name, printed in update.prints.items() if printed is None]
+        found: dict[str, int] = {}
+        if names:
+            with _bare("stage", self._tensors()) as switchers:
+                self._heal(switchers)
+                for name in names:
+                    if self.plan is None:
+                        found[name] = _granules.fingerprint(self._names[name].tensor)
+                    elif name in self.plan.whole:
+                        found[name] = _granules.fingerprint(self.plan.read(name, self._weights))
+
+        def starts(name: str, entry: Entry) -> bool:
+            earlier = None if staged is None else staged.weights.get(name)
+            return name not in found or found[name] == (entry if earlier is None else earlier).fingerprint
+
+        return starts
 
     def _moves(self, update: Update) -> _Moves:
         moves = _Moves(update, {}, {}, {}, {}, [])
@@ -431,9 +427,7 @@ class Receiver:
             device = weight.tensor.device
             # The values are swapped with the weight's, so they must be nobody else's.
             values = entry.values.to(device, copy=True)
-            moves.entries[weight] = _Entry(
-                entry.indices.to(device), values, entry.granule, _piece(values, entry.granule)
-            )
+            moves.entries[weight] = _Entry(entry.indices.to(device), values, entry.granule)
             moves.given[weight] = entry.values
             moves.before[weight] = weight.fingerprint if entry.fingerprint is None else entry.fingerprint
         return moves
@@ -452,8 +446,13 @@ class Receiver:
         places: list[tuple[Weight, Tensor | None, Tensor]] = []
         for weight, where, indices in plan.find(name, inside, granule):
             tensor = self._names[weight].tensor
+            rising = bool((indices[1:] > indices[:-1]).all())
+            if not rising:  # a layout that transposes
+                indices, order = indices.sort()
+                where = where[order]
             indices = indices.to(tensor.device, index_dtype(tensor.numel()))
-            places.append((self._names[weight], None if len(where) == len(parts) else where.to(home), indices))
+            every = rising and len(where) == len(parts)
+            places.append((self._names[weight], None if every else where.to(home), indices))
         return _Words(name, positions.to(home), bits_of(granule * entry.dtype.itemsize), places)
 
     def _refuse_other_start(self, plan: Plan, update: Update) -> None:
@@ -594,25 +593,6 @@ def _shares(words: Sequence[_Words]) -> list[int]:
     """Their shares, waiting for the device once."""
     shares = [one.share() for one in words]
     found: list[int] = torch.stack([share.to(shares[0].device) for share in shares]).tolist() if shares else []
-    return found
-
-
-def _piece(values: Tensor, granule: int) -> int:
-    """On a CPU, as many granules as have their cache lines in the cores' own caches: the next op finds them there."""
-    if values.device.type != "cpu":
-        return max(1, values.numel())
-    lines = -(-granule * values.element_size() // _LINE)
-    return max(1, _CACHE // (_LINE * lines)) * torch.get_num_threads()
-
-
-def _differences(shares: Sequence[tuple[Weight, Tensor, Tensor]]) -> dict[Weight, int]:
-    """After minus before, over the pieces of each weight; waits for each device once."""
-    found: dict[Weight, int] = {}
-    for device in dict.fromkeys(before.device for _, before, _ in shares):
-        weights, *sides = zip(*(share for share in shares if share[1].device == device), strict=True)
-        before, after = (torch.stack(side).tolist() for side in sides)
-        for weight, old, new in zip(weights, before, after, strict=True):
-            found[weight] = found.get(weight, 0) + new - old
     return found
 
 

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 import shira_ops
 from shira import _granules
 from shira._granules import WORD, dtype_name, fnv1a64, refine, splitmix64
-from shira._text import AdapterError, named, shown
+from shira._text import AdapterError, hex_word, named, shown
 from shira.adapter import _difference, _file
 from shira.adapter._entry import Entry
 from shira.adapter._file import Header
@@ -34,9 +35,13 @@ class SyncError(RuntimeError):
     """An update that is refused, or a switch to it that failed. The message says why; no weight has changed."""
 
 
+# Names come again with every update.
+_name_word = lru_cache(maxsize=1 << 16)(fnv1a64)
+
+
 def term(name: str, fingerprint: int) -> int:
     """What one weight adds to a version."""
-    return splitmix64(fnv1a64(name) ^ splitmix64(fingerprint))
+    return splitmix64(_name_word(name) ^ splitmix64(fingerprint))
 
 
 def version_of(fingerprints: Mapping[str, int]) -> int:
@@ -71,7 +76,8 @@ class Update:
         step: how many updates the publisher has made, this one included. For people; versions are what is compared.
         before: of weights of which they are known, the entries before. A Publisher knows them. A file then has the
             differences, which take a few bits an entry; what is read from it has differences for values (`relative`).
-        prints: of weights whose values are differences, the fingerprint of the values themselves.
+        prints: of weights whose values are differences, the fingerprint of the values themselves; None where it is not
+            known, as after `compose`: then the weight is compared as a whole before differences are added.
     """
 
     weights: Mapping[str, Entry]
@@ -79,7 +85,7 @@ class Update:
     start: int
     step: int
     before: Mapping[str, Tensor] = field(default_factory=dict)
-    prints: Mapping[str, int] = field(default_factory=dict)
+    prints: Mapping[str, int | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.weights.keys() != self.after.keys():
@@ -87,7 +93,7 @@ class Update:
         for what, word in {
             "start": self.start,
             **{f"after {named(name)}": one for name, one in self.after.items()},
-            **{f"the print of {named(name)}": one for name, one in self.prints.items()},
+            **{f"the print of {named(name)}": one for name, one in self.prints.items() if one is not None},
         }.items():
             if type(word) is not int or not 0 <= word <= WORD:
                 raise AdapterError(f"Update: {what} must be a whole number below 2^64, got {shown(word)}")
@@ -195,15 +201,31 @@ class Update:
             with torch.no_grad():
                 return shira_ops.gather(tensor, entry.indices.to(tensor.device), granule=entry.granule), None
 
-        return self.decoded("Update.decode", entries)
+        def starts(name: str, entry: Entry) -> bool:
+            return _granules.fingerprint(self._find("decode", weights, name)) == entry.fingerprint
 
-    def decoded(self, who: str, entries: Callable[[str, Entry], tuple[Tensor, Tensor | None]]) -> Update:
-        """`decode`, where a function gathers the entries before, and says which of them it has (None: all)."""
+        return self.decoded("Update.decode", entries, starts)
+
+    def decoded(
+        self,
+        who: str,
+        entries: Callable[[str, Entry], tuple[Tensor, Tensor | None]],
+        starts: Callable[[str, Entry], bool],
+    ) -> Update:
+        """`decode`, where a function gathers the entries before, and says which of them it has (None: all).
+
+        Another one compares a weight as a whole with what the update starts from, where the print is not known.
+        """
         if not self.relative:
             return self
         found, before = dict(self.weights), dict(self.before)
         for name, printed in self.prints.items():
             entry = self.weights[name]
+            if printed is None and not starts(name, entry):
+                raise SyncError(
+                    f"{who}: {named(name)} is not what the update of step {self.step} starts from, so its differences "
+                    f"cannot be added (by fingerprint of the weight)"
+                )
             was, here = entries(name, entry)
             values = _difference.add(was, entry.values.to(was.device))
             if here is not None and not bool(here.all()):
@@ -212,7 +234,7 @@ class Update:
                 found[name] = replace(entry, indices=indices, values=values[here], granule=1, checked=True)
                 continue
             before[name] = was
-            if _granules.fingerprint(values) != printed:
+            if printed is not None and _granules.fingerprint(values) != printed:
                 raise SyncError(
                     f"{who}: {named(name)} does not hold the entries that the update of step {self.step} starts from, "
                     f"so its differences cannot be added (by fingerprint of the result)"
@@ -232,11 +254,13 @@ class Update:
         return cls._made(adapter, adapter.weights, {})
 
     @classmethod
-    def _made(cls, said: Adapter | Header, weights: Mapping[str, Entry], prints: Mapping[str, int]) -> Update:
+    def _made(cls, said: Adapter | Header, weights: Mapping[str, Entry], prints: Mapping[str, int | None]) -> Update:
         about = said.provenance.get(_KEY)
         if not isinstance(about, Mapping) or said.delta or said.alpha != 1:
             raise AdapterError("this is an adapter, but not an update: a Publisher makes those (Adapter.load reads it)")
         after, step = about.get("after"), about.get("step")
+        if isinstance(said, Header) and after is None:
+            after = {name: hex_word(weight.after) for name, weight in said.weights.items()}
         if not isinstance(after, Mapping):
             raise AdapterError(f"the update must have the fingerprints after it, got {shown(about)}")
         words = {name: _word(f"weight {named(name)}: after", word) for name, word in after.items()}
@@ -260,7 +284,7 @@ class Update:
             self._write(temporary, differences)
 
     def _write(self, path: Path, wanted: bool) -> None:
-        differences: dict[str, tuple[Tensor, int]] = {}
+        differences: dict[str, tuple[Tensor, int | None]] = {}
         if not wanted:
             self.refuse_relative("save")
         for name, entry in self.weights.items():
@@ -268,17 +292,17 @@ class Update:
             if name in self.prints:
                 differences[name] = entry.values, self.prints[name]
             elif wanted and known is not None and _difference.has_differences(entry.dtype):
-                numbers = _difference.difference(known.to(entry.values.device), entry.values)
-                differences[name] = numbers, _granules.fingerprint(entry.values)
+                differences[name] = self._differences(name), _granules.fingerprint(entry.values)
         numel = sum(entry.numel for entry in self.weights.values())
         about = {
             "alpha": 1.0,
             "delta": False,
             "mask": None,
             "density": self.nnz / numel if numel else 0.0,
-            "provenance": {_KEY: self._about()},
+            # The fingerprints afterwards are beside the others.
+            "provenance": {_KEY: {key: said for key, said in self._about().items() if key != "after"}},
         }
-        write_entries(path, self.weights, about, version=2, differences=differences)
+        write_entries(path, self.weights, about, version=2, differences=differences, after=self.after)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Update:
@@ -289,7 +313,7 @@ class Update:
         """
         header, entries = read_entries(path)
         try:
-            prints = {name: weight.print for name, weight in header.weights.items() if weight.print is not None}
+            prints = {name: weight.print for name, weight in header.weights.items() if weight.difference}
             return cls._made(header, entries, prints)
         except AdapterError as error:
             raise AdapterError(f"{os.fspath(path)}: {error}") from error
@@ -313,17 +337,32 @@ class Update:
                 text = str(error).removeprefix(f"{path}: ")
                 raise AdapterError(f"the {len(data):,} bytes of an update: {text}") from error
 
+    def _differences(self, name: str) -> Tensor:
+        """A weight's values as differences. `SyncError` where neither these nor the entries before are known."""
+        entry, known = self.weights[name], self.before.get(name)
+        if name in self.prints:
+            return entry.values
+        if known is None or not _difference.has_differences(entry.dtype):
+            raise SyncError(
+                f"compose: the update of step {self.step} has the values of {named(name)} and not the entries before, "
+                f"and the other one has differences, which cannot be put together; decode(weights) gives the values"
+            )
+        return _difference.difference(known.to(entry.values.device), entry.values)
+
     def invert(self, weights: Mapping[str, Tensor] | None = None) -> Update:
         """The update that leads back.
 
         Args:
             weights: the tensors by name, such as a state dict, at the version that this update starts from; only read.
-                Not needed where the entries `before` are known.
+                Not needed where the entries `before` are known, nor for differences, which lead back as differences.
         """
-        if self.relative:
-            return self.decode(weights or {}).invert(weights)
+        if self.relative and weights is not None:
+            return self.decode(weights).invert(weights)
         back: dict[str, Entry] = {}
         for name, entry in self.weights.items():
+            if name in self.prints:
+                back[name] = replace(entry, values=-entry.values, fingerprint=self.after[name])
+                continue
             if weights is None and name in self.before:
                 back[name] = replace(entry, values=self.before[name], fingerprint=self.after[name])
                 continue
@@ -335,46 +374,56 @@ class Update:
                 values = shira_ops.gather(tensor, entry.indices.to(tensor.device), granule=entry.granule)
             back[name] = replace(entry, values=values, fingerprint=self.after[name])
         after = {name: entry.fingerprint or 0 for name, entry in self.weights.items()}
-        before_that = {name: entry.values for name, entry in self.weights.items()}
-        return Update(back, after, self.end, self.step, before_that)
+        before_that = {name: entry.values for name, entry in self.weights.items() if name not in self.prints}
+        return Update(back, after, self.end, self.step, before_that, dict.fromkeys(self.prints))
 
 
 def compose(first: Update, second: Update) -> Update:
     """The one update that does what `first` and then `second` do; a later value of an entry replaces an earlier one.
 
-    Both with their values: an update that came from a file has differences from its weights, and is decoded first.
+    Of a weight of which one of them has differences, as from a file, the result has differences too: their sums. The
+    other one must have differences then, or know the entries before. O(entries of both), without any weights. Raises
+    `SyncError` where they do not follow one another, or differences would have to be added to values.
     """
-    for update in (first, second):
-        update.refuse_relative("compose")
     if second.start != first.end:
         raise SyncError(
             f"compose: the second update must start where the first one ends, at version {shown_version(first.end)} "
             f"(step {first.step}), got one that starts at {shown_version(second.start)} (step {second.step})"
         )
     weights, after = dict(first.weights), dict(first.after) | dict(second.after)
-    before = dict(first.before)
+    before, prints = dict(first.before), dict(first.prints)
     for name, entry in second.weights.items():
         earlier = weights.get(name)
         if earlier is None:
             weights[name] = entry
             before |= {name: second.before[name]} if name in second.before else {}
+            prints |= {name: second.prints[name]} if name in second.prints else {}
             continue
         if (earlier.shape, earlier.dtype) != (entry.shape, entry.dtype) or first.after[name] != entry.fingerprint:
             raise SyncError(f"compose: {named(name)} is another weight in the second update (shape, dtype or content)")
-        weights[name] = _overlaid(earlier, entry)
+        if name in first.prints or name in second.prints:
+            one, other = (replace(update.weights[name], values=update._differences(name)) for update in (first, second))
+            weights[name] = _merged(one, other, add=True)
+            before.pop(name, None)
+            # Where the second one writes every entry, in the same order, its values are those of both.
+            every = weights[name].nnz == entry.nnz and weights[name].granule == entry.granule
+            known = second.prints[name] if name in second.prints else _granules.fingerprint(entry.values)
+            prints[name] = known if every else None
+            continue
+        weights[name] = _merged(earlier, entry)
         if name in before and name in second.before:
             # Of what both write, the entries before the first one.
             was, later = (
                 replace(one, values=known) for one, known in ((earlier, before[name]), (entry, second.before[name]))
             )
-            before[name] = _overlaid(later, was).values
+            before[name] = _merged(later, was).values
         else:
             before.pop(name, None)
-    return Update(weights, after, first.start, second.step, before)
+    return Update(weights, after, first.start, second.step, before, prints)
 
 
-def _overlaid(first: Entry, second: Entry) -> Entry:
-    """The entries of both, those of the second where both have one."""
+def _merged(first: Entry, second: Entry, *, add: bool = False) -> Entry:
+    """The entries of both; where both have one, that of the second, or the sum (whole numbers, mod 2^bits)."""
     granule = math.gcd(first.granule, second.granule)
     device = second.values.device
     indices = torch.cat(
@@ -387,7 +436,12 @@ def _overlaid(first: Entry, second: Entry) -> Entry:
     indices, order = torch.sort(indices, stable=True)
     new = torch.ones_like(indices, dtype=torch.bool)
     new[1:] = indices[1:] != indices[:-1]
-    values = torch.cat([second.values, first.values.to(device)]).view(-1, granule)[order[new]].view(-1)
+    rows = torch.cat([second.values, first.values.to(device)]).view(-1, granule)
+    values = rows[order[new]]
+    if add:
+        # Those that are not new are the first one's, each after the second one's of the same index.
+        values[new.cumsum(0)[~new] - 1] += rows[order[~new]]
+    values = values.view(-1)
     kept = indices[new].to(refine(second.indices[:0], second.granule, granule, second.numel).dtype)
     aliases = tuple(dict.fromkeys((*first.aliases, *second.aliases)))
     return Entry(kept, values, first.shape, first.dtype, granule, first.fingerprint, None, aliases, checked=True)

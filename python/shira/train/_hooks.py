@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from shira import _live, _model
 from shira.train import _ranks
-from shira.train._sites import Group, Site, Target, check_reached, groups, known, refuse_replaced, write
+from shira.train._sites import Group, Site, Target, check_reached, groups, known, refuse_replaced, trained_as, write
 
 # What a module's parameters required before tuners froze them, by attribute, and how many tuners did. On the module
 # itself, so that the base can be given back in a copied model as well.
@@ -188,14 +188,11 @@ def _has_gradient(site: Site) -> bool:
 
 def _compare_ranks(targets: Sequence[tuple[Tensor, Target]]) -> None:
     """At the first step, refuse ranks that differ. A collective call: all ranks of a model come here together."""
-    trained = []
-    for values, target in targets:
-        site, owner = target.site, target.module()
-        if site.shard is not None:
-            continue  # the ranks have compared theirs already
-        dense = site.own_weight if site.dense else None
-        trained.append(_ranks.Trained(site.name, owner, site.granule, site.indices, values, site.saved, dense))
-    _ranks.compare(trained)
+    _ranks.compare([
+        trained_as(target.site, target.module(), values)
+        for values, target in targets
+        if target.site.shard is None  # the ranks have compared the others already
+    ])  # fmt: skip
     for _, target in targets:
         target.site.compared = target.site.group.served = True
 

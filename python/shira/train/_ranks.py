@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
@@ -70,6 +70,21 @@ class Trained(NamedTuple):
     values: Tensor
     saved: Tensor
     dense: Tensor | None
+
+
+def engine_of(values: Tensor | None) -> Any:
+    """The process group over which a DeepSpeed engine of ZeRO-1 or ZeRO-2 trains a parameter; None if none does.
+
+    DeepSpeed notes it on each parameter that it trains.
+    """
+    return None if values is None else values.__dict__.get("_dp_group")
+
+
+def compare_in_engine(weights: Sequence[Trained]) -> None:
+    """Refuse what would let the ranks of a DeepSpeed engine drift apart. All of its ranks must call it together."""
+    group = engine_of(weights[0].values)
+    if distributed.get_world_size(group) > 1:
+        _compare_in(group, weights)
 
 
 def compare(weights: Sequence[Trained]) -> None:

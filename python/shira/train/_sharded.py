@@ -10,7 +10,9 @@ for the whole model (or a few, so that buffers stay small):
 - after a step of an optimizer every rank gets all values, in the weight's dtype, and writes those that are in its box
   (`Sharded.entries`).
 
-No dense gradient of a weight is made, and what is added up is fp32 whatever FSDP's own policy says.
+No dense gradient of a weight is made, and what is added up is fp32 whatever FSDP's own policy says. The exception are
+targets of dense gradients (`gradient="dense"`, whole parameters, layers whose gradient only autograd knows): theirs is
+made and reduced by FSDP and DTensor as ever, each rank keeps the mask's entries of its part, and it is freed at once.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import metadata
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
@@ -193,6 +196,12 @@ def reshard(model: nn.Module) -> None:
     _shards.reshard(_shards.fsdp_modules(model))
 
 
+def gathered_groups(model: nn.Module) -> list[Any]:
+    """FSDP's groups of parameters that are gathered at present."""
+    groups = (group for module in _shards.fsdp_modules(model) for group in _shards.fsdp_groups(module))
+    return [group for group in groups if group is not None and group.is_unsharded]
+
+
 def fsdp_of(model: nn.Module, owner: nn.Module, attribute: str) -> tuple[Any, Any] | None:
     """FSDP's group of parameters and its own entry for one; None if FSDP does not have it."""
     for module in _shards.fsdp_modules(model):
@@ -209,7 +218,9 @@ def fsdp_of(model: nn.Module, owner: nn.Module, attribute: str) -> tuple[Any, An
 
 
 def is_tensor_parallel(model: nn.Module, slot: _model.Slot) -> bool:
-    """Whether a sharded weight is divided while its layer computes, too."""
+    """Whether a weight is sharded, and divided while its layer computes, too."""
+    if not _shards.is_dtensor(slot.weight):
+        return False
     found = fsdp_of(model, slot.module, slot.attribute)
     return found is None or bool(found[1].is_dtensor)
 
@@ -385,6 +396,8 @@ class Sharded:
     lead: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
     # The base's entries where this rank's values are; made when they are asked for.
     base: Tensor | None = None
+    # When the gradient of a backward pass was there, if another stream than that of the pass has made it.
+    made: Any = None
     _parts: dict[Any, _shards.Part] = field(default_factory=dict)
 
     @staticmethod
@@ -503,7 +516,23 @@ class Sharded:
                 found = _layers.gradient(rule, *aligned, part.indices, part.granule, options)
                 found = part.into(found, self.count)
         factor = None if self.fsdp is None else self.fsdp.gradient_divide_factor
-        found = found.to(site.dtype).div_(size if factor is None else factor)
+        self._keep(site, found.to(site.dtype).div_(size if factor is None else factor))
+
+    def gathered(self, site: Site, grad: Any) -> None:
+        """Keep the mask's entries of the dense gradient that torch has made of this rank's part of the weight. It holds
+        what all ranks have computed, as in any training without a tuner."""
+        weight: Any = self.stored()
+        if grad.placements != weight.placements:
+            grad = grad.redistribute(weight.device_mesh, weight.placements)
+        part = self.here()
+        found = shira_ops.gather(_shards.local(grad).contiguous(), part.indices, granule=part.granule)
+        found = part.into(found.to(site.dtype), self.count)
+        self._keep(site, found if _shards.is_first(weight) else found.zero_())
+        if found.device.type != "cpu":  # FSDP reduces in a stream of its own
+            self.made = torch.accelerator.current_stream().record_event()
+
+    def _keep(self, site: Site, found: Tensor) -> None:
+        """Until the end of the backward pass."""
         task = torch._C._current_graph_task_id()
         pending = site.group.pending
         if task not in pending:
@@ -511,6 +540,14 @@ class Sharded:
             torch.autograd.Variable._execution_engine.queue_callback(partial(flush, site.group, task))
         before = pending[task].get(site)
         pending[task][site] = found if before is None else before.add_(found)
+
+    def wait(self, found: Tensor) -> None:
+        """Let the current stream wait for a gradient of another one."""
+        if self.made is not None:
+            stream = torch.accelerator.current_stream()
+            stream.wait_event(self.made)
+            found.record_stream(stream)
+            self.made = None
 
     def base_of_values(self, site: Site) -> Tensor:
         """The base's entries where this rank's values are, in the values' dtype. A collective call, the first time."""
@@ -572,6 +609,9 @@ def flush(group: Group, task: int) -> None:
     chosen = [(site, shard) for site, shard, here in zip(sites, shards, came, strict=True) if here]
     zeros = {site: torch.zeros(shard.count, dtype=site.dtype, device=ranks._device) for site, shard in chosen
              if site not in pending}  # fmt: skip
+    for site, shard in chosen:
+        if site in pending:
+            shard.wait(pending[site])
     chunks = ranks.add([pending[site] if site in pending else zeros[site] for site, _ in chosen])
     values = [(site.own_values, chunk, shard.count) for (site, shard), chunk in zip(chosen, chunks, strict=True)]
     with_grad = [(one, chunk, count) for one, chunk, count in values if one is not None and one.requires_grad]
@@ -652,17 +692,23 @@ def written_by_first(
 
 def compare_plans(ranks: Ranks, names: Sequence[str], mask: Mask) -> None:
     """Refuse ranks that would train different weights, or with other masks. A collective call."""
-    targets, kind = fnv1a64("\n".join(names)), fnv1a64(repr(mask))
-    same_targets, same_kind = ranks.same([signed(targets), signed(kind)])
-    if not same_targets:
-        raise ValueError(
-            f"SparseTuner: the ranks train different weights, this one {_model.some(names)}; give every rank the same "
-            f"targets"
-        )
-    if not same_kind:
-        raise ValueError(
-            f"SparseTuner: the ranks have different masks, this one {mask!r}; give every rank the same mask"
-        )
+    version = _version()
+    given = (
+        ("run different versions of shira", version, version, "install the same one on every rank"),
+        ("train different weights", "\n".join(names), _model.some(names), "give every rank the same targets"),
+        ("have different masks", repr(mask), repr(mask), "give every rank the same mask"),
+    )
+    agreed = ranks.same([signed(fnv1a64(text)) for _, text, _, _ in given])
+    for (what, _, ours, advice), same in zip(given, agreed, strict=True):
+        if not same:
+            raise ValueError(f"SparseTuner: the ranks {what}, this one {ours}; {advice}")
+
+
+def _version() -> str:
+    try:
+        return metadata.version("shira-ops")
+    except metadata.PackageNotFoundError:  # it runs from a folder
+        return "that is not installed"
 
 
 def compare_adapters(ranks: Ranks, adapter: Adapter) -> None:
@@ -685,7 +731,12 @@ def compare(ranks: Ranks, weights: Mapping[str, tuple[Tensor, int, int]]) -> Non
     same = ranks.same([*words, *(signed(base) for _, _, base in weights.values())])
     advices = (
         ("masks", "give every rank the same mask: the same seed, or the same tensors", same[: len(weights)]),
-        ("base weights", "load the same base on every rank before the tuner is attached", same[len(weights) :]),
+        (
+            "base weights",
+            "load the same base on every rank before the tuner is attached (accelerate's "
+            "cpu_ram_efficient_loading loads it on the first one alone)",
+            same[len(weights) :],
+        ),
     )
     for what, advice, agreed in advices:
         differ = [name for name, one in zip(weights, agreed, strict=True) if not one]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from types import FrameType
@@ -33,7 +33,7 @@ import shira_ops
 from shira import _granules, _linears, _model, _shards
 from shira._granules import dtype_name
 from shira._model import INDICES_SUFFIX, VALUES_SUFFIX
-from shira.train import _layers, _sharded
+from shira.train import _layers, _ranks, _sharded
 from shira.train._sharded import Sharded
 
 # A module's own dictionary of the sites on it, by attribute.
@@ -65,6 +65,8 @@ class Group:
     served: bool = False
     sites: list[Site] = field(default_factory=list)
     model: weakref.ref[nn.Module] | None = None
+    # Has the tuner go on with what ``fully_shard`` made of the model after it was attached.
+    take_over: weakref.WeakMethod[Callable[[], None]] | None = None
     # Gradients of sharded weights that a backward pass under way has made, by the number of the pass.
     pending: dict[int, dict[Site, Tensor]] = field(default_factory=dict)
 
@@ -118,6 +120,8 @@ class Site:
     traced: bool = False
     # The handles of the module hooks. Copied with a module, a handle belongs to the copy.
     handles: list[RemovableHandle | _linears.Kept] = field(default_factory=list)
+    # The names of further parameters that are on the module for this weight.
+    others: tuple[str, ...] = ()
     # The parameters it was made for; None in a copied model.
     values_ref: weakref.ref[Tensor] | None = None
     weight_ref: weakref.ref[Tensor] | None = None
@@ -156,7 +160,8 @@ class Site:
             return *self.shard.tensors(), values
         if not torch.compiler.is_compiling():
             for name, tensor in ((self.name, weight), (self.name + VALUES_SUFFIX, values)):
-                why = None if type(tensor) in (nn.Parameter, Tensor) else _model.foreign(tensor)
+                plain = type(tensor) in (nn.Parameter, Tensor) and not _model.is_partitioned(tensor)
+                why = None if plain else _model.foreign(tensor)
                 if why is not None:
                     raise RuntimeError(f"SparseTuner: {name} {why}; that happened after the tuner was attached")
         if not weight.is_contiguous():
@@ -386,7 +391,7 @@ def take_off(placed: Sequence[tuple[Site, nn.Module]]) -> None:
             each.remove()
         groups.discard(site.group)
         # If `put` has failed, not all of them are there.
-        for name in (site.values_name, site.indices_name):
+        for name in (site.values_name, site.indices_name, *site.others):
             if hasattr(owner, name):
                 delattr(owner, name)
         sites = owner.__dict__.get(SITES, {})
@@ -541,6 +546,9 @@ def _follow(sites: Sequence[tuple[Site, nn.Module | None]], whole: bool, module:
         finally:
             torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
         return
+    if whole:
+        _take_over(*sites[0])
+        _compare_in_engine(sites)
     items = []
     if whole and torch._C._current_graph_task_id() == -1:
         sites[0][0].group.pending.clear()  # of backward passes that have failed
@@ -566,6 +574,36 @@ def look_outside() -> None:
 
     for function in (follow, uncover, Site.settled, Site.same, Site.identity, _marks, _version):
         skip_code(function.__code__)
+
+
+def _take_over(site: Site, owner: nn.Module | None) -> None:
+    """If the weight was replaced, let the tuner see whether ``fully_shard`` did that, which it can go on with."""
+    held = None if owner is None else owner._parameters.get(site.attribute)
+    if site.shard is not None or site.overlay or held is None or held is site.own_weight:
+        return
+    take_over = None if site.group.take_over is None else site.group.take_over()
+    if take_over is not None:
+        take_over()
+
+
+def _compare_in_engine(sites: Sequence[tuple[Site, nn.Module | None]]) -> None:
+    """The steps of a DeepSpeed engine are those of parameters of its own, which no hook of optimizers knows; so what a
+    first step compares is compared at a forward."""
+    if sites[0][0].compared or _ranks.engine_of(sites[0][0].own_values) is None:
+        return
+    _ranks.compare_in_engine([
+        trained_as(site, owner, values)
+        for site, owner in sites
+        if owner is not None and (values := site.own_values) is not None
+    ])  # fmt: skip
+    for site, _ in sites:
+        site.compared = site.group.served = True
+
+
+def trained_as(site: Site, owner: nn.Module, values: Tensor) -> _ranks.Trained:
+    """What ranks compare of a weight; ``values`` stands for what a wrapper of the model must know."""
+    dense = site.own_weight if site.dense else None
+    return _ranks.Trained(site.name, owner, site.granule, site.indices, values, site.saved, dense)
 
 
 def _check(site: Site, weight: Tensor | None, values: Tensor, training: bool) -> bool:
@@ -609,8 +647,9 @@ def refuse_replaced(name: str) -> None:
         f"SparseTuner: {name} was replaced by another parameter after the tuner was attached, so what the model "
         f"computes with is not what the tuner and its optimizer train. fully_shard, conversions under "
         f"torch.__future__.set_overwrite_module_params_on_conversion and load_state_dict(assign=True) do so; do that "
-        f"first and then attach the tuner, or detach it, do that, and attach again. After fully_shard on a "
-        f"mesh of one dimension it is enough to make the optimizer from tuner.parameters(), or to call tuner.sync()"
+        f"first and then attach the tuner, or detach it, do that, and attach again. After fully_shard of the "
+        f"whole model on a mesh of one dimension the tuner goes on by itself, if the optimizer is made from "
+        f"tuner.parameters() then"
     )
 
 
@@ -626,6 +665,8 @@ def refuse_frozen(site: Site) -> None:
 def _loaded(site: Site, module: nn.Module, _: Any) -> None:
     """After a state dict was loaded: write the values into the weight, whatever was loaded for either."""
     _, values = site.trained(module)
+    if site.shard is None and _shards.is_dtensor(values):
+        return  # fully_shard was here, and the tuner has yet to take over what it made
     if site.values_ref is not None and site.values_ref() is not values:
         raise RuntimeError(
             f"SparseTuner: {site.name}{VALUES_SUFFIX} was replaced, so that no optimizer trains it; load into the "
@@ -649,6 +690,9 @@ def _gathered(target: Target, weight: Tensor) -> None:
     grad, weight.grad = weight.grad, None
     _, indices, values = target.tensors()
     if grad is None or not values.requires_grad:
+        return
+    if target.site.shard is not None:
+        target.site.shard.gathered(target.site, grad)
         return
     dense = grad.to_dense() if grad.is_sparse else grad
     at_mask = shira_ops.gather(dense.contiguous(), indices, granule=target.site.granule).to(values.dtype)

@@ -16,7 +16,7 @@ from shira._granules import dtype_name
 from shira._model import VALUES_SUFFIX
 from shira._text import AdapterError, Rename
 from shira.adapter.adapter import Adapter
-from shira.train import _layers
+from shira.train import _layers, _ranks
 
 ALL_LINEAR = "all-linear"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -333,6 +333,12 @@ def check_model(model: nn.Module) -> None:
             )
         _model.unwrap(module)
     for name, weight in model.named_parameters():
+        if _ranks.engine_of(weight) is not None:
+            raise ValueError(
+                f"SparseTuner: {_model.clean(name)} is already in a DeepSpeed engine, which would not train the "
+                f"tuner's values; attach the tuner to the model first, and call deepspeed.initialize then, with an "
+                f"optimizer over tuner.parameters()"
+            )
         if isinstance(weight, UninitializedParameter):  # it cannot even be frozen
             raise ValueError(f"SparseTuner: {_model.clean(name)} has no shape yet; run the model once first")
 

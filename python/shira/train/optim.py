@@ -52,7 +52,27 @@ class _Masked(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for group in state_dict["param_groups"]:
             self._check({**self.defaults, **group, "params": []}, new=True)
+        self._check_division(state_dict)
         super().load_state_dict(state_dict)
+
+    def _check_division(self, state_dict: dict[str, Any]) -> None:
+        """Refuse the state of another number of ranks, of which each rank would have the wrong part."""
+        numbers_of = (number for group in state_dict["param_groups"] for number in group["params"])
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        for number, parameter in zip(numbers_of, parameters, strict=False):
+            if not _shards.is_dtensor(parameter):
+                continue
+            wanted = _shards.local(parameter).shape
+            for key, value in state_dict["state"].get(number, {}).items():
+                if not isinstance(value, Tensor) or not value.dim():
+                    continue
+                held = _shards.local(value).shape
+                if not _shards.is_dtensor(value) or held != wanted or value.device_mesh != parameter.device_mesh:
+                    raise ValueError(
+                        f"shira.{type(self).__name__}: {key} of parameter {number} has {held.numel()} entries on this "
+                        f"rank, whose values are {wanted.numel()}: the state is divided between other ranks; "
+                        f"torch.distributed.checkpoint saves one that any number of ranks can load"
+                    )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)

@@ -117,6 +117,7 @@ class Trainer:
             raise ValueError(f"Trainer: give steps or epochs, one of the two, got {steps!r} and {epochs!r}")
         self._check_whole("fit")
         if self.checkpoint is not None:
+            self._check_one_process("checkpoint=")
             self._plain_states()  # refuse what cannot be saved before the first step
         total = steps
         if epochs is not None and isinstance(self.data, Sized):
@@ -200,6 +201,13 @@ class Trainer:
                 f"stepped, and some values moved and some did not; go back to a checkpoint with resume(), or start anew"
             )
 
+    def _check_one_process(self, what: str) -> None:
+        if self.tuner.sharded:
+            raise ValueError(
+                f"Trainer: {what} has one file for several ranks, each with a part of the optimizer's state; "
+                f"for a sharded model use torch.distributed.checkpoint, on the state dicts of model and optimizer"
+            )
+
     def _gradients(self, group: Sequence[Any]) -> Tensor:
         """Forward and backward over the batches of a step; the loss."""
         total = torch.zeros((), device=self.device)
@@ -271,6 +279,7 @@ class Trainer:
         strings and tensors), and `OSError` with the file's name if it cannot be written.
         """
         self._check_whole("save")
+        self._check_one_process("save")
         state = self._state()
         try:
             with _file.replacing(path) as temporary:
@@ -286,6 +295,7 @@ class Trainer:
         Raises `ValueError`, with the file and what is wrong with it, for a checkpoint that is damaged or belongs to
         another adapter, base or set-up; then nothing of the trainer has changed.
         """
+        self._check_one_process("resume")
         where = os.fspath(path)
         with open(where, "rb") as file:
             try:

@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -148,13 +148,13 @@ class SparseTuner:
     ``get_peft_model``) must come before the tuner; after it, training is refused. A count of the model's parameters
     includes both the values and the weights that hold them; `nnz` is the number of trained entries.
 
-    Weights may be sharded over ranks by FSDP2 (``fully_shard``), by tensor parallelism (``parallelize_module`` with
-    ``nn.Linear``), or by both. Then all ranks call the tuner together, with the same arguments; the values of a weight
-    are one DTensor of `nnz` entries in the order of the adapter's file, divided evenly between all ranks; masks select
-    what they select in one process; and every rank gets the same whole `adapter`. For that ``gradient`` must be
-    ``"sampled"``. For `shira.masks.Grad` and `shira.masks.Snip` every rank gives its own batches, equally many, and the
-    ranks of one tensor-parallel group the same ones. ``fully_shard`` may also follow the tuner, with the optimizer made
-    from ``tuner.parameters()`` after it.
+    Weights may be sharded over ranks by FSDP2 (``fully_shard``), by tensor parallelism (``parallelize_module``, or
+    DTensors made by hand), or by both. Then all ranks call the tuner together, with the same arguments; the values of a
+    weight are one DTensor of `nnz` entries in the order of the adapter's file, divided evenly between all ranks; masks
+    select what they select in one process; and every rank gets the same whole `adapter`. For `shira.masks.Grad` and
+    `shira.masks.Snip` every rank gives its own batches, equally many, and the ranks of one tensor-parallel group the
+    same ones. Where all gradients are sampled, ``fully_shard`` may also follow the tuner, with the optimizer made from
+    ``tuner.parameters()`` after it.
 
     Args:
         model: the model; its weights are changed in place, in the same storage. Wrap it in DistributedDataParallel
@@ -220,18 +220,21 @@ class SparseTuner:
         chosen = {name: group for name, group in names.targets(targets, exclude).items() if name not in entire}
         if not chosen and not entire:
             raise ValueError("SparseTuner: targets is empty, so nothing would train")
+        empty = [name for name, group in entire.items() if not group[0].weight.numel()]
+        if empty:
+            raise ValueError(f"SparseTuner: {_model.some(empty)} has no entries to train")
         layers: Mapping[str, _linears.Layer] = names.layers or {}
         sharded = _sharded.check_targets(self.model, {**chosen, **entire})
-        if entire and sharded:
-            self._refuse_dense(next(iter(entire)))
         mask.check({name: _stand_in(group, layers.get(name)) for name, group in chosen.items()})
         places = {name: [(slot.module, slot.attribute) for slot in group] for name, group in chosen.items()}
         if sharded:
-            sparse = self._masked_together(mask, chosen, calibration, loss)
+            plans = self._together_planned(mask, chosen, entire, calibration, loss)
+            sparse = plans[: len(chosen)]
         else:
             mask.prepare(self.model, places, calibration, loss)
             sparse = [self._masked(mask, name, group, layers.get(name)) for name, group in chosen.items()]
-        self._install([*sparse, *(self._entire(name, group) for name, group in entire.items())], allow_unused)
+            plans = [*sparse, *(self._entire(name, group) for name, group in entire.items())]
+        self._install(plans, allow_unused)
         if mask.granule == "auto":
             finer = [plan.name for plan in sparse if plan.granule < AUTO_GRANULE]
             if finer:
@@ -320,7 +323,6 @@ class SparseTuner:
         plans = []
         for name, entry in adapter.weights.items():
             group = groups[name]
-            self._check_together(group, entry.granule)
             plans.append(self._plan_together(group, ranks, entry.indices, entry.granule, entry.seed))
         self._know_together(ranks, plans)
         known = [(plan, entry) for plan, entry in zip(plans, adapter.weights.values(), strict=True)
@@ -380,7 +382,7 @@ class SparseTuner:
         self._tuned: list[_Tuned] = []
         self._froze: list[_model.Slot] = []
         self._root: list[RemovableHandle] = []
-        self._group = Group(model=weakref.ref(self.model))
+        self._group = Group(model=weakref.ref(self.model), take_over=weakref.WeakMethod(self._take_over_gathered))
         self._disabled = 0
         self._ignored: list[str] = []  # what DistributedDataParallel leaves alone
         self._notes: list[str] = []  # what `summary` says besides
@@ -413,41 +415,33 @@ class SparseTuner:
         base = torch.tensor([_granules.signed(fingerprint)], dtype=torch.int64, device=layer.device)
         return _Plan(name, group, indices, granule, base, fingerprint, seed, layer=layer)
 
-    def _masked_together(
+    def _together_planned(
         self,
         mask: Mask,
-        groups: Mapping[str, list[_model.Slot]],
+        chosen: Mapping[str, list[_model.Slot]],
+        entire: Mapping[str, list[_model.Slot]],
         calibration: Iterable[Any] | None,
         loss: Callable[[nn.Module, Any], Tensor] | None,
     ) -> list[_Plan]:
-        """The plans for weights that ranks hold together. A collective call."""
-        for group in groups.values():
-            self._check_together(group, mask.granule_of(group[0].weight))
+        """The plans for weights that ranks hold together, the masked ones first. A collective call."""
+        groups = {**chosen, **entire}
         first: Any = next(iter(groups.values()))[0].weight
         ranks = _sharded.Ranks(first.device_mesh)
         _sharded.compare_plans(ranks, list(groups), mask)
-        _sharded.prepare(mask, self.model, groups, calibration, loss, ranks)
+        _sharded.prepare(mask, self.model, chosen, calibration, loss, ranks)
         plans = []
         for name, group in groups.items():
             weight: Any = group[0].weight
-            granule = mask.granule_of(weight)
-            indices = _sharded.indices_of(mask, name, weight, ranks)
+            if name in entire:
+                indices, granule, seed = _whole_indices(weight), weight.numel(), None
+            else:
+                indices, granule = _sharded.indices_of(mask, name, weight, ranks), mask.granule_of(weight)
+                seed = mask.seed_for(name)
             shira_ops.check_indices(indices, weight.numel(), granule=granule)
-            plans.append(self._plan_together(group, ranks, indices, granule, mask.seed_for(name)))
+            plans.append(self._plan_together(group, ranks, indices, granule, seed))
         _sharded.compare(ranks, {plan.name: (plan.indices, plan.granule, 0) for plan in plans})
         self._know_together(ranks, plans)
         return plans
-
-    def _check_together(self, group: Sequence[_model.Slot], granule: int) -> None:
-        """Refuse a weight that cannot train where ranks hold it together."""
-        rule = self._rules(group, granule)[0]
-        if rule is None:
-            self._refuse_dense(group[0].name)
-        if rule != "linear" and _sharded.is_tensor_parallel(self.model, group[0]):
-            raise ValueError(
-                f"SparseTuner: {group[0].name} is divided by tensor parallelism in a layer other than nn.Linear, which "
-                f"is not supported; leave it out with exclude="
-            )
 
     def _plan_together(
         self, group: list[_model.Slot], ranks: _sharded.Ranks, indices: Tensor, granule: int, seed: int | None
@@ -465,21 +459,9 @@ class SparseTuner:
             plan.fingerprint = fingerprint
         self._notes.append(f"the values are divided between {ranks.size} ranks")
 
-    @staticmethod
-    def _refuse_dense(name: str) -> NoReturn:
-        raise ValueError(
-            f"SparseTuner: {name} is sharded and would train by its dense gradient, which is not supported: weights "
-            f'that ranks hold together need gradient="sampled" and a layer that allows it (linear, convolution, '
-            f"embedding), and cannot train as a whole; leave it out"
-        )
-
     def _entire(self, name: str, group: list[_model.Slot]) -> _Plan:
         weight = group[0].weight
-        if not weight.numel():
-            raise ValueError(f"SparseTuner: {name} has no entries to train")
-        # As in a file: one granule of all its entries.
-        indices = torch.zeros(1, dtype=torch.int32, device=weight.device)
-        return self._plan(name, group, indices, weight.numel(), None)
+        return self._plan(name, group, _whole_indices(weight), weight.numel(), None)
 
     def _plan(
         self,
@@ -565,7 +547,10 @@ class SparseTuner:
     def _rules(self, group: Sequence[_model.Slot], granule: int) -> list[str | None]:
         """How the gradient is taken in each place that holds the weight; None: by the dense gradient."""
         if self._gradient == "sampled" and granule < group[0].weight.numel():
-            return _targets.rules(group, granule)
+            rules = _targets.rules(group, granule)
+            # Of other layers it is not known what tensor parallelism makes each rank compute.
+            if set(rules) == {"linear"} or not _sharded.is_tensor_parallel(self.model, group[0]):
+                return rules
         return [None] * len(group)
 
     # ---- while it trains -------------------------------------------------------------------------------------
@@ -826,7 +811,7 @@ class SparseTuner:
         written = self._written()
         items = [(tuned.target.site, *tuned.target.tensors()) for tuned in written]
         settle(items)
-        required = [weight.requires_grad for _, weight, _, _ in items]
+        required = [site.identity(weight).requires_grad for site, weight, _, _ in items]
         with torch.no_grad():
             trained = [shira_ops.gather(weight, indices, granule=site.granule) for site, weight, indices, _ in items]
         before = [(weight, weight._version) for _, weight, _, _ in items]
@@ -835,8 +820,8 @@ class SparseTuner:
             scatter((site.granule, weight, at, site.saved.to(weight.device)) for site, weight, at, _ in items)
             # By the version autograd distinguishes what was saved inside from what was saved outside.
             _set_versions((weight, version + _ASIDE) for weight, version in before)
-            for weight, _ in before:
-                weight.requires_grad_(False)
+            for site, weight, _, _ in items:
+                site.identity(weight).requires_grad_(False)
             yield self
         finally:
             self._disabled, self._group.off = 0, False
@@ -854,8 +839,8 @@ class SparseTuner:
             )
             # The bits are those that autograd saved, so it may have their versions again.
             _set_versions(undisturbed)
-            for weight, requires in zip(now, required, strict=True):
-                weight.requires_grad_(requires)
+            for (site, *_), weight, requires in zip(items, now, required, strict=True):
+                site.identity(weight).requires_grad_(requires)
 
     def _enabled(self, what: str) -> None:
         if self._disabled:
@@ -906,6 +891,14 @@ class SparseTuner:
         now = _model.slots(self.model)
         self._froze = [now.get(slot.name, slot) for slot in self._froze]
 
+    def _take_over_gathered(self) -> None:
+        """The same in a forward pass, for which FSDP has gathered some weights already."""
+        gathered = _sharded.gathered_groups(self.model)
+        self._take_over()
+        for group in gathered:
+            group.unshard()
+            group.wait_for_unshard()
+
     def _written(self) -> list[_Tuned]:
         """Those whose values are written into the weight: all, or of an overlay none."""
         return [tuned for tuned in self._attached() if tuned.plan.layer is None]
@@ -916,6 +909,11 @@ class SparseTuner:
     def nnz(self) -> int:
         """The number of trainable entries."""
         return sum(tuned.plan.nnz for tuned in self._tuned)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether ranks hold the weights together, so that all of them must call a method at the same time."""
+        return any(tuned.plan.shard is not None for tuned in self._attached())
 
     @property
     def density(self) -> float:
@@ -970,9 +968,9 @@ class SparseTuner:
 
     def __repr__(self) -> str:
         if not self._tuned:
-            return "SparseTuner(detached)"
+            return f"{type(self).__name__}(detached)"
         mask = "no mask" if self._about is None else self._about.get("name", "a mask")
-        return f"SparseTuner({mask}, {len(self._tuned)} weights, {self.nnz:,} entries, {self.density:.2%})"
+        return f"{type(self).__name__}({mask}, {len(self._tuned)} weights, {self.nnz:,} entries, {self.density:.2%})"
 
 
 def detach(model: nn.Module) -> None:
@@ -1032,6 +1030,11 @@ def _stand_in(group: Sequence[_model.Slot], layer: _linears.Layer | None) -> Ten
     if layer is not None:
         return layer.stand_in()
     return _sharded.stand_in(group[0].weight) if _shards.is_dtensor(group[0].weight) else group[0].weight
+
+
+def _whole_indices(weight: Tensor) -> Tensor:
+    """As in a file: one granule of all its entries."""
+    return torch.zeros(1, dtype=torch.int32, device=_shards.local(weight).device)
 
 
 def _master_dtype(weight: Tensor) -> torch.dtype:

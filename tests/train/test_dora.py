@@ -1,0 +1,208 @@
+"""DoRA of which only a mask reaches the weights: gradients, files, states, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import shira
+from shira import Adapter, DoRATuner, Switcher, masks
+from tuning import bits, same_bits
+
+MASK = masks.WeightMagnitude(density=0.1)
+X = torch.randn(12, 16, generator=torch.Generator().manual_seed(1))
+
+
+def net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16)).to(dtype)
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    return (model(x) - x.flip(-1)).square().mean()
+
+
+def at(tuner: DoRATuner) -> list[Tensor]:
+    """The flat positions of what each weight trains."""
+    entries = tuner.adapter().weights.values()
+    return [(e.indices.long()[:, None] * e.granule + torch.arange(e.granule)).view(-1) for e in entries]
+
+
+def made(base: Tensor, where: Tensor, m: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The weight by the definition, dense."""
+    whole = base + b.t() @ a
+    dora = m[:, None] * whole / torch.linalg.vector_norm(whole, dim=1, keepdim=True).detach()
+    chosen = torch.zeros(base.numel(), dtype=torch.bool).index_fill(0, where, True).view_as(base)
+    return torch.where(chosen, dora, base)
+
+
+@pytest.mark.parametrize("gradient", ["sampled", "dense"])
+@pytest.mark.parametrize("granule", [1, 4])
+def test_steps_are_those_of_the_definition(gradient: str, granule: int) -> None:
+    """Against plain PyTorch in fp64: gradients, steps of torch's AdamW, clipping, two batches a step."""
+    model, base = net(torch.float64), net(torch.float64)
+    x = X.double()
+    tuner = DoRATuner(model, masks.WeightMagnitude(density=0.1, granule=granule), rank=3, gradient=gradient)
+    assert same_bits_of_weights(model, base)
+    plain = [p.detach().clone().requires_grad_() for p in tuner.parameters()]
+    places, weights = at(tuner), [base[0].weight.detach(), base[2].weight.detach()]
+    ours, theirs = torch.optim.AdamW(tuner.parameters(), lr=0.05), torch.optim.AdamW(plain, lr=0.05)
+    for _ in range(3):
+        for part in x.chunk(2):
+            loss = loss_of(model, part)
+            loss.backward()
+            first, second = (made(weights[k], places[k], *plain[3 * k : 3 * k + 3]) for k in (0, 1))
+            hidden = nn.functional.gelu(nn.functional.linear(part, first, base[0].bias))
+            wanted = (nn.functional.linear(hidden, second, base[2].bias) - part.flip(-1)).square().mean()
+            wanted.backward()
+            torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=0)
+        for mine, other in zip(tuner.parameters(), plain, strict=True):
+            torch.testing.assert_close(mine.grad, other.grad, rtol=1e-9, atol=1e-12)
+        for parameters, optimizer in ((list(tuner.parameters()), ours), (plain, theirs)):
+            nn.utils.clip_grad_norm_(parameters, 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+    tuner.verify()
+    for k, layer in enumerate((0, 2)):
+        wanted = made(weights[k], places[k], *plain[3 * k : 3 * k + 3])
+        torch.testing.assert_close(model[layer].weight.detach(), wanted.detach(), rtol=1e-9, atol=1e-12)
+    assert all(values.grad is None for name, values in model.named_parameters() if name.endswith("weight_shira_values"))
+
+
+def same_bits_of_weights(model: Any, base: Any) -> bool:
+    return all(torch.equal(model[at].weight, base[at].weight) for at in (0, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_ends_in_an_ordinary_file(tmp_path: Path, dtype: torch.dtype) -> None:
+    model, before = net(dtype), bits(net(dtype))
+    x = X.to(dtype)
+    first = loss_of(model, x).detach()
+    with DoRATuner(model, MASK, rank=4) as tuner:
+        optimizer = shira.AdamW(tuner, lr=0.05)
+        trainer = shira.Trainer(tuner, [x], loss=loss_of, optimizer=optimizer, clip=1.0, progress=False)
+        assert trainer.fit(20).evaluate([x]) < 0.9 * first
+        assert "made by DoRA of rank 4, with 360 parameters to train" in tuner.summary()
+        tuner.adapter().save(tmp_path / "dora.safetensors")
+        trained = [model[at].weight.detach().clone() for at in (0, 2)]
+        assert tuner.nnz == sum(entry.nnz for entry in tuner.adapter().weights.values())
+    assert same_bits(model, before)
+    fresh = net(dtype)
+    switcher = Switcher(fresh)
+    switcher.add("it", Adapter.load(tmp_path / "dora.safetensors"))
+    switcher.activate("it")
+    for layer, wanted, where in zip((0, 2), trained, at_file(tmp_path), strict=True):
+        assert torch.equal(fresh[layer].weight, wanted)
+        changed = (fresh[layer].weight != net(dtype)[layer].weight).view(-1).nonzero().view(-1)
+        assert len(changed) > 10
+        assert set(changed.tolist()) <= set(where.tolist())
+
+
+def at_file(folder: Path) -> list[Tensor]:
+    return [entry.indices.long() for entry in Adapter.load(folder / "dora.safetensors").weights.values()]
+
+
+def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
+    def run(steps: int, folder: str, resume: bool = False) -> dict[str, Tensor]:
+        model = net()
+        tuner = DoRATuner(model, MASK, rank=2)
+        path = tmp_path / folder
+        trainer = shira.Trainer(
+            tuner, list(X.chunk(3)), loss=loss_of, optimizer=torch.optim.AdamW(tuner.parameters(), lr=0.02),
+            checkpoint=path, progress=False,
+        )  # fmt: skip
+        if resume:
+            trainer.resume(path)
+        trainer.fit(steps)
+        return bits(model)
+
+    wanted = run(6, "whole")
+    run(3, "halves")
+    got = run(6, "halves", resume=True)
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    state = torch.load(tmp_path / "halves", weights_only=True)["tuner"]
+    other = DoRATuner(net(), MASK, rank=3)
+    with pytest.raises(ValueError, match=r"the state has no a of 0\.weight with the shape \[3, 16\]"):
+        other.load_state_dict(state)
+    plain = shira.SparseTuner(net(), MASK)
+    with pytest.raises(ValueError, match=r"the state has no magnitude of 0\.weight"):
+        other.load_state_dict(plain.state_dict())
+
+
+def test_edits_are_followed() -> None:
+    model, other = net(), net()
+    tuner = DoRATuner(model, MASK, rank=2)
+    saved = {name: p.detach().clone() for name, p in tuner.named_parameters()}
+    with torch.no_grad():
+        for name, p in tuner.named_parameters():
+            if "_b_" in name:
+                p.add_(0.3)
+    edited = model(X)
+    assert not torch.equal(edited, other(X))
+    twin = DoRATuner(other, MASK, rank=2)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(X), edited)
+    model.load_state_dict(saved, strict=False)
+    with tuner.disabled():
+        base = model(X)
+    assert torch.equal(base, net()(X))
+    torch.testing.assert_close(model(X), net()(X))
+    assert tuner.adapter().nnz == twin.nnz
+    with torch.no_grad():
+        next(tuner.parameters()).data.mul_(1.5)  # moves no version
+    doubled = model(X)
+    assert not torch.equal(doubled, net()(X))
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(X), doubled)
+    shira.detach(copied)
+    assert same_bits(copied, bits(net()))
+    tuner.detach()
+    assert same_bits(model, bits(net()))
+
+
+def test_refusals() -> None:
+    model: Any = net()
+    before = bits(model)
+    for rank in (0, 2.0, True):
+        with pytest.raises(ValueError, match=r"DoRATuner: rank must be a whole number of at least 1, got"):
+            DoRATuner(model, rank=rank)
+    with pytest.raises(
+        ValueError, match=r"DoRATuner: weight is in a Embedding, and DoRA is for the weights of nn\.Lin"
+    ):
+        DoRATuner(nn.Embedding(4, 8), masks.Rand(density=0.5), "weight")
+    with pytest.raises(TypeError, match=r"does not hold the magnitudes and factors .* go on with tuner\.state_dict"):
+        DoRATuner.from_adapter(model, "file")
+    zero = net()
+    with torch.no_grad():
+        zero[2].weight[3] = 0
+    with pytest.raises(
+        ValueError, match=r"DoRATuner: 2\.weight has outputs whose weights are all zero, and DoRA gives"
+    ):
+        DoRATuner(zero, MASK)
+    assert not any(name.endswith("_shira_values") for name, _ in zero.named_parameters())
+    tuner = DoRATuner(model, MASK, rank=2)
+    values = torch.optim.SGD([tuned.values for tuned in tuner._tuned], lr=0.1)
+    loss_of(model, X).backward()
+    with pytest.raises(RuntimeError, match=r"this SGD has the values, .* make it from tuner\.parameters\(\)"):
+        values.step()
+    ours = torch.optim.SGD(tuner.parameters(), lr=0.1)
+    with tuner.disabled(), pytest.raises(RuntimeError, match=r"not inside `with tuner\.disabled\(\)`"):
+        ours.step()
+    unused = net()
+    late = DoRATuner(unused, MASK, rank=2)
+    with pytest.raises(RuntimeError, match=r"no gradient reached .*0\.weight"):
+        torch.optim.SGD(late.parameters(), lr=0.1).step()
+    for p in late.parameters():
+        p._dp_group = object()  # type: ignore[attr-defined]  # as a DeepSpeed engine does with what it trains
+    with pytest.raises(
+        RuntimeError, match=r"a DeepSpeed engine trains what 0\.weight is made of, and its steps cannot"
+    ):
+        unused(X)
+    tuner.detach()
+    assert same_bits(model, before)
+    assert not any(name.endswith("_shira_values") for name, _ in model.named_parameters())
