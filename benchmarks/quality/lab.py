@@ -22,7 +22,7 @@ RATES = tuple(float(f"{digit}e{power}") for power in range(-5, 1) for digit in (
 
 FAILED = -1e9  # the score of a run that diverged: worse than every other, but finite, so that means exist
 
-SLOWER = {"minilm": 1, "gpt-s": 1, "gpt-m": 1, "gpt-l": 1, "smollm2": 1}
+SLOWER = {"minilm": 1, "gpt-s": 1, "gpt-m": 1, "gpt-l": 1, "smollm2": 1, "style": 1}
 """How many steps below a method's usual start the search begins for a family; the same for all its methods."""
 
 
@@ -33,6 +33,10 @@ first seed may have been luck."""
 COSTLY = {"smollm2": 3}
 """Families of which a run takes a minute: every figure has at most so many seeds, and unsteady rates are not searched
 again."""
+
+
+KEPT = ("style",)
+"""Families of which every adapter is kept when it is trained: they are small, and most are used again."""
 
 
 class Stop(Exception):
@@ -114,17 +118,25 @@ class Lab:
     def _trained(self, setting: Setting, lr: float, seed: int) -> tuple[Adapter, dict[str, Any]]:
         task: Task = tasks.task(setting.task)
         trained = train(task, setting.method, lr, seed, self.steps or setting.steps or task.steps, setting.fraction)
+        if task.family in KEPT:
+            self._keep(setting, lr, seed, trained.adapter)
         return trained.adapter, trained.record
+
+    def _path(self, setting: Setting, lr: float, seed: int) -> Path:
+        name = hashlib.sha256(f"{key(setting.run(lr, seed))}{self.steps}".encode()).hexdigest()[:24]
+        return self.cache / f"{name}.safetensors"
+
+    def _keep(self, setting: Setting, lr: float, seed: int, adapter: Adapter) -> None:
+        self.cache.mkdir(parents=True, exist_ok=True)
+        adapter.save(self._path(setting, lr, seed))
 
     def adapter(self, setting: Setting, lr: float, seed: int) -> Adapter:
         """The adapter of a run, kept as a file under ``build/``."""
-        name = hashlib.sha256(f"{key(setting.run(lr, seed))}{self.steps}".encode()).hexdigest()[:24]
-        path = self.cache / f"{name}.safetensors"
+        path = self._path(setting, lr, seed)
         if path.exists():
             return Adapter.load(path)
         adapter, _ = self._trained(setting, lr, seed)
-        self.cache.mkdir(parents=True, exist_ok=True)
-        adapter.save(path)
+        self._keep(setting, lr, seed, adapter)
         return adapter
 
     def tuned(self, setting: Setting) -> float:

@@ -28,10 +28,17 @@ def plan(families: Sequence[str], experiments: Sequence[str], seeds: int) -> lis
         job
         for family in families
         for experiment in experiments
-        if family not in COSTLY or experiment in ("single", "cost")
+        if experiment in asked(family)
         for job in EXPERIMENTS[experiment](family, seeds)
     ]
     return sorted(jobs, key=lambda job: job.rank)
+
+
+def asked(family: str) -> Sequence[str]:
+    """The experiments that are about a family."""
+    if family == "style":
+        return ("style",)
+    return ("single", "cost") if family in COSTLY else tuple(EXPERIMENTS)
 
 
 def run(jobs: Sequence[Job], lab: Lab, console: Console) -> bool:
