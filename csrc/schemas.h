@@ -62,6 +62,7 @@
   /* fingerprint */                                                                                                   \
   m.def("fingerprint(Tensor weight, int granule=1) -> Tensor");                                                       \
   m.def("fingerprint_at(Tensor weight, Tensor indices, int granule=1) -> Tensor");                                    \
+  m.def("fingerprint_part(Tensor weight, int first, int run, int stride, int granule=1) -> Tensor");                  \
   /* diff: what changed since a snapshot */                                                                           \
   m.def("diff_(Tensor(a!) snapshot, Tensor weight, int granule=1, *, bool before=False) -> "                           \
         "(Tensor indices, Tensor values)");                                                                           \

@@ -144,10 +144,8 @@ def _mutating_kernel(op: OpOverload) -> Callable[..., Any]:
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     # Under one transform this would work, but nested ones give zeros without an error.
-    torch._check(
-        not torch._C._are_functorch_transforms_active(),
-        lambda: f"{_NAMES[function]}: has no rule for torch.func's gradients (use torch.autograd)",
-    )
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(f"{_NAMES[function]}: has no rule for torch.func's gradients (use torch.autograd)")
     return function.apply(*args)
 
 

@@ -706,6 +706,17 @@ def _fingerprint(weight: Tensor, granule: int) -> None:
     _granule_fits(call.op, granule, weight.numel(), "weight's {} entries")
 
 
+def _fingerprint_part(weight: Tensor, first: int, run: int, stride: int, granule: int) -> None:
+    call = Call("fingerprint_part")
+    _granule(call.op, granule)
+    _contiguous(call, "weight", weight)
+    _entries(call, "weight", weight)
+    _granule_fits(call.op, granule, weight.numel(), "weight's {} entries")
+    call.require(first >= 0, "first", "must be at least 0", got=first)
+    call.require(run >= 1, "run", "must be at least 1", got=run)
+    call.require(stride >= run, "stride", "must be at least run {}", run, got=stride)
+
+
 def _sparse_linear(
     input: Tensor, indices: Tensor, values: Tensor, out_features: int, transposed: bool, granule: int
 ) -> None:
@@ -790,6 +801,7 @@ _ARGUMENTS: dict[str, Callable[..., None]] = {
     "encode_indices": _encode_indices,
     "decode_indices": _decode_indices,
     "fingerprint": _fingerprint,
+    "fingerprint_part": _fingerprint_part,
     "sparse_linear": _sparse_linear,
     "sparse_linear_add_": _sparse_linear_add_,
 }

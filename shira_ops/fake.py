@@ -71,6 +71,10 @@ def fingerprint_at(weight: Tensor, indices: Tensor, granule: int) -> Tensor:
     return weight.new_empty((), dtype=torch.int64)
 
 
+def fingerprint_part(weight: Tensor, first: int, run: int, stride: int, granule: int) -> Tensor:
+    return weight.new_empty((), dtype=torch.int64)
+
+
 def diff_(snapshot: Tensor, weight: Tensor, granule: int, before: bool) -> tuple[Tensor, Tensor]:
     count = torch.library.get_ctx().new_dynamic_size()
     indices = weight.new_empty(count, dtype=_index_dtype(weight.numel() // granule))
@@ -96,7 +100,16 @@ def _nothing(**_: Any) -> None:
 
 _RESULTS: tuple[Callable[..., Any], ...] = (
     *(gather, foreach_gather, fuse_plan, sampled_grad, select_top, select_random),
-    *(encode_indices, decode_indices, fingerprint, fingerprint_at, diff_, foreach_diff_, sparse_linear),
+    *(
+        encode_indices,
+        decode_indices,
+        fingerprint,
+        fingerprint_at,
+        fingerprint_part,
+        diff_,
+        foreach_diff_,
+        sparse_linear,
+    ),
 )
 
 

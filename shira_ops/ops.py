@@ -43,6 +43,7 @@ __all__ = [
     "encode_indices",
     "fingerprint",
     "fingerprint_at",
+    "fingerprint_part",
     "foreach_adamw_",
     "foreach_apply_",
     "foreach_diff_",
@@ -96,6 +97,7 @@ _encode_indices = _shira.encode_indices.default
 _decode_indices = _shira.decode_indices.default
 _fingerprint = _shira.fingerprint.default
 _fingerprint_at = _shira.fingerprint_at.default
+_fingerprint_part = _shira.fingerprint_part.default
 _diff_ = _shira.diff_.default
 _foreach_diff_ = _shira.foreach_diff_.default
 _sparse_linear = _shira.sparse_linear.default
@@ -667,6 +669,24 @@ def fingerprint_at(weight: Tensor, indices: Tensor, granule: int = 1) -> Tensor:
         new = old - before + fingerprint_at(weight, indices)
     """
     return _fingerprint_at(weight, indices, granule)  # type: ignore[no-any-return]
+
+
+def fingerprint_part(weight: Tensor, first: int, run: int, stride: int, granule: int = 1) -> Tensor:
+    """What a part of a larger weight adds to `fingerprint` of the whole: an int64 scalar tensor on the part's device.
+
+    The sums of all parts add up to the fingerprint (int64 arithmetic wraps). Word p of the part is word
+    ``first + p // run * stride + p % run`` of the whole: for some rows, ``first`` is the first row's first word and one
+    run holds all; for some columns, ``run`` is their words in a row and ``stride`` the words of a whole row::
+
+        total = sum(fingerprint_part(part, rank * words, words, words) for rank, part in enumerate(weight.chunk(4)))
+
+    Args:
+        weight: contiguous, of any dtype of 1, 2, 4 or 8 bytes. Each part begins with a word of the whole; the last one
+            may end within one, which is padded with zeros.
+        first, run, stride: in 64-bit words; ``stride`` is at least ``run``.
+        granule: is only validated.
+    """
+    return _fingerprint_part(weight, first, run, stride, granule)  # type: ignore[no-any-return]
 
 
 # ---- diff --------------------------------------------------------------------------------------------------

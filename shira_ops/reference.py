@@ -851,6 +851,16 @@ def fingerprint(weight: Tensor, granule: int = 1) -> Tensor:
 
 
 @_op
+def fingerprint_part(weight: Tensor, first: int, run: int, stride: int, granule: int = 1) -> Tensor:
+    count, chunk = -(-weight.numel() * weight.element_size() // 8), 2**22
+    total = torch.zeros((), dtype=torch.int64, device=weight.device)
+    for begin in range(0, count, chunk):
+        at = torch.arange(begin, min(begin + chunk, count), device=weight.device)
+        total += words_hash(_words(weight, begin, begin + at.numel()), first + at // run * stride + at % run)
+    return total
+
+
+@_op
 def fingerprint_at(weight: Tensor, indices: Tensor, granule: int = 1) -> Tensor:
     if indices.numel() == 0:
         return torch.zeros((), dtype=torch.int64, device=weight.device)

@@ -542,6 +542,11 @@ def _fingerprint(m: _Maker) -> dict[str, Any]:
     return {"weight": m.weight()}
 
 
+def _fingerprint_part(m: _Maker) -> dict[str, Any]:
+    words = m.setup.numel * m.setup.dtype.itemsize // 8
+    return {"weight": m.weight(), "first": 5, "run": max(1, words // 3), "stride": words + 2}
+
+
 def _diff(m: _Maker) -> dict[str, Any]:
     weight = m.weight()
     snapshot = weight.clone()
@@ -600,6 +605,7 @@ BUILDERS: dict[str, Callable[[_Maker], dict[str, Any]]] = {
     "decode_indices": _decode_indices,
     "fingerprint": _fingerprint,
     "fingerprint_at": _gather,
+    "fingerprint_part": _fingerprint_part,
     "diff_": _diff,
     "sparse_linear": _sparse_linear,
     "sparse_linear_add_": _sparse_linear_add,

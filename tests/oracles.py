@@ -470,6 +470,15 @@ def fingerprint(weight: torch.Tensor, granule: int = 1) -> torch.Tensor:
     return _word_sum(data, set(range((len(data) + 7) // 8)))
 
 
+def fingerprint_part(weight: torch.Tensor, first: int, run: int, stride: int, granule: int = 1) -> torch.Tensor:
+    data = _cells(weight).tobytes()
+    total = 0
+    for p in range((len(data) + 7) // 8):
+        position = first + p // run * stride + p % run
+        total += splitmix64(int.from_bytes(data[8 * p : 8 * p + 8], "little") ^ ((position * _GOLDEN) & _MASK64))
+    return _signed(total)
+
+
 def fingerprint_at(weight: torch.Tensor, indices: torch.Tensor, granule: int = 1) -> torch.Tensor:
     size = granule * weight.element_size()
     touched = {byte // 8 for i in indices.tolist() for byte in range(i * size, (i + 1) * size)}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 IMPORTED = (
     "pytest", "shira.train.optim", "shira.train.tuner", "torch.distributed.checkpoint.state_dict",
-    "torch.distributed.fsdp", "torch.distributed.tensor.parallel",
+    "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel",
 )  # fmt: skip
 
 

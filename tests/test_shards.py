@@ -155,6 +155,23 @@ def test_fingerprints_add_up(dtype: torch.dtype) -> None:
         assert sum(part for part in parts if part is not None) & _granules.WORD == wanted
         assert None not in parts
     assert [_shards.fingerprint(local, box) for box, local in ranks(weight, (1,), [Shard(0)])] == [wanted]
+    # Many words at a time, of runs that are shorter and longer than that; and memory that begins within a word.
+    large = numbers((6, 2**19 // weight.element_size()), dtype)
+    for placements in ([Shard(0)], [Shard(1)], [_StridedShard(1, split_factor=2)]):
+        parts = [_shards.fingerprint(local, box) for box, local in ranks(large, (2,), placements)]
+        assert sum(part or 0 for part in parts) & _granules.WORD == _granules.fingerprint(large)
+    (first, _), (second, _) = ranks(weight, (2,), [Shard(0)])
+    shifted = torch.cat([weight.flatten()[:1], weight.flatten()])[1:].view_as(weight)
+    halves = [_shards.fingerprint(shifted[:3], first), _shards.fingerprint(shifted[3:], second)]
+    assert sum(half or 0 for half in halves) & _granules.WORD == wanted
+
+
+def test_a_part_that_ends_within_the_last_word() -> None:
+    for rows, several in ((7, 2), (13, 4), (5, 3)):
+        weight = numbers((rows,), torch.bfloat16 if rows == 13 else torch.int32)
+        parts = [_shards.fingerprint(local, box) for box, local in ranks(weight, (several,), [Shard(0)])]
+        assert sum(part or 0 for part in parts) & _granules.WORD == _granules.fingerprint(weight)
+        assert None not in parts
 
 
 def test_a_word_that_a_cut_splits() -> None:

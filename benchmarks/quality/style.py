@@ -225,7 +225,9 @@ def draw(lab: Lab, folder: Path) -> list[Path]:
         methods = [method for method in SIDE_BY_SIDE if swept(lab, some, method)]
         if not methods:
             continue
-        figure, axes = pyplot.subplots(1, len(methods), figsize=(3.4 * len(methods), 2.9), squeeze=False)
+        figure, axes = pyplot.subplots(
+            1, len(methods), figsize=(3.1 * len(methods), 2.5), squeeze=False, layout="constrained"
+        )
         for axis, method in zip(axes[0], methods, strict=True):
             picture = grid(lab, some, method)
             axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")

@@ -207,6 +207,19 @@ LINES = {
     "difference": Line("from_difference of mapped checkpoints, of read speed", 0.5, ""),
     "difference memory": Line("from_difference of 2 GB, memory of its own", 1000.0, " MB", at_least=False),
     "load over plain": Line("load from disk and switch on, over safetensors + index_copy_ unchecked", None),
+    "sharded on in touches": Line(
+        "Switcher.activate of ranks, in touches of each rank's own part", 1.1, at_least=False
+    ),
+    "sharded on in touches, on a processor": Line("the same, of its time on a processor", 1.1, at_least=False),
+    "sharded on in ops": Line(
+        "Switcher.activate of ranks, in times of foreach_apply_ on each rank's own part", 1.1, at_least=False
+    ),
+    "sharded on in ops, on a processor": Line("the same, of its time on a processor", 1.1, at_least=False),
+    "sharded switch in touches": Line(
+        "Switcher.activate A to B of ranks, in touches of each rank's own part", None, at_least=False
+    ),
+    "sharded switch in touches, on a processor": Line("the same, of its time on a processor", None, at_least=False),
+    "ranks agree": Line("what ranks tell each other at a switch", None, " us", at_least=False),
     "switcher over addmm_": Line("Switcher.activate A to B, 1 % bf16, over LoRA unfuse and fuse (addmm_)", 4.0),
     "switcher over PEFT LoRA": Line("Switcher.activate A to B, 1 % bf16, over PEFT LoRA unmerge + merge", 25.0),
     "switcher over PEFT SHiRA": Line("Switcher.activate A to B, 1 % bf16, over PEFT SHiRA unmerge + merge", 10.0),

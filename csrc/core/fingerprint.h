@@ -18,6 +18,17 @@ SHIRA_HD int64_t word_count(int64_t bytes) { return bytes / kWordBytes + (bytes 
 
 SHIRA_HD uint64_t mix_word(uint64_t word, uint64_t position) { return splitmix64(word ^ (position * kGolden)); }
 
+// Where the words of a part of a larger tensor are in it: runs of `run` words lie together there, the first one at word
+// `first`, and each `stride` words after the one before.
+struct Placing {
+  int64_t first, run, stride;
+
+  SHIRA_HD uint64_t at(int64_t row, int64_t within) const {
+    return static_cast<uint64_t>(first) + static_cast<uint64_t>(row) * static_cast<uint64_t>(stride) +
+           static_cast<uint64_t>(within);
+  }
+};
+
 // The word at `position`, from memory of any alignment.
 SHIRA_HD uint64_t load_word(const uint8_t* data, int64_t bytes, int64_t position) {
   const int64_t at = position * kWordBytes, left = bytes - at;
@@ -33,9 +44,9 @@ SHIRA_HD uint64_t load_word(const uint8_t* data, int64_t bytes, int64_t position
 // The rest is for the host only: nvcc would compile it without the vector paths, and the linker might keep that copy.
 #if !defined(__CUDACC__)
 
-// Whole words [begin, end) only; a last word that is padded is left to the caller.
-inline uint64_t sum_words_portable(const uint8_t* data, int64_t begin, int64_t end) {
-  uint64_t sum = 0, position = static_cast<uint64_t>(begin) * kGolden;
+// Whole words [begin, end) only; a last word that is padded is left to the caller. `shift` is added to their positions.
+inline uint64_t sum_words_portable(const uint8_t* data, int64_t begin, int64_t end, uint64_t shift = 0) {
+  uint64_t sum = 0, position = (static_cast<uint64_t>(begin) + shift) * kGolden;
   for (int64_t p = begin; p < end; ++p, position += kGolden) {
     uint64_t word;
     memcpy(&word, data + p * kWordBytes, kWordBytes);
@@ -56,10 +67,10 @@ SHIRA_AVX2 inline __m256i multiply_avx2(__m256i x, uint64_t constant) {
   return _mm256_add_epi64(_mm256_mul_epu32(x, factor), _mm256_slli_epi64(cross, 32));
 }
 
-SHIRA_AVX2 inline uint64_t sum_words_avx2(const uint8_t* data, int64_t begin, int64_t end) {
+SHIRA_AVX2 inline uint64_t sum_words_avx2(const uint8_t* data, int64_t begin, int64_t end, uint64_t shift = 0) {
   const __m256i golden = _mm256_set1_epi64x(static_cast<long long>(kGolden));
   const __m256i step = _mm256_set1_epi64x(static_cast<long long>(4 * kGolden));
-  const uint64_t first = static_cast<uint64_t>(begin) * kGolden;
+  const uint64_t first = (static_cast<uint64_t>(begin) + shift) * kGolden;
   __m256i position =
       _mm256_set_epi64x(static_cast<long long>(first + 3 * kGolden), static_cast<long long>(first + 2 * kGolden),
                         static_cast<long long>(first + kGolden), static_cast<long long>(first));
@@ -77,16 +88,16 @@ SHIRA_AVX2 inline uint64_t sum_words_avx2(const uint8_t* data, int64_t begin, in
   }
   uint64_t lanes[4];
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), sum);
-  return lanes[0] + lanes[1] + lanes[2] + lanes[3] + sum_words_portable(data, p, end);
+  return lanes[0] + lanes[1] + lanes[2] + lanes[3] + sum_words_portable(data, p, end, shift);
 }
 
-SHIRA_AVX512 inline uint64_t sum_words_avx512(const uint8_t* data, int64_t begin, int64_t end) {
+SHIRA_AVX512 inline uint64_t sum_words_avx512(const uint8_t* data, int64_t begin, int64_t end, uint64_t shift = 0) {
   const __m512i golden = _mm512_set1_epi64(static_cast<long long>(kGolden));
   const __m512i mix1 = _mm512_set1_epi64(static_cast<long long>(kMix1));
   const __m512i mix2 = _mm512_set1_epi64(static_cast<long long>(kMix2));
   const __m512i step = _mm512_set1_epi64(static_cast<long long>(8 * kGolden));
-  __m512i position =
-      _mm512_mullo_epi64(_mm512_add_epi64(_mm512_set1_epi64(begin), _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0)), golden);
+  const __m512i first = _mm512_set1_epi64(static_cast<long long>(static_cast<uint64_t>(begin) + shift));
+  __m512i position = _mm512_mullo_epi64(_mm512_add_epi64(first, _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0)), golden);
   __m512i sum = _mm512_setzero_si512();
   int64_t p = begin;
   for (; p + 8 <= end; p += 8) {
@@ -103,9 +114,18 @@ SHIRA_AVX512 inline uint64_t sum_words_avx512(const uint8_t* data, int64_t begin
   _mm512_storeu_si512(lanes, sum);
   uint64_t total = 0;
   for (const uint64_t lane : lanes) total += lane;
-  return total + sum_words_portable(data, p, end);
+  return total + sum_words_portable(data, p, end, shift);
 }
 #endif
+
+inline uint64_t sum_whole_words(const uint8_t* data, int64_t begin, int64_t end, uint64_t shift, Width width) {
+#if SHIRA_X86
+  if (width == Width::Avx512) return sum_words_avx512(data, begin, end, shift);
+  if (width == Width::Avx2) return sum_words_avx2(data, begin, end, shift);
+#endif
+  (void)width;
+  return sum_words_portable(data, begin, end, shift);
+}
 
 // The share of words [begin, end), the padded last one included.
 inline uint64_t sum_words(const uint8_t* data, int64_t bytes, int64_t begin, int64_t end, Width width = widest()) {
@@ -116,12 +136,27 @@ inline uint64_t sum_words(const uint8_t* data, int64_t bytes, int64_t begin, int
     sum += mix_word(load_word(data, bytes, whole), static_cast<uint64_t>(whole));
     end = whole;
   }
-#if SHIRA_X86
-  if (width == Width::Avx512) return sum + sum_words_avx512(data, begin, end);
-  if (width == Width::Avx2) return sum + sum_words_avx2(data, begin, end);
-#endif
-  (void)width;
-  return sum + sum_words_portable(data, begin, end);
+  return sum + sum_whole_words(data, begin, end, 0, width);
+}
+
+// The share of words [begin, end) of a part of a larger tensor, by their positions there (see `Placing`); the padded
+// last one included.
+inline uint64_t sum_placed(const uint8_t* data, int64_t bytes, int64_t begin, int64_t end, const Placing& placing,
+                           Width width = widest()) {
+  uint64_t sum = 0;
+  const int64_t whole = bytes / kWordBytes;
+  if (begin < end && end > whole) {
+    sum += mix_word(load_word(data, bytes, whole), placing.at(whole / placing.run, whole % placing.run));
+    end = whole;
+  }
+  for (int64_t p = begin; p < end;) {
+    const int64_t row = p / placing.run, left = placing.run - p % placing.run;
+    const int64_t next = end - p < left ? end : p + left;
+    const uint64_t position = placing.at(row, p % placing.run);
+    sum += sum_whole_words(data, p, next, position - static_cast<uint64_t>(p), width);
+    p = next;
+  }
+  return sum;
 }
 
 // ---- the words that granules touch

@@ -1,4 +1,5 @@
-// The fingerprint of a weight, whole or of the words that some granules touch, and how much a swap changes it.
+// The fingerprint of a weight: whole, of the words that some granules touch and how much a swap changes it, or of a
+// part of a larger one.
 #include <atomic>
 
 #include "../core/fingerprint.h"
@@ -45,6 +46,14 @@ struct Cpu {
     const core::Width width = core::widest();
     return sum_over(weight, core::word_count(bytes), kWordsAThread,
                     [&](int64_t begin, int64_t end) { return core::sum_words(data, bytes, begin, end, width); });
+  }
+  static Tensor placed(const Tensor& weight, const core::Placing& placing) {
+    const auto* data = static_cast<const uint8_t*>(weight.const_data_ptr());
+    const core::Width width = core::widest();
+    const int64_t bytes = byte_size(weight);
+    return sum_over(weight, core::word_count(bytes), kWordsAThread, [&](int64_t begin, int64_t end) {
+      return core::sum_placed(data, bytes, begin, end, placing, width);
+    });
   }
   static Tensor touched(const Tensor& weight, const Tensor& indices, int64_t granule) {
     return indices.scalar_type() == ScalarType::Int ? sum_at<int32_t>(weight, indices, granule)

@@ -1,4 +1,4 @@
-// The fingerprint on CUDA: of a whole weight, or of the words that some granules touch.
+// The fingerprint on CUDA: of a whole weight, of the words that some granules touch, or of a part of a larger weight.
 //
 // A whole weight is read at the speed of memory: 16 bytes per load, kItems loads in flight per thread. Mixing a word
 // takes some thirty instructions, about half of what a GPU can issue while the next one arrives. A block adds up its
@@ -84,6 +84,37 @@ struct Whole {
   }
 };
 
+struct PlacedRow {
+  const uint8_t* data;
+  int64_t bytes;
+  Granule run;
+  core::Placing placing;
+};
+
+// A part of a larger tensor: one word at a time, since its position there takes a division anyway.
+template <int kUnit>
+struct Placed {
+  using Row = PlacedRow;
+  using Scalars = cuda::Scalars;
+
+  static int64_t tiles(const Row& row) { return (core::word_count(row.bytes) + kTile - 1) / kTile; }
+  static __device__ void tile(const Scalars& scalars, const Row& row, int64_t tile) {
+    const int64_t words = core::word_count(row.bytes);
+    int64_t at[kItems], number[kItems], within[kItems];
+    uint64_t word[kItems], sum = 0;
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      at[k] = tile * kTile + k * kThreads + threadIdx.x;
+      if (at[k] < words) word[k] = word_at<kUnit>(row.data, row.bytes, at[k]);
+    }
+    row.run.split(at, tile * kTile + kTile, number, within);
+#pragma unroll
+    for (int k = 0; k < kItems; ++k)
+      if (at[k] < words) sum += core::mix_word(word[k], row.placing.at(number[k], within[k]));
+    add_tile(scalars, sum);
+  }
+};
+
 struct TouchedRow {
   const uint8_t* data;
   int64_t bytes;
@@ -142,6 +173,16 @@ struct Cuda {
     const Bytes row{address<const uint8_t>(weight), byte_size(weight)};
     return sum(weight, device, [&](const Scalars& scalars) {
       with_unit(widest_unit(16, row.data), [&](auto unit) { launch_one<Whole<unit>>(scalars, row, device.stream); });
+    });
+  }
+
+  static Tensor placed(const Tensor& weight, const core::Placing& placing) {
+    const Device device(weight);
+    const PlacedRow row{address<const uint8_t>(weight), byte_size(weight), Granule::of(placing.run), placing};
+    return sum(weight, device, [&](const Scalars& scalars) {
+      with_unit(widest_unit(8, row.data), [&](auto unit) {
+        if constexpr (unit < 16) launch_one<Placed<unit>>(scalars, row, device.stream);
+      });
     });
   }
 

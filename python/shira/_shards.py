@@ -300,13 +300,29 @@ def fingerprint(local: Tensor, box: Box) -> int | None:
     if box.is_whole:
         return int(shira_ops.fingerprint(local)) & WORD
     entries = 8 // local.element_size()  # of a word
+    if box._cut == (0,) and len(box.spans[0]) == 1:
+        # One run, which may end within the last word of the weight.
+        first, count = (number * (box.numel // box.shape[0]) for number in box.spans[0][0])
+        if first % entries == 0 and (count % entries == 0 or first + count == box.numel):
+            run = -(-count // entries)
+            return int(shira_ops.fingerprint_part(local, first // entries, run, run)) & WORD
     if box.granule(entries) != entries:
         return None
-    words = local.reshape(-1).view(torch.int64)
-    total = 0
-    for begin in range(0, words.numel(), _WORDS):
-        at = torch.arange(begin, min(begin + _WORDS, words.numel()), device=words.device)
-        total += int(_mixed(words[begin : begin + _WORDS] ^ (box.globally(at, entries) * _GOLDEN)).sum())
+    if not box.local_numel:
+        return 0
+    # Runs of words that lie one after the other in the whole weight too; those that are equally far apart at once.
+    run = box.granule(0) // entries
+    words = local.reshape(-1, run * entries)
+    starts = box.globally(torch.arange(words.shape[0]), run * entries) * run
+    steps = starts.diff()
+    ends = [*((steps[1:] != steps[:-1]).nonzero().view(-1) + 1).tolist(), steps.numel()]  # where steps change
+    begin, total = 0, 0
+    for end in ends:
+        if end >= begin:
+            stride = int(steps[begin]) if begin < steps.numel() else run
+            first = int(starts[begin])
+            total += int(shira_ops.fingerprint_part(words[begin : end + 1], first, run, stride))
+            begin = end + 1
     return total & WORD
 
 
@@ -412,17 +428,3 @@ def _moved(coordinate: Tensor, source: Spans, target: Spans) -> tuple[Tensor, Te
     moves = torch.tensor([to - start for (start, _), (to, _) in zip(source, target, strict=True)], device=device)
     span = (torch.searchsorted(starts, coordinate, right=True) - 1).clamp(min=0)
     return coordinate + moves[span], (coordinate >= starts[span]) & (coordinate < ends[span])
-
-
-# ---- words ---------------------------------------------------------------------------------------------------
-
-_WORDS = 2**22  # how many are hashed at a time
-_GOLDEN, _FACTOR1, _FACTOR2 = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """splitmix64 of every word; int64 arithmetic wraps, and a shift must not carry the sign along."""
-    z = x + _GOLDEN
-    z = (z ^ ((z >> 30) & (2**34 - 1))) * _FACTOR1
-    z = (z ^ ((z >> 27) & (2**37 - 1))) * _FACTOR2
-    return z ^ ((z >> 31) & (2**33 - 1))

@@ -29,7 +29,7 @@ FAMILIES = {
     ),
     "select": ("select_top", "select_random"),
     "codec": ("encode_indices", "decode_indices"),
-    "fingerprint": ("fingerprint", "fingerprint_at"),
+    "fingerprint": ("fingerprint", "fingerprint_at", "fingerprint_part"),
     "diff": ("diff_", "foreach_diff_"),
     "overlay": ("sparse_linear", "sparse_linear_add_"),
 }

@@ -20,13 +20,13 @@ _UNITS = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}
 
 
 @triton.jit
-def add_words(total, data, positions, mask, bytes, UNIT: tl.constexpr):
-    """Adds the share of the words at `positions` to `total`; what lies past the last byte reads as zero."""
+def add_words(total, data, at, positions, mask, bytes, UNIT: tl.constexpr):
+    """Adds the share of the words `at`, which count at `positions`, to `total`; past the last byte zeros are read."""
     each: tl.constexpr = 64 // UNIT.primitive_bitwidth  # units per word
     units = data.to(tl.pointer_type(UNIT), bitcast=True)
-    word = tl.zeros(positions.shape, tl.uint64)
+    word = tl.zeros(at.shape, tl.uint64)
     for i in tl.static_range(each):
-        unit = positions * each + i
+        unit = at * each + i
         part = tl.load(units + unit, mask=mask & (unit * (8 // each) < bytes), other=0)
         word |= part.to(tl.uint64) << (i * UNIT.primitive_bitwidth)
     mixed = splitmix64(word ^ (positions.to(tl.uint64) * GOLDEN))
@@ -36,7 +36,14 @@ def add_words(total, data, positions, mask, bytes, UNIT: tl.constexpr):
 @triton.jit
 def fingerprint_kernel(total, data, bytes, UNIT: tl.constexpr, WORDS: tl.constexpr):
     positions = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
-    add_words(total, data, positions, positions * 8 < bytes, bytes, UNIT)
+    add_words(total, data, positions, positions, positions * 8 < bytes, bytes, UNIT)
+
+
+@triton.jit
+def placed_kernel(total, data, bytes, first, run, stride, UNIT: tl.constexpr, WORDS: tl.constexpr):
+    """The words of a part of a larger tensor, whose runs of `run` words lie `stride` words apart there."""
+    at = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
+    add_words(total, data, at, first + at // run * stride + at % run, at * 8 < bytes, bytes, UNIT)
 
 
 @triton.jit
@@ -70,7 +77,7 @@ def touched_kernel(
     positions = (index * size // 8)[:, None] + column[None, :]
     inside = ((index >= 0) & (index < granules))[:, None]
     mask = inside & (positions >= first[:, None]) & (positions <= last_word(index, size)[:, None])
-    add_words(total, data, positions, mask, bytes, UNIT)
+    add_words(total, data, positions, positions, mask, bytes, UNIT)
 
 
 def _of(weight: Tensor) -> tuple[Tensor, Tensor, int, tl.dtype]:
@@ -84,6 +91,14 @@ def _of(weight: Tensor) -> tuple[Tensor, Tensor, int, tl.dtype]:
 def fingerprint(weight: Tensor, granule: int) -> Tensor:
     total, data, bytes, unit = _of(weight)
     launch(fingerprint_kernel, triton.cdiv(bytes, 8 * TILE), total, data, bytes, UNIT=unit, WORDS=TILE)
+    return total
+
+
+@checked
+def fingerprint_part(weight: Tensor, first: int, run: int, stride: int, granule: int) -> Tensor:
+    total, data, bytes, unit = _of(weight)
+    programs = triton.cdiv(bytes, 8 * TILE)
+    launch(placed_kernel, programs, total, data, bytes, first, run, stride, UNIT=unit, WORDS=TILE)
     return total
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -36,11 +37,56 @@ def test_fingerprint_at(backend: Backend, dtype: torch.dtype, granule: int | str
         against_oracle(backend, build("fingerprint_at", setup), offset=i % 8)
 
 
+@pytest.mark.subset
+@pytest.mark.parametrize("dtype", MOVE_DTYPES, ids=id_of)
+def test_fingerprint_part(backend: Backend, dtype: torch.dtype) -> None:
+    """Runs of one word, of several and of all; every length of the tail, and every alignment of the first word."""
+    for i, limit in enumerate((0, 1, 2, 3, 5, 7, 8, 9, 63, 64, 65, 1001)):
+        setup = Setup(dtype=dtype, limit=limit, count=0, seed=i)
+        for together, stride in ((1, 1), (1, 7), (5, 5), (9, 40), (2**40, 2**62)):
+            case = build("fingerprint_part", setup, first=2**40 * i + i, run=together, stride=stride)
+            against_oracle(backend, case, offset=i % 8)
+
+
+def test_parts_add_up_to_the_whole(backend: Backend) -> None:
+    """Rows and columns of a weight, in chunks of equal sizes; and a last part that ends within a word."""
+    weight = cases.random_bits(np.random.default_rng(2), 12 * 32, torch.bfloat16).view(12, 32)
+    whole = run(backend, Case("fingerprint", {"weight": weight}))["result"]
+    for dim, parts in ((0, 4), (1, 4), (1, 2)):
+        total = torch.zeros((), dtype=torch.int64)
+        for number, part in enumerate(weight.chunk(parts, dim)):
+            words = part.numel() // 4
+            place = (number * words, words, words) if dim == 0 else (number * words // 12, words // 12, 8)
+            args = {"weight": part.contiguous(), **dict(zip(("first", "run", "stride"), place, strict=True))}
+            total += run(backend, Case("fingerprint_part", args))["result"]
+        assert_same(total, whole)
+    odd = weight.flatten()[:-3]
+    whole = run(backend, Case("fingerprint", {"weight": odd}))["result"]
+    for cut in (4, 200):
+        for at, part in ((0, odd[:cut]), (cut // 4, odd[cut:])):
+            args = {"weight": part, "first": at, "run": 7, "stride": 7}
+            whole = whole - run(backend, Case("fingerprint_part", args))["result"]
+        assert_same(whole, torch.tensor(0))
+        whole = run(backend, Case("fingerprint", {"weight": odd}))["result"]
+
+
+def test_parts_that_are_refused(backend: Backend) -> None:
+    weight = torch.zeros(8, dtype=torch.bfloat16)
+    for given, says in (
+        ({"first": -1}, "first must be at least 0, got -1"),
+        ({"run": 0}, "run must be at least 1, got 0"),
+        ({"run": 3, "stride": 2}, "stride must be at least run 3, got 2"),
+    ):
+        args = {"weight": weight, "first": 0, "run": 1, "stride": 1, **given}
+        with pytest.raises(RuntimeError, match=f"fingerprint_part: {re.escape(says)}"):
+            run(backend, Case("fingerprint_part", args))
+
+
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float64], ids=id_of)
 def test_past_the_grain(backend: Backend, dtype: torch.dtype) -> None:
     setup = Setup(dtype=dtype, limit=100_003, count=20_001)
-    for op in ("fingerprint", "fingerprint_at"):
+    for op in ("fingerprint", "fingerprint_at", "fingerprint_part"):
         against_oracle(backend, build(op, setup), offset=1)
 
 

@@ -59,7 +59,7 @@ def member(word: str) -> str:
 for _op in (op for op in FOREACH_OPS if op.removeprefix("foreach_") in ROLES):
     ROLES[_op] = tuple(Role(member(r.name), r.kind, member(r.indices)) for r in ROLES[_op.removeprefix("foreach_")])
 
-WEIGHT_OPS = (*ROLES, "select_top", "fingerprint")
+WEIGHT_OPS = (*ROLES, "select_top", "fingerprint", "fingerprint_part")
 ARITHMETIC = {"scatter_add_", "fuse_", "select_top", "sparse_linear", "sparse_linear_add_"}
 ARITHMETIC |= {op for op in OPS if "adamw" in op or "sgd" in op}
 

@@ -51,7 +51,7 @@ CONTRACT = {
     " or bfloat16-magnitude-3] or float32-grad-1] or float64-snip-8]"
     " or test_random_is or test_random_of or test_random_takes or test_random_device or test_random and 65-3]",
     "codec": "test_refused or test_rice_past",
-    "fingerprint": "bfloat16 or uint8 and not past or complex64 or frozen or all_granules or shape_does",
+    "fingerprint": "bfloat16 or uint8 and not past or complex64 or frozen or all_granules or shape_does or parts",
     "diff": "bfloat16-16] or uint8-3] or numbers or aligned or list or follows or 15-before or 17-after or 48-"
     " or refusals or overlap",
     "overlay": "leading or nothing_in or not_there and -1] or once or nobody or strength and bfloat16"

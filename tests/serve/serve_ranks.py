@@ -152,7 +152,7 @@ def walk(model: nn.Module, base: Net, outputs: bool = True) -> Switcher:
         alone.add(name, one)
         switcher.add(name, path if name == "a" else one)
     assert list(switcher.memory()) == list(given)
-    for strengths in STATES:
+    for strengths in STATES if dist.get_world_size() == 2 else STATES[1::2]:
         for each in (alone, switcher):
             if strengths:
                 each.activate(strengths)
@@ -179,9 +179,36 @@ def walk(model: nn.Module, base: Net, outputs: bool = True) -> Switcher:
 
 
 def fsdp(mesh: DeviceMesh) -> None:
-    for options in ({}, {"reshard_after_forward": False}):
-        for dtype in (torch.float32, torch.bfloat16):
-            walk(shard(net(dtype), mesh, **options), net(dtype))
+    walk(shard(net(), mesh), net())
+    walk(shard(net(torch.bfloat16), mesh, reshard_after_forward=False), net(torch.bfloat16))
+
+
+def costs(mesh: DeviceMesh) -> None:
+    """Each entry is kept by one rank, and a switch takes one exchange of 32 bytes."""
+    base = net()
+    given, switcher = adapter(base, 1), Switcher(shard(net(), mesh))
+    switcher.add("a", given)
+    switcher.add("b", adapter(base, 2))
+    kept = torch.tensor(switcher.memory()["a"].device)
+    assert kept < 0.6 * given.nbytes * 2
+    dist.all_reduce(kept)
+    assert kept == sum(entry.indices.nbytes + 2 * entry.values.nbytes for entry in given.weights.values())
+    sent: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_gather", "all_reduce", "broadcast", "all_gather_object", "barrier"):
+            function = getattr(dist, name)
+
+            def counted(*args: Any, function: Any = function, **kwargs: Any) -> Any:
+                sent.append(sum(one.nbytes for one in args if isinstance(one, Tensor)))
+                return function(*args, **kwargs)
+
+            patch.setattr(dist, name, counted)
+        for strengths in ("a", "b", {"a": 1.0, "b": 0.5}, {"b": 0.5}):
+            switcher.activate(strengths)
+        switcher.deactivate()
+        assert sent == [32] * 5
+        switcher.add("again", given)  # for weights whose fingerprints are known
+        assert sent[5:] == [32, 8 * 16, 32]
 
 
 def tensor_parallel(mesh: DeviceMesh) -> None:
@@ -489,6 +516,7 @@ def overlays_refused(mesh: DeviceMesh) -> None:
     table = parallelize_module(net(), mesh, {"embed": ColwiseParallel()})
     says(refused(lambda: Overlay(table).add("a", linear_only(base, 1)), AdapterError),
          "'embed.weight' is divided by tensor parallelism in an embedding, which nothing can be laid over")  # fmt: skip
+    torch.manual_seed(0)
     by_hand = nn.Linear(16, 32)
     alone = linear_only(by_hand, 1)
     by_hand.weight = nn.Parameter(distribute_tensor(by_hand.weight.detach(), mesh, [Shard(0)]))
@@ -585,6 +613,7 @@ def odd_shapes(mesh: DeviceMesh) -> None:
 Checks = tuple[Callable[[DeviceMesh], None], ...]
 OF_TWO: Checks = (
     fsdp,
+    costs,
     tensor_parallel,
     all_or_nothing,
     blocks_and_room,

@@ -691,6 +691,36 @@ def checkpoint_to_resume(mesh: DeviceMesh, both: DeviceMesh) -> None:
             adapter.save(f"{step}.safetensors")
 
 
+def continued(mesh: DeviceMesh, both: DeviceMesh) -> None:
+    """An adapter of one process goes on training, as new entries and as what is added."""
+    _, _, overwrites = one_process(RAND, "up|down", "SGD")
+    for adapter in (overwrites, overwrites.to_delta(net().state_dict())):
+        alone = net()
+        wanted = SparseTuner.from_adapter(alone, adapter)
+        fit(alone, wanted, IDS, "AdamW")
+        for model, ids in ((shard(net(), mesh), my(mesh)), (parallel(net(), both["tp"]), IDS)):
+            tuner = SparseTuner.from_adapter(model, adapter)
+            start = SparseTuner.from_adapter(net(), adapter)
+            same(tuner.adapter(), start.adapter(), exact=True)
+            for name, weight in start.model.state_dict().items():
+                if "shira" not in name:
+                    assert torch.equal(full(model.state_dict()[name]), weight), name
+            fit(model, tuner, ids, "AdamW")
+            same(tuner.adapter(), wanted.adapter())
+            tuner.detach()
+            base_is_back(model)
+    model = shard(net(), mesh)
+    other = SparseTuner(net(), masks.Rand(density=0.1, granule=4, seed=dist.get_rank()), "up").adapter()
+    with pytest.raises(ValueError, match="the ranks have different adapters; give every rank the same file"):
+        SparseTuner.from_adapter(model, other)
+    with torch.no_grad():
+        model.blocks[0].up.weight.add_(1)
+    with pytest.raises(
+        shira.AdapterError, match=r"another base: .* 1 of 4 weights differs .*: 'blocks\.0\.up\.weight'"
+    ):
+        SparseTuner.from_adapter(model, overwrites)
+
+
 def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
     rank = dist.get_rank()
     model = shard(net(), mesh)
@@ -799,7 +829,8 @@ def other_ranks(mesh: DeviceMesh, both: DeviceMesh) -> None:
 CHECKS = (
     boxes, fsdp, attached_before, tensor_parallel, fsdp_and_tensor_parallel, masks_by_gradients, masks_of_whole_weights,
     dense_gradients, experts, few_entries, convolution, hybrid, tied, by_hand, offloaded, edits_and_states,
-    mixed_precision, budget, files, refusals, checkpoint_to_resume,
+    mixed_precision, budget, files, continued, refusals,
+    checkpoint_to_resume,
 )  # fmt: skip
 
 

@@ -90,7 +90,8 @@ class Step:
 
 def call(name: str, arguments: Iterable[object], options: Mapping[str, object]) -> str:
     """A call, for messages; options that are None are left out."""
-    given = [*map(repr, arguments), *(f"{key}={value!r}" for key, value in options.items() if value is not None)]
+    given = [repr(dict(sorted(one.items(), key=str)) if isinstance(one, Mapping) else one) for one in arguments]
+    given += [f"{key}={value!r}" for key, value in options.items() if value is not None]
     return f"{name}({', '.join(given)})"
 
 
@@ -141,6 +142,9 @@ class Ranks:
         device = torch.device("cpu") if at == "cpu" else torch.device(at, torch.accelerator.current_device_index())
         return Ranks(group, distributed.get_process_group_ranks(group), device)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        return self
+
     @property
     def size(self) -> int:
         return len(self.members)
@@ -154,10 +158,11 @@ class Ranks:
         distributed.all_gather(every, mine, group=self.group)
         return [row.tolist() for row in every]
 
-    def fingerprints(self, weights: Sequence[Any], contents: Sequence[Tensor], step: Step) -> list[int]:
-        """The fingerprints of whole weights (DTensors) of which each rank has this content in its part."""
+    def fingerprints(self, weights: Sequence[Any], read: Callable[[], Sequence[Tensor]], step: Step) -> list[int]:
+        """The fingerprints of whole weights (DTensors) of which each rank has in its part what it reads."""
         from torch.distributed.tensor import DTensor
 
+        contents = read()
         shares = [
             _shards.fingerprint(content, _shards.Box.of(weight)) if _shards.is_first(weight) else 0
             for weight, content in zip(weights, contents, strict=True)
@@ -180,21 +185,36 @@ class Ranks:
             found.append(_granules.fingerprint(whole.contiguous()))  # torch 2.11 gathers columns in another order
         return found
 
+    def known_fingerprints(
+        self, weights: Sequence[Any], known: Sequence[int | None], read: Callable[[], Sequence[Tensor]], step: Step
+    ) -> list[int]:
+        """The same; nothing is read where every rank knows all of them already. The ranks must just have agreed."""
+        if not weights:
+            return []
+        words = [signed(number or 0) for number in known]
+        if all(all(row) and row == words for row in step.gather(words)):
+            return [number & WORD for number in words]
+        return self.fingerprints(weights, read, step)
+
     # ---- calls -----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def together(self, who: str, call: str, state: Callable[[], str], undo: Callable[[], None]) -> Iterator[Step]:
+    def together(
+        self, who: str, call: str, prepare: Callable[[], None], state: Callable[[], str], undo: Callable[[], None]
+    ) -> Iterator[Step]:
         """A call that all ranks make: it succeeds on all of them, or on none.
 
         Args:
             who: the class, as messages begin with it.
             call: what is called, as it must be on every rank.
+            prepare: comes first.
             state: says what is on the weights now, as the end of a message.
             undo: goes back to what was before the call; does nothing where the call itself has done so.
         """
         with LOCK:
             step, mine = Step(self, who, call, state()), None
             try:
+                prepare()
                 yield step
             except BaseException as error:
                 mine = error

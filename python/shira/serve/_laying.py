@@ -561,7 +561,8 @@ class Hook:
         self.embedding = layer.kind == EMBEDDING
         # The dimension of the weight that the layer's outputs are of.
         self.rows = 1 if layer.kind == CONV1D else 0
-        # How the weight was divided when adapters for it were added.
+        # Whether ranks compute with parts of the layer; and how the weight was divided when adapters for it were added.
+        self.divided = False
         self.division: Division | None = None
         # Whether the layer ever ran.
         self.ran = False
@@ -587,7 +588,7 @@ class Hook:
         input = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(output, Tensor) or not isinstance(input, Tensor):
             raise SwitchError(f"Overlay: {self.name} must take a tensor and return one, got {type(output).__name__}")
-        if _shards.is_dtensor(output) or self.division is not None:
+        if self.divided:
             return self._lay_part(module, output, input, selection, calls)
         return self._lay_all(output, input, selection, calls)
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import shira_ops
 from shira import _fit, _granules, _live, _model, _places, _shards
-from shira._granules import signed
 from shira._live import SwitchError, Weight
 from shira._text import AdapterError
 from shira.adapter.adapter import Adapter
@@ -197,30 +196,34 @@ class Ledger:
         assert weight.record.base is not None
         return weight.record.base
 
-    def know(self, weights: Sequence[Weight], step: Step | None) -> None:
+    def know(self, weights: Sequence[Weight], about: str, step: Step | None) -> None:
         """Read the base's fingerprint of these weights, where it is not known.
 
-        Of sharded weights the ranks add it up, after they have agreed that all of them ask for the same weights.
+        Of sharded weights the ranks add it up, once they agree on what they add an adapter for (``about``).
         """
         for weight in weights:
             if weight.record.base is None:
                 self._read_base(weight)
+        if step is None:
+            return
+        step.agree(about)
         sharded = [weight for weight in weights if weight.box is not None]
-        if step is not None and sharded:
-            known = [signed(weight.record.whole or 0) for weight in sharded]
-            rows = step.gather(known)
-            if not all(known) or any(row != known for row in rows):
-                parts = [self.state.part(weight) for weight in sharded]
-                bases = [weight.tensor if part is None else part.base_copy()
-                         for weight, part in zip(sharded, parts, strict=True)]  # fmt: skip
-                found = step.ranks.fingerprints([weight.slot.weight for weight in sharded], bases, step)
-                for weight, whole in zip(sharded, found, strict=True):
-                    weight.record.whole = whole
+
+        def read() -> list[Tensor]:
+            parts = [self.state.part(weight) for weight in sharded]
+            return [
+                weight.tensor if part is None else part.base_copy() for weight, part in zip(sharded, parts, strict=True)
+            ]
+
+        known = [weight.record.whole for weight in sharded]
+        found = step.ranks.known_fingerprints([weight.slot.weight for weight in sharded], known, read, step)
+        for weight, whole in zip(sharded, found, strict=True):
+            weight.record.whole = whole
 
     def whole_fingerprint(self, slot: _model.Slot, weight: Weight | None, step: Step) -> int:
         """The fingerprint that a sharded weight should have now; added up by all ranks."""
         if weight is None:
-            return step.ranks.fingerprints([slot.weight], [_shards.local(slot.weight)], step)[0]
+            return step.ranks.fingerprints([slot.weight], lambda: [_shards.local(slot.weight)], step)[0]
         _live.refuse_first([weight], Weight.place)
         self.wait()
         part = self.state.part(weight)
@@ -228,7 +231,7 @@ class Ledger:
         if part is not None:
             here = self._shown_base(weight, part)
             shira_ops.scatter_(here, part.indices, self.state.expected(part), granule=part.granule)
-        return step.ranks.fingerprints([slot.weight], [here], step)[0]
+        return step.ranks.fingerprints([slot.weight], lambda: [here], step)[0]
 
     def _shown_base(self, weight: Weight, part: Part) -> Tensor:
         """A copy that is shown to be the base."""

@@ -307,6 +307,8 @@ class Spots:
         watched = self._watched.get(spot.place)
         if watched is not None and not watched.changed():
             spot.known = watched.fingerprint
+            if isinstance(spot, SharedSpot):
+                spot.whole = watched.whole
         return spot
 
     def names(self) -> Iterable[str]:
@@ -341,6 +343,8 @@ class Watched:
 
     def __init__(self, spot: Spot, fingerprint: int | None) -> None:
         self.spot, self.fingerprint = spot, fingerprint
+        # Of a weight that ranks hold together, that of the whole.
+        self.whole = spot.whole if isinstance(spot, SharedSpot) else None
         self.dtype = spot.dtype
         self.note()
 
@@ -475,10 +479,17 @@ def part_of(delta: Delta, spot: Spot) -> Delta:
 # ---- what ranks put together --------------------------------------------------------------------------------------
 
 
-def know(spots: Sequence[Spot], step: Step) -> None:
-    """Add up the fingerprints of the whole bases. All ranks call together."""
+def know(spots: Sequence[Spot], about: str, step: Step) -> None:
+    """Add up the fingerprints of the whole bases, where they are not known, once the ranks agree on what they add an
+    adapter for (``about``). All ranks call together."""
+    step.agree(about)
     shared = [spot for spot in spots if isinstance(spot, SharedSpot)]
-    found = step.ranks.fingerprints([spot._stored() for spot in shared], [spot.content() for spot in shared], step)
+    found = step.ranks.known_fingerprints(
+        [spot.stored()[0] for spot in shared],
+        [spot.whole for spot in shared],
+        lambda: [spot.content() for spot in shared],
+        step,
+    )
     for spot, whole in zip(shared, found, strict=True):
         spot.whole = whole
 

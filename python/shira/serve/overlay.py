@@ -124,6 +124,11 @@ class Overlay:
       of quantized weights; biases of linear layers too, and weights that are replaced as a whole. Adapters with entries
       of anything else are refused. Where a model uses a layer's weight without running the layer, the adapter has no
       effect; a warning names layers that did not run.
+    - **Sharded models**: layers of FSDP2 compute with whole weights, so each rank has the whole adapter and selects for
+      its own batch. Layers of tensor parallelism (``ColwiseParallel``, ``RowwiseParallel``) add what this rank's part
+      of the adapter gives, to partial sums before those are added up; the ranks must select the same, which they
+      compare, and it is for inference, not compiled. All ranks call `add` and `verify` together; there is no
+      ``budget``.
     - **It trains through**: gradients of inputs are right, with one restriction: no gradient checkpointing (it runs
       layers again when other adapters may be selected; `SwitchError`).
     - **Compiled models** (``torch.compile(model, fullgraph=True)``) take other selections without being compiled again,
@@ -393,7 +398,7 @@ class Overlay:
             active = self.active
             return f"active is {active}" if active else "no adapter is active"
 
-        return ranks.together("Overlay", _agreement.call(call, arguments, options), state, undo)
+        return ranks.together("Overlay", _agreement.call(call, arguments, options), lambda: None, state, undo)
 
     # ---- selections ----------------------------------------------------------------------------------------------
 
@@ -471,9 +476,9 @@ class Overlay:
                     f"{given.where}: {spots[own][0].name} has entries of {dtype}, which have no difference in float32"
                 )
         if step is not None:
-            everywhere = [spot for several in places.values() for spot in several]
-            step.agree(_shelf.content(given.adapter, (spot.name for spot in everywhere)))
-            know(everywhere, step)
+            names = (spot.name for several in places.values() for spot in several)
+            read = [spot for several in places.values() if verify or len(several) > 1 for spot in several]
+            know(read, _shelf.content(given.adapter, names), step)
         # What is replaced as a whole may be anything at strength 1; copies of a tied weight must be alike in any case.
         anything = _fit.indifferent(weights, given.adapter.delta, 1.0)
         unread = anything if verify else weights.keys()
@@ -498,6 +503,8 @@ class Overlay:
         for spot in laid.all_spots:
             known = self._watched.get(spot.place) or first.get(spot.one) or Watched(spot, None)
             watched[spot.place] = first[spot.one] = known
+            if isinstance(spot, SharedSpot) and spot.whole is not None:
+                known.whole = spot.whole
             if verify and known.fingerprint is None and not known.changed():
                 known.fingerprint = spot.own()
         return laid, watched
@@ -593,6 +600,7 @@ class Overlay:
         """Make the groups of these layers from the adapters that are on the devices."""
         spots = [spot for laid in self._added.values() for spot in laid.all_spots]
         layers = {spot.layer.module: spot.layer for spot in spots}
+        divided = {spot.layer.module for spot in spots if spot.division is not None}
         divisions = {spot.layer.module: spot.division for spot in spots if not spot.is_bias}
         for module in modules:
             layer = layers.get(module)
@@ -606,7 +614,7 @@ class Overlay:
                 self._surveyed = False
             hook = self._current.hooks[module]
             hook.groups, hook.biased = self._groups(layer)
-            hook.division = divisions.get(module)
+            hook.divided, hook.division = module in divided, divisions.get(module)
         self._current.regrouped()
         self._current.share()
 

@@ -63,6 +63,12 @@ class Switcher:
       operations of torch increase, and reads the content where a counter has moved. It cannot see writes that move no
       counter: to ``weight.data``, to a numpy view, through another parameter over the same memory, by another process,
       to inference tensors. `verify` finds those among the entries of what is active, ``verify(full=True)`` everywhere.
+    - **Sharded models** (DTensors of ``fully_shard``, tensor parallelism or by hand): each rank keeps and writes the
+      entries of its own part of the weights. All ranks must make the same calls together, from making the Switcher on;
+      `memory` and `budget` alone are a rank's own. A call succeeds on all ranks or on none: where it fails on one, or
+      the ranks differ in what they ask for, all take it back and raise the same error, which names the rank. It takes
+      one small collective a switch. If a rank dies, the others raise `SwitchError` within the process group's time-out
+      and hold what was active before. What FSDP has gathered is dropped before a switch.
     - Going from one adapter to another is one walk over the entries of both (`shira_ops.foreach_switch_`); so is a new
       strength for what is active.
     - Calls may come from several threads. But the weights change while a call runs, so it must not run while the model
@@ -111,7 +117,10 @@ class Switcher:
 
     @property
     def adapters(self) -> dict[str, Adapter]:
-        """The added adapters by name, in the order in which they were added; those that left are read again."""
+        """The added adapters by name, in the order in which they were added; those that left are read again.
+
+        On a sharded model those that have a file; `SwitchError` where one was given as an `Adapter`.
+        """
         with LOCK:
             return {name: added.whole() for name, added in self._shelf.added.items()}
 
@@ -141,6 +150,8 @@ class Switcher:
 
         Raises `AdapterError` if it does not fit the model, and `SwitchError` if the weights cannot be trusted: someone
         else changed them, a tuner trains them, or another Switcher has adapters on them. Nothing is added then.
+
+        On a sharded model the adapter is global, every rank must give the same one, and each keeps its own part.
         """
         with self._together("add", name, verify=verify) as step:
             given = _shelf.given(name, adapter, check_finite=check_finite, own=step is None)
@@ -159,10 +170,9 @@ class Switcher:
         devices = [group[0].weight.device for groups in places.values() for group in groups]
         with shelf.streams.staging(devices) as ready:
             weights = ledger.take(places, verify=verify)
-            if step is not None:
-                step.agree(_shelf.content(adapter, (weight.name for weight in weights)))
             tied = [found for name in places if len(found := [w for w in weights if weights[w] == name]) > 1]
-            ledger.know(list(weights) if verify else [weight for found in tied for weight in found], step)
+            about = "" if step is None else _shelf.content(adapter, (weight.name for weight in weights))
+            ledger.know(list(weights) if verify else [weight for found in tied for weight in found], about, step)
             for found in tied:
                 ledger.refuse_different(where, found)
             elsewhere = ledger.compare_base(where, adapter, weights) if verify else ()
@@ -268,7 +278,8 @@ class Switcher:
         """The fingerprint that the weight should have now, as an unsigned number (`shira_ops.fingerprint`).
 
         This does not read the weight (`verify` does): it is the base's fingerprint plus the difference that the active
-        adapters make. The difference is computed on a copy when it is first needed, and kept for each strength.
+        adapters make. The difference is computed on a copy when it is first needed, and kept for each strength. Of a
+        sharded weight each rank computes its share, every time, and they are added up: that of the whole weight.
         """
         with LOCK, self._together("fingerprint", name) as step:
             if name not in self._slots:
@@ -299,7 +310,10 @@ class Switcher:
             self._ledger.verify([active] if active.names else list(self._shelf.layouts.values()), full=full)
 
     def memory(self) -> dict[str, Memory]:
-        """The bytes that each adapter keeps, by name; under ``"a + b"`` those for adapters that are used together."""
+        """The bytes that each adapter keeps, by name; under ``"a + b"`` those for adapters that are used together.
+
+        On a sharded model, those of this rank.
+        """
         with LOCK:
             return self._shelf.memory()
 
@@ -373,8 +387,6 @@ class Switcher:
         """A call that all ranks of a sharded model make together, or none; nothing for any other model."""
         if self._ranks is None:
             return _ALONE
-        # What FSDP has gathered would be computed with after the switch, and modules must hold their shards.
-        _shards.reshard(self._fsdp)
         before, added = self._ledger.state, set(self._shelf.added)
 
         def undo() -> None:
@@ -385,8 +397,12 @@ class Switcher:
                 for name in self._shelf.added.keys() - added:
                     self._shelf.remove(name)
 
+        def reshard() -> None:
+            # What FSDP has gathered would be computed with after the switch, and modules must hold their shards.
+            _shards.reshard(self._fsdp)
+
         named = _agreement.call(call, arguments, options)
-        return self._ranks.together("Switcher", named, lambda: self._ledger.state.told(), undo)
+        return self._ranks.together("Switcher", named, reshard, lambda: self._ledger.state.told(), undo)
 
     # ---- who may switch, and to what -------------------------------------------------------------------------
 

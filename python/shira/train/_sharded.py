@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
+    from shira.adapter.adapter import Adapter
     from shira.train._sites import Group, Site
 
 # How a weight is divided while a layer computes with it; None: not at all.
@@ -708,6 +709,17 @@ def _version() -> str:
         return metadata.version("shira-ops")
     except metadata.PackageNotFoundError:  # it runs from a folder
         return "that is not installed"
+
+
+def compare_adapters(ranks: Ranks, adapter: Adapter) -> None:
+    """Refuse ranks that would go on with different adapters. A collective call."""
+    content = [
+        (name, entry.shape, entry.granule, _granules.fingerprint(entry.indices.to(torch.int64)),
+         _granules.fingerprint(entry.values))
+        for name, entry in adapter.weights.items()
+    ]  # fmt: skip
+    if not all(ranks.same([signed(fnv1a64(repr((content, adapter.delta))))])):
+        raise ValueError("SparseTuner: the ranks have different adapters; give every rank the same file")
 
 
 def compare(ranks: Ranks, weights: Mapping[str, tuple[Tensor, int, int]]) -> None:

@@ -417,17 +417,19 @@ def layers_of_adapter(who: str, adapter: Adapter, layers: _linears.Layers, renam
 
 
 def of_adapter(who: str, adapter: Adapter, model: nn.Module, rename: Rename) -> dict[str, _places.Place]:
-    """Where the adapter's weights are in the model, by the adapter's names; refuses what cannot go on training."""
+    """Where the adapter's weights are in the model, by the adapter's names; refuses what cannot go on training.
+
+    The content of weights that ranks hold together is for the caller to compare.
+    """
     with _live.LOCK:
         found = _places.find(who, adapter.weights, _model.slots(model, buffers=True), rename)
         for places in found.values():
             if len(places) > 1:
                 both = _fit.one_in_adapter(places[1].name, places[0].name)
                 raise AdapterError(f"{both} two in the model, which training would let drift apart; tie them first")
-            if _shards.is_dtensor(places[0].slot.weight):
-                raise AdapterError(f"{places[0].name} {_model.foreign(places[0].slot.weight)}")
             if not isinstance(places[0].slot.weight, nn.Parameter):
                 raise AdapterError(f"{places[0].name} is a buffer, not a parameter, so it cannot be trained")
         anything = _fit.indifferent(adapter.weights, adapter.delta, 1.0)
-        _fit.check_content(who, adapter.weights, found, where=_places.WHERE, kind="model", anything=anything)
+        here = {name: places for name, places in found.items() if not _shards.is_dtensor(places[0].slot.weight)}
+        _fit.check_content(who, adapter.weights, here, where=_places.WHERE, kind="model", anything=anything)
     return {name: places[0] for name, places in found.items()}

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import shira_ops
-from shira import _granules, _linears, _live, _model, _shards
+from shira import _fit, _granules, _linears, _live, _model, _shards
 from shira._model import VALUES_SUFFIX
 from shira._text import AdapterError, Rename, hex_word, named
 from shira.adapter._entry import Entry
@@ -300,6 +300,8 @@ class SparseTuner:
     def _plans_of(self, who: str, adapter: Adapter, names: _targets.Names, rename: Rename) -> list[_Plan]:
         places = _targets.of_adapter(who, adapter, self.model, rename)
         names.check_apart({names.of(place.slot)[0].name for place in places.values()})
+        if any(_shards.is_dtensor(place.slot.weight) for place in places.values()):
+            return self._plans_together(who, adapter, {name: names.of(place.slot) for name, place in places.items()})
         plans = []
         for name, entry in adapter.weights.items():
             slot = places[name].slot
@@ -310,6 +312,32 @@ class SparseTuner:
             start = entry.values.detach().to(device=slot.weight.device, dtype=_master_dtype(slot.weight))
             plan.start = plan.saved.to(start.dtype) + start if adapter.delta else start
             plans.append(plan)
+        return plans
+
+    def _plans_together(self, who: str, adapter: Adapter, groups: Mapping[str, list[_model.Slot]]) -> list[_Plan]:
+        """The same for weights that ranks hold together. A collective call."""
+        _sharded.check_targets(self.model, {group[0].name: group for group in groups.values()})
+        first: Any = next(iter(groups.values()))[0].weight
+        ranks = _sharded.Ranks(first.device_mesh)
+        _sharded.compare_adapters(ranks, adapter)
+        plans = []
+        for name, entry in adapter.weights.items():
+            group = groups[name]
+            plans.append(self._plan_together(group, ranks, entry.indices, entry.granule, entry.seed))
+        self._know_together(ranks, plans)
+        known = [(plan, entry) for plan, entry in zip(plans, adapter.weights.values(), strict=True)
+                 if entry.fingerprint is not None]  # fmt: skip
+        wrong = [plan.name for plan, entry in known if plan.fingerprint != entry.fingerprint]
+        if wrong:
+            raise AdapterError(_fit.made_for_another(who, wrong, len(known)))
+        shards = [(plan.shard, plan.saved.to(_master_dtype(plan.saved))) for plan in plans if plan.shard is not None]
+        bases = _sharded.spread(shards) if adapter.delta else [None] * len(plans)
+        for plan, entry, base in zip(plans, adapter.weights.values(), bases, strict=True):
+            begin, count = ranks.span(entry.nnz)
+            own = entry.values.detach()[begin : begin + count].to(
+                plan.saved.device, _master_dtype(plan.saved), copy=True
+            )
+            plan.start = ranks.values(own if base is None else base + own, entry.nnz)
         return plans
 
     def _overlays_of(
@@ -410,15 +438,26 @@ class SparseTuner:
                 indices, granule = _sharded.indices_of(mask, name, weight, ranks), mask.granule_of(weight)
                 seed = mask.seed_for(name)
             shira_ops.check_indices(indices, weight.numel(), granule=granule)
-            shard = Sharded.of(self.model, group[0], ranks, indices, granule)
-            saved = shira_ops.gather(_shards.local(weight), shard.part.indices, granule=shard.part.granule)
-            plans.append(_Plan(name, group, indices, granule, saved, 0, seed, shard=shard))
+            plans.append(self._plan_together(group, ranks, indices, granule, seed))
         _sharded.compare(ranks, {plan.name: (plan.indices, plan.granule, 0) for plan in plans})
+        self._know_together(ranks, plans)
+        return plans
+
+    def _plan_together(
+        self, group: list[_model.Slot], ranks: _sharded.Ranks, indices: Tensor, granule: int, seed: int | None
+    ) -> _Plan:
+        here = _shards.local(group[0].weight)
+        indices = indices.to(here.device)
+        shard = Sharded.of(self.model, group[0], ranks, indices, granule)
+        saved = shira_ops.gather(here, shard.part.indices, granule=shard.part.granule)
+        return _Plan(group[0].name, group, indices, granule, saved, 0, seed, shard=shard)
+
+    def _know_together(self, ranks: _sharded.Ranks, plans: Sequence[_Plan]) -> None:
+        """Add up the fingerprints of whole weights. A collective call."""
         weights: list[Any] = [plan.slots[0].weight for plan in plans]
         for plan, fingerprint in zip(plans, _sharded.fingerprints(ranks, weights), strict=True):
             plan.fingerprint = fingerprint
         self._notes.append(f"the values are divided between {ranks.size} ranks")
-        return plans
 
     def _entire(self, name: str, group: list[_model.Slot]) -> _Plan:
         weight = group[0].weight
@@ -459,7 +498,8 @@ class SparseTuner:
             # Leave alone what another tuner trains.
             if not any(hasattr(one.module, one.attribute + VALUES_SUFFIX) for one in names.of(slot)):
                 slot.weight.requires_grad_(False)
-        shards = [(plan.shard, plan) for plan in plans if plan.shard is not None]
+        continued = any(plan.start is not None for plan in plans)
+        shards = [(plan.shard, plan) for plan in plans if plan.shard is not None and plan.start is None]
         saved = [(shard, plan.saved.to(_master_dtype(plan.saved))) for shard, plan in shards]
         for (shard, plan), chunk in zip(shards, _sharded.spread(saved), strict=True):
             plan.start = shard.ranks.values(chunk, shard.count)
@@ -474,7 +514,7 @@ class SparseTuner:
         self._root.append(self.model.register_forward_hook(partial(uncover, self._group), always_call=True))
         self.model.__dict__.setdefault(_ROOT, []).extend(self._root)
         _held.add(self)
-        if any(plan.start is not None and plan.shard is None for plan in plans):
+        if continued:
             self.sync()
         _hooks.watch_optimizers()
 
