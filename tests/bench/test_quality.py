@@ -16,7 +16,7 @@ pytest.importorskip("sklearn", reason="pip install -e '.[test]'")
 pytest.importorskip("peft", reason="pip install -e '.[test]'")
 pytest.importorskip("rich", reason="pip install -e '.[test]'")
 
-from benchmarks.quality import front, methods, report, store, tables, tasks, verdict
+from benchmarks.quality import front, methods, report, sentences, store, tables, tasks, verdict
 from benchmarks.quality import task as task_module
 from benchmarks.quality.experiments import EXPERIMENTS, fusion, masks, size
 from benchmarks.quality.findings import Fused, Results
@@ -332,3 +332,31 @@ def test_the_links_of_the_page_lead_to_its_headings():
 
 def test_the_front_is_what_the_results_say(kept):
     assert front.PATH.read_text(encoding="utf-8") == front.text(kept), "python -m benchmarks.quality.report writes it"
+
+
+def test_words_are_chosen_by_the_results():
+    """Ahead and behind mean by more than twice the standard error."""
+    assert [sentences.word(some) for some in ([1.0, 1.2], [-1.0, -1.2], [1.0, -0.9], [0.0, 0.0], [1.0])] == [
+        "ahead", "behind", "level", "level", "",
+    ]  # fmt: skip
+    assert [sentences.listed("abc"[:count]) for count in range(4)] == ["", "a", "a and b", "a, b and c"]
+
+
+def test_who_is_ahead_of_rand_is_said_by_the_results(tmp_path, monkeypatch):
+    names = list(tasks.tasks("digits-mlp-128"))[:2]
+    monkeypatch.setattr(tasks, "tasks", lambda family: dict.fromkeys(names))
+    scores = {"rand": 0.5, "wm": 0.6, "snip": 0.4}
+
+    def found(self, setting):
+        kind = getattr(setting.method, "mask", "lora")
+        known = type(setting.method) is Shira and kind in scores and setting.method.granule == 1
+        return [scores[kind] + noise for noise in (0.0, 0.01)] if known else None
+
+    monkeypatch.setattr(Results, "scores", found)
+    monkeypatch.setattr(Results, "has", lambda self, family: True)
+    families = ["digits-mlp", "digits-vit", "minilm"]
+    told = sentences.default_words(Results(tmp_path), *families[:2])
+    assert told.startswith(
+        "Ahead of Rand in the mean over a base's tasks: SHiRA-WM on digits-mlp and digits-vit. No mask"
+    )
+    assert sentences.default_words(Results(tmp_path), *families).endswith("SHiRA-WM is ahead on three bases or more.")
