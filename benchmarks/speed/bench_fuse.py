@@ -198,4 +198,4 @@ def bench_plan(benchmark: BenchmarkFixture, threads: int) -> None:
     report = Report(benchmark, threads, adapters=ADAPTERS, layers=len(some))
     report.seconds(timing, len(some))
     report.ratio("fuse_plan", "", timing, "torch")
-    report.ratio("rows of a plan in the time of making it", "", timing, "rows", of="fuse_plan")
+    report.ratio("rows of fuse_plan", "", timing, "rows", of="fuse_plan")

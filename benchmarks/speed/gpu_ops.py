@@ -95,6 +95,7 @@ def calls(dtype: torch.dtype, granule: int, rows: int, columns: int) -> dict[str
         },
         "fingerprint": {"weight": weight},
         "fingerprint_at": here,
+        "fingerprint_part": {"weight": weight, "first": 3, "run": 5, "stride": 11},
         "diff_": {"snapshot": torch.where(numbers(rows, columns) > 1, 0, weight), "weight": weight, "before": False},
         "sparse_linear": {
             "input": small(33, columns),

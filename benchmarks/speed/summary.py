@@ -85,6 +85,7 @@ LINES = {
     "refuse over fuse_ bf16": Line("fuse_ with refuse bf16, over fuse_", 1.0),
     "refuse over fuse_ fp32": Line("fuse_ with refuse fp32, over fuse_", 1.0),
     "fuse_plan": Line("fuse_plan 8 x 1 %, over torch.cat + torch.unique", None),
+    "rows of fuse_plan": Line("rows of a fuse_plan 8 x 1 %, in the time of making it", None, at_least=False),
     "adamw_ over stock bf16": Line("adamw_ 1 % bf16, over fused AdamW on the values + write-back", 1.15),
     "adamw_ over stock fp32": Line("adamw_ 1 % fp32, over fused AdamW on the values + write-back", 1.15),
     "adamw_ over dense bf16": Line("adamw_ 1 % bf16, over masking and fused AdamW on the whole", 10.0),

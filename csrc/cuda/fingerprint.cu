@@ -96,20 +96,23 @@ template <int kUnit>
 struct Placed {
   using Row = PlacedRow;
   using Scalars = cuda::Scalars;
+  // With as many as a whole weight's, the positions of 64 bits fill the registers of sm_80.
+  static constexpr int kWords = kItems / 2;
+  static constexpr int64_t kSpan = kWords * kThreads;
 
-  static int64_t tiles(const Row& row) { return (core::word_count(row.bytes) + kTile - 1) / kTile; }
+  static int64_t tiles(const Row& row) { return (core::word_count(row.bytes) + kSpan - 1) / kSpan; }
   static __device__ void tile(const Scalars& scalars, const Row& row, int64_t tile) {
     const int64_t words = core::word_count(row.bytes);
-    int64_t at[kItems], number[kItems], within[kItems];
-    uint64_t word[kItems], sum = 0;
+    int64_t at[kWords], number[kWords], within[kWords];
+    uint64_t word[kWords], sum = 0;
 #pragma unroll
-    for (int k = 0; k < kItems; ++k) {
-      at[k] = tile * kTile + k * kThreads + threadIdx.x;
+    for (int k = 0; k < kWords; ++k) {
+      at[k] = tile * kSpan + k * kThreads + threadIdx.x;
       if (at[k] < words) word[k] = word_at<kUnit>(row.data, row.bytes, at[k]);
     }
-    row.run.split(at, tile * kTile + kTile, number, within);
+    row.run.split(at, tile * kSpan + kSpan, number, within);
 #pragma unroll
-    for (int k = 0; k < kItems; ++k)
+    for (int k = 0; k < kWords; ++k)
       if (at[k] < words) sum += core::mix_word(word[k], row.placing.at(number[k], within[k]));
     add_tile(scalars, sum);
   }

@@ -177,8 +177,9 @@ struct Sum {
   // What lies past the last line or column repeats it, so that no branch is between two loads; it is not added.
   static __device__ __forceinline__ void load(const Row& row, int64_t first, int64_t from, int begin, Loaded& loaded) {
     each(begin, [&](int k, int line, int column) {
-      const int64_t granule = std::min(first + line, row.granules - 1);
-      const int64_t at = (granule * row.granule + std::min(from + column, row.granule - kWide)) / kWide;
+      const int64_t granule = first + line < row.granules ? first + line : row.granules - 1;
+      const int64_t last = row.granule - kWide, ahead = from + column;
+      const int64_t at = (granule * row.granule + (ahead < last ? ahead : last)) / kWide;
       if constexpr (score != Score::Grad) loaded.weight[k] = Pack<Weight, kWide>::cached(row.weight, at);
       if constexpr (score != Score::Magnitude) loaded.grad[k] = Pack<Grad, kWide>::cached(row.grad, at);
     });
@@ -217,7 +218,8 @@ struct Sum {
       if constexpr (kAhead)
         if (begin + step < row.granule) load(row, first, from, 0, loaded);
       if (warp % kTeam == 0) {
-        const int count = static_cast<int>(std::min(row.granule - begin, step));
+        const int64_t rest = row.granule - begin;
+        const int count = static_cast<int>(rest < step ? rest : step);
         for (int part = 0; part * kColumns < count; ++part)
 #pragma unroll 8
           for (int column = 0; column < kColumns; ++column)

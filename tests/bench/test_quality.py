@@ -81,7 +81,7 @@ def test_every_experiment_runs_and_the_report_tells_it(tiny, tmp_path):
         arguments = {"compared": ["granules"], "front": ["switch"], "switching": []}.get(name, [])
         families = [] if name in ("switching", "coarse", "verdict-granules") else [FAMILY]
         text = report.page(f"{{{{{' '.join([name, *families, *arguments])}}}}}", results)
-        assert text.startswith(("|", "Mean over", "Over")), (name, text)
+        assert text.startswith(("|", "Mean over", "Over", "On ")), (name, text)
         assert "nan" not in text
 
     drawn = front.points(results, [FAMILY])
