@@ -189,10 +189,11 @@ def bench_publish(benchmark: BenchmarkFixture, threads: int, density: float) -> 
     report.ratio("publish of a tuner over publish", variant, timing, "publish", of="publish of a tuner")
 
 
-def bench_run(benchmark: BenchmarkFixture, threads: int) -> None:
+@pytest.mark.parametrize("rate", [1.5e-6, 1e-7], ids=str)
+def bench_run(benchmark: BenchmarkFixture, threads: int, rate: float) -> None:
     if settings.quick and threads > 1:
         pytest.skip("one run is enough")
-    steps = run.training(run.run())
+    steps = run.training(run.run(rate))
     trained = next(steps)
     start, served, plain = (copy.deepcopy(trained) for _ in range(3))
     publisher, receiver = Publisher(trained), Receiver(served)

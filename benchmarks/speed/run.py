@@ -24,16 +24,16 @@ LENGTH, BATCH = 128, 4
 class Run:
     """How long and how fast is learned: at first from nothing, and then with a small rate, as one tunes."""
 
-    width: int = 256
-    layers: int = 4
-    before: int = 80
+    rate: float
+    width: int = 1024
+    layers: int = 2
+    before: int = 40
     steps: int = 100
     first_rate: float = 1e-3
-    rate: float = 3e-6
 
 
-def run() -> Run:
-    return Run(width=32, layers=1, before=2, steps=3) if settings.quick else Run()
+def run(rate: float) -> Run:
+    return Run(rate, width=32, layers=1, before=2, steps=3) if settings.quick else Run(rate)
 
 
 class Block(nn.Module):
