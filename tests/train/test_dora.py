@@ -165,6 +165,33 @@ def test_edits_are_followed() -> None:
     assert same_bits(model, bits(net()))
 
 
+@pytest.mark.parametrize("around", [False, True], ids=["the model", "a function with it"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_edits_are_followed_by_compiled_models(around: bool, grad: bool) -> None:
+    model = net()
+    tuner = DoRATuner(model, MASK, rank=2)
+    optimizer = shira.AdamW(tuner, lr=0.01)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile((lambda x: model(x)) if around else model, backend="eager")
+    with torch.set_grad_enabled(grad):
+        for factor in (1.0, 1.5, 0.5):
+            with torch.no_grad():
+                for parameter in tuner.parameters():
+                    parameter.mul_(factor).add_(0.01)
+            found = compiled(X)
+            assert torch.equal(found, model(X))
+            if grad:
+                found.square().mean().backward()
+                found = [p.grad for p in tuner.parameters()]
+                optimizer.zero_grad()
+                model(X).square().mean().backward()
+                assert all(map(torch.equal, found, [p.grad for p in tuner.parameters()]))
+                optimizer.step()
+                optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="DoRATuner: an export would hold the weights as they are now"):
+        torch.export.export(model, (X,))
+
+
 def test_refusals() -> None:
     model: Any = net()
     before = bits(model)

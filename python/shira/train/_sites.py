@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -568,11 +568,12 @@ _follow_outside = torch._disable_dynamo(_follow)  # type: ignore[attr-defined]
 
 
 @cache
-def look_outside() -> None:
-    """Keep torch from compiling the hooks, which it runs outside of a compiled model's graph."""
+def look_outside(*more: FunctionType) -> None:
+    """Keep torch from compiling the hooks, and `more` of them, which it runs outside of a compiled model's graph."""
     from torch._dynamo.eval_frame import skip_code
 
-    for function in (follow, uncover, Site.settled, Site.same, Site.identity, _marks, _version):
+    hooks: tuple[Any, ...] = (follow, uncover, Site.settled, Site.same, Site.identity, _marks, _version)
+    for function in (*hooks, *more):
         skip_code(function.__code__)
 
 

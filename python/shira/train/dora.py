@@ -11,6 +11,7 @@ and everywhere else it holds the base. So what is trained ends in an adapter lik
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from shira import _granules, _linears, _live, _shards
 from shira._model import VALUES_SUFFIX
 from shira.masks.masks import Mask, WeightMagnitude
 from shira.train import _hooks, _ranks
-from shira.train._sites import Target, check_reached, trained_as
+from shira.train._sites import Target, check_reached, look_outside, trained_as
 from shira.train.tuner import SparseTuner
 
 __all__ = ["DoRATuner"]
@@ -215,6 +216,7 @@ class DoRATuner(SparseTuner):
             dora.made_of = dora.state()
             tuned.target.handles.append(tuned.values.register_post_accumulate_grad_hook(partial(_pass_on, dora)))
         self._ignored += _ranks.ignore(self.model, [tuned.values for tuned in self._tuned])
+        look_outside(_follow)
         # Before the hook that has the weights follow their values.
         self._root.append(self.model.register_forward_pre_hook(partial(_follow, weakref.ref(self)), prepend=True))
         # These keep the tuner alive until it is detached, as long as the model trains.
@@ -376,5 +378,15 @@ def _pass_on(dora: _DoRA, values: Tensor) -> None:
 def _follow(tuner: weakref.ref[DoRATuner], module: nn.Module, args: tuple[Any, ...]) -> None:
     """The forward pre-hook of the model: make the values of parameters that were edited."""
     found = tuner()
-    if found is not None and not found._disabled and not torch.compiler.is_compiling():
-        found._renew()
+    if found is None or found._disabled:
+        return
+    if torch.compiler.is_exporting():
+        raise RuntimeError(
+            "DoRATuner: an export would hold the weights as they are now, and not follow what they are made of; export "
+            "after tuner.detach(), with the adapter put on by a Switcher"
+        )
+    # Where the model is traced into the graph of something else, the graph breaks here.
+    (_renew_outside if "torch._dynamo" in sys.modules else DoRATuner._renew)(found)
+
+
+_renew_outside = torch._disable_dynamo(DoRATuner._renew)  # type: ignore[attr-defined]
