@@ -158,7 +158,11 @@ def test_edits_are_followed() -> None:
     doubled = model(X)
     assert not torch.equal(doubled, net()(X))
     copied = copy.deepcopy(model)
-    assert torch.equal(copied(X), doubled)
+    with pytest.raises(RuntimeError, match="DoRATuner: this is a copy of the model that it trains"):
+        copied(X)
+    with torch.no_grad():
+        assert torch.equal(copied(X), doubled)
+    assert torch.equal(copied.eval()(X), doubled)
     shira.detach(copied)
     assert same_bits(copied, bits(net()))
     tuner.detach()

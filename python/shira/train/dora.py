@@ -380,6 +380,13 @@ def _follow(tuner: weakref.ref[DoRATuner], module: nn.Module, args: tuple[Any, .
     found = tuner()
     if found is None or found._disabled:
         return
+    if module is not found.model:
+        if torch.is_grad_enabled() and module.training:
+            raise RuntimeError(
+                "DoRATuner: this is a copy of the model that it trains, and a copy would train the values and not what "
+                "they are made of; use the copy in eval() or under torch.no_grad(), or shira.detach(copy) and tune it"
+            )
+        return
     if torch.compiler.is_exporting():
         raise RuntimeError(
             "DoRATuner: an export would hold the weights as they are now, and not follow what they are made of; export "
