@@ -100,16 +100,8 @@ def _nothing(**_: Any) -> None:
 
 _RESULTS: tuple[Callable[..., Any], ...] = (
     *(gather, foreach_gather, fuse_plan, sampled_grad, select_top, select_random),
-    *(
-        encode_indices,
-        decode_indices,
-        fingerprint,
-        fingerprint_at,
-        fingerprint_part,
-        diff_,
-        foreach_diff_,
-        sparse_linear,
-    ),
+    *(encode_indices, decode_indices, fingerprint, fingerprint_at, fingerprint_part),
+    *(diff_, foreach_diff_, sparse_linear),
 )
 
 

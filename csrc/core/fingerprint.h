@@ -91,10 +91,24 @@ SHIRA_AVX2 inline uint64_t sum_words_avx2(const uint8_t* data, int64_t begin, in
   return lanes[0] + lanes[1] + lanes[2] + lanes[3] + sum_words_portable(data, p, end, shift);
 }
 
+// splitmix64 of each lane.
+SHIRA_AVX512 inline __m512i mix_avx512(__m512i z) {
+  z = _mm512_add_epi64(z, _mm512_set1_epi64(static_cast<long long>(kGolden)));
+  z = _mm512_mullo_epi64(_mm512_xor_si512(z, _mm512_srli_epi64(z, 30)),
+                         _mm512_set1_epi64(static_cast<long long>(kMix1)));
+  z = _mm512_mullo_epi64(_mm512_xor_si512(z, _mm512_srli_epi64(z, 27)),
+                         _mm512_set1_epi64(static_cast<long long>(kMix2)));
+  return _mm512_xor_si512(z, _mm512_srli_epi64(z, 31));
+}
+SHIRA_AVX512 inline uint64_t total_avx512(__m512i sum) {
+  uint64_t lanes[8], total = 0;  // unsigned: the intrinsic that reduces adds signed numbers, which may not overflow
+  _mm512_storeu_si512(lanes, sum);
+  for (const uint64_t lane : lanes) total += lane;
+  return total;
+}
+
 SHIRA_AVX512 inline uint64_t sum_words_avx512(const uint8_t* data, int64_t begin, int64_t end, uint64_t shift = 0) {
   const __m512i golden = _mm512_set1_epi64(static_cast<long long>(kGolden));
-  const __m512i mix1 = _mm512_set1_epi64(static_cast<long long>(kMix1));
-  const __m512i mix2 = _mm512_set1_epi64(static_cast<long long>(kMix2));
   const __m512i step = _mm512_set1_epi64(static_cast<long long>(8 * kGolden));
   const __m512i first = _mm512_set1_epi64(static_cast<long long>(static_cast<uint64_t>(begin) + shift));
   __m512i position = _mm512_mullo_epi64(_mm512_add_epi64(first, _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0)), golden);
@@ -103,18 +117,10 @@ SHIRA_AVX512 inline uint64_t sum_words_avx512(const uint8_t* data, int64_t begin
   for (; p + 8 <= end; p += 8) {
     const uint8_t* at = data + p * kWordBytes;
     _mm_prefetch(reinterpret_cast<const char*>(at) + kFingerprintAhead, _MM_HINT_T0);
-    __m512i z = _mm512_loadu_si512(at);
-    z = _mm512_add_epi64(_mm512_xor_si512(z, position), golden);
-    z = _mm512_mullo_epi64(_mm512_xor_si512(z, _mm512_srli_epi64(z, 30)), mix1);
-    z = _mm512_mullo_epi64(_mm512_xor_si512(z, _mm512_srli_epi64(z, 27)), mix2);
-    sum = _mm512_add_epi64(sum, _mm512_xor_si512(z, _mm512_srli_epi64(z, 31)));
+    sum = _mm512_add_epi64(sum, mix_avx512(_mm512_xor_si512(_mm512_loadu_si512(at), position)));
     position = _mm512_add_epi64(position, step);
   }
-  uint64_t lanes[8];  // unsigned: the intrinsic that reduces adds signed numbers, which may not overflow
-  _mm512_storeu_si512(lanes, sum);
-  uint64_t total = 0;
-  for (const uint64_t lane : lanes) total += lane;
-  return total + sum_words_portable(data, p, end, shift);
+  return total_avx512(sum) + sum_words_portable(data, p, end, shift);
 }
 #endif
 
@@ -174,25 +180,10 @@ inline int64_t last_word(Index granule, int64_t granule_bytes) {
 constexpr int64_t kTouchedAhead = 32;  // granules whose first line is on its way
 
 #if SHIRA_X86
-SHIRA_AVX512 inline __m512i mix_avx512(__m512i z) {
-  z = _mm512_add_epi64(z, _mm512_set1_epi64(static_cast<long long>(kGolden)));
-  z = _mm512_mullo_epi64(_mm512_xor_si512(z, _mm512_srli_epi64(z, 30)),
-                         _mm512_set1_epi64(static_cast<long long>(kMix1)));
-  z = _mm512_mullo_epi64(_mm512_xor_si512(z, _mm512_srli_epi64(z, 27)),
-                         _mm512_set1_epi64(static_cast<long long>(kMix2)));
-  return _mm512_xor_si512(z, _mm512_srli_epi64(z, 31));
-}
 SHIRA_AVX512 inline __m512i load_avx512(const int32_t* indices) {
   return _mm512_cvtepi32_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(indices)));
 }
 SHIRA_AVX512 inline __m512i load_avx512(const int64_t* indices) { return _mm512_loadu_si512(indices); }
-SHIRA_AVX512 inline uint64_t total_avx512(__m512i sum) {
-  uint64_t lanes[8], total = 0;
-  _mm512_storeu_si512(lanes, sum);
-  for (const uint64_t lane : lanes) total += lane;
-  return total;
-}
-
 // The share of the first granules, of 2^log bytes that a word holds whole, eight at a time: how many is `done`, and the
 // last word of these is `last`. Whole words only.
 template <typename Index>

@@ -139,9 +139,8 @@ struct Stored {
 };
 
 // Computes the keys of long granules. A sum is in entry order, so one thread makes it; but the whole block loads, in
-// whole lines, for the lanes that add. kTeam warps load for the 32 granules
-// of one of them: all warps, if granules are longer than what one warp loads of each at a time. kVector: 16 bytes per
-// access.
+// whole lines, for the lanes that add. kTeam warps load for the 32 granules of one of them: all warps, if granules are
+// longer than what one warp loads of each at a time. kVector: 16 bytes per access.
 template <typename W, typename G, Score score, int kTeam, bool kVector>
 struct Sum {
   using Row = SelectRow;

@@ -212,6 +212,18 @@ int64_t fingerprint(const py::buffer& weight, int64_t begin, const py::object& e
   return static_cast<int64_t>(core::sum_words(bytes.data, bytes.size, begin, last, width));
 }
 
+int64_t fingerprint_part(const py::buffer& weight, int64_t first, int64_t run, int64_t stride,
+                         const std::string& width_name) {
+  const core::Width width = width_of(width_name);
+  const Bytes bytes("fingerprint_part", "weight", weight);
+  if (first < 0 || run < 1 || stride < run)
+    refuse("fingerprint_part: first must be at least 0, and stride at least run, which is at least 1, got ", first,
+           ", ", stride, " and ", run);
+  py::gil_scoped_release release;
+  const int64_t words = core::word_count(bytes.size);
+  return static_cast<int64_t>(core::sum_placed(bytes.data, bytes.size, 0, words, {first, run, stride}, width));
+}
+
 struct Pair {
   Bytes one, two;
   int64_t itemsize, begin, end;
@@ -382,6 +394,9 @@ PYBIND11_MODULE(_codec, m) {
         py::kw_only(), py::arg("width") = "",
         "The fingerprint of a contiguous buffer's bytes, as the op returns it (a signed 64-bit number), or the share "
         "of its 64-bit words [begin, end): the shares of all words add up to it, mod 2^64.");
+  m.def("fingerprint_part", &fingerprint_part, py::arg("weight"), py::arg("first"), py::arg("run"), py::arg("stride"),
+        py::kw_only(), py::arg("width") = "",
+        "What a part of a larger weight adds to its fingerprint, as the op says.");
   m.def(
       "differing", &differing, py::arg("one"), py::arg("two"), py::arg("itemsize"), py::arg("begin"), py::arg("end"),
       py::kw_only(), py::arg("width") = "",

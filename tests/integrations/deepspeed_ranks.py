@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import shira
+from sharding import three_steps
 from shira import Adapter, SparseTuner, masks
 
 X = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
@@ -37,15 +38,7 @@ def optimizer_of(tuner: SparseTuner, kind: str) -> torch.optim.Optimizer:
 def one_process(kind: str) -> tuple[Tensor, Adapter]:
     model = net()
     tuner = SparseTuner(model, MASK)
-    optimizer, losses = optimizer_of(tuner, kind), []
-    for _ in range(3):
-        loss = loss_of(model, X)
-        loss.backward()
-        nn.utils.clip_grad_norm_(tuner.parameters(), 0.05)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-    return torch.stack(losses), tuner.adapter()
+    return three_steps(tuner, optimizer_of(tuner, kind), lambda: loss_of(model, X))
 
 
 def engine_of(model: nn.Module, optimizer: Any, stage: int) -> Any:

@@ -32,6 +32,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import shira
+from sharding import Block, three_steps
 from shira import Adapter, DoRATuner, SparseTuner, masks
 from shira.integrations.transformers import AdapterCallback, AdapterCheckpoints
 
@@ -39,15 +40,6 @@ RAND = masks.Rand(density=0.1, granule=4)
 LINEAR = "up|down|head"
 IDS = torch.randint(11, (4, 8), generator=torch.Generator().manual_seed(1))
 ROWS = [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)]
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
 class Net(nn.Module):
@@ -79,20 +71,10 @@ OPTIMIZERS: dict[str, Callable[[SparseTuner], torch.optim.Optimizer]] = {
 }
 
 
-def one_process(
-    mask: masks.Mask = RAND, kind: type[SparseTuner] = SparseTuner, steps: int = 3
-) -> tuple[Tensor, Adapter]:
+def one_process(mask: masks.Mask = RAND, kind: type[SparseTuner] = SparseTuner) -> tuple[Tensor, Adapter]:
     model = net()
     tuner = kind(model, mask, LINEAR)
-    optimizer, losses = OPTIMIZERS["torch"](tuner), []
-    for _ in range(3):
-        loss = model(IDS)["loss"]
-        loss.backward()
-        nn.utils.clip_grad_norm_(tuner.parameters(), 0.05)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-    return torch.stack(losses), tuner.adapter()
+    return three_steps(tuner, OPTIMIZERS["torch"](tuner), lambda: model(IDS)["loss"])
 
 
 def own(ids: Tensor = IDS) -> Tensor:

@@ -663,6 +663,16 @@ def test_module_fingerprint(width: str) -> None:
     assert _codec.fingerprint(values.numpy(), width=width) == int(torch.ops.shira.fingerprint(values))
 
 
+@pytest.mark.parametrize("width", _codec.widths())
+def test_module_fingerprint_of_a_part(width: str) -> None:
+    data = np.random.default_rng(4).integers(0, 256, 4103, dtype=np.uint8)
+    for size, place in itertools.product((0, 7, 8, 1000, 4103), ((3, 1, 7), (2**40, 9, 40), (5, 2**40, 2**62))):
+        wanted = torch.ops.shira.fingerprint_part(torch.from_numpy(data[:size]), *place)
+        assert _codec.fingerprint_part(data[:size], *place, width=width) == int(wanted)
+    with pytest.raises(ValueError, match="fingerprint_part: first must be at least 0, and stride at least run"):
+        _codec.fingerprint_part(data, 0, 4, 3, width=width)
+
+
 def test_module_reads_mapped_files(tmp_path: Path) -> None:
     path = tmp_path / "code"
     path.write_bytes(b"xyz" + CODE)

@@ -13,18 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
-    PrepareModuleInput,
-    PrepareModuleOutput,
-    RowwiseParallel,
-    SequenceParallel,
     parallelize_module,
 )  # fmt: skip
 
+import sharding
 import shira
+from sharding import shard
 from shira import Adapter, AdapterError, Entry, Overlay, Switcher, _granules, _shards
 from shira.serve import _layout
 
@@ -103,27 +100,8 @@ def same(model: nn.Module, wanted: nn.Module) -> None:
         assert torch.equal(there[name], tensor), name
 
 
-def shard(model: Any, mesh: DeviceMesh, **options: Any) -> nn.Module:
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, **options)
-    return fully_shard(model, mesh=mesh, **options)
-
-
 def parallel(model: Any, mesh: DeviceMesh, sequence: bool = False) -> nn.Module:
-    inside = Shard(1) if sequence else Replicate()
-    for block in model.blocks:
-        plan: dict[str, Any] = {
-            "up": ColwiseParallel(input_layouts=inside),
-            "down": RowwiseParallel(output_layouts=inside, use_local_output=not sequence),
-        }
-        if sequence:
-            plan["norm"] = SequenceParallel()
-        parallelize_module(block, mesh, plan)
-        if sequence:
-            into = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1))
-            out = PrepareModuleOutput(output_layouts=Shard(1), desired_output_layouts=Replicate())
-            for style in (into, out):
-                parallelize_module(block, mesh, style)
+    sharding.parallel(model, mesh, sequence)
     weight = model.experts.weight
     model.experts.weight = nn.Parameter(distribute_tensor(weight.detach(), mesh, [Shard(0)]))
     return model

@@ -24,10 +24,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
-    PrepareModuleInput,
-    PrepareModuleOutput,
     RowwiseParallel,
-    SequenceParallel,
     parallelize_module,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,21 +32,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import shira
+from sharding import Block, parallel, shard
 from shira import SparseTuner, _shards, masks
 from shira.train import _sharded
 
 RAND = masks.Rand(density=0.1, granule=4)
 LINEAR = "up|down|head"
 IDS = torch.randint(11, (4, 8), generator=torch.Generator().manual_seed(1))
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
 class Net(nn.Module):
@@ -73,30 +62,6 @@ def net(**options: bool) -> Net:
 
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     return F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-
-
-def shard(model: Any, mesh: DeviceMesh, **options: Any) -> nn.Module:
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, **options)
-    return fully_shard(model, mesh=mesh, **options)
-
-
-def parallel(model: Any, mesh: DeviceMesh, sequence: bool = False) -> nn.Module:
-    inside = Shard(1) if sequence else Replicate()
-    for block in model.blocks:
-        plan: dict[str, Any] = {
-            "up": ColwiseParallel(input_layouts=inside),
-            "down": RowwiseParallel(output_layouts=inside, use_local_output=not sequence),
-        }
-        if sequence:
-            plan["norm"] = SequenceParallel()
-        parallelize_module(block, mesh, plan)
-        if sequence:
-            into = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1))
-            out = PrepareModuleOutput(output_layouts=Shard(1), desired_output_layouts=Replicate())
-            for style in (into, out):
-                parallelize_module(block, mesh, style)
-    return model
 
 
 Make = Callable[[Any], torch.optim.Optimizer]

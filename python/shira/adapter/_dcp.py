@@ -64,8 +64,7 @@ def find(folder: str, path: str) -> dict[str, Any]:
     broken = [key for key, (_, _, covers) in found.items() if not covers]
     if broken:
         raise AdapterError(f"{path}: the pieces of {_model.some(broken)} are not the whole tensor")
-    missing = {info.relative_path for index, info in places.items() if index.fqn in found}
-    for name in sorted(missing):
+    for name in sorted({str(info.relative_path) for index, info in places.items() if index.fqn in found}):
         if name != os.path.basename(name) or name in ("", ".", ".."):
             raise AdapterError(f"{path}: it names the file {name!r}, which is not in its folder")
         if not os.path.exists(os.path.join(folder, name)):
