@@ -161,7 +161,19 @@ class Lab:
         return [FAILED if score is None else score for score in found]
 
     def searched(self, setting: Setting) -> float:
-        """The learning rate with the best validation score at the first seed; of equals, the one with the lower loss.
+        """The learning rate with the best validation score at the first seed; of equals, that with the lower loss."""
+        scores = self._search(setting)
+        return RATES[max(sorted(scores), key=scores.__getitem__)]
+
+    def spared(self, setting: Setting) -> float:
+        """The lowest rate of the search that is as good as the best one, to within `UNSTEADY` of its validation score:
+        what changes less, forgets less and disturbs other adapters less."""
+        scores = self._search(setting)
+        best = max(scores.values())[0]
+        return RATES[min(at for at, (validation, _) in scores.items() if validation >= best - UNSTEADY)]
+
+    def _search(self, setting: Setting) -> dict[int, tuple[float, float]]:
+        """Validation score and minus the loss at the first seed, by the number of the rate.
 
         The search goes both ways from the method's start, until a lower and a higher rate are worse than the best, or
         the budget, the same for every method, is spent. A best rate whose score is below the untouched base's does not
@@ -190,7 +202,7 @@ class Lab:
                 score(low)
             else:
                 break
-        return RATES[max(sorted(scores), key=scores.__getitem__)]
+        return scores
 
     def study(self, setting: Setting) -> list[dict[str, Any]]:
         """The results of every seed, at the tuned learning rate."""

@@ -40,7 +40,6 @@ SAMPLE = 25
 
 ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5)
 FEW_ALPHAS = (0.3, 0.5, 0.7, 1.0)
-CHOSEN_ALPHAS = (0.5, 0.7, 1.0)
 
 
 def groups(family: str) -> list[tuple[str, ...]]:
@@ -57,6 +56,8 @@ def groups(family: str) -> list[tuple[str, ...]]:
 
 SLOWER = {"a third of the rate": 1, "a tenth of the rate": 2}
 """Gentler training, so that adapters move less far from the base: how many steps of `RATES` below the best rate."""
+SPARED = "the lowest good rate"
+"""Training at the lowest rate that is as good as the best one for the task alone (`Lab.spared`)."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Variant:
     name: str
     methods: tuple[Method, ...]
     slower: int = 0
+    spared: bool = False
 
 
 def variants(family: str, count: int) -> list[Variant]:
@@ -73,12 +75,17 @@ def variants(family: str, count: int) -> list[Variant]:
     r = rank(family)
     if family in CHOSEN:
         granules = Shira("rand", r=r, granule=16)
-        chosen = {"lora": Lora(r), "rand 16, one mask": granules, "wm, one mask": Shira("wm", r=r)}
+        chosen = {
+            "lora": Lora(r), "rand 16, one mask": granules, "rand, one mask": Shira("rand", r=r),
+            "wm, one mask": Shira("wm", r=r),
+        }  # fmt: skip
         gentler = next(iter(SLOWER))
+        own = tuple(replace(granules, part=part) for part in range(count))
         return [
-            Variant(f"{name}, {text}" if text else name, (method,) * count, slower)
-            for text, slower in (("", 0), (gentler, SLOWER[gentler]))
-            for name, method in chosen.items()
+            *(Variant(name, (method,) * count) for name, method in chosen.items()),
+            *(Variant(f"{name}, {SPARED}", (method,) * count, spared=True) for name, method in chosen.items()),
+            *(Variant(f"{name}, {gentler}", (method,) * count, SLOWER[gentler]) for name, method in chosen.items()),
+            Variant(f"rand 16, disjoint, {SPARED}", own, spared=True),
         ]
     several = {"lora": Lora(r), "rand, one mask": Shira("rand", r=r)}
     if family in LARGE:
@@ -118,7 +125,7 @@ def fused(lab: Lab, group: Sequence[str], variant: Variant, seed: int) -> dict[s
     """Train (or load) the adapters of these tasks, and score them together."""
     settings = [Setting(task, method) for task, method in zip(group, variant.methods, strict=True)]
     # The rate of the plain method: a disjoint part is the same kind of mask.
-    best = [lab.tuned(_searched(setting)) for setting in settings]
+    best = [(lab.spared if variant.spared else lab.tuned)(_searched(setting)) for setting in settings]
     rates = [RATES[max(0, RATES.index(rate) - variant.slower)] for rate in best]
     described = [method.describe() for method in variant.methods]
     run = {"do": "fusion", "task": group[0], "with": list(group[1:]), "methods": described, "lrs": rates, "seed": seed}
@@ -149,7 +156,7 @@ def measure(group: Sequence[str], adapters: Sequence[Adapter]) -> dict[str, Any]
     bodies = [body for body, _ in parts]
     first = tasks.task(group[0])
     large = first.family in LARGE
-    alphas, merged = CHOSEN_ALPHAS if first.family in CHOSEN else FEW_ALPHAS if large else ALPHAS, {}
+    alphas, merged = FEW_ALPHAS if large else ALPHAS, {}
     if not large:
         model = first.base()
         merged = {
