@@ -75,6 +75,14 @@ class Results:
         """The same at a rate that was found otherwise."""
         return self._done(setting.task, lambda seed: self.lab.train(setting, lr, seed))
 
+    def by_rate(self, setting: Setting) -> dict[float, list[dict[str, Any]]]:
+        """The results at every rate that was tried, those that diverged aside, from the lowest on."""
+        asked, found = setting.run(0.0, 0), dict[float, list[dict[str, Any]]]()
+        for run, result in self.lab.store(family_of(setting.task)):
+            if {**run, "lr": 0.0, "seed": 0} == asked and result["test"] is not None:
+                found.setdefault(run["lr"], []).append(result)
+        return dict(sorted(found.items()))
+
     def rate(self, setting: Setting) -> float | None:
         try:
             return self.lab.tuned(setting)

@@ -3,14 +3,15 @@ side by side on every base."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
 
 from benchmarks.quality import tasks
-from benchmarks.quality.experiments import cost, single, trials
+from benchmarks.quality.experiments import cost, fusion, single, trials
 from benchmarks.quality.findings import Fused, Results, gains, mean
-from benchmarks.quality.lab import RATES, Setting
+from benchmarks.quality.lab import UNSTEADY, Setting
 from benchmarks.quality.methods import LATER, MASKS, Lora, Shira, from_description
 from benchmarks.quality.rules import rules_table
 from benchmarks.quality.words import NAMES, difference, fusion_name, label, number, share, spread, table, what
@@ -73,6 +74,31 @@ def rise(values: list[float]) -> str:
     return f"{told} ± {statistics.stdev(values):.2f}" if len(values) > 1 else told
 
 
+def matched_table(results: Results, family: str) -> str:
+    """What each method forgets where it has learned as much as LoRA at LoRA's best rate: at the lowest rate at which
+    its validation loss is as low, to within `UNSTEADY`. In each cell are the rate, the loss on the task, and how much
+    the loss on the two kinds of other texts rises."""
+    names, rows = list(tasks.tasks(family)), []
+    goals = {name: results.study(Setting(name, Lora(single.rank(family)))) for name in names}
+    for method in single.methods(family):
+        cells, rises = [], []
+        for name in names:
+            found, lora = results.by_rate(Setting(name, method)), goals[name]
+            goal = mean(one["validation"] for one in lora) - UNSTEADY if lora else math.inf
+            enough = [rate for rate, runs in found.items() if mean(one["validation"] for one in runs) >= goal]
+            if enough:
+                runs, base = found[min(enough)], results.lab.base(name)
+                rises.append([mean(one[which] for one in runs) - base[which] for which in FORGOTTEN])
+                told = "; ".join(f"{one:+.2f}" for one in rises[-1])
+                cells.append(f"{min(enough):g}: {number(family, mean(one['test'] for one in runs))}; {told}")
+            else:
+                cells.append("not as low" if found else "")
+        if any(rises):
+            whole = [f"{mean(some):+.2f}" for some in zip(*rises, strict=True)] if len(rises) == len(names) else []
+            rows.append([label(method), *cells, "; ".join(whole)])
+    return table(["method", *map(what, names), "mean"], rows) if rows else ""
+
+
 def by_rate_table(results: Results, family: str) -> str:
     """The loss on each task by the rate (first seed), and the rise of the loss on the reference beside it."""
     names = list(tasks.tasks(family))
@@ -82,7 +108,7 @@ def by_rate_table(results: Results, family: str) -> str:
         if run["do"] == "train" and run["seed"] == 0 and "steps" not in run and "fraction" not in run:
             key = label(from_description(run["method"])), run["lr"]
             base = results.lab.base(run["task"])
-            if key[0] in order and key[1] in RATES:
+            if key[0] in order:
                 said = f"{-result['test']:.3f}" if result["test"] is not None else "diverged"
                 rose = f"{result['docs'] - base['docs']:+.2f}" if result["docs"] is not None else ""
                 found.setdefault(key, {})[run["task"]] = f"{said} ({rose})"
@@ -173,10 +199,15 @@ def longer_table(results: Results, family: str) -> str:
     return table(heading, rows) if more else ""
 
 
-KIN_VARIANTS = (
-    "lora", "rand, one mask", "rand 16, one mask", "wm, one mask", "lora, a third of the rate",
-    "rand 16, one mask, a third of the rate",
-)  # fmt: skip
+KIN = ("lora", "rand, one mask", "rand 16, one mask", "wm, one mask")
+RATES_OF_KIN = ("", f", {fusion.SPARED}", *(f", {slower}" for slower in fusion.SLOWER))
+
+
+def kin_variants(family: str) -> list[str]:
+    """What the table shows: every rate where there are few ways to train, the best one where there are many."""
+    if family not in fusion.CHOSEN:
+        return list(KIN)
+    return [*(f"{name}{rate}" for name in KIN for rate in RATES_OF_KIN), f"rand 16, disjoint, {fusion.SPARED}"]
 
 
 def kin_table(results: Results, *families: str) -> str:
@@ -185,7 +216,7 @@ def kin_table(results: Results, *families: str) -> str:
     for family in filter(results.has, families):
         fused = Fused(results, family)
         for group in fused.groups():
-            for variant in filter(KIN_VARIANTS.__contains__, fused.variants()):
+            for variant in filter(fused.variants().__contains__, kin_variants(family)):
                 if runs := fused.runs.get((group, variant)):
                     alpha = fused.alpha((group, variant))
                     alone = [mean(run["single"]["test"]) for run in runs]
@@ -227,6 +258,7 @@ LANGUAGE: dict[str, Callable[..., str]] = {
     "ahead": ahead_table,
     "exact": exact_table,
     "forgotten": forgotten_table,
+    "matched": matched_table,
     "by-rate": by_rate_table,
     "cost": cost_table,
     "board": board_table,

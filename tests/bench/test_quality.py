@@ -79,8 +79,8 @@ def test_every_experiment_runs_and_the_report_tells_it(tiny, tmp_path):
     assert (tiny.folder / f"{FAMILY}.jsonl").read_bytes() == kept
 
     results = Results(tiny.folder, seeds=2)
-    template = (report.HERE / "page.md").read_text()
-    names = [match.split() for match in re.findall(r"^\{\{(.+?)\}\}$", template, flags=re.MULTILINE)]
+    template = "".join(path.read_text() for path in report.TEMPLATES.glob("*.md"))
+    names = [match.split() for match in re.findall(r"\{\{(.+?)\}\}", template)]
     assert {name for name, *_ in names} <= set(report.MAKERS)
     for name in sorted(set(report.MAKERS) - {"plot", "style", *LANGUAGE} - (set(SENTENCES) - set(SAID))):
         arguments = {"compared": ["granules"], "front": ["switch"], "switching": []}.get(name, [])
@@ -290,11 +290,9 @@ def kept():
     return Results()
 
 
-def test_the_page_is_what_the_results_say(kept):
-    template = (report.HERE / "page.md").read_text(encoding="utf-8")
-    assert report.PAGE.read_text(encoding="utf-8") == report.page(template, kept), (
-        "python -m benchmarks.quality.report writes it"
-    )
+def test_the_pages_are_what_the_results_say(kept):
+    for path, text in report.pages(kept).items():
+        assert path.read_text(encoding="utf-8") == text, "python -m benchmarks.quality.report writes it"
     text = report.README.read_text(encoding="utf-8")
     assert report.readme(text, kept) == text
     assert all(text.count(mark) == 1 for mark in report.MARKS)
@@ -302,7 +300,7 @@ def test_the_page_is_what_the_results_say(kept):
 
 def test_no_figure_of_the_verdict_is_typed():
     """Its figures are in tables made of the results; the prose names no measured figure."""
-    template = (report.HERE / "page.md").read_text(encoding="utf-8")
+    template = (report.TEMPLATES / report.FIRST).read_text(encoding="utf-8")
     _, _, rest = template.partition("## Verdict")
     section, found, _ = rest.partition("## How it was measured")
     assert found
@@ -322,18 +320,24 @@ def test_the_verdict_takes_the_mask_that_validation_prefers(kept):
     assert gain.startswith(f"{100 * (sum(ours) - sum(lora)) / len(lora):+.1f} ±")
 
 
-def test_the_links_of_the_page_lead_to_its_headings():
-    text = report.PAGE.read_text(encoding="utf-8")
-    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
-    slugs = {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
-    links = re.findall(r"\]\(#([^)]+)\)", text)
-    assert links
-    assert set(links) <= slugs
-    levels = [len(mark) for mark in re.findall(r"^(#+) ", text, flags=re.MULTILINE)]
-    assert levels[0] == 1
-    assert all(1 < now <= before + 1 for before, now in itertools.pairwise(levels))
-    for image in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
-        assert (report.PAGE.parent / image).exists()
+def test_the_links_of_the_pages_lead_to_their_headings():
+    def slugs(path):
+        headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+    pages, followed = [report.place(path) for path in report.TEMPLATES.glob("*.md")], 0
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for image, link in re.findall(r"(!?)\[[^]]*\]\(([^)]+)\)", text):
+            file, _, heading = link.partition("#")
+            target = (page.parent / file).resolve() if file else page
+            assert target.exists(), link
+            assert image or (target in pages and (not heading or heading in slugs(target))), link
+            followed += 1
+        levels = [len(mark) for mark in re.findall(r"^(#+) ", text, flags=re.MULTILINE)]
+        assert levels[0] == 1
+        assert all(1 < now <= before + 1 for before, now in itertools.pairwise(levels))
+    assert followed > 20
 
 
 def test_the_front_is_what_the_results_say(kept):
