@@ -20,6 +20,9 @@ from shira import Adapter
 RATES = tuple(float(f"{digit}e{power}") for power in range(-5, 1) for digit in (1, 3))
 """The learning rates that are tried: 1e-5, 3e-5, ... 3."""
 
+BETWEEN = tuple(float(f"{digit}e{power}") for power in range(-5, 1) for digit in (2, 5))
+"""A rate between each of `RATES` and the next."""
+
 FAILED = -1e9  # the score of a run that diverged: worse than every other, but finite, so that means exist
 
 SLOWER = {"minilm": 1, "gpt-s": 1, "gpt-m": 1, "gpt-l": 1, "smollm2": 1, "rl": 1, "style": 1}
@@ -171,6 +174,15 @@ class Lab:
         scores = self._search(setting)
         best = max(scores.values())[0]
         return RATES[min(at for at, (validation, _) in scores.items() if validation >= best - UNSTEADY)]
+
+    def refined(self, setting: Setting) -> float:
+        """The better of the best rate and the two `BETWEEN` it and its neighbours, at the first seed."""
+        best = RATES.index(self.searched(setting))
+        scores = {}
+        for rate in (RATES[best], *BETWEEN[max(0, best - 1) : best + 1]):
+            found = self.train(setting, rate, self.seeds[0])["validation"]
+            scores[rate] = FAILED if found is None else found
+        return max(scores, key=scores.__getitem__)
 
     def _search(self, setting: Setting) -> dict[int, tuple[float, float]]:
         """Validation score and minus the loss at the first seed, by the number of the rate.

@@ -62,12 +62,11 @@ def jobs(family: str, seeds: int) -> list[Job]:
         for seed in range(min(seeds, COSTLY[family])):
             for setting in longer(family) if family in LONG else ():
                 found.append(Job(0.15 + 0.01 * seed, 1, lambda lab, one=setting, seed=seed: longer_run(lab, one, seed)))  # type: ignore[misc]
-            for setting in sparing(family):
+            for setting in closely(family):
                 found.append(Job(0.15 + 0.01 * seed, 1, lambda lab, one=setting, seed=seed: spared_run(lab, one, seed)))  # type: ignore[misc]
-            for setting, lr in between(family):
                 found.append(
-                    Job(0.15 + 0.01 * seed, 1, lambda lab, one=setting, lr=lr, seed=seed: lab.train(one, lr, seed))  # type: ignore[misc]
-                )
+                    Job(0.16 + 0.01 * seed, 1, lambda lab, one=setting, seed=seed: refined_run(lab, one, seed))
+                )  # type: ignore[misc]
         return found
     found += [study(rank_of(setting.method), setting, seeds) for setting in settings]
     found += [study(0.8, setting, seeds) for setting in longer(family)]
@@ -119,23 +118,22 @@ def longer_run(lab: Lab, setting: Setting, seed: int) -> dict[str, Any]:
     return lab.train(setting, lab.tuned(replace(setting, steps=None)), seed)
 
 
-def sparing(family: str) -> list[Setting]:
-    """What is compared at the lowest rate that is as good as the best one, for what is forgotten there."""
-    r = rank(family)
-    several = (Shira("rand", r=r), Shira("rand", r=r, granule=16), Lora(r))
-    return [Setting(name, method) for name in tasks(family) for method in several] if family in LONG else []
+def closely(family: str) -> list[Setting]:
+    """What is compared at two more rates: the lowest that is as good as the best one, for what is forgotten there, and
+    the best of a finer search."""
+    return [Setting(name, method) for name in tasks(family) for method in close(rank(family))] if family in LONG else []
+
+
+def close(r: int) -> tuple[Method, ...]:
+    return Shira("rand", r=r), Shira("rand", r=r, granule=16), Lora(r)
 
 
 def spared_run(lab: Lab, setting: Setting, seed: int) -> dict[str, Any]:
     return lab.train(setting, lab.spared(setting), seed)
 
 
-def between(family: str) -> list[tuple[Setting, float]]:
-    """Rates between the steps of the search, on the task on which SHiRA and LoRA differ most: is it the steps?"""
-    if family not in LONG:
-        return []
-    rates = {Lora(rank(family)): (0.005,), Shira("rand", r=rank(family), granule=16): (0.02, 0.05)}
-    return [(Setting(f"{family}/pirate", method), lr) for method, found in rates.items() for lr in found]
+def refined_run(lab: Lab, setting: Setting, seed: int) -> dict[str, Any]:
+    return lab.train(setting, lab.refined(setting), seed)
 
 
 CALIBRATIONS = (1, 8, 31)
