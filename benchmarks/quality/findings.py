@@ -75,6 +75,10 @@ class Results:
         """The same at a rate that was found otherwise."""
         return self._done(setting.task, lambda seed: self.lab.train(setting, lr, seed))
 
+    def refined(self, setting: Setting) -> list[dict[str, Any]] | None:
+        """The results of every seed at the rate of the finer search."""
+        return self._done(setting.task, lambda seed: single.refined_run(self.lab, setting, seed))
+
     def by_rate(self, setting: Setting) -> dict[float, list[dict[str, Any]]]:
         """The results at every rate that was tried, those that diverged aside, from the lowest on."""
         asked, found = setting.run(0.0, 0), dict[float, list[dict[str, Any]]]()

@@ -99,6 +99,28 @@ def matched_table(results: Results, family: str) -> str:
     return table(["method", *map(what, names), "mean"], rows) if rows else ""
 
 
+def refined_table(results: Results, family: str) -> str:
+    """The finer search: the rate and the loss, in brackets by how much the method is ahead of LoRA."""
+    r, rows = single.rank(family), []
+    for method in single.close(r):
+        cells, by = [], []
+        for name in tasks.tasks(family):
+            ours, theirs = (results.refined(Setting(name, one)) for one in (method, Lora(r)))
+            if not ours:
+                cells.append("")
+                continue
+            scores = [one["test"] for one in ours]
+            told = f"{results.lab.refined(Setting(name, method)):g}: {spread(family, scores)}"
+            if theirs and method != Lora(r):
+                by.append(gains(scores, [one["test"] for one in theirs]))
+                told += f" ({difference(family, by[-1])})"
+            cells.append(told)
+        if any(cells):
+            every = [gain for some in by for gain in some] if len(by) == len(cells) else []
+            rows.append([label(method), *cells, difference(family, every) if every else ""])
+    return table(["method", *map(what, tasks.tasks(family)), "ahead of LoRA, all"], rows) if rows else ""
+
+
 def by_rate_table(results: Results, family: str) -> str:
     """The loss on each task by the rate (first seed), and the rise of the loss on the reference beside it."""
     names = list(tasks.tasks(family))
@@ -259,6 +281,7 @@ LANGUAGE: dict[str, Callable[..., str]] = {
     "exact": exact_table,
     "forgotten": forgotten_table,
     "matched": matched_table,
+    "refined": refined_table,
     "by-rate": by_rate_table,
     "cost": cost_table,
     "board": board_table,
