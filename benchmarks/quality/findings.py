@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.quality import tasks
 from benchmarks.quality.experiments import fusion, masks, single, size
-from benchmarks.quality.lab import COSTLY, Lab, Setting, Stop, family_of
+from benchmarks.quality.lab import COSTLY, UNSTEADY, Lab, Setting, Stop, family_of
 from benchmarks.quality.methods import MASKS, Shira
 from benchmarks.quality.store import RESULTS
 
@@ -86,6 +86,16 @@ class Results:
             if {**run, "lr": 0.0, "seed": 0} == asked and result["test"] is not None:
                 found.setdefault(run["lr"], []).append(result)
         return dict(sorted(found.items()))
+
+    def matched(self, setting: Setting, other: Setting) -> tuple[float, list[dict[str, Any]]] | None:
+        """The lowest rate at which a setting is as good as another one at its best rate, to within `UNSTEADY` of the
+        mean validation score, and the results there; of the rates that were run with every seed."""
+        goal, seeds = self.study(other), len(self.lab.seeds_of(setting.task))
+        for rate, runs in self.by_rate(setting).items() if goal else ():
+            scores = [mean(one["validation"] for one in some) for some in (runs, goal or ())]
+            if len(runs) >= seeds and scores[0] >= scores[1] - UNSTEADY:
+                return rate, runs
+        return None
 
     def rate(self, setting: Setting) -> float | None:
         try:

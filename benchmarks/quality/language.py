@@ -3,15 +3,15 @@ side by side on every base."""
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from benchmarks.quality import tasks
 from benchmarks.quality.experiments import cost, fusion, single, trials
 from benchmarks.quality.findings import Fused, Results, gains, mean
-from benchmarks.quality.lab import UNSTEADY, Setting
+from benchmarks.quality.lab import Setting
 from benchmarks.quality.methods import LATER, MASKS, Lora, Shira, from_description
 from benchmarks.quality.rules import rules_table
 from benchmarks.quality.words import NAMES, difference, fusion_name, label, number, share, spread, table, what
@@ -75,28 +75,30 @@ def rise(values: list[float]) -> str:
 
 
 def matched_table(results: Results, family: str) -> str:
-    """What each method forgets where it has learned as much as LoRA at LoRA's best rate: at the lowest rate at which
-    its validation loss is as low, to within `UNSTEADY`. In each cell are the rate, the loss on the task, and how much
-    the loss on the two kinds of other texts rises."""
-    names, rows = list(tasks.tasks(family)), []
-    goals = {name: results.study(Setting(name, Lora(single.rank(family)))) for name in names}
+    """What each method forgets where it has learned as much as LoRA at LoRA's best rate (`Results.matched`). In each
+    cell are the rate, the loss on the task, and how much the loss on the two kinds of other texts rises."""
+    rows = []
     for method in single.methods(family):
         cells, rises = [], []
-        for name in names:
-            found, lora = results.by_rate(Setting(name, method)), goals[name]
-            goal = mean(one["validation"] for one in lora) - UNSTEADY if lora else math.inf
-            enough = [rate for rate, runs in found.items() if mean(one["validation"] for one in runs) >= goal]
-            if enough:
-                runs, base = found[min(enough)], results.lab.base(name)
-                rises.append([mean(one[which] for one in runs) - base[which] for which in FORGOTTEN])
+        for name in tasks.tasks(family):
+            found = results.matched(Setting(name, method), Setting(name, Lora(single.rank(family))))
+            if found:
+                rate, runs = found
+                rises.append(forgotten(results, name, runs))
                 told = "; ".join(f"{one:+.2f}" for one in rises[-1])
-                cells.append(f"{min(enough):g}: {number(family, mean(one['test'] for one in runs))}; {told}")
+                cells.append(f"{rate:g}: {number(family, mean(one['test'] for one in runs))}; {told}")
             else:
-                cells.append("not as low" if found else "")
-        if any(rises):
-            whole = [f"{mean(some):+.2f}" for some in zip(*rises, strict=True)] if len(rises) == len(names) else []
+                cells.append("")
+        if rises:
+            whole = [f"{mean(some):+.2f}" for some in zip(*rises, strict=True)] if len(rises) == len(cells) else []
             rows.append([label(method), *cells, "; ".join(whole)])
-    return table(["method", *map(what, names), "mean"], rows) if rows else ""
+    return table(["method", *map(what, tasks.tasks(family)), "mean"], rows) if rows else ""
+
+
+def forgotten(results: Results, name: str, runs: list[dict[str, Any]]) -> list[float]:
+    """By how much the loss on the other texts rises, of each kind; the mean over the runs."""
+    base = results.lab.base(name)
+    return [mean(one[which] for one in runs) - base[which] for which in FORGOTTEN]
 
 
 def refined_table(results: Results, family: str) -> str:
