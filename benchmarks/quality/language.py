@@ -13,7 +13,7 @@ from benchmarks.quality.experiments import cost, fusion, single, trials
 from benchmarks.quality.findings import Fused, Results, gains, mean
 from benchmarks.quality.lab import Setting
 from benchmarks.quality.methods import LATER, MASKS, Lora, Shira, from_description
-from benchmarks.quality.rules import rules_table
+from benchmarks.quality.rules import multiples_table, rules_table
 from benchmarks.quality.words import NAMES, difference, fusion_name, label, number, share, spread, table, what
 
 
@@ -292,4 +292,5 @@ LANGUAGE: dict[str, Callable[..., str]] = {
     "kin": kin_table,
     "unseen": unseen_table,
     "rules": rules_table,
+    "multiples": multiples_table,
 }

@@ -16,11 +16,11 @@ pytest.importorskip("sklearn", reason="pip install -e '.[test]'")
 pytest.importorskip("peft", reason="pip install -e '.[test]'")
 pytest.importorskip("rich", reason="pip install -e '.[test]'")
 
-from benchmarks.quality import front, methods, report, sentences, store, tables, tasks, verdict
+from benchmarks.quality import front, methods, report, rules, sentences, store, tables, tasks, verdict
 from benchmarks.quality import task as task_module
 from benchmarks.quality.experiments import EXPERIMENTS, fusion, masks, size
 from benchmarks.quality.findings import Fused, Results
-from benchmarks.quality.lab import RATES, Lab, Setting, Stop
+from benchmarks.quality.lab import BETWEEN, RATES, Lab, Setting, Stop
 from benchmarks.quality.language import LANGUAGE
 from benchmarks.quality.methods import Dora, Full, Lora, Shira, from_description, train
 from benchmarks.quality.run import plan
@@ -232,6 +232,48 @@ def test_a_rate_that_some_seeds_fail_at_yields_to_a_lower_one_that_is_better_in_
     steady = Known(lambda lr, seed: peak[lr] - seed / 1000, seeds=range(5))
     assert steady.tune()[0] == 1e-1
     assert (3e-2, 1) not in steady.tried
+
+
+def test_the_lowest_good_rate_and_the_finer_search_start_from_what_was_found():
+    setting = Setting("x/y", Shira(r=1))
+    level = Known(lambda lr, _: {1e-1: -0.20, 3e-2: -0.21, 1e-2: -0.5, 3e-1: -0.19, 1.0: -0.9}[lr])
+    assert (level.searched(setting), level.spared(setting)) == (3e-1, 3e-2)
+    # A lower rate that is clearly worse is not good; one that diverged least of all.
+    steep = Known(lambda lr, _: {1e-1: -0.20, 3e-2: -0.24, 3e-1: None}[lr])
+    assert (steep.searched(setting), steep.spared(setting)) == (1e-1, 1e-1)
+
+    peak = {1e-1: 0.5, 3e-2: 0.4, 3e-1: 0.3, 5e-2: 0.45, 2e-1: 0.6}
+    finer = Known(lambda lr, _: peak[lr])
+    assert (finer.searched(setting), finer.refined(setting)) == (1e-1, 2e-1)
+    assert sorted(finer.tried) == [(lr, 0) for lr in sorted(peak)]
+    assert Known(lambda lr, _: {**peak, 2e-1: None}[lr]).refined(setting) == 1e-1
+    assert [low < one < high for low, one, high in zip(RATES, BETWEEN, RATES[1:], strict=False)] == [True] * 11
+
+
+def test_what_is_forgotten_is_told_where_as_much_was_learned(monkeypatch):
+    """The lowest rate with every seed at which the validation loss is LoRA's at LoRA's best, to within 0.03."""
+    ours, lora = Setting("smollm2/names", Shira("rand", r=4)), Setting("smollm2/names", Lora(4))
+    scores = {3e-3: [-1.0], 1e-2: [-0.9, -1.1, -1.08], 3e-2: [-0.8, -0.9, -0.7], 1e-4: [-2.0, -2.0, -2.0]}
+    runs = [
+        ({**ours.run(lr, seed), **extra}, {"validation": one, "test": one if not extra else 9.0})
+        for lr, several in scores.items()
+        for seed, one in enumerate(several)
+        for extra in ({}, {"steps": 7})
+    ]
+    runs += [(lora.run(1e-3, seed), {"validation": one, "test": one}) for seed, one in enumerate([-1.0, -1.0, -1.0])]
+    results, lora_run = Results(), lora.method.describe()
+    monkeypatch.setattr(results.lab, "store", lambda family: runs)
+    monkeypatch.setattr(results, "study", lambda one: [found for run, found in runs if run["method"] == lora_run])
+    rate, found = results.matched(ours, lora)
+    assert (rate, [one["test"] for one in found]) == (1e-2, scores[1e-2])
+    assert list(results.by_rate(ours)) == sorted(scores)
+    runs[:] = [(run, result) for run, result in runs if run["lr"] not in (1e-2, 3e-2)]
+    assert results.matched(ours, lora) is None
+
+
+@pytest.mark.parametrize(("times", "expected"), [(1, 3), (3, 3), (10, 2), (100, 1)])
+def test_within_a_step_of_so_many_times_the_rate(times, expected):
+    assert rules.within([1.0, 1 / 3, 3.3, 10.0, 100.0], times) == expected
 
 
 def test_results_survive_a_cut_line(tmp_path):
