@@ -110,9 +110,11 @@ def trainings_table(lab: Lab) -> str:
                     percent([statistics.fmean(one) for one in zip(*(at(a, alpha) for a in alone), strict=True)])
                 )
             cells += [percent(at(both, alpha)) for alpha in ALPHAS if alpha > 0.5]
+            cells += [percent(at(both, ALPHAS[-1], what)) for what in ("concept", "style")]
             rows.append([training.name, label(method), *cells])
     heading = ["training", "method", "change", "alone, α 0.5", "alone, α 1"]
-    return table([*heading, *(f"fused, α {alpha:g}" for alpha in ALPHAS if alpha > 0.5)], rows) if rows else ""
+    heading += [f"fused, α {alpha:g}" for alpha in ALPHAS if alpha > 0.5]
+    return table([*heading, *(f"{what} there" for what in ("the digit", "the styles"))], rows) if rows else ""
 
 
 def sizes_table(lab: Lab) -> str:
