@@ -122,6 +122,11 @@ class Results:
         """The results of a group of adapters switched on together, one for each seed."""
         return self._done(group[0], lambda seed: fusion.fused(self.lab, group, variant, seed))
 
+    def balanced(self, group: Sequence[str], variant: fusion.Variant) -> dict[str, Any] | None:
+        """The same, each adapter at a strength of its own; the first seed alone."""
+        found = self._done(group[0], lambda seed: fusion.balanced(self.lab, group, variant, seed))
+        return found[0] if found else None
+
     def transferred(self, setting: Setting, names: list[str]) -> list[dict[str, float]] | None:
         """Test scores on the tasks of the family, for each seed."""
         try:
@@ -297,10 +302,13 @@ class Fused:
     def __init__(self, results: Results, family: str) -> None:
         self.family, self.results = family, results
         self.runs: dict[tuple[tuple[str, ...], str], list[dict[str, Any]]] = {}
+        self.balanced: dict[tuple[tuple[str, ...], str], dict[str, Any]] = {}
         for group in fusion.groups(family):
             for variant in fusion.variants(family, len(group)):
                 if found := results.fused(group, variant):
                     self.runs[group, variant.name] = found
+                    if family in fusion.CHOSEN and (one := results.balanced(group, variant)):
+                        self.balanced[group, variant.name] = one
 
     def alpha(self, key: tuple[tuple[str, ...], str], merge: str = "sum") -> str:
         """The strength with the best validation score, over all seeds and tasks."""
@@ -311,12 +319,12 @@ class Fused:
 
     def kept(self, key: tuple[tuple[str, ...], str], merge: str, alpha: str) -> list[float]:
         """The share that is left of what the adapters gain alone over the base, all tasks together; for each seed."""
-        bases = [self.results.base(name) or 0.0 for name in key[0]]
-        shares = []
-        for result in self.runs[key]:
-            together, alone = result["together"][merge][alpha]["test"], result["single"]["test"]
-            shares.append((sum(together) - sum(bases)) / (sum(alone) - sum(bases)))
-        return shares
+        found = self.runs[key]
+        return [self.left(key[0], one["together"][merge][alpha]["test"], one["single"]["test"]) for one in found]
+
+    def left(self, group: tuple[str, ...], together: Sequence[float], alone: Sequence[float]) -> float:
+        base = sum(self.results.base(name) or 0.0 for name in group)
+        return (sum(together) - base) / (sum(alone) - base)
 
     def variants(self) -> list[str]:
         return list(dict.fromkeys(variant for _, variant in self.runs))

@@ -236,7 +236,7 @@ def kin_variants(family: str) -> list[str]:
 
 def kin_table(results: Results, *families: str) -> str:
     """What is left of several adapters on one model, from unrelated tasks to related ones, and what the metrics say."""
-    rows = []
+    rows, weighed = [], any(family in fusion.CHOSEN for family in families)
     for family in filter(results.has, families):
         fused = Fused(results, family)
         for group in fused.groups():
@@ -251,10 +251,22 @@ def kin_table(results: Results, *families: str) -> str:
                     rows.append([
                         " + ".join(map(what, group)), fusion_name(variant), f"{len(runs)}", spread(family, alone),
                         *(f"{spread(family, scores)} ({left} %)" for scores, left in zip(together, kept, strict=True)),
-                        alpha, *(f"{mean(one):.3g}" for one in numbers), f"{disturbed:.2f}",
+                        alpha, *([own_strengths(fused, (group, variant))] if weighed else []),
+                        *(f"{mean(one):.3g}" for one in numbers), f"{disturbed:.2f}",
                     ])  # fmt: skip
     heading = ["tasks", "adapters", "seeds", "alone", "all on at strength 1", "at the best strength", "which is"]
+    heading += ["each at its own"] if weighed else []
     return table([*heading, "overlap", "AWOR", "AWOM", "interference"], rows) if rows else ""
+
+
+def own_strengths(fused: Fused, key: tuple[tuple[str, ...], str]) -> str:
+    """The loss with every adapter at a strength of its own, what is left, and these strengths (first seed)."""
+    found = fused.balanced.get(key)
+    if found is None:
+        return ""
+    left = fused.left(key[0], found["test"], fused.runs[key][0]["single"]["test"])
+    strengths = ", ".join(f"{one:g}" for one in found["strengths"])
+    return f"{number(fused.family, mean(found['test']))} ({100 * left:.0f} %) at {strengths}"
 
 
 def unseen_table(results: Results, *families: str) -> str:

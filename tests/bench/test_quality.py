@@ -119,6 +119,35 @@ def test_large_models_fuse_at_few_strengths_and_the_report_tells_it(tiny, monkey
     assert tables.fusion_table(results, FAMILY).count("SHiRA-Rand") == 4
 
 
+def test_every_adapter_gets_a_strength_of_its_own(tiny, monkeypatch):
+    group = tuple(tasks.tasks(FAMILY))[:2]
+    monkeypatch.setitem(fusion.CHOSEN, FAMILY, (tuple(name.partition("/")[2] for name in group),))
+    monkeypatch.setattr(fusion, "LARGE", (*fusion.LARGE, FAMILY))
+    monkeypatch.setattr(fusion, "FEW_ALPHAS", (0.5, 1.0))
+    monkeypatch.setattr(fusion, "SAMPLE", 1)
+    variant = fusion.variants(FAMILY, 2)[0]
+    found = fusion.balanced(tiny, group, variant, 0)
+    together = fusion.fused(tiny, group, variant, 0)["together"]["sum"]
+    assert sum(found["validation"]) >= max(sum(one["validation"]) for one in together.values())
+
+    # What was kept is what two adapters at these strengths score.
+    settings = [Setting(name, method) for name, method in zip(group, variant.methods, strict=True)]
+    model = tasks.task(group[0]).base()
+    switcher = Switcher(model)
+    for setting in settings:
+        switcher.add(setting.task, tiny.adapter(setting, tiny.tuned(setting), 0))
+    switcher.activate(dict(zip(group, found["strengths"], strict=True)))
+    assert [tasks.task(name).score(model, "test") for name in group] == pytest.approx(found["test"], abs=1e-6)
+
+
+def test_strengths_are_climbed_one_step_at_a_time():
+    def near(at):
+        return -sum((a - b) ** 2 for a, b in zip(at, (5, 0, 3), strict=True))
+
+    assert fusion.climbed([2, 2, 2], near)[0] == [5, 0, 3]
+    assert fusion.climbed([0, 5], lambda at: 0.0) == ([0, 5], 3)
+
+
 def test_what_was_not_run_is_said(tmp_path):
     text = report.page("before\n{{single digits-mlp}}\nafter", Results(tmp_path))
     assert text == "before\n*Not yet run.*\nafter"
