@@ -528,10 +528,7 @@ def _check_export(sites: Sequence[tuple[Site, nn.Module | None]]) -> None:
 
 
 def _follow(sites: Sequence[tuple[Site, nn.Module | None]], whole: bool, module: nn.Module) -> None:
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "SparseTuner: values are written into weights, which torch.func cannot follow; use torch.autograd"
-        )
+    refuse_transforms()
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         if torch.is_grad_enabled() and any(site.trained(owner or module)[1].requires_grad for site, owner in sites):
             raise RuntimeError(
@@ -641,6 +638,13 @@ def _is_functional() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def refuse_transforms() -> None:
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "SparseTuner: values are written into weights, which torch.func cannot follow; use torch.autograd"
+        )
 
 
 def refuse_replaced(name: str) -> None:
