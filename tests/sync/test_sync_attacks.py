@@ -501,3 +501,24 @@ def test_a_folder_with_turns_and_forks(tmp_path: Path) -> None:
     versions.append(again.version)
     assert folder.since(versions[0])[-1].end == again.version
     assert folder.since(versions[2])[-1].end == again.version
+
+
+def test_files_that_are_deleted_while_the_folder_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, folder = model_of(), Folder(tmp_path)
+    publisher = Publisher(trained)
+    versions, paths = [publisher.version], []
+    for _ in range(3):
+        disturb(trained)
+        paths.append(folder.put(publisher.publish()))
+        versions.append(publisher.version)
+    listed = os.listdir
+
+    def then_deleted(path: Path) -> list[str]:
+        names = listed(path)
+        paths[0].unlink(missing_ok=True)
+        return names
+
+    monkeypatch.setattr("shira.sync.folder.os.listdir", then_deleted)
+    assert [update.end for update in folder.since(versions[1])] == versions[2:]
+    assert folder.since(versions[0]) == []
+    assert not folder.knows(versions[0])
