@@ -316,7 +316,9 @@ def put(target: Target, holders: Sequence[nn.Module], rules: Sequence[str | None
     _, values = site.trained(owner)
     weight: nn.Parameter | None = _held(owner, site.attribute)  # of an overlay, whatever the module has
     owner.__dict__.setdefault(SITES, {})[site.attribute] = site
-    site.values_ref, site.weight_ref = weakref.ref(values), None if weight is None else weakref.ref(weight)
+    site.values_ref = weakref.ref(values)
+    # torch moves quantized weights by `swap_tensors`, which refuses tensors with weak references.
+    site.weight_ref = None if weight is None or site.overlay else weakref.ref(weight)
     known[values] = target
     target.handles.append(values.register_post_accumulate_grad_hook(partial(_came, target)))
     if site.dense and weight is not None:
