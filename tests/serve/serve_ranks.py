@@ -262,6 +262,13 @@ def all_or_nothing(mesh: DeviceMesh) -> None:
     said = refused(lambda: switcher.activate("ab"[rank]))
     says(said, "rank 0: activate('a'), rank 1: activate('b'). Make the same calls in the same order on every rank")
     unchanged()
+    # The same call of two Switchers.
+    other = Switcher(shard(net(), mesh))
+    other.add("b", adapter(base, 2))
+    said = refused(lambda: (switcher, other)[rank].activate("b"))
+    says(said, "the ranks did not agree on what to do, and nothing has changed on any: each has what it had before. "
+               "rank 0: Switcher number ", "They are numbered as they were made for these ranks")  # fmt: skip
+    unchanged()
     # Too little room on one rank.
     switcher.budget = 8000 if rank == 1 else None
     said = refused(lambda: switcher.activate({"a": 1.0, "b": 1.0}))
