@@ -34,7 +34,10 @@ UNSTEADY = 0.03
 first seed may have been luck."""
 
 COSTLY = {"smollm2": 3, "smollm2-kin": 3, "rl": 3}
-"""Families whose runs take long: every figure has at most so many seeds, and unsteady rates are not searched again."""
+"""Families whose runs take long: every figure has at most so many seeds, and a rate is searched again only where some
+seeds fail at it (`FAILING`)."""
+FAILING = 0.5
+"""The standard deviation of validation scores over seeds above which some of the runs have failed."""
 
 
 KEPT = ("style",)
@@ -149,10 +152,13 @@ class Lab:
         trained with all of them too, and the better mean validation score decides.
         """
         lr = self.searched(setting)
+        limit = UNSTEADY
         if family_of(setting.task) in COSTLY:
-            return lr
+            store, limit = self.store(family_of(setting.task)), FAILING
+            if not all(store.get(setting.run(lr, seed)) for seed in self.seeds_of(setting.task)):
+                return lr  # the first seeds are compared before the others are run
         scores = self._validations(setting, lr)
-        steady = len(scores) == 1 or statistics.pstdev(scores) <= UNSTEADY
+        steady = len(scores) == 1 or statistics.pstdev(scores) <= limit
         if not steady and lr != RATES[0]:
             lower = RATES[RATES.index(lr) - 1]
             if statistics.fmean(self._validations(setting, lower)) > statistics.fmean(scores):

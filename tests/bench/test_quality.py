@@ -17,6 +17,7 @@ pytest.importorskip("peft", reason="pip install -e '.[test]'")
 pytest.importorskip("rich", reason="pip install -e '.[test]'")
 
 from benchmarks.quality import front, methods, report, rules, sentences, store, tables, tasks, verdict
+from benchmarks.quality import lab as lab_module
 from benchmarks.quality import task as task_module
 from benchmarks.quality.experiments import EXPERIMENTS, fusion, masks, size
 from benchmarks.quality.findings import Fused, Results
@@ -261,6 +262,25 @@ def test_a_rate_that_some_seeds_fail_at_yields_to_a_lower_one_that_is_better_in_
     steady = Known(lambda lr, seed: peak[lr] - seed / 1000, seeds=range(5))
     assert steady.tune()[0] == 1e-1
     assert (3e-2, 1) not in steady.tried
+
+
+def test_where_runs_take_long_only_a_rate_that_some_seeds_fail_at_yields(monkeypatch):
+    monkeypatch.setattr(lab_module, "COSTLY", {"x": 3})
+    peak = {3e-2: -0.7, 1e-1: -0.5, 3e-1: -0.9}
+
+    def lab(done, failed):
+        one = Known(lambda lr, seed: failed if (lr, seed) == (1e-1, 2) else peak[lr], seeds=range(5))
+        monkeypatch.setattr(one, "store", lambda family: {run["seed"]: run for run in done})
+        return one
+
+    every = [Setting("x/y", Shira(r=1)).run(1e-1, seed) for seed in range(3)]
+    monkeypatch.setattr(Setting, "run", lambda self, lr, seed: seed)
+    assert lab(every, failed=-4.0).tune()[0] == 3e-2
+    assert lab(every, failed=None).tune()[0] == 3e-2
+    assert lab(every, failed=-0.9).tune()[0] == 1e-1  # seeds that differ, and none that failed
+    waiting = lab(every[:2], failed=-4.0)
+    assert waiting.tune()[0] == 1e-1
+    assert {seed for _, seed in waiting.tried} == {0}
 
 
 def test_the_lowest_good_rate_and_the_finer_search_start_from_what_was_found():
