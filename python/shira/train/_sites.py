@@ -341,12 +341,14 @@ def put(target: Target, holders: Sequence[nn.Module], rules: Sequence[str | None
 
 def become_sharded(target: Target, shard: Sharded, saved: Tensor, values: nn.Parameter) -> None:
     """Go on with a weight that was sharded with its site on it."""
-    site = target.site
+    site, weight = target.site, shard.stored()
     site.shard, site.saved, site.granule = shard, saved, shard.part.granule
     site.indices = shard.part.indices.to("cpu", copy=True)
-    site.values_ref, site.weight_ref = weakref.ref(values), weakref.ref(shard.stored())
+    site.values_ref, site.weight_ref = weakref.ref(values), weakref.ref(weight)
     site.written = None
     known[values] = target
+    if site.dense:
+        target.handles.append(weight.register_post_accumulate_grad_hook(partial(_gathered, target)))
 
 
 def take_off(placed: Sequence[tuple[Site, nn.Module]]) -> None:
