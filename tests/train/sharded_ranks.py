@@ -761,6 +761,13 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
     tuner.parameters()
     with pytest.raises(RuntimeError, match=r"was replaced by another parameter after the tuner was attached"):
         dense(my(mesh))
+    in_part = net()
+    tuner = SparseTuner(in_part, RAND, LINEAR)
+    for block in in_part.blocks:
+        fully_shard(block, mesh=mesh)
+    for call in (lambda: in_part(my(mesh)), tuner.adapter):
+        with pytest.raises(RuntimeError, match=r"up\.weight was replaced by .* After fully_shard of the whole model"):
+            call()
     for seed, more, what in ((rank, 0, "masks"), (0, rank, "base weights")):
         differ = net()
         with torch.no_grad():

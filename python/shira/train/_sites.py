@@ -160,6 +160,8 @@ class Site:
             return *self.shard.tensors(), values
         if not torch.compiler.is_compiling():
             for name, tensor in ((self.name, weight), (self.name + VALUES_SUFFIX, values)):
+                if _shards.is_dtensor(tensor):
+                    refuse_replaced(name)
                 plain = type(tensor) in (nn.Parameter, Tensor) and not _model.is_partitioned(tensor)
                 why = None if plain else _model.foreign(tensor)
                 if why is not None:
