@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import warnings
 from collections.abc import Callable
@@ -90,6 +91,11 @@ def twice(metadata: Any) -> None:
     metadata.state_dict_metadata["up.weight"].chunks[:] = [replace(chunk, sizes=halved)] * 2
 
 
+def without_files(metadata: Any) -> None:
+    for info in metadata.storage_data.values():
+        del info.relative_path
+
+
 def beside(metadata: Any) -> None:
     for info in metadata.storage_data.values():
         info.relative_path = "../" + info.relative_path
@@ -119,6 +125,7 @@ def hostile(metadata: Any) -> None:
     [
         (no_pieces, r"the pieces of up\.weight are not the whole tensor"),
         (twice, r"the pieces of up\.weight are not the whole tensor"),
+        (without_files, r"the metadata cannot be read: AttributeError: .*relative_path"),
         (beside, r"names the file '\.\./__0_0\.distcp', which is not in its folder"),
         (elsewhere, r"names the file 'gone', which is missing"),
         (shifted, r"'\S+' cannot be read: "),
@@ -133,6 +140,15 @@ def test_broken_ones_are_refused(
     with pytest.raises(AdapterError, match=says):
         Adapter.from_difference(base(), tmp_path / "tuned")
     assert "executed" not in capsys.readouterr().out
+
+
+def test_a_pipe_in_place_of_a_file(tmp_path: Path) -> None:
+    """To open one would wait for whoever writes to it."""
+    path = save(tuned(), tmp_path / "tuned") / "__0_0.distcp"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(AdapterError, match=r"__0_0\.distcp: this is a pipe or a device, not a file"):
+        Adapter.from_difference(base(), tmp_path / "tuned")
 
 
 def test_which_model_must_be_clear(tmp_path: Path) -> None:
