@@ -39,7 +39,12 @@ _KNOWN = {
 }  # fmt: skip
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """Of Python's own reader in Python: that in C takes any memory that a few damaged bytes ask for, as for a table of
+    4 billion objects."""
+
+    dispatch = {code: read for code, read in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
+
     def find_class(self, module: str, name: str) -> Any:
         known = name in _KNOWN.get(module, ())
         if not known and not (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
@@ -57,7 +62,7 @@ def find(folder: str, path: str) -> dict[str, Any]:
             metadata = _Unpickler(io.BytesIO(file.read())).load()
         records = {str(key): one for key, one in dict(metadata.state_dict_metadata).items()}
         tensors = {key: one for key, one in records.items() if hasattr(one, "chunks")}
-        found = {key: (tuple(one.size), dtype_name(one.properties.dtype), _covers(one)) for key, one in tensors.items()}
+        found = {key: (tuple(one.size), _dtype_of(one), _covers(one)) for key, one in tensors.items()}
         places = dict(metadata.storage_data)
         files = sorted({str(info.relative_path) for index, info in places.items() if index.fqn in found})
         nested = {key: tuple(map(str, at)) for key, at in dict(metadata.planner_data or {}).items()}
@@ -77,6 +82,13 @@ def find(folder: str, path: str) -> dict[str, Any]:
         _file.check_regular(os.path.join(folder, name))
     names = _of_model(folder, paths)
     return {name: (*found[key][:2], partial(_read, folder, metadata, key)) for key, name in names.items()}
+
+
+def _dtype_of(record: Any) -> str:
+    dtype = record.properties.dtype
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"a dtype must be one of torch's, got {dtype!r:.80}")
+    return dtype_name(dtype)
 
 
 # Where a piece begins and ends in each dimension.
