@@ -11,7 +11,7 @@ import io
 import os
 import pickle
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -43,7 +43,9 @@ class _Unpickler(pickle._Unpickler):
     """Of Python's own reader in Python: that in C takes any memory that a few damaged bytes ask for, as for a table of
     4 billion objects."""
 
-    dispatch = {code: read for code, read in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
+    dispatch: ClassVar[Any] = {
+        code: read for code, read in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         known = name in _KNOWN.get(module, ())
