@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import sys
@@ -146,8 +147,12 @@ class Client:
             engine.finish_weight_update()
 
 
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 @pytest.mark.parametrize("folder", [False, True])
-def test_vllm(vllm: tuple[Any, dict[str, Any]], folder: bool, tmp_path: Path) -> None:
+def test_vllm(vllm: tuple[Any, dict[str, Any]], folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module, registered = vllm
     module.register()
     module.register()  # as vLLM does in one process now and then
@@ -175,6 +180,14 @@ def test_vllm(vllm: tuple[Any, dict[str, Any]], folder: bool, tmp_path: Path) ->
         client.update_weights({"data": None})
         step(trained)
         sender.send()  # both, in one commit
+        assert all(map(equal, served, workers(trained)))
+        # Nor is one lost for which there was no room.
+        step(trained)
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+            patch.setattr("os.replace", full)
+            sender.send()
+        step(trained)
+        sender.send()
         assert all(map(equal, served, workers(trained)))
     else:
         step(trained)
