@@ -23,7 +23,7 @@ from shira._text import AdapterError
 from shira.adapter import _file
 from shira.adapter.adapter import Adapter
 from shira.serve import _agreement, _shelf
-from shira.serve._agreement import Ranks, Step
+from shira.serve._agreement import Caller, Ranks, Step
 from shira.serve._laying import EXPERTS, Biases, Current, Delta, Entrance, Group, Hook, Rows, Selection, Strengths
 from shira.serve._ledger import quiet
 from shira.serve._shelf import Memory, Stored
@@ -162,6 +162,8 @@ class Overlay:
         self._surveyed = False
         # The ranks that compute with parts of the same layers, once they are known.
         self._partnered: tuple[Ranks | None] | None = None
+        self._caller = Caller("Overlay")
+        self._ranks()
         _live.overlays.add(self)
 
     @property
@@ -387,14 +389,14 @@ class Overlay:
     def _ranks(self) -> Ranks | None:
         """The ranks that hold the model together, if it is sharded."""
         _shards.reshard(_shards.fsdp_modules(self.model))
-        return Ranks.of("Overlay", _agreement.meshes_of(self.model.parameters()))
+        return self._caller.ranks(_agreement.meshes_of(self.model.parameters()))
 
     def _partners(self) -> Ranks | None:
         """The ranks that compute with parts of the same layers, and must select the same; None where none do."""
         if self._partnered is None:
             divisions = (spot.division for laid in self._added.values() for spot in laid.shared)
             meshes = [division[0] for division in divisions if division is not None]
-            self._partnered = (Ranks.of("Overlay", meshes),)
+            self._partnered = (self._caller.ranks(meshes),)
         return self._partnered[0]
 
     def _together(
@@ -415,7 +417,7 @@ class Overlay:
             active = self.active
             return f"active is {active}" if active else "no adapter is active"
 
-        return ranks.together("Overlay", _agreement.call(call, arguments, options), lambda: None, state, undo)
+        return ranks.together(self._caller, _agreement.call(call, arguments, options), lambda: None, state, undo)
 
     # ---- selections ----------------------------------------------------------------------------------------------
 
