@@ -42,7 +42,7 @@ def watch_optimizers() -> None:
 def stop_watching() -> None:
     """After a tuner was detached: take the hooks off, if no other is attached."""
     _steps.clear()  # a step may be under way, since hooks and closures may detach
-    if all(target is None for target in known.values()):
+    if all(target is None for target in list(known.data.values())):  # a list, since other threads may attach tuners
         for handle in _handles:
             handle.remove()
         _handles.clear()
@@ -159,7 +159,7 @@ def _write_targets(targets: Sequence[tuple[Tensor, Target]]) -> None:
 def _check_made_after(optimizer: Optimizer) -> None:
     """Refuse an optimizer of parameters that a tuner froze, where no optimizer has the tuner's values: it was made
     before the tuner."""
-    for group in [one for one in groups if not one.served and not one.off]:
+    for group in [one for one in _live.alive(groups) if not one.served and not one.off]:
         held = {id(p): p for of_group in optimizer.param_groups for p in of_group["params"]}
         trained = [site for site in group.sites if id(site.own_weight) in held]
         idle = not any(p.requires_grad for p in held.values())
