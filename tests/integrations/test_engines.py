@@ -212,7 +212,7 @@ def test_vllm(vllm: tuple[Any, dict[str, Any]], folder: bool, tmp_path: Path, mo
 def test_vllm_is_needed_and_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     sys.modules.pop("shira.integrations.vllm", None)
-    with pytest.raises(ImportError, match="needs a vllm that has weight transfer engines"):
+    with pytest.raises(ImportError, match="needs a vLLM that has weight transfer engines"):
         importlib.import_module("shira.integrations.vllm")
 
 
