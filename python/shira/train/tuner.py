@@ -986,7 +986,7 @@ def detach(model: nn.Module) -> None:
     model = _model.unwrap(model)
     modules = list(model.modules())
     inside = {id(module) for module in modules}
-    for tuner in list(_held):
+    for tuner in _live.alive(_held):
         if id(tuner.model) in inside:
             tuner.detach()
         elif any(id(slot.module) in inside for slot in tuner._froze):
