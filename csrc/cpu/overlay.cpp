@@ -36,6 +36,12 @@ constexpr int64_t kExact = int64_t{1} << 50;  // see granule_sums
 template <typename C>
 using Wide = std::conditional_t<std::is_same_v<C, double>, core::Float64, core::Float32>;
 
+// std::memset is as wide as this processor goes.
+template <typename C>
+void clear(C* numbers, int64_t count) {
+  memset(numbers, 0, count * sizeof(C));
+}
+
 // The granules of some rows, sorted by column: those of column c are [starts[c], starts[c + 1]).
 struct Sorted {
   const int32_t* starts;
@@ -147,7 +153,7 @@ class Product {
     const auto x = allocate<C>(problem_.features), sums = allocate<C>(outs);
     const Bits* const from = input_ + token * problem_.features;
     vector_loop(problem_.features, [from, to = x.get()](int64_t i) { to[i] = W::load(from[i]); });
-    std::fill_n(sums.get(), outs, C{0});
+    clear(sums.get(), outs);
     if (across) {
       const int64_t first = mask_.row_start(begin) / problem_.granule;
       const int64_t count = mask_.row_start(end) / problem_.granule - first;
@@ -339,8 +345,9 @@ class Product {
     // Columns are packed in whole granules and, if they are many, whole registers.
     const int64_t wide = std::min(problem_.features, std::lcm(granule, kLanesMost));
     const auto own = allocate<C>((sorted.kept ? share.count : share.longest) * granule);
-    const auto x = allocate<C>(wide * depth), turned = allocate<C>(kRows * depth), sums = allocate<C>(tall * depth);
-    std::fill_n(sums.get(), tall * depth, C{0});
+    const auto x = allocate<C>(wide * depth), turned = allocate<C>(kRows * kLanesMost),
+               sums = allocate<C>(tall * depth);
+    clear(sums.get(), tall * depth);
     std::vector<Bits> room;
     for (int64_t first = 0; first < tokens.count; first += most) {
       const Tokens some = tokens.part(first, std::min(most, tokens.count - first));
@@ -351,8 +358,12 @@ class Product {
         kernel_.columns[depth > kernel_.lanes](sorted, column / granule, (column + columns) / granule, granule, values_,
                                                first == 0, own.get(), x.get(), sums.get());
       }
-      turn_back(outputs(some), share.begin, tall, depth, sums.get(), turned.get());
-      std::fill_n(sums.get(), tall * depth, C{0});
+      const std::vector<Bits*> places = outputs(some);
+      for (int64_t row = 0; row < tall; row += kRows) {
+        const int64_t count = std::min(kRows, tall - row);
+        turn_back(places, share.begin + row, count, depth, sums.get() + row * depth, turned.get());
+        clear(sums.get() + row * depth, count * depth);  // for the next tokens, while they are in L1
+      }
     }
   }
 
@@ -368,7 +379,7 @@ class Product {
       pack(some, depth, pairs && log > 0, x.get());
       const std::vector<Bits*> places = outputs(some);
       torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-        const auto sums = allocate<C>(kRows * depth), turned = allocate<C>(kRows * depth);
+        const auto sums = allocate<C>(kRows * depth), turned = allocate<C>(kRows * kLanesMost);
         Numbers numbers;
         for (int64_t row = begin * kRows; row < std::min(problem_.out_features, end * kRows); row += kRows) {
           const int64_t count = std::min(kRows, problem_.out_features - row);
@@ -389,7 +400,7 @@ class Product {
     std::vector<Bits> room;
     const Bits* const from = gathered(tokens, room);
     const auto x = allocate<C>(kRows * depth), sums = allocate<C>(problem_.out_features * depth);
-    std::fill_n(sums.get(), problem_.out_features * depth, C{0});
+    clear(sums.get(), problem_.out_features * depth);
     Numbers numbers;
     with_loops([&](const auto& loops, auto walk) {
       for (int64_t row = 0; row < problem_.features; row += kRows) {
@@ -399,18 +410,21 @@ class Product {
         loops.spread[log](walk(numbers.first), row, count, own, x.get(), sums.get());
       }
     });
-    const auto turned = allocate<C>(kRows * depth);
+    const auto turned = allocate<C>(kRows * kLanesMost);
     turn_back(outputs(tokens), 0, problem_.out_features, depth, sums.get(), turned.get());
   }
 
-  // Writes outputs [first, first + count) of packed tokens, whose sums are transposed back.
+  // Writes outputs [first, first + count) of packed tokens, whose sums are transposed back: in tiles that stay in L1.
   void turn_back(const std::vector<Bits*>& places, int64_t first, int64_t count, int64_t depth, const C* sums,
                  C* turned) const {
     const auto tokens = static_cast<int64_t>(places.size());
     for (int64_t row = 0; row < count; row += kRows, sums += kRows * depth) {
       const int64_t tall = std::min(kRows, count - row);
-      kernel_.turn(reinterpret_cast<const typename Wide<C>::Bits*>(sums), depth, tall, tokens, turned, kRows);
-      kernel_.finish[adds_](places.data(), tokens, first + row, tall, alpha_, turned, kRows);
+      for (int64_t token = 0; token < tokens; token += kLanesMost) {
+        const int64_t wide = std::min(kLanesMost, tokens - token);
+        kernel_.turn(reinterpret_cast<const typename Wide<C>::Bits*>(sums + token), depth, tall, wide, turned, kRows);
+        kernel_.finish[adds_](places.data() + token, wide, first + row, tall, alpha_, turned, kRows);
+      }
     }
   }
 

@@ -251,7 +251,8 @@ void granule_sums(const I* indices, int64_t n, int64_t granule, int64_t a_row, d
 }
 
 // One token, with single entries: lane k sums entries k, k + kLanes, ... of a row, and then the lanes are summed.
-// `sums` has rows [first, first + count).
+// `sums` has rows [first, first + count). Where a row ends is known when its entries have been read, and only then can
+// the next begin: so kGroup parts of the rows are read side by side.
 template <typename Registers, typename V, typename I>
 SHIRA_TARGET void entry_sums(const I* indices, int64_t n, int64_t columns, int64_t first, int64_t count,
                              const typename V::Bits* values, const typename Registers::Value* x,
@@ -265,28 +266,32 @@ SHIRA_TARGET void entry_sums(const I* indices, int64_t n, int64_t columns, int64
   std::copy(indices + tail, indices + n, last);
   std::copy(values + tail, values + n, last_values);
 
+  const int64_t tall = (count + kGroup - 1) / kGroup;
+  int64_t entries[kGroup];
+  for (int64_t k = 0; k < kGroup; ++k)
+    entries[k] = std::lower_bound(indices, indices + n, (first + std::min(count, k * tall)) * columns) - indices;
   typename Registers::Register sum[kGroup];
   typename Registers::Value total[kGroup];
-  int64_t entry = 0;
-  for (int64_t row = 0; row < count; row += kGroup) {
-    const int64_t here = std::min<int64_t>(kGroup, count - row);
+  for (int64_t row = 0; row < tall; ++row) {
+    const int64_t parts = std::min<int64_t>(kGroup, (count - row + tall - 1) / tall);  // that have so many rows
     for (int k = 0; k < kGroup; ++k) sum[k] = Registers::zero();
-    for (int64_t k = 0; k < here; ++k) {
-      const int64_t start = (first + row + k) * columns;
+    for (int64_t k = 0; k < parts; ++k) {
+      const int64_t start = (first + k * tall + row) * columns;
+      int64_t entry = entries[k];
       for (;;) {
         const bool inside = entry + kLanes <= n;
         const I* const at = inside ? indices + entry : last + (entry - tail);
         const auto* const own = inside ? values + entry : last_values + (entry - tail);
         const int64_t taken = Registers::add_entries(at, start, columns, Source<V>{own}, x, sum[k]);
         if (taken < kLanes) {
-          entry += taken;
+          entries[k] = entry + taken;
           break;
         }
         entry += kLanes;  // a number, so that the next entries do not wait for `taken`
       }
     }
     Registers::sum(sum, total);
-    std::copy_n(total, here, sums + row);
+    for (int64_t k = 0; k < parts; ++k) sums[k * tall + row] = total[k];
   }
 }
 
