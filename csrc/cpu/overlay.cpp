@@ -5,9 +5,9 @@
 // packed column, and a row's sums stay in registers (transposed: the packed row). Granules are sorted by column first:
 // a few columns are packed at a time, stay in the first-level cache, and are used by all their granules.
 //
-// A single token is not packed: it stays in L1, where the walk reads its numbers. Its sums have the same order. With
-// few tokens per adapter, single entries and granules that fill registers are summed across lanes: another order, so
-// the shapes alone decide.
+// A single token is not packed: it stays in L1, where the walk reads its numbers. Its sums have the same order, except
+// where few tokens per adapter make single entries and granules that fill registers be summed across lanes: the shapes
+// alone decide.
 #include "../ops/overlay.h"
 
 #include <numeric>
