@@ -72,5 +72,5 @@
   m.def("sparse_linear(Tensor input, Tensor indices, Tensor values, int out_features, *, bool transposed=False, "     \
         "int granule=1) -> Tensor");                                                                                  \
   m.def("sparse_linear_add_(Tensor(a!) output, Tensor input, Tensor[] indices, Tensor[] values, Tensor adapters, "    \
-        "Tensor alphas, *, bool transposed=False, int granule=1) -> ()")
+        "Tensor alphas, int granule=1, *, bool transposed=False) -> ()")
 // clang-format on

@@ -760,9 +760,9 @@ def sparse_linear_add_(
     values: Sequence[Tensor],
     adapters: Tensor,
     alphas: Tensor,
+    granule: int = 1,
     *,
     transposed: bool = False,
-    granule: int = 1,
 ) -> None:
     """Lays adapters over a layer that is never written: adds to each token's output what its adapter's delta gives.
 
@@ -792,4 +792,4 @@ def sparse_linear_add_(
             sums = input.view(-1, n)[rows].to(compute) @ weight.T
             output.view(-1, m)[rows] = (output.view(-1, m)[rows].to(compute) + alphas[k] * sums).to(output.dtype)
     """
-    _sparse_linear_add_(output, input, indices, values, adapters, alphas, transposed=transposed, granule=granule)
+    _sparse_linear_add_(output, input, indices, values, adapters, alphas, granule=granule, transposed=transposed)

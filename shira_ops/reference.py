@@ -935,9 +935,9 @@ def sparse_linear_add_(
     values: Sequence[Tensor],
     adapters: Tensor,
     alphas: Tensor,
+    granule: int = 1,
     *,
     transposed: bool = False,
-    granule: int = 1,
 ) -> None:
     out_features, tokens = output.shape[-1], adapters.numel()
     rows, given = output.view(tokens, out_features), input.view(tokens, input.shape[-1])

@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.quality import tasks
 from benchmarks.quality.experiments import fusion, masks, single, size
-from benchmarks.quality.lab import COSTLY, Lab, Setting, Stop, family_of
+from benchmarks.quality.lab import COSTLY, UNSTEADY, Lab, Setting, Stop, family_of
 from benchmarks.quality.methods import MASKS, Shira
 from benchmarks.quality.store import RESULTS
 
@@ -75,6 +75,28 @@ class Results:
         """The same at a rate that was found otherwise."""
         return self._done(setting.task, lambda seed: self.lab.train(setting, lr, seed))
 
+    def refined(self, setting: Setting) -> list[dict[str, Any]] | None:
+        """The results of every seed at the rate of the finer search."""
+        return self._done(setting.task, lambda seed: single.refined_run(self.lab, setting, seed))
+
+    def by_rate(self, setting: Setting) -> dict[float, list[dict[str, Any]]]:
+        """The results at every rate that was tried, those that diverged aside, from the lowest on."""
+        asked, found = setting.run(0.0, 0), dict[float, list[dict[str, Any]]]()
+        for run, result in self.lab.store(family_of(setting.task)):
+            if {**run, "lr": 0.0, "seed": 0} == asked and result["test"] is not None:
+                found.setdefault(run["lr"], []).append(result)
+        return dict(sorted(found.items()))
+
+    def matched(self, setting: Setting, other: Setting) -> tuple[float, list[dict[str, Any]]] | None:
+        """The lowest rate at which a setting is as good as another one at its best rate, to within `UNSTEADY` of the
+        mean validation score, and the results there; of the rates that were run with every seed."""
+        goal, seeds = self.study(other), len(self.lab.seeds_of(setting.task))
+        for rate, runs in self.by_rate(setting).items() if goal else ():
+            scores = [mean(one["validation"] for one in some) for some in (runs, goal or ())]
+            if len(runs) >= seeds and scores[0] >= scores[1] - UNSTEADY:
+                return rate, runs
+        return None
+
     def rate(self, setting: Setting) -> float | None:
         try:
             return self.lab.tuned(setting)
@@ -99,6 +121,11 @@ class Results:
     def fused(self, group: Sequence[str], variant: fusion.Variant) -> list[dict[str, Any]] | None:
         """The results of a group of adapters switched on together, one for each seed."""
         return self._done(group[0], lambda seed: fusion.fused(self.lab, group, variant, seed))
+
+    def balanced(self, group: Sequence[str], variant: fusion.Variant) -> dict[str, Any] | None:
+        """The same, each adapter at a strength of its own; the first seed alone."""
+        found = self._done(group[0], lambda seed: fusion.balanced(self.lab, group, variant, seed))
+        return found[0] if found else None
 
     def transferred(self, setting: Setting, names: list[str]) -> list[dict[str, float]] | None:
         """Test scores on the tasks of the family, for each seed."""
@@ -275,10 +302,13 @@ class Fused:
     def __init__(self, results: Results, family: str) -> None:
         self.family, self.results = family, results
         self.runs: dict[tuple[tuple[str, ...], str], list[dict[str, Any]]] = {}
+        self.balanced: dict[tuple[tuple[str, ...], str], dict[str, Any]] = {}
         for group in fusion.groups(family):
             for variant in fusion.variants(family, len(group)):
                 if found := results.fused(group, variant):
                     self.runs[group, variant.name] = found
+                    if family in fusion.CHOSEN and (one := results.balanced(group, variant)):
+                        self.balanced[group, variant.name] = one
 
     def alpha(self, key: tuple[tuple[str, ...], str], merge: str = "sum") -> str:
         """The strength with the best validation score, over all seeds and tasks."""
@@ -289,12 +319,12 @@ class Fused:
 
     def kept(self, key: tuple[tuple[str, ...], str], merge: str, alpha: str) -> list[float]:
         """The share that is left of what the adapters gain alone over the base, all tasks together; for each seed."""
-        bases = [self.results.base(name) or 0.0 for name in key[0]]
-        shares = []
-        for result in self.runs[key]:
-            together, alone = result["together"][merge][alpha]["test"], result["single"]["test"]
-            shares.append((sum(together) - sum(bases)) / (sum(alone) - sum(bases)))
-        return shares
+        found = self.runs[key]
+        return [self.left(key[0], one["together"][merge][alpha]["test"], one["single"]["test"]) for one in found]
+
+    def left(self, group: tuple[str, ...], together: Sequence[float], alone: Sequence[float]) -> float:
+        base = sum(self.results.base(name) or 0.0 for name in group)
+        return (sum(together) - base) / (sum(alone) - base)
 
     def variants(self) -> list[str]:
         return list(dict.fromkeys(variant for _, variant in self.runs))

@@ -20,6 +20,9 @@ from shira import Adapter
 RATES = tuple(float(f"{digit}e{power}") for power in range(-5, 1) for digit in (1, 3))
 """The learning rates that are tried: 1e-5, 3e-5, ... 3."""
 
+BETWEEN = tuple(float(f"{digit}e{power}") for power in range(-5, 1) for digit in (2, 5))
+"""A rate between each of `RATES` and the next."""
+
 FAILED = -1e9  # the score of a run that diverged: worse than every other, but finite, so that means exist
 
 SLOWER = {"minilm": 1, "gpt-s": 1, "gpt-m": 1, "gpt-l": 1, "smollm2": 1, "rl": 1, "style": 1}
@@ -161,7 +164,28 @@ class Lab:
         return [FAILED if score is None else score for score in found]
 
     def searched(self, setting: Setting) -> float:
-        """The learning rate with the best validation score at the first seed; of equals, the one with the lower loss.
+        """The learning rate with the best validation score at the first seed; of equals, that with the lower loss."""
+        scores = self._search(setting)
+        return RATES[max(sorted(scores), key=scores.__getitem__)]
+
+    def spared(self, setting: Setting) -> float:
+        """The lowest rate of the search that is as good as the best one, to within `UNSTEADY` of its validation score:
+        what changes less, forgets less and disturbs other adapters less."""
+        scores = self._search(setting)
+        best = max(scores.values())[0]
+        return RATES[min(at for at, (validation, _) in scores.items() if validation >= best - UNSTEADY)]
+
+    def refined(self, setting: Setting) -> float:
+        """The better of the best rate and the two `BETWEEN` it and its neighbours, at the first seed."""
+        best = RATES.index(self.searched(setting))
+        scores = {}
+        for rate in (RATES[best], *BETWEEN[max(0, best - 1) : best + 1]):
+            found = self.train(setting, rate, self.seeds[0])["validation"]
+            scores[rate] = FAILED if found is None else found
+        return max(scores, key=scores.__getitem__)
+
+    def _search(self, setting: Setting) -> dict[int, tuple[float, float]]:
+        """Validation score and minus the loss at the first seed, by the number of the rate.
 
         The search goes both ways from the method's start, until a lower and a higher rate are worse than the best, or
         the budget, the same for every method, is spent. A best rate whose score is below the untouched base's does not
@@ -190,7 +214,7 @@ class Lab:
                 score(low)
             else:
                 break
-        return RATES[max(sorted(scores), key=scores.__getitem__)]
+        return scores
 
     def study(self, setting: Setting) -> list[dict[str, Any]]:
         """The results of every seed, at the tuned learning rate."""

@@ -6,13 +6,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from benchmarks.quality import tasks
-from benchmarks.quality.experiments import cost, single, trials
+from benchmarks.quality.experiments import cost, fusion, single, trials
 from benchmarks.quality.findings import Fused, Results, gains, mean
-from benchmarks.quality.lab import RATES, Setting
+from benchmarks.quality.lab import Setting
 from benchmarks.quality.methods import LATER, MASKS, Lora, Shira, from_description
-from benchmarks.quality.rules import rules_table
+from benchmarks.quality.rules import multiples_table, rules_table
 from benchmarks.quality.words import NAMES, difference, fusion_name, label, number, share, spread, table, what
 
 
@@ -73,6 +74,55 @@ def rise(values: list[float]) -> str:
     return f"{told} ± {statistics.stdev(values):.2f}" if len(values) > 1 else told
 
 
+def matched_table(results: Results, family: str) -> str:
+    """What each method forgets where it has learned as much as LoRA at LoRA's best rate (`Results.matched`). In each
+    cell are the rate, the loss on the task, and how much the loss on the two kinds of other texts rises."""
+    rows = []
+    for method in single.methods(family):
+        cells, rises = [], []
+        for name in tasks.tasks(family):
+            found = results.matched(Setting(name, method), Setting(name, Lora(single.rank(family))))
+            if found:
+                rate, runs = found
+                rises.append(forgotten(results, name, runs))
+                told = "; ".join(f"{one:+.2f}" for one in rises[-1])
+                cells.append(f"{rate:g}: {number(family, mean(one['test'] for one in runs))}; {told}")
+            else:
+                cells.append("")
+        if rises:
+            whole = [f"{mean(some):+.2f}" for some in zip(*rises, strict=True)] if len(rises) == len(cells) else []
+            rows.append([label(method), *cells, "; ".join(whole)])
+    return table(["method", *map(what, tasks.tasks(family)), "mean"], rows) if rows else ""
+
+
+def forgotten(results: Results, name: str, runs: list[dict[str, Any]]) -> list[float]:
+    """By how much the loss on the other texts rises, of each kind; the mean over the runs."""
+    base = results.lab.base(name)
+    return [mean(one[which] for one in runs) - base[which] for which in FORGOTTEN]
+
+
+def refined_table(results: Results, family: str) -> str:
+    """The finer search: the rate and the loss, in brackets by how much the method is ahead of LoRA."""
+    r, rows = single.rank(family), []
+    for method in single.close(r):
+        cells, by = [], []
+        for name in tasks.tasks(family):
+            ours, theirs = (results.refined(Setting(name, one)) for one in (method, Lora(r)))
+            if not ours:
+                cells.append("")
+                continue
+            scores = [one["test"] for one in ours]
+            told = f"{results.lab.refined(Setting(name, method)):g}: {spread(family, scores)}"
+            if theirs and method != Lora(r):
+                by.append(gains(scores, [one["test"] for one in theirs]))
+                told += f" ({difference(family, by[-1])})"
+            cells.append(told)
+        if any(cells):
+            every = [gain for some in by for gain in some] if len(by) == len(cells) else []
+            rows.append([label(method), *cells, difference(family, every) if every else ""])
+    return table(["method", *map(what, tasks.tasks(family)), "ahead of LoRA, all"], rows) if rows else ""
+
+
 def by_rate_table(results: Results, family: str) -> str:
     """The loss on each task by the rate (first seed), and the rise of the loss on the reference beside it."""
     names = list(tasks.tasks(family))
@@ -82,7 +132,7 @@ def by_rate_table(results: Results, family: str) -> str:
         if run["do"] == "train" and run["seed"] == 0 and "steps" not in run and "fraction" not in run:
             key = label(from_description(run["method"])), run["lr"]
             base = results.lab.base(run["task"])
-            if key[0] in order and key[1] in RATES:
+            if key[0] in order:
                 said = f"{-result['test']:.3f}" if result["test"] is not None else "diverged"
                 rose = f"{result['docs'] - base['docs']:+.2f}" if result["docs"] is not None else ""
                 found.setdefault(key, {})[run["task"]] = f"{said} ({rose})"
@@ -173,19 +223,24 @@ def longer_table(results: Results, family: str) -> str:
     return table(heading, rows) if more else ""
 
 
-KIN_VARIANTS = (
-    "lora", "rand, one mask", "rand 16, one mask", "wm, one mask", "lora, a third of the rate",
-    "rand 16, one mask, a third of the rate",
-)  # fmt: skip
+KIN = ("lora", "rand, one mask", "rand 16, one mask", "wm, one mask")
+RATES_OF_KIN = ("", f", {fusion.SPARED}", *(f", {slower}" for slower in fusion.SLOWER))
+
+
+def kin_variants(family: str) -> list[str]:
+    """What the table shows: every rate where there are few ways to train, the best one where there are many."""
+    if family not in fusion.CHOSEN:
+        return list(KIN)
+    return [*(f"{name}{rate}" for name in KIN for rate in RATES_OF_KIN), f"rand 16, disjoint, {fusion.SPARED}"]
 
 
 def kin_table(results: Results, *families: str) -> str:
     """What is left of several adapters on one model, from unrelated tasks to related ones, and what the metrics say."""
-    rows = []
+    rows, weighed = [], any(family in fusion.CHOSEN for family in families)
     for family in filter(results.has, families):
         fused = Fused(results, family)
         for group in fused.groups():
-            for variant in filter(KIN_VARIANTS.__contains__, fused.variants()):
+            for variant in filter(fused.variants().__contains__, kin_variants(family)):
                 if runs := fused.runs.get((group, variant)):
                     alpha = fused.alpha((group, variant))
                     alone = [mean(run["single"]["test"]) for run in runs]
@@ -196,10 +251,22 @@ def kin_table(results: Results, *families: str) -> str:
                     rows.append([
                         " + ".join(map(what, group)), fusion_name(variant), f"{len(runs)}", spread(family, alone),
                         *(f"{spread(family, scores)} ({left} %)" for scores, left in zip(together, kept, strict=True)),
-                        alpha, *(f"{mean(one):.3g}" for one in numbers), f"{disturbed:.2f}",
+                        alpha, *([own_strengths(fused, (group, variant))] if weighed else []),
+                        *(f"{mean(one):.3g}" for one in numbers), f"{disturbed:.2f}",
                     ])  # fmt: skip
     heading = ["tasks", "adapters", "seeds", "alone", "all on at strength 1", "at the best strength", "which is"]
+    heading += ["each at its own"] if weighed else []
     return table([*heading, "overlap", "AWOR", "AWOM", "interference"], rows) if rows else ""
+
+
+def own_strengths(fused: Fused, key: tuple[tuple[str, ...], str]) -> str:
+    """The loss with every adapter at a strength of its own, what is left, and these strengths (first seed)."""
+    found = fused.balanced.get(key)
+    if found is None:
+        return ""
+    left = fused.left(key[0], found["test"], fused.runs[key][0]["single"]["test"])
+    strengths = ", ".join(f"{one:g}" for one in found["strengths"])
+    return f"{number(fused.family, mean(found['test']))} ({100 * left:.0f} %) at {strengths}"
 
 
 def unseen_table(results: Results, *families: str) -> str:
@@ -227,6 +294,8 @@ LANGUAGE: dict[str, Callable[..., str]] = {
     "ahead": ahead_table,
     "exact": exact_table,
     "forgotten": forgotten_table,
+    "matched": matched_table,
+    "refined": refined_table,
     "by-rate": by_rate_table,
     "cost": cost_table,
     "board": board_table,
@@ -235,4 +304,5 @@ LANGUAGE: dict[str, Callable[..., str]] = {
     "kin": kin_table,
     "unseen": unseen_table,
     "rules": rules_table,
+    "multiples": multiples_table,
 }

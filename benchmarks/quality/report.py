@@ -1,7 +1,7 @@
-"""The page of the results: ``python -m benchmarks.quality.report`` writes ``docs/quality.md``, its plots, and the table
-in the README.
+"""The pages of the results: ``python -m benchmarks.quality.report`` writes ``docs/quality.md``, the pages and plots in
+``docs/quality/``, and the table in the README.
 
-The prose is in ``page.md``; a line ``{{single digits-mlp}}`` there becomes that table. Numbers come from the kept
+The prose is in ``pages/``; a line ``{{single digits-mlp}}`` there becomes that table. Numbers come from the kept
 results alone.
 """
 
@@ -25,16 +25,22 @@ from benchmarks.quality.task import ROOT
 from benchmarks.quality.verdict import VERDICT
 from benchmarks.quality.words import number, table
 
-HERE = Path(__file__).parent
+TEMPLATES = Path(__file__).parent / "pages"
+DOCS = ROOT / "docs"
+FIRST = "quality.md"
+"""The page with the verdict; all others, and the plots, are in a folder beside it."""
 
-PAGE, PLOTS = ROOT / "docs" / "quality.md", ROOT / "docs" / "quality"
+
+def place(template: Path, docs: Path = DOCS) -> Path:
+    """The file that a template becomes."""
+    return docs / FIRST if template.name == FIRST else docs / "quality" / template.name
 
 
 def plot(results: Results, *about: str) -> str:
-    """A plot of a family, or of all families, if there was something to draw."""
+    """A plot of a family, or of all families, if there was something to draw; for the pages beside it."""
     name = "-".join(reversed(about))
     said = ", ".join([SHOWN[about[-1]], *about[:-1]])
-    return f"![{said}](quality/{name}.png)" if (PLOTS / f"{name}.png").exists() else ""
+    return f"![{said}]({name}.png)" if (DOCS / "quality" / f"{name}.png").exists() else ""
 
 
 SHOWN = {
@@ -78,9 +84,9 @@ MAKERS = {
     **LANGUAGE,
     **SENTENCES,
     "plot": plot,
-    "style": lambda results: style.section(results.folder),
+    "style": style.told,
 }
-"""What can stand in the template, by name; ``style`` is a section with a heading of its own."""
+"""What can stand in a template, by name."""
 
 
 def page(template: str, results: Results) -> str:
@@ -90,10 +96,19 @@ def page(template: str, results: Results) -> str:
         name, *arguments = match.group(1).split()
         families = [argument for argument in arguments if argument in tasks.FAMILIES]
         if families and not any(map(results.has, families)):
-            return "*Not yet run.*"
-        return MAKERS[name](results, *arguments) or ("" if name == "style" else "*Not yet run.*")
+            return MISSING
+        return MAKERS[name](results, *arguments) or MISSING
 
-    return re.sub(r"^\{\{(.+?)\}\}$", filled, template, flags=re.MULTILINE)
+    return re.sub(r"\{\{(.+?)\}\}", filled, template)
+
+
+MISSING = "*Not yet run.*"
+
+
+def pages(results: Results, docs: Path = DOCS) -> dict[Path, str]:
+    """Every page's file and its text."""
+    templates = sorted(TEMPLATES.glob("*.md"))
+    return {place(one, docs): page(one.read_text(encoding="utf-8"), results) for one in templates}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -101,13 +116,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.quality.report", description=(__doc__ or "").split(":")[0]
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--out", type=Path, default=PAGE, help=f"the page (default: {PAGE.relative_to(ROOT)})")
+    parser.add_argument("--out", type=Path, default=DOCS, help=f"folder of the pages (default: {DOCS.name})")
     given = parser.parse_args(arguments)
     results = Results(given.results)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    plots.draw(results, given.out.parent / "quality")  # first, since the page shows the plots that exist
-    given.out.write_text(page((HERE / "page.md").read_text(encoding="utf-8"), results), encoding="utf-8")
-    if given.out == PAGE:
+    # First, since the pages show the plots that exist.
+    plots.draw(results, given.out / "quality")
+    for path, text in pages(results, given.out).items():
+        path.write_text(text, encoding="utf-8")
+    if given.out == DOCS:
         README.write_text(readme(README.read_text(encoding="utf-8"), results), encoding="utf-8")
         front.write(results)
 

@@ -104,3 +104,29 @@ def rules_table(results: Results) -> str:
         last = f"{statistics.median(told):.1f} (worst {max(told):.1f})" if told else ""
         rows.append([", ".join(rule) or "one rate for all", *cells, f"{100 * statistics.fmean(near):.0f} %", last])
     return table(["rule", *families, "within a factor of three", UNSEEN], rows)
+
+
+MULTIPLES = (1, 3, 10, 30)
+
+
+def multiples_table(results: Results) -> str:
+    """Of the random masks of experiment 1, how many were trained best within one step of the search of so many times
+    LoRA's rate on the same task."""
+    cells: dict[str, list[list[float]]] = {}
+    for family in filter(results.has, WIDTHS):
+        r = single.rank(family)
+        for name in tasks.tasks(family):
+            lora = results.rate(Setting(name, Lora(r)))
+            several = (results.rate(Setting(name, Shira("rand", r=r, granule=granule))) for granule in (1, 16))
+            cells.setdefault(family, []).append([rate / lora for rate in several if rate and lora])
+    ratios = {family: [ratio for some in found for ratio in some] for family, found in cells.items()}
+    ratios = {family: found for family, found in ratios.items() if found}
+    rows = [
+        [f"{times} times", *(f"{within(found, times)} of {len(found)}" for found in ratios.values())]
+        for times in MULTIPLES
+    ]
+    return table(["LoRA's rate", *ratios], rows) if ratios else ""
+
+
+def within(ratios: Iterable[float], times: float) -> int:
+    return sum(times / NEAR < ratio < times * NEAR for ratio in ratios)

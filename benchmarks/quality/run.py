@@ -1,7 +1,8 @@
 """Run the experiments: ``python -m benchmarks.quality.run``. Finished runs are kept, and never done again.
 
 Runs are done one after the other on one thread (the models are small; two processes on two families do not disturb
-each other), the most important first. ``docs/quality.md`` is made of the results by `benchmarks.quality.report`.
+each other), the most important first. ``docs/quality.md`` and the pages of its folder are made of the results by
+`benchmarks.quality.report`.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from benchmarks.quality import tasks
 from benchmarks.quality.experiments import single, trials
 from benchmarks.quality.findings import Fused, Results, gains, mean, standard_error
 from benchmarks.quality.lab import COSTLY, Setting
+from benchmarks.quality.language import forgotten
 from benchmarks.quality.methods import LATER, MASKS, Lora, Method, Shira
 from benchmarks.quality.verdict import validation
 from benchmarks.quality.words import difference, label, number, spread, what
@@ -40,11 +41,11 @@ def against_lora(results: Results, family: str, method: Method) -> dict[str, lis
 
 
 def beside_lora(results: Results, family: str) -> str:
-    """One line for every method: on which tasks it is ahead of LoRA, level, behind; and what was not run."""
+    """One line for every method that was run on every task: on which it is ahead of LoRA, level, behind."""
     lines = []
     for method in single.methods(family):
         by = {} if isinstance(method, Lora) and method.kind == "lora" else against_lora(results, family, method)
-        if not by:
+        if len(by) < len(tasks.tasks(family)):
             continue
         told = [
             f"{said} on {listed(f'*{what(name)}*' for name in names)}"
@@ -53,11 +54,8 @@ def beside_lora(results: Results, family: str) -> str:
         ]
         few = [f"*{what(name)}* ({difference(family, some)})" for name, some in by.items() if len(some) < 2]
         told += [f"one seed on {listed(few)}"] if few else []
-        if len(by) == len(tasks.tasks(family)):
-            every = [gain for some in by.values() for gain in some]
-            told.append(f"{difference(family, every)} over all tasks")
-        else:
-            told.append(f"not run on {listed(f'*{what(name)}*' for name in tasks.tasks(family) if name not in by)}")
+        every = [gain for some in by.values() for gain in some]
+        told.append(f"{difference(family, every)} over all tasks")
         lines.append(f"- {label(method)}: {'; '.join(told)}.")
     return "\n".join(lines)
 
@@ -82,6 +80,19 @@ def forgotten_words(results: Results, family: str) -> str:
         if parts:
             sentences.append(f"of the {text} {'; '.join(parts)}")
     return f"Beside LoRA, {label(ours)} forgets {'; and '.join(sentences)}." if sentences else ""
+
+
+def matched_words(results: Results, family: str) -> str:
+    """What is forgotten where as much was learned as with LoRA, in the mean over the tasks."""
+    names, lora = list(tasks.tasks(family)), Lora(single.rank(family))
+    told = []
+    for method in single.close(single.rank(family)):
+        found = [results.matched(Setting(name, method), Setting(name, lora)) for name in names]
+        rises = [forgotten(results, name, one[1]) for name, one in zip(names, found, strict=True) if one]
+        if len(rises) == len(names):
+            docs, chat = (mean(some) for some in zip(*rises, strict=True))
+            told.append(f"{label(method)} {docs:+.2f} and {chat:+.2f}")
+    return f"{', '.join(told)}." if len(told) > 1 else ""
 
 
 def default_words(results: Results, *families: str) -> str:
@@ -156,6 +167,7 @@ def fused_words(results: Results, family: str) -> str:
 SENTENCES: dict[str, Callable[..., str]] = {
     "beside-lora": beside_lora,
     "forgotten-words": forgotten_words,
+    "matched-words": matched_words,
     "default": default_words,
     "fused-words": fused_words,
     "rewards": rewards_words,

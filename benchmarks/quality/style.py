@@ -1,4 +1,4 @@
-"""What style transfer has shown, for the page: `section` makes its tables from the kept results.
+"""What style transfer has shown, for the page: `told` makes its tables from the kept results.
 
 ``python -m benchmarks.quality.style`` draws the pictures in ``docs/quality``; it takes the adapters that
 ``python -m benchmarks.quality.run --family style`` left under ``build/``, and trains those that are missing again.
@@ -14,10 +14,9 @@ from typing import Any
 from benchmarks.quality import tasks
 from benchmarks.quality.experiments import style as experiment
 from benchmarks.quality.experiments.style import ALPHAS, BEST, FAMILY, Training
-from benchmarks.quality.findings import Reader, standard_error
+from benchmarks.quality.findings import Reader, Results, standard_error
 from benchmarks.quality.lab import Lab, Stop
 from benchmarks.quality.methods import Lora, Method, Shira
-from benchmarks.quality.store import RESULTS
 from benchmarks.quality.task import ROOT
 from benchmarks.quality.words import label, table
 
@@ -111,9 +110,11 @@ def trainings_table(lab: Lab) -> str:
                     percent([statistics.fmean(one) for one in zip(*(at(a, alpha) for a in alone), strict=True)])
                 )
             cells += [percent(at(both, alpha)) for alpha in ALPHAS if alpha > 0.5]
+            cells += [percent(at(both, ALPHAS[-1], what)) for what in ("concept", "style")]
             rows.append([training.name, label(method), *cells])
     heading = ["training", "method", "change", "alone, α 0.5", "alone, α 1"]
-    return table([*heading, *(f"fused, α {alpha:g}" for alpha in ALPHAS if alpha > 0.5)], rows) if rows else ""
+    heading += [f"fused, α {alpha:g}" for alpha in ALPHAS if alpha > 0.5]
+    return table([*heading, *(f"{what} there" for what in ("the digit", "the styles"))], rows) if rows else ""
 
 
 def sizes_table(lab: Lab) -> str:
@@ -148,17 +149,6 @@ def rates_table(lab: Lab) -> str:
     return table(["method", *experiment.styles()], rows) if rows else ""
 
 
-def section(folder: Path = RESULTS, seeds: int = 5) -> str:
-    """The section of the page, in Markdown; empty while there are no results."""
-    if not (folder / f"{FAMILY}.jsonl").exists():
-        return ""
-    lab = Reader(folder=folder, seeds=range(seeds))
-    text = (Path(__file__).parent / "style.md").read_text(encoding="utf-8")
-    for mark, make in MAKERS.items():
-        text = text.replace(f"{{{{{mark}}}}}", make(lab) or "*Not yet run.*")
-    return text
-
-
 def judged(lab: Lab) -> str:
     """How many real digits the judge knows, in percent: the mean over the combinations of styles."""
     try:
@@ -179,7 +169,11 @@ MAKERS: dict[str, Callable[[Lab], str]] = {
     "trainings": trainings_table,
     "sizes": sizes_table,
 }
-"""What can stand in ``style.md``, by name."""
+
+
+def told(results: Results, *name: str) -> str:
+    """A table of the page about style transfer (or the judge's score), by its name in `MAKERS`."""
+    return MAKERS[" ".join(name)](results.lab) if results.has(FAMILY) else ""
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ class Stack:
         self.plan = shira.fuse_plan(self.indices, self.granule)
         self.saved = torch.zeros(len(self.plan[0]) * self.granule, dtype=self.weight.dtype)
         self.lines = line_numbers(self.plan[0], self.granule, self.weight.itemsize)
-        self.saved_lines = torch.arange(len(whole_lines(self.saved)) // LINE, dtype=torch.int32)
+        self.saved_lines = torch.arange(len(common.whole_lines(self.saved)) // LINE, dtype=torch.int32)
 
     def fuse(self, refuse: bool = False, ops: object = shira) -> None:
         delta = [True] * len(self.values)
@@ -72,19 +72,13 @@ class Stack:
 
     def bytes_alone(self, ahead: int) -> None:
         for part in (*self.plan, *self.plan, *self.values):
-            machine.read(whole_lines(part), ahead > 0)
-        machine.touch_(whole_lines(self.saved), self.saved_lines, ahead)
+            machine.read(common.whole_lines(part), ahead != 0)
+        machine.touch_(common.whole_lines(self.saved), self.saved_lines, ahead)
         machine.touch_(self.weight, self.lines, ahead)
 
     def moved(self) -> int:
         parts = (self.saved, *self.plan, *self.values)
         return 2 * LINE * len(self.lines) + sum(t.numel() * t.element_size() for t in parts)
-
-
-def whole_lines(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bytes, without those of a last cache line that is not full."""
-    flat = tensor.view(torch.uint8)
-    return flat[: len(flat) // LINE * LINE]
 
 
 @functools.lru_cache(maxsize=2)

@@ -21,7 +21,8 @@ from benchmarks.speed import common
 from benchmarks.speed.common import BF16, FP32, Layer, Report, compare, layers, random_indices, settings, sweep
 
 shira, machine = torch.ops.shira, torch.ops.shira_bench
-TOUCH = {"touch, plain": 0, "touch, 64 ahead": 64, "touch, 96 ahead": 96, "touch, 128 ahead": 128}
+TOUCH = {"touch, plain": 0, "touch, 64 ahead": 64, "touch, 96 ahead": 96, "touch, 128 ahead": 128,
+         "touch, 64 ahead as reads": -64, "touch, 128 ahead as reads": -128}  # fmt: skip
 COPY = {"copy, plain": False, "copy, past the caches": True}
 DTYPES = pytest.mark.parametrize("dtype", [BF16, FP32], ids=common.dtype_name)
 

@@ -117,6 +117,12 @@ def line_numbers(indices: torch.Tensor, granule: int, itemsize: int) -> torch.Te
     return torch.unique(torch.cat([*starts, ends])).to(torch.int32)
 
 
+def whole_lines(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes, without those of a last cache line that is not full."""
+    flat = tensor.view(torch.uint8)
+    return flat[: len(flat) // LINE * LINE]
+
+
 @functools.cache
 def weights(dtype: torch.dtype, side: int, working_set: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)

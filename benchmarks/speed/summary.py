@@ -225,6 +225,10 @@ LINES = {
         "Switcher.activate A to B of ranks, in touches of each rank's own part", None, at_least=False
     ),
     "sharded switch in touches, on a processor": Line("the same, of its time on a processor", None, at_least=False),
+    "sharded bytes in touches": Line(
+        "the bytes of Switcher.activate of ranks alone, in touches of each rank's own part", None, at_least=False
+    ),
+    "sharded bytes in touches, on a processor": Line("the same, of its time on a processor", None, at_least=False),
     "ranks agree": Line("what ranks tell each other at a switch", None, " us", at_least=False),
     "switcher over addmm_": Line("Switcher.activate A to B, 1 % bf16, over LoRA unfuse and fuse (addmm_)", 4.0),
     "switcher over PEFT LoRA": Line("Switcher.activate A to B, 1 % bf16, over PEFT LoRA unmerge + merge", 25.0),

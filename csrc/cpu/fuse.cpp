@@ -366,8 +366,9 @@ void fuse_entries(const FuseTask& task, int64_t begin, int64_t end) {
   C bases[core::kGroup], sums[core::kGroup];
   WB mixed[core::kGroup], exact[core::kGroup];  // exact: what an overwrite at strength 1 stores, if it is alone
   int64_t next = begin;                         // whose line is fetched next
+  const bool like_read = fetches_like_reads();
   const auto fetch = [&](int64_t stop) SHIRA_INLINE_LAMBDA {
-    if (next < stop) prefetch_write(weight + all[next++]);
+    if (next < stop) prefetch_write(weight + all[next++], like_read);
   };
   while (next < std::min(end, begin + kAhead)) fetch(end);
   for (int64_t from = begin; from < end;) {

@@ -459,8 +459,9 @@ struct Cpu {
       // Each token's rows are split into as many parts as keep the threads busy.
       const int64_t work = values.numel() + problem.rows();
       const int64_t threads = (torch::stable::get_num_threads() + tokens.count - 1) / tokens.count;
-      const int64_t parts = problem.transposed ? 1 : std::clamp<int64_t>(work / (4 * kGrain), 1, threads);
-      const int64_t rows = (problem.rows() + parts - 1) / parts;
+      const int64_t most = problem.transposed ? 1 : std::clamp<int64_t>(work / (4 * kGrain), 1, threads);
+      const int64_t rows = std::max<int64_t>(1, (problem.rows() + most - 1) / most);
+      const int64_t parts = std::max<int64_t>(1, (problem.rows() + rows - 1) / rows);  // fewer, if rows are few
       torch::stable::parallel_for(0, tokens.count * parts, 1, [&](int64_t begin, int64_t end) {
         for (int64_t item = begin; item < end; ++item) {
           const int64_t first = item % parts * rows;

@@ -5,7 +5,8 @@
 // above it are kept, and the first of the equal ones make up the rest. Where the guess fails (too few reach it) or the
 // weight is small, the same search runs over the weight itself: a histogram of the keys' leading bits, then of the next
 // bits within the bin that holds the cut. Whichever way, the result is the same; extra memory is O(k), and scores exist
-// a block at a time.
+// a block at a time. Where another thread writes to the weight meanwhile, the passes do not agree: then the call is
+// refused, and nothing is written outside the result.
 #include <atomic>
 #include <cmath>
 #include <mutex>
@@ -234,6 +235,25 @@ std::optional<Candidates<Key>> candidates(const Scores<Key>& scores, int64_t k, 
   return found;
 }
 
+// ---- what another thread writes meanwhile ------------------------------------------------------------------------
+
+[[noreturn]] void refuse_written() { refuse("select_top: weight and grad must not be written to while they are read"); }
+
+// The part of the result that a chunk fills: as long as an earlier pass has counted.
+template <typename Index>
+struct Share {
+  Index *next, *end;
+  bool over = false;
+
+  void put(int64_t granule) {
+    if (next < end)
+      *next++ = static_cast<Index>(granule);
+    else
+      over = true;
+  }
+  bool is_filled() const { return next == end && !over; }
+};
+
 // ---- the cut -------------------------------------------------------------------------------------------------
 
 // All keys above `key` are selected, and the first `ties` of those equal to it.
@@ -266,7 +286,8 @@ Cut<Key> find_cut(const Source& source, int64_t k) {
       for (int bin = 0; bin < kBins; ++bin) histogram[bin] += own[bin];
     });
     int bin = kBins - 1;
-    for (; histogram[bin] < k; --bin) k -= histogram[bin];
+    for (; bin >= 0 && histogram[bin] < k; --bin) k -= histogram[bin];
+    if (bin < 0) refuse_written();
     base += static_cast<Key>(bin) << shift;
     if (histogram[bin] == k) return {base - 1, 0};  // the whole bin
     if (shift == 0) return {base, k};
@@ -275,7 +296,7 @@ Cut<Key> find_cut(const Source& source, int64_t k) {
 
 // The selected granules in ascending order: chunks are counted, and then each writes where it belongs.
 template <typename Index, typename Key, typename Source>
-void write_selected(const Source& source, Cut<Key> cut, Index* out) {
+void write_selected(const Source& source, Cut<Key> cut, int64_t k, Index* out) {
   struct Counts {
     int64_t above, ties;
   };
@@ -302,19 +323,25 @@ void write_selected(const Source& source, Cut<Key> cut, Index* out) {
     before.above += own.above;
     before.ties += own.ties;
   }
+  counts.push_back(before);
+  const auto place = [&](int64_t number) { return counts[number].above + std::min(counts[number].ties, cut.ties); };
+  if (place(source.chunks()) != k) refuse_written();
+  std::atomic<bool> written{false};
   walk([&](int64_t number) {
     int64_t ties = counts[number].ties;
-    Index* next = out + counts[number].above + std::min(ties, cut.ties);
+    Share<Index> share{out + place(number), out + place(number + 1)};
     Positions positions;
     source.blocks(number, [&](const Key* keys, int64_t n, const auto& index) {
       const int64_t count = positions.reaching(keys, n, cut.key);
       for (int64_t j = 0; j < count; ++j) {
         const int64_t i = positions.at[j];
         if (keys[i] == cut.key && ties++ >= cut.ties) continue;
-        *next++ = static_cast<Index>(index(i));
+        share.put(index(i));
       }
     });
+    if (!share.is_filled()) written = true;
   });
+  if (written) refuse_written();
 }
 
 template <typename Key, typename Source>
@@ -322,7 +349,7 @@ void select_from(const Source& source, int64_t k, const Tensor& indices) {
   const Cut<Key> cut = find_cut<Key>(source, k);
   with_index(indices.scalar_type(), [&](auto index) {
     using Index = typename decltype(index)::type;
-    write_selected(source, cut, indices.mutable_data_ptr<Index>());
+    write_selected(source, cut, k, indices.mutable_data_ptr<Index>());
   });
 }
 
@@ -331,25 +358,26 @@ void select_from(const Source& source, int64_t k, const Tensor& indices) {
 template <typename Index, typename Key>
 void write_with_equals(const Scores<Key>& scores, const Candidates<Key>& above, Key equal,
                        const std::vector<int64_t>& equals, int64_t k, Index* out) {
-  struct Share {
-    int64_t begin, equals;  // the first output; how many equal ones
+  struct Place {
+    int64_t begin, equals, end;  // of the chunk's outputs; how many equal ones are among them
   };
-  std::vector<Share> shares;
+  std::vector<Place> places;
   int64_t left = k - above.count(), begin = 0;
   for (int64_t number = 0; number < scores.chunks(); ++number) {
     const int64_t own = std::min(left, equals[number]);
-    shares.push_back({begin, own});
+    const int64_t end = begin + own + static_cast<int64_t>(above.all[number].keys.size());
+    places.push_back({begin, own, end});
     left -= own;
-    begin += own + static_cast<int64_t>(above.all[number].keys.size());
+    begin = end;
   }
+  std::atomic<bool> written{false};
   torch::stable::parallel_for(0, scores.chunks(), 1, [&](int64_t from, int64_t to) {
     Positions positions;
     for (int64_t number = from; number < to; ++number) {
-      Index* next = out + shares[number].begin;
-      int64_t quota = shares[number].equals;
+      Share<Index> share{out + places[number].begin, out + places[number].end};
+      int64_t quota = places[number].equals;
       if (quota == 0) {
-        for (const int32_t offset : above.all[number].offsets)
-          *next++ = static_cast<Index>(number * above.granules + offset);
+        for (const int32_t offset : above.all[number].offsets) share.put(number * above.granules + offset);
         continue;
       }
       scores.blocks(number, [&](const Key* keys, int64_t n, const auto& index) {
@@ -357,11 +385,13 @@ void write_with_equals(const Scores<Key>& scores, const Candidates<Key>& above, 
         for (int64_t j = 0; j < count; ++j) {
           const int64_t i = positions.at[j];
           if (keys[i] == equal && quota-- <= 0) continue;
-          *next++ = static_cast<Index>(index(i));
+          share.put(index(i));
         }
       });
+      if (!share.is_filled()) written = true;
     }
   });
+  if (written) refuse_written();
 }
 
 // ---- select_top ------------------------------------------------------------------------------------------------

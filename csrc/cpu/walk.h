@@ -11,8 +11,26 @@
 
 namespace shira::cpu {
 
-// Lines are fetched for writing some entries ahead: the walk is bound by how many misses are in flight.
-inline void prefetch_write(const void* p) {
+// Lines that will be written are fetched some entries ahead: the walk is bound by how many misses are in flight.
+//
+// On Intel's processors they are fetched as if they were only read: asking for them with prefetchw took longer than not
+// fetching at all (apply_ of 1 %, bf16, on a Xeon of the fourth generation: 19.7 ms; 18.9 without fetching, 16.3 into
+// the first-level cache, 15.4 into the second). A line that no other core has is as good for writing then.
+inline bool fetches_like_reads() {
+#if SHIRA_X86
+  static const bool intel = [] {
+    __builtin_cpu_init();
+    return __builtin_cpu_is("intel") != 0;
+  }();
+  return intel;
+#else
+  return false;
+#endif
+}
+
+// `like_read`: what `fetches_like_reads` says, which loops ask once.
+inline void prefetch_write(const void* p, bool like_read) {
+  if (like_read) return __builtin_prefetch(p, 0, 2);
 #if SHIRA_X86
   asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(p)));  // a no-op on the oldest x86-64
 #else
@@ -27,9 +45,9 @@ constexpr int64_t kAhead = 128;  // lines fetched ahead: measured best from 96 t
 enum class Fetch { None, Read, Write };
 
 template <Fetch fetch>
-inline void prefetch(const char* p, int64_t bytes) {
+inline void prefetch(const char* p, int64_t bytes, bool like_read) {
   for (int64_t at = 0; at < bytes; at += kLine) {
-    if constexpr (fetch == Fetch::Write) prefetch_write(p + at);
+    if constexpr (fetch == Fetch::Write) prefetch_write(p + at, like_read);
     if constexpr (fetch == Fetch::Read) prefetch_read(p + at);
   }
 }
@@ -39,14 +57,15 @@ inline void prefetch(const char* p, int64_t bytes) {
 template <int64_t kBytes, Fetch fetch, typename I, typename F>
 SHIRA_INLINE void walk(const char* weight, const I* indices, int64_t granule, int64_t begin, int64_t end, int64_t nnz,
                        bool ramp, F&& f) {
+  const bool like_read = fetch == Fetch::Write && fetches_like_reads();
   if (granule == 1) {
     if (ramp)
       for (int64_t i = begin; i < std::min(end, begin + kAhead); ++i)
-        prefetch<fetch>(weight + int64_t{indices[i]} * kBytes, 1);
+        prefetch<fetch>(weight + int64_t{indices[i]} * kBytes, 1, like_read);
     const int64_t last = fetch == Fetch::None ? begin : std::min(end, nnz - kAhead);
     int64_t i = begin;
     for (; i < last; ++i) {
-      prefetch<fetch>(weight + int64_t{indices[i + kAhead]} * kBytes, 1);
+      prefetch<fetch>(weight + int64_t{indices[i + kAhead]} * kBytes, 1, like_read);
       f(int64_t{indices[i]} * kBytes, i, int64_t{1});
     }
     for (; i < end; ++i) f(int64_t{indices[i]} * kBytes, i, int64_t{1});
@@ -59,9 +78,10 @@ SHIRA_INLINE void walk(const char* weight, const I* indices, int64_t granule, in
   int64_t number = begin / granule, offset = begin % granule;
   if (fetching && ramp)
     for (int64_t k = number; k < std::min(n, number + ahead); ++k)
-      prefetch<fetch>(weight + int64_t{indices[k]} * bytes, bytes);
+      prefetch<fetch>(weight + int64_t{indices[k]} * bytes, bytes, like_read);
   for (int64_t at = begin; at < end; ++number, offset = 0) {
-    if (fetching && number + ahead < n) prefetch<fetch>(weight + int64_t{indices[number + ahead]} * bytes, bytes);
+    if (fetching && number + ahead < n)
+      prefetch<fetch>(weight + int64_t{indices[number + ahead]} * bytes, bytes, like_read);
     const int64_t length = std::min(granule - offset, end - at);
     f((int64_t{indices[number]} * granule + offset) * kBytes, at, length);
     at += length;

@@ -265,6 +265,7 @@ template <int kOwn, typename Count>
 __device__ __forceinline__ Found find(int64_t wanted, const Count& count) {
   SHIRA_SHARED(found, 1, Found);
   uint64_t counts[kOwn], sum = 0, total;
+  if (threadIdx.x == 0) *found = {0, wanted};  // where the counts are too few, since the weight is being written to
   const int top = kOwn * (kThreads - static_cast<int>(threadIdx.x)) - 1;
 #pragma unroll
   for (int k = 0; k < kOwn; ++k) sum += counts[k] = count(top - k);
@@ -492,6 +493,7 @@ struct Write {
       const bool is_above = keys[e] > cut, ties_too = keys[e] == cut;
       if (is_above || (ties_too && own_ties < most)) {
         const uint64_t place = own_above + (own_ties < most ? own_ties : most);
+        if (place >= static_cast<uint64_t>(row.k)) break;  // another stream writes to the weight, against the rules
         if (row.wide)
           store_stream(static_cast<int64_t*>(row.out) + place, first + e);
         else

@@ -57,8 +57,8 @@ struct OverlayOps {
   }
 
   static void sparse_linear_add_(const Tensor& output, const Tensor& input, const Tensors& indices,
-                                 const Tensors& values, const Tensor& adapters, const Tensor& alphas, bool transposed,
-                                 int64_t granule) {
+                                 const Tensors& values, const Tensor& adapters, const Tensor& alphas, int64_t granule,
+                                 bool transposed) {
     const char* op = "sparse_linear_add_";
     const Name owner{"output"};
     const auto count = static_cast<int64_t>(indices.size());

@@ -538,7 +538,14 @@ def _recognised(name: str, module: Any, floats: torch.dtype) -> Layer | str:
         known = kind == LINEAR or (storage is _Wrapped and module.activation_qtype is None)
         if known and weight.dim() == 2 and is_quantized(weight):
             return _Wrapped(name, module, "weight", LINEAR, floats)
-        return f"is a {type(weight).__name__} in a {called}, which nothing can be laid over"
+        why = "which nothing can be laid over"
+        if _shards.is_dtensor(weight) and not own:
+            why = (
+                "whose forward was replaced, as transformers does with tp_plan=, so that it is not known which part of "
+                "the output a rank computes: use a Switcher or a SparseTuner, which write the weight itself, or divide "
+                "the model with parallelize_module"
+            )
+        return f"is a {type(weight).__name__} in a {called}, {why}"
     if storage is not None and weight is not None:
         # Before it is quantized, such a layer computes with whatever it will make of its weight.
         if storage is _Wrapped:

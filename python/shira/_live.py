@@ -68,6 +68,8 @@ _neighbours: weakref.WeakValueDictionary[object, Neighbours] = weakref.WeakValue
 
 switchers: weakref.WeakSet[Any] = weakref.WeakSet()
 """Every `Switcher` that exists."""
+overlays: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Every `Overlay` that exists."""
 
 
 def base_of(tensor: Tensor) -> int | None:

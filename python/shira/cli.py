@@ -171,12 +171,7 @@ def _find(adapter: str) -> Path:
         return files[0]
     on_hub = _HUB_NAME.fullmatch(adapter) and not adapter.endswith(".safetensors") and not path.parent.is_dir()
     if on_hub and not os.path.lexists(path):
-        try:
-            return Path(hub.locate(adapter, filename=hub.FILE, revision=None, token=None))
-        except AdapterError as error:
-            raise AdapterError(
-                f"{adapter}: there is no such file or folder, and as a name on the Hub: {error}"
-            ) from error
+        return Path(hub.locate(adapter, filename=hub.FILE, revision=None, token=None))
     return path
 
 

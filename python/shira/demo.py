@@ -246,19 +246,13 @@ def picture(path: Path, results: dict[str, dict[str, float]], digits: Digits, ad
     pyplot.close(figure)
 
 
-def run(out: str | Path = "demo-out", seed: int = 0, console: Console | None = None) -> dict[str, Any]:
-    """Run the whole demo. Returns what the tables show."""
-    console = console or Console()
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
-    digits, model = Digits.load(seed), DigitTransformer()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    test = {task: shifted(task, digits.test) for task in TASKS}
-
-    def scores() -> dict[str, float]:
-        return {task: accuracy(model, images, digits.test_labels) for task, images in test.items()}
-
+def learn(
+    model: DigitTransformer, digits: Digits, out: Path, seed: int, console: Console
+) -> tuple[dict[str, Tensor], dict[str, Path], int]:
+    """Pretrain the model and train an adapter for each further task. Returns the base's bits, the adapters' files by
+    task, and how many entries an adapter trains."""
+    files: dict[str, Path] = {}
+    trainable = 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
     with one_thread(), Progress(*columns, TimeElapsedColumn(), console=console) as progress:
 
@@ -271,8 +265,6 @@ def run(out: str | Path = "demo-out", seed: int = 0, console: Console | None = N
         fit(model, optimizer, digits.train, digits.train_labels, PRETRAIN_EPOCHS, seed, tick)
         model.zero_grad()  # the dense gradients are no longer needed
         base = bits(model)
-        files: dict[str, Path] = {}
-        trainable = 0
         labels = digits.train_labels.repeat(2)
         for number, task in enumerate(TASKS[1:]):
             mask = shira.masks.Rand(density=DENSITY, seed=seed + number)  # two masks that hardly overlap
@@ -283,11 +275,52 @@ def run(out: str | Path = "demo-out", seed: int = 0, console: Console | None = N
                 both = torch.cat([shifted(task, digits.train), digits.train])
                 fit(model, sparse, both, labels, ADAPT_EPOCHS, seed, tick)
                 files[task] = out / f"{task}.safetensors"
-                tuner.adapter(provenance={"data": f"scikit-learn digits, {task} and upright", "seed": seed}).save(
-                    files[task]
-                )
+                about = {"data": f"scikit-learn digits, {task} and upright", "seed": seed}
+                tuner.adapter(provenance=about).save(files[task])
             if not identical(model, base):
                 raise RuntimeError(f"the base did not come back after training the adapter for {task} digits")
+    return base, files, trainable
+
+
+def accuracies(results: dict[str, dict[str, float]]) -> Table:
+    """The test accuracy on each task's digits, in each state of the model."""
+    table = Table(title="Test accuracy on 450 real digits, one live model", title_justify="left")
+    table.add_column("digits")
+    for state in results:
+        table.add_column(state, justify="right")
+    for task in TASKS:
+        table.add_row(task, *(f"{100 * state[task]:.1f} %" for state in results.values()))
+    return table
+
+
+def timings(speeds: list[Speed]) -> Table:
+    """What each way to switch takes, beside the last one."""
+    table = Table(
+        title=f"Switching {WIDE_LAYERS} layers of {WIDE} x {WIDE}, bfloat16, {WIDE_DENSITY:.0%} of the parameters, "
+        "one thread",
+        title_justify="left",
+    )
+    for heading in ("", "a layer", "over the LoRA fuse"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    fuse = speeds[-1].milliseconds
+    for speed in speeds:
+        table.add_row(speed.what, f"{speed.milliseconds:.3f} ms", f"{fuse / speed.milliseconds:.1f} x")
+    return table
+
+
+def run(out: str | Path = "demo-out", seed: int = 0, console: Console | None = None) -> dict[str, Any]:
+    """Run the whole demo. Returns what the tables show."""
+    console = console or Console()
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    digits, model = Digits.load(seed), DigitTransformer()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    test = {task: shifted(task, digits.test) for task in TASKS}
+    base, files, trainable = learn(model, digits, out, seed, console)
+
+    def scores() -> dict[str, float]:
+        return {task: accuracy(model, images, digits.test_labels) for task, images in test.items()}
 
     # From here on it does what a server would do, with files and a live model.
     switcher = shira.Switcher(model)
@@ -304,14 +337,7 @@ def run(out: str | Path = "demo-out", seed: int = 0, console: Console | None = N
     with one_thread():
         switch_ms = live_switch(switcher, (TASKS[1], TASKS[2]))
     restored = identical(model, base)
-
-    table = Table(title="Test accuracy on 450 real digits, one live model", title_justify="left")
-    table.add_column("digits")
-    for state in results:
-        table.add_column(state, justify="right")
-    for task in TASKS:
-        table.add_row(task, *(f"{100 * state[task]:.1f} %" for state in results.values()))
-    console.print(table)
+    console.print(accuracies(results))
 
     size = {task: file.stat().st_size for task, file in files.items()}
     facts = Table(title="The adapters", title_justify="left", show_header=False)
@@ -324,17 +350,7 @@ def run(out: str | Path = "demo-out", seed: int = 0, console: Console | None = N
     # On one thread: on a busy machine, threads that wait for each other would distort both times.
     with console.status(f"timing {WIDE_LAYERS} layers of {WIDE} x {WIDE} in bfloat16"), one_thread():
         speeds = switch_speed()
-    fuse = speeds[-1].milliseconds
-    timing = Table(
-        title=f"Switching {WIDE_LAYERS} layers of {WIDE} x {WIDE}, bfloat16, {WIDE_DENSITY:.0%} of the parameters, "
-        "one thread",
-        title_justify="left",
-    )
-    for heading in ("", "a layer", "over the LoRA fuse"):
-        timing.add_column(heading, justify="left" if not heading else "right")
-    for speed in speeds:
-        timing.add_row(speed.what, f"{speed.milliseconds:.3f} ms", f"{fuse / speed.milliseconds:.1f} x")
-    console.print(timing)
+    console.print(timings(speeds))
 
     image = out / "demo.png"
     picture(image, results, digits, switcher.adapters[TASKS[1]])

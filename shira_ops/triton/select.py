@@ -136,7 +136,7 @@ def tally_kernel(
 
 
 @triton.jit
-def write_tile(weight, grad, before, state, out, row, given, granule, RULE: tl.constexpr, KEY: tl.constexpr):
+def write_tile(weight, grad, before, state, out, k, row, given, granule, RULE: tl.constexpr, KEY: tl.constexpr):
     key = score_keys(weight, grad, row, given, granule, RULE, KEY).to(tl.int64)
     least, ties = tl.load(state), tl.load(state + 1)
     above = (given & (key > least)).to(tl.int64)
@@ -147,21 +147,22 @@ def write_tile(weight, grad, before, state, out, row, given, granule, RULE: tl.c
     rank = equal_before + tl.cumsum(equal) - equal
     chosen = (above != 0) | ((equal != 0) & (rank < ties))
     place = above_before + tl.cumsum(above) - above + tl.minimum(rank, ties)
-    tl.store(out + place, row.to(out.dtype.element_ty), mask=chosen)
+    # Where another stream writes to the weight, against the rules, the passes do not agree.
+    tl.store(out + place, row.to(out.dtype.element_ty), mask=chosen & (place < k))
 
 
-@triton.jit(do_not_specialize=["granules", "granule"])
+@triton.jit(do_not_specialize=["k", "granules", "granule"])
 def write_kernel(
-    weight, grad, before, state, out, granules: tl.int64, granule, RULE: tl.constexpr, KEY: tl.constexpr,
+    weight, grad, before, state, out, k: tl.int64, granules: tl.int64, granule, RULE: tl.constexpr, KEY: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """Writes every granule above the k-th score, and the first few of those equal to it. `before` is a running
     count: of those above, program by program, and then of those that are equal."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     if (tl.program_id(0).to(tl.int64) + 1) * ROWS <= granules:
-        write_tile(weight, grad, before, state, out, row, tl.full([ROWS], True, tl.int1), granule, RULE, KEY)
+        write_tile(weight, grad, before, state, out, k, row, tl.full([ROWS], True, tl.int1), granule, RULE, KEY)
     else:
-        write_tile(weight, grad, before, state, out, row, row < granules, granule, RULE, KEY)
+        write_tile(weight, grad, before, state, out, k, row, row < granules, granule, RULE, KEY)
 
 
 @checked
@@ -186,7 +187,7 @@ def select_top(weight: Tensor, grad: Tensor | None, k: int, score: str, granule:
     tallies = torch.empty(2 * programs, dtype=torch.int64, device=weight.device)
     launch(tally_kernel, programs, *args, tallies, state, *sizes, **constants)
     before = tallies.cumsum(0) - tallies
-    launch(write_kernel, programs, *args, before, state, out, *sizes, **constants)
+    launch(write_kernel, programs, *args, before, state, out, k, *sizes, **constants)
     return out
 
 

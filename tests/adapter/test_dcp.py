@@ -6,6 +6,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,13 @@ def no_pieces(metadata: Any) -> None:
     metadata.state_dict_metadata["up.weight"].chunks.clear()
 
 
+def twice(metadata: Any) -> None:
+    """One half of a weight, two times."""
+    (chunk,) = metadata.state_dict_metadata["up.weight"].chunks
+    halved = torch.Size([chunk.sizes[0] // 2, *chunk.sizes[1:]])
+    metadata.state_dict_metadata["up.weight"].chunks[:] = [replace(chunk, sizes=halved)] * 2
+
+
 def beside(metadata: Any) -> None:
     for info in metadata.storage_data.values():
         info.relative_path = "../" + info.relative_path
@@ -110,6 +118,7 @@ def hostile(metadata: Any) -> None:
     ("change", "says"),
     [
         (no_pieces, r"the pieces of up\.weight are not the whole tensor"),
+        (twice, r"the pieces of up\.weight are not the whole tensor"),
         (beside, r"names the file '\.\./__0_0\.distcp', which is not in its folder"),
         (elsewhere, r"names the file 'gone', which is missing"),
         (shifted, r"'\S+' cannot be read: "),

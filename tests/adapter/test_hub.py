@@ -218,3 +218,5 @@ def test_without_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(AdapterError, match=r"pip install 'shira-ops\[hub\]'"):
         Adapter.from_pretrained("me/style")
+    with pytest.raises(AdapterError, match=r"^nowhere: there is no such file or folder, and as a name on"):
+        Adapter.from_peft("nowhere")

@@ -320,7 +320,7 @@ def calls(limit):
             return result
         return run
 
-    for place, name in ((os, "rename"), (os, "replace"), (os, "mkdir"), (os, "unlink"), (_file, "_fsync"),
+    for place, name in ((os, "rename"), (os, "replace"), (os, "mkdir"), (os, "unlink"), (_file, "fsync"),
                         (_output, "_exchange"), (shutil, "rmtree"), (shutil, "copyfile"), (_file, "write_safetensors")):
         setattr(place, name, counted(getattr(place, name)))
 

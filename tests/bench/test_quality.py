@@ -16,11 +16,11 @@ pytest.importorskip("sklearn", reason="pip install -e '.[test]'")
 pytest.importorskip("peft", reason="pip install -e '.[test]'")
 pytest.importorskip("rich", reason="pip install -e '.[test]'")
 
-from benchmarks.quality import front, methods, report, sentences, store, tables, tasks, verdict
+from benchmarks.quality import front, methods, report, rules, sentences, store, tables, tasks, verdict
 from benchmarks.quality import task as task_module
 from benchmarks.quality.experiments import EXPERIMENTS, fusion, masks, size
 from benchmarks.quality.findings import Fused, Results
-from benchmarks.quality.lab import RATES, Lab, Setting, Stop
+from benchmarks.quality.lab import BETWEEN, RATES, Lab, Setting, Stop
 from benchmarks.quality.language import LANGUAGE
 from benchmarks.quality.methods import Dora, Full, Lora, Shira, from_description, train
 from benchmarks.quality.run import plan
@@ -79,8 +79,8 @@ def test_every_experiment_runs_and_the_report_tells_it(tiny, tmp_path):
     assert (tiny.folder / f"{FAMILY}.jsonl").read_bytes() == kept
 
     results = Results(tiny.folder, seeds=2)
-    template = (report.HERE / "page.md").read_text()
-    names = [match.split() for match in re.findall(r"^\{\{(.+?)\}\}$", template, flags=re.MULTILINE)]
+    template = "".join(path.read_text() for path in report.TEMPLATES.glob("*.md"))
+    names = [match.split() for match in re.findall(r"\{\{(.+?)\}\}", template)]
     assert {name for name, *_ in names} <= set(report.MAKERS)
     for name in sorted(set(report.MAKERS) - {"plot", "style", *LANGUAGE} - (set(SENTENCES) - set(SAID))):
         arguments = {"compared": ["granules"], "front": ["switch"], "switching": []}.get(name, [])
@@ -117,6 +117,35 @@ def test_large_models_fuse_at_few_strengths_and_the_report_tells_it(tiny, monkey
     assert "DARE" not in tables.merges_table(results, FAMILY)
     assert "rand" not in tables.metrics_table(results, FAMILY)
     assert tables.fusion_table(results, FAMILY).count("SHiRA-Rand") == 4
+
+
+def test_every_adapter_gets_a_strength_of_its_own(tiny, monkeypatch):
+    group = tuple(tasks.tasks(FAMILY))[:2]
+    monkeypatch.setitem(fusion.CHOSEN, FAMILY, (tuple(name.partition("/")[2] for name in group),))
+    monkeypatch.setattr(fusion, "LARGE", (*fusion.LARGE, FAMILY))
+    monkeypatch.setattr(fusion, "FEW_ALPHAS", (0.5, 1.0))
+    monkeypatch.setattr(fusion, "SAMPLE", 1)
+    variant = fusion.variants(FAMILY, 2)[0]
+    found = fusion.balanced(tiny, group, variant, 0)
+    together = fusion.fused(tiny, group, variant, 0)["together"]["sum"]
+    assert sum(found["validation"]) >= max(sum(one["validation"]) for one in together.values())
+
+    # What was kept is what two adapters at these strengths score.
+    settings = [Setting(name, method) for name, method in zip(group, variant.methods, strict=True)]
+    model = tasks.task(group[0]).base()
+    switcher = Switcher(model)
+    for setting in settings:
+        switcher.add(setting.task, tiny.adapter(setting, tiny.tuned(setting), 0))
+    switcher.activate(dict(zip(group, found["strengths"], strict=True)))
+    assert [tasks.task(name).score(model, "test") for name in group] == pytest.approx(found["test"], abs=1e-6)
+
+
+def test_strengths_are_climbed_one_step_at_a_time():
+    def near(at):
+        return -sum((a - b) ** 2 for a, b in zip(at, (5, 0, 3), strict=True))
+
+    assert fusion.climbed([2, 2, 2], near)[0] == [5, 0, 3]
+    assert fusion.climbed([0, 5], lambda at: 0.0) == ([0, 5], 3)
 
 
 def test_what_was_not_run_is_said(tmp_path):
@@ -234,6 +263,48 @@ def test_a_rate_that_some_seeds_fail_at_yields_to_a_lower_one_that_is_better_in_
     assert (3e-2, 1) not in steady.tried
 
 
+def test_the_lowest_good_rate_and_the_finer_search_start_from_what_was_found():
+    setting = Setting("x/y", Shira(r=1))
+    level = Known(lambda lr, _: {1e-1: -0.20, 3e-2: -0.21, 1e-2: -0.5, 3e-1: -0.19, 1.0: -0.9}[lr])
+    assert (level.searched(setting), level.spared(setting)) == (3e-1, 3e-2)
+    # A lower rate that is clearly worse is not good; one that diverged least of all.
+    steep = Known(lambda lr, _: {1e-1: -0.20, 3e-2: -0.24, 3e-1: None}[lr])
+    assert (steep.searched(setting), steep.spared(setting)) == (1e-1, 1e-1)
+
+    peak = {1e-1: 0.5, 3e-2: 0.4, 3e-1: 0.3, 5e-2: 0.45, 2e-1: 0.6}
+    finer = Known(lambda lr, _: peak[lr])
+    assert (finer.searched(setting), finer.refined(setting)) == (1e-1, 2e-1)
+    assert sorted(finer.tried) == [(lr, 0) for lr in sorted(peak)]
+    assert Known(lambda lr, _: {**peak, 2e-1: None}[lr]).refined(setting) == 1e-1
+    assert [low < one < high for low, one, high in zip(RATES, BETWEEN, RATES[1:], strict=False)] == [True] * 11
+
+
+def test_what_is_forgotten_is_told_where_as_much_was_learned(monkeypatch):
+    """The lowest rate with every seed at which the validation loss is LoRA's at LoRA's best, to within 0.03."""
+    ours, lora = Setting("smollm2/names", Shira("rand", r=4)), Setting("smollm2/names", Lora(4))
+    scores = {3e-3: [-1.0], 1e-2: [-0.9, -1.1, -1.08], 3e-2: [-0.8, -0.9, -0.7], 1e-4: [-2.0, -2.0, -2.0]}
+    runs = [
+        ({**ours.run(lr, seed), **extra}, {"validation": one, "test": one if not extra else 9.0})
+        for lr, several in scores.items()
+        for seed, one in enumerate(several)
+        for extra in ({}, {"steps": 7})
+    ]
+    runs += [(lora.run(1e-3, seed), {"validation": one, "test": one}) for seed, one in enumerate([-1.0, -1.0, -1.0])]
+    results, lora_run = Results(), lora.method.describe()
+    monkeypatch.setattr(results.lab, "store", lambda family: runs)
+    monkeypatch.setattr(results, "study", lambda one: [found for run, found in runs if run["method"] == lora_run])
+    rate, found = results.matched(ours, lora)
+    assert (rate, [one["test"] for one in found]) == (1e-2, scores[1e-2])
+    assert list(results.by_rate(ours)) == sorted(scores)
+    runs[:] = [(run, result) for run, result in runs if run["lr"] not in (1e-2, 3e-2)]
+    assert results.matched(ours, lora) is None
+
+
+@pytest.mark.parametrize(("times", "expected"), [(1, 3), (3, 3), (10, 2), (100, 1)])
+def test_within_a_step_of_so_many_times_the_rate(times, expected):
+    assert rules.within([1.0, 1 / 3, 3.3, 10.0, 100.0], times) == expected
+
+
 def test_results_survive_a_cut_line(tmp_path):
     first = store.Store("x", tmp_path)
     first.add({"task": "x/a", "lr": 0.1}, {"test": 0.5, "loss": math.nan, "many": [1.0, math.inf]})
@@ -290,11 +361,9 @@ def kept():
     return Results()
 
 
-def test_the_page_is_what_the_results_say(kept):
-    template = (report.HERE / "page.md").read_text(encoding="utf-8")
-    assert report.PAGE.read_text(encoding="utf-8") == report.page(template, kept), (
-        "python -m benchmarks.quality.report writes it"
-    )
+def test_the_pages_are_what_the_results_say(kept):
+    for path, text in report.pages(kept).items():
+        assert path.read_text(encoding="utf-8") == text, "python -m benchmarks.quality.report writes it"
     text = report.README.read_text(encoding="utf-8")
     assert report.readme(text, kept) == text
     assert all(text.count(mark) == 1 for mark in report.MARKS)
@@ -302,7 +371,7 @@ def test_the_page_is_what_the_results_say(kept):
 
 def test_no_figure_of_the_verdict_is_typed():
     """Its figures are in tables made of the results; the prose names no measured figure."""
-    template = (report.HERE / "page.md").read_text(encoding="utf-8")
+    template = (report.TEMPLATES / report.FIRST).read_text(encoding="utf-8")
     _, _, rest = template.partition("## Verdict")
     section, found, _ = rest.partition("## How it was measured")
     assert found
@@ -322,18 +391,24 @@ def test_the_verdict_takes_the_mask_that_validation_prefers(kept):
     assert gain.startswith(f"{100 * (sum(ours) - sum(lora)) / len(lora):+.1f} ±")
 
 
-def test_the_links_of_the_page_lead_to_its_headings():
-    text = report.PAGE.read_text(encoding="utf-8")
-    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
-    slugs = {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
-    links = re.findall(r"\]\(#([^)]+)\)", text)
-    assert links
-    assert set(links) <= slugs
-    levels = [len(mark) for mark in re.findall(r"^(#+) ", text, flags=re.MULTILINE)]
-    assert levels[0] == 1
-    assert all(1 < now <= before + 1 for before, now in itertools.pairwise(levels))
-    for image in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
-        assert (report.PAGE.parent / image).exists()
+def test_the_links_of_the_pages_lead_to_their_headings():
+    def slugs(path):
+        headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+    pages, followed = [report.place(path) for path in report.TEMPLATES.glob("*.md")], 0
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for image, link in re.findall(r"(!?)\[[^]]*\]\(([^)]+)\)", text):
+            file, _, heading = link.partition("#")
+            target = (page.parent / file).resolve() if file else page
+            assert target.exists(), link
+            assert image or (target in pages and (not heading or heading in slugs(target))), link
+            followed += 1
+        levels = [len(mark) for mark in re.findall(r"^(#+) ", text, flags=re.MULTILINE)]
+        assert levels[0] == 1
+        assert all(1 < now <= before + 1 for before, now in itertools.pairwise(levels))
+    assert followed > 20
 
 
 def test_the_front_is_what_the_results_say(kept):

@@ -15,14 +15,21 @@ pytest.importorskip("sklearn", reason="pip install -e '.[test]'")
 pytest.importorskip("peft", reason="pip install -e '.[test]'")
 pytest.importorskip("rich", reason="pip install -e '.[test]'")
 
+from benchmarks.quality import report
 from benchmarks.quality import style as page
 from benchmarks.quality.experiments import EXPERIMENTS
 from benchmarks.quality.experiments import style as experiment
+from benchmarks.quality.findings import Results
 from benchmarks.quality.lab import Lab
 from benchmarks.quality.methods import Lora, Shira
 from benchmarks.quality.run import plan
 from benchmarks.quality.store import Store
 from benchmarks.quality.tasks import style
+
+
+def told(results):
+    """The page about style."""
+    return report.page((report.TEMPLATES / "style.md").read_text(encoding="utf-8"), results)
 
 
 class Attention(nn.Module):
@@ -180,26 +187,26 @@ def test_adapters_are_swept_alone_and_together_and_the_page_tells_it(small, monk
         assert all(1 <= one <= (2.01 if isinstance(method, Lora) else 16) for one in found["rank"])
     assert experiment.stable_rank(torch.diag(torch.tensor([3.0, 3.0, 0.0]))) == pytest.approx(2)
 
-    text = page.section(lab.folder, seeds=2)
+    text = told(Results(lab.folder, seeds=2))
     assert "Not yet run" not in text
     assert "{{" not in text
     assert text.count("| SHiRA-Snip |") >= 7
     assert "nan" not in text
-    assert page.section(tmp_path) == ""
+    assert "| SHiRA" not in told(Results(tmp_path))
 
 
 def test_the_kept_results_fill_the_whole_section():
-    text = page.section()
-    assert text.startswith("## Style transfer")
+    text = told(Results())
+    assert text.startswith("# Style transfer")
     assert "Not yet run" not in text
     assert "{{" not in text
-    for name in re.findall(r"\]\(quality/(.+?)\)", text):
+    for name in re.findall(r"\]\((.+?\.png)\)", text):
         assert (page.PICTURES / name).exists()
     # A score of the page is the mean of what was kept.
     runs = [result["1"]["score"] for run, result in Store("style") if run["do"] == "alphas" and run["with"]
             and run["method"] == Lora(2).describe() and run["lrs"] == [0.01, 0.01]]  # fmt: skip
     assert len(runs) == 3
-    assert f"| {100 * sum(runs) / 3:.1f} ±" in text.partition("### Two styles at once")[2].partition("| LoRA ")[2][:60]
+    assert f"| {100 * sum(runs) / 3:.1f} ±" in text.partition("## Two styles at once")[2].partition("| LoRA ")[2][:60]
 
 
 def test_drawing_follows_the_flow_of_the_class_beyond_that_of_none():

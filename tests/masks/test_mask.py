@@ -225,6 +225,19 @@ def adapter_of(indices, weight, granule, name="w"):
     return shira.Adapter({name: shira.Entry(indices, values, tuple(weight.shape), weight.dtype, granule)})
 
 
+@pytest.mark.parametrize(("dtype", "powers"), [(torch.float32, (30, 125, -60)), (torch.float64, (900, -900))])
+def test_principal_of_numbers_whose_squares_are_infinite_or_zero(dtype: torch.dtype, powers: tuple[int, ...]) -> None:
+    """Everything is scaled by a power of two: the same bits of the approximation, and the same mask."""
+    weight = torch.randn(20, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    mask = masks.Principal(density=0.2, rank=3)
+    for power in powers:
+        scale = torch.tensor(2.0, dtype=torch.float64).pow(power).to(dtype)
+        assert torch.equal(mask.approximation("w", weight * scale), mask.approximation("w", weight) * scale)
+        assert torch.equal(mask("w", weight * scale), mask("w", weight))
+    smallest = torch.full((4, 8), torch.finfo(dtype).smallest_normal / 4, dtype=dtype)
+    assert mask("w", smallest).numel() == 6
+
+
 @pytest.mark.parametrize("kind", ["Rand", "WeightMagnitude", "Principal", "Grad", "Snip", "Struct"])
 @pytest.mark.parametrize("other", [1, 2, 8])
 @pytest.mark.parametrize("granule", [1, 4, 8])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -80,3 +81,46 @@ def test_python_threads_at_once(backend: Backend) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(back_and_forth, members))
     assert_same([case.args for case in members], before)
+
+
+def test_more_threads_than_a_token_has_rows_for() -> None:
+    """33 rows for 32 threads: of two each, 17 threads have some."""
+    rows, columns = 33, 16_384
+    numbers = torch.randn(rows * columns, generator=torch.Generator().manual_seed(0))
+    indices = torch.arange(rows * columns, dtype=torch.int32)
+    found = []
+    for threads in (32, 1):
+        torch.set_num_threads(threads)
+        found.append(torch.ops.shira.sparse_linear(numbers[:columns][None], indices, numbers, rows))
+    assert_same(found[0], found[1])
+
+
+@pytest.mark.parametrize("entries", [20_000, 100_000])
+@pytest.mark.parametrize("score", ["magnitude", "snip"])
+def test_select_top_while_another_thread_writes(entries: int, score: str) -> None:
+    """The selection is of granules that there are, or refused: nothing is written outside of it."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(entries, generator=generator)
+    contents = [torch.zeros(entries), 4 * weight.flip(0), torch.ones(entries), weight.clone()]
+    stop, refusals = threading.Event(), set()
+
+    def write() -> None:
+        while not stop.is_set():
+            for content in contents:
+                weight.copy_(content)
+
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(write)
+        try:
+            for _ in range(100):
+                try:
+                    found = torch.ops.shira.select_top(weight, weight, entries // 3, score=score)
+                except RuntimeError as error:
+                    refusals.add(str(error))
+                else:
+                    torch.ops.shira.check_indices(found, entries)
+        finally:
+            stop.set()
+        writing.result()
+    assert refusals <= {"select_top: weight and grad must not be written to while they are read"}

@@ -173,14 +173,14 @@ def costs(mesh: DeviceMesh) -> None:
     assert kept == sum(entry.indices.nbytes + 2 * entry.values.nbytes for entry in given.weights.values())
     sent: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("all_gather", "all_reduce", "broadcast", "all_gather_object", "barrier"):
-            function = getattr(dist, name)
+        for name in ("allgather", "_allgather_base", "allreduce", "broadcast", "barrier"):
+            method = getattr(dist.ProcessGroup, name)
 
-            def counted(*args: Any, function: Any = function, **kwargs: Any) -> Any:
-                sent.append(sum(one.nbytes for one in args if isinstance(one, Tensor)))
-                return function(*args, **kwargs)
+            def counted(group: Any, *args: Any, method: Any = method, **kwargs: Any) -> Any:
+                sent.append(sum(one.nbytes for one in args[-1] if isinstance(one, Tensor)))
+                return method(group, *args, **kwargs)
 
-            patch.setattr(dist, name, counted)
+            patch.setattr(dist.ProcessGroup, name, counted)
         for strengths in ("a", "b", {"a": 1.0, "b": 0.5}, {"b": 0.5}):
             switcher.activate(strengths)
         switcher.deactivate()
@@ -261,6 +261,13 @@ def all_or_nothing(mesh: DeviceMesh) -> None:
     # Different calls.
     said = refused(lambda: switcher.activate("ab"[rank]))
     says(said, "rank 0: activate('a'), rank 1: activate('b'). Make the same calls in the same order on every rank")
+    unchanged()
+    # The same call of two Switchers.
+    other = Switcher(shard(net(), mesh))
+    other.add("b", adapter(base, 2))
+    said = refused(lambda: (switcher, other)[rank].activate("b"))
+    says(said, "the ranks did not agree on what to do, and nothing has changed on any: each has what it had before. "
+               "rank 0: Switcher number ", "They are numbered as they were made for these ranks")  # fmt: skip
     unchanged()
     # Too little room on one rank.
     switcher.budget = 8000 if rank == 1 else None

@@ -501,3 +501,57 @@ def test_a_folder_with_turns_and_forks(tmp_path: Path) -> None:
     versions.append(again.version)
     assert folder.since(versions[0])[-1].end == again.version
     assert folder.since(versions[2])[-1].end == again.version
+
+
+def test_files_that_are_deleted_while_the_folder_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, folder = model_of(), Folder(tmp_path)
+    publisher = Publisher(trained)
+    versions, paths = [publisher.version], []
+    for _ in range(3):
+        disturb(trained)
+        paths.append(folder.put(publisher.publish()))
+        versions.append(publisher.version)
+    listed = os.listdir
+
+    def then_deleted(path: Path) -> list[str]:
+        names = listed(path)
+        paths[0].unlink(missing_ok=True)
+        return names
+
+    monkeypatch.setattr("shira.sync.folder.os.listdir", then_deleted)
+    assert [update.end for update in folder.since(versions[1])] == versions[2:]
+    assert folder.since(versions[0]) == []
+    assert not folder.knows(versions[0])
+
+
+def test_an_overlay_whose_differences_would_be_from_another_base() -> None:
+    """Of an adapter that replaces entries, an Overlay lays their differences from the base."""
+    trained, served = model_of(torch.float32), model_of(torch.float32)
+    publisher, follower = Publisher(trained), Receiver(served)
+    overlay = shira.Overlay(served)
+    overlay.add("on", overwriting(served))
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(2))
+    disturb(trained)
+    follower.stage(publisher.publish())
+    before = state(served)
+    with overlay.using("on"), pytest.raises(SyncError, match="an Overlay has 'on' in use, which replaces entries"):
+        follower.commit()
+    overlay.activate("on")
+    with pytest.raises(SyncError, match=r"overlay\.deactivate\(\) first, and afterwards remove the adapter and add it"):
+        follower.commit()
+    assert same(state(served), before)
+    overlay.deactivate()
+    follower.commit()
+    overlay.remove("on")
+    overlay.add("on", overwriting(model_of(torch.float32)), verify=False)
+    overlay.activate("on")
+    wanted = model_of(torch.float32)
+    wanted.load_state_dict(trained.state_dict())
+    with torch.no_grad():
+        wanted[0].weight.view(-1)[::3] = 1
+    torch.testing.assert_close(served(x), wanted(x))
+    with pytest.raises(SyncError, match="rollback refused: an Overlay has 'on' in use"):
+        follower.rollback()
+    overlay.detach()
+    follower.rollback()
+    assert same(state(served), before)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import io
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +197,158 @@ def test_edits_are_followed_by_compiled_models(around: bool, grad: bool) -> None
                 optimizer.zero_grad()
     with pytest.raises(RuntimeError, match="DoRATuner: an export would hold the weights as they are now"):
         torch.export.export(model, (X,))
+
+
+def moved(tuner: DoRATuner) -> None:
+    """Move away from the base, at which `A` gets no gradient."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in tuner.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    tuner.sync()
+
+
+def test_parameters_may_be_frozen() -> None:
+    model = net()
+    tuner = DoRATuner(model, MASK, rank=2)
+    moved(tuner)
+    loss_of(model, X).backward()
+    parameters = list(tuner.parameters())
+    wanted = [parameter.grad for parameter in parameters]
+    for frozen in ([1], [0, 1, 2]):  # one of a weight's, and all of a weight's
+        for at, parameter in enumerate(parameters):
+            parameter.grad = None
+            parameter.requires_grad_(at not in frozen)
+        loss_of(model, X).backward()
+        for at, parameter in enumerate(parameters):
+            assert parameter.grad is None if at in frozen else torch.equal(parameter.grad, wanted[at])
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"all values \(0\.weight_shira_values and the rest\) are frozen"):
+        model(X)
+    x = X.clone().requires_grad_()
+    model.eval()(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_steps_inside_backward() -> None:
+    model, twin = net(), net()
+    tuner, other = DoRATuner(model, MASK, rank=2), DoRATuner(twin, MASK, rank=2)
+    moved(tuner)
+    other.load_state_dict(tuner.state_dict())
+    one = torch.optim.SGD(other.parameters(), lr=0.1)
+    for parameter in tuner.parameters():
+        optimizer = torch.optim.SGD([parameter], lr=0.1)
+        parameter.register_post_accumulate_grad_hook(lambda p, optimizer=optimizer: (optimizer.step(), None)[1])
+    for _ in range(2):
+        for each in (tuner, other):
+            for parameter in each.parameters():
+                parameter.grad = None
+            loss_of(each.model, X).backward()
+        one.step()
+        assert all(map(torch.equal, tuner.parameters(), other.parameters()))
+        assert torch.equal(model[0].weight, twin[0].weight)
+
+
+def test_copies_and_pickles() -> None:
+    model = net()
+    tuner = DoRATuner(model, MASK, rank=2)
+    moved(tuner)
+
+    def pickled() -> nn.Module:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        found: nn.Module = torch.load(file, weights_only=False)
+        return found
+
+    for made in (pickled, lambda: copy.deepcopy(model)):
+        copied = made()
+        with pytest.raises(RuntimeError, match="DoRATuner: this is a copy of the model that it trains"):
+            copied(X)
+        assert torch.equal(copied.eval()(X), model(X))
+        shira.detach(copied)
+        assert torch.equal(copied.train()(X), net()(X))
+        with torch.no_grad():
+            next(tuner.parameters()).mul_(1.5)
+        with pytest.raises(
+            RuntimeError, match=r"would not follow that; call tuner\.sync\(\) before the model is copied"
+        ):
+            made()
+        tuner.sync()
+
+
+def test_a_model_that_nobody_has_is_freed() -> None:
+    model = net()
+    tuner = DoRATuner(model, MASK, rank=2)
+    optimizer = shira.AdamW(tuner, lr=0.1)
+    before = model(X).detach()
+    reference = weakref.ref(tuner)
+    del tuner
+    gc.collect()
+    loss_of(model, X).backward()  # with the model alone, training goes on
+    optimizer.step()
+    assert not torch.equal(model(X), before)
+    del model, optimizer
+    gc.collect()
+    assert reference() is None
+
+
+def test_what_would_train_something_else_is_refused() -> None:
+    """Each is refused, and nothing is written: afterwards the tuner trains as before."""
+    model: Any = net()
+    tuner = DoRATuner(model, MASK, rank=2)
+    moved(tuner)
+    name, magnitude = next(tuner.named_parameters())
+    weights = bits(model)
+
+    loss = loss_of(model, X)
+    with torch.no_grad():
+        magnitude.mul_(2)
+    with pytest.raises(
+        RuntimeError, match=r"0\.weight is made of was changed between the forward and the backward pass"
+    ):
+        loss.backward()
+    with torch.no_grad():
+        magnitude.div_(2)
+    other = {name: (2 * magnitude).detach().requires_grad_()}
+    with pytest.raises(RuntimeError, match=f"{name} was replaced by another parameter"):
+        torch.func.functional_call(model, other, (X,))
+    with torch.no_grad():  # to compute with them alone is right
+        assert not torch.equal(torch.func.functional_call(model, other, (X,)), model(X))
+    for transform in (
+        lambda: torch.func.vmap(model)(X),
+        lambda: torch.func.grad(lambda p: torch.func.functional_call(model, p, (X,)).sum())(
+            dict(tuner.named_parameters())
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=r"which torch\.func cannot follow"):
+            transform()
+    assert same_bits(model, weights)
+
+    optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+    loss_of(model, X).backward()
+    optimizer.step()
+    kept = {name: magnitude.detach().clone()}
+    model.load_state_dict(kept, strict=False, assign=True)
+    for step in (lambda: model(X), optimizer.step, tuner.sync):
+        with pytest.raises(RuntimeError, match=f"{name} was replaced by another parameter"):
+            step()
+    setattr(model[0], name.removeprefix("0."), magnitude)
+    model(X)
+    tuner.detach()
+    assert same_bits(model, bits(net()))
+
+    dense = DoRATuner(model, MASK, rank=2, gradient="dense")
+    with pytest.raises(RuntimeError, match="DoRATuner: its gradients cannot be differentiated again"):
+        loss_of(model, X).backward(create_graph=True)
+    dense.detach()
+    normed = DoRATuner(model, MASK, rank=2)
+    optimizer = torch.optim.SGD(normed.parameters(), lr=0.1)
+    nn.utils.parametrizations.weight_norm(model[0])
+    loss_of(model, X).backward()
+    with pytest.raises(RuntimeError, match=r"0\.weight was replaced by another parameter"):
+        optimizer.step()
 
 
 def test_refusals() -> None:

@@ -396,6 +396,33 @@ def test_packed_4_bits_compute_no_gradient() -> None:
         SparseTuner(model, MASK, overlay=True)
 
 
+def test_bases_that_torch_moves_by_swapping_tensors() -> None:
+    """It refuses tensors with weak references."""
+    model = nn.Sequential(nn.Linear(64, 64))
+    x = torch.randn(5, 64)
+    with SparseTuner(model, MASK, overlay=True) as tuner:
+        fill(tuner)
+        before = model(x)
+        torch.utils.swap_tensors(model[0].weight, nn.Parameter(model[0].weight.detach().clone(), requires_grad=False))
+        assert torch.equal(model(x), before)
+        tuner.verify()
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes nf4", "torchao int8", "torchao float8", "quanto int8"])
+def test_a_quantized_model_may_be_moved_while_it_trains(kind: str) -> None:
+    model, x = quantized(kind), torch.randn(5, 64)
+    with SparseTuner(model, MASK, overlay=True) as tuner:
+        fill(tuner)
+        before = model(x).detach()
+        model.to("cpu")
+        assert torch.equal(model(x), before)
+        optimizer = shira.AdamW(tuner, lr=0.05)
+        model(x).square().mean().backward()
+        optimizer.step()
+        assert not torch.equal(model(x), before)
+        tuner.verify()
+
+
 @pytest.mark.parametrize("kind", ["bitsandbytes nf4", "bitsandbytes int8", "torchao int8", "quanto int8"])
 def test_a_tuner_that_writes_names_the_overlay(kind: str) -> None:
     with pytest.raises(ValueError, match=r"0\.weight .*train a delta beside it with overlay=True"):

@@ -8,7 +8,7 @@ belongs to one task: it is on at full strength where that task is scored, and is
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,7 +40,6 @@ SAMPLE = 25
 
 ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5)
 FEW_ALPHAS = (0.3, 0.5, 0.7, 1.0)
-CHOSEN_ALPHAS = (0.5, 0.7, 1.0)
 
 
 def groups(family: str) -> list[tuple[str, ...]]:
@@ -55,8 +54,13 @@ def groups(family: str) -> list[tuple[str, ...]]:
     return pairs
 
 
+STRENGTHS = (0.2, 0.3, 0.5, 0.7, 1.0, 1.4)
+"""Of each adapter by itself, where every one has its own (`balanced`)."""
+
 SLOWER = {"a third of the rate": 1, "a tenth of the rate": 2}
 """Gentler training, so that adapters move less far from the base: how many steps of `RATES` below the best rate."""
+SPARED = "the lowest good rate"
+"""Training at the lowest rate that is as good as the best one for the task alone (`Lab.spared`)."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Variant:
     name: str
     methods: tuple[Method, ...]
     slower: int = 0
+    spared: bool = False
 
 
 def variants(family: str, count: int) -> list[Variant]:
@@ -73,12 +78,17 @@ def variants(family: str, count: int) -> list[Variant]:
     r = rank(family)
     if family in CHOSEN:
         granules = Shira("rand", r=r, granule=16)
-        chosen = {"lora": Lora(r), "rand 16, one mask": granules, "wm, one mask": Shira("wm", r=r)}
+        chosen = {
+            "lora": Lora(r), "rand 16, one mask": granules, "rand, one mask": Shira("rand", r=r),
+            "wm, one mask": Shira("wm", r=r),
+        }  # fmt: skip
         gentler = next(iter(SLOWER))
+        own = tuple(replace(granules, part=part) for part in range(count))
         return [
-            Variant(f"{name}, {text}" if text else name, (method,) * count, slower)
-            for text, slower in (("", 0), (gentler, SLOWER[gentler]))
-            for name, method in chosen.items()
+            *(Variant(name, (method,) * count) for name, method in chosen.items()),
+            *(Variant(f"{name}, {SPARED}", (method,) * count, spared=True) for name, method in chosen.items()),
+            *(Variant(f"{name}, {gentler}", (method,) * count, SLOWER[gentler]) for name, method in chosen.items()),
+            Variant(f"rand 16, disjoint, {SPARED}", own, spared=True),
         ]
     several = {"lora": Lora(r), "rand, one mask": Shira("rand", r=r)}
     if family in LARGE:
@@ -111,23 +121,82 @@ def jobs(family: str, seeds: int) -> list[Job]:
                     fused(lab, group, variant, seed)
 
             found.append(Job(1.2 + number * 0.1, seeds, do))
+            if family in CHOSEN:
+
+                def weigh(lab: Lab, group: tuple[str, ...] = group, variant: Variant = variant) -> None:
+                    balanced(lab, group, variant, lab.seeds[0])
+
+                found.append(Job(1.25 + number * 0.1, 1, weigh))
     return found
 
 
 def fused(lab: Lab, group: Sequence[str], variant: Variant, seed: int) -> dict[str, Any]:
     """Train (or load) the adapters of these tasks, and score them together."""
-    settings = [Setting(task, method) for task, method in zip(group, variant.methods, strict=True)]
-    # The rate of the plain method: a disjoint part is the same kind of mask.
-    best = [lab.tuned(_searched(setting)) for setting in settings]
-    rates = [RATES[max(0, RATES.index(rate) - variant.slower)] for rate in best]
-    described = [method.describe() for method in variant.methods]
-    run = {"do": "fusion", "task": group[0], "with": list(group[1:]), "methods": described, "lrs": rates, "seed": seed}
+    run, settings = described(lab, group, variant, seed, "fusion")
 
     def do() -> dict[str, Any]:
-        adapters = [lab.adapter(setting, lr, seed) for setting, lr in zip(settings, rates, strict=True)]
-        return measure(group, adapters)
+        return measure(group, trained(lab, settings, run))
 
     return lab.done(run, do)
+
+
+def described(
+    lab: Lab, group: Sequence[str], variant: Variant, seed: int, what: str
+) -> tuple[dict[str, Any], list[Setting]]:
+    """The description of a run about these adapters, and their settings."""
+    settings = [Setting(task, method) for task, method in zip(group, variant.methods, strict=True)]
+    # The rate of the plain method: a disjoint part is the same kind of mask.
+    best = [(lab.spared if variant.spared else lab.tuned)(_searched(setting)) for setting in settings]
+    rates = [RATES[max(0, RATES.index(rate) - variant.slower)] for rate in best]
+    methods = [method.describe() for method in variant.methods]
+    run = {"do": what, "task": group[0], "with": list(group[1:]), "methods": methods, "lrs": rates, "seed": seed}
+    return run, settings
+
+
+def trained(lab: Lab, settings: Sequence[Setting], run: dict[str, Any]) -> list[Adapter]:
+    return [lab.adapter(setting, lr, run["seed"]) for setting, lr in zip(settings, run["lrs"], strict=True)]
+
+
+def balanced(lab: Lab, group: Sequence[str], variant: Variant, seed: int) -> dict[str, Any]:
+    """The adapters together, each at a strength of its own.
+
+    From the best common strength on, one adapter after the other is made stronger or weaker by a step of `STRENGTHS`
+    as long as the mean validation score of the tasks rises. For families whose tasks have no parameters of their own.
+    """
+    together = fused(lab, group, variant, seed)["together"]["sum"]
+    start = max(together, key=lambda alpha: sum(together[alpha]["validation"]))
+    run, settings = described(lab, group, variant, seed, "strengths")
+
+    def do() -> dict[str, Any]:
+        model = tasks.task(group[0]).base()
+        switcher = Switcher(model)
+        for name, adapter in zip(group, trained(lab, settings, run), strict=True):
+            switcher.add(name, adapter)
+
+        def scores(places: Sequence[int], split: str) -> list[float]:
+            switcher.activate({name: STRENGTHS[at] for name, at in zip(group, places, strict=True)})
+            return [tasks.task(name).score(model, split) for name in group]
+
+        best, tried = climbed([STRENGTHS.index(float(start))] * len(group), lambda at: sum(scores(at, "validation")))
+        found = {split: scores(best, split) for split in ("validation", "test")}
+        return {"strengths": [STRENGTHS[at] for at in best], "tried": tried, **found}
+
+    return lab.done(run, do)
+
+
+def climbed(start: Sequence[int], score: Callable[[Sequence[int]], float]) -> tuple[list[int], int]:
+    """From these places of `STRENGTHS`, one step of one place at a time while the score rises: where it ends, and how
+    many were tried."""
+    scores = {tuple(start): score(start)}
+    best, before = tuple(start), None
+    while best != before:
+        before = best
+        for number, step in itertools.product(range(len(start)), (1, -1)):
+            at = (*best[:number], best[number] + step, *best[number + 1 :])
+            if at[number] in range(len(STRENGTHS)) and at not in scores:
+                scores[at] = score(at)
+                best = max(best, at, key=scores.__getitem__)
+    return list(best), len(scores)
 
 
 def _searched(setting: Setting) -> Setting:
@@ -149,7 +218,7 @@ def measure(group: Sequence[str], adapters: Sequence[Adapter]) -> dict[str, Any]
     bodies = [body for body, _ in parts]
     first = tasks.task(group[0])
     large = first.family in LARGE
-    alphas, merged = CHOSEN_ALPHAS if first.family in CHOSEN else FEW_ALPHAS if large else ALPHAS, {}
+    alphas, merged = FEW_ALPHAS if large else ALPHAS, {}
     if not large:
         model = first.base()
         merged = {

@@ -59,11 +59,15 @@ def jobs(family: str, seeds: int) -> list[Job]:
 
     if family in COSTLY:
         found += [job for setting in settings for job in one_by_one(setting, seeds)]
-        return found + [
-            Job(0.15 + 0.01 * seed, 1, lambda lab, one=setting, seed=seed: longer_run(lab, one, seed))  # type: ignore[misc]
-            for seed in range(min(seeds, COSTLY[family]))
-            for setting in (longer(family) if family in LONG else ())
-        ]
+        for seed in range(min(seeds, COSTLY[family])):
+            for setting in longer(family) if family in LONG else ():
+                found.append(Job(0.15 + 0.01 * seed, 1, lambda lab, one=setting, seed=seed: longer_run(lab, one, seed)))  # type: ignore[misc]
+            for setting in closely(family):
+                found.append(Job(0.15 + 0.01 * seed, 1, lambda lab, one=setting, seed=seed: spared_run(lab, one, seed)))  # type: ignore[misc]
+                found.append(
+                    Job(0.16 + 0.01 * seed, 1, lambda lab, one=setting, seed=seed: refined_run(lab, one, seed))
+                )  # type: ignore[misc]
+        return found
     found += [study(rank_of(setting.method), setting, seeds) for setting in settings]
     found += [study(0.8, setting, seeds) for setting in longer(family)]
     found += [study(0.9, setting, seeds) for setting in calibrated(family)]
@@ -112,6 +116,24 @@ def tied(r: int) -> tuple[Method, ...]:
 def longer_run(lab: Lab, setting: Setting, seed: int) -> dict[str, Any]:
     """A run with more steps, at the rate of the shorter ones."""
     return lab.train(setting, lab.tuned(replace(setting, steps=None)), seed)
+
+
+def closely(family: str) -> list[Setting]:
+    """What is compared at two more rates: the lowest that is as good as the best one, for what is forgotten there, and
+    the best of a finer search."""
+    return [Setting(name, method) for name in tasks(family) for method in close(rank(family))] if family in LONG else []
+
+
+def close(r: int) -> tuple[Method, ...]:
+    return Shira("rand", r=r), Shira("rand", r=r, granule=16), Lora(r)
+
+
+def spared_run(lab: Lab, setting: Setting, seed: int) -> dict[str, Any]:
+    return lab.train(setting, lab.spared(setting), seed)
+
+
+def refined_run(lab: Lab, setting: Setting, seed: int) -> dict[str, Any]:
+    return lab.train(setting, lab.refined(setting), seed)
 
 
 CALIBRATIONS = (1, 8, 31)

@@ -41,6 +41,10 @@ class Training:
 BEST = Training("the best rate")
 STRONG = Training("three times the rate", slower=-1)
 GENTLE = Training("a third of the rate", slower=1)
+STRONGER = Training("ten times the rate", slower=-2)
+
+CLOSE = ((Shira("grad", r=R), BEST), (Shira("snip", r=R), BEST), (Lora(R), STRONG))
+"""What fuses best, with the most seeds too."""
 
 
 def methods() -> list[Method]:
@@ -51,7 +55,7 @@ def trainings() -> dict[Training, list[Method]]:
     """Every way of training, and the methods that are tried with it; the most telling first."""
     every = sorted(methods(), key=lambda one: one not in FIRST)
     several = [*FIRST, Shira("grad", r=R), Shira("snip", r=R)]
-    return {BEST: every, STRONG: several, GENTLE: several}
+    return {BEST: every, STRONG: several, GENTLE: several, STRONGER: [Lora(R)]}
 
 
 def setting(style: str, method: Method) -> Setting:
@@ -63,7 +67,8 @@ def styles() -> tuple[str, ...]:
 
 
 def seeds(lab: Lab, method: Method, training: Training = BEST) -> Sequence[int]:
-    return lab.seeds[: SEEDS if method in FIRST and training == BEST else FEW_SEEDS]
+    most = (method in FIRST and training == BEST) or (method, training) in CLOSE
+    return lab.seeds[: SEEDS if most else FEW_SEEDS]
 
 
 def rate(lab: Lab, style: str, method: Method, training: Training) -> float:

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <stdexcept>
 
 #if defined(__x86_64__)
@@ -55,7 +56,8 @@ inline void touch_line(char* p) {
   *word = *word;
 }
 
-// `ahead`: how many lines early each is fetched; 0 leaves it to the processor.
+// `ahead`: how many lines early each is fetched for writing; 0 leaves it to the processor, and a negative number
+// fetches it as if it were only read, that many lines early.
 void touch_(const Tensor& weight, const Tensor& lines, int64_t ahead) {
   using torch::headeronly::ScalarType;
   require(lines.scalar_type() == ScalarType::Int && lines.dim() == 1 && lines.is_contiguous(),
@@ -65,16 +67,25 @@ void touch_(const Tensor& weight, const Tensor& lines, int64_t ahead) {
   const auto* at = static_cast<const int32_t*>(lines.data_ptr());
   // Ends only: a pass over all of them would be work that touch must not count. lines are sorted by the caller.
   require(n == 0 || (at[0] >= 0 && at[n - 1] < limit), "touch_: lines out of range");
+  const bool write = ahead > 0;
+  ahead = std::abs(ahead);
+  const auto fetch = [=](int64_t i) {
+    const char* const line = base + int64_t{at[i]} * kLine;
+    if (write)
+      prefetch_write(line);
+    else
+      __builtin_prefetch(line, 0, 2);
+  };
   torch::stable::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
-    if (ahead <= 0) {
+    if (ahead == 0) {
       for (int64_t i = begin; i < end; ++i) touch_line(base + int64_t{at[i]} * kLine);
       return;
     }
-    for (int64_t i = begin; i < std::min(end, begin + ahead); ++i) prefetch_write(base + int64_t{at[i]} * kLine);
+    for (int64_t i = begin; i < std::min(end, begin + ahead); ++i) fetch(i);
     const int64_t last = std::min(end, n - ahead);
     int64_t i = begin;
     for (; i < last; ++i) {
-      prefetch_write(base + int64_t{at[i + ahead]} * kLine);
+      fetch(i + ahead);
       touch_line(base + int64_t{at[i]} * kLine);
     }
     for (; i < end; ++i) touch_line(base + int64_t{at[i]} * kLine);

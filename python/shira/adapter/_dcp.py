@@ -11,7 +11,7 @@ import io
 import os
 import pickle
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -73,9 +73,13 @@ def find(folder: str, path: str) -> dict[str, Any]:
     return {name: (*found[key][:2], partial(_read, folder, metadata, key)) for key, name in names.items()}
 
 
+# Where a piece begins and ends in each dimension.
+_Box: TypeAlias = tuple[tuple[int, int], ...]
+
+
 def _covers(record: Any) -> bool:
-    """Whether the pieces lie within the tensor, and have as many entries."""
-    entries = 0
+    """Whether the pieces lie within the tensor, have as many entries, and none of them twice."""
+    entries, boxes = 0, []
     for chunk in record.chunks:
         ends = [begin + size for begin, size in zip(chunk.offsets, chunk.sizes, strict=True)]
         if min([*chunk.offsets, *chunk.sizes], default=0) < 0:
@@ -83,7 +87,24 @@ def _covers(record: Any) -> bool:
         if any(end > size for end, size in zip(ends, record.size, strict=True)):
             return False
         entries += chunk.sizes.numel()
-    return bool(entries == record.size.numel())
+        if chunk.sizes.numel():
+            boxes.append(tuple(zip(chunk.offsets, ends, strict=True)))
+    return bool(entries == record.size.numel()) and not _overlap(boxes)
+
+
+def _overlap(boxes: list[_Box]) -> bool:
+    """Whether two boxes have an entry in common."""
+    if len(boxes) < 2 or not boxes[0]:
+        return len(boxes) > 1
+    # Along the dimension that is cut most, few are open at a time.
+    along = max(range(len(boxes[0])), key=lambda dim: len({box[dim][0] for box in boxes}))
+    beside: list[_Box] = []
+    for box in sorted(boxes, key=lambda one: one[along][0]):
+        beside = [one for one in beside if one[along][1] > box[along][0]]
+        if any(all(a[0] < b[1] and b[0] < a[1] for a, b in zip(one, box, strict=True)) for one in beside):
+            return True
+        beside.append(box)
+    return False
 
 
 def _of_model(folder: str, paths: dict[str, tuple[Any, ...]]) -> dict[str, str]:

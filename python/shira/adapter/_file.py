@@ -890,7 +890,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
     try:
         yield temporary
-        _fsync(temporary, os.O_RDWR)
+        fsync(temporary, os.O_RDWR)
         os.replace(temporary, target)
     except OSError as error:
         if error.errno is not None and error.filename is None:  # the error of a full disk names no file
@@ -901,7 +901,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     sync_folder(target.parent)
 
 
-def _fsync(path: Path, flags: int) -> None:
+def fsync(path: Path, flags: int) -> None:
+    """Wait until what was written to a file or folder is on the disk; ``flags`` are those it is opened with."""
     descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
@@ -918,7 +919,7 @@ def sync_folder(folder: Path) -> None:
     if os.name != "posix":
         return
     try:
-        _fsync(folder, os.O_RDONLY)
+        fsync(folder, os.O_RDONLY)
     except OSError as error:
         if error.errno not in _NO_SYNC:
             raise

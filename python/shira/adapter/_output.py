@@ -205,7 +205,7 @@ def replacing_folder(target: Path, overwrite: bool) -> Iterator[Path]:
                 if path.is_dir():
                     _file.sync_folder(path)
                 else:
-                    _file._fsync(path, os.O_RDONLY)
+                    _file.fsync(path, os.O_RDONLY)
             if os.path.lexists(target):
                 reason = no_merged_folder(str(target)) if overwrite else "has come there meanwhile"
                 if reason is not None:

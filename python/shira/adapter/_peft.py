@@ -193,7 +193,7 @@ def _base(folder: str, config: Mapping[str, Any], base: Source | None) -> Checkp
         return open_checkpoint(known, "base")
     raise AdapterError(
         f"{folder}: PEFT's files say nothing of the weights' shapes and dtypes, so the base is needed: give base= "
-        f"(a path, a state dict or the model); the adapter names {known!r:.200}, which is not a folder here"
+        f"(--base; a path, a state dict or the model); the adapter names {known!r:.200}, which is not a folder here"
     )
 
 
@@ -409,7 +409,7 @@ def from_peft(
     if not os.path.isdir(where):
         from shira.adapter import hub
 
-        where = hub.snapshot(where, [CONFIG, WEIGHTS], revision=revision, token=token)
+        where = os.path.dirname(hub.fetch(where, [CONFIG, WEIGHTS], revision=revision, token=token)[0])
     config = _config(where)
     kind = config["peft_type"]
     if kind != "LORA" and (density is not None or granule != 1):
@@ -523,7 +523,7 @@ def to_peft(
     _check_for_peft(adapter, None if source is None else source.model)
     if not adapter.delta:
         if source is None:
-            raise AdapterError("PEFT's SHiRA adds to the base, and this adapter replaces entries: give base=")
+            raise AdapterError("PEFT's SHiRA adds to the base, and this adapter replaces entries: give base= (--base)")
         adapter = adapter.to_delta(source)
     # PEFT makes r * (rows + columns) entries for every layer, with a single r.
     rank = max(-(-entry.nnz // sum(entry.shape)) for entry in adapter.weights.values())

@@ -548,29 +548,7 @@ def write_entries(
             them when they are written, in the order of the file, and their fingerprint. Then indices are coded a
             second time instead of being kept until then.
     """
-    codes: dict[str, _Code] = {}
-    newer: dict[str, _Code] = {}
-    for name, entry in weights.items():
-        where = f"weight {named(name)}"
-        entry.check_indices(where)
-        if entry.whole:
-            continue
-        if seeds and entry.seed is not None:
-            drawn = _drawn(entry.numel, entry.indices.numel(), entry.seed, entry.granule)
-            if not torch.equal(drawn, entry.indices.cpu().to(drawn.dtype)):
-                raise AdapterError(f"{where}: its indices are not those its seed draws; save it without seeds=True")
-            continue
-        codes[name] = _Code.of(entry.indices, 1, keep=not values)
-        if version != 1:
-            newer[name] = _Code.of(entry.indices, 2, keep=not values)
-    spared = sum(codes[name].nbytes - newer[name].nbytes for name in newer)
-    if version == 2 or 20 * spared >= sum(code.nbytes for code in codes.values()) + sum(
-        entry.values.nbytes for entry in weights.values()
-    ):
-        codes |= newer
-    else:
-        spared = 0
-
+    codes, newer = _codes(weights, seeds=seeds, version=version, keep=not values)
     parts: list[tuple[str, _file.Part]] = []
     packed: dict[str, list[_file.Part]] = {}
     headers: dict[str, Any] = {}
@@ -611,7 +589,7 @@ def write_entries(
         prints.append((word, 0 if code is None else code.print))
     metadata = {
         "format": "pt",
-        _file.VERSION_KEY: "2" if spared > 0 or after is not None else "1",
+        _file.VERSION_KEY: "2" if newer or after is not None else "1",
         _file.ADAPTER_KEY: _file.jsoned(about),
     }
     if after is not None:
@@ -622,6 +600,32 @@ def write_entries(
     # Tensors of wide entries come first, so that each is aligned to its entries; otherwise the adapter's order.
     parts.sort(key=lambda one: -_file.ITEM_BYTES[one[1].dtype])
     _file.write_safetensors(path, dict(parts), metadata, _file.MAX_ADAPTER_HEADER)
+
+
+def _codes(
+    weights: Mapping[str, Entry], *, seeds: bool, version: int | None, keep: bool
+) -> tuple[dict[str, _Code], bool]:
+    """The code of each weight's indices that a file is to hold, and whether any of them takes version 2."""
+    codes: dict[str, _Code] = {}
+    newer: dict[str, _Code] = {}
+    for name, entry in weights.items():
+        where = f"weight {named(name)}"
+        entry.check_indices(where)
+        if entry.whole:
+            continue
+        if seeds and entry.seed is not None:
+            drawn = _drawn(entry.numel, entry.indices.numel(), entry.seed, entry.granule)
+            if not torch.equal(drawn, entry.indices.cpu().to(drawn.dtype)):
+                raise AdapterError(f"{where}: its indices are not those its seed draws; save it without seeds=True")
+            continue
+        codes[name] = _Code.of(entry.indices, 1, keep=keep)
+        if version != 1:
+            newer[name] = _Code.of(entry.indices, 2, keep=keep)
+    spared = sum(codes[name].nbytes - newer[name].nbytes for name in newer)
+    size = sum(code.nbytes for code in codes.values()) + sum(entry.values.nbytes for entry in weights.values())
+    if version == 2 or 20 * spared >= size:
+        return codes | newer, spared > 0
+    return codes, False
 
 
 def read_entries(path: str | os.PathLike[str], *, checksums: bool = True) -> tuple[_file.Header, dict[str, Entry]]:

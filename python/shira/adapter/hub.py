@@ -52,10 +52,12 @@ def download(repo: str, filename: str, *, revision: str | None, token: str | boo
     return path
 
 
-def snapshot(repo: str, files: Sequence[str], *, revision: str | None, token: str | bool | None) -> str:
-    """Downloads some files of a repository; returns the folder in the client's cache that holds them."""
-    paths = [download(repo, filename, revision=revision, token=token) for filename in files]
-    return os.path.dirname(paths[0])
+def fetch(where: str, files: Sequence[str], *, revision: str | None, token: str | bool | None) -> list[str]:
+    """Downloads some files of a repository whose name is not that of anything here; returns their paths."""
+    try:
+        return [download(where, filename, revision=revision, token=token) for filename in files]
+    except AdapterError as error:
+        raise AdapterError(f"{where}: there is no such file or folder, and as a name on the Hub: {error}") from error
 
 
 def locate(where: str, *, filename: str, revision: str | None, token: str | bool | None) -> str:
@@ -69,7 +71,7 @@ def locate(where: str, *, filename: str, revision: str | None, token: str | bool
         raise AdapterError(f"{where}: the folder has no {filename}")
     if os.path.isfile(where):
         return where
-    return download(where, filename, revision=revision, token=token)
+    return fetch(where, [filename], revision=revision, token=token)[0]
 
 
 def _cell(text: str) -> str:

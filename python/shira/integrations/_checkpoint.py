@@ -61,16 +61,18 @@ def _divided_as(tensor: Any, whole: Tensor) -> Tensor:
 def write(tuner: SparseTuner, folder: str | os.PathLike[str], keep: bool = True) -> None:
     """Write the adapter as it is now, which is for use, and the state from which training can go on.
 
-    The ranks of a sharded model call it together, and those that ``keep`` write.
+    The ranks of a sharded model call it together; the first one writes the adapter (`SparseTuner.save`), and those that
+    ``keep`` write the state.
     """
     if not (keep or tuner.sharded):
         return
-    adapter, state = tuner.adapter(), state_of(tuner)
+    target = Path(folder)
+    if keep:
+        target.mkdir(parents=True, exist_ok=True)
+    tuner.save(target / FILE)
+    state = state_of(tuner)
     if not keep:
         return
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    adapter.save(target / FILE)
     with _file.replacing(target / STATE) as temporary:
         torch.save(state, temporary)
 

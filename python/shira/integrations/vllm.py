@@ -39,7 +39,10 @@ try:
     )
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 except ImportError as error:
-    raise ImportError("shira.integrations.vllm needs a vllm that has weight transfer engines") from error
+    raise ImportError(
+        f"shira.integrations.vllm needs a vLLM that has weight transfer engines ({error}); install it with: "
+        f"pip install -U vllm"
+    ) from error
 
 from shira.integrations import _engine
 from shira.sync import Folder, Publisher, Receiver, SyncError, Update

@@ -587,13 +587,18 @@ class Principal(_Scored):
         if not bool(matrix.isfinite().all()):
             raise ValueError(f"Principal: every entry of a weight must be finite; not so for {name}")
         rank = min(self.rank, *matrix.shape)
+        # Squares of the entries must be finite, and not zero: far from 1, they are scaled by a power of two.
+        least = math.frexp(torch.finfo(matrix.dtype).tiny)[1]
+        power = max(least, int(torch.frexp(matrix.abs().max()).exponent))
+        matrix = matrix if abs(power) <= 32 else torch.ldexp(matrix, torch.tensor(-power, device=matrix.device))
         # svd_lowrank draws from its device's own generator; and under autocast its products would be in half precision.
         generator = torch.cuda.default_generators[weight.get_device()] if weight.is_cuda else torch.default_generator
         kept = torch.random.fork_rng([weight.device] if weight.is_cuda else [])
         with kept, torch.autocast(weight.device.type, enabled=False):
             generator.manual_seed(signed(self.seed))
             u, s, v = torch.svd_lowrank(matrix, min(rank + 8, *matrix.shape), niter=4)
-            return ((u[:, :rank] * s[:rank]) @ v[:, :rank].T).view(weight.shape)
+            found = ((u[:, :rank] * s[:rank]) @ v[:, :rank].T).view(weight.shape)
+        return found if abs(power) <= 32 else torch.ldexp(found, torch.tensor(power, device=found.device))
 
     def select(self, name: str, weight: Tensor) -> Tensor:
         return self._choose(name, weight, None, self.approximation(name, weight))

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 class _Word(NamedTuple):
     """What a rank tells the others of a call, when not all is well."""
 
+    caller: str
     call: str
     state: str
     about: str
@@ -51,7 +52,7 @@ class Step:
     """A call that all ranks make together."""
 
     ranks: Ranks
-    who: str
+    caller: Caller
     call: str
     state: str
     # What this rank works on, where it must be the same on all of them.
@@ -81,7 +82,8 @@ class Step:
             raise _Lost(str(error)) from error
 
     def _exchange(self, error: BaseException | None) -> None:
-        words = [int(error is not None), *(_digest(text) for text in (self.call, self.state, self.about))]
+        called = f"{self.caller}: {self.call}"
+        words = [int(error is not None), *(_digest(text) for text in (called, self.state, self.about))]
         rows = self.gather(words)
         if any(row != rows[0] or row[0] for row in rows):
             self.told = True
@@ -102,6 +104,29 @@ def meshes_of(weights: Iterable[Tensor]) -> list[DeviceMesh]:
 
 def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+# How many callers were made for the same ranks, by these.
+_made: dict[tuple[int, ...], int] = {}
+
+
+@dataclass(eq=False)
+class Caller:
+    """A `Switcher` or `Overlay`. Each rank makes its own, all in the same order, and so they are told apart."""
+
+    kind: str
+    number: int = 0
+
+    def ranks(self, meshes: Iterable[DeviceMesh]) -> Ranks | None:
+        """`Ranks.of` these device meshes; the first time it gets its number among the callers of the same ranks."""
+        found = Ranks.of(self.kind, meshes)
+        if found is not None and not self.number:
+            members = tuple(found.members)
+            self.number = _made[members] = _made.get(members, 0) + 1
+        return found
+
+    def __str__(self) -> str:
+        return f"{self.kind} number {self.number}"
 
 
 @dataclass(eq=False)
@@ -151,12 +176,12 @@ class Ranks:
 
     def gather(self, numbers: Sequence[int]) -> list[list[int]]:
         """See `Step.gather`."""
-        from torch import distributed
-
         mine = torch.tensor(numbers, dtype=torch.int64, device=self.device)
-        every = [torch.empty_like(mine) for _ in self.members]
-        distributed.all_gather(every, mine, group=self.group)
-        return [row.tolist() for row in every]
+        every = mine.new_empty(self.size, len(numbers))
+        # What torch.distributed.all_gather calls: its own checks and logs take longer than this exchange.
+        self.group.allgather([list(every.unbind())], [mine]).wait()
+        found: list[list[int]] = every.tolist()
+        return found
 
     def fingerprints(self, weights: Sequence[Any], read: Callable[[], Sequence[Tensor]], step: Step) -> list[int]:
         """The fingerprints of whole weights (DTensors) of which each rank has in its part what it reads."""
@@ -200,19 +225,19 @@ class Ranks:
 
     @contextmanager
     def together(
-        self, who: str, call: str, prepare: Callable[[], None], state: Callable[[], str], undo: Callable[[], None]
+        self, caller: Caller, call: str, prepare: Callable[[], None], state: Callable[[], str], undo: Callable[[], None]
     ) -> Iterator[Step]:
         """A call that all ranks make: it succeeds on all of them, or on none.
 
         Args:
-            who: the class, as messages begin with it.
+            caller: who calls, which must be the same on every rank.
             call: what is called, as it must be on every rank.
             prepare: comes first.
             state: says what is on the weights now, as the end of a message.
             undo: goes back to what was before the call; does nothing where the call itself has done so.
         """
         with LOCK:
-            step, mine = Step(self, who, call, state()), None
+            step, mine = Step(self, caller, call, state()), None
             try:
                 prepare()
                 yield step
@@ -236,7 +261,9 @@ class Ranks:
         """Take back what this rank has done, and raise what all ranks raise."""
         error = None if mine is None else str(mine) or type(mine).__name__
         interrupt = mine is not None and not isinstance(mine, Exception)
-        word = _Word(step.call, step.state, step.about, isinstance(mine, AdapterError), error, interrupt)
+        word = _Word(
+            str(step.caller), step.call, step.state, step.about, isinstance(mine, AdapterError), error, interrupt
+        )
         try:
             words = self._tell(word)
             if mine is not None and not interrupt and all(other == word for other in words):
@@ -250,7 +277,7 @@ class Ranks:
         if mine is not None and interrupt:
             raise mine
         kind = AdapterError if any(word.of_adapter for word in words) else SwitchError
-        raise kind(f"{step.who}: {self._sentence(words, told)}") from mine
+        raise kind(f"{step.caller.kind}: {self._sentence(words, told)}") from mine
 
     def _tell(self, word: Any) -> list[Any]:
         from torch import distributed
@@ -267,7 +294,7 @@ class Ranks:
             what = f"{words[first].call} failed on rank {first} of {self.size}{others}"
             why = f". Rank {first}: {words[first].error}"
         else:
-            differ = next(at for at in ("call", "state", "about") if len({getattr(word, at) for word in words}) > 1)
+            differ = next(at for at in _ADVICE if len({getattr(word, at) for word in words}) > 1)
             what = "the ranks did not agree on what to do"
             each = ", ".join(f"rank {rank}: {getattr(word, differ)}" for rank, word in _different(words, differ))
             why = f". {each}. {_ADVICE[differ]}"
@@ -288,13 +315,14 @@ class Ranks:
         failed = _done(undo)
         here = f"it is as it was before the call: {state()}" if failed is None else f"taking it back failed: {failed}"
         return SwitchError(
-            f"{step.who}: {step.call}: the ranks could not agree, since one has died or did not answer in time. On "
-            f"this rank {here}; what the others hold is not known. Start the program again, or make the process "
-            f"groups and the {step.who} anew. Cause: {cause}"
+            f"{step.caller.kind}: {step.call}: the ranks could not agree, since one has died or did not answer in "
+            f"time. On this rank {here}; what the others hold is not known. Start the program again, or make the "
+            f"process groups and the {step.caller.kind} anew. Cause: {cause}"
         )
 
 
 _ADVICE = {
+    "caller": "They are numbered as they were made for these ranks: make and use them in the same order on every rank",
     "call": "Make the same calls in the same order on every rank",
     "state": "Make the same calls in the same order on every rank",
     "about": "Give every rank the same adapter",

@@ -490,6 +490,8 @@ def given(name: str, adapter: str | os.PathLike[str] | Adapter, *, check_finite:
 
     Without `own` its values may stay where they are, for a caller that copies what it needs of them.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"add: name must be a string, got {type(name).__name__} {name!r}")
     file = stamp = None
     if isinstance(adapter, Adapter):
         where, adapter = f"adapter {name!r}" if name else "the adapter", _owned(adapter) if own else adapter

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Container, Iterable
+from typing import Any
 
 from torch import nn
 
-from shira._live import Weight
+from shira._live import Record, Weight
 from shira._model import Slot
 
 
@@ -30,7 +31,12 @@ class Watch:
         self._records = [weight.record for weight in self.weights]
         self._holds = [weight.hold for weight in self.weights]
         self._versioned = [(weight.tensor, weight.record) for weight in whole if weight.versioned]
-        self._sharded = [weight for weight in self.weights if weight.box is not None]
+        sharded = [weight for weight in self.weights if weight.box is not None]
+        # Of weights that ranks hold together: the parameter, where this rank's part was, and what is known of it.
+        self._parts: list[tuple[Any, int, Record]] = [(one.slot.weight, one.pointer, one.record) for one in sharded]
+        self._versioned_parts = [
+            (part, record) for weight, (part, _, record) in zip(sharded, self._parts, strict=True) if weight.versioned
+        ]
 
     def undisturbed(self, me: weakref.ref[object]) -> bool:
         """Whether every weight is in its place and memory, is not trained, has no adapters of another Switcher than
@@ -46,7 +52,10 @@ class Watch:
             and [tensor.numel() for tensor in self._tensors] == self._numels
             and all(tensor._version == record.version for tensor, record in self._versioned)
             and all(hold.holder is None or hold.holder is me for hold in self._holds)
-            and not any(weight.changed() or weight.tensor.data_ptr() != weight.pointer for weight in self._sharded)
+            and all(part._local_tensor.data_ptr() == pointer for part, pointer, _ in self._parts)
+            and all(
+                part._version + part._local_tensor._version == record.version for part, record in self._versioned_parts
+            )
         )
 
     def left(self, me: weakref.ref[object], on: Container[Weight]) -> None:
@@ -56,8 +65,8 @@ class Watch:
             record.pointer = weight.pointer
         for tensor, record in self._versioned:
             record.version = tensor._version
-        for weight in self._sharded:
-            weight.note()
+        for part, record in self._versioned_parts:
+            record.version = part._version + part._local_tensor._version
 
 
 def _is_plain(place: Slot) -> bool:

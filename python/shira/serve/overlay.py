@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from shira import _fit, _linears, _model, _places, _shards, _text
+from shira import _fit, _linears, _live, _model, _places, _shards, _text
 from shira._granules import dtype_name
 from shira._live import LOCK, SwitchError
 from shira._text import AdapterError
 from shira.adapter import _file
 from shira.adapter.adapter import Adapter
 from shira.serve import _agreement, _shelf
-from shira.serve._agreement import Ranks, Step
+from shira.serve._agreement import Caller, Ranks, Step
 from shira.serve._laying import EXPERTS, Biases, Current, Delta, Entrance, Group, Hook, Rows, Selection, Strengths
 from shira.serve._ledger import quiet
 from shira.serve._shelf import Memory, Stored
@@ -52,6 +52,8 @@ class _Laid(Stored):
 
     # For each of its weights, by its own name for it, the places in the model.
     spots: dict[str, list[Spot]]
+    # Whether its values replace the base's entries, so that what is laid is their differences from this base.
+    replaces: bool
     # By module, for its weight and its bias; None while the adapter is not on the device.
     deltas: dict[nn.Module, dict[bool, Delta]] | None = None
 
@@ -160,6 +162,9 @@ class Overlay:
         self._surveyed = False
         # The ranks that compute with parts of the same layers, once they are known.
         self._partnered: tuple[Ranks | None] | None = None
+        self._caller = Caller("Overlay")
+        self._ranks()
+        _live.overlays.add(self)
 
     @property
     def budget(self) -> int | None:
@@ -318,6 +323,19 @@ class Overlay:
                     f"{_model.some(wrong)}"
                 )
 
+    def replacing(self, tensors: Iterable[Tensor]) -> list[str]:
+        """The adapters in use, in whatever thread, whose differences would be wrong if these weights became others:
+        those that replace entries of them."""
+        memories = {_model.memory(tensor) for tensor in tensors}
+
+        def is_there(spot: Spot) -> bool:
+            tensor = spot.parameter()
+            return tensor is not None and _model.memory(tensor) in memories
+
+        with LOCK:
+            used = [self._added[name] for name in dict.fromkeys(self._in_use())]
+            return [laid.name for laid in used if laid.replaces and any(map(is_there, laid.all_spots))]
+
     def memory(self) -> dict[str, Memory]:
         """The bytes that each adapter keeps, by name."""
         with LOCK:
@@ -357,6 +375,7 @@ class Overlay:
             new.__dict__.update(copy.deepcopy(self.__dict__, memo))
             for watched in new._watched.values():
                 watched.distrust()
+        _live.overlays.add(new)
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -370,14 +389,14 @@ class Overlay:
     def _ranks(self) -> Ranks | None:
         """The ranks that hold the model together, if it is sharded."""
         _shards.reshard(_shards.fsdp_modules(self.model))
-        return Ranks.of("Overlay", _agreement.meshes_of(self.model.parameters()))
+        return self._caller.ranks(_agreement.meshes_of(self.model.parameters()))
 
     def _partners(self) -> Ranks | None:
         """The ranks that compute with parts of the same layers, and must select the same; None where none do."""
         if self._partnered is None:
             divisions = (spot.division for laid in self._added.values() for spot in laid.shared)
             meshes = [division[0] for division in divisions if division is not None]
-            self._partnered = (Ranks.of("Overlay", meshes),)
+            self._partnered = (self._caller.ranks(meshes),)
         return self._partnered[0]
 
     def _together(
@@ -398,7 +417,7 @@ class Overlay:
             active = self.active
             return f"active is {active}" if active else "no adapter is active"
 
-        return ranks.together("Overlay", _agreement.call(call, arguments, options), lambda: None, state, undo)
+        return ranks.together(self._caller, _agreement.call(call, arguments, options), lambda: None, state, undo)
 
     # ---- selections ----------------------------------------------------------------------------------------------
 
@@ -497,6 +516,7 @@ class Overlay:
             stamp=given.stamp,
             elsewhere=tuple(elsewhere),
             spots=spots,
+            replaces=not given.adapter.delta,
         )
         watched: dict[Place, Watched] = {}
         first: dict[object, Watched] = {}

@@ -23,7 +23,7 @@ from shira._live import LOCK, SwitchError, Weight
 from shira._text import AdapterError
 from shira.adapter.adapter import Adapter
 from shira.serve import _agreement, _layout, _shelf
-from shira.serve._agreement import Ranks, Step
+from shira.serve._agreement import Caller, Step
 from shira.serve._layout import BASE, EMPTY, State, Way, listed
 from shira.serve._ledger import Ledger, quiet
 from shira.serve._shelf import Added, Memory, Shelf
@@ -88,7 +88,7 @@ class Switcher:
     ) -> None:
         self.model = _model.unwrap(model)
         me: weakref.ref[object] = weakref.ref(self)
-        self._ledger = Ledger(me)
+        self._ledger, self._caller = Ledger(me), Caller("Switcher")
         self._find()
         self._shelf = Shelf(self._ledger, None if spill is None else Path(spill))
         self.budget = budget
@@ -380,7 +380,7 @@ class Switcher:
         self._fsdp = _shards.fsdp_modules(self.model)
         _shards.reshard(self._fsdp)
         self._slots = _linears.slots(self.model)
-        self._ranks = Ranks.of("Switcher", _agreement.meshes_of(slot.weight for slot in self._slots.values()))
+        self._ranks = self._caller.ranks(_agreement.meshes_of(slot.weight for slot in self._slots.values()))
         self._ledger.gathered = _shards.gathered(self._fsdp)
 
     def _together(self, call: str, *arguments: object, **options: object) -> AbstractContextManager[Step | None]:
@@ -402,7 +402,7 @@ class Switcher:
             _shards.reshard(self._fsdp)
 
         named = _agreement.call(call, arguments, options)
-        return self._ranks.together("Switcher", named, reshard, lambda: self._ledger.state.told(), undo)
+        return self._ranks.together(self._caller, named, reshard, lambda: self._ledger.state.told(), undo)
 
     # ---- who may switch, and to what -------------------------------------------------------------------------
 

@@ -43,7 +43,10 @@ class Folder:
         """
         starts: dict[int, tuple[tuple[int, int], int, str]] = {}
         for name, step, start, end in self._names():
-            age = ((self.path / name).stat().st_mtime_ns, step)
+            try:
+                age = ((self.path / name).stat().st_mtime_ns, step)
+            except FileNotFoundError:
+                continue  # deleted since it was listed
             if start != end and (start not in starts or age > starts[start][0]):
                 starts[start] = (age, end, name)
         way: list[str] = []

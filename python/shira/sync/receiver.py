@@ -490,6 +490,7 @@ class Receiver:
         """Swap, all or nothing: the Receiver is at `then` afterwards, or everything is as it was."""
         refuse_moved("Receiver", self.model, self._weights.values(), _ANEW)
         self._refuse_tuned(what)
+        self._refuse_overlaid(what, moves)
         with _bare(what, self._tensors()) as switchers:
             self._heal(switchers)
             for weight in self._weights.values():
@@ -534,6 +535,16 @@ class Receiver:
                         f"Receiver: {what} refused: a SparseTuner trains {slot.name}; detach it first "
                         f"(shira.detach(model))"
                     )
+
+    def _refuse_overlaid(self, what: str, moves: _Moves) -> None:
+        tensors = [weight.slots[0].weight for weight in moves.entries]
+        names = [name for overlay in list(_live.overlays) for name in overlay.replacing(tensors)]
+        if names:
+            raise SyncError(
+                f"Receiver: {what} refused: an Overlay has {_model.some(map(repr, names))} in use, which replaces "
+                f"entries of these weights by their differences from the base as it is; overlay.deactivate() first, "
+                f"and afterwards remove the adapter and add it again, with verify=False"
+            )
 
     def _settle(self, moves: _Moves, switchers: Sequence[Switcher], *, written: bool) -> None:
         """The weights are on this side of the moves: note it, and tell the Switchers."""

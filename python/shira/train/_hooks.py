@@ -95,13 +95,8 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     found = _steps[optimizer] = _ask(optimizer)
     targets = _targets(optimizer, found)
     for values, target in targets:
-        site, module = target.site, target.module()
-        for name, wanted in ((site.values_name, values), (site.attribute, site.own_weight)):
-            held = module._parameters.get(name)
-            elsewhere = name == site.attribute and (site.overlay or (site.shard and site.shard.is_holder_of(held)))
-            if held is not wanted and not elsewhere:
-                refuse_replaced(site.name + name.removeprefix(site.attribute))
-        if site.group.off:
+        refuse_other(target, values)
+        if target.site.group.off:
             raise RuntimeError(
                 "SparseTuner: an optimizer cannot step inside `with tuner.disabled()`, where the model is the base"
             )
@@ -118,6 +113,16 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     if _closure(args, kwargs) is None:
         _check_made_after(optimizer)
         _check_reached(targets)
+
+
+def refuse_other(target: Target, values: Tensor) -> None:
+    """Refuse a step where the module has another weight, or other values, than the tuner put on it."""
+    site, module = target.site, target.module()
+    for name, wanted in ((site.values_name, values), (site.attribute, site.own_weight)):
+        held = module._parameters.get(name)
+        elsewhere = name == site.attribute and (site.overlay or (site.shard and site.shard.is_holder_of(held)))
+        if held is not wanted and not elsewhere:
+            refuse_replaced(site.name + name.removeprefix(site.attribute))
 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

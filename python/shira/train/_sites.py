@@ -316,7 +316,9 @@ def put(target: Target, holders: Sequence[nn.Module], rules: Sequence[str | None
     _, values = site.trained(owner)
     weight: nn.Parameter | None = _held(owner, site.attribute)  # of an overlay, whatever the module has
     owner.__dict__.setdefault(SITES, {})[site.attribute] = site
-    site.values_ref, site.weight_ref = weakref.ref(values), None if weight is None else weakref.ref(weight)
+    site.values_ref = weakref.ref(values)
+    # torch moves quantized weights by `swap_tensors`, which refuses tensors with weak references.
+    site.weight_ref = None if weight is None or site.overlay else weakref.ref(weight)
     known[values] = target
     target.handles.append(values.register_post_accumulate_grad_hook(partial(_came, target)))
     if site.dense and weight is not None:
@@ -528,10 +530,7 @@ def _check_export(sites: Sequence[tuple[Site, nn.Module | None]]) -> None:
 
 
 def _follow(sites: Sequence[tuple[Site, nn.Module | None]], whole: bool, module: nn.Module) -> None:
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "SparseTuner: values are written into weights, which torch.func cannot follow; use torch.autograd"
-        )
+    refuse_transforms()
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         if torch.is_grad_enabled() and any(site.trained(owner or module)[1].requires_grad for site, owner in sites):
             raise RuntimeError(
@@ -641,6 +640,13 @@ def _is_functional() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def refuse_transforms() -> None:
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "SparseTuner: values are written into weights, which torch.func cannot follow; use torch.autograd"
+        )
 
 
 def refuse_replaced(name: str) -> None:

@@ -29,7 +29,7 @@ from shira import _granules, _linears, _live, _shards
 from shira._model import VALUES_SUFFIX
 from shira.masks.masks import Mask, WeightMagnitude
 from shira.train import _hooks, _ranks
-from shira.train._sites import Target, check_reached, look_outside, trained_as
+from shira.train._sites import Target, check_reached, look_outside, refuse_replaced, refuse_transforms, trained_as
 from shira.train.tuner import SparseTuner
 
 __all__ = ["DoRATuner"]
@@ -69,6 +69,8 @@ class _DoRA:
     turned: bool
     # The norm of base + B @ A for each output, and of which state of the parameters it and the values are.
     norm: Tensor
+    # The parameters that it was made with; the module may have others by now.
+    own: tuple[nn.Parameter, ...]
     made_of: list[tuple[int, ...]] = field(default_factory=list)
 
     def state(self) -> list[tuple[int, ...]]:
@@ -163,6 +165,8 @@ class DoRATuner(SparseTuner):
         self._doras: dict[str, _DoRA] = {}
         self._handles: list[RemovableHandle] = []
         self._started = False
+        # The backward pass from values to what they are made of is running; and an optimizer has stepped in it.
+        self._passing = self._stepped = False
         super().__init__(
             model, WeightMagnitude(density=0.01) if mask is None else mask, targets, exclude=exclude,
             gradient=gradient, calibration=calibration, loss=loss, allow_unused=allow_unused,
@@ -201,10 +205,11 @@ class DoRATuner(SparseTuner):
             a, b = torch.empty(rank, inputs, **like), torch.zeros(rank, outputs, **like)
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
             made = (torch.empty(outputs, **like), a, b)
-            for name, tensor in zip(_NAMES, made, strict=True):
-                tuned.owner.register_parameter(site.attribute + name, nn.Parameter(tensor))
+            own = tuple(map(nn.Parameter, made))
+            for name, parameter in zip(_NAMES, own, strict=True):
+                tuned.owner.register_parameter(site.attribute + name, parameter)
             site.others = tuple(site.attribute + name for name in _NAMES)
-            dora = self._doras[tuned.name] = _DoRA(tuned.target, turned, made[0])
+            dora = self._doras[tuned.name] = _DoRA(tuned.target, turned, made[0], own)
             dora.measure()
             if not bool(dora.norm.all()):
                 raise ValueError(
@@ -214,14 +219,20 @@ class DoRATuner(SparseTuner):
             with torch.no_grad():
                 dora.parameters()[0].copy_(dora.norm)
             dora.made_of = dora.state()
-            tuned.target.handles.append(tuned.values.register_post_accumulate_grad_hook(partial(_pass_on, dora)))
+            hook = partial(_pass_on, weakref.ref(self), dora)
+            tuned.target.handles.append(tuned.values.register_post_accumulate_grad_hook(hook))
         self._ignored += _ranks.ignore(self.model, [tuned.values for tuned in self._tuned])
         look_outside(_follow)
         # Before the hook that has the weights follow their values.
-        self._root.append(self.model.register_forward_pre_hook(partial(_follow, weakref.ref(self)), prepend=True))
-        # These keep the tuner alive until it is detached, as long as the model trains.
-        self._handles.append(register_optimizer_step_pre_hook(self._before_step))
-        self._handles.append(register_optimizer_step_post_hook(self._after_step))
+        self._keep_root(self.model.register_forward_pre_hook(partial(_follow, _Held(self)), prepend=True))
+        # torch's own hooks, of all optimizers, must not keep the tuner alive, which keeps the model alive.
+        for register, at_step in (
+            (register_optimizer_step_pre_hook, DoRATuner._before_step),
+            (register_optimizer_step_post_hook, DoRATuner._after_step),
+        ):
+            handle = register(partial(_at_step, weakref.ref(self), at_step))
+            self._handles.append(handle)
+            weakref.finalize(self, handle.remove)
         count = sum(p.numel() for p in self.parameters())
         self._notes.append(f"made by DoRA of rank {rank}, with {count:,} parameters to train")
 
@@ -252,12 +263,26 @@ class DoRATuner(SparseTuner):
         edit moves no version counter (through ``.data``, on a GPU).
         """
         self._enabled("sync")
+        self._refuse_replaced()
         self._renew()
         super().sync()
+
+    def _refuse_replaced(self) -> None:
+        """Refuse to train where the module has other parameters than those that the optimizer has."""
+        for name, dora in self._doras.items():
+            for key, held, own in zip(_NAMES, dora.parameters(), dora.own, strict=True):
+                if held is not own:
+                    self._take_over()
+                    refuse_replaced(name + key)
+
+    def _is_stale(self) -> bool:
+        return any(dora.made_of != dora.state() for dora in self._doras.values())
 
     @torch.no_grad()
     def _renew(self) -> None:
         for name, dora in self._doras.items():
+            # The values train where what they are made of does.
+            dora.target.trained()[1].requires_grad_(any(parameter.requires_grad for parameter in dora.parameters()))
             if any(_ranks.engine_of(parameter) is not None for parameter in dora.parameters()):
                 raise RuntimeError(
                     f"DoRATuner: a DeepSpeed engine trains what {name} is made of, and its steps cannot be followed; "
@@ -304,7 +329,7 @@ class DoRATuner(SparseTuner):
         """Whether the optimizer has the parameters; refuses one that has the values without them."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         # This runs at the steps of all optimizers there are, so what may be wrong with this model must not raise here.
-        if any(id(p) in held for dora in self._doras.values() for p in dora.parameters()):
+        if any(id(p) in held for dora in self._doras.values() for p in dora.own):
             return True
         if any(id(tuned.values) in held for tuned in self._tuned):
             raise RuntimeError(
@@ -317,6 +342,9 @@ class DoRATuner(SparseTuner):
         if not self._has(optimizer):
             return
         self._enabled("an optimizer's step")
+        self._refuse_replaced()
+        for dora in self._doras.values():
+            _hooks.refuse_other(dora.target, dora.target.trained()[1])
         _live.refuse_active(self.model)
         if not self._started:
             self._compare()
@@ -327,11 +355,16 @@ class DoRATuner(SparseTuner):
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._tuned or not self._has(optimizer):
             return
-        if _hooks._in_backward():
-            # What is left of the pass needs the weights as they were in the forward.
-            torch.autograd.Variable._execution_engine.queue_callback(self.sync)
-        else:
+        if not _hooks._in_backward():
             self.sync()
+        elif self._passing:
+            self._stepped = True
+        else:
+            self._sync_after_backward()
+
+    def _sync_after_backward(self) -> None:
+        """What is left of the pass needs the weights as they were in the forward."""
+        torch.autograd.Variable._execution_engine.queue_callback(self.sync)
 
     def _compare(self) -> None:
         """Refuse ranks that differ. A collective call."""
@@ -364,28 +397,73 @@ def _kind(module: nn.Module) -> str | None:
     return known if _linears.is_linear(module) else None
 
 
-def _pass_on(dora: _DoRA, values: Tensor) -> None:
+class _Held:
+    """Keeps the tuner alive for the hook of its model. A copy of the model has none, be it unpickled elsewhere."""
+
+    def __init__(self, tuner: DoRATuner | None = None) -> None:
+        self.tuner = tuner
+
+    def __reduce__(self) -> Any:
+        if self.tuner is not None and self.tuner._is_stale():
+            raise RuntimeError(
+                "DoRATuner: its parameters were edited, and a copy of the model would not follow that; call "
+                "tuner.sync() before the model is copied or pickled"
+            )
+        return _Held, ()
+
+
+def _at_step(
+    tuner: weakref.ref[DoRATuner],
+    hook: Callable[..., None],
+    optimizer: Optimizer,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    found = tuner()
+    if found is not None:
+        hook(found, optimizer, args, kwargs)
+
+
+def _pass_on(tuner: weakref.ref[DoRATuner], dora: _DoRA, values: Tensor) -> None:
     """The hook of values that have just got a gradient: pass it on to what they are made of."""
     dora.target.site.note(values)
     grad, values.grad = values.grad, None
-    if grad is not None:
-        with torch.enable_grad():
-            made = dora.values()
-        # Through autograd: so it accumulates, and the hooks of DDP run, as for any parameter.
-        torch.autograd.backward(made, grad.detach())
-
-
-def _follow(tuner: weakref.ref[DoRATuner], module: nn.Module, args: tuple[Any, ...]) -> None:
-    """The forward pre-hook of the model: make the values of parameters that were edited."""
     found = tuner()
-    if found is None or found._disabled:
+    if grad is None or found is None:
         return
-    if module is not found.model:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "DoRATuner: its gradients cannot be differentiated again (create_graph=True): what the values are made of "
+            'gets them in a backward pass of its own; use SparseTuner(..., gradient="dense")'
+        )
+    if dora.made_of != dora.state():
+        raise RuntimeError(
+            f"DoRATuner: what {dora.target.site.name} is made of was changed between the forward and the backward "
+            f"pass, so this gradient would be of neither state; change it after backward, or run the forward again"
+        )
+    with torch.enable_grad():
+        made = dora.values()
+    # Through autograd: so it accumulates, and the hooks of DDP run, as for any parameter.
+    found._passing = True
+    try:
+        torch.autograd.backward(made, grad.detach())
+    finally:
+        found._passing, stepped, found._stepped = False, found._stepped, False
+    if stepped:  # only now, since what the pass above queues is called at its own end
+        found._sync_after_backward()
+
+
+def _follow(held: _Held, module: nn.Module, args: tuple[Any, ...]) -> None:
+    """The forward pre-hook of the model: make the values of parameters that were edited."""
+    found = held.tuner
+    if found is None or module is not found.model:
         if torch.is_grad_enabled() and module.training:
             raise RuntimeError(
                 "DoRATuner: this is a copy of the model that it trains, and a copy would train the values and not what "
                 "they are made of; use the copy in eval() or under torch.no_grad(), or shira.detach(copy) and tune it"
             )
+        return
+    if found._disabled:
         return
     if torch.compiler.is_exporting():
         raise RuntimeError(
@@ -393,7 +471,14 @@ def _follow(tuner: weakref.ref[DoRATuner], module: nn.Module, args: tuple[Any, .
             "after tuner.detach(), with the adapter put on by a Switcher"
         )
     # Where the model is traced into the graph of something else, the graph breaks here.
-    (_renew_outside if "torch._dynamo" in sys.modules else DoRATuner._renew)(found)
+    (_renew_outside if "torch._dynamo" in sys.modules else _renew)(found)
 
 
-_renew_outside = torch._disable_dynamo(DoRATuner._renew)  # type: ignore[attr-defined]
+def _renew(tuner: DoRATuner) -> None:
+    refuse_transforms()
+    if torch.is_grad_enabled():
+        tuner._refuse_replaced()
+    tuner._renew()
+
+
+_renew_outside = torch._disable_dynamo(_renew)  # type: ignore[attr-defined]

@@ -510,13 +510,17 @@ class SparseTuner:
         self._ignored = _ranks.ignore(self.model, [*weights, *indices])
         # The forward of a module with a dense site may not run, so the model's own forward checks all sites.
         sites = [(tuned.target.site, tuned.owner) for tuned in self._tuned]
-        self._root.append(self.model.register_forward_pre_hook(partial(follow, sites, True), prepend=True))
-        self._root.append(self.model.register_forward_hook(partial(uncover, self._group), always_call=True))
-        self.model.__dict__.setdefault(_ROOT, []).extend(self._root)
+        self._keep_root(self.model.register_forward_pre_hook(partial(follow, sites, True), prepend=True))
+        self._keep_root(self.model.register_forward_hook(partial(uncover, self._group), always_call=True))
         _held.add(self)
         if continued:
             self.sync()
         _hooks.watch_optimizers()
+
+    def _keep_root(self, handle: RemovableHandle) -> None:
+        """Note a hook of the model itself, on the model too, so that it can be taken off a copy."""
+        self._root.append(handle)
+        self.model.__dict__.setdefault(_ROOT, []).append(handle)
 
     def _put(self, plan: _Plan, allow_unused: bool) -> None:
         owner, weight = plan.slots[0].module, plan.weight
