@@ -1,3 +1,4 @@
+# make help    this list
 # make setup   a .venv with everything, and the package built in place
 # make demo    set-up and the main job: adapters on real digits, trained, saved, switched, reverted, fused
 # make test    set-up and the tests
@@ -15,8 +16,10 @@
 # make bench-record    makes the last run the committed one, and the README's figures, docs/speed.md and the plot of it
 # make quality set-up and the experiments that prove the adapters learn: hours, but every finished run is kept
 # make gpu     on a machine with an NVIDIA GPU, no network needed: builds, proves and measures there (8 minutes)
-# make lint    ruff, clang-format, mypy
+# make build   the compiled modules again, in place, after a change in csrc/
+# make lint    ruff, clang-format, mypy; make format repairs what the first two find
 # make docs    set-up and the site, in build/site: every link and every name of it is checked
+# make clean   removes what was built, but for the .venv
 PYTHON ?= python3
 VENV := .venv
 GPU_PY := $(PY)
@@ -31,7 +34,7 @@ AGAIN := benchmarks/results/again.json
 RESULTS ?= cpu-zen4
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: setup build demo test compat sdist wheel kernel soak bench bench-full bench-twice bench-agree bench-compare bench-record quality gpu lint docs format clean
+.PHONY: help setup build demo test compat sdist wheel kernel soak bench bench-full bench-twice bench-agree bench-compare bench-record quality gpu lint docs format clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -44,6 +47,9 @@ $(VENV)/.torch:
 $(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(SOURCES)
 	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[test,bench,lint,docs]'
 	@touch $@
+
+help:
+	@sed -n '/^PYTHON/q; s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
 
 # Rebuilds the compiled modules in place, without touching the environment.
 build: $(VENV)/.torch

@@ -151,6 +151,9 @@ if sanitize:
     cxx += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
     cxx += ["-fno-sanitize-recover=undefined"]
     link += ["-fsanitize=address,undefined"]
+else:
+    # Most Pythons hand down their own -g, which takes a third of the time to compile and six sevenths of the file.
+    cxx.append("-g0")
 headers_key = 0
 for header in sorted((HERE / "csrc").rglob("*.h")):
     headers_key = zlib.crc32(header.read_bytes(), headers_key)

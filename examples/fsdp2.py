@@ -29,6 +29,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("adapter.safetensors"), help="where to save the adapter")
     args = parser.parse_args()
 
+    if "WORLD_SIZE" not in os.environ:
+        raise SystemExit(f"Start it with torchrun.\n\n{__doc__}")
     mesh = init_device_mesh(DEVICE, (int(os.environ["WORLD_SIZE"]),))
     torch.manual_seed(0)  # the same base on every rank
     model = nn.Sequential(nn.Linear(2, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 4))

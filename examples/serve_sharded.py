@@ -30,6 +30,8 @@ def make_adapter(base: nn.Module, seed: int, path: str) -> None:
 
 
 def main() -> None:
+    if "WORLD_SIZE" not in os.environ:
+        raise SystemExit(f"Start it with torchrun.\n\n{__doc__}")
     mesh = init_device_mesh(DEVICE, (int(os.environ["WORLD_SIZE"]),))
     torch.manual_seed(0)  # the same base on every rank
     base = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))

@@ -110,6 +110,11 @@ LINES = {
     "overlay, bound of LoRA": Line(
         "the multiply-adds of sparse_linear_add_ alone, of LoRA's two products", None, guarded=False
     ),
+    "overlay, call and bound of LoRA": Line(
+        "a call of sparse_linear_add_ with one granule and the multiply-adds, of LoRA's two products",
+        None,
+        guarded=False,
+    ),
     "overlay, bound of stream": Line(
         "a call of sparse_linear_add_ with one granule and reading indices and values, of reading", None, guarded=False
     ),

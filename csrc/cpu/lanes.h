@@ -5,12 +5,13 @@
 //   Register, kLanes        a register and its number of lanes
 //   kSums                   how many sums stay in registers, beside what is added to them
 //   load(p)                 kLanes numbers of a dtype, as `Value`: exact
-//   store, zero, multiply, multiply_add
+//   store, zero, add, multiply, multiply_add
 //   broadcast(x)            a number in every lane
 //   fused(a, b, sum)        multiply_add of single numbers: what a lane of registers gives
 //   transpose(r)            kLanes registers as a square of numbers
-//   sum(a, p)               p[k] = the sum of the lanes of a[k], for kGroup registers
-//   add_entries(indices, start, columns, values, x, sum)
+//   pair(low, high)         of floats that are bfloat16: both in one register, 16 bits of a lane each. It only moves
+//   bits unpair(r, low, high)    undoes it sum(a, p)               p[k] = the sum of the lanes of a[k], for kGroup
+//   registers add_entries(indices, start, columns, values, x, sum)
 //                           adds value * x[column] of the next kLanes entries, as far as they lie in the row whose
 //                           `columns` entries begin at `start`, and returns how many do. Indices increase from `start`
 //                           on and are at most kNoEntry
@@ -72,6 +73,11 @@ struct Lanes {
     for (int i = 0; i < kLanes; ++i) r.lane[i] = x;
     return r;
   }
+  static Register add(const Register& a, const Register& b) {
+    Register r;
+    for (int i = 0; i < kLanes; ++i) r.lane[i] = a.lane[i] + b.lane[i];
+    return r;
+  }
   static Register multiply(const Register& a, const Register& b) {
     Register r;
     for (int i = 0; i < kLanes; ++i) r.lane[i] = a.lane[i] * b.lane[i];
@@ -85,6 +91,19 @@ struct Lanes {
   static void transpose(Register* r) {
     for (int i = 0; i < kLanes; ++i)
       for (int k = 0; k < i; ++k) std::swap(r[i].lane[k], r[k].lane[i]);
+  }
+  static Register pair(const Register& low, const Register& high) {
+    Register r;
+    for (int i = 0; i < kLanes; ++i)
+      r.lane[i] = core::bits_to<T>(core::bits_to<uint32_t>(low.lane[i]) >> 16 | core::bits_to<uint32_t>(high.lane[i]));
+    return r;
+  }
+  static void unpair(const Register& r, Register& low, Register& high) {
+    for (int i = 0; i < kLanes; ++i) {
+      const auto bits = core::bits_to<uint32_t>(r.lane[i]);
+      low.lane[i] = core::bits_to<T>(bits << 16);
+      high.lane[i] = core::bits_to<T>(bits & 0xFFFF0000u);
+    }
   }
   static void sum(const Register* a, T* to) {
     for (int k = 0; k < kGroup; ++k) to[k] = (a[k].lane[0] + a[k].lane[1]) + (a[k].lane[2] + a[k].lane[3]);
@@ -135,6 +154,7 @@ struct Floats {
   SHIRA_AVX2 static void store(float* to, __m256 r) { _mm256_storeu_ps(to, r); }
   SHIRA_AVX2 static __m256 zero() { return _mm256_setzero_ps(); }
   SHIRA_AVX2 static __m256 broadcast(float x) { return _mm256_set1_ps(x); }
+  SHIRA_AVX2 static __m256 add(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
   SHIRA_AVX2 static __m256 multiply(__m256 a, __m256 b) { return _mm256_mul_ps(a, b); }
   SHIRA_AVX2 static float fused(float a, float b, float sum) { return __builtin_fmaf(a, b, sum); }
   SHIRA_AVX2 static __m256 multiply_add(__m256 a, __m256 b, __m256 sum) { return _mm256_fmadd_ps(a, b, sum); }
@@ -155,6 +175,13 @@ struct Floats {
       r[i] = _mm256_permute2f128_ps(low, high, 0x20);
       r[i + 4] = _mm256_permute2f128_ps(low, high, 0x31);
     }
+  }
+  SHIRA_AVX2 static __m256 pair(__m256 low, __m256 high) {
+    return _mm256_or_ps(_mm256_castsi256_ps(_mm256_srli_epi32(_mm256_castps_si256(low), 16)), high);
+  }
+  SHIRA_AVX2 static void unpair(__m256 r, __m256& low, __m256& high) {
+    low = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(r), 16));
+    high = _mm256_and_ps(r, _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int32_t>(0xFFFF0000))));
   }
   SHIRA_AVX2 static void sum(const __m256* a, float* to) {
     for (int k = 0; k < kGroup; k += 4) {
@@ -188,6 +215,7 @@ struct Doubles {
   SHIRA_AVX2 static void store(double* to, __m256d r) { _mm256_storeu_pd(to, r); }
   SHIRA_AVX2 static __m256d zero() { return _mm256_setzero_pd(); }
   SHIRA_AVX2 static __m256d broadcast(double x) { return _mm256_set1_pd(x); }
+  SHIRA_AVX2 static __m256d add(__m256d a, __m256d b) { return _mm256_add_pd(a, b); }
   SHIRA_AVX2 static __m256d multiply(__m256d a, __m256d b) { return _mm256_mul_pd(a, b); }
   SHIRA_AVX2 static double fused(double a, double b, double sum) { return __builtin_fma(a, b, sum); }
   SHIRA_AVX2 static __m256d multiply_add(__m256d a, __m256d b, __m256d sum) { return _mm256_fmadd_pd(a, b, sum); }
@@ -253,6 +281,7 @@ struct Floats {
   SHIRA_AVX512 static void store(float* to, __m512 r) { _mm512_storeu_ps(to, r); }
   SHIRA_AVX512 static __m512 zero() { return _mm512_setzero_ps(); }
   SHIRA_AVX512 static __m512 broadcast(float x) { return _mm512_set1_ps(x); }
+  SHIRA_AVX512 static __m512 add(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
   SHIRA_AVX512 static __m512 multiply(__m512 a, __m512 b) { return _mm512_mul_ps(a, b); }
   SHIRA_AVX512 static float fused(float a, float b, float sum) { return __builtin_fmaf(a, b, sum); }
   SHIRA_AVX512 static __m512 multiply_add(__m512 a, __m512 b, __m512 sum) { return _mm512_fmadd_ps(a, b, sum); }
@@ -279,6 +308,13 @@ struct Floats {
       r[k + 8] = _mm512_shuffle_f32x4(high0, high1, 0x88);
       r[k + 12] = _mm512_shuffle_f32x4(high0, high1, 0xDD);
     }
+  }
+  SHIRA_AVX512 static __m512 pair(__m512 low, __m512 high) {
+    return _mm512_or_ps(_mm512_castsi512_ps(_mm512_srli_epi32(_mm512_castps_si512(low), 16)), high);
+  }
+  SHIRA_AVX512 static void unpair(__m512 r, __m512& low, __m512& high) {
+    low = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(r), 16));
+    high = _mm512_and_ps(r, _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int32_t>(0xFFFF0000))));
   }
   SHIRA_AVX512 static void sum(const __m512* a, float* to) {
     __m512 half[4], quarter[2];
@@ -318,6 +354,7 @@ struct Doubles {
   SHIRA_AVX512 static void store(double* to, __m512d r) { _mm512_storeu_pd(to, r); }
   SHIRA_AVX512 static __m512d zero() { return _mm512_setzero_pd(); }
   SHIRA_AVX512 static __m512d broadcast(double x) { return _mm512_set1_pd(x); }
+  SHIRA_AVX512 static __m512d add(__m512d a, __m512d b) { return _mm512_add_pd(a, b); }
   SHIRA_AVX512 static __m512d multiply(__m512d a, __m512d b) { return _mm512_mul_pd(a, b); }
   SHIRA_AVX512 static double fused(double a, double b, double sum) { return __builtin_fma(a, b, sum); }
   SHIRA_AVX512 static __m512d multiply_add(__m512d a, __m512d b, __m512d sum) { return _mm512_fmadd_pd(a, b, sum); }

@@ -2,12 +2,15 @@
 //
 // The tokens of one adapter are packed as in sampled_grad: transposed, so that a column's tokens are contiguous, and
 // converted to the compute type. Then the mask is walked once per block of tokens: an entry takes one value and one
-// packed column, and a row's sums stay in registers (transposed: the packed row).
+// packed column, and a row's sums stay in registers (transposed: the packed row). Granules are sorted by column first:
+// a few columns are packed at a time, stay in the first-level cache, and are used by all their granules.
 //
-// A single token is not packed: it stays in L1, where the walk reads its numbers. Its sums have the same order. With
-// few tokens per adapter, single entries and granules that fill registers are summed across lanes: another order, so
-// the shapes alone decide.
+// A single token is not packed: it stays in L1, where the walk reads its numbers. Its sums have the same order, except
+// where few tokens per adapter make single entries and granules that fill registers be summed across lanes: the shapes
+// alone decide.
 #include "../ops/overlay.h"
+
+#include <numeric>
 
 #include "../dispatch.h"
 #include "indices.h"
@@ -19,29 +22,39 @@ namespace {
 
 constexpr int64_t kLanesMost = 16;
 constexpr int64_t kRows = 128;  // rows per walk, whose sums are then transposed back: a multiple of kLanesMost
-constexpr int64_t kPackedBytes = 1 << 20;
+constexpr int64_t kPackedBytes = 1 << 19;
 constexpr int kSides = 4;              // 1, 2, 4 or 8 registers of tokens lie side by side
 constexpr int64_t kColumnGranule = 8;  // packed granules of at least this size are taken column by column
+constexpr int64_t kMostPlaced = std::numeric_limits<int32_t>::max();  // of granules and rows that are sorted
 // Up to this many tokens per adapter, rows are summed across lanes: granules load registers, single entries gather
 // them.
 constexpr int64_t kFew = 4, kFewEntries = 2;
-constexpr int kAhead = 8;                     // packed granules that are fetched this early
+constexpr int kAhead = 8, kEarly = 40;        // granules whose sums, and whose values, are fetched this early
 constexpr int64_t kExact = int64_t{1} << 50;  // see granule_sums
 
 // The dtype of numbers in the compute type.
 template <typename C>
 using Wide = std::conditional_t<std::is_same_v<C, double>, core::Float64, core::Float32>;
 
-// A granule of a mask: its number in the list, and its row within the share.
-struct Placed {
-  int64_t number, row;
+// std::memset is as wide as this processor goes.
+template <typename C>
+void clear(C* numbers, int64_t count) {
+  memset(numbers, 0, count * sizeof(C));
+}
+
+// The granules of some rows, sorted by column: those of column c are [starts[c], starts[c + 1]).
+struct Sorted {
+  const int32_t* starts;
+  const int32_t* rows;     // within the rows, and some more, which are fetched and not used
+  const int32_t* numbers;  // in the list of values, and some more
+  bool kept;               // whether all values are kept in this order, or only those of the column at hand
 };
 
 // What csrc/cpu/overlay_kernel.h has for each vector width: the loops over a mask of single entries or of granules,
 template <typename C, typename I, bool single>
 struct Loops {
   using Loop = void (*)(Walk<I, single>, int64_t first, int64_t count, const C* values, const C* x, C* sums);
-  Loop rows[kSides], spread[kSides], row_sums, row_spread;
+  Loop spread[kSides], row_sums, row_spread;
 };
 // and those for the dtypes of input, values and indices.
 template <typename W, typename V, typename I>
@@ -49,13 +62,19 @@ struct Kernel {
   using C = typename W::Compute;
   int64_t lanes;
   void (*pack)(const typename W::Bits*, int64_t stride, int64_t tokens, int64_t columns, C* to, int64_t depth);
+  void (*pack_of_entries)(const typename W::Bits*, int64_t stride, int64_t tokens, int64_t columns, C* to,
+                          int64_t depth);
   void (*turn)(const typename Wide<C>::Bits*, int64_t stride, int64_t tokens, int64_t columns, C* to, int64_t depth);
   void (*granule_sums)(const I*, int64_t n, int64_t granule, int64_t a_row, double inverse, int64_t first,
                        const typename V::Bits*, const C* x, C* sums);
   void (*entry_sums)(const I*, int64_t n, int64_t columns, int64_t first, int64_t count, const typename V::Bits*,
                      const C* x, C* sums);
-  void (*columns[2])(const Placed*, const int64_t* starts, int64_t count, int64_t granule, const C* values, const C* x,
-                     C* sums);
+  void (*finish[2])(typename W::Bits* const* outputs, int64_t tokens, int64_t first, int64_t count, C alpha,
+                    const C* sums, int64_t stride);
+  void (*columns[2])(const Sorted&, int64_t first, int64_t last, int64_t granule, const typename V::Bits*, bool convert,
+                     C* own, const C* x, C* sums);
+  void (*rows[kSides])(Walk<I, false>, int64_t first, int64_t count, const C* values, const C* x, C* sums);
+  void (*entry_rows[kSides])(Walk<I, true>, int64_t first, int64_t count, const C* values, const C* x, C* sums);
   Loops<C, I, true> entries;
   Loops<C, I, false> granules;
 };
@@ -134,7 +153,7 @@ class Product {
     const auto x = allocate<C>(problem_.features), sums = allocate<C>(outs);
     const Bits* const from = input_ + token * problem_.features;
     vector_loop(problem_.features, [from, to = x.get()](int64_t i) { to[i] = W::load(from[i]); });
-    std::fill_n(sums.get(), outs, C{0});
+    clear(sums.get(), outs);
     if (across) {
       const int64_t first = mask_.row_start(begin) / problem_.granule;
       const int64_t count = mask_.row_start(end) / problem_.granule - first;
@@ -157,22 +176,17 @@ class Product {
         }
       });
     }
-    finish(token, problem_.transposed ? 0 : begin, outs, sums.get());
+    Bits* const to = output_ + token * problem_.out_features;
+    kernel_.finish[adds_](&to, 1, problem_.transposed ? 0 : begin, outs, alpha_, sums.get(), outs);
   }
 
   void packed(const Tokens& tokens) const {
-    if (!problem_.transposed && aligned() && problem_.granule >= kColumnGranule) return by_column(tokens);
-    const int64_t most = kernel_.lanes << deepest();
-    if (problem_.transposed) {
-      const int64_t blocks = (tokens.count + most - 1) / most;
-      torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t block = begin; block < end; ++block)
-          block_of_columns(tokens.part(block * most, std::min(most, tokens.count - block * most)));
-      });
-    } else {
-      for (int64_t first = 0; first < tokens.count; first += most)
-        block_of_rows(tokens.part(first, std::min(most, tokens.count - first)));
-    }
+    if (!problem_.transposed) return sortable() ? by_column(tokens) : blocks_of_rows(tokens);
+    const int64_t most = kernel_.lanes << deepest(), blocks = (tokens.count + most - 1) / most;
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block)
+        block_of_columns(tokens.part(block * most, std::min(most, tokens.count - block * most)));
+    });
   }
 
  private:
@@ -180,6 +194,12 @@ class Product {
   bool aligned() const { return mask_.columns % problem_.granule == 0 && problem_.limit() < kExact; }
   int64_t a_row() const { return mask_.columns / problem_.granule; }
   double inverse() const { return 1.0 / static_cast<double>(a_row()); }
+
+  // Whether packed granules are taken column by column.
+  bool sortable() const {
+    return aligned() && problem_.granule >= kColumnGranule &&
+           std::max({mask_.n, a_row(), problem_.out_features}) <= kMostPlaced;
+  }
 
   // The values of some rows, in the compute type.
   struct Numbers {
@@ -206,9 +226,11 @@ class Product {
       f(kernel_.granules, [this](int64_t entry) { return Walk<I, false>(mask_, entry); });
   }
 
-  // As a power of 2, the most registers of tokens side by side for which the packed data stays in L2.
-  int deepest() const {
-    const int64_t bytes = (problem_.transposed ? problem_.out_features : problem_.features) * kernel_.lanes * sizeof(C);
+  // As a power of 2, the most registers of tokens side by side for which the packed data stays in L2. `pairs`: they
+  // take half as much.
+  int deepest(bool pairs = false) const {
+    const int64_t numbers = problem_.transposed ? problem_.out_features : problem_.features;
+    const int64_t bytes = numbers * kernel_.lanes * sizeof(C) / (pairs ? 2 : 1);
     int side = 0;
     while (side + 1 < kSides && bytes << (side + 1) <= kPackedBytes) ++side;
     return side;
@@ -231,107 +253,145 @@ class Product {
   }
 
   // The input of some tokens, packed.
-  void pack(const Tokens& tokens, int64_t depth, C* x) const {
+  void pack(const Tokens& tokens, int64_t depth, bool pairs, C* x) const {
     std::vector<Bits> room;
     const Bits* const from = gathered(tokens, room);
-    const int64_t squares = (problem_.features + kLanesMost - 1) / kLanesMost;
+    const auto loop = pairs ? kernel_.pack_of_entries : kernel_.pack;
+    const int64_t squares = (problem_.features + kLanesMost - 1) / kLanesMost, words = pairs ? depth / 2 : depth;
     torch::stable::parallel_for(0, squares, kGrain / (kLanesMost * depth) + 1, [&](int64_t begin, int64_t end) {
       const int64_t first = begin * kLanesMost, last = std::min(problem_.features, end * kLanesMost);
       // Square by square: the lines of x are then complete when they leave L1.
       for (int64_t column = first; column < last; column += kLanesMost)
-        kernel_.pack(from + column, problem_.features, tokens.count, std::min(kLanesMost, last - column),
-                     x + column * depth, depth);
+        loop(from + column, problem_.features, tokens.count, std::min(kLanesMost, last - column), x + column * words,
+             depth);
     });
+  }
+
+  // The places to write the outputs of some tokens.
+  std::vector<Bits*> outputs(const Tokens& tokens) const {
+    std::vector<Bits*> places(tokens.count);
+    for (int64_t i = 0; i < tokens.count; ++i) places[i] = output_ + tokens[i] * problem_.out_features;
+    return places;
   }
 
   // Some rows, and their granules sorted by column.
   struct Share {
     int64_t begin, end;
-    std::vector<int64_t> starts;
-    std::vector<Placed> placed;  // and some more, which are fetched and not used
-    decltype(allocate<C>(0)) sums = allocate<C>(0);
+    int64_t count, longest;  // granules, and those of the longest column
+    decltype(allocate<int32_t>(0)) starts = allocate<int32_t>(0), rows = allocate<int32_t>(0),
+                                   numbers = allocate<int32_t>(0);
   };
 
   // A counting sort.
   void sort(Share& share) const {
     const int64_t first = mask_.row_start(share.begin) / problem_.granule;
-    const int64_t last = mask_.row_start(share.end) / problem_.granule, wide = a_row();
-    const double inverse = this->inverse();
-    const auto row_of = [=](int64_t index) {
-      return static_cast<int64_t>((static_cast<double>(index) + 0.5) * inverse);
-    };
-    share.starts.assign(wide + 2, 0);
-    share.placed.resize(last - first + kAhead);
-    for (int64_t number = first; number < last; ++number) {
-      const int64_t index = mask_.indices[number];
-      ++share.starts[index - row_of(index) * wide + 2];
+    const int64_t count = mask_.row_start(share.end) / problem_.granule - first, wide = a_row();
+    const auto row = allocate<int32_t>(count), column = allocate<int32_t>(count);
+    vector_loop(count, [=, inverse = inverse(), indices = mask_.indices + first, begin = share.begin, row = row.get(),
+                        column = column.get()](int64_t i) {
+      const I index = indices[i];
+      const auto found = static_cast<I>((static_cast<double>(index) + 0.5) * inverse);  // as in granule_group
+      row[i] = static_cast<int32_t>(found - static_cast<I>(begin));
+      column[i] = static_cast<int32_t>(index - found * static_cast<I>(wide));
+    });
+    share.count = count;
+    share.starts = allocate<int32_t>(wide + 2);
+    share.rows = allocate<int32_t>(count + 2 * kAhead);
+    share.numbers = allocate<int32_t>(count + 2 * kAhead);
+    int32_t* const starts = share.starts.get();
+    std::fill_n(starts, wide + 2, 0);
+    for (int64_t i = 0; i < count; ++i) ++starts[column[i] + 2];
+    share.longest = *std::max_element(starts, starts + wide + 2);
+    for (int64_t c = 2; c <= wide + 1; ++c) starts[c] += starts[c - 1];
+    const typename V::Bits* const values = values_ + first * problem_.granule;
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t at = starts[column[i] + 1]++;
+      share.rows[at] = row[i];
+      share.numbers[at] = static_cast<int32_t>(first + i);
+      __builtin_prefetch(values + (i + kEarly) * problem_.granule, 0, 2);  // they are about to be read out of order
     }
-    for (int64_t column = 2; column <= wide + 1; ++column) share.starts[column] += share.starts[column - 1];
-    for (int64_t number = first; number < last; ++number) {
-      const int64_t index = mask_.indices[number], row = row_of(index);
-      share.placed[share.starts[index - row * wide + 1]++] = {number, row - share.begin};
-    }
+    std::fill_n(share.rows.get() + count, 2 * kAhead, 0);
+    std::fill_n(share.numbers.get() + count, 2 * kAhead, 0);
   }
 
   void by_column(const Tokens& tokens) const {
-    const int64_t block = 2 * kernel_.lanes;
+    const int64_t most = std::min(2 * kernel_.lanes, kLanesMost), blocks = (tokens.count + most - 1) / most;
     const int64_t work = mask_.n * problem_.granule / kGrain, groups = (problem_.out_features + kRows - 1) / kRows;
-    const int64_t most = std::min<int64_t>(groups, torch::stable::get_num_threads());
-    std::vector<Share> shares(std::clamp<int64_t>(work, 1, most));
+    const int64_t threads = (torch::stable::get_num_threads() + blocks - 1) / blocks;
+    std::vector<Share> shares(std::clamp<int64_t>(work, 1, std::min(groups, threads)));
     const int64_t count = shares.size(), rows = (groups + count - 1) / count * kRows;
     torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         shares[k].begin = std::min(problem_.out_features, k * rows);
         shares[k].end = std::min(problem_.out_features, (k + 1) * rows);
         sort(shares[k]);
-        const int64_t size = (shares[k].end - shares[k].begin) * block;
-        shares[k].sums = allocate<C>(size);
-        std::fill_n(shares[k].sums.get(), size, C{0});
       }
     });
-    Numbers numbers;
-    const C* const values = numbers(*this, 0, problem_.out_features);
-    const auto x = allocate<C>(problem_.features * block);
-    for (int64_t first = 0; first < tokens.count; first += block) {
-      const Tokens some = tokens.part(first, std::min(block, tokens.count - first));
-      const int log = side(some.count);
-      const int64_t depth = kernel_.lanes << log;
-      pack(some, depth, x.get());
-      torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-        const auto turned = allocate<C>(kRows * depth);
-        for (int64_t k = begin; k < end; ++k) {
-          const Share& share = shares[k];
-          C* sums = share.sums.get();
-          kernel_.columns[log](share.placed.data(), share.starts.data(), a_row(), problem_.granule, values, x.get(),
-                               sums);
-          for (int64_t row = share.begin; row < share.end; row += kRows, sums += kRows * depth) {
-            const int64_t tall = std::min(kRows, share.end - row);
-            turn_back(some, row, tall, depth, sums, turned.get());
-            std::fill_n(sums, tall * depth, C{0});  // for the next tokens, while they are in L1
-          }
-        }
-      });
+    // A thread takes several blocks of tokens of one share, for which it sorts the values once.
+    torch::stable::parallel_for(0, count * blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin / blocks; k * blocks < end; ++k) {
+        const int64_t from = std::max(begin, k * blocks) - k * blocks,
+                      to = std::min(end, (k + 1) * blocks) - k * blocks;
+        share_of(shares[k], tokens.part(from * most, std::min(to * most, tokens.count) - from * most), most);
+      }
+    });
+  }
+
+  // The outputs of some rows, for tokens in blocks of `most`.
+  void share_of(const Share& share, const Tokens& tokens, int64_t most) const {
+    const int64_t granule = problem_.granule, depth = kernel_.lanes << side(std::min(tokens.count, most));
+    const int64_t tall = share.end - share.begin;
+    const Sorted sorted{share.starts.get(), share.rows.get(), share.numbers.get(), tokens.count > most};
+    // Columns are packed in whole granules and, if they are many, whole registers.
+    const int64_t wide = std::min(problem_.features, std::lcm(granule, kLanesMost));
+    const auto own = allocate<C>((sorted.kept ? share.count : share.longest) * granule);
+    const auto x = allocate<C>(wide * depth), turned = allocate<C>(kRows * kLanesMost),
+               sums = allocate<C>(tall * depth);
+    clear(sums.get(), tall * depth);
+    std::vector<Bits> room;
+    for (int64_t first = 0; first < tokens.count; first += most) {
+      const Tokens some = tokens.part(first, std::min(most, tokens.count - first));
+      const Bits* const from = gathered(some, room);
+      for (int64_t column = 0; column < problem_.features; column += wide) {
+        const int64_t columns = std::min(wide, problem_.features - column);
+        kernel_.pack(from + column, problem_.features, some.count, columns, x.get(), depth);
+        kernel_.columns[depth > kernel_.lanes](sorted, column / granule, (column + columns) / granule, granule, values_,
+                                               first == 0, own.get(), x.get(), sums.get());
+      }
+      const std::vector<Bits*> places = outputs(some);
+      for (int64_t row = 0; row < tall; row += kRows) {
+        const int64_t count = std::min(kRows, tall - row);
+        turn_back(places, share.begin + row, count, depth, sums.get() + row * depth, turned.get());
+        clear(sums.get() + row * depth, count * depth);  // for the next tokens, while they are in L1
+      }
     }
   }
 
-  void block_of_rows(const Tokens& tokens) const {
-    const int log = side(tokens.count);
-    const int64_t depth = kernel_.lanes << log;
-    const auto x = allocate<C>(problem_.features * depth);
-    pack(tokens, depth, x.get());
+  void blocks_of_rows(const Tokens& tokens) const {
+    const bool single = problem_.granule == 1, pairs = single && std::is_same_v<W, core::BFloat16>;
+    const int64_t most = kernel_.lanes << deepest(pairs);
+    const auto x = allocate<C>(problem_.features * (kernel_.lanes << side(std::min(most, tokens.count))));
     const int64_t groups = (problem_.out_features + kRows - 1) / kRows;
-    torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-      const auto sums = allocate<C>(kRows * depth), turned = allocate<C>(kRows * depth);
-      Numbers numbers;
-      with_loops([&](const auto& loops, auto walk) {
+    for (int64_t first = 0; first < tokens.count; first += most) {
+      const Tokens some = tokens.part(first, std::min(most, tokens.count - first));
+      const int log = side(some.count);
+      const int64_t depth = kernel_.lanes << log;
+      pack(some, depth, pairs && log > 0, x.get());
+      const std::vector<Bits*> places = outputs(some);
+      torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+        const auto sums = allocate<C>(kRows * depth), turned = allocate<C>(kRows * kLanesMost);
+        Numbers numbers;
         for (int64_t row = begin * kRows; row < std::min(problem_.out_features, end * kRows); row += kRows) {
           const int64_t count = std::min(kRows, problem_.out_features - row);
           const C* const own = numbers(*this, row, row + count);
-          loops.rows[log](walk(numbers.first), row, count, own, x.get(), sums.get());
-          turn_back(tokens, row, count, depth, sums.get(), turned.get());
+          if (single)
+            kernel_.entry_rows[log](Walk<I, true>(mask_, numbers.first), row, count, own, x.get(), sums.get());
+          else
+            kernel_.rows[log](Walk<I, false>(mask_, numbers.first), row, count, own, x.get(), sums.get());
+          turn_back(places, row, count, depth, sums.get(), turned.get());
         }
       });
-    });
+    }
   }
 
   void block_of_columns(const Tokens& tokens) const {
@@ -340,7 +400,7 @@ class Product {
     std::vector<Bits> room;
     const Bits* const from = gathered(tokens, room);
     const auto x = allocate<C>(kRows * depth), sums = allocate<C>(problem_.out_features * depth);
-    std::fill_n(sums.get(), problem_.out_features * depth, C{0});
+    clear(sums.get(), problem_.out_features * depth);
     Numbers numbers;
     with_loops([&](const auto& loops, auto walk) {
       for (int64_t row = 0; row < problem_.features; row += kRows) {
@@ -350,25 +410,22 @@ class Product {
         loops.spread[log](walk(numbers.first), row, count, own, x.get(), sums.get());
       }
     });
-    const auto turned = allocate<C>(kRows * depth);
-    for (int64_t column = 0; column < problem_.out_features; column += kRows)
-      turn_back(tokens, column, std::min(kRows, problem_.out_features - column), depth, sums.get() + column * depth,
-                turned.get());
+    const auto turned = allocate<C>(kRows * kLanesMost);
+    turn_back(outputs(tokens), 0, problem_.out_features, depth, sums.get(), turned.get());
   }
 
-  // Finishes outputs [first, first + count) of packed tokens, whose sums are transposed back.
-  void turn_back(const Tokens& tokens, int64_t first, int64_t count, int64_t depth, const C* sums, C* turned) const {
-    kernel_.turn(reinterpret_cast<const typename Wide<C>::Bits*>(sums), depth, count, tokens.count, turned, kRows);
-    for (int64_t i = 0; i < tokens.count; ++i) finish(tokens[i], first, count, turned + i * kRows);
-  }
-
-  // Writes outputs [first, first + count) of one token from their sums.
-  void finish(int64_t token, int64_t first, int64_t count, const C* sums) const {
-    Bits* const to = output_ + token * problem_.out_features + first;
-    if (adds_)
-      vector_loop(count, [=, alpha = alpha_](int64_t i) { to[i] = W::store(W::load(to[i]) + alpha * sums[i]); });
-    else
-      vector_loop(count, [=](int64_t i) { to[i] = W::store(sums[i]); });
+  // Writes outputs [first, first + count) of packed tokens, whose sums are transposed back: in tiles that stay in L1.
+  void turn_back(const std::vector<Bits*>& places, int64_t first, int64_t count, int64_t depth, const C* sums,
+                 C* turned) const {
+    const auto tokens = static_cast<int64_t>(places.size());
+    for (int64_t row = 0; row < count; row += kRows, sums += kRows * depth) {
+      const int64_t tall = std::min(kRows, count - row);
+      for (int64_t token = 0; token < tokens; token += kLanesMost) {
+        const int64_t wide = std::min(kLanesMost, tokens - token);
+        kernel_.turn(reinterpret_cast<const typename Wide<C>::Bits*>(sums + token), depth, tall, wide, turned, kRows);
+        kernel_.finish[adds_](places.data() + token, wide, first + row, tall, alpha_, turned, kRows);
+      }
+    }
   }
 
   const SparseLinear& problem_;

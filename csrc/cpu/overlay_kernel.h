@@ -1,13 +1,41 @@
 // The loops of the overlay family. Included once for each vector width, in its namespace: Floats and Doubles are the
 // registers of that width, and SHIRA_TARGET lets the compiler use its instructions.
 //
-// With packed tokens a lane is a token: an output is one sum over its entries in the mask's order, whatever the other
-// tokens are, and however many registers lie side by side. `row_sums` makes the same sums for one token.
+// With packed tokens a lane is a token: an output is one sum over its entries in the mask's order (of single entries,
+// four sums), whatever the other tokens are, and however many registers lie side by side. `row_sums` makes the same
+// sums for one token, but of single entries.
 #include "pack_kernel.h"
 
+// Adds value * packed column to kSide registers of sums.
+template <typename Registers, int kSide, bool pairs = false>
+SHIRA_TARGET inline void add_column(typename Registers::Value value, const typename Registers::Value* column,
+                                    typename Registers::Register* sum) {
+  constexpr int64_t kLanes = Registers::kLanes;
+  const auto number = Registers::broadcast(value);
+  if constexpr (pairs) {
+    for (int side = 0; side < kSide; side += 2) {
+      typename Registers::Register low, high;
+      Registers::unpair(Registers::load(column + side / 2 * kLanes), low, high);
+      sum[side] = Registers::multiply_add(number, low, sum[side]);
+      sum[side + 1] = Registers::multiply_add(number, high, sum[side + 1]);
+    }
+  } else {
+    for (int side = 0; side < kSide; ++side)
+      sum[side] = Registers::multiply_add(number, Registers::load(column + side * kLanes), sum[side]);
+  }
+}
+
+template <typename Registers, typename V>
+SHIRA_TARGET inline void convert_to(const typename V::Bits* from, int64_t count, typename Registers::Value* to) {
+  int64_t i = 0;
+  for (; i + Registers::kLanes <= count; i += Registers::kLanes)
+    Registers::store(to + i, Registers::load(Source<V>{from + i}));
+  for (; i < count; ++i) to[i] = static_cast<typename Registers::Value>(V::load(from[i]));
+}
+
 // sums[r] = the sums of row `first + r`, in kSide registers of tokens; x has as many per column.
-template <typename Registers, int kSide, typename I, bool single>
-SHIRA_TARGET void rows(Walk<I, single> walk, int64_t first, int64_t count, const typename Registers::Value* values,
+template <typename Registers, int kSide, typename I>
+SHIRA_TARGET void rows(Walk<I, false> walk, int64_t first, int64_t count, const typename Registers::Value* values,
                        const typename Registers::Value* x, typename Registers::Value* sums) {
   constexpr int64_t kDepth = kSide * Registers::kLanes;
   for (int64_t row = first; row < first + count; ++row, sums += kDepth) {
@@ -16,62 +44,108 @@ SHIRA_TARGET void rows(Walk<I, single> walk, int64_t first, int64_t count, const
     int64_t column, length;
     while (walk.next(row * walk.columns, column, length)) {
       const auto* from = x + column * kDepth;
-      for (int64_t k = 0; k < length; ++k, from += kDepth) {
-        const auto value = Registers::broadcast(*values++);
-        for (int side = 0; side < kSide; ++side)
-          sum[side] = Registers::multiply_add(value, Registers::load(from + side * Registers::kLanes), sum[side]);
-      }
+      for (int64_t k = 0; k < length; ++k, from += kDepth) add_column<Registers, kSide>(*values++, from, sum);
     }
     for (int side = 0; side < kSide; ++side) Registers::store(sums + side * Registers::kLanes, sum[side]);
   }
 }
 
-// `rows` for granules that lie side by side in a row, taken column by column: those of one column need the same packed
-// columns, which then stay in L1 and are loaded once for several rows. The results are added to sums[row]; earlier
-// columns come first, so each sum is made in the same order as in `rows`.
-template <typename Registers, int kSide, int kTall>
-SHIRA_TARGET void column_of(const Placed* placed, int64_t count, int64_t granule,
-                            const typename Registers::Value* values, const typename Registers::Value* x,
-                            typename Registers::Value* sums) {
+// `rows` for single entries, with kChains sums for each output, so that an entry does not wait for the one before it.
+// `pairs`: x is packed by pack_pairs.
+template <typename Registers, int kSide, bool pairs, typename I>
+SHIRA_TARGET void entry_rows(Walk<I, true> walk, int64_t first, int64_t count, const typename Registers::Value* values,
+                             const typename Registers::Value* x, typename Registers::Value* sums) {
+  constexpr int kChains = 4;
+  constexpr int64_t kDepth = kSide * Registers::kLanes, kWords = pairs ? kDepth / 2 : kDepth;
+  const I* indices = walk.indices + walk.number;
+  int64_t left = walk.n - walk.number;
+  for (int64_t row = first; row < first + count; ++row, sums += kDepth) {
+    typename Registers::Register sum[kChains][kSide];
+    for (int k = 0; k < kChains; ++k)
+      for (int side = 0; side < kSide; ++side) sum[k][side] = Registers::zero();
+    const int64_t start = row * walk.columns, end = start + walk.columns;
+    for (; left >= kChains && indices[kChains - 1] < end; left -= kChains, indices += kChains, values += kChains)
+      for (int k = 0; k < kChains; ++k)
+        add_column<Registers, kSide, pairs>(values[k], x + (int64_t{indices[k]} - start) * kWords, sum[k]);
+    int64_t rest = 0;
+    while (rest < std::min<int64_t>(left, kChains - 1) && indices[rest] < end) ++rest;
+    for (int k = 0; k < kChains - 1; ++k)
+      if (k < rest) add_column<Registers, kSide, pairs>(values[k], x + (int64_t{indices[k]} - start) * kWords, sum[k]);
+    left -= rest;
+    indices += rest;
+    values += rest;
+    for (int side = 0; side < kSide; ++side) {
+      const auto low = Registers::add(sum[0][side], sum[1][side]), high = Registers::add(sum[2][side], sum[3][side]);
+      Registers::store(sums + side * Registers::kLanes, Registers::add(low, high));
+    }
+  }
+}
+
+// Granules of one column of granules, kTall at a time: they need the same packed columns, which are loaded once for
+// all. The results are added to sums[row]. `size` is the granule where the compiler knows it, or 0.
+template <typename Registers, int kSide, int kTall, int size>
+SHIRA_TARGET inline void column_of(const int32_t* rows, int64_t count, int64_t any_size,
+                                   const typename Registers::Value* values, const typename Registers::Value* x,
+                                   typename Registers::Value* sums) {
   constexpr int64_t kDepth = kSide * Registers::kLanes;
-  for (; count >= kTall; count -= kTall, placed += kTall) {
+  const int64_t granule = size == 0 ? any_size : size;
+  for (; count >= kTall; count -= kTall, rows += kTall, values += kTall * granule) {
     typename Registers::Register sum[kTall][kSide];
-    const typename Registers::Value* own[kTall];
     for (int k = 0; k < kTall; ++k) {
-      own[k] = values + placed[k].number * granule;
-      for (int side = 0; side < kSide; ++side)
-        sum[k][side] = Registers::load(sums + placed[k].row * kDepth + side * Registers::kLanes);
+      const auto* const from = sums + int64_t{rows[k]} * kDepth;
+      for (int side = 0; side < kSide; ++side) sum[k][side] = Registers::load(from + side * Registers::kLanes);
     }
-    for (int k = 0; k < kTall; ++k) {  // of several lines each, only the first: the others follow by themselves
-      __builtin_prefetch(values + placed[kAhead + k].number * granule);
-      for (int side = 0; side < kSide; ++side)
-        __builtin_prefetch(sums + placed[kAhead + k].row * kDepth + side * Registers::kLanes);
+    for (int k = 0; k < kTall; ++k) {
+      const auto* const next = sums + int64_t{rows[kAhead + k]} * kDepth;
+      for (int side = 0; side < kSide; ++side) __builtin_prefetch(next + side * Registers::kLanes);
     }
+#pragma GCC unroll 4
     for (int64_t j = 0; j < granule; ++j) {
       typename Registers::Register numbers[kSide];
       for (int side = 0; side < kSide; ++side)
         numbers[side] = Registers::load(x + j * kDepth + side * Registers::kLanes);
       for (int k = 0; k < kTall; ++k) {
-        const auto value = Registers::broadcast(own[k][j]);
+        const auto value = Registers::broadcast(values[k * granule + j]);
         for (int side = 0; side < kSide; ++side)
           sum[k][side] = Registers::multiply_add(value, numbers[side], sum[k][side]);
       }
     }
-    for (int k = 0; k < kTall; ++k)
-      for (int side = 0; side < kSide; ++side)
-        Registers::store(sums + placed[k].row * kDepth + side * Registers::kLanes, sum[k][side]);
+    for (int k = 0; k < kTall; ++k) {
+      auto* const to = sums + int64_t{rows[k]} * kDepth;
+      for (int side = 0; side < kSide; ++side) Registers::store(to + side * Registers::kLanes, sum[k][side]);
+    }
   }
   if constexpr (kTall > 1)
-    if (count > 0) column_of<Registers, kSide, kTall / 2>(placed, count, granule, values, x, sums);
+    if (count > 0) column_of<Registers, kSide, kTall / 2, size>(rows, count, any_size, values, x, sums);
 }
 
-template <typename Registers, int kSide>
-SHIRA_TARGET void columns(const Placed* placed, const int64_t* starts, int64_t count, int64_t granule,
-                          const typename Registers::Value* values, const typename Registers::Value* x,
-                          typename Registers::Value* sums) {
-  for (int64_t column = 0; column < count; ++column, x += granule * kSide * Registers::kLanes)
-    column_of<Registers, kSide, Registers::kSums / kSide>(placed + starts[column], starts[column + 1] - starts[column],
-                                                          granule, values, x, sums);
+// `rows` for granules that lie in rows, taken column by column: columns [first, last) of granules, of which x has the
+// packed columns. Earlier columns come first, so each sum is made in the same order as in `rows`.
+template <typename Registers, int kSide, int size, typename V>
+SHIRA_TARGET void columns_of(const Sorted& sorted, int64_t first, int64_t last, int64_t granule,
+                             const typename V::Bits* values, bool convert, typename Registers::Value* own,
+                             const typename Registers::Value* x, typename Registers::Value* sums) {
+  constexpr int kTall = std::min(8, Registers::kSums / kSide);
+  for (int64_t column = first; column < last; ++column, x += granule * kSide * Registers::kLanes) {
+    const int64_t begin = sorted.starts[column], end = sorted.starts[column + 1];
+    auto* const here = sorted.kept ? own + begin * granule : own;
+    if (convert) {
+      auto* to = here;
+      for (int64_t k = begin; k < end; ++k, to += granule) {
+        __builtin_prefetch(values + int64_t{sorted.numbers[k + 2 * kAhead]} * granule);
+        convert_to<Registers, V>(values + int64_t{sorted.numbers[k]} * granule, granule, to);
+      }
+    }
+    column_of<Registers, kSide, kTall, size>(sorted.rows + begin, end - begin, granule, here, x, sums);
+  }
+}
+
+template <typename Registers, int kSide, typename V>
+void columns(const Sorted& sorted, int64_t first, int64_t last, int64_t granule, const typename V::Bits* values,
+             bool convert, typename Registers::Value* own, const typename Registers::Value* x,
+             typename Registers::Value* sums) {
+  const auto loop = granule == 16 ? columns_of<Registers, kSide, 16, V> : columns_of<Registers, kSide, 0, V>;
+  loop(sorted, first, last, granule, values, convert, own, x, sums);
 }
 
 // `rows` transposed: x has the rows from `first` on; `sums` has all columns, and is added to.
@@ -178,7 +252,8 @@ void granule_sums(const I* indices, int64_t n, int64_t granule, int64_t a_row, d
 }
 
 // One token, with single entries: lane k sums entries k, k + kLanes, ... of a row, and then the lanes are summed.
-// `sums` has rows [first, first + count).
+// `sums` has rows [first, first + count). Where a row ends is known when its entries have been read, and only then can
+// the next begin: so kGroup parts of the rows are read side by side.
 template <typename Registers, typename V, typename I>
 SHIRA_TARGET void entry_sums(const I* indices, int64_t n, int64_t columns, int64_t first, int64_t count,
                              const typename V::Bits* values, const typename Registers::Value* x,
@@ -192,51 +267,100 @@ SHIRA_TARGET void entry_sums(const I* indices, int64_t n, int64_t columns, int64
   std::copy(indices + tail, indices + n, last);
   std::copy(values + tail, values + n, last_values);
 
+  const int64_t tall = (count + kGroup - 1) / kGroup;
+  int64_t entries[kGroup];
+  for (int64_t k = 0; k < kGroup; ++k)
+    entries[k] = std::lower_bound(indices, indices + n, (first + std::min(count, k * tall)) * columns) - indices;
   typename Registers::Register sum[kGroup];
   typename Registers::Value total[kGroup];
-  int64_t entry = 0;
-  for (int64_t row = 0; row < count; row += kGroup) {
-    const int64_t here = std::min<int64_t>(kGroup, count - row);
+  for (int64_t row = 0; row < tall; ++row) {
+    const int64_t parts = std::min<int64_t>(kGroup, (count - row + tall - 1) / tall);  // that have so many rows
     for (int k = 0; k < kGroup; ++k) sum[k] = Registers::zero();
-    for (int64_t k = 0; k < here; ++k) {
-      const int64_t start = (first + row + k) * columns;
+    for (int64_t k = 0; k < parts; ++k) {
+      const int64_t start = (first + k * tall + row) * columns;
+      int64_t entry = entries[k];
       for (;;) {
         const bool inside = entry + kLanes <= n;
         const I* const at = inside ? indices + entry : last + (entry - tail);
         const auto* const own = inside ? values + entry : last_values + (entry - tail);
         const int64_t taken = Registers::add_entries(at, start, columns, Source<V>{own}, x, sum[k]);
         if (taken < kLanes) {
-          entry += taken;
+          entries[k] = entry + taken;
           break;
         }
         entry += kLanes;  // a number, so that the next entries do not wait for `taken`
       }
     }
     Registers::sum(sum, total);
-    std::copy_n(total, here, sums + row);
+    for (int64_t k = 0; k < parts; ++k) sums[k * tall + row] = total[k];
+  }
+}
+
+// Outputs [0, kCount) from their sums.
+template <typename W, bool adds, int64_t kCount>
+SHIRA_TARGET inline void finish_part(typename W::Bits* __restrict to, const typename W::Compute* __restrict sums,
+                                     typename W::Compute alpha, int64_t any_count) {
+  const int64_t count = kCount == 0 ? any_count : kCount;
+  if constexpr (adds)
+    for (int64_t i = 0; i < count; ++i) to[i] = W::store(W::load(to[i]) + alpha * sums[i]);
+  else
+    for (int64_t i = 0; i < count; ++i) to[i] = W::store(sums[i]);
+}
+
+// Outputs [first, first + count) of some tokens, from sums[token * stride]. Rows of outputs are often a multiple of
+// 4 KiB apart, where the same columns share one set of the cache: so each token begins at another line.
+template <typename W, bool adds>
+SHIRA_TARGET void finish(typename W::Bits* const* outputs, int64_t tokens, int64_t first, int64_t count,
+                         typename W::Compute alpha, const typename W::Compute* sums, int64_t stride) {
+  constexpr int64_t kPart = 32;
+  const int64_t parts = (count + kPart - 1) / kPart;
+  for (int64_t step = 0; step < parts; ++step) {
+    int64_t part = step;
+    for (int64_t token = 0; token < tokens; ++token) {
+      const int64_t at = part * kPart;
+      auto* const to = outputs[token] + first + at;
+      const auto* const own = sums + token * stride + at;
+      if (count - at >= kPart)
+        finish_part<W, adds, kPart>(to, own, alpha, 0);
+      else
+        finish_part<W, adds, 0>(to, own, alpha, count - at);
+      if (++part == parts) part = 0;
+    }
   }
 }
 
 template <typename Registers, typename I, bool single>
 Loops<typename Registers::Value, I, single> loops_of() {
-  return {{rows<Registers, 1, I, single>, rows<Registers, 2, I, single>, rows<Registers, 4, I, single>,
-           rows<Registers, 8, I, single>},
-          {spread<Registers, 1, I, single>, spread<Registers, 2, I, single>, spread<Registers, 4, I, single>,
+  return {{spread<Registers, 1, I, single>, spread<Registers, 2, I, single>, spread<Registers, 4, I, single>,
            spread<Registers, 8, I, single>},
           row_sums<Registers, I, single>,
           row_spread<Registers, I, single>};
+}
+
+template <typename Registers, typename W>
+auto pack_of_entries() {
+  if constexpr (std::is_same_v<W, core::BFloat16>)
+    return pack_pairs<Registers>;
+  else
+    return pack<Registers, W>;
 }
 
 template <typename W, typename V, typename I>
 Kernel<W, V, I> kernel_of() {
   using C = typename W::Compute;
   using Registers = std::conditional_t<std::is_same_v<C, double>, Doubles, Floats>;
+  constexpr bool kPairs = std::is_same_v<W, core::BFloat16>;
   return {Registers::kLanes,
           pack<Registers, W>,
+          pack_of_entries<Registers, W>(),
           pack<Registers, Wide<C>>,
           granule_sums<Registers, V, I>,
           entry_sums<Registers, V, I>,
-          {columns<Registers, 1>, columns<Registers, 2>},
+          {finish<W, false>, finish<W, true>},
+          {columns<Registers, 1, V>, columns<Registers, 2, V>},
+          {rows<Registers, 1, I>, rows<Registers, 2, I>, rows<Registers, 4, I>, rows<Registers, 8, I>},
+          {entry_rows<Registers, 1, false, I>, entry_rows<Registers, 2, kPairs, I>, entry_rows<Registers, 4, kPairs, I>,
+           entry_rows<Registers, 8, kPairs, I>},
           loops_of<Registers, I, true>(),
           loops_of<Registers, I, false>()};
 }

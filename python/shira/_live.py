@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from shira import _granules, _linears, _model, _shards
 from shira._granules import dtype_name
+
+_T = TypeVar("_T")
 
 LOCK = threading.RLock()
 """Held by every call that reads or writes weights or what is known about them: two Switchers may share a model."""
@@ -70,6 +72,12 @@ switchers: weakref.WeakSet[Any] = weakref.WeakSet()
 """Every `Switcher` that exists."""
 overlays: weakref.WeakSet[Any] = weakref.WeakSet()
 """Every `Overlay` that exists."""
+
+
+def alive(registry: weakref.WeakSet[_T]) -> list[_T]:
+    """What is in a registry now, while other threads may add to it."""
+    references = list(registry.data)  # type: ignore[attr-defined]  # a single step, which no other thread interrupts
+    return [one for reference in references if (one := reference()) is not None]
 
 
 def base_of(tensor: Tensor) -> int | None:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import resource
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -90,6 +92,15 @@ def twice(metadata: Any) -> None:
     metadata.state_dict_metadata["up.weight"].chunks[:] = [replace(chunk, sizes=halved)] * 2
 
 
+def another_dtype(metadata: Any) -> None:
+    metadata.state_dict_metadata["up.weight"].properties.dtype = "bfloat17"
+
+
+def without_files(metadata: Any) -> None:
+    for info in metadata.storage_data.values():
+        del info.relative_path
+
+
 def beside(metadata: Any) -> None:
     for info in metadata.storage_data.values():
         info.relative_path = "../" + info.relative_path
@@ -119,6 +130,8 @@ def hostile(metadata: Any) -> None:
     [
         (no_pieces, r"the pieces of up\.weight are not the whole tensor"),
         (twice, r"the pieces of up\.weight are not the whole tensor"),
+        (another_dtype, r"the metadata cannot be read: TypeError: a dtype must be one of torch's, got 'bfloat17'"),
+        (without_files, r"the metadata cannot be read: AttributeError: .*relative_path"),
         (beside, r"names the file '\.\./__0_0\.distcp', which is not in its folder"),
         (elsewhere, r"names the file 'gone', which is missing"),
         (shifted, r"'\S+' cannot be read: "),
@@ -133,6 +146,30 @@ def test_broken_ones_are_refused(
     with pytest.raises(AdapterError, match=says):
         Adapter.from_difference(base(), tmp_path / "tuned")
     assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [b"r" + (2**32 - 1).to_bytes(4, "little"), b"\x96" + (2**36).to_bytes(8, "little")],
+    ids=["a table", "an array"],
+)
+def test_memory_that_a_few_bytes_ask_for(tmp_path: Path, asks: bytes) -> None:
+    """64 GB, of which nothing is taken."""
+    path = save(tuned(), tmp_path / "tuned") / ".metadata"
+    path.write_bytes(b"\x80\x05N" + asks + b".")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(AdapterError, match="the metadata cannot be read"):
+        Adapter.from_difference(base(), tmp_path / "tuned")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
+
+
+def test_a_pipe_in_place_of_a_file(tmp_path: Path) -> None:
+    """To open one would wait for whoever writes to it."""
+    path = save(tuned(), tmp_path / "tuned") / "__0_0.distcp"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(AdapterError, match=r"__0_0\.distcp: this is a pipe or a device, not a file"):
+        Adapter.from_difference(base(), tmp_path / "tuned")
 
 
 def test_which_model_must_be_clear(tmp_path: Path) -> None:

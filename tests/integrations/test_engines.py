@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import sys
@@ -146,8 +147,12 @@ class Client:
             engine.finish_weight_update()
 
 
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 @pytest.mark.parametrize("folder", [False, True])
-def test_vllm(vllm: tuple[Any, dict[str, Any]], folder: bool, tmp_path: Path) -> None:
+def test_vllm(vllm: tuple[Any, dict[str, Any]], folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module, registered = vllm
     module.register()
     module.register()  # as vLLM does in one process now and then
@@ -176,6 +181,15 @@ def test_vllm(vllm: tuple[Any, dict[str, Any]], folder: bool, tmp_path: Path) ->
         step(trained)
         sender.send()  # both, in one commit
         assert all(map(equal, served, workers(trained)))
+        # Nor is one lost for which there was no room.
+        step(trained)
+        with monkeypatch.context() as patch:
+            patch.setattr("os.replace", full)
+            with pytest.raises(OSError, match="No space left"):
+                sender.send()
+        step(trained)
+        sender.send()
+        assert all(map(equal, served, workers(trained)))
     else:
         step(trained)
         with pytest.raises(SyncError, match=f"step {lost.step} is missing"):
@@ -198,7 +212,7 @@ def test_vllm(vllm: tuple[Any, dict[str, Any]], folder: bool, tmp_path: Path) ->
 def test_vllm_is_needed_and_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     sys.modules.pop("shira.integrations.vllm", None)
-    with pytest.raises(ImportError, match="needs a vllm that has weight transfer engines"):
+    with pytest.raises(ImportError, match="needs a vLLM that has weight transfer engines"):
         importlib.import_module("shira.integrations.vllm")
 
 

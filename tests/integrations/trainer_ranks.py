@@ -71,9 +71,11 @@ OPTIMIZERS: dict[str, Callable[[SparseTuner], torch.optim.Optimizer]] = {
 }
 
 
-def one_process(mask: masks.Mask = RAND, kind: type[SparseTuner] = SparseTuner) -> tuple[Tensor, Adapter]:
+def one_process(
+    mask: masks.Mask = RAND, kind: type[SparseTuner] = SparseTuner, **options: Any
+) -> tuple[Tensor, Adapter]:
     model = net()
-    tuner = kind(model, mask, LINEAR)
+    tuner = kind(model, mask, LINEAR, **options)
     return three_steps(tuner, OPTIMIZERS["torch"](tuner), lambda: model(IDS)["loss"])
 
 
@@ -145,7 +147,6 @@ def accelerator_of(accumulate: int = 1, precision: str = "no", **options: Any) -
 
 
 def accelerate_prepares() -> None:
-    losses, wanted = one_process()
     for kind, accumulate, options in (
         ("torch", 1, {}),
         ("shira", 2, {"reshard_after_forward": False}),
@@ -153,7 +154,9 @@ def accelerate_prepares() -> None:
     ):
         accelerator = accelerator_of(accumulate, **options)
         model = net()
-        tuner = SparseTuner(model, RAND, LINEAR)
+        whole = "norm" if accumulate == 2 else None
+        losses, wanted = one_process(whole=whole)
+        tuner = SparseTuner(model, RAND, LINEAR, whole=whole)
         prepared, optimizer = accelerator.prepare(model, OPTIMIZERS[kind](tuner))
         got = []
         for _ in range(3):

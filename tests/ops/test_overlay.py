@@ -117,6 +117,28 @@ def test_blocks_of_tokens_and_rows(width: Backend, transposed: bool) -> None:
             assert_same(run(width, case), run(cases.ORACLE, case))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=id_of)
+def test_granules_by_column(width: Backend, dtype: torch.dtype) -> None:
+    """Columns are packed in whole granules and whole registers, as far as both fit; rows end within a group of them."""
+    rng = np.random.default_rng(18)
+    for granule, tokens in ((8, 5), (16, 33), (24, 40), (40, 17), (80, 9), (240, 7)):
+        case = case_of(rng, tokens, (150, 240), dtype, granule)
+        assert_same(run(width, case), run(cases.ORACLE, case))
+
+
+def test_pairs_of_tokens(width: Backend) -> None:
+    """Two tokens of bfloat16 share 32 bits: every bit of each arrives, in every number of registers."""
+    rng = np.random.default_rng(19)
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    for tokens in (17, 32, 40, 64, 100, 130):
+        some = torch.from_numpy(rng.permutation(1 << 16)[: tokens * 37].astype(np.int64))
+        input = every[some].view(tokens, 37).clone()
+        indices = torch.arange(0, 37 * 37, 38, dtype=torch.int32)  # the identity
+        args = {"input": input, "indices": indices, "values": torch.ones(37, dtype=torch.bfloat16), "out_features": 37}
+        wanted = torch.where(input.isnan(), torch.tensor(float("nan"), dtype=torch.bfloat16), input + 0.0)
+        assert_same(run(width, Case(LINEAR, args))["result"], wanted)
+
+
 def within(case: Case, given: torch.Tensor) -> bool:
     """The product in fp64, within the rounding of the sum and the one of the result."""
     a = case.args

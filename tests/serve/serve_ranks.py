@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -408,6 +410,68 @@ def other_memory(mesh: DeviceMesh) -> None:
     same(model, base)
 
 
+def stages(mesh: DeviceMesh) -> None:
+    """A pipeline: each rank has a block of its own, on a mesh of its own, and takes its part of the adapter."""
+    rank, base = dist.get_rank(), net()
+    groups = [dist.new_group([each]) for each in range(2)]
+    model, whole = net().blocks[rank], adapter(base, 1)
+    fully_shard(model, mesh=DeviceMesh.from_group(groups[rank], "cpu"))
+    prefix = f"blocks.{rank}."
+    part = Adapter({name: entry for name, entry in whole.weights.items() if name.startswith(prefix)}, alpha=whole.alpha)
+    switcher, alone = Switcher(model), Switcher(base)
+    switcher.add("a", part, rename={f"^{prefix}": ""})
+    alone.add("a", whole)
+    for _ in range(1 + rank):  # a stage does not wait for the other one
+        for each in (switcher, alone):
+            each.activate("a")
+        same(model, base.blocks[rank])
+        for each in (switcher, alone):
+            each.deactivate()
+        same(model, net().blocks[rank])
+
+
+def other_stacks(mesh: DeviceMesh) -> None:
+    """Columns by `shard_placement_fn`, weights kept on CPUs, a compiled model, and state dicts."""
+    base = net()
+    alone = Switcher(base)
+    alone.add("a", adapter(base, 1))
+    ways: list[dict[str, Any]] = [
+        {"shard_placement_fn": lambda weight: Shard(weight.dim() - 1)},
+        {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+        {},
+    ]
+    for options in ways:
+        model: Any = shard(net(), mesh, **options)
+        called = model if options else torch.compile(model, backend="eager")
+        switcher = Switcher(model)
+        switcher.add("a", adapter(net(), 1))
+        for names in ({"a": 0.5}, {}, {"a": 1.0}):
+            for each in (alone, switcher):
+                each.activate(names) if names else each.deactivate()
+            same(model, base)
+            with torch.no_grad():
+                torch.testing.assert_close(called(IDS), base(IDS), rtol=1e-3, atol=1e-3)
+    # The base comes back while a checkpoint is written, which has what was active.
+    pending = dcp.async_save(model.state_dict(), checkpoint_id="written", process_group=dist.new_group())
+    switcher.deactivate()
+    pending.result()
+    same(model, net())
+    loaded = shard(net(), mesh)
+    found = loaded.state_dict()
+    dcp.load(found, checkpoint_id="written")
+    loaded.load_state_dict(found)
+    same(loaded, base)
+    # A state dict of what is active, loaded again, changes nothing; that of the base is someone else's write.
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    switcher.activate({"a": 1.0})
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    switcher.activate({"a": 1.0})
+    model.load_state_dict(kept)
+    says(refused(switcher.deactivate), "embed.weight was changed by someone else", "deactivate(verify=False) puts the")
+    switcher.deactivate(verify=False)
+    same(model, net())
+
+
 def linear_only(base: nn.Module, seed: int, delta: bool = False, whole: str = "") -> Adapter:
     """Entries of what an overlay can be laid over."""
     made = adapter(base, seed, 8, delta, whole)
@@ -604,6 +668,8 @@ OF_TWO: Checks = (
     blocks_and_room,
     gathered_weights,
     other_memory,
+    stages,
+    other_stacks,
     overlays,
     death,
 )

@@ -6,7 +6,8 @@ import linecache
 import os
 import sys
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -555,3 +556,34 @@ def test_an_overlay_whose_differences_would_be_from_another_base() -> None:
     overlay.detach()
     follower.rollback()
     assert same(state(served), before)
+
+
+class Busy(weakref.WeakSet):  # type: ignore[type-arg]
+    """A set to which another thread adds whenever somebody walks over it."""
+
+    def __iter__(self) -> Iterator[object]:
+        raise RuntimeError("Set changed size during iteration")
+
+
+def test_switchers_and_tuners_that_other_threads_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    for owner, name in (
+        ("_live", "switchers"),
+        ("_live", "overlays"),
+        ("train.tuner", "_held"),
+        ("train._hooks", "groups"),
+    ):
+        monkeypatch.setattr(f"shira.{owner}.{name}", Busy())
+    trained, served = model_of(torch.float32), model_of(torch.float32)
+    publisher, follower, switcher = Publisher(trained), Receiver(served), Switcher(served)
+    switcher.add("on", overwriting(served))
+    switcher.activate("on")
+    tuner = SparseTuner(trained, masks.Rand(density=0.1))
+    optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+    trained(torch.ones(2, 16)).sum().backward()
+    optimizer.step()
+    follower.stage(publisher.publish())
+    follower.commit()
+    switcher.deactivate()
+    assert same(state(served), {name: one for name, one in state(trained).items() if name in state(served)})
+    shira.detach(trained)
+    assert same(state(trained), state(model_of(torch.float32)))

@@ -311,16 +311,24 @@ def dense_gradients(mesh: DeviceMesh, both: DeviceMesh) -> None:
     paper: dict[str, Any] = {"gradient": "dense", "whole": r"norm|0\.up\.bias"}
     head: dict[str, Any] = {"whole": ["head", "blocks.1.norm"]}
     table: Any = {"embed": RowwiseParallel(input_layouts=Replicate())}
-    for make, targets, options, parts, ids in (
-        (lambda: shard(net(), mesh), "up|embed", head, 1, my(mesh)),
-        (lambda: shard(net(), both, reshard_after_forward=False), "up|down", paper, 1, my(mesh)),
-        (lambda: parallel(net(), mesh, True), "up|down", paper, 1, IDS),
-        (lambda: shard(parallel(net(), both["tp"], True), both["dp"]), "up|down", paper, 2, my(both["dp"])),
-        (lambda: parallelize_module(net(), mesh, table), "embed", {}, 1, IDS),
+    for make, later, targets, options, parts, ids in (
+        (lambda: shard(net(), mesh), None, "up|embed", head, 1, my(mesh)),
+        (lambda: shard(net(), both, reshard_after_forward=False), None, "up|down", paper, 1, my(mesh)),
+        (lambda: parallel(net(), mesh, True), None, "up|down", paper, 1, IDS),
+        (lambda: shard(parallel(net(), both["tp"], True), both["dp"]), None, "up|down", paper, 2, my(both["dp"])),
+        (lambda: parallelize_module(net(), mesh, table), None, "embed", {}, 1, IDS),
+        # The tuner comes first.
+        (net, lambda model: shard(model, mesh), "up|embed", head, 1, my(mesh)),
+        (net, lambda model: shard(model, mesh, reshard_after_forward=False), "up|down", paper, 1, my(mesh)),
     ):  # fmt: skip
         alone, model = net(), make()
         wanted = SparseTuner(alone, RAND, targets, **options)
         tuner = SparseTuner(model, RAND, targets, **options)
+        if later is not None:
+            later(model)
+            loss_of(model, ids).backward()  # at this forward the tuner goes on
+            for values in tuner.parameters():
+                values.grad = None
         losses, norms = fit(alone, wanted, IDS, "AdamW", parts)
         got, got_norms = fit(model, tuner, ids, "AdamW", parts)
         if ids.shape != IDS.shape:
@@ -749,10 +757,17 @@ def refusals(mesh: DeviceMesh, both: DeviceMesh) -> None:
         copy.deepcopy(part)
     dense = net()
     tuner = SparseTuner(dense, RAND, LINEAR, gradient="dense")
-    shard(dense, mesh)
+    shard(dense, both)
     tuner.parameters()
     with pytest.raises(RuntimeError, match=r"was replaced by another parameter after the tuner was attached"):
         dense(my(mesh))
+    in_part = net()
+    tuner = SparseTuner(in_part, RAND, LINEAR)
+    for block in in_part.blocks:
+        fully_shard(block, mesh=mesh)
+    for call in (lambda: in_part(my(mesh)), tuner.adapter):
+        with pytest.raises(RuntimeError, match=r"up\.weight was replaced by .* After fully_shard of the whole model"):
+            call()
     for seed, more, what in ((rank, 0, "masks"), (0, rank, "base weights")):
         differ = net()
         with torch.no_grad():

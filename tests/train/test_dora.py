@@ -5,16 +5,20 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 import shira
 from shira import Adapter, DoRATuner, Switcher, masks
+from shira.train import _hooks
 from tuning import bits, same_bits
 
 MASK = masks.WeightMagnitude(density=0.1)
@@ -392,3 +396,51 @@ def test_refusals() -> None:
     tuner.detach()
     assert same_bits(model, before)
     assert not any(name.endswith("_shira_values") for name, _ in model.named_parameters())
+
+
+def test_threads_train_models_of_their_own() -> None:
+    """Tuners come and go in one thread while optimizers step in others."""
+
+    base = net()  # from torch's random numbers, which threads share
+
+    def trained(kind: str) -> list[Tensor]:
+        outputs = []
+        for seed in range(3):
+            model: Any = copy.deepcopy(base)
+            generator = torch.Generator().manual_seed(seed)
+            before = bits(model)
+            tuner = DoRATuner(model, MASK, rank=2) if kind == "dora" else shira.SparseTuner(model, MASK)
+            with torch.no_grad():
+                for parameter in tuner.parameters():
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            optimizer = torch.optim.SGD(tuner.parameters(), lr=0.05)
+            for _ in range(4):
+                loss_of(model, X).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            outputs.append(model(X).detach().clone())
+            tuner.detach()
+            assert same_bits(model, before)
+        return outputs
+
+    kinds = ["dora", "sparse", "dora", "sparse"]
+    wanted = {kind: trained(kind) for kind in set(kinds)}
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(len(kinds)) as pool:
+            found = list(pool.map(trained, kinds))
+    finally:
+        sys.setswitchinterval(interval)
+    for kind, outputs in zip(kinds, found, strict=True):
+        assert all(map(torch.equal, outputs, wanted[kind]))
+
+
+def test_hooks_of_optimizers_go_with_the_last_tuner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless a step in another thread may be walking over them."""
+    monkeypatch.setattr(_hooks, "known", {})  # tuners of other tests
+    for threads in (2, 1):
+        monkeypatch.setattr("threading.active_count", lambda threads=threads: threads)
+        with DoRATuner(net(), MASK, rank=2), DoRATuner(net(), MASK, rank=2):
+            assert list(_global_optimizer_pre_hooks.values()).count(_hooks._before) == 1
+        assert list(_global_optimizer_pre_hooks.values()).count(_hooks._before) == threads - 1

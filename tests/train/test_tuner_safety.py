@@ -128,8 +128,9 @@ def test_a_module_that_was_replaced_is_refused() -> None:
 
 
 @pytest.mark.parametrize("gradient", ["sampled", "dense"])
-def test_a_model_that_was_sharded(gradient: str) -> None:
-    """A tuner goes on with it if it can; an optimizer of what was there before is refused."""
+@pytest.mark.parametrize("part", [False, True])
+def test_a_model_that_was_sharded(gradient: str, part: bool) -> None:
+    """A tuner goes on with it if all of it was; an optimizer of what was there before is refused."""
     model = net()
     before = [parameter.detach().clone() for parameter in model.parameters()]
     tuner = tune(model, gradient)
@@ -140,24 +141,25 @@ def test_a_model_that_was_sharded(gradient: str) -> None:
     try:
         from torch.distributed.fsdp import fully_shard
 
-        fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
-        replaced = r"0\.weight (was replaced by another parameter .*fully_shard|is sharded)"
-        if gradient == "dense":  # a sharded weight cannot train that way
-            with pytest.raises(RuntimeError, match=replaced):
-                model(X)
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        fully_shard(model[0] if part else model, mesh=mesh)
+        if part:
+            for call in (lambda: model(X), tuner.adapter):
+                with pytest.raises(RuntimeError, match=r"0\.weight was replaced by another parameter .*fully_shard"):
+                    call()
             with pytest.raises(RuntimeError, match=r"the base cannot be put back, since 0\.weight (was|is) sharded"):
                 tuner.detach()
-        else:
-            now = model(X)
-            assert torch.equal(now, output)
-            now.square().sum().backward()
-            with pytest.raises(RuntimeError, match=r"was replaced by another parameter .* made from tuner\.parameters"):
-                optimizer.step()
-            AdamW(tuner, lr=0.1).step()
-            assert not torch.equal(model(X), output)
-            tuner.detach()
-            bases: list[Any] = list(model.parameters())
-            assert all(torch.equal(one.full_tensor(), base) for one, base in zip(bases, before, strict=True))
+            return
+        now = model(X)
+        assert torch.equal(now, output)
+        now.square().sum().backward()
+        with pytest.raises(RuntimeError, match=r"was replaced by another parameter .* made from tuner\.parameters"):
+            optimizer.step()
+        AdamW(tuner, lr=0.1).step()
+        assert not torch.equal(model(X), output)
+        tuner.detach()
+        bases: list[Any] = list(model.parameters())
+        assert all(torch.equal(one.full_tensor(), base) for one, base in zip(bases, before, strict=True))
     finally:
         torch.distributed.destroy_process_group()
 

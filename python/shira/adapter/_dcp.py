@@ -11,7 +11,7 @@ import io
 import os
 import pickle
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from shira import _model
 from shira._granules import dtype_name
 from shira._text import AdapterError
+from shira.adapter import _file
 
 _MOST_METADATA_BYTES = 1 << 30
 # What the model's state dict is called within a checkpoint that holds more.
@@ -38,7 +39,14 @@ _KNOWN = {
 }  # fmt: skip
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """Of Python's own reader in Python: that in C takes any memory that a few damaged bytes ask for, as for a table of
+    4 billion objects."""
+
+    dispatch: ClassVar[Any] = {
+        code: read for code, read in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
+    }
+
     def find_class(self, module: str, name: str) -> Any:
         known = name in _KNOWN.get(module, ())
         if not known and not (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
@@ -54,23 +62,35 @@ def find(folder: str, path: str) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             metadata = _Unpickler(io.BytesIO(file.read())).load()
-        records = dict(metadata.state_dict_metadata)
-        places = dict(metadata.storage_data)
-        paths = {key: tuple(at) for key, at in dict(metadata.planner_data or {}).items()}
+        records = {str(key): one for key, one in dict(metadata.state_dict_metadata).items()}
         tensors = {key: one for key, one in records.items() if hasattr(one, "chunks")}
-        found = {key: (tuple(one.size), dtype_name(one.properties.dtype), _covers(one)) for key, one in tensors.items()}
+        found = {key: (tuple(one.size), _dtype_of(one), _covers(one)) for key, one in tensors.items()}
+        places = dict(metadata.storage_data)
+        files = sorted({str(info.relative_path) for index, info in places.items() if index.fqn in found})
+        nested = {key: tuple(map(str, at)) for key, at in dict(metadata.planner_data or {}).items()}
+        paths = {key: nested.get(key, (key,)) for key in found}
+        if () in paths.values():
+            raise ValueError("a tensor has no name")
     except Exception as error:  # whatever a broken pickle brings up
         raise AdapterError(f"{path}: the metadata cannot be read: {type(error).__name__}: {error}") from error
     broken = [key for key, (_, _, covers) in found.items() if not covers]
     if broken:
         raise AdapterError(f"{path}: the pieces of {_model.some(broken)} are not the whole tensor")
-    for name in sorted({str(info.relative_path) for index, info in places.items() if index.fqn in found}):
+    for name in files:
         if name != os.path.basename(name) or name in ("", ".", ".."):
             raise AdapterError(f"{path}: it names the file {name!r}, which is not in its folder")
         if not os.path.exists(os.path.join(folder, name)):
             raise AdapterError(f"{path}: it names the file {name!r}, which is missing")
-    names = _of_model(folder, {key: paths.get(key, (key,)) for key in found})
+        _file.check_regular(os.path.join(folder, name))
+    names = _of_model(folder, paths)
     return {name: (*found[key][:2], partial(_read, folder, metadata, key)) for key, name in names.items()}
+
+
+def _dtype_of(record: Any) -> str:
+    dtype = record.properties.dtype
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"a dtype must be one of torch's, got {dtype!r:.80}")
+    return dtype_name(dtype)
 
 
 # Where a piece begins and ends in each dimension.
@@ -107,15 +127,15 @@ def _overlap(boxes: list[_Box]) -> bool:
     return False
 
 
-def _of_model(folder: str, paths: dict[str, tuple[Any, ...]]) -> dict[str, str]:
+def _of_model(folder: str, paths: dict[str, tuple[str, ...]]) -> dict[str, str]:
     """The keys of the model's tensors, and their names in it. A checkpoint may hold an optimizer's, too."""
-    groups: dict[tuple[Any, ...], dict[str, str]] = {}
+    groups: dict[tuple[str, ...], dict[str, str]] = {}
     for key, path in paths.items():
-        groups.setdefault(path[:-1], {})[key] = str(path[-1])
+        groups.setdefault(path[:-1], {})[key] = path[-1]
     if len(groups) > 1:
         chosen = [group for group in groups if group and group[-1] in _MODELS]
         if len(chosen) != 1:
-            names = [".".join(map(str, group)) or "no name" for group in (chosen or groups)]
+            names = [".".join(group) or "no name" for group in (chosen or groups)]
             raise AdapterError(
                 f"{folder}: the checkpoint must hold one model, under one of the names {', '.join(_MODELS)}, got "
                 f"tensors under {_model.some(names)}; save the model's state dict alone, or under such a name"

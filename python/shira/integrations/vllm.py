@@ -165,6 +165,8 @@ class Sender:
     ) -> None:
         self.client, self.publisher = client, publisher
         self.folder = None if folder is None else Folder(folder)
+        # What was published and is not in the folder yet.
+        self._unwritten: list[Update] = []
         client.init_weight_transfer_engine(
             {
                 "description": _engine.described(publisher, exclude),
@@ -176,12 +178,16 @@ class Sender:
         """Publish what has changed, and return it when the engine has it.
 
         Where the engine fails, it keeps its weights, and the next call sends what comes after this update: which the
-        engine takes if there is a folder, and refuses otherwise.
+        engine takes if there is a folder, and refuses otherwise. Where the folder cannot be written, as on a full disk,
+        the next call writes this update too.
         """
         update = self.publisher.publish()
         data = None
         if self.folder is not None:
-            self.folder.put(update)
+            self._unwritten.append(update)
+            while self._unwritten:
+                self.folder.put(self._unwritten[0])
+                del self._unwritten[0]
         else:
             data = base64.b64encode(update.to_bytes()).decode()
         self.client.start_weight_update()

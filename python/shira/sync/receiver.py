@@ -345,7 +345,7 @@ class Receiver:
         if self._state.torn is not None:
             with _bare("stage", self._tensors()) as switchers:
                 self._heal(switchers)
-        holders: list[Switcher] = [switcher for switcher in list(_live.switchers) if switcher.active]
+        holders: list[Switcher] = [switcher for switcher in _live.alive(_live.switchers) if switcher.active]
 
         def base(weight: Weight, indices: Tensor, granule: int) -> Tensor:
             tensor = weight.slots[0].weight
@@ -538,7 +538,7 @@ class Receiver:
 
     def _refuse_overlaid(self, what: str, moves: _Moves) -> None:
         tensors = [weight.slots[0].weight for weight in moves.entries]
-        names = [name for overlay in list(_live.overlays) for name in overlay.replacing(tensors)]
+        names = [name for overlay in _live.alive(_live.overlays) for name in overlay.replacing(tensors)]
         if names:
             raise SyncError(
                 f"Receiver: {what} refused: an Overlay has {_model.some(map(repr, names))} in use, which replaces "
@@ -610,7 +610,7 @@ def _shares(words: Sequence[_Words]) -> list[int]:
 @contextmanager
 def _bare(what: str, tensors: Sequence[Tensor]) -> Iterator[list[Switcher]]:
     """The base within the block, whatever adapters Switchers have on these weights; yields those Switchers."""
-    known: list[Switcher] = [switcher for switcher in list(_live.switchers) if switcher.knows(tensors)]
+    known: list[Switcher] = [switcher for switcher in _live.alive(_live.switchers) if switcher.knows(tensors)]
     active = [(switcher, switcher.active) for switcher in known if switcher.active]
     off: list[tuple[Switcher, dict[str, float]]] = []
     try:

@@ -6,6 +6,7 @@ They are torch's global hooks, which see the steps of all optimizers, and are th
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -26,6 +27,9 @@ from shira.train._sites import Group, Site, Target, check_reached, groups, known
 KEPT = "_shira_kept"
 
 _handles: list[RemovableHandle] = []
+_LOCK = threading.Lock()
+# Attached tuners whose values are made of other parameters: their `before_step` and `after_step` are called, too.
+makers: weakref.WeakSet[Any] = weakref.WeakSet()
 _UNKNOWN = object()
 # What the parameters of an optimizer train, from the beginning of a step to its end; see `trained_by`.
 _steps: weakref.WeakKeyDictionary[Optimizer, dict[int, Target | None]] = weakref.WeakKeyDictionary()
@@ -34,18 +38,23 @@ _steps: weakref.WeakKeyDictionary[Optimizer, dict[int, Target | None]] = weakref
 def watch_optimizers() -> None:
     """After a tuner was attached: put the hooks on, if they are not."""
     _steps.clear()
-    if not _handles:
-        _handles.append(register_optimizer_step_pre_hook(_before_step))
-        _handles.append(register_optimizer_step_post_hook(_after_step))
+    with _LOCK:
+        if not _handles:
+            _handles.append(register_optimizer_step_pre_hook(_before))
+            _handles.append(register_optimizer_step_post_hook(_after))
 
 
 def stop_watching() -> None:
-    """After a tuner was detached: take the hooks off, if no other is attached."""
+    """After a tuner was detached: take the hooks off, if no other is attached.
+
+    Not beside other threads: a step of any optimizer walks over the hooks, and fails if one is taken off meanwhile.
+    """
     _steps.clear()  # a step may be under way, since hooks and closures may detach
-    if all(target is None for target in known.values()):
-        for handle in _handles:
-            handle.remove()
-        _handles.clear()
+    with _LOCK:
+        if threading.active_count() == 1 and all(target is None for target in known.values()):
+            for handle in _handles:
+                handle.remove()
+            _handles.clear()
 
 
 # ---- what an optimizer trains --------------------------------------------------------------------------------
@@ -89,6 +98,18 @@ def _targets(optimizer: Optimizer, found: Mapping[int, Target | None]) -> list[t
 def _closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The closure of a step, with which the gradients come only during the step."""
     return args[1] if len(args) > 1 else kwargs.get("closure")  # the first argument is the optimizer
+
+
+def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _before_step(optimizer, args, kwargs)
+    for tuner in _live.alive(makers):
+        tuner.before_step(optimizer, args, kwargs)
+
+
+def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _after_step(optimizer, args, kwargs)
+    for tuner in _live.alive(makers):
+        tuner.after_step(optimizer)
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -159,7 +180,7 @@ def _write_targets(targets: Sequence[tuple[Tensor, Target]]) -> None:
 def _check_made_after(optimizer: Optimizer) -> None:
     """Refuse an optimizer of parameters that a tuner froze, where no optimizer has the tuner's values: it was made
     before the tuner."""
-    for group in [one for one in groups if not one.served and not one.off]:
+    for group in [one for one in _live.alive(groups) if not one.served and not one.off]:
         held = {id(p): p for of_group in optimizer.param_groups for p in of_group["params"]}
         trained = [site for site in group.sites if id(site.own_weight) in held]
         idle = not any(p.requires_grad for p in held.values())

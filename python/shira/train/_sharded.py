@@ -245,7 +245,7 @@ def taken(model: nn.Module, site: Site, owner: nn.Module) -> Taken | None:
     """What ``fully_shard`` has made of a weight and its values after the tuner was attached; None if a tuner cannot go
     on with that."""
     weight, values = fsdp_of(model, owner, site.attribute), fsdp_of(model, owner, site.values_name)
-    if weight is None or values is None or site.dense:
+    if weight is None or values is None:
         return None
     sharded: Any = weight[1].sharded_param
     kept: Any = values[1].sharded_param

@@ -160,6 +160,8 @@ class Site:
             return *self.shard.tensors(), values
         if not torch.compiler.is_compiling():
             for name, tensor in ((self.name, weight), (self.name + VALUES_SUFFIX, values)):
+                if _shards.is_dtensor(tensor):
+                    refuse_replaced(name)
                 plain = type(tensor) in (nn.Parameter, Tensor) and not _model.is_partitioned(tensor)
                 why = None if plain else _model.foreign(tensor)
                 if why is not None:
@@ -343,12 +345,14 @@ def put(target: Target, holders: Sequence[nn.Module], rules: Sequence[str | None
 
 def become_sharded(target: Target, shard: Sharded, saved: Tensor, values: nn.Parameter) -> None:
     """Go on with a weight that was sharded with its site on it."""
-    site = target.site
+    site, weight = target.site, shard.stored()
     site.shard, site.saved, site.granule = shard, saved, shard.part.granule
     site.indices = shard.part.indices.to("cpu", copy=True)
-    site.values_ref, site.weight_ref = weakref.ref(values), weakref.ref(shard.stored())
+    site.values_ref, site.weight_ref = weakref.ref(values), weakref.ref(weight)
     site.written = None
     known[values] = target
+    if site.dense:
+        target.handles.append(weight.register_post_accumulate_grad_hook(partial(_gathered, target)))
 
 
 def take_off(placed: Sequence[tuple[Site, nn.Module]]) -> None:

@@ -21,8 +21,6 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 
 import shira_ops
 from shira import _granules, _linears, _live, _shards
@@ -163,7 +161,6 @@ class DoRATuner(SparseTuner):
         if type(rank) is not int or rank < 1:
             raise ValueError(f"DoRATuner: rank must be a whole number of at least 1, got {rank!r}")
         self._doras: dict[str, _DoRA] = {}
-        self._handles: list[RemovableHandle] = []
         self._started = False
         # The backward pass from values to what they are made of is running; and an optimizer has stepped in it.
         self._passing = self._stepped = False
@@ -225,14 +222,7 @@ class DoRATuner(SparseTuner):
         look_outside(_follow)
         # Before the hook that has the weights follow their values.
         self._keep_root(self.model.register_forward_pre_hook(partial(_follow, _Held(self)), prepend=True))
-        # torch's own hooks, of all optimizers, must not keep the tuner alive, which keeps the model alive.
-        for register, at_step in (
-            (register_optimizer_step_pre_hook, DoRATuner._before_step),
-            (register_optimizer_step_post_hook, DoRATuner._after_step),
-        ):
-            handle = register(partial(_at_step, weakref.ref(self), at_step))
-            self._handles.append(handle)
-            weakref.finalize(self, handle.remove)
+        _hooks.makers.add(self)
         count = sum(p.numel() for p in self.parameters())
         self._notes.append(f"made by DoRA of rank {rank}, with {count:,} parameters to train")
 
@@ -328,17 +318,19 @@ class DoRATuner(SparseTuner):
     def _has(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer has the parameters; refuses one that has the values without them."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        # This runs at the steps of all optimizers there are, so what may be wrong with this model must not raise here.
-        if any(id(p) in held for dora in self._doras.values() for p in dora.own):
+        # This runs at the steps of all optimizers there are, in any thread, while this tuner may be coming or going: so
+        # what is or may be wrong with this model must not raise here.
+        if any(id(p) in held for dora in list(self._doras.values()) for p in dora.own):
             return True
-        if any(id(tuned.values) in held for tuned in self._tuned):
+        if any(id(tuned.target.site.own_values) in held for tuned in list(self._tuned)):
             raise RuntimeError(
                 f"DoRATuner: this {type(optimizer).__name__} has the values, which are made of other parameters; make "
                 f"it from tuner.parameters()"
             )
         return False
 
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Called before the steps of all optimizers."""
         if not self._has(optimizer):
             return
         self._enabled("an optimizer's step")
@@ -352,7 +344,8 @@ class DoRATuner(SparseTuner):
             check_reached(self._group.sites)
         self._started = self._group.served = True
 
-    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Called after the steps of all optimizers."""
         if not self._tuned or not self._has(optimizer):
             return
         if not _hooks._in_backward():
@@ -383,9 +376,7 @@ class DoRATuner(SparseTuner):
 
     def _take_off(self) -> None:
         super()._take_off()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        _hooks.makers.discard(self)
         self._doras.clear()
 
 
@@ -410,18 +401,6 @@ class _Held:
                 "tuner.sync() before the model is copied or pickled"
             )
         return _Held, ()
-
-
-def _at_step(
-    tuner: weakref.ref[DoRATuner],
-    hook: Callable[..., None],
-    optimizer: Optimizer,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> None:
-    found = tuner()
-    if found is not None:
-        hook(found, optimizer, args, kwargs)
 
 
 def _pass_on(tuner: weakref.ref[DoRATuner], dora: _DoRA, values: Tensor) -> None:

@@ -153,7 +153,7 @@ class SparseTuner:
     weight are one DTensor of `nnz` entries in the order of the adapter's file, divided evenly between all ranks; masks
     select what they select in one process; and every rank gets the same whole `adapter`. For `shira.masks.Grad` and
     `shira.masks.Snip` every rank gives its own batches, equally many, and the ranks of one tensor-parallel group the
-    same ones. Where all gradients are sampled, ``fully_shard`` may also follow the tuner, with the optimizer made from
+    same ones. ``fully_shard`` on a mesh of one dimension may also follow the tuner, with the optimizer made from
     ``tuner.parameters()`` after it.
 
     Args:
@@ -986,7 +986,7 @@ def detach(model: nn.Module) -> None:
     model = _model.unwrap(model)
     modules = list(model.modules())
     inside = {id(module) for module in modules}
-    for tuner in list(_held):
+    for tuner in _live.alive(_held):
         if id(tuner.model) in inside:
             tuner.detach()
         elif any(id(slot.module) in inside for slot in tuner._froze):
