@@ -304,8 +304,12 @@ class Fused:
         self.runs: dict[tuple[tuple[str, ...], str], list[dict[str, Any]]] = {}
         self.balanced: dict[tuple[tuple[str, ...], str], dict[str, Any]] = {}
         for group in fusion.groups(family):
+            if any(results.base(name) is None for name in group):
+                continue  # what is left of the gain could not be told
             for variant in fusion.variants(family, len(group)):
-                if found := results.fused(group, variant):
+                found = results.fused(group, variant)
+                # The lowest good rate may be the best one: these runs are there already.
+                if found and not (variant.spared and found in self.runs.values()):
                     self.runs[group, variant.name] = found
                     if family in fusion.CHOSEN and (one := results.balanced(group, variant)):
                         self.balanced[group, variant.name] = one
@@ -323,7 +327,7 @@ class Fused:
         return [self.left(key[0], one["together"][merge][alpha]["test"], one["single"]["test"]) for one in found]
 
     def left(self, group: tuple[str, ...], together: Sequence[float], alone: Sequence[float]) -> float:
-        base = sum(self.results.base(name) or 0.0 for name in group)
+        base = sum(score for name in group if (score := self.results.base(name)) is not None)
         return (sum(together) - base) / (sum(alone) - base)
 
     def variants(self) -> list[str]:

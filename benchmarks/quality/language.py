@@ -275,17 +275,16 @@ def unseen_table(results: Results, *families: str) -> str:
     for family in filter(results.has, families):
         fused = Fused(results, family)
         for (group, variant), runs in fused.runs.items():
-            if len(group) > 2:
-                bases = [results.base(name) for name in group]
-                own = [mean(run["single"]["test"]) for run in runs]
-                others = [
-                    score for run in runs for at, row in enumerate(run["elsewhere"]) for by, score in enumerate(row)
-                    if at != by
-                ]  # fmt: skip
-                if all(score is not None for score in bases):
-                    cells = [mean(score or 0 for score in bases), mean(others), mean(own)]
-                    told = [number(family, score) for score in cells]
-                    rows.append([", ".join(map(what, group)), fusion_name(variant), *told])
+            bases = [results.base(name) for name in group]
+            own = [mean(run["single"]["test"]) for run in runs]
+            others = [
+                score for run in runs for at, row in enumerate(run["elsewhere"]) for by, score in enumerate(row)
+                if at != by
+            ]  # fmt: skip
+            if all(score is not None for score in bases):
+                cells = [mean(score or 0 for score in bases), mean(others), mean(own)]
+                told = [number(family, score) for score in cells]
+                rows.append([", ".join(map(what, group)), fusion_name(variant), *told])
     heading = ["tasks", "adapters", "base, untouched", "on the tasks of the others", "on its own task"]
     return table(heading, rows) if rows else ""
 
