@@ -11,7 +11,7 @@ from benchmarks.quality.findings import Fused, Results, gains, mean, standard_er
 from benchmarks.quality.lab import COSTLY, Setting
 from benchmarks.quality.language import forgotten
 from benchmarks.quality.methods import LATER, MASKS, Lora, Method, Shira
-from benchmarks.quality.verdict import validation
+from benchmarks.quality.verdict import preferred
 from benchmarks.quality.words import difference, label, number, spread, what
 
 WORDS = ("ahead", "behind", "level")
@@ -151,7 +151,7 @@ def fused_words(results: Results, family: str) -> str:
             lora: [k for k in fused.runs if k[0] == group and k[1].startswith("lora") is lora] for lora in (True, False)
         }
         if all(keys.values()):
-            best = {lora: max(some, key=lambda key: validation(fused, key)) for lora, some in keys.items()}
+            best = {lora: preferred(fused, some) for lora, some in keys.items()}
             scores = [
                 mean(mean(run["together"]["sum"][fused.alpha(key)]["test"]) for run in fused.runs[key])
                 for key in (best[True], best[False])

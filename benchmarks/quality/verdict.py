@@ -135,7 +135,7 @@ def fused_table(results: Results, *families: str) -> str:
             cells = []
             for lora in (True, False):
                 keys = [key for key in fused.runs if key[0] == group and key[1].startswith("lora") is lora]
-                cells += told(fused, family, max(keys, key=lambda key: validation(fused, key))) if keys else ["", ""]
+                cells += told(fused, family, preferred(fused, keys)) if keys else ["", ""]
             rows.append([family, " + ".join(map(what, group)), *cells])
     heading = ["base", "tasks", "LoRA", "LoRA keeps, %", "SHiRA", "SHiRA keeps, %"]
     return table(heading, rows) if rows else ""
@@ -147,6 +147,11 @@ Key = tuple[tuple[str, ...], str]
 def validation(fused: Fused, key: Key) -> float:
     alpha = fused.alpha(key)
     return mean(mean(run["together"]["sum"][alpha]["validation"]) for run in fused.runs[key])
+
+
+def preferred(fused: Fused, keys: Iterable[Key]) -> Key:
+    """The way of training with the best validation score; of those with the most seeds."""
+    return max(keys, key=lambda key: (len(fused.runs[key]), validation(fused, key)))
 
 
 def told(fused: Fused, family: str, key: Key) -> list[str]:
