@@ -9,9 +9,10 @@
 //   broadcast(x)            a number in every lane
 //   fused(a, b, sum)        multiply_add of single numbers: what a lane of registers gives
 //   transpose(r)            kLanes registers as a square of numbers
-//   pair(low, high)         of floats that are bfloat16: both in one register, 16 bits of a lane each. It only moves
-//   bits unpair(r, low, high)    undoes it sum(a, p)               p[k] = the sum of the lanes of a[k], for kGroup
-//   registers add_entries(indices, start, columns, values, x, sum)
+//   pair(low, high)         of floats that are bfloat16: both in one register, 16 bits each. It only moves bits
+//   unpair(r, low, high)    undoes it
+//   sum(a, p)               p[k] = the sum of the lanes of a[k], for kGroup registers
+//   add_entries(indices, start, columns, values, x, sum)
 //                           adds value * x[column] of the next kLanes entries, as far as they lie in the row whose
 //                           `columns` entries begin at `start`, and returns how many do. Indices increase from `start`
 //                           on and are at most kNoEntry

@@ -318,8 +318,9 @@ class Product {
     const int64_t most = std::min(2 * kernel_.lanes, kLanesMost), blocks = (tokens.count + most - 1) / most;
     const int64_t work = mask_.n * problem_.granule / kGrain, groups = (problem_.out_features + kRows - 1) / kRows;
     const int64_t threads = (torch::stable::get_num_threads() + blocks - 1) / blocks;
-    std::vector<Share> shares(std::clamp<int64_t>(work, 1, std::min(groups, threads)));
-    const int64_t count = shares.size(), rows = (groups + count - 1) / count * kRows;
+    const int64_t parts = std::clamp<int64_t>(work, 1, std::min(groups, threads));
+    const int64_t rows = (groups + parts - 1) / parts * kRows, count = (problem_.out_features + rows - 1) / rows;
+    std::vector<Share> shares(count);
     torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         shares[k].begin = std::min(problem_.out_features, k * rows);

@@ -1,9 +1,9 @@
 // The loops of the overlay family. Included once for each vector width, in its namespace: Floats and Doubles are the
 // registers of that width, and SHIRA_TARGET lets the compiler use its instructions.
 //
-// With packed tokens a lane is a token: an output is one sum over its entries in the mask's order (of single entries,
-// four sums), whatever the other tokens are, and however many registers lie side by side. `row_sums` makes the same
-// sums for one token, but of single entries.
+// With packed tokens a lane is a token: an output is one sum over its entries in the mask's order (four sums where
+// these are single entries), whatever the other tokens are, and however many registers lie side by side. `row_sums`
+// makes the one sum for one token.
 #include "pack_kernel.h"
 
 // Adds value * packed column to kSide registers of sums.
