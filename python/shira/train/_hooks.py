@@ -95,7 +95,7 @@ def _targets(optimizer: Optimizer, found: Mapping[int, Target | None]) -> list[t
 # ---- the hooks -----------------------------------------------------------------------------------------------
 
 
-def _closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The closure of a step, with which the gradients come only during the step."""
     return args[1] if len(args) > 1 else kwargs.get("closure")  # the first argument is the optimizer
 
@@ -121,7 +121,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
             raise RuntimeError(
                 "SparseTuner: an optimizer cannot step inside `with tuner.disabled()`, where the model is the base"
             )
-        if _in_backward() and getattr(optimizer, "writes_weights", False):
+        if in_backward() and getattr(optimizer, "writes_weights", False):
             raise RuntimeError(
                 f"shira.{type(optimizer).__name__} writes the weights, which the rest of the backward pass still "
                 f"needs; to step inside backward use one of torch.optim, whose values are written at its end"
@@ -131,7 +131,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         if model is not None:
             _live.refuse_active(model)
     _compare_ranks([(values, target) for values, target in targets if not target.site.compared])
-    if _closure(args, kwargs) is None:
+    if closure_of(args, kwargs) is None:
         _check_made_after(optimizer)
         _check_reached(targets)
 
@@ -147,7 +147,7 @@ def refuse_other(target: Target, values: Tensor) -> None:
 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if _closure(args, kwargs) is not None:
+    if closure_of(args, kwargs) is not None:
         forget_step(optimizer)
     targets = _targets(optimizer, trained_by(optimizer))
     forget_step(optimizer)
@@ -159,14 +159,15 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
         targets = [(values, target) for values, target in targets if target.site.shard is not None]
     if not targets:
         return
-    if _in_backward():
+    if in_backward():
         # What is left of the pass needs the weights as they were in the forward.
         torch.autograd.Variable._execution_engine.queue_callback(partial(_write_targets, targets))
     else:
         _write_targets(targets)
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
+    """Whether this thread is inside a backward pass, as a hook of a gradient is."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -225,7 +226,7 @@ def _compare_ranks(targets: Sequence[tuple[Tensor, Target]]) -> None:
 
 def _check_reached(targets: Sequence[tuple[Tensor, Target]]) -> None:
     """At the first step, refuse values that no gradient has reached."""
-    if not _in_backward():
+    if not in_backward():
         check_reached(target.site for _, target in targets)
         return
     for values, target in targets:

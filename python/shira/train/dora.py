@@ -340,7 +340,7 @@ class DoRATuner(SparseTuner):
         _live.refuse_active(self.model)
         if not self._started:
             self._compare()
-        if _hooks._closure(args, kwargs) is None and not _hooks._in_backward():
+        if _hooks.closure_of(args, kwargs) is None and not _hooks.in_backward():
             check_reached(self._group.sites)
         self._started = self._group.served = True
 
@@ -348,7 +348,7 @@ class DoRATuner(SparseTuner):
         """Called after the steps of all optimizers."""
         if not self._tuned or not self._has(optimizer):
             return
-        if not _hooks._in_backward():
+        if not _hooks.in_backward():
             self.sync()
         elif self._passing:
             self._stepped = True
