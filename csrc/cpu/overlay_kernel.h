@@ -195,24 +195,29 @@ SHIRA_TARGET void row_spread(Walk<I, single> walk, int64_t first, int64_t count,
   }
 }
 
-// The sums over the lanes of kGroup granules from `indices` on, and their rows. A row has `a_row` granules, and
-// `inverse` is 1 / a_row. `single`: a granule fills one register.
+// The rows of kPlaces granules, and their columns of granules. A row has `a_row` granules, and `inverse` is 1 / a_row.
+// A loop of its own, of a length that the compiler knows, so that it is done in registers.
+constexpr int kPlaces = 8 * kGroup;
+template <typename I>
+SHIRA_TARGET inline void places_of(const I* indices, int64_t a_row, double inverse, I* rows, I* columns) {
+  for (int k = 0; k < kPlaces; ++k) {
+    // The 0.5 is half an index away from the next whole number, more than rounding bridges below 2^50.
+    rows[k] = static_cast<I>((static_cast<double>(indices[k]) + 0.5) * inverse);
+    columns[k] = indices[k] - rows[k] * static_cast<I>(a_row);
+  }
+}
+
+// The sums over the lanes of kGroup granules, of which `columns` has the columns. `single`: a granule fills one
+// register.
 template <typename Registers, bool single, typename V, typename I>
-SHIRA_TARGET inline void granule_group(const I* indices, int64_t granule, int64_t a_row, double inverse,
-                                       const typename V::Bits* values, const typename Registers::Value* x,
-                                       int64_t* rows, typename Registers::Value* total) {
+SHIRA_TARGET inline void granule_group(const I* columns, int64_t granule, const typename V::Bits* values,
+                                       const typename Registers::Value* x, typename Registers::Value* total) {
   constexpr int64_t kLanes = Registers::kLanes;
   const int64_t length = single ? kLanes : granule;
   typename Registers::Register sum[kGroup];
-  int64_t offsets[kGroup];
-  for (int k = 0; k < kGroup; ++k) {  // a loop of its own, which the compiler does in registers
-    // The 0.5 is half an index away from the next whole number, more than rounding bridges below 2^50.
-    rows[k] = static_cast<int64_t>((static_cast<double>(indices[k]) + 0.5) * inverse);
-    offsets[k] = (indices[k] - rows[k] * a_row) * length;
-  }
 #pragma GCC unroll 8
   for (int k = 0; k < kGroup; ++k) {
-    const auto* const own = x + offsets[k];
+    const auto* const own = x + int64_t{columns[k]} * length;
     const auto* const value = values + k * length;
     sum[k] = Registers::multiply(Registers::load(Source<V>{value}), Registers::load(own));
     for (int64_t lane = kLanes; lane < length; lane += kLanes)
@@ -228,19 +233,24 @@ SHIRA_TARGET void granules_of(const I* indices, int64_t n, int64_t granule, int6
                               int64_t first, const typename V::Bits* values, const typename Registers::Value* x,
                               typename Registers::Value* sums) {
   typename Registers::Value total[kGroup];
-  int64_t rows[kGroup];
+  I rows[kPlaces], columns[kPlaces], last[kPlaces];
   sums -= first;
-  for (; n >= kGroup; n -= kGroup, indices += kGroup, values += kGroup * granule) {
-    granule_group<Registers, single, V>(indices, granule, a_row, inverse, values, x, rows, total);
-    for (int k = 0; k < kGroup; ++k) sums[rows[k]] += total[k];
+  for (; n > 0; n -= kPlaces, indices += kPlaces, values += kPlaces * granule) {
+    const int64_t here = std::min<int64_t>(n, kPlaces);
+    if (here < kPlaces)  // repeats the last index: whole registers must not be read past the end of the tensors
+      for (int64_t k = 0; k < kPlaces; ++k) last[k] = indices[std::min(k, here - 1)];
+    places_of(here < kPlaces ? last : indices, a_row, inverse, rows, columns);
+    int64_t at = 0;
+    for (; at + kGroup <= here; at += kGroup) {
+      granule_group<Registers, single, V>(columns + at, granule, values + at * granule, x, total);
+      for (int k = 0; k < kGroup; ++k) sums[rows[at + k]] += total[k];
+    }
+    if (at == here) continue;
+    std::vector<typename V::Bits> last_values(kGroup * granule);
+    std::copy_n(values + at * granule, (here - at) * granule, last_values.data());
+    granule_group<Registers, single, V>(columns + at, granule, last_values.data(), x, total);
+    for (int64_t k = at; k < here; ++k) sums[rows[k]] += total[k - at];
   }
-  if (n == 0) return;
-  I last[kGroup];
-  std::vector<typename V::Bits> last_values(kGroup * granule);
-  for (int64_t k = 0; k < kGroup; ++k) last[k] = indices[std::min(k, n - 1)];
-  std::copy_n(values, n * granule, last_values.data());
-  granule_group<Registers, single, V>(last, granule, a_row, inverse, last_values.data(), x, rows, total);
-  for (int64_t k = 0; k < n; ++k) sums[rows[k]] += total[k];
 }
 
 template <typename Registers, typename V, typename I>
