@@ -195,6 +195,8 @@ SHIRA_TARGET void row_spread(Walk<I, single> walk, int64_t first, int64_t count,
   }
 }
 
+constexpr int kFetched = 2048;  // bytes of values that are fetched this early: the processor stops at each page
+
 // The rows of kPlaces granules, and their columns of granules. A row has `a_row` granules, and `inverse` is 1 / a_row.
 // A loop of its own, of a length that the compiler knows, so that it is done in registers.
 constexpr int kPlaces = 8 * kGroup;
@@ -242,6 +244,9 @@ SHIRA_TARGET void granules_of(const I* indices, int64_t n, int64_t granule, int6
     places_of(here < kPlaces ? last : indices, a_row, inverse, rows, columns);
     int64_t at = 0;
     for (; at + kGroup <= here; at += kGroup) {
+      const auto* const ahead = reinterpret_cast<const char*>(values + at * granule) + kFetched;
+      for (int64_t byte = 0; byte < kGroup * granule * int64_t{sizeof(*values)}; byte += 64)
+        __builtin_prefetch(ahead + byte);
       granule_group<Registers, single, V>(columns + at, granule, values + at * granule, x, total);
       for (int k = 0; k < kGroup; ++k) sums[rows[at + k]] += total[k];
     }
