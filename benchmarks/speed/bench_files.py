@@ -24,12 +24,11 @@ from torch import nn
 import shira
 import shira_ops
 from benchmarks.speed import common
+from benchmarks.speed.bench_switch import TOUCH, machine
 from benchmarks.speed.common import BF16, Report, compare, settings
 from shira.adapter import _checkpoint
 
-machine = torch.ops.shira_bench
 READ = {"read, plain": False, "read, fetching ahead": True}
-TOUCH = {"touch, plain": 0, "touch, 64 ahead": 64, "touch, 96 ahead": 96, "touch, 128 ahead": 128}
 
 
 @pytest.fixture(scope="module")
