@@ -12,7 +12,7 @@ import sys
 from types import FrameType
 
 _GENERATORS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
-_CONTEXTS = contextlib.__file__
+_CONTEXTS = contextlib.contextmanager.__code__.co_filename
 
 
 def innermost() -> int | None:

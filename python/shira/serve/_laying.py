@@ -480,10 +480,7 @@ _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_em
 
 
 def _shape(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Size | None:
-    """The shape of the tensor that tells the batch. A mapping as the first argument stands for arguments with names."""
-    first = next(iter(args), None)
-    if isinstance(first, Mapping):
-        args, kwargs = (), {**first, **kwargs}
+    """The shape of the tensor that tells the batch."""
     for value in (*args, *[kwargs.get(name) for name in _INPUTS]):
         if isinstance(value, Tensor) and value.dim() > 0:
             return value.shape
@@ -510,7 +507,10 @@ class Entrance:
         selection = self.current.selection()
         if selection is None or selection.count == 1 or (self.current.batch() is not None and not self.whole):
             return
-        shape, count = _shape(args, kwargs), selection.count
+        given: Sequence[Any] = args
+        if args and isinstance(args[0], Mapping):
+            given, kwargs = args[1:], {**args[0], **kwargs}  # it stands for arguments with names
+        shape, count = _shape(given, kwargs), selection.count
         if shape is None:
             raise SwitchError(
                 f"Overlay: using() names samples, and none of the arguments of {type(module).__name__} is a tensor "
@@ -528,7 +528,7 @@ class Entrance:
             )
         tensors: tuple[Tensor, ...] = ()
         if not torch.compiler.is_compiling():
-            tensors = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            tensors = tuple(value for value in (*given, *kwargs.values()) if isinstance(value, Tensor))
         self.current.note(Batch(shape[0], shape[1] if len(shape) > 1 else 1, module, tensors))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

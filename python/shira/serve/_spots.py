@@ -97,11 +97,8 @@ class Spot:
 
     def _away(self) -> tuple[Tensor, torch.device] | None:
         """Its content and its layer's device, where it is offloaded."""
-        if not self.plain:
-            return None
-        module = self.layer.module if self._slot is None else self._slot.module
-        held = _model.held(module, self.attribute)
-        return None if held is None or not held.is_meta else _model.offloaded(module, self.attribute)
+        held = self._held() if self.plain else None
+        return _model.offloaded(*self._home) if held is not None and held.is_meta else None
 
     @cached_property
     def place(self) -> Place:
@@ -131,10 +128,18 @@ class Spot:
         """The parameter that a Switcher may know, or the tensor that has its content while it is offloaded."""
         if not self.plain:
             return None
+        held = self._held()
+        if held is None or not held.is_meta:
+            return held
         away = self._away()
-        if away is not None:
-            return away[0]
+        return held if away is None else away[0]
+
+    def _held(self) -> Tensor | None:
         return self._slot.now() if self._slot is not None else _model.held(self.layer.module, self.layer.attribute)
+
+    @property
+    def _home(self) -> tuple[nn.Module, str]:
+        return self.layer.module if self._slot is None else self._slot.module, self.attribute
 
     def fingerprint(self) -> int:
         """The base's fingerprint, read once."""
