@@ -405,8 +405,13 @@ class Current:
 
     def block(self) -> Block | None:
         """The innermost block of the caller. Those of generators that wait come last."""
-        open_blocks = [block for block in reversed(_INSIDE.get()) if block.current is self and block.open]
-        return next((block for block in open_blocks if not block.waits()), open_blocks[0] if open_blocks else None)
+        waiting = None
+        for block in reversed(_INSIDE.get()):
+            if block.current is self and block.open:
+                if block.generator is None or not block.waits():
+                    return block
+                waiting = waiting or block
+        return waiting
 
     def now(self) -> Selection | None:
         """What is selected for the calling thread or task."""
@@ -680,7 +685,7 @@ class Hook:
         input = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(output, Tensor) or not isinstance(input, Tensor):
             raise SwitchError(f"Overlay: {self.name} must take a tensor and return one, got {type(output).__name__}")
-        if input.is_nested:
+        if output.is_nested:
             raise SwitchError(
                 f"Overlay: {self.name} got a nested tensor, in which it is not known which rows belong to which "
                 f"sample: pad it (torch.nested.to_padded_tensor), or put the adapter into the weights with a Switcher"
