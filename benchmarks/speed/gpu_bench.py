@@ -8,6 +8,7 @@ python -m benchmarks.speed.gpu_bench --lines FILE [--device cpu --quick] [--only
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import sys
 import time
@@ -39,6 +40,7 @@ from benchmarks.speed.gpu_ops import ADAMW, same
 
 shira = torch.ops.shira
 ADAPTERS = 8
+HANGS = 100  # seconds after which a measurement hangs
 
 # The measurements, the most important first
 
@@ -359,6 +361,7 @@ def run(bench: Bench, names: Iterable[str], write: Callable[[dict[str, Any]], No
     for name in ("copy", *(one for one in names if one != "copy")):
         start = time.perf_counter()
         told: dict[str, Any] = {"name": name}
+        faulthandler.dump_traceback_later(HANGS, exit=True)
         try:
             found = MEASUREMENTS[name](bench)
             if name == "copy":
@@ -371,6 +374,7 @@ def run(bench: Bench, names: Iterable[str], write: Callable[[dict[str, Any]], No
             well = False
             told["error"] = f"{type(error).__name__}: {error}"
             told["traceback"] = traceback.format_exc(limit=-4)
+        faulthandler.cancel_dump_traceback_later()
         told["took"] = round(time.perf_counter() - start, 1)
         write(told)
         if "error" in told and bench.cuda:

@@ -11,6 +11,7 @@ python -m benchmarks.speed.gpu_graph
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,8 @@ from torch import nn
 import shira
 import shira_ops
 from benchmarks.speed.gpu_lab import captured
-from benchmarks.speed.gpu_ops import Arguments, calls, left, op, placed, run, same
+from benchmarks.speed.gpu_ops import Arguments, calls, left, op, placed, run, same, tensors
+from benchmarks.speed.gpu_proofs import Proof, main
 
 SIDE, DEVICE = 512, "cuda"
 # These read the content on the host, so a graph cannot hold them.
@@ -86,32 +88,16 @@ def captured_inference() -> str:
     return f"one capture, {len(seen)} replays with switches between them: the bits of eager forwards"
 
 
-def tensors(own: Arguments) -> Iterator[torch.Tensor]:
-    for value in own.values():
-        yield from (one for one in (value if isinstance(value, (list, tuple)) else [value]) if torch.is_tensor(one))
-
-
-def captured_calls() -> str:
-    """Replays each graph on the arguments as they were before its first call."""
-    count = 0
-    for granule in (1, 16):
-        for name, given in calls(torch.bfloat16, granule, 24, 80).items():
-            if name.partition(",")[0] in LOOKS:
-                continue
-            own, results = placed(given, DEVICE), list[Any]()
-
-            def call(name: str = name, own: Arguments = own, results: list[Any] = results) -> None:
-                results.append(op(name)(**own))
-
-            replay = captured(call)
-            for kept, fresh in zip(tensors(own), tensors(placed(given, DEVICE)), strict=True):
-                kept.copy_(fresh)
-            replay()
-            pairs = zip(left(results[-1], own), run(op(name), given, DEVICE), strict=True)
-            if not all(same(*pair) for pair in pairs):
-                raise AssertionError(f"{name}, granule {granule}: a replay differs from an eager call")
-            count += 1
-    return f"{count} calls of every op that a graph can hold, replayed: the bits of eager calls"
+def captured_call(name: str, given: Arguments) -> None:
+    """Replays the graph on the arguments as they were before its first call."""
+    own, results = placed(given, DEVICE), list[Any]()
+    replay = captured(lambda: results.append(op(name)(**own)))
+    for kept, fresh in zip(tensors(own), tensors(placed(given, DEVICE)), strict=True):
+        kept.copy_(fresh)
+    replay()
+    pairs = zip(left(results[-1], own), run(op(name), given, DEVICE), strict=True)
+    if not all(same(*pair) for pair in pairs):
+        raise AssertionError("a replay differs from an eager call")
 
 
 def captured_ops() -> str:
@@ -146,9 +132,16 @@ def captured_ops() -> str:
     return "swap_ replayed twice is the identity; fuse_ follows strengths changed between replays"
 
 
+def proofs(device: str, once: bool) -> Iterator[Proof]:
+    """The first is only one if no other op was called before it in its process."""
+    yield "captured cold", captured_cold
+    yield "captured inference", captured_inference
+    yield "captured ops", captured_ops
+    for granule in (1, 16):
+        for name, given in calls(torch.bfloat16, granule, 24, 80).items():
+            if name.partition(",")[0] not in LOOKS:
+                yield f"captured {name}, granule {granule}", functools.partial(captured_call, name, given)
+
+
 if __name__ == "__main__":
-    with torch.no_grad():
-        print(captured_cold())
-        print(captured_calls())
-        print(captured_inference())
-        print(captured_ops())
+    main(__doc__, proofs)
