@@ -304,7 +304,7 @@ def tests(run: Run, **environment: str) -> Told:
     families = ("switch",) if run.quick else FAMILIES
     chosen = "cuda" if run.cuda else "test_twice and dispatcher and float32"
     limit = min(PROVING, run.left() - 5)
-    options = ["-q", "-k", chosen, "--maxfail=5", "-W", "default", "-p", "no:cacheprovider", "--tb=short"]
+    options = ["-q", "-k", chosen, "--maxfail=10", "-W", "default", "-p", "no:cacheprovider", "--tb=short"]
     options += ["-p", "benchmarks.speed.gpu_tests", "--seconds", str(max(1, limit - 25))]
     commands = {name: python("-m", "pytest", *options, f"tests/ops/test_{name}.py") for name in families}
     told: Told = {"state": "passed", "families": {}}
@@ -536,6 +536,8 @@ def show(told: Told) -> None:
             for fact in ("G indices/s", "of read bandwidth", "share of sectors", "share of pairs", "steps/s"):
                 if fact in one:
                     print(f"{backend}, {name}: {fact} {one[fact]}")
+            if "left out" in one:
+                print(f"{backend}, {name}: left out: {one['left out']}")
             if "peak bytes" in one:
                 print(f"{backend}, {name}: peak bytes {one['peak bytes']}")
     print("\nIn short:")

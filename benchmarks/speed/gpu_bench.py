@@ -200,7 +200,8 @@ def _sampled_grad(bench: Bench, weight: torch.Tensor, tokens: int) -> Found:
     wanted = (grad_output[:, at // columns].double() * x[:, at % columns].double()).sum(0)
     if not torch.equal(given[some], wanted.float()):
         raise AssertionError("sampled_grad differs from the exact sum")
-    torch.testing.assert_close(gathered(), given, rtol=2**-7, atol=0)  # bf16 rounds the dense gradient
+    # bf16 rounds the dense gradient, and torch may add up parts of it that are rounded to bf16 before.
+    torch.testing.assert_close(gathered(), given, rtol=2**-7, atol=2**-7 * float(given.abs().max()))
     ways: dict[str, Call] = {
         "sampled_grad": sampled,
         "sampled_grad + adamw_": lambda: stepped(sampled),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -247,6 +248,79 @@ def test_what_was_started_ends_with_the_run(tmp_path: Path) -> None:
         assert waits.result().code == -9
     run.section("next", 0, lambda: {"state": "passed", "why": str(run.one(gpu.python("-c", ""), 60).code)})
     assert run.told["sections"]["next"]["why"] == "RuntimeError: the run was ended"
+
+
+ABOUT = {"gpu": "A GPU", "capability": "9.0", "torch": "2.11", "cuda": "13.0", "triton": "3.6", "setuptools": "80"}
+SAYS = {  # what a process of a run on a GPU says, by a word of its command
+    "platform": json.dumps(ABOUT),
+    "shira_ops.backends": json.dumps({"cuda kernels": True, "backends": {}}),
+    "nvidia-smi": "580.159.04",
+    "nvcc": "Cuda compilation tools, release 13.0, V13.0.88",
+    "pytest": "\n2 skipped, 7 passed, 3 deselected in 1.5s\n",
+    "ncu": 'says\n"ID","Kernel Name"\n"",""\n"0","swap"\n',
+    "memcheck": "========= ERROR SUMMARY: 0 errors",
+    "racecheck": "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)",
+    "synccheck": "========= ERROR SUMMARY: 0 errors",
+    "initcheck": "========= ERROR SUMMARY: 0 errors",
+}
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_run_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], kernels: bool
+) -> None:
+    """All sections in their order, with the processes' words instead of processes; without compiled kernels too."""
+    measured = itertools.count()
+
+    def say(run: gpu.Run, given: dict[str, list[str]], limit: float, **environment: str) -> dict[str, gpu.Done]:
+        found = {}
+        for name, command in given.items():
+            assert 0 < limit <= run.budget
+            text, code = " ".join(command), 0
+            if "--lines" in command:
+                names = command[command.index("--only") + 1 :] if "--only" in command else ["a"]
+                if "gpu_bench" in command[2] and next(measured) == 0:
+                    names, code = names[:3], None  # its time is up
+                lines = [json.dumps({"name": one, "number": 0, "of": 1}) for one in names]
+                Path(command[command.index("--lines") + 1]).write_text("\n".join(lines))
+            said = SAYS.get(name) or next((said for word, said in SAYS.items() if word in text), "")
+            found[name] = gpu.Done(code, said.replace("true", str(kernels).lower()), 0.1)
+        return found
+
+    monkeypatch.setattr(gpu.Run, "all", say)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: name)
+    monkeypatch.setattr(gpu.signal, "signal", lambda *given: None)
+    out = tmp_path / "told.json"
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(out), "--budget", "560"])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == (0 if kernels else 1)
+    sections = json.loads(out.read_text())["sections"]
+    proved = {
+        "parity, compiled",
+        "captured graphs",
+        "torch",
+        "contract tests",
+        "parity, triton",
+        "captured graphs, triton",
+    }
+    assert set(list(sections)[2:8]) == proved
+    assert list(sections)[8:] == [
+        *("measurements, compiled", "large weights", "sanitizer", "profile"),
+        *(["measurements, compiled, the rest"] if kernels else []),
+        *("measurements, triton", "contract tests, triton"),
+    ]
+    compiled = {"parity, compiled", "captured graphs", "measurements, compiled", "sanitizer", "profile"}
+    states = {name: section["state"] for name, section in sections.items()}
+    if kernels:
+        assert set(states.values()) == {"passed"}, sections
+    else:
+        assert states.pop("build") == "failed"
+        assert {name for name, state in states.items() if state == "skipped"} == compiled
+    assert "switch 7 passed; fuse 7 passed" in sections["contract tests"]["why"]
+    said = capsys.readouterr().out
+    assert said.rindex("In short:") > said.rindex("ms (quartiles)")
+    assert all(f"{state:8}{name}" in said[said.rindex("In short:") :] for name, state in states.items())
 
 
 TESTS = """
