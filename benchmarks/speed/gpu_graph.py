@@ -59,12 +59,45 @@ def captured_cold() -> str:
     return "swap_ captured on its first call: the bits of index_copy"
 
 
-def captured_inference() -> str:
+def model_and_input() -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     layers = [nn.Linear(SIDE, SIDE, bias=False) for _ in range(4)]
     model = nn.Sequential(*(part for layer in layers for part in (layer, nn.GELU()))).to(DEVICE, torch.bfloat16)
-    model.requires_grad_(False)
-    x = torch.randn(16, SIDE, device=DEVICE, dtype=torch.bfloat16)
+    return model.requires_grad_(False), torch.randn(16, SIDE, device=DEVICE, dtype=torch.bfloat16)
+
+
+def captured_overlay() -> str:
+    model, x = model_and_input()
+    overlay = shira.Overlay(model)
+    for name, seed in (("one", 1), ("two", 2)):
+        overlay.add(name, adapter(model, seed))
+    base, out, seen = model(x).cpu(), torch.empty_like(x), []
+
+    def replayed(what: str) -> None:
+        wanted = model(x).cpu()
+        replay = captured(lambda: out.copy_(model(x)))
+        out.zero_()
+        replay()
+        if not same(out.cpu(), wanted):
+            raise AssertionError(f"{what}: a replay differs from an eager forward")
+        seen.append(wanted)
+
+    for which in ("one", {"one": 0.7, "two": 0.5}):
+        overlay.activate(which)
+        replayed(str(which))
+    one = seen[0]
+    with overlay.using([None, "one"] * 8):
+        replayed("an adapter for each row")
+    overlay.detach()
+    if any(same(one, base) for one in seen) or not same(model(x).cpu(), base):
+        raise AssertionError("an overlay changed nothing, or left something behind")
+    if not same(seen[2][0::2], base[0::2]) or not same(seen[2][1::2], one[1::2]):
+        raise AssertionError("rows do not have their own adapters")
+    return f"an overlay's forward, captured {len(seen)} times: the bits of eager forwards"
+
+
+def captured_inference() -> str:
+    model, x = model_and_input()
     switcher = shira.Switcher(model)
     for name, seed in (("one", 1), ("two", 2)):
         switcher.add(name, adapter(model, seed))
@@ -136,6 +169,7 @@ def proofs(device: str, once: bool) -> Iterator[Proof]:
     """The first is only one if no other op was called before it in its process."""
     yield "captured cold", captured_cold
     yield "captured inference", captured_inference
+    yield "captured overlay", captured_overlay
     yield "captured ops", captured_ops
     for granule in (1, 16):
         for name, given in calls(torch.bfloat16, granule, 24, 80).items():
