@@ -305,7 +305,7 @@ def tests(run: Run, **environment: str) -> Told:
     chosen = "cuda" if run.cuda else "test_twice and dispatcher and float32"
     limit = min(PROVING, run.left() - 5)
     options = ["-q", "-k", chosen, "--maxfail=10", "-W", "default", "-p", "no:cacheprovider", "--tb=short"]
-    options += ["-p", "benchmarks.speed.gpu_tests", "--seconds", str(max(1, limit - 25))]
+    options += ["-p", "benchmarks.speed.pytest_gpu", "--seconds", str(max(1, limit - 25))]
     commands = {name: python("-m", "pytest", *options, f"tests/ops/test_{name}.py") for name in families}
     told: Told = {"state": "passed", "families": {}}
     output, counts = "", []
@@ -543,7 +543,8 @@ def show(told: Told) -> None:
     print("\nIn short:")
     order = ("passed", "skipped", "failed")
     for name, one in sorted(told["sections"].items(), key=lambda item: order.index(item[1]["state"])):
-        print(f"{one['state']:8}{name}{': ' if one.get('why') else ''}{one.get('why', '')[:400]}")
+        why = " ".join(one.get("why", "").split())
+        print(f"{one['state']:8}{name}{': ' * bool(why)}{why[:400]}")
         for failed in one.get("failed", [])[:20]:
             print(f"            {failed}")
 

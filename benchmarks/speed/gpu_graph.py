@@ -22,7 +22,7 @@ import shira
 import shira_ops
 from benchmarks.speed.gpu_lab import captured
 from benchmarks.speed.gpu_ops import Arguments, calls, left, op, placed, run, same, tensors
-from benchmarks.speed.gpu_proofs import Proof, main
+from benchmarks.speed.gpu_proofs import Proof, prove
 
 SIDE, DEVICE = 512, "cuda"
 # These read the content on the host, so a graph cannot hold them.
@@ -178,4 +178,4 @@ def proofs(device: str, once: bool) -> Iterator[Proof]:
 
 
 if __name__ == "__main__":
-    main(__doc__, proofs)
+    prove(__doc__, proofs)

@@ -16,7 +16,7 @@ import torch
 import shira_ops
 from benchmarks.speed.gpu_lab import BF16, clear
 from benchmarks.speed.gpu_ops import ADAMW, SGD, same
-from benchmarks.speed.gpu_proofs import Proof, main
+from benchmarks.speed.gpu_proofs import Proof, prove
 
 Tensor = torch.Tensor
 shira = torch.ops.shira
@@ -190,4 +190,4 @@ def proofs(device: str, once: bool) -> Iterator[Proof]:
 
 
 if __name__ == "__main__":
-    main(__doc__, proofs)
+    prove(__doc__, proofs)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import shira_ops.reference as reference
-from benchmarks.speed.gpu_proofs import Proof, main
+from benchmarks.speed.gpu_proofs import Proof, prove
 
 ADAMW = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 SGD = {"lr": 1e-2, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.05, "nesterov": False}
@@ -198,4 +198,4 @@ def proofs(device: str, once: bool) -> Iterator[Proof]:
 
 
 if __name__ == "__main__":
-    main(__doc__, proofs)
+    prove(__doc__, proofs)

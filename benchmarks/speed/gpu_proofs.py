@@ -36,7 +36,7 @@ def is_lost(device: str) -> bool:
     return False
 
 
-def main(description: str | None, proofs: Callable[[str, bool], Iterable[Proof]]) -> None:
+def prove(description: str | None, proofs: Callable[[str, bool], Iterable[Proof]]) -> None:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--once", action="store_true", help="few and small ones: for a sanitizer")

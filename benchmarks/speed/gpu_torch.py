@@ -17,7 +17,7 @@ import torch
 
 import shira_ops.reference as reference
 from benchmarks.speed.gpu_ops import Arguments, calls, left, op, placed, run, same, tensors
-from benchmarks.speed.gpu_proofs import Proof, main
+from benchmarks.speed.gpu_proofs import Proof, prove
 
 LATE = 50_000_000  # cycles of a GPU: some hundredths of a second
 
@@ -77,4 +77,4 @@ def proofs(device: str, once: bool) -> Iterator[Proof]:
 
 
 if __name__ == "__main__":
-    main(__doc__, proofs)
+    prove(__doc__, proofs)

@@ -198,7 +198,7 @@ import sys, threading
 from benchmarks.speed import gpu_proofs
 gpu_proofs.HANGS = 0.2
 wait = threading.Event().wait
-gpu_proofs.main("", lambda device, once: [("one", lambda: "well"), ("two", wait), ("three", lambda: None)])
+gpu_proofs.prove("", lambda device, once: [("one", lambda: "well"), ("two", wait), ("three", lambda: None)])
 """
 
 
@@ -336,7 +336,7 @@ def test_many(n): pass
 def test_the_tests_end_when_their_time_is_up(tmp_path: Path, seconds: str, ran: int) -> None:
     """Those that failed have been told by then."""
     (tmp_path / "test_it.py").write_text(TESTS)
-    options = ["-q", "-p", "no:cacheprovider", "-p", "benchmarks.speed.gpu_tests", "--seconds", seconds]
+    options = ["-q", "-p", "no:cacheprovider", "-p", "benchmarks.speed.pytest_gpu", "--seconds", seconds]
     run = gpu.Run("cpu", True, 100.0, tmp_path / "told.json")
     done = run.one(gpu.python("-m", "pytest", *options, f"--rootdir={tmp_path}", str(tmp_path)), 60, PYTEST_ADDOPTS="")
     assert sum(map(int, re.findall(r"(\d+) (?:passed|failed)", done.output))) == ran
