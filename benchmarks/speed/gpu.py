@@ -357,10 +357,8 @@ def proofs(run: Run, program: str, limit: float, **environment: str) -> Told:
                 break
     errors = {name: one["traceback"] for name, one in found.items() if "error" in one}
     errors |= {f"proof number {number}": f"its process was lost: {why}" for number, why in lost.items()}
-    good, said = (
-        sum("error" not in one for one in found.values()),
-        [one["said"] for one in found.values() if "said" in one],
-    )
+    good = sum("error" not in one for one in found.values())
+    said = [one["said"] for one in found.values() if "said" in one]
     why = [f"{good} of {max(of, 0)} proofs hold"] if found else ["it did not start"]
     why += [f"{of - first} were not reached"] * (first != of and bool(found)) + [f"{len(errors)} failed"] * bool(errors)
     output = "".join(f"{name}: {text}\n" for name, text in errors.items()) or tail * (first != of)
@@ -583,15 +581,17 @@ def everything(run: Run, names: Sequence[str], named: bool) -> None:
         name = re.sub(r"[^a-z0-9]+", "-", run.told["about"].get("gpu", "cpu").lower()).strip("-")
         run.out = run.out.with_name(f"{name}.json")
     run.section("build", 60 if run.cuda else 4, lambda: build(run))
-    # Why the compiled kernels, and Triton's, are left out.
-    nothing = (
-        "" if "backends" in run.told or run.told["sections"]["build"]["state"] == "skipped" else "nothing was built"
-    )
-    compiled = nothing or ("" if not run.cuda or run.told.get("cuda kernels") else "there are no compiled kernels")
-    triton = (
-        "Triton's kernels need a GPU" if not run.cuda else "" if run.told["about"]["triton"] else "there is no triton"
-    )
-    triton, graphs = nothing or triton, "" if run.cuda else "CUDA graphs need a GPU"
+    # Why sections are left out: all that need the package, the compiled kernels, a GPU, Triton.
+    nothing = compiled = triton = ""
+    if "backends" not in run.told and run.told["sections"]["build"]["state"] != "skipped":
+        nothing = compiled = triton = "nothing was built"
+    if run.cuda and not run.told.get("cuda kernels"):
+        compiled = compiled or "there are no compiled kernels"
+    if not run.cuda:
+        triton = "Triton's kernels need a GPU"
+    elif not run.told["about"]["triton"]:
+        triton = "there is no triton"
+    graphs = "" if run.cuda else "CUDA graphs need a GPU"
     chosen = {"SHIRA_BACKEND": "triton"}
 
     def proving(needs: float, why_not: str, program: str, **more: str) -> tuple[float, Callable[[], Told]]:
