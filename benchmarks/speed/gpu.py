@@ -566,8 +566,8 @@ def main() -> None:
         everything(run, given.only, named=given.out is not None)
     finally:
         run.end()
-    show(run.told)
-    print(f"\n{run.told['seconds']:g} s; written to {run.out}")
+        show(run.told)
+        print(f"\n{run.told.get('seconds', 0):g} s; written to {run.out}")
     sys.exit(any(one["state"] == "failed" for one in run.told["sections"].values()))
 
 
