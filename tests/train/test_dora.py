@@ -444,3 +444,18 @@ def test_hooks_of_optimizers_go_with_the_last_tuner(monkeypatch: pytest.MonkeyPa
         with DoRATuner(net(), MASK, rank=2), DoRATuner(net(), MASK, rank=2):
             assert list(_global_optimizer_pre_hooks.values()).count(_hooks._before) == 1
         assert list(_global_optimizer_pre_hooks.values()).count(_hooks._before) == threads - 1
+
+
+def test_a_state_after_an_edit_has_the_values_of_the_parameters() -> None:
+    model = nn.Sequential(nn.Linear(8, 6))
+    x = torch.randn(3, 8)
+    with DoRATuner(model, masks.Rand(density=0.5, seed=1), rank=2) as tuner:
+        before = copy.deepcopy(tuner.state_dict())
+        for parameter in tuner.parameters():
+            parameter.data.add_(0.5)
+        state = tuner.state_dict()
+        wanted = model(x)
+        tuner.load_state_dict(before)
+        assert not torch.equal(model(x), wanted)
+        tuner.load_state_dict(state)
+        assert torch.equal(model(x), wanted)

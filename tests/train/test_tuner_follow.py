@@ -414,3 +414,70 @@ def test_writes_inside_autocast_are_seen() -> None:
         assert torch.equal(base, net()(X))
         tuner.sync()
         assert not torch.equal(model(X), base)
+
+
+def test_an_interrupted_forward_hides_no_edit() -> None:
+    """Ctrl-C is not an Exception, so torch calls no forward hook then."""
+
+    class Interrupted(nn.Module):
+        now = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.now:
+                raise KeyboardInterrupt
+            return x
+
+    stop = Interrupted()
+    model = nn.Sequential(net(), stop)
+    with tune(model) as tuner:
+        stop.now = True
+        with pytest.raises(KeyboardInterrupt):
+            model(X)
+        stop.now = False
+        for values in tuner.parameters():
+            values.data.mul_(3)
+        model(X)
+        assert follows(tuner)
+
+
+@GRADIENTS
+def test_blocks_of_generators_may_end_in_any_order(gradient: str) -> None:
+    model = net()
+    base = model(X).detach()
+    with tune(model, gradient) as tuner:
+        with torch.no_grad():
+            for values in tuner.parameters():
+                values.mul_(3)
+        policy = model(X).detach()
+        assert not torch.equal(policy, base)
+
+        def references() -> Iterator[Tensor]:
+            with tuner.disabled():
+                while True:
+                    yield model(X).detach()
+
+        one, other = references(), references()
+        assert torch.equal(next(one), base)
+        assert torch.equal(next(other), base)
+        one.close()  # type: ignore[attr-defined]
+        assert torch.equal(next(other), base)
+        other.close()  # type: ignore[attr-defined]
+        assert torch.equal(model(X), policy)
+        tuner.adapter()  # which a block would refuse
+
+
+@GRADIENTS
+def test_frozen_as_a_whole_and_then_the_values_unfrozen(gradient: str) -> None:
+    model = net()
+    with tune(model, gradient) as tuner:
+        model(X).square().sum().backward()
+        wanted = [values.grad for values in tuner.parameters()]
+        tuner.model.zero_grad()
+        model.requires_grad_(False)
+        for values in tuner.parameters():
+            values.requires_grad_(True)
+        model(X).square().sum().backward()
+        for values, one in zip(tuner.parameters(), wanted, strict=True):
+            assert values.grad is not None
+            assert one is not None
+            assert torch.equal(values.grad, one)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd import gradcheck
+from torch.autograd import forward_ad, gradcheck
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
@@ -481,3 +482,61 @@ def test_frozen_values_train_no_more() -> None:
                 assert all(values.grad is not None for values in rest)
             assert first.grad is None
             assert all(p.grad is None for n, p in model.named_parameters() if not n.endswith("_shira_values"))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own use of it
+@pytest.mark.parametrize("gradient", ["sampled", "dense"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_values_with_a_tangent_are_refused(gradient: str, grad: bool) -> None:
+    """A write into a weight would lose it."""
+    model, _ = build("linear")
+    with tune(model, "linear", gradient=gradient) as tuner:
+        ((name, values),) = tuner.named_parameters()
+        with forward_ad.dual_level(), torch.set_grad_enabled(grad):
+            dual = forward_ad.make_dual(values.detach(), torch.ones_like(values))
+            with pytest.raises(RuntimeError, match="has a tangent, and values are written into weights"):
+                torch.func.functional_call(model, {name: dual}, (KINDS["linear"].input(),))
+
+
+def test_a_functional_call_whose_dense_gradient_would_go_elsewhere_is_refused() -> None:
+    model, _ = build("linear")
+    with tune(model, "linear", gradient="dense") as tuner:
+        ((name, values),) = tuner.named_parameters()
+        x = KINDS["linear"].input()
+        other = values.detach() + 1
+        with pytest.raises(RuntimeError, match=r"functional_call gave .* would go to the model's own"):
+            torch.func.functional_call(model, {name: other.clone().requires_grad_()}, (x,))
+        given = torch.func.functional_call(model, {name: other}, (x,))
+        with torch.no_grad():
+            values.copy_(other)
+        assert torch.equal(given, model(x))
+
+
+@pytest.mark.parametrize("overlay", [False, True])
+@pytest.mark.parametrize("how", ["instance", "class"])
+def test_a_forward_that_is_replaced_under_a_tuner_is_refused(overlay: bool, how: str) -> None:
+    """Its rule is for the forward that the layer had."""
+
+    class Doubled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return F.linear(input, self.weight * 2, self.bias)
+
+    class Same(nn.Linear):
+        pass
+
+    layer = nn.Linear(8, 8)
+    model = nn.Sequential(layer)
+    x = torch.randn(3, 8)
+    with SparseTuner(model, masks.Rand(density=0.25, seed=1), overlay=overlay) as tuner:
+        layer.__class__ = Same
+        wanted = model(x)
+        if how == "class":
+            layer.__class__ = Doubled
+        else:
+            layer.forward = types.MethodType(Doubled.forward, layer)  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError, match=r"was replaced after the tuner was attached, so it is not known"):
+            model(x)
+        layer.__class__ = nn.Linear
+        vars(layer).pop("forward", None)
+        assert torch.equal(model(x), wanted)
+        tuner.verify()

@@ -18,7 +18,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 import shira_ops
 from shira._linears import CONV1D, EMBEDDING, LINEAR, forward_of, is_linear, is_replaced, kind_of
 
-__all__ = ["Attach", "owned", "rule_of"]
+__all__ = ["Attach", "owned", "rule_of", "runs"]
 
 RULES = {LINEAR: "linear", CONV1D: "transposed", EMBEDDING: "embedding"}
 _CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -51,6 +51,11 @@ def rule_of(module: nn.Module, attribute: str, granule: int) -> str | None:
             own = type(module)._conv_forward is not convolution._conv_forward  # type: ignore[attr-defined]
             return None if own else "conv"
     return None
+
+
+def runs(module: nn.Module) -> tuple[type, bool]:
+    """The class whose forward the module runs, and whether it runs another in its place."""
+    return forward_of(module), is_replaced(module)
 
 
 def options(rule: str, module: Any) -> tuple[Any, ...]:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
@@ -49,6 +50,9 @@ class Place:
     rule: str | None = None
     # Whether its own forward has ever run with gradients.
     ran: bool = False
+    # The module's class; the class whose forward it runs, and whether that was replaced. The rule is for this forward.
+    kind: type | None = None
+    runs: tuple[type, bool] | None = None
 
 
 @dataclass(eq=False)
@@ -332,6 +336,7 @@ def put(target: Target, holders: Sequence[nn.Module], rules: Sequence[str | None
         if not site.overlay:
             site.handles.append(module.register_forward_pre_hook(partial(follow, [(site, elsewhere)], False)))
         if rule is not None:
+            place.kind, place.runs = type(module), _layers.runs(module)
             # Before all other hooks, which may change the output: this one needs the layer's own.
             hook = partial(_lay if site.overlay else _attach, site, elsewhere, rule, place)
             site.handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
@@ -445,6 +450,7 @@ def _attach(
     _, indices, values = site.tensors(owner or module)
     if not values.requires_grad:
         return None
+    _refuse_other_forward(site, place, module)
     place.ran = True
     input = args[0] if args else next(iter(kwargs.values()))
     if site.shard is not None:
@@ -466,6 +472,7 @@ def _lay(
     if site.group.off:
         return None
     indices, values = site.trained(owner or module)
+    _refuse_other_forward(site, place, module)
     input = args[0] if args else next(iter(kwargs.values()))
     if torch.is_grad_enabled() and values.requires_grad:
         place.ran = True
@@ -475,6 +482,17 @@ def _lay(
                 f"layers before it would not train; leave them out with exclude="
             )
     return _layers.lay(rule, module, output, values, input, indices, site.granule)
+
+
+def _refuse_other_forward(site: Site, place: Place, module: nn.Module) -> None:
+    """Refuse a layer whose forward was replaced after the tuner was attached: its rule may be wrong by now."""
+    if type(module) is place.kind and "forward" not in module.__dict__:
+        return
+    if place.runs != _layers.runs(module):
+        raise RuntimeError(
+            f"SparseTuner: the forward of the {type(module).__name__} of {place.name} was replaced after the tuner was "
+            f"attached, so it is not known how that uses {site.name}; replace it first and then attach the tuner"
+        )
 
 
 def follow(
@@ -550,6 +568,8 @@ def _follow(sites: Sequence[tuple[Site, nn.Module | None]], whole: bool, module:
             torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
         return
     if whole:
+        # A forward that was interrupted, as by Ctrl-C, has not come to its end.
+        sites[0][0].group.covered = False
         _take_over(*sites[0])
         _compare_in_engine(sites)
     items = []
@@ -618,6 +638,21 @@ def _check(site: Site, weight: Tensor | None, values: Tensor, training: bool) ->
     for what, now, ref in (("", weight, weight_ref), (VALUES_SUFFIX, values, site.values_ref)):
         if learns and ref is not None and now is not ref() and isinstance(now, nn.Parameter) and not _is_functional():
             refuse_replaced(site.name + what)
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(values).tangent is not None:
+        raise RuntimeError(
+            f"SparseTuner: {site.name}{VALUES_SUFFIX} has a tangent, and values are written into weights, which "
+            f"forward-mode differentiation cannot follow; use reverse mode (torch.autograd.grad)"
+        )
+    if learns and site.dense and not site.group.off:
+        own = site.weight_ref is not None and weight is site.weight_ref()
+        if own and site.values_ref is not None and values is not site.values_ref():
+            raise RuntimeError(
+                f"SparseTuner: a functional_call gave {site.name}{VALUES_SUFFIX} other values that require grad, and "
+                f"the dense gradient of {site.name} would go to the model's own; give it values without "
+                f'requires_grad, or the weight itself, or use gradient="sampled"'
+            )
+        if own and weight is not None and not weight.requires_grad:
+            weight.requires_grad_(True)  # something froze the whole model, and then only the values were unfrozen
     unfrozen = weight is not None and weight.requires_grad
     if unfrozen and not getattr(weight, "_post_accumulate_grad_hooks", None) and torch.is_grad_enabled():
         raise RuntimeError(

@@ -284,6 +284,8 @@ class DoRATuner(SparseTuner):
 
     def state_dict(self) -> dict[str, Any]:
         """The parameters and the values, and what they belong to; see `SparseTuner.state_dict`."""
+        self._attached()
+        self._renew()  # so that the values are those of the parameters, whatever edited them
         state = super().state_dict()
         for name, dora in self._doras.items():
             made = zip(_NAMES, dora.parameters(), strict=True)

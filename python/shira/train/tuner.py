@@ -798,18 +798,27 @@ class SparseTuner:
     def disabled(self) -> Iterator[SparseTuner]:
         """The base within a ``with`` block, for reference logits, say; afterwards the trained weights, bit for bit.
 
-        What is computed inside gives the values no gradient. Blocks may be nested. A block may stand between a forward
+        What is computed inside gives the values no gradient. Blocks may be nested, and those of generators that take
+        turns may end in any order: the model is the base until the last one ends. A block may stand between a forward
         pass and its backward pass, since afterwards the weights are the same again, for autograd too; autograd refuses
         a backward pass inside the block that needs the trained weights. Optimizers cannot step inside. Keeps a copy of
         the trained entries meanwhile.
         """
-        if self._disabled:
-            self._disabled += 1
-            try:
-                yield self
-            finally:
-                self._disabled -= 1
-            return
+        if not self._disabled:
+            self._aside = self._as_base()
+            self._aside.__enter__()
+        self._disabled += 1
+        try:
+            yield self
+        finally:
+            self._disabled -= 1
+            # Blocks of generators and threads may end in any order, and each has the base until its own end.
+            if not self._disabled:
+                self._aside.__exit__(None, None, None)
+
+    @contextmanager
+    def _as_base(self) -> Iterator[None]:
+        """Put the trained entries aside, until the last block of `disabled` ends."""
         # First let the weights hold the values: afterwards what they hold now is put back.
         _sharded.reshard(self.model)
         written = self._written()
@@ -819,16 +828,16 @@ class SparseTuner:
         with torch.no_grad():
             trained = [shira_ops.gather(weight, indices, granule=site.granule) for site, weight, indices, _ in items]
         before = [(weight, weight._version) for _, weight, _, _ in items]
-        self._disabled, self._group.off = 1, True
+        self._group.off = True
         try:
             scatter((site.granule, weight, at, site.saved.to(weight.device)) for site, weight, at, _ in items)
             # By the version autograd distinguishes what was saved inside from what was saved outside.
             _set_versions((weight, version + _ASIDE) for weight, version in before)
             for site, weight, _, _ in items:
                 site.identity(weight).requires_grad_(False)
-            yield self
+            yield
         finally:
-            self._disabled, self._group.off = 0, False
+            self._group.off = False
             # The weights that the model has by now.
             _sharded.reshard(self.model)
             now = [tuned.target.site.held(tuned.owner) for tuned in written]
