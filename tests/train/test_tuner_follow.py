@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -481,3 +482,24 @@ def test_frozen_as_a_whole_and_then_the_values_unfrozen(gradient: str) -> None:
             assert values.grad is not None
             assert one is not None
             assert torch.equal(values.grad, one)
+
+
+def test_blocks_of_threads_may_begin_and_end_together() -> None:
+    model = net()
+    base = model(X).detach()
+    with tune(model) as tuner:
+        with torch.no_grad():
+            for values in tuner.parameters():
+                values.mul_(3)
+        policy = model(X).detach()
+
+        def references(_: int) -> list[bool]:
+            found = []
+            for _ in range(50):
+                with tuner.disabled():
+                    found.append(torch.equal(model(X), base))
+            return found
+
+        with ThreadPoolExecutor(3) as pool:
+            assert all(all(found) for found in pool.map(references, range(3)))
+        assert torch.equal(model(X), policy)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -384,6 +385,7 @@ class SparseTuner:
         self._root: list[RemovableHandle] = []
         self._group = Group(model=weakref.ref(self.model), take_over=weakref.WeakMethod(self._take_over_gathered))
         self._disabled = 0
+        self._turn = threading.RLock()  # blocks of `disabled` may begin and end in several threads
         self._ignored: list[str] = []  # what DistributedDataParallel leaves alone
         self._notes: list[str] = []  # what `summary` says besides
 
@@ -804,17 +806,19 @@ class SparseTuner:
         a backward pass inside the block that needs the trained weights. Optimizers cannot step inside. Keeps a copy of
         the trained entries meanwhile.
         """
-        if not self._disabled:
-            self._aside = self._as_base()
-            self._aside.__enter__()
-        self._disabled += 1
+        with self._turn:
+            if not self._disabled:
+                self._aside = self._as_base()
+                self._aside.__enter__()
+            self._disabled += 1
         try:
             yield self
         finally:
-            self._disabled -= 1
             # Blocks of generators and threads may end in any order, and each has the base until its own end.
-            if not self._disabled:
-                self._aside.__exit__(None, None, None)
+            with self._turn:
+                self._disabled -= 1
+                if not self._disabled:
+                    self._aside.__exit__(None, None, None)
 
     @contextmanager
     def _as_base(self) -> Iterator[None]:
