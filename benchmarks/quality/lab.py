@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import tasks
-from benchmarks.quality.methods import Method, train
+from benchmarks.quality.methods import Method, is_whole, train
 from benchmarks.quality.store import RESULTS, Run, Store, key
 from benchmarks.quality.task import CACHE, Task, measured
 from shira import Adapter
+from shira_ops import fingerprint
 
 RATES = tuple(float(f"{digit}e{power}") for power in range(-5, 1) for digit in (1, 3))
 """The learning rates that are tried: 1e-5, 3e-5, ... 3."""
@@ -49,8 +50,21 @@ class Stop(Exception):
     """The time is over: everything that was finished is kept."""
 
 
+class OtherBase(ValueError):
+    """The results so far are of a base with other weights."""
+
+
 def family_of(task: str) -> str:
     return task.partition("/")[0]
+
+
+def print_of(task: Task) -> str:
+    """A short fingerprint of the base's weights, the same for all tasks of a family."""
+    found = hashlib.sha256()
+    for name, weight in task.base().named_parameters():
+        if not is_whole(task, name):
+            found.update(f"{name} {int(fingerprint(weight.detach())):x}\n".encode())
+    return found.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -83,6 +97,7 @@ class Lab:
     steps: int | None = None  # for tests: fewer steps, for every run
     cache: Path = CACHE / "adapters"
     _stores: dict[str, Store] = field(default_factory=dict)
+    _same: set[str] = field(default_factory=set)
 
     def seeds_of(self, task: str) -> Sequence[int]:
         """The seeds of every figure about a task."""
@@ -100,11 +115,29 @@ class Lab:
         if found is None:
             if time.time() >= self.until:
                 raise Stop
+            self.check_base(family_of(run["task"]))
             start = time.perf_counter()
             result = do()
             found = store.add(run, {**result, "seconds": round(time.perf_counter() - start, 2)})
         self.tick(f"{run['task']} {run['do']}")
         return found
+
+    def check_base(self, family: str) -> None:
+        """Refuse to add to results that are of another base; the first run of a family says which base is meant.
+
+        A base that is pretrained here is another one on another processor, which rounds otherwise.
+        """
+        if family in self._same:
+            return
+        one = next(iter(tasks.tasks(family).values()))
+        store, run, here = self.store(family), {"do": "weights", "task": one.name}, print_of(one)
+        kept = (store.get(run) or store.add(run, {"fingerprint": here}))["fingerprint"]
+        if kept != here:
+            raise OtherBase(
+                f"the results in {store.path} are of a base with other weights (fingerprint {kept}) than the one here "
+                f"({here}): go on where that base is, or begin anew in another folder (--results)"
+            )
+        self._same.add(family)
 
     def base(self, task: str) -> dict[str, Any]:
         """The scores of the untouched base."""

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from benchmarks.quality.findings import is_accuracy, mean, standard_error
-from benchmarks.quality.methods import Method, Moving, Shira
+from benchmarks.quality.methods import Method, Moving, Shira, ShiraDora
 
 NAMES = {
     "rand": "Rand", "struct": "Struct", "wm": "WM", "grad": "Grad", "snip": "Snip", "principal": "Principal",
@@ -54,6 +54,8 @@ def label(method: Method) -> str:
         parts.append("balanced")
     if method.mixed:
         parts.append(MIXED[method.mixed])
+    if isinstance(method, ShiraDora):
+        parts.append("with DoRA")
     if isinstance(method, Moving):
         parts.append(f"{100 * method.share:.0f} % moved{' within rows' if method.rows else ''}")
     return ", ".join(parts)

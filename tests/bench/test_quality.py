@@ -21,9 +21,9 @@ from benchmarks.quality import lab as lab_module
 from benchmarks.quality import task as task_module
 from benchmarks.quality.experiments import EXPERIMENTS, fusion, masks, size
 from benchmarks.quality.findings import Fused, Results
-from benchmarks.quality.lab import BETWEEN, RATES, Lab, Setting, Stop
+from benchmarks.quality.lab import BETWEEN, RATES, Lab, OtherBase, Setting, Stop
 from benchmarks.quality.language import LANGUAGE
-from benchmarks.quality.methods import Dora, Full, Lora, Shira, from_description, train
+from benchmarks.quality.methods import Dora, Full, Lora, Shira, ShiraDora, from_description, train
 from benchmarks.quality.run import plan
 from benchmarks.quality.sentences import SENTENCES
 from benchmarks.quality.tasks import digits
@@ -71,7 +71,7 @@ def test_every_experiment_runs_and_the_report_tells_it(tiny, tmp_path):
         job.do(tiny)
     kept = (tiny.folder / f"{FAMILY}.jsonl").read_bytes()
     done = {run["do"] for run, _ in store.Store(FAMILY, tiny.folder)}
-    assert done == {"base", "train", "crowding", "fusion", "transfer"}
+    assert done == {"weights", "base", "train", "crowding", "fusion", "transfer"}
 
     # Everything is known now: running it again takes no time, and writes nothing.
     again = Lab(folder=tiny.folder, seeds=range(2), until=0)
@@ -156,7 +156,7 @@ def test_what_was_not_run_is_said(tmp_path):
 
 @pytest.mark.parametrize(
     "method",
-    [Shira("rand", r=1), Shira("snip", r=1, granule=16, balanced=True), Lora(1), Dora(1), Full()],
+    [Shira("rand", r=1), Shira("snip", r=1, granule=16, balanced=True), ShiraDora("wm", r=1), Lora(1), Dora(1), Full()],
     ids=lambda method: method.kind + str(getattr(method, "mask", "")),
 )
 def test_an_adapter_is_what_was_trained(tiny, method):
@@ -183,6 +183,15 @@ def test_equal_parameters(tiny):
     assert 0.9 * lora < train(task, Shira("struct", r=2), 1e-2, 0, 1).record["trainable"] <= lora
     rows = sum(task.base().get_parameter(f"{name}.weight").shape[0] for name in ("first", "second", "third"))
     assert train(task, Dora(2), 1e-2, 0, 1).record["trainable"] == lora + rows
+    behind = train(task, ShiraDora("rand", r=2, times=3), 1e-2, 0, 1).record
+    assert (behind["trainable"], behind["nnz"]) == (3 * lora + rows, lora)
+
+
+def test_dora_behind_a_mask_refuses_what_it_does_not_do(tiny):
+    task = tasks.task(f"{FAMILY}/permuted")
+    for method in (ShiraDora("rand", density=0.01), ShiraDora("snip", r=2)):
+        with pytest.raises(ValueError, match="is for r=, the masks rand and wm, and tasks without a head"):
+            train(task, method, 1e-2, 0, 1)
 
 
 def test_a_switch_costs_the_lines_it_touches(tiny):
@@ -352,6 +361,57 @@ def test_the_time_is_up_between_two_runs(tiny):
     result = tiny.train(setting, 0.1, 0)
     tiny.until = 0
     assert tiny.train(setting, 0.1, 0) == result
+
+
+def test_results_of_another_base_are_refused(tiny, monkeypatch):
+    setting = Setting(f"{FAMILY}/permuted", Shira(r=1))
+    result = tiny.train(setting, 0.1, 0)
+    path = tiny.store(FAMILY).path
+    (run, weights), *_ = store.Store(FAMILY, tiny.folder)
+    assert run == {"do": "weights", "task": f"{FAMILY}/rotated-45"}
+    kept, text = weights["fingerprint"], path.read_text()
+
+    def fresh():
+        """A process of its own, which reads the results and the base anew."""
+        monkeypatch.setattr(task_module, "_memory", {})
+        return dataclasses.replace(tiny, _stores={}, _same=set())
+
+    # The base is read from its file again.
+    fresh().train(setting, 0.1, 1)
+    text = path.read_text()
+    # One weight of the last layer differs, in its last bit.
+    file = task_module.CACHE / f"{FAMILY}.pt"
+    state = torch.load(file, weights_only=True)
+    last = list(state)[-1]
+    state[last][-1] = torch.nextafter(state[last][-1], torch.tensor(9.0))
+    torch.save(state, file)
+    other = fresh()
+    with pytest.raises(OtherBase, match=rf"{FAMILY}.jsonl are of a base with other weights \(fingerprint {kept}\)"):
+        other.train(setting, 0.1, 2)
+    assert path.read_text() == text
+    assert other.train(setting, 0.1, 0) == result  # what was kept can be read
+
+    # Results from before fingerprints were kept: the next run says which base they go on with.
+    path.write_text("".join(line for line in text.splitlines(True) if '"weights"' not in line))
+    again = fresh()
+    assert again.train(setting, 0.1, 0) == result
+    again.train(setting, 0.1, 2)
+    (found,) = (one["fingerprint"] for run, one in store.Store(FAMILY, tiny.folder) if run["do"] == "weights")
+    assert found != kept
+
+
+def test_a_head_of_its_own_is_not_part_of_the_base(tiny, monkeypatch):
+    task = tasks.task(f"{FAMILY}/permuted")
+    whole = dataclasses.replace(task, whole=r"^third\.")
+    assert lab_module.print_of(task) == lab_module.print_of(task) != lab_module.print_of(whole)
+    model = task.base()
+    with torch.no_grad():
+        model.third.weight.add_(1)
+    monkeypatch.setattr(type(task), "base", lambda self: model)
+    before = lab_module.print_of(whole)
+    with torch.no_grad():
+        model.third.weight.add_(1)
+    assert lab_module.print_of(whole) == before
 
 
 def test_a_result_belongs_to_all_that_was_run():
