@@ -122,10 +122,9 @@ class Results:
         """The results of a group of adapters switched on together, one for each seed."""
         return self._done(group[0], lambda seed: fusion.fused(self.lab, group, variant, seed))
 
-    def balanced(self, group: Sequence[str], variant: fusion.Variant) -> dict[str, Any] | None:
-        """The same, each adapter at a strength of its own; the first seed alone."""
-        found = self._done(group[0], lambda seed: fusion.balanced(self.lab, group, variant, seed))
-        return found[0] if found else None
+    def balanced(self, group: Sequence[str], variant: fusion.Variant) -> list[dict[str, Any]] | None:
+        """The same, each adapter at a strength of its own."""
+        return self._done(group[0], lambda seed: fusion.balanced(self.lab, group, variant, seed))
 
     def transferred(self, setting: Setting, names: list[str]) -> list[dict[str, float]] | None:
         """Test scores on the tasks of the family, for each seed."""
@@ -156,6 +155,14 @@ def mean(values: Iterable[float]) -> float:
 def standard_error(values: Sequence[float]) -> float:
     """The standard error of the mean."""
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def error_over_seeds(by: Sequence[Sequence[float]]) -> float | None:
+    """The standard error of the mean of several tasks' means: of these tasks, with other seeds. None where a task has
+    one seed."""
+    if any(len(some) < 2 for some in by):
+        return None
+    return math.hypot(*map(standard_error, by)) / len(by)
 
 
 def gains(ours: Iterable[float], theirs: Iterable[float]) -> list[float]:
@@ -302,7 +309,7 @@ class Fused:
     def __init__(self, results: Results, family: str) -> None:
         self.family, self.results = family, results
         self.runs: dict[tuple[tuple[str, ...], str], list[dict[str, Any]]] = {}
-        self.balanced: dict[tuple[tuple[str, ...], str], dict[str, Any]] = {}
+        self.balanced: dict[tuple[tuple[str, ...], str], list[dict[str, Any]]] = {}
         for group in fusion.groups(family):
             if any(results.base(name) is None for name in group):
                 continue  # what is left of the gain could not be told

@@ -46,6 +46,10 @@ KEPT = ("style",)
 ones, those of SHiRA are; the others are as large as the model."""
 
 
+LOST = "lost"
+"""In place of the fingerprint of a base that is nowhere any more."""
+
+
 class Stop(Exception):
     """The time is over: everything that was finished is kept."""
 
@@ -130,12 +134,20 @@ class Lab:
         if family in self._same:
             return
         one = next(iter(tasks.tasks(family).values()))
-        store, run, here = self.store(family), {"do": "weights", "task": one.name}, print_of(one)
-        kept = (store.get(run) or store.add(run, {"fingerprint": here}))["fingerprint"]
-        if kept != here:
+        store, run = self.store(family), {"do": "weights", "task": one.name}
+        kept = store.get(run)
+        if kept == {"fingerprint": LOST}:
             raise OtherBase(
-                f"the results in {store.path} are of a base with other weights (fingerprint {kept}) than the one here "
-                f"({here}): go on where that base is, or begin anew in another folder (--results)"
+                f"the base of the results in {store.path} is lost: begin anew in another folder (--results)"
+            )
+        here = {"fingerprint": print_of(one)}
+        if kept is None:
+            store.add(run, here)
+        elif kept != here:
+            raise OtherBase(
+                f"the results in {store.path} are of a base with other weights (fingerprint {kept['fingerprint']}) "
+                f"than the one here ({here['fingerprint']}): go on where that base is, or begin anew in another folder "
+                f"(--results)"
             )
         self._same.add(family)
 

@@ -9,12 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.quality import tasks
-from benchmarks.quality.experiments import cost, fusion, single, trials
+from benchmarks.quality.experiments import cost, dora, fusion, single, trials
 from benchmarks.quality.findings import Fused, Results, gains, mean
 from benchmarks.quality.lab import Setting
-from benchmarks.quality.methods import LATER, MASKS, Lora, Shira, from_description
+from benchmarks.quality.methods import LATER, MASKS, Dora, Lora, Shira, from_description
 from benchmarks.quality.rules import multiples_table, rules_table
-from benchmarks.quality.words import NAMES, difference, fusion_name, label, number, share, spread, table, what
+from benchmarks.quality.words import NAMES, difference, fusion_name, label, number, overall, share, spread, table, what
 
 
 def exact_table(results: Results, family: str) -> str:
@@ -40,7 +40,7 @@ def ahead_table(results: Results, family: str) -> str:
             by.append(gains(ours, theirs) if ours and theirs else [])
         if method != lora and any(by):
             cells = [difference(family, some) if some else "" for some in by]
-            every = difference(family, [one for some in by for one in some]) if all(by) else ""
+            every = overall(family, by) if all(by) else ""
             rows.append([label(method), *cells, every])
     return table(["ahead of LoRA by", *map(what, names), "all"], rows) if rows else ""
 
@@ -118,8 +118,7 @@ def refined_table(results: Results, family: str) -> str:
                 told += f" ({difference(family, by[-1])})"
             cells.append(told)
         if any(cells):
-            every = [gain for some in by for gain in some] if len(by) == len(cells) else []
-            rows.append([label(method), *cells, difference(family, every) if every else ""])
+            rows.append([label(method), *cells, overall(family, by) if len(by) == len(cells) else ""])
     return table(["method", *map(what, tasks.tasks(family)), "ahead of LoRA, all"], rows) if rows else ""
 
 
@@ -197,10 +196,25 @@ def against(results: Results, family: str, method: Shira) -> str:
         pairs.append(gains(ours, theirs))
     if not pairs:
         return ""
-    told = difference(family, [gain for some in pairs for gain in some])
+    told = overall(family, pairs, between=False)
     if any(len(some) < 2 for some in pairs):
         return told
     return f"{told} ({sum(mean(some) > statistics.stdev(some) for some in pairs)} of {len(pairs)})"
+
+
+def dora_table(results: Results, *families: str) -> str:
+    """DoRA behind a mask, beside the same mask's entries trained themselves, and DoRA that changes every entry."""
+    rows = []
+    for family in filter(results.has, families):
+        for name, method in dora.chosen(family):
+            several = (Shira(method.mask, r=method.r), method, Dora(single.rank(family)))
+            without, behind, whole = (results.scores(Setting(name, one)) for one in several)
+            if without and behind:
+                told = [spread(family, scores) if scores else "" for scores in (without, behind, whole)]
+                by = difference(family, gains(behind, without))
+                rows.append([family, what(name), NAMES[method.mask], *told[:2], by, told[2]])
+    heading = ["base", "task", "mask", "its entries", "DoRA behind it", "ahead by", "DoRA without a mask"]
+    return table(heading, rows) if rows else ""
 
 
 def longer_table(results: Results, family: str) -> str:
@@ -260,13 +274,18 @@ def kin_table(results: Results, *families: str) -> str:
 
 
 def own_strengths(fused: Fused, key: tuple[tuple[str, ...], str]) -> str:
-    """The loss with every adapter at a strength of its own, what is left, and these strengths (first seed)."""
+    """The loss with every adapter at a strength of its own, what is left, and these strengths for each seed."""
     found = fused.balanced.get(key)
     if found is None:
         return ""
-    left = fused.left(key[0], found["test"], fused.runs[key][0]["single"]["test"])
-    strengths = ", ".join(f"{one:g}" for one in found["strengths"])
-    return f"{number(fused.family, mean(found['test']))} ({100 * left:.0f} %) at {strengths}"
+    scores = spread(fused.family, [mean(one["test"]) for one in found])
+    # Each seed beside its own adapters alone; there may be fewer than were fused at one strength.
+    left = share([
+        fused.left(key[0], one["test"], run["single"]["test"])
+        for one, run in zip(found, fused.runs[key], strict=False)
+    ])  # fmt: skip
+    strengths = "; ".join(", ".join(f"{at:g}" for at in one["strengths"]) for one in found)
+    return f"{scores} ({left} %) at {strengths}"
 
 
 def unseen_table(results: Results, *families: str) -> str:
@@ -300,6 +319,7 @@ LANGUAGE: dict[str, Callable[..., str]] = {
     "board": board_table,
     "trials": trials_table,
     "longer": longer_table,
+    "dora": dora_table,
     "kin": kin_table,
     "unseen": unseen_table,
     "rules": rules_table,

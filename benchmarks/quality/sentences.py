@@ -7,22 +7,29 @@ from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.quality import tasks
 from benchmarks.quality.experiments import single, trials
-from benchmarks.quality.findings import Fused, Results, gains, mean, standard_error
+from benchmarks.quality.findings import Fused, Results, error_over_seeds, gains, mean, standard_error
 from benchmarks.quality.lab import COSTLY, Setting
 from benchmarks.quality.language import forgotten
 from benchmarks.quality.methods import LATER, MASKS, Lora, Method, Shira
 from benchmarks.quality.verdict import preferred
-from benchmarks.quality.words import difference, label, number, spread, what
+from benchmarks.quality.words import difference, label, number, overall, spread, what
 
 WORDS = ("ahead", "behind", "level")
 
 
 def word(differences: Sequence[float]) -> str:
     """Which of the `WORDS`; "" where there are fewer than two differences."""
-    if len(differences) < 2:
-        return ""
-    by, error = mean(differences), standard_error(differences)
+    return said(mean(differences), standard_error(differences)) if len(differences) > 1 else ""
+
+
+def said(by: float, error: float) -> str:
     return "ahead" if by > 2 * error else "behind" if by < -2 * error else "level"
+
+
+def word_over_tasks(by: Sequence[Sequence[float]]) -> str:
+    """The same of the mean over tasks; "" where there are none, or a task has fewer than two differences."""
+    error = error_over_seeds(by) if by else None
+    return "" if error is None else said(mean(map(mean, by)), error)
 
 
 def listed(some: Iterable[str]) -> str:
@@ -48,14 +55,13 @@ def beside_lora(results: Results, family: str) -> str:
         if len(by) < len(tasks.tasks(family)):
             continue
         told = [
-            f"{said} on {listed(f'*{what(name)}*' for name in names)}"
-            for said in WORDS
-            if (names := [name for name, some in by.items() if word(some) == said])
+            f"{one} on {listed(f'*{what(name)}*' for name in names)}"
+            for one in WORDS
+            if (names := [name for name, some in by.items() if word(some) == one])
         ]
         few = [f"*{what(name)}* ({difference(family, some)})" for name, some in by.items() if len(some) < 2]
         told += [f"one seed on {listed(few)}"] if few else []
-        every = [gain for some in by.values() for gain in some]
-        told.append(f"{difference(family, every)} over all tasks")
+        told.append(f"over all tasks {overall(family, list(by.values()))}")
         lines.append(f"- {label(method)}: {'; '.join(told)}.")
     return "\n".join(lines)
 
@@ -73,9 +79,9 @@ def forgotten_words(results: Results, family: str) -> str:
                 found = word(gains([-one[which] for one in runs], [-one[which] for one in theirs]))
                 told.setdefault({"ahead": "less", "behind": "more", "level": "as much"}.get(found, ""), []).append(name)
         parts = [
-            f"{said} on {listed(f'*{what(n)}*' for n in told[said])}"
-            for said in ("less", "more", "as much")
-            if said in told
+            f"{one} on {listed(f'*{what(n)}*' for n in told[one])}"
+            for one in ("less", "more", "as much")
+            if one in told
         ]
         if parts:
             sentences.append(f"of the {text} {'; '.join(parts)}")
@@ -104,10 +110,10 @@ def default_words(results: Results, *families: str) -> str:
         several: list[Method] = [Shira(mask, r=r) for mask in (*MASKS[1:], *LATER)]
         several += trials.methods(family) if family not in COSTLY else []
         for method in several:
-            some = against_rand(results, family, method)
-            if word(some):
+            found_there = word_over_tasks(against_rand(results, family, method))
+            if found_there:
                 tried[label(method)] = tried.get(label(method), 0) + 1
-            if word(some) == "ahead":
+            if found_there == "ahead":
                 found.setdefault(label(method), []).append(family)
     if not tried:
         return ""
@@ -118,14 +124,14 @@ def default_words(results: Results, *families: str) -> str:
     return f"{told} {enough} ahead on three bases or more."
 
 
-def against_rand(results: Results, family: str, method: Method) -> list[float]:
-    """By how much a mask is ahead of Rand, over all tasks and seeds; nothing unless it was run on every task."""
+def against_rand(results: Results, family: str, method: Method) -> list[list[float]]:
+    """By how much a mask is ahead of Rand on each task; nothing unless it was run on every one."""
     rand, by = Shira("rand", r=single.rank(family)), []
     for name in tasks.tasks(family):
         ours, theirs = (results.scores(Setting(name, one)) for one in (method, rand))
         if not ours or not theirs:
             return []
-        by += gains(ours, theirs)
+        by.append(gains(ours, theirs))
     return by
 
 
@@ -137,8 +143,7 @@ def rewards_words(results: Results, family: str) -> str:
         for method in single.methods(family):
             ours = results.scores(Setting(name, method))
             if ours and lora and not (isinstance(method, Lora) and method.kind == "lora"):
-                said = word(gains(ours, lora)) or "one seed"
-                lines.append(f"{label(method)} ({spread(family, ours)}) {said}")
+                lines.append(f"{label(method)} ({spread(family, ours)}) {word(gains(ours, lora)) or 'one seed'}")
     return f"Beside LoRA: {'; '.join(lines)}." if lines else ""
 
 

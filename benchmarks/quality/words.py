@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
-from benchmarks.quality.findings import is_accuracy, mean, standard_error
+from benchmarks.quality.findings import error_over_seeds, is_accuracy, mean, standard_error
 from benchmarks.quality.methods import Method, Moving, Shira, ShiraDora
 
 NAMES = {
@@ -41,6 +41,16 @@ def difference(family: str, values: Sequence[float]) -> str:
     digits = 1 if is_accuracy(family) else 3
     told = f"{factor * mean(values):+.{digits}f}"
     return f"{told} ± {factor * standard_error(values):.{digits}f}" if len(values) > 1 else told
+
+
+def overall(family: str, by: Sequence[Sequence[float]], *, between: bool = True) -> str:
+    """The mean of several tasks' mean differences, and its standard error over the seeds; ``between`` adds that over
+    the tasks."""
+    means, error, factor = [mean(some) for some in by], error_over_seeds(by), 100 if is_accuracy(family) else 1
+    digits = 1 if is_accuracy(family) else 3
+    told = difference(family, [mean(means)])
+    told += "" if error is None else f" ± {factor * error:.{digits}f}"
+    return f"{told} (tasks: ± {factor * standard_error(means):.{digits}f})" if between and len(by) > 1 else told
 
 
 def label(method: Method) -> str:

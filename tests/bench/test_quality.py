@@ -400,6 +400,14 @@ def test_results_of_another_base_are_refused(tiny, monkeypatch):
     assert found != kept
 
 
+def test_nothing_is_added_to_results_whose_base_is_lost(tiny, monkeypatch):
+    first = next(iter(tasks.tasks(FAMILY)))
+    tiny.store(FAMILY).add({"do": "weights", "task": first}, {"fingerprint": lab_module.LOST})
+    monkeypatch.setattr(lab_module, "print_of", lambda task: pytest.fail("it was made for nothing"))
+    with pytest.raises(OtherBase, match=r"jsonl is lost: begin anew in another folder \(--results\)"):
+        tiny.base(first)
+
+
 def test_a_head_of_its_own_is_not_part_of_the_base(tiny, monkeypatch):
     task = tasks.task(f"{FAMILY}/permuted")
     whole = dataclasses.replace(task, whole=r"^third\.")

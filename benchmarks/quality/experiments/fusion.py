@@ -124,9 +124,10 @@ def jobs(family: str, seeds: int) -> list[Job]:
             if family in CHOSEN:
 
                 def weigh(lab: Lab, group: tuple[str, ...] = group, variant: Variant = variant) -> None:
-                    balanced(lab, group, variant, lab.seeds[0])
+                    for seed in lab.seeds_of(group[0]):
+                        balanced(lab, group, variant, seed)
 
-                found.append(Job(1.25 + number * 0.1, 1, weigh))
+                found.append(Job(1.25 + number * 0.1, seeds, weigh))
     return found
 
 
