@@ -75,6 +75,10 @@ class Results:
         """The same at a rate that was found otherwise."""
         return self._done(setting.task, lambda seed: self.lab.train(setting, lr, seed))
 
+    def longer(self, setting: Setting) -> list[dict[str, Any]] | None:
+        """The results of every seed of a longer run, at the rate of the shorter ones."""
+        return self._done(setting.task, lambda seed: single.longer_run(self.lab, setting, seed))
+
     def refined(self, setting: Setting) -> list[dict[str, Any]] | None:
         """The results of every seed at the rate of the finer search."""
         return self._done(setting.task, lambda seed: single.refined_run(self.lab, setting, seed))

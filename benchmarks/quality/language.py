@@ -126,7 +126,7 @@ def by_rate_table(results: Results, family: str) -> str:
     """The loss on each task by the rate (first seed), and the rise of the loss on the reference beside it."""
     names = list(tasks.tasks(family))
     found: dict[tuple[str, float], dict[str, str]] = {}
-    order = [label(method) for method in single.methods(family)]
+    order = [label(method) for method in (*single.close(single.rank(family)), Dora(single.rank(family)))]
     for run, result in results.lab.store(family):
         if run["do"] == "train" and run["seed"] == 0 and "steps" not in run and "fraction" not in run:
             key = label(from_description(run["method"])), run["lr"]
@@ -212,8 +212,9 @@ def dora_table(results: Results, *families: str) -> str:
             if without and behind:
                 told = [spread(family, scores) if scores else "" for scores in (without, behind, whole)]
                 by = difference(family, gains(behind, without))
-                rows.append([family, what(name), NAMES[method.mask], *told[:2], by, told[2]])
-    heading = ["base", "task", "mask", "its entries", "DoRA behind it", "ahead by", "DoRA without a mask"]
+                rate = f"{results.rate(Setting(name, method)):g}"
+                rows.append([family, what(name), NAMES[method.mask], told[0], told[1], rate, by, told[2]])
+    heading = ["base", "task", "mask", "its entries", "DoRA behind it", "rate", "ahead by", "DoRA without a mask"]
     return table(heading, rows) if rows else ""
 
 
@@ -245,7 +246,8 @@ def kin_variants(family: str) -> list[str]:
     """What the table shows: every rate where there are few ways to train, the best one where there are many."""
     if family not in fusion.CHOSEN:
         return list(KIN)
-    return [*(f"{name}{rate}" for name in KIN for rate in RATES_OF_KIN), f"rand 16, disjoint, {fusion.SPARED}"]
+    others = (f"rand 16, disjoint, {fusion.SPARED}", f"rand 16, one mask, {fusion.MATCHED}")
+    return [*(f"{name}{rate}" for name in KIN for rate in RATES_OF_KIN), *others]
 
 
 def kin_table(results: Results, *families: str) -> str:

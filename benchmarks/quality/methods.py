@@ -183,7 +183,6 @@ class ShiraDora(Shira):
     """
 
     kind: ClassVar[str] = "shira-dora"
-    start: ClassVar[float] = 1e-2
 
     times: int = 6
 

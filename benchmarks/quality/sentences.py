@@ -6,13 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.quality import tasks
-from benchmarks.quality.experiments import single, trials
+from benchmarks.quality.experiments import dora, single, trials
 from benchmarks.quality.findings import Fused, Results, error_over_seeds, gains, mean, standard_error
 from benchmarks.quality.lab import COSTLY, Setting
-from benchmarks.quality.language import forgotten
+from benchmarks.quality.language import FORGOTTEN, forgotten
 from benchmarks.quality.methods import LATER, MASKS, Lora, Method, Shira
 from benchmarks.quality.verdict import preferred
-from benchmarks.quality.words import difference, label, number, overall, spread, what
+from benchmarks.quality.words import NAMES, difference, label, number, overall, spread, what
 
 WORDS = ("ahead", "behind", "level")
 
@@ -89,16 +89,29 @@ def forgotten_words(results: Results, family: str) -> str:
 
 
 def matched_words(results: Results, family: str) -> str:
-    """What is forgotten where as much was learned as with LoRA, in the mean over the tasks."""
+    """What is forgotten where as much was learned as with LoRA, in the mean over the tasks, and by how much less that
+    is than LoRA forgets there."""
     names, lora = list(tasks.tasks(family)), Lora(single.rank(family))
+    theirs = [results.matched(Setting(name, lora), Setting(name, lora)) for name in names]
     told = []
     for method in single.close(single.rank(family)):
         found = [results.matched(Setting(name, method), Setting(name, lora)) for name in names]
         rises = [forgotten(results, name, one[1]) for name, one in zip(names, found, strict=True) if one]
-        if len(rises) == len(names):
-            docs, chat = (mean(some) for some in zip(*rises, strict=True))
-            told.append(f"{label(method)} {docs:+.2f} and {chat:+.2f}")
-    return f"{', '.join(told)}." if len(told) > 1 else ""
+        if len(rises) < len(names) or not all(theirs):
+            continue
+        text = " and ".join(f"{mean(some):+.2f}" for some in zip(*rises, strict=True))
+        if method != lora:
+            less = [
+                overall(family, [
+                    gains([-run[which] for run in ours[1]], [-run[which] for run in other[1]])
+                    for ours, other in zip(found, theirs, strict=True)
+                    if ours and other
+                ], between=False)
+                for which in FORGOTTEN
+            ]  # fmt: skip
+            text += f" (less than LoRA by {' and '.join(less)})"
+        told.append(f"{label(method)} {text}")
+    return f"{'; '.join(told)}." if len(told) > 1 else ""
 
 
 def default_words(results: Results, *families: str) -> str:
@@ -122,6 +135,32 @@ def default_words(results: Results, *families: str) -> str:
     told = f"Ahead of Rand in the mean over a base's tasks: {'; '.join(ahead) or 'none'}."
     enough = listed(most) + (" are" if len(most) > 1 else " is") if most else "No mask is"
     return f"{told} {enough} ahead on three bases or more."
+
+
+def beside_rand(results: Results, family: str) -> str:
+    """Which masks are ahead of Rand, level with it and behind it, in the mean over the tasks."""
+    told: dict[str, list[str]] = {}
+    for mask in (*MASKS[1:], *LATER):
+        by = against_rand(results, family, Shira(mask, r=single.rank(family)))
+        if found := word_over_tasks(by):
+            told.setdefault(found, []).append(f"{NAMES[mask]} ({overall(family, by, between=False)})")
+    parts = [f"{one} {'are' if len(told[one]) > 1 else 'is'} {listed(told[one])}" for one in WORDS if one in told]
+    return f"On {family}, in the mean over the tasks, {'; '.join(parts)}." if parts else ""
+
+
+def dora_words(results: Results, family: str) -> str:
+    """On which tasks a DoRA behind a mask is ahead of the mask's entries themselves."""
+    lines = []
+    for mask in ("rand", "wm"):
+        told: dict[str, list[str]] = {}
+        for name, method in dora.chosen(family):
+            ours, plain = (results.scores(Setting(name, one)) for one in (method, Shira(mask, r=method.r)))
+            if method.mask == mask and ours and plain and (found := word(gains(ours, plain))):
+                told.setdefault(found, []).append(f"*{what(name)}*")
+        if told:
+            parts = [f"{one} on {listed(told[one])}" for one in WORDS if one in told]
+            lines.append(f"with {NAMES[mask]} it is {'; '.join(parts)}")
+    return f"On {family}, beside the same entries trained themselves, {', and '.join(lines)}." if lines else ""
 
 
 def against_rand(results: Results, family: str, method: Method) -> list[list[float]]:
@@ -157,16 +196,29 @@ def fused_words(results: Results, family: str) -> str:
         }
         if all(keys.values()):
             best = {lora: preferred(fused, some) for lora, some in keys.items()}
-            scores = [
-                mean(mean(run["together"]["sum"][fused.alpha(key)]["test"]) for run in fused.runs[key])
-                for key in (best[True], best[False])
-            ]
-            seeds = min(len(fused.runs[key]) for key in best.values())
-            numbers = " against ".join(number(family, score) for score in sorted(scores, reverse=True))
-            text = f"*{' + '.join(map(what, group))}* ({numbers}; {seeds} seed{'s' * (seeds > 1)})"
-            told.setdefault("LoRA" if scores[0] > scores[1] else "SHiRA", []).append(text)
-    parts = [f"{who} scores better on {listed(some)}" for who, some in told.items()]
-    return f"On {family}, with all adapters on, {'; '.join(parts)}." if parts else ""
+            lora, ours = (
+                [mean(run["together"]["sum"][fused.alpha(best[one])]["test"]) for run in fused.runs[best[one]]]
+                for one in (True, False)
+            )
+            by = gains(ours, lora)
+            numbers = f"{number(family, mean(ours[: len(by)]))} against {number(family, mean(lora[: len(by)]))}"
+            text = f"*{' + '.join(map(what, group))}* ({numbers}; {len(by)} seed{'s' * (len(by) > 1)})"
+            told.setdefault(word(by) or ("better" if by[0] > 0 else "worse"), []).append(text)
+    parts = [f"{one} on {listed(told[one])}" for one in (*WORDS, "better", "worse") if one in told]
+    return f"On {family}, with all adapters on, SHiRA is {'; '.join(parts)}." if parts else ""
+
+
+def longer_words(results: Results, family: str) -> str:
+    """Who is ahead with four times the steps, of the two methods that were run so."""
+    ours, lora = single.longer(family)
+    scores = [results.longer(one) for one in (ours, lora)]
+    if not all(scores):
+        return ""
+    by = gains(*([one["test"] for one in some or ()] for some in scores))
+    return (
+        f"With {ours.steps} steps {label(ours.method)} is {word(by) or 'one seed'} beside LoRA "
+        f"({difference(family, by)} nats; {len(by)} seed{'s' * (len(by) > 1)})."
+    )
 
 
 SENTENCES: dict[str, Callable[..., str]] = {
@@ -175,5 +227,8 @@ SENTENCES: dict[str, Callable[..., str]] = {
     "matched-words": matched_words,
     "default": default_words,
     "fused-words": fused_words,
+    "longer-words": longer_words,
+    "beside-rand": beside_rand,
+    "dora-words": dora_words,
     "rewards": rewards_words,
 }

@@ -63,6 +63,12 @@ SPARED = "the lowest good rate"
 """Training at the lowest rate that is as good as the best one for the task alone (`Lab.spared`)."""
 
 
+MATCHED = "as much learned as with LoRA"
+MATCHING = {("smollm2", 3): (0.01, 0.01, 0.02)}
+"""The rates of random granules at which they have learned their tasks about as well as LoRA at its best, where that is
+less than they could (`findings.Results.matched`)."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """Adapters that are to be fused: a method for each, and how far below its best learning rate it is trained."""
@@ -71,6 +77,8 @@ class Variant:
     methods: tuple[Method, ...]
     slower: int = 0
     spared: bool = False
+    rates: tuple[float, ...] = ()
+    """In place of the rates of a search."""
 
 
 def variants(family: str, count: int) -> list[Variant]:
@@ -84,11 +92,14 @@ def variants(family: str, count: int) -> list[Variant]:
         }  # fmt: skip
         gentler = next(iter(SLOWER))
         own = tuple(replace(granules, part=part) for part in range(count))
+        rates = MATCHING.get((family, count))
+        matched = [Variant(f"rand 16, one mask, {MATCHED}", (granules,) * count, rates=rates)] if rates else []
         return [
             *(Variant(name, (method,) * count) for name, method in chosen.items()),
             *(Variant(f"{name}, {SPARED}", (method,) * count, spared=True) for name, method in chosen.items()),
             *(Variant(f"{name}, {gentler}", (method,) * count, SLOWER[gentler]) for name, method in chosen.items()),
             Variant(f"rand 16, disjoint, {SPARED}", own, spared=True),
+            *matched,
         ]
     several = {"lora": Lora(r), "rand, one mask": Shira("rand", r=r)}
     if family in LARGE:
@@ -146,9 +157,11 @@ def described(
 ) -> tuple[dict[str, Any], list[Setting]]:
     """The description of a run about these adapters, and their settings."""
     settings = [Setting(task, method) for task, method in zip(group, variant.methods, strict=True)]
-    # The rate of the plain method: a disjoint part is the same kind of mask.
-    best = [(lab.spared if variant.spared else lab.tuned)(_searched(setting)) for setting in settings]
-    rates = [RATES[max(0, RATES.index(rate) - variant.slower)] for rate in best]
+    rates = list(variant.rates)
+    if not rates:
+        # The rate of the plain method: a disjoint part is the same kind of mask.
+        best = [(lab.spared if variant.spared else lab.tuned)(_searched(setting)) for setting in settings]
+        rates = [RATES[max(0, RATES.index(rate) - variant.slower)] for rate in best]
     methods = [method.describe() for method in variant.methods]
     run = {"do": what, "task": group[0], "with": list(group[1:]), "methods": methods, "lrs": rates, "seed": seed}
     return run, settings
