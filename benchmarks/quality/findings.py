@@ -91,6 +91,12 @@ class Results:
                 found.setdefault(run["lr"], []).append(result)
         return dict(sorted(found.items()))
 
+    def steady(self, setting: Setting) -> tuple[float, list[dict[str, Any]]] | None:
+        """The rate with the best mean validation score of those that were run with every seed, and its results."""
+        seeds = len(self.lab.seeds_of(setting.task))
+        found = {rate: runs for rate, runs in self.by_rate(setting).items() if len(runs) >= seeds}
+        return max(found.items(), key=lambda one: mean(run["validation"] for run in one[1]), default=None)
+
     def matched(self, setting: Setting, other: Setting) -> tuple[float, list[dict[str, Any]]] | None:
         """The lowest rate at which a setting is as good as another one at its best rate, to within `UNSTEADY` of the
         mean validation score, and the results there; of the rates that were run with every seed."""

@@ -122,6 +122,19 @@ def refined_table(results: Results, family: str) -> str:
     return table(["method", *map(what, tasks.tasks(family)), "ahead of LoRA, all"], rows) if rows else ""
 
 
+def steady_table(results: Results, family: str) -> str:
+    """The rate that all seeds choose, the score there, and by how much it is ahead of LoRA's."""
+    rows, lora = [], Lora(single.rank(family))
+    for name in tasks.tasks(family):
+        theirs = results.steady(Setting(name, lora))
+        for method in single.methods(family):
+            if ours := results.steady(Setting(name, method)):
+                scores, other = ([one["test"] for one in found[1]] if found else [] for found in (ours, theirs))
+                by = difference(family, gains(scores, other)) if other and method != lora else ""
+                rows.append([label(method), f"{ours[0]:g}", spread(family, scores), by])
+    return table(["method", "rate", "score", "ahead of LoRA by"], rows) if rows else ""
+
+
 def by_rate_table(results: Results, family: str) -> str:
     """The loss on each task by the rate (first seed), and the rise of the loss on the reference beside it."""
     names = list(tasks.tasks(family))
@@ -317,6 +330,7 @@ LANGUAGE: dict[str, Callable[..., str]] = {
     "matched": matched_table,
     "refined": refined_table,
     "by-rate": by_rate_table,
+    "steady": steady_table,
     "cost": cost_table,
     "board": board_table,
     "trials": trials_table,

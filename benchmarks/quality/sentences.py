@@ -175,15 +175,19 @@ def against_rand(results: Results, family: str, method: Method) -> list[list[flo
 
 
 def rewards_words(results: Results, family: str) -> str:
-    """Every method beside LoRA on what was learned from rewards."""
-    lines = []
+    """Every method beside LoRA on what was learned from rewards, at the rates that all seeds choose."""
+    lora, lines = Lora(single.rank(family)), []
     for name in tasks.tasks(family):
-        lora = results.scores(Setting(name, Lora(single.rank(family))))
-        for method in single.methods(family):
-            ours = results.scores(Setting(name, method))
-            if ours and lora and not (isinstance(method, Lora) and method.kind == "lora"):
-                lines.append(f"{label(method)} ({spread(family, ours)}) {word(gains(ours, lora)) or 'one seed'}")
-    return f"Beside LoRA: {'; '.join(lines)}." if lines else ""
+        found = {method: results.steady(Setting(name, method)) for method in single.methods(family)}
+        scores = {method: [run["test"] for run in one[1]] for method, one in found.items() if one}
+        told: dict[str, list[str]] = {}
+        for method in scores if lora in scores else ():
+            if method != lora:
+                text = f"{label(method)} ({spread(family, scores[method])})"
+                told.setdefault(word(gains(scores[method], scores[lora])), []).append(text)
+        parts = [f"{one} {'are' if len(told[one]) > 1 else 'is'} {listed(told[one])}" for one in WORDS if one in told]
+        lines += [f"Beside LoRA ({spread(family, scores[lora])}), {'; '.join(parts)}."] if parts else []
+    return " ".join(lines)
 
 
 def fused_words(results: Results, family: str) -> str:

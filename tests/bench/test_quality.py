@@ -16,10 +16,23 @@ pytest.importorskip("sklearn", reason="pip install -e '.[test]'")
 pytest.importorskip("peft", reason="pip install -e '.[test]'")
 pytest.importorskip("rich", reason="pip install -e '.[test]'")
 
-from benchmarks.quality import front, methods, report, rules, sentences, store, tables, tasks, verdict
+from benchmarks.quality import (
+    findings,
+    front,
+    language,
+    methods,
+    report,
+    rules,
+    sentences,
+    store,
+    tables,
+    tasks,
+    verdict,
+    words,
+)
 from benchmarks.quality import lab as lab_module
 from benchmarks.quality import task as task_module
-from benchmarks.quality.experiments import EXPERIMENTS, fusion, masks, size
+from benchmarks.quality.experiments import EXPERIMENTS, fusion, masks, single, size
 from benchmarks.quality.findings import Fused, Results
 from benchmarks.quality.lab import BETWEEN, RATES, Lab, OtherBase, Setting, Stop
 from benchmarks.quality.language import LANGUAGE
@@ -511,6 +524,44 @@ def test_words_are_chosen_by_the_results():
     assert [sentences.listed("abc"[:count]) for count in range(4)] == ["", "a", "a and b", "a, b and c"]
 
 
+def test_a_mean_over_tasks_has_the_error_over_the_seeds_and_that_over_the_tasks():
+    by = [[0.3, 0.1], [0.6, 0.6]]
+    # Half of the standard error 0.1 of the first task; and the means 0.2 and 0.6.
+    assert findings.error_over_seeds(by) == pytest.approx(0.05)
+    assert words.overall("smollm2", by) == "+0.400 ± 0.050 (tasks: ± 0.200)"
+    assert words.overall("digits-mlp", by, between=False) == "+40.0 ± 5.0"
+    assert words.overall("smollm2", [[0.3], [0.6, 0.6]]) == "+0.450 (tasks: ± 0.150)"
+    assert [sentences.word_over_tasks(some) for some in (by, [[0.3, 0.1], [-0.2, -0.2]], [[0.3]], [])] == [
+        "ahead", "level", "", "",
+    ]  # fmt: skip
+
+
+def test_the_rate_that_every_seed_chooses(tmp_path):
+    setting = Setting("rl/last", Lora(1))
+    kept = store.Store("rl", tmp_path)
+    # The first seed prefers 0.01, where the others fail; 0.02 has two seeds; 0.005 has all.
+    for lr, several in {1e-2: [0.9, 0.1, 0.2], 2e-2: [0.95, 0.95], 5e-3: [0.8, 0.7, 0.9]}.items():
+        for seed, one in enumerate(several):
+            kept.add(setting.run(lr, seed), {"validation": one, "test": one})
+    rate, runs = Results(tmp_path).steady(setting)
+    assert (rate, [one["test"] for one in runs]) == (5e-3, [0.8, 0.7, 0.9])
+    assert Results(tmp_path).steady(Setting("rl/last", Dora(1))) is None
+    for seed, one in enumerate([0.99, 0.98, 0.97]):
+        kept.add(Setting("rl/last", Shira(r=1)).run(5e-2, seed), {"validation": one, "test": one})
+    assert sentences.rewards_words(Results(tmp_path), "rl") == (
+        "Beside LoRA (80.0 ± 10.0), ahead is SHiRA-Rand (98.0 ± 1.0)."
+    )
+    told = language.steady_table(Results(tmp_path), "rl").splitlines()
+    assert told[2:] == ["| SHiRA-Rand | 0.05 | 98.0 ± 1.0 | +18.0 ± 6.1 |", "| LoRA | 0.005 | 80.0 ± 10.0 |  |"]
+
+
+def test_every_seed_is_trained_where_the_first_cannot_choose():
+    curve = {1e-1: 0.1, 3e-2: 0.9, 1e-2: 0.2, 2e-2: 0.3, 5e-2: 0.4}
+    lab = Known(lambda lr, _: curve[lr], seeds=range(3))
+    single.steady_runs(lab, Setting("x/y", Shira(r=1)))
+    assert {(lr, seed) for lr in (3e-2, 2e-2, 5e-2) for seed in range(3)} <= set(lab.tried)
+
+
 def test_who_is_ahead_of_rand_is_said_by_the_results(tmp_path, monkeypatch):
     names = list(tasks.tasks("digits-mlp-128"))[:2]
     monkeypatch.setattr(tasks, "tasks", lambda family: dict.fromkeys(names))
@@ -529,3 +580,6 @@ def test_who_is_ahead_of_rand_is_said_by_the_results(tmp_path, monkeypatch):
         "Ahead of Rand in the mean over a base's tasks: SHiRA-WM on digits-mlp and digits-vit. No mask"
     )
     assert sentences.default_words(Results(tmp_path), *families).endswith("SHiRA-WM is ahead on three bases or more.")
+    assert sentences.beside_rand(Results(tmp_path), "digits-mlp") == (
+        "On digits-mlp, in the mean over the tasks, ahead is WM (+10.0 ± 0.0); behind is Snip (-10.0 ± 0.0)."
+    )
