@@ -190,26 +190,52 @@ def rewards_words(results: Results, family: str) -> str:
     return " ".join(lines)
 
 
+Group = tuple[str, ...]
+
+
 def fused_words(results: Results, family: str) -> str:
     """Whose fused adapters score higher, LoRA's or SHiRA's, at the strength and the rate that validation prefers."""
     fused = Fused(results, family)
+
+    def scores(keys: Sequence[tuple[Group, str]]) -> list[float]:
+        best = preferred(fused, keys)
+        return [mean(run["together"]["sum"][fused.alpha(best)]["test"]) for run in fused.runs[best]]
+
+    told = beside_lora_fused(family, fused.groups(), list(fused.runs), scores)
+    return f"On {family}, with all adapters on, SHiRA is {told}." if told else ""
+
+
+def own_words(results: Results, family: str) -> str:
+    """The same where every adapter has a strength of its own."""
+    fused = Fused(results, family)
+
+    def scores(keys: Sequence[tuple[Group, str]]) -> list[float]:
+        found = [fused.balanced[key] for key in keys]
+        best = max(found, key=lambda runs: (len(runs), mean(mean(run["validation"]) for run in runs)))
+        return [mean(run["test"]) for run in best]
+
+    told = beside_lora_fused(family, fused.groups(), list(fused.balanced), scores)
+    return f"With a strength for each adapter, SHiRA is {told}." if told else ""
+
+
+def beside_lora_fused(
+    family: str,
+    groups: Iterable[Group],
+    keys: Sequence[tuple[Group, str]],
+    scores: Callable[[Sequence[tuple[Group, str]]], list[float]],
+) -> str:
+    """On which groups of tasks SHiRA's adapters are ahead of LoRA's; ``scores`` has one for each seed."""
     told: dict[str, list[str]] = {}
-    for group in fused.groups():
-        keys = {
-            lora: [k for k in fused.runs if k[0] == group and k[1].startswith("lora") is lora] for lora in (True, False)
-        }
-        if all(keys.values()):
-            best = {lora: preferred(fused, some) for lora, some in keys.items()}
-            lora, ours = (
-                [mean(run["together"]["sum"][fused.alpha(best[one])]["test"]) for run in fused.runs[best[one]]]
-                for one in (True, False)
-            )
-            by = gains(ours, lora)
-            numbers = f"{number(family, mean(ours[: len(by)]))} against {number(family, mean(lora[: len(by)]))}"
-            text = f"*{' + '.join(map(what, group))}* ({numbers}; {len(by)} seed{'s' * (len(by) > 1)})"
+    for group in groups:
+        lora, ours = (
+            [key for key in keys if key[0] == group and key[1].startswith("lora") is one] for one in (True, False)
+        )
+        if lora and ours:
+            by = gains(scores(ours), scores(lora))
+            both = " against ".join(number(family, mean(scores(some)[: len(by)])) for some in (ours, lora))
+            text = f"*{' + '.join(map(what, group))}* ({both}; {len(by)} seed{'s' * (len(by) > 1)})"
             told.setdefault(word(by) or ("better" if by[0] > 0 else "worse"), []).append(text)
-    parts = [f"{one} on {listed(told[one])}" for one in (*WORDS, "better", "worse") if one in told]
-    return f"On {family}, with all adapters on, SHiRA is {'; '.join(parts)}." if parts else ""
+    return "; ".join(f"{one} on {listed(told[one])}" for one in (*WORDS, "better", "worse") if one in told)
 
 
 def longer_words(results: Results, family: str) -> str:
@@ -231,6 +257,7 @@ SENTENCES: dict[str, Callable[..., str]] = {
     "matched-words": matched_words,
     "default": default_words,
     "fused-words": fused_words,
+    "own-words": own_words,
     "longer-words": longer_words,
     "beside-rand": beside_rand,
     "dora-words": dora_words,
