@@ -12,10 +12,16 @@
 //   pair(low, high)         of floats that are bfloat16: both in one register, 16 bits each. It only moves bits
 //   unpair(r, low, high)    undoes it
 //   sum(a, p)               p[k] = the sum of the lanes of a[k], for kGroup registers
-//   add_entries(indices, start, columns, values, x, sum)
-//                           adds value * x[column] of the next kLanes entries, as far as they lie in the row whose
-//                           `columns` entries begin at `start`, and returns how many do. Indices increase from `start`
-//                           on and are at most kNoEntry
+//   kMostRows               and what adds value * x[column] of the next kLanes entries of a mask, in rows of `columns`
+//                           entries of which the first ends at `end`:
+//   add_in_two(indices, end, columns, ends, values, x, sum, row, disorder)
+//                           if all lie in the first and the second row, else false. `row` gets the sums of the first;
+//                           `ends` says that there are entries of the second, whose sums `sum` has then
+//   add_in_rows(indices, end, columns, values, x, sum, rows)
+//                           if all lie in the first kMostRows: `rows` gets the sums of each but the last, which are in
+//                           `sum`, and the result is their number; else -1
+//                           Indices in order fit int32. `disorder` gets a bit where one of kLanes + 1 of them does not
+//                           increase; sums may be wrong then, but x is read in its columns only
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -36,8 +42,6 @@ std::unique_ptr<T[], void (*)(T*)> allocate(int64_t count) {  // by lines: loadi
 
 constexpr int kGroup = 8;  // entries whose sums run side by side: enough to hide the latency of a multiply-add
 
-constexpr int64_t kNoEntry = std::numeric_limits<int32_t>::max();
-
 // The dtype is part of the type, since both 16-bit floats are uint16_t.
 template <typename D>
 struct Source {
@@ -50,7 +54,7 @@ namespace portable {
 template <typename T>
 struct Lanes {
   using Value = T;
-  static constexpr int kLanes = 4, kSums = 8;
+  static constexpr int kLanes = 4, kSums = 8, kMostRows = kLanes;
   struct Register {
     T lane[kLanes];
   };
@@ -110,12 +114,12 @@ struct Lanes {
     for (int k = 0; k < kGroup; ++k) to[k] = (a[k].lane[0] + a[k].lane[1]) + (a[k].lane[2] + a[k].lane[3]);
   }
   template <typename D, typename I>
-  static int64_t add_entries(const I* indices, int64_t start, int64_t columns, Source<D> values, const T* x,
-                             Register& sum) {
-    int here = 0;
-    for (; here < kLanes && int64_t{indices[here]} - start < columns; ++here)
-      sum.lane[here] += static_cast<T>(D::load(values.data[here])) * x[int64_t{indices[here]} - start];
-    return here;
+  static bool add_in_two(const I*, int64_t, int64_t, bool, Source<D>, const T*, Register&, T*, uint32_t&) {
+    return false;  // one by one, as the caller does then, is as fast
+  }
+  template <typename D, typename I>
+  static int add_in_rows(const I*, int64_t, int64_t, Source<D>, const T*, Register&, T*) {
+    return -1;
   }
 };
 using Floats = Lanes<float>;
@@ -126,21 +130,29 @@ using Doubles = Lanes<double>;
 #if SHIRA_X86
 namespace avx2 {
 
-// The columns of the next indices in a row.
-SHIRA_AVX2 inline __m128i four_columns(const int32_t* indices, int64_t start) {
-  return _mm_sub_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(indices)),
-                       _mm_set1_epi32(static_cast<int32_t>(start)));
+// The next indices, in 32 bits.
+SHIRA_AVX2 inline __m128i four_indices(const int32_t* indices) {
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(indices));
 }
-SHIRA_AVX2 inline __m128i four_columns(const int64_t* indices, int64_t start) {
+SHIRA_AVX2 inline __m128i four_indices(const int64_t* indices) {
   const __m256i wide = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(indices));
-  const __m256i narrow = _mm256_permutevar8x32_epi32(wide, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
-  return _mm_sub_epi32(_mm256_castsi256_si128(narrow), _mm_set1_epi32(static_cast<int32_t>(start)));
+  return _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(wide, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6)));
+}
+
+// Bits where one of five indices does not increase.
+SHIRA_AVX2 inline uint32_t four_in_disorder(const int32_t* indices) {
+  return ~_mm_movemask_epi8(_mm_cmpgt_epi32(four_indices(indices + 1), four_indices(indices))) & 0xFFFF;
+}
+SHIRA_AVX2 inline uint32_t four_in_disorder(const int64_t* indices) {
+  const __m256i one = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(indices));
+  const __m256i next = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(indices + 1));
+  return ~_mm256_movemask_epi8(_mm256_cmpgt_epi64(next, one));
 }
 
 struct Floats {
   using Value = float;
   using Register = __m256;
-  static constexpr int kLanes = 8, kSums = 8;
+  static constexpr int kLanes = 8, kSums = 8, kMostRows = kLanes;
   SHIRA_AVX2 static __m256 load(const float* from) { return _mm256_loadu_ps(from); }
   SHIRA_AVX2 static __m256 load(Source<core::Float32> from) {
     return _mm256_loadu_ps(reinterpret_cast<const float*>(from.data));
@@ -191,21 +203,54 @@ struct Floats {
     }
   }
   template <typename D, typename I>
-  SHIRA_AVX2 static int64_t add_entries(const I* indices, int64_t start, int64_t columns, Source<D> values,
-                                        const float* x, __m256& sum) {
-    const __m256i column = _mm256_setr_m128i(four_columns(indices, start), four_columns(indices + 4, start));
-    const __m256i most = _mm256_set1_epi32(static_cast<int32_t>(std::min(columns, kNoEntry)));
-    const __m256 here = _mm256_castsi256_ps(_mm256_cmpgt_epi32(most, column));
-    const __m256 own = _mm256_mask_i32gather_ps(zero(), x, column, here, 4);
-    sum = _mm256_blendv_ps(sum, _mm256_fmadd_ps(load(values), own, sum), here);
-    return __builtin_popcount(_mm256_movemask_ps(here));
+  SHIRA_AVX2 static bool add_in_two(const I* indices, int64_t end, int64_t columns, bool ends, Source<D> values,
+                                    const float* x, __m256& sum, float* row, uint32_t& disorder) {
+    disorder |= four_in_disorder(indices) | four_in_disorder(indices + 4);
+    const __m256i index = _mm256_setr_m128i(four_indices(indices), four_indices(indices + 4));
+    const __m256i second = _mm256_sub_epi32(index, _mm256_set1_epi32(static_cast<int32_t>(end)));  // negative: first
+    const __m256i first = _mm256_add_epi32(second, _mm256_set1_epi32(static_cast<int32_t>(columns)));
+    const __m256i column = _mm256_min_epu32(first, second);  // a negative number is a large one here
+    const __m256i last = _mm256_set1_epi32(static_cast<int32_t>(columns - 1));
+    if (_mm256_movemask_epi8(_mm256_cmpeq_epi32(_mm256_min_epu32(column, last), column)) != -1) return false;
+    const __m256 own = _mm256_i32gather_ps(x, column, 4), value = load(values);
+    const __m256 in_first = _mm256_castsi256_ps(_mm256_srai_epi32(second, 31));
+    sum = _mm256_blendv_ps(sum, _mm256_fmadd_ps(value, own, sum), in_first);
+    store(row, sum);
+    const __m256 others = _mm256_andnot_ps(in_first, _mm256_fmadd_ps(value, own, zero()));
+    sum = _mm256_blendv_ps(sum, others, _mm256_castsi256_ps(_mm256_set1_epi32(-static_cast<int32_t>(ends))));
+    return true;
+  }
+  template <typename D, typename I>
+  SHIRA_AVX2 static int add_in_rows(const I* indices, int64_t end, int64_t columns, Source<D> values, const float* x,
+                                    __m256& sum, float* rows) {
+    const __m256i wide = _mm256_set1_epi32(static_cast<int32_t>(columns)),
+                  last = _mm256_sub_epi32(wide, _mm256_set1_epi32(1));
+    __m256i next = _mm256_sub_epi32(_mm256_setr_m128i(four_indices(indices), four_indices(indices + 4)),
+                                    _mm256_set1_epi32(static_cast<int32_t>(end)));
+    __m256i column = _mm256_add_epi32(next, wide);
+    int row = 0;
+    for (; _mm256_movemask_epi8(_mm256_cmpeq_epi32(_mm256_min_epu32(column, last), column)) != -1; ++row) {
+      if (row == kMostRows) return -1;
+      column = _mm256_min_epu32(column, _mm256_sub_epi32(column, wide));
+    }
+    const __m256 own = _mm256_i32gather_ps(x, column, 4), value = load(values);
+    __m256i left = _mm256_set1_epi32(-1);
+    for (row = 0;; ++row) {
+      const __m256i here = _mm256_and_si256(left, _mm256_srai_epi32(next, 31));
+      sum = _mm256_blendv_ps(sum, _mm256_fmadd_ps(value, own, sum), _mm256_castsi256_ps(here));
+      left = _mm256_andnot_si256(here, left);
+      if (_mm256_movemask_epi8(left) == 0) return row;
+      store(rows + row * kLanes, sum);
+      sum = zero();
+      next = _mm256_sub_epi32(next, wide);
+    }
   }
 };
 
 struct Doubles {
   using Value = double;
   using Register = __m256d;
-  static constexpr int kLanes = 4, kSums = 8;
+  static constexpr int kLanes = 4, kSums = 8, kMostRows = kLanes;
   SHIRA_AVX2 static __m256d load(const double* from) { return _mm256_loadu_pd(from); }
   SHIRA_AVX2 static __m256d load(Source<core::Float64> from) {
     return _mm256_loadu_pd(reinterpret_cast<const double*>(from.data));
@@ -235,14 +280,44 @@ struct Doubles {
     }
   }
   template <typename D, typename I>
-  SHIRA_AVX2 static int64_t add_entries(const I* indices, int64_t start, int64_t columns, Source<D> values,
-                                        const double* x, __m256d& sum) {
-    const __m128i column = four_columns(indices, start);
-    const __m128i most = _mm_set1_epi32(static_cast<int32_t>(std::min(columns, kNoEntry)));
-    const __m256d here = _mm256_castsi256_pd(_mm256_cvtepi32_epi64(_mm_cmpgt_epi32(most, column)));
-    const __m256d own = _mm256_mask_i32gather_pd(zero(), x, column, here, 8);
-    sum = _mm256_blendv_pd(sum, _mm256_fmadd_pd(load(values), own, sum), here);
-    return __builtin_popcount(_mm256_movemask_pd(here));
+  SHIRA_AVX2 static bool add_in_two(const I* indices, int64_t end, int64_t columns, bool ends, Source<D> values,
+                                    const double* x, __m256d& sum, double* row, uint32_t& disorder) {
+    disorder |= four_in_disorder(indices);
+    const __m128i second = _mm_sub_epi32(four_indices(indices), _mm_set1_epi32(static_cast<int32_t>(end)));
+    const __m128i first = _mm_add_epi32(second, _mm_set1_epi32(static_cast<int32_t>(columns)));
+    const __m128i column = _mm_min_epu32(first, second);
+    const __m128i last = _mm_set1_epi32(static_cast<int32_t>(columns - 1));
+    if (_mm_movemask_epi8(_mm_cmpeq_epi32(_mm_min_epu32(column, last), column)) != 0xFFFF) return false;
+    const __m256d own = _mm256_i32gather_pd(x, column, 8), value = load(values);
+    const __m256d in_first = _mm256_castsi256_pd(_mm256_cvtepi32_epi64(_mm_srai_epi32(second, 31)));
+    sum = _mm256_blendv_pd(sum, _mm256_fmadd_pd(value, own, sum), in_first);
+    store(row, sum);
+    const __m256d others = _mm256_andnot_pd(in_first, _mm256_fmadd_pd(value, own, zero()));
+    sum = _mm256_blendv_pd(sum, others, _mm256_castsi256_pd(_mm256_set1_epi64x(-static_cast<int64_t>(ends))));
+    return true;
+  }
+  template <typename D, typename I>
+  SHIRA_AVX2 static int add_in_rows(const I* indices, int64_t end, int64_t columns, Source<D> values, const double* x,
+                                    __m256d& sum, double* rows) {
+    const __m128i wide = _mm_set1_epi32(static_cast<int32_t>(columns)), last = _mm_sub_epi32(wide, _mm_set1_epi32(1));
+    __m128i next = _mm_sub_epi32(four_indices(indices), _mm_set1_epi32(static_cast<int32_t>(end)));
+    __m128i column = _mm_add_epi32(next, wide);
+    int row = 0;
+    for (; _mm_movemask_epi8(_mm_cmpeq_epi32(_mm_min_epu32(column, last), column)) != 0xFFFF; ++row) {
+      if (row == kMostRows) return -1;
+      column = _mm_min_epu32(column, _mm_sub_epi32(column, wide));
+    }
+    const __m256d own = _mm256_i32gather_pd(x, column, 8), value = load(values);
+    __m128i left = _mm_set1_epi32(-1);
+    for (row = 0;; ++row) {
+      const __m128i here = _mm_and_si128(left, _mm_srai_epi32(next, 31));
+      sum = _mm256_blendv_pd(sum, _mm256_fmadd_pd(value, own, sum), _mm256_castsi256_pd(_mm256_cvtepi32_epi64(here)));
+      left = _mm_andnot_si128(here, left);
+      if (_mm_movemask_epi8(left) == 0) return row;
+      store(rows + row * kLanes, sum);
+      sum = zero();
+      next = _mm_sub_epi32(next, wide);
+    }
   }
 };
 
@@ -250,26 +325,36 @@ struct Doubles {
 
 namespace avx512 {
 
-// The columns of the next indices in a row.
-SHIRA_AVX512 inline __m256i eight_columns(const int32_t* indices, int64_t start) {
-  return _mm256_sub_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(indices)),
-                          _mm256_set1_epi32(static_cast<int32_t>(start)));
+// The next indices, in 32 bits.
+SHIRA_AVX512 inline __m256i eight_indices(const int32_t* indices) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(indices));
 }
-SHIRA_AVX512 inline __m256i eight_columns(const int64_t* indices, int64_t start) {
-  return _mm512_cvtepi64_epi32(_mm512_sub_epi64(_mm512_loadu_si512(indices), _mm512_set1_epi64(start)));
+SHIRA_AVX512 inline __m256i eight_indices(const int64_t* indices) {
+  return _mm512_cvtepi64_epi32(_mm512_loadu_si512(indices));
 }
-SHIRA_AVX512 inline __m512i sixteen_columns(const int32_t* indices, int64_t start) {
-  return _mm512_sub_epi32(_mm512_loadu_si512(indices), _mm512_set1_epi32(static_cast<int32_t>(start)));
+SHIRA_AVX512 inline __m512i sixteen_indices(const int32_t* indices) { return _mm512_loadu_si512(indices); }
+SHIRA_AVX512 inline __m512i sixteen_indices(const int64_t* indices) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(eight_indices(indices)), eight_indices(indices + 8), 1);
 }
-SHIRA_AVX512 inline __m512i sixteen_columns(const int64_t* indices, int64_t start) {
-  return _mm512_inserti64x4(_mm512_castsi256_si512(eight_columns(indices, start)), eight_columns(indices + 8, start),
-                            1);
+
+// Bits where one of nine or seventeen indices does not increase.
+SHIRA_AVX512 inline uint32_t eight_in_disorder(const int32_t* indices) {
+  return _mm256_cmpge_epi32_mask(eight_indices(indices), eight_indices(indices + 1));
+}
+SHIRA_AVX512 inline uint32_t eight_in_disorder(const int64_t* indices) {
+  return _mm512_cmpge_epi64_mask(_mm512_loadu_si512(indices), _mm512_loadu_si512(indices + 1));
+}
+SHIRA_AVX512 inline uint32_t sixteen_in_disorder(const int32_t* indices) {
+  return _mm512_cmpge_epi32_mask(sixteen_indices(indices), sixteen_indices(indices + 1));
+}
+SHIRA_AVX512 inline uint32_t sixteen_in_disorder(const int64_t* indices) {
+  return eight_in_disorder(indices) | eight_in_disorder(indices + 8);
 }
 
 struct Floats {
   using Value = float;
   using Register = __m512;
-  static constexpr int kLanes = 16, kSums = 16;
+  static constexpr int kLanes = 16, kSums = 16, kMostRows = kLanes;
   SHIRA_AVX512 static __m512 load(const float* from) { return _mm512_loadu_ps(from); }
   SHIRA_AVX512 static __m512 load(Source<core::Float32> from) { return _mm512_loadu_ps(from.data); }
   SHIRA_AVX512 static __m512 load(Source<core::Float16> from) {
@@ -332,21 +417,51 @@ struct Floats {
     _mm256_storeu_ps(to, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, sums)));
   }
   template <typename D, typename I>
-  SHIRA_AVX512 static int64_t add_entries(const I* indices, int64_t start, int64_t columns, Source<D> values,
-                                          const float* x, __m512& sum) {
-    const __m512i column = sixteen_columns(indices, start);
-    const __m512i most = _mm512_set1_epi32(static_cast<int32_t>(std::min(columns, kNoEntry)));
-    const __mmask16 here = _mm512_cmplt_epu32_mask(column, most);
-    const __m512 own = _mm512_mask_i32gather_ps(zero(), here, column, x, 4);
-    sum = _mm512_mask3_fmadd_ps(load(values), own, sum, here);
-    return __builtin_popcount(here);
+  SHIRA_AVX512 static bool add_in_two(const I* indices, int64_t end, int64_t columns, bool ends, Source<D> values,
+                                      const float* x, __m512& sum, float* row, uint32_t& disorder) {
+    disorder |= sixteen_in_disorder(indices);
+    const __m512i wide = _mm512_set1_epi32(static_cast<int32_t>(columns));
+    const __m512i second = _mm512_sub_epi32(sixteen_indices(indices), _mm512_set1_epi32(static_cast<int32_t>(end)));
+    const __m512i first = _mm512_add_epi32(second, wide);
+    const __m512i column = _mm512_min_epu32(first, second);  // a negative number is a large one here
+    if (_mm512_cmplt_epu32_mask(column, wide) != 0xFFFF) return false;
+    const __mmask16 in_first = _mm512_cmplt_epu32_mask(first, wide);
+    const __m512 own = _mm512_i32gather_ps(column, x, 4), value = load(values);
+    sum = _mm512_mask3_fmadd_ps(value, own, sum, in_first);
+    store(row, sum);
+    const __m512 others = _mm512_maskz_fmadd_ps(_knot_mask16(in_first), value, own, zero());
+    sum = _mm512_mask_mov_ps(sum, static_cast<__mmask16>(-static_cast<int>(ends)), others);
+    return true;
+  }
+  template <typename D, typename I>
+  SHIRA_AVX512 static int add_in_rows(const I* indices, int64_t end, int64_t columns, Source<D> values, const float* x,
+                                      __m512& sum, float* rows) {
+    const __m512i wide = _mm512_set1_epi32(static_cast<int32_t>(columns));
+    __m512i next = _mm512_sub_epi32(sixteen_indices(indices), _mm512_set1_epi32(static_cast<int32_t>(end)));
+    __m512i column = _mm512_add_epi32(next, wide);
+    int row = 0;
+    for (; _mm512_cmplt_epu32_mask(column, wide) != 0xFFFF; ++row) {
+      if (row == kMostRows) return -1;
+      column = _mm512_min_epu32(column, _mm512_sub_epi32(column, wide));
+    }
+    const __m512 own = _mm512_i32gather_ps(column, x, 4), value = load(values);
+    __mmask16 left = 0xFFFF;
+    for (row = 0;; ++row) {
+      const __mmask16 here = left & _mm512_movepi32_mask(next);
+      sum = _mm512_mask3_fmadd_ps(value, own, sum, here);
+      left ^= here;
+      if (left == 0) return row;
+      store(rows + row * kLanes, sum);
+      sum = zero();
+      next = _mm512_sub_epi32(next, wide);
+    }
   }
 };
 
 struct Doubles {
   using Value = double;
   using Register = __m512d;
-  static constexpr int kLanes = 8, kSums = 16;
+  static constexpr int kLanes = 8, kSums = 16, kMostRows = kLanes;
   SHIRA_AVX512 static __m512d load(const double* from) { return _mm512_loadu_pd(from); }
   SHIRA_AVX512 static __m512d load(Source<core::Float64> from) { return _mm512_loadu_pd(from.data); }
   SHIRA_AVX512 static __m512d load(Source<core::Float32> from) {
@@ -390,14 +505,44 @@ struct Doubles {
     _mm512_storeu_pd(to, _mm512_permutexvar_pd(order, sums));
   }
   template <typename D, typename I>
-  SHIRA_AVX512 static int64_t add_entries(const I* indices, int64_t start, int64_t columns, Source<D> values,
-                                          const double* x, __m512d& sum) {
-    const __m256i column = eight_columns(indices, start);
-    const __m256i most = _mm256_set1_epi32(static_cast<int32_t>(std::min(columns, kNoEntry)));
-    const __mmask8 here = _mm256_cmplt_epu32_mask(column, most);
-    const __m512d own = _mm512_mask_i32gather_pd(zero(), here, column, x, 8);
-    sum = _mm512_mask3_fmadd_pd(load(values), own, sum, here);
-    return __builtin_popcount(here);
+  SHIRA_AVX512 static bool add_in_two(const I* indices, int64_t end, int64_t columns, bool ends, Source<D> values,
+                                      const double* x, __m512d& sum, double* row, uint32_t& disorder) {
+    disorder |= eight_in_disorder(indices);
+    const __m256i wide = _mm256_set1_epi32(static_cast<int32_t>(columns));
+    const __m256i second = _mm256_sub_epi32(eight_indices(indices), _mm256_set1_epi32(static_cast<int32_t>(end)));
+    const __m256i first = _mm256_add_epi32(second, wide);
+    const __m256i column = _mm256_min_epu32(first, second);
+    if (_mm256_cmplt_epu32_mask(column, wide) != 0xFF) return false;
+    const __mmask8 in_first = _mm256_cmplt_epu32_mask(first, wide);
+    const __m512d own = _mm512_i32gather_pd(column, x, 8), value = load(values);
+    sum = _mm512_mask3_fmadd_pd(value, own, sum, in_first);
+    store(row, sum);
+    const __m512d others = _mm512_maskz_fmadd_pd(_knot_mask8(in_first), value, own, zero());
+    sum = _mm512_mask_mov_pd(sum, static_cast<__mmask8>(-static_cast<int>(ends)), others);
+    return true;
+  }
+  template <typename D, typename I>
+  SHIRA_AVX512 static int add_in_rows(const I* indices, int64_t end, int64_t columns, Source<D> values, const double* x,
+                                      __m512d& sum, double* rows) {
+    const __m256i wide = _mm256_set1_epi32(static_cast<int32_t>(columns));
+    __m256i next = _mm256_sub_epi32(eight_indices(indices), _mm256_set1_epi32(static_cast<int32_t>(end)));
+    __m256i column = _mm256_add_epi32(next, wide);
+    int row = 0;
+    for (; _mm256_cmplt_epu32_mask(column, wide) != 0xFF; ++row) {
+      if (row == kMostRows) return -1;
+      column = _mm256_min_epu32(column, _mm256_sub_epi32(column, wide));
+    }
+    const __m512d own = _mm512_i32gather_pd(column, x, 8), value = load(values);
+    __mmask8 left = 0xFF;
+    for (row = 0;; ++row) {
+      const __mmask8 here = left & _mm256_movepi32_mask(next);
+      sum = _mm512_mask3_fmadd_pd(value, own, sum, here);
+      left ^= here;
+      if (left == 0) return row;
+      store(rows + row * kLanes, sum);
+      sum = zero();
+      next = _mm256_sub_epi32(next, wide);
+    }
   }
 };
 

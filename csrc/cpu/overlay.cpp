@@ -25,7 +25,7 @@ constexpr int64_t kRows = 128;  // rows per walk, whose sums are then transposed
 constexpr int64_t kPackedBytes = 1 << 19;
 constexpr int kSides = 4;              // 1, 2, 4 or 8 registers of tokens lie side by side
 constexpr int64_t kColumnGranule = 8;  // packed granules of at least this size are taken column by column
-constexpr int64_t kMostPlaced = std::numeric_limits<int32_t>::max();  // of granules and rows that are sorted
+constexpr int64_t kNarrow = std::numeric_limits<int32_t>::max();  // numbers that int32 holds
 // Up to this many tokens per adapter, rows are summed across lanes: granules load registers, single entries gather
 // them.
 constexpr int64_t kFew = 4, kFewEntries = 2;
@@ -67,7 +67,7 @@ struct Kernel {
   void (*turn)(const typename Wide<C>::Bits*, int64_t stride, int64_t tokens, int64_t columns, C* to, int64_t depth);
   void (*granule_sums)(const I*, int64_t n, int64_t granule, int64_t a_row, double inverse, int64_t first,
                        const typename V::Bits*, const C* x, C* sums);
-  void (*entry_sums)(const I*, int64_t n, int64_t columns, int64_t first, int64_t count, const typename V::Bits*,
+  bool (*entry_sums)(const Mask<I>&, int64_t begin, int64_t end, int64_t first, int64_t count, const typename V::Bits*,
                      const C* x, C* sums);
   void (*finish[2])(typename W::Bits* const* outputs, int64_t tokens, int64_t first, int64_t count, C alpha,
                     const C* sums, int64_t stride);
@@ -140,29 +140,38 @@ class Product {
         alpha_(alpha),
         adds_(adds) {}
 
-  // Whether rows are summed across lanes: of single entries, or of granules that fill registers and lie in one row.
+  // Whether rows of granules are summed across lanes: they fill registers and lie in one row.
   bool across(int64_t adapters) const {
-    if (problem_.transposed) return false;
-    if (problem_.granule == 1) return problem_.tokens <= kFewEntries * adapters && problem_.limit() <= kNoEntry;
+    if (problem_.transposed || problem_.granule == 1) return false;
     return problem_.tokens <= kFew * adapters && aligned() && problem_.granule % kernel_.lanes == 0;
+  }
+
+  // The sums [begin, end) of one token with single entries, across lanes. Whether the indices are in order, which they
+  // need not be, is the result.
+  bool entry_sums(int64_t token, int64_t begin, int64_t end, C* sums) const {
+    const int64_t first = begin == 0 ? 0 : mask_.row_start(begin);
+    const int64_t last = end == problem_.out_features ? mask_.n : mask_.row_start(end);
+    if (first > last || (0 < first && first < mask_.n && mask_.indices[first - 1] >= mask_.indices[first]))
+      return false;
+    return kernel_.entry_sums(mask_, first, last, begin, end - begin, values_, wide(token).get(), sums);
+  }
+
+  // Writes outputs [begin, end) of one token.
+  void finish(int64_t token, int64_t begin, int64_t end, const C* sums) const {
+    Bits* const to = output_ + token * problem_.out_features;
+    kernel_.finish[adds_](&to, 1, begin, end - begin, alpha_, sums, end - begin);
   }
 
   // Rows [begin, end) of the sums of one token; for the transposed product, all rows.
   void alone(int64_t token, bool across, int64_t begin, int64_t end) const {
     const int64_t outs = problem_.transposed ? problem_.out_features : end - begin;
-    const auto x = allocate<C>(problem_.features), sums = allocate<C>(outs);
-    const Bits* const from = input_ + token * problem_.features;
-    vector_loop(problem_.features, [from, to = x.get()](int64_t i) { to[i] = W::load(from[i]); });
+    const auto x = wide(token), sums = allocate<C>(outs);
     clear(sums.get(), outs);
     if (across) {
       const int64_t first = mask_.row_start(begin) / problem_.granule;
       const int64_t count = mask_.row_start(end) / problem_.granule - first;
-      const auto* const values = values_ + first * problem_.granule;
-      if (problem_.granule == 1)
-        kernel_.entry_sums(mask_.indices + first, count, mask_.columns, begin, outs, values, x.get(), sums.get());
-      else
-        kernel_.granule_sums(mask_.indices + first, count, problem_.granule, a_row(), inverse(), begin, values, x.get(),
-                             sums.get());
+      kernel_.granule_sums(mask_.indices + first, count, problem_.granule, a_row(), inverse(), begin,
+                           values_ + first * problem_.granule, x.get(), sums.get());
     } else {
       with_loops([&](const auto& loops, auto walk) {
         Numbers numbers;
@@ -176,8 +185,7 @@ class Product {
         }
       });
     }
-    Bits* const to = output_ + token * problem_.out_features;
-    kernel_.finish[adds_](&to, 1, problem_.transposed ? 0 : begin, outs, alpha_, sums.get(), outs);
+    finish(token, problem_.transposed ? 0 : begin, problem_.transposed ? outs : end, sums.get());
   }
 
   void packed(const Tokens& tokens) const {
@@ -190,6 +198,14 @@ class Product {
   }
 
  private:
+  // The input of one token in the compute type.
+  auto wide(int64_t token) const {
+    auto x = allocate<C>(problem_.features);
+    const Bits* const from = input_ + token * problem_.features;
+    vector_loop(problem_.features, [from, to = x.get()](int64_t i) { to[i] = W::load(from[i]); });
+    return x;
+  }
+
   // Whether a row is a whole number of granules: granule n is then in row (n + 0.5) * inverse().
   bool aligned() const { return mask_.columns % problem_.granule == 0 && problem_.limit() < kExact; }
   int64_t a_row() const { return mask_.columns / problem_.granule; }
@@ -198,7 +214,7 @@ class Product {
   // Whether packed granules are taken column by column.
   bool sortable() const {
     return aligned() && problem_.granule >= kColumnGranule &&
-           std::max({mask_.n, a_row(), problem_.out_features}) <= kMostPlaced;
+           std::max({mask_.n, a_row(), problem_.out_features}) <= kNarrow;
   }
 
   // The values of some rows, in the compute type.
@@ -439,6 +455,12 @@ class Product {
   const bool adds_;
 };
 
+// Whether rows of single entries are summed across lanes.
+inline bool few_entries(const SparseLinear& problem, int64_t adapters) {
+  return !problem.transposed && problem.granule == 1 && problem.tokens <= kFewEntries * adapters &&
+         problem.limit() <= kNarrow;
+}
+
 // For the vector width that `width` returns.
 template <core::Width (*width)()>
 struct Cpu {
@@ -446,37 +468,79 @@ struct Cpu {
     check_indices_content(op, name, indices, limit);
   }
 
-  // One of the call's adapters on some of its tokens.
-  template <typename W, typename V>
-  static void one(const SparseLinear& problem, const Tensor& input, const Tensor& output, const Tensor& indices,
-                  const Tensor& values, typename W::Compute alpha, bool adds, const Tokens& tokens, int64_t adapters) {
+  // f(product): one of the call's adapters.
+  template <typename W, typename V, typename F>
+  static void with_product(const SparseLinear& problem, const Tensor& input, const Tensor& output,
+                           const Tensor& indices, const Tensor& values, typename W::Compute alpha, bool adds,
+                           const F& f) {
     with_index(indices.scalar_type(), [&](auto index) {
-      using I = typename decltype(index)::type;
-      const Product<W, V, I> product(problem, static_cast<const typename W::Bits*>(input.const_data_ptr()),
-                                     static_cast<typename W::Bits*>(output.data_ptr()), indices, values, alpha, adds,
-                                     width());
-      const bool across = product.across(adapters);
-      if (!across && tokens.count > 1) return product.packed(tokens);
-      // Each token's rows are split into as many parts as keep the threads busy.
-      const int64_t work = values.numel() + problem.rows();
-      const int64_t threads = (torch::stable::get_num_threads() + tokens.count - 1) / tokens.count;
-      const int64_t most = problem.transposed ? 1 : std::clamp<int64_t>(work / (4 * kGrain), 1, threads);
-      const int64_t rows = std::max<int64_t>(1, (problem.rows() + most - 1) / most);
-      const int64_t parts = std::max<int64_t>(1, (problem.rows() + rows - 1) / rows);  // fewer, if rows are few
-      torch::stable::parallel_for(0, tokens.count * parts, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t item = begin; item < end; ++item) {
-          const int64_t first = item % parts * rows;
-          product.alone(tokens[item / parts], across, first, std::min(problem.rows(), first + rows));
-        }
-      });
+      f(Product<W, V, typename decltype(index)::type>(
+          problem, static_cast<const typename W::Bits*>(input.const_data_ptr()),
+          static_cast<typename W::Bits*>(output.data_ptr()), indices, values, alpha, adds, width()));
     });
+  }
+
+  // f(token, begin, end) for the rows of each token, in as many parts as keep the threads busy.
+  template <typename F>
+  static void parts_of(const SparseLinear& problem, const Tokens& tokens, int64_t entries, const F& f) {
+    const int64_t work = entries + problem.rows();
+    const int64_t threads = (torch::stable::get_num_threads() + tokens.count - 1) / tokens.count;
+    const int64_t most = problem.transposed ? 1 : std::clamp<int64_t>(work / (4 * kGrain), 1, threads);
+    const int64_t rows = std::max<int64_t>(1, (problem.rows() + most - 1) / most);
+    const int64_t parts = std::max<int64_t>(1, (problem.rows() + rows - 1) / rows);  // fewer, if rows are few
+    torch::stable::parallel_for(0, tokens.count * parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t first = item % parts * rows;
+        f(item / parts, first, std::min(problem.rows(), first + rows));
+      }
+    });
+  }
+
+  // One adapter, whose indices have been checked, on some tokens.
+  template <typename P>
+  static void one(const SparseLinear& problem, const P& product, const Tokens& tokens, int64_t entries,
+                  int64_t adapters) {
+    const bool across = product.across(adapters);
+    if (!across && tokens.count > 1) return product.packed(tokens);
+    parts_of(problem, tokens, entries,
+             [&](int64_t token, int64_t begin, int64_t end) { product.alone(tokens[token], across, begin, end); });
+  }
+
+  // The sums of some tokens with single entries, a row of `sums` each. Whether the indices are in order is the result.
+  template <typename P, typename C>
+  static bool entry_sums(const SparseLinear& problem, const P& product, const Tokens& tokens, int64_t entries,
+                         C* sums) {
+    std::atomic<bool> good{true};
+    parts_of(problem, tokens, entries, [&](int64_t token, int64_t begin, int64_t end) {
+      if (!product.entry_sums(tokens[token], begin, end, sums + token * problem.out_features + begin))
+        good.store(false, std::memory_order_relaxed);
+    });
+    return good.load();
+  }
+
+  // Says what is wrong with indices of which `entry_sums` said that they are not in order.
+  static void refuse(const SparseLinear& problem, Name name, const Tensor& indices) {
+    content(problem.op, name, indices, problem.limit());
+    SHIRA_CHECK(false, problem.op, ": ", name, " must not change during the call");
   }
 
   static void multiply(const SparseLinear& problem, const Tensor& input, const Tensor& indices, const Tensor& values,
                        const Tensor& result) {
+    const Tokens tokens{nullptr, 0, problem.tokens};
+    const bool few = result.numel() > 0 && few_entries(problem, 1);
+    if (!few) content(problem.op, {"indices"}, indices, problem.limit());
+    if (result.numel() == 0) return;
     with_dtypes(input.scalar_type(), values.scalar_type(), [&](auto w, auto v) {
-      one<typename decltype(w)::type, typename decltype(v)::type>(problem, input, result, indices, values, 1, false,
-                                                                  {nullptr, 0, problem.tokens}, 1);
+      using W = typename decltype(w)::type;
+      with_product<W, typename decltype(v)::type>(
+          problem, input, result, indices, values, 1, false, [&](const auto& product) {
+            if (!few) return one(problem, product, tokens, values.numel(), 1);
+            const auto sums = allocate<typename W::Compute>(problem.tokens * problem.out_features);
+            if (!entry_sums(problem, product, tokens, values.numel(), sums.get()))
+              refuse(problem, {"indices"}, indices);
+            for (int64_t t = 0; t < problem.tokens; ++t)
+              product.finish(t, 0, problem.out_features, sums.get() + t * problem.out_features);
+          });
     });
   }
 
@@ -489,23 +553,39 @@ struct Cpu {
     std::vector<int64_t> starts(count + 1, 0), order(problem.tokens);
     for (int64_t t = 0; t < problem.tokens; ++t)
       if (named[t] >= 0) ++starts[named[t] + 1];
-    for (int64_t k = 0; k < count; ++k) {
-      if (starts[k + 1] > 0) content(problem.op, {"indices", k}, indices[k], problem.limit());
-      starts[k + 1] += starts[k];
-    }
+    for (int64_t k = 0; k < count; ++k) starts[k + 1] += starts[k];
     std::vector<int64_t> next(starts);
     for (int64_t t = 0; t < problem.tokens; ++t)
       if (named[t] >= 0) order[next[named[t]]++] = t;
-    if (problem.out_features == 0) return;
+    const auto tokens_of = [&](int64_t k) { return Tokens{order.data() + starts[k], 0, starts[k + 1] - starts[k]}; };
     with_dtypes(output.scalar_type(), values[0].scalar_type(), [&](auto w, auto v) {
       using W = typename decltype(w)::type;
-      const auto* const strengths = static_cast<const typename W::Compute*>(alphas.const_data_ptr());
-      for (int64_t k = 0; k < count; ++k) {
-        const Tokens tokens{order.data() + starts[k], 0, starts[k + 1] - starts[k]};
-        if (tokens.count > 0 && strengths[k] != 0)
-          one<W, typename decltype(v)::type>(problem, input, output, indices[k], values[k], strengths[k], true, tokens,
-                                             count);
-      }
+      const auto* const alpha = static_cast<const typename W::Compute*>(alphas.const_data_ptr());
+      const auto each = [&](const auto& f) {  // of the adapters that have something to add
+        for (int64_t k = 0; k < count; ++k)
+          if (tokens_of(k).count > 0 && alpha[k] != 0 && problem.out_features > 0)
+            with_product<W, typename decltype(v)::type>(problem, input, output, indices[k], values[k], alpha[k], true,
+                                                        [&](const auto& product) { f(k, product); });
+      };
+      // All indices are checked before the first output is written: so the sums are kept where they are their check.
+      const bool few = few_entries(problem, count);
+      for (int64_t k = 0; k < count; ++k)
+        if (tokens_of(k).count > 0 && (!few || alpha[k] == 0 || problem.out_features == 0))
+          content(problem.op, {"indices", k}, indices[k], problem.limit());
+      if (!few)
+        return each(
+            [&](int64_t k, const auto& product) { one(problem, product, tokens_of(k), values[k].numel(), count); });
+      const int64_t outs = problem.out_features;
+      const auto sums = allocate<typename W::Compute>(starts[count] * outs);
+      each([&](int64_t k, const auto& product) {
+        if (!entry_sums(problem, product, tokens_of(k), values[k].numel(), sums.get() + starts[k] * outs))
+          refuse(problem, {"indices", k}, indices[k]);
+      });
+      each([&](int64_t k, const auto& product) {
+        const Tokens tokens = tokens_of(k);
+        for (int64_t t = 0; t < tokens.count; ++t)
+          product.finish(tokens[t], 0, outs, sums.get() + (starts[k] + t) * outs);
+      });
     });
   }
 };

@@ -266,49 +266,88 @@ void granule_sums(const I* indices, int64_t n, int64_t granule, int64_t a_row, d
   loop(indices, n, granule, a_row, inverse, first, values, x, sums);
 }
 
-// One token, with single entries: lane k sums entries k, k + kLanes, ... of a row, and then the lanes are summed.
-// `sums` has rows [first, first + count). Where a row ends is known when its entries have been read, and only then can
-// the next begin: so kGroup parts of the rows are read side by side.
+// sums[k] = the sum of the lanes of row k, of up to kGroup rows.
+template <typename Registers>
+SHIRA_TARGET inline void sum_lanes(const typename Registers::Value* rows, int64_t count,
+                                   typename Registers::Value* sums) {
+  typename Registers::Register row[kGroup];
+  typename Registers::Value total[kGroup];
+  for (int64_t k = 0; k < kGroup; ++k)
+    row[k] = k < count ? Registers::load(rows + k * Registers::kLanes) : Registers::zero();
+  Registers::sum(row, total);
+  std::copy_n(total, count, sums);
+}
+
+// One token, with single entries [begin, end): the entries are taken in their order, kLanes at a time, so lane k sums
+// those of a row whose number in the mask is k modulo kLanes; then the lanes are summed. `sums` has rows
+// [first, first + count).
+//
+// The indices need not be in order, or be those of these rows: whether they are is the result. It is found here, since
+// a pass of its own would read them from memory a second time.
 template <typename Registers, typename V, typename I>
-SHIRA_TARGET void entry_sums(const I* indices, int64_t n, int64_t columns, int64_t first, int64_t count,
+SHIRA_TARGET bool entry_sums(const Mask<I>& mask, int64_t begin, int64_t end, int64_t first, int64_t count,
                              const typename V::Bits* values, const typename Registers::Value* x,
                              typename Registers::Value* sums) {
+  using Value = typename Registers::Value;
   constexpr int64_t kLanes = Registers::kLanes;
-  // The last entries again, before others of no row: whole registers must not be read past the end of the tensors.
-  I last[2 * kLanes];
-  typename V::Bits last_values[2 * kLanes] = {};
-  const int64_t tail = std::max<int64_t>(0, n - kLanes);
-  std::fill_n(last, 2 * kLanes, static_cast<I>(kNoEntry));
-  std::copy(indices + tail, indices + n, last);
-  std::copy(values + tail, values + n, last_values);
-
-  const int64_t tall = (count + kGroup - 1) / kGroup;
-  int64_t entries[kGroup];
-  for (int64_t k = 0; k < kGroup; ++k)
-    entries[k] = std::lower_bound(indices, indices + n, (first + std::min(count, k * tall)) * columns) - indices;
-  typename Registers::Register sum[kGroup];
-  typename Registers::Value total[kGroup];
-  for (int64_t row = 0; row < tall; ++row) {
-    const int64_t parts = std::min<int64_t>(kGroup, (count - row + tall - 1) / tall);  // that have so many rows
-    for (int k = 0; k < kGroup; ++k) sum[k] = Registers::zero();
-    for (int64_t k = 0; k < parts; ++k) {
-      const int64_t start = (first + k * tall + row) * columns;
-      int64_t entry = entries[k];
-      for (;;) {
-        const bool inside = entry + kLanes <= n;
-        const I* const at = inside ? indices + entry : last + (entry - tail);
-        const auto* const own = inside ? values + entry : last_values + (entry - tail);
-        const int64_t taken = Registers::add_entries(at, start, columns, Source<V>{own}, x, sum[k]);
-        if (taken < kLanes) {
-          entries[k] = entry + taken;
-          break;
+  const I* const indices = mask.indices;
+  const int64_t columns = mask.columns;
+  alignas(64) Value rows[(kGroup + Registers::kMostRows) * kLanes];  // the lanes of `ended` rows, and of the next
+  int64_t ended = 0, done = 0, row_end = (first + 1) * columns;
+  auto sum = Registers::zero();
+  uint32_t disorder = 0;
+  for (int64_t entry = begin; entry < end;) {
+    const int64_t lane = entry % kLanes;
+    if (lane == 0 && entry + kLanes < end) {
+      __builtin_prefetch(reinterpret_cast<const char*>(indices + entry) + kFetched);
+      __builtin_prefetch(reinterpret_cast<const char*>(values + entry) + kFetched);
+      const bool ends = indices[entry + kLanes - 1] >= row_end;
+      int64_t here = ends;  // rows that end
+      auto* const to = rows + ended * kLanes;
+      const Source<V> own{values + entry};
+      if (!Registers::add_in_two(indices + entry, row_end, columns, ends, own, x, sum, to, disorder))
+        here = Registers::add_in_rows(indices + entry, row_end, columns, own, x, sum, to);
+      if (here >= 0) {
+        entry += kLanes;
+        ended += here;
+        row_end += here * columns;
+        if (ended < kGroup) continue;
+        int64_t from = 0;
+        for (; from + kGroup <= ended; from += kGroup, done += kGroup) {
+          if (done + kGroup >= count) return false;
+          sum_lanes<Registers>(rows + from * kLanes, kGroup, sums + done);
         }
-        entry += kLanes;  // a number, so that the next entries do not wait for `taken`
+        if (from < ended) std::copy_n(rows + from * kLanes, (ended - from) * kLanes, rows);
+        ended -= from;
+        continue;
       }
     }
-    Registers::sum(sum, total);
-    for (int64_t k = 0; k < parts; ++k) sums[k * tall + row] = total[k];
+    // One by one: of the first or the last register, or of one with very many rows.
+    Value lanes[kLanes];
+    Registers::store(lanes, sum);
+    for (const int64_t stop = std::min(end, entry - lane + kLanes); entry < stop; ++entry) {
+      const I index = indices[entry];
+      if (index < row_end - columns || (entry + 1 < end && indices[entry + 1] <= index)) return false;
+      for (; index >= row_end; row_end += columns) {
+        if (done + ended + 1 >= count) return false;
+        std::copy_n(lanes, kLanes, rows + ended * kLanes);
+        std::fill_n(lanes, kLanes, Value{0});
+        if (++ended < kGroup) continue;
+        sum_lanes<Registers>(rows, kGroup, sums + done);
+        done += kGroup;
+        ended = 0;
+      }
+      Value& own = lanes[entry % kLanes];
+      own = Registers::fused(static_cast<Value>(V::load(values[entry])), x[index - (row_end - columns)], own);
+    }
+    sum = Registers::load(lanes);
   }
+  if (disorder != 0 || done + ended >= count) return false;
+  if (begin < end && (indices[begin] < first * columns || indices[end - 1] >= (first + count) * columns)) return false;
+  Registers::store(rows + ended * kLanes, sum);
+  sum_lanes<Registers>(rows, ended + 1, sums + done);
+  std::fill(sums + done + ended + 1, sums + count, Value{0});  // rows without entries
+  return true;
 }
 
 // Outputs [0, kCount) from their sums.

@@ -228,9 +228,7 @@ Turned turned(const SparseLinear& problem, const Tensor& indices, const Tensor& 
   return {entries, to<Tensor>(taken[0])};
 }
 
-struct Cuda {
-  static void content(const char*, Name, const Tensor&, int64_t) {}  // each access is guarded instead
-
+struct Cuda {  // indices and adapters are not looked at: each access is guarded instead
   template <typename W, typename V, int kTokens>
   static void launch(const OverlayRow& row, cudaStream_t stream) {
     const int64_t blocks = row.row_blocks * ((row.tokens + kTokens - 1) / kTokens);
@@ -285,7 +283,7 @@ struct Cuda {
 
   static void multiply(const SparseLinear& problem, const Tensor& input, const Tensor& indices, const Tensor& values,
                        const Tensor& result) {
-    run(problem, result, input, {indices}, {values}, nullptr, nullptr);
+    if (result.numel() > 0) run(problem, result, input, {indices}, {values}, nullptr, nullptr);
   }
   static void add(const SparseLinear& problem, const Tensor& output, const Tensor& input, const Tensors& indices,
                   const Tensors& values, const Tensor& adapters, const Tensor& alphas) {

@@ -2,11 +2,10 @@
 // the backend computes.
 //
 // A backend has static functions, whose arguments are already checked:
-//   content(op, name, indices, limit)   refuses indices that are not strictly increasing in [0, limit) granules,
-//                                       where that needs no synchronisation
-//   multiply(problem, input, indices, values, result): every entry of `result` is written
-//   add(problem, output, input, indices, values, adapters, alphas): it checks the content of adapters, and of the
-//                                       indices of those that are named, where that needs no synchronisation
+//   multiply(problem, input, indices, values, result): every entry of `result`, which may have none, is written
+//   add(problem, output, input, indices, values, adapters, alphas)
+// Where that needs no synchronisation, they refuse adapters that there are not, and indices, of those that are named,
+// that are not strictly increasing in [0, problem.limit()) granules.
 #pragma once
 #include "../checks.h"
 #include "../core/fuse.h"
@@ -50,9 +49,8 @@ struct OverlayOps {
     check_memory(op, owner, input);
     check_memory(op, {"indices"}, indices);
     check_memory(op, {"values"}, values);
-    Backend::content(op, {"indices"}, indices, problem.limit());
     Tensor result = torch::stable::new_empty(input, sizes);
-    if (result.numel() > 0) Backend::multiply(problem, input, indices, values, result);
+    Backend::multiply(problem, input, indices, values, result);
     return result;
   }
 

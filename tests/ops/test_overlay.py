@@ -249,7 +249,13 @@ def test_single_entries_across_lanes(width: Backend, dtype: torch.dtype, index: 
     """Rows of every length around those of registers, empty ones, and entries that end with their tensors; what lies
     beside a row's entries, in registers, is not multiplied."""
     rng = np.random.default_rng(17)
-    for lengths in ([0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 0, 0], [3], [40] * 9, [0] * 9 + [16], [1] * 20, [0, 0]):
+    lists = [[0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 0, 0], [3], [40] * 9, [0] * 9 + [16], [1] * 20, [0, 0], [16] * 10]
+    for lengths in (
+        *lists,
+        [*range(9, 35)],
+        [*range(35, 9, -1), 0],
+        *(rng.integers(0, most, 90).tolist() for most in (40, 9, 4, 2)),
+    ):
         columns = 40
         chosen = [row * columns + np.sort(rng.permutation(columns)[:n]) for row, n in enumerate(lengths)]
         indices = torch.from_numpy(np.concatenate(chosen).astype(np.int64)).to(index)
@@ -260,6 +266,31 @@ def test_single_entries_across_lanes(width: Backend, dtype: torch.dtype, index: 
         for tokens in (1, 2):
             case = Case(LINEAR, {"input": integers(rng, (tokens, columns), dtype).abs() + 1, **args})
             assert_same(run(width, case), run(cases.ORACLE, case))
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("index", cases.INDEX_DTYPES, ids=id_of)
+def test_few_tokens_find_every_index_out_of_order(width: Backend, index: torch.dtype) -> None:
+    """With few tokens, single entries are checked while they are multiplied: by registers and one by one."""
+    rng = np.random.default_rng(18)
+    for rows, columns, count, step, threads in ((9, 40, 70, 3, 1), (3, 7, 9, 1, 1), (100, 1000, 40_000, 9999, 2)):
+        torch.set_num_threads(threads)
+        limit = rows * columns
+        indices = cases.random_indices(rng, limit, count, index)
+        args = {"values": integers(rng, (count,), torch.float32), "out_features": rows}
+        case = Case(LINEAR, {"input": integers(rng, (1, columns), torch.float32), "indices": indices, **args})
+        assert_same(run(width, case), run(cases.ORACLE, case))
+        for at in {*range(0, count, step), count // 2, count - 1}:
+            own, before, after = (int(indices[min(max(0, k), count - 1)]) for k in (at, at - 1, at + 1))
+            others = [-1, limit, limit - 1, before - 1, after + 1, own + columns, own - columns, 2**31 - 1, -(2**31)]
+            others += [own + 2**32, own - 2**32] if index == torch.int64 else []
+            for other in (before, after, *others):
+                bad = indices.clone()
+                bad[at] = other
+                if bad.min() >= 0 and bad.max() < limit and bool((bad.diff() > 0).all()):
+                    continue
+                with pytest.raises(RuntimeError, match="sparse_linear: indices must be strictly increasing"):
+                    run(width, Case(LINEAR, {**case.args, "indices": bad}))
 
 
 def test_widths_are_named() -> None:
