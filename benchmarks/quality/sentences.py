@@ -245,9 +245,11 @@ def longer_words(results: Results, family: str) -> str:
     if not all(scores):
         return ""
     by = gains(*([one["test"] for one in some or ()] for some in scores))
+    seeds = f"{len(by)} seed{'s' * (len(by) > 1)}"
+    beside = {"ahead": "ahead of", "behind": "behind", "level": "level with"}.get(word(by), "beside")
     return (
-        f"With {ours.steps} steps {label(ours.method)} is {word(by) or 'one seed'} beside LoRA "
-        f"({difference(family, by)} nats; {len(by)} seed{'s' * (len(by) > 1)})."
+        f"With {ours.steps} steps on *{what(ours.task)}* {label(ours.method)} is {beside} LoRA "
+        f"({difference(family, by)} nats; {seeds})."
     )
 
 
