@@ -259,8 +259,8 @@ def kin_variants(family: str) -> list[str]:
     """What the table shows: every rate where there are few ways to train, the best one where there are many."""
     if family not in fusion.CHOSEN:
         return list(KIN)
-    others = (f"rand 16, disjoint, {fusion.SPARED}", f"rand 16, one mask, {fusion.MATCHED}")
-    return [*(f"{name}{rate}" for name in KIN for rate in RATES_OF_KIN), *others]
+    given = [f"rand 16, one mask, {name}" for several in fusion.GIVEN.values() for name in several]
+    return [*(f"{name}{rate}" for name in KIN for rate in RATES_OF_KIN), f"rand 16, disjoint, {fusion.SPARED}", *given]
 
 
 def kin_table(results: Results, *families: str) -> str:
