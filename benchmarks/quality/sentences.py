@@ -98,7 +98,7 @@ def refined_words(results: Results, family: str) -> str:
             by += [gains(*([run["test"] for run in some or ()] for some in found))] if all(found) else []
         if method != Lora(r) and len(by) == len(tasks.tasks(family)):
             told.append(f"{label(method)} {overall(family, by)}")
-    return f"With rates searched in half steps the distance from LoRA is smaller: {'; '.join(told)}." if told else ""
+    return f"With rates searched in half steps, ahead of LoRA by: {'; '.join(told)}." if told else ""
 
 
 def matched_words(results: Results, family: str) -> str:

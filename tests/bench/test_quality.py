@@ -536,6 +536,32 @@ def test_a_mean_over_tasks_has_the_error_over_the_seeds_and_that_over_the_tasks(
     ]  # fmt: skip
 
 
+def test_who_fuses_better_is_said_by_the_seeds_that_both_have():
+    a, b, c, d = ((f"x/{one}",) for one in "abcd")
+    scores = {
+        (a, "lora"): [-0.3, -0.31], (a, "rand"): [-0.1, -0.11, -9.0],  # the third seed is SHiRA's alone
+        (b, "lora"): [-0.3, -0.1], (b, "rand"): [-0.2, -0.2],
+        (c, "lora"): [-0.1], (c, "rand"): [-0.2],
+        (d, "rand"): [-0.2],
+    }  # fmt: skip
+    told = sentences.beside_lora_fused("smollm2", [a, b, c, d], list(scores), lambda keys: scores[keys[0]])
+    assert told == (
+        "ahead on *a* (0.105 against 0.305; 2 seeds); level on *b* (0.200 against 0.200; 2 seeds); "
+        "worse on *c* (0.200 against 0.100; 1 seed)"
+    )
+
+
+def test_longer_runs_are_compared_in_words(tmp_path, monkeypatch):
+    ours, lora = single.longer("smollm2")
+    scores = {ours: [-2.0, -2.1], lora: [-2.5, -2.6]}
+    monkeypatch.setattr(Results, "longer", lambda self, one: [{"test": score} for score in scores[one]])
+    assert sentences.longer_words(Results(tmp_path), "smollm2") == (
+        "With 160 steps on *names* SHiRA-Rand, granule 16 is ahead of LoRA (+0.500 ± 0.000 nats; 2 seeds)."
+    )
+    scores[ours] = scores[lora][:1]
+    assert "is beside LoRA (+0.000 nats; 1 seed)" in sentences.longer_words(Results(tmp_path), "smollm2")
+
+
 def test_the_rate_that_every_seed_chooses(tmp_path):
     setting = Setting("rl/last", Lora(1))
     kept = store.Store("rl", tmp_path)
