@@ -251,7 +251,7 @@ def place(t: torch.Tensor, device: str, offset: int) -> tuple[torch.Tensor, torc
 
 
 def run(backend: Backend, case: Case, *, offset: int = 0) -> dict[str, Any]:
-    """Calls the op on copies of the case's tensors: its result, and every argument as it is afterwards.
+    """Calls the op on copies of the case's tensors: its result, and every argument as it is afterwards, on the CPU.
 
     The copies lie `offset` entries past an aligned address, and the bytes around them must stay as they were.
     """
@@ -271,7 +271,8 @@ def run(backend: Backend, case: Case, *, offset: int = 0) -> dict[str, Any]:
         around = torch.cat([raw[:start], raw[end:]])
         assert bool((around == _GUARD).all()), f"{case.op} wrote outside a tensor"
     assert pointers == {name: t.data_ptr() for name, t in Case(case.op, args).tensors()}
-    return {"result": list(result) if isinstance(result, (tuple, list)) else result, **without_device(args)}
+    found = {"result": list(result) if isinstance(result, (tuple, list)) else result, **without_device(args)}
+    return dict(map_tensors(lambda t: t.cpu(), found))
 
 
 def without_device(args: dict[str, Any]) -> dict[str, Any]:

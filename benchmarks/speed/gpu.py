@@ -2,11 +2,13 @@
 
 python -m benchmarks.speed.gpu        (or: make gpu)
 
-The sections, the most important first, are: build (unless the package is already built for this torch), parity of every
-op with the references, captured graphs, measurements (gpu_bench.py) of the compiled kernels, contract tests, ncu's
-counters, compute-sanitizer; then parity, captured graphs and measurements of Triton's kernels. Each runs in processes
-of its own, so that a failure there does not end the run. A section that does not fit into the time left is reported as
-skipped. Results are written as they come. The exit status is 1 where something failed.
+First it builds the package, unless that has been done for this torch; where the CUDA kernels do not compile, without
+them, so that Triton serves. Then come the proofs, side by side: parity of every op with the references, captured
+graphs, what torch builds on the ops, and the contract tests; parity and captured graphs of Triton's kernels. Then the
+measurements (gpu_bench.py) of the compiled kernels for a part of the time left, large weights, compute-sanitizer, ncu's
+counters, the other measurements, and those of Triton's kernels. Each runs in processes of its own: one that fails,
+hangs or loses the device costs what it was at, and the others go on. A section that does not fit into the time left is
+reported as skipped. Results are written as they come. The exit status is 1 where something failed.
 
 `--device cpu --quick` runs, at tiny sizes, all that a CPU can, to see whether it works. The figures mean nothing then.
 """
@@ -14,6 +16,7 @@ skipped. Results are written as they come. The exit status is 1 where something 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -23,17 +26,25 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-FAMILIES = ("switch", "fuse", "gradient", "optimize", "select", "fingerprint", "codec", "diff", "overlay", "refusals")
+FAMILIES = (
+    *("switch", "fuse", "gradient", "optimize", "select", "fingerprint", "codec", "diff", "overlay"),
+    *("refusals", "autograd"),
+)
 COLD = 180  # seconds that a first import of torch may take
-DEVICE_LOST = 3  # the exit status of gpu_bench.py
+PROVING = 150  # seconds for the proofs that run side by side
+LOST = 8  # how many processes of one program of proofs may be lost before it is given up
+DEVICE_LOST = 3  # the exit status of programs that lost the device
+KEPT = 40_000  # characters of an output that are kept
 # The measurements, functions of gpu_bench.py, the most important first.
 NAMES = (
     *("copy", "swap", "swap_granule_16", "adamw", "sampled_grad", "sampled_grad_14336_columns", "select_top"),
@@ -92,6 +103,10 @@ class Done:
     def tail(self) -> str:
         return self.output[-3000:]
 
+    @property
+    def ending(self) -> str:
+        return "it did not end in time" if self.code is None else f"exit status {self.code}"
+
 
 @dataclass
 class Run:
@@ -103,6 +118,9 @@ class Run:
     out: Path
     start: float = field(default_factory=time.monotonic)
     told: Told = field(default_factory=dict)
+    lock: threading.RLock = field(default_factory=threading.RLock)  # sections may run side by side
+    running: set[subprocess.Popen[str]] = field(default_factory=set)
+    over: bool = False
 
     def __post_init__(self) -> None:
         self.told |= {"device": self.device, "quick": self.quick, "sections": {}, "measurements": {}}
@@ -118,34 +136,59 @@ class Run:
         # Children of a pytest-xdist worker would take themselves for workers, and wait for a controller.
         own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
         paths = [str(ROOT), str(ROOT / "python"), own.get("PYTHONPATH", "")]
-        return {**own, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
+        # Compilers keep what they have made in the home folder, which may be read-only.
+        caches = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "CUDA_CACHE_PATH": "cuda"}
+        kept = {name: str(ROOT / "build/gpu" / folder) for name, folder in caches.items()}
+        return {**kept, **own, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
 
     def all(self, commands: dict[str, Sequence[str]], limit: float, **environment: str) -> dict[str, Done]:
         """Runs commands side by side; those that take longer than `limit` seconds are stopped."""
+        if self.over:
+            raise RuntimeError("the run was ended")
         start, running, found = time.monotonic(), {}, {}
         with tempfile.TemporaryDirectory() as folder:
-            for name, command in commands.items():
-                output = (Path(folder) / name).open("w+")
-                process = subprocess.Popen(
-                    command,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    cwd=ROOT,
-                    env=self.environment(**environment),
-                    start_new_session=True,
-                )
-                running[name] = process, output
-            for name, (process, output) in running.items():
-                try:
-                    code: int | None = process.wait(max(0.1, limit - (time.monotonic() - start)))
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)  # the session that was started for it
-                    process.wait()
-                    code = None
-                output.seek(0)
-                found[name] = Done(code, output.read(), time.monotonic() - start)
-                output.close()
+            try:
+                for name, command in commands.items():
+                    output = (Path(folder) / name).open("w+", encoding="utf-8", errors="replace")
+                    process = subprocess.Popen(
+                        command,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                        cwd=ROOT,
+                        env=self.environment(**environment),
+                        start_new_session=True,
+                        text=True,
+                    )
+                    self.running.add(process)
+                    running[name] = process, output
+                for name, (process, output) in running.items():
+                    try:
+                        code: int | None = process.wait(max(0.1, limit - (time.monotonic() - start)))
+                    except subprocess.TimeoutExpired:
+                        code = None
+                        self.stop(process)
+                    output.seek(0)
+                    found[name] = Done(code, output.read(), time.monotonic() - start)
+            finally:
+                for process, output in running.values():
+                    self.stop(process)
+                    output.close()
         return found
+
+    def stop(self, process: subprocess.Popen[str]) -> None:
+        """Ends a process and all that it started."""
+        self.running.discard(process)
+        if process.poll() is not None:
+            return
+        os.killpg(process.pid, signal.SIGKILL)  # the session that was started for it
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs may hold it for good
+            process.wait(10)
+
+    def end(self) -> None:
+        """Ends all that runs, and lets nothing start any more."""
+        self.over = True
+        for process in list(self.running):
+            self.stop(process)
 
     def one(self, command: Sequence[str], limit: float, **environment: str) -> Done:
         return self.all({"one": command}, limit, **environment)["one"]
@@ -161,12 +204,19 @@ class Run:
             except Exception as error:  # recorded, since the other sections are still worth having
                 told = {"state": "failed", "why": f"{type(error).__name__}: {error}"}
         told["seconds"] = round(time.monotonic() - begun, 1)
-        self.told["sections"][name] = told
-        print(f"{told['state']:8}{name}, {told['seconds']:g} s{': ' if told.get('why') else ''}{told.get('why', '')}")
-        if told["state"] == "failed" and told.get("output"):
-            print("        | " + told["output"][-1500:].replace("\n", "\n        | "))
-        sys.stdout.flush()
-        self.write()
+        with self.lock:
+            self.told["sections"][name] = told
+            why = f": {told['why']}" if told.get("why") else ""
+            print(f"{told['state']:8}{name}, {told['seconds']:g} s{why}")
+            if told["state"] == "failed" and told.get("output"):
+                print("        | " + told["output"][-1500:].replace("\n", "\n        | "))
+            sys.stdout.flush()
+            self.write()
+
+    def together(self, sections: dict[str, tuple[float, Callable[[], Told]]]) -> None:
+        with ThreadPoolExecutor(len(sections)) as pool:
+            for one in [pool.submit(self.section, name, *given) for name, given in sections.items()]:
+                one.result()
 
     def write(self) -> None:
         self.told["seconds"] = round(time.monotonic() - self.start, 1)
@@ -176,15 +226,6 @@ class Run:
 
 def python(*arguments: str) -> list[str]:
     return [sys.executable, *arguments]
-
-
-def judged(done: Done, why: str = "") -> Told:
-    """The result of a section of one process, which passed if its exit status is 0."""
-    if done.code == 0:
-        lines = done.output.strip().splitlines()
-        return {"state": "passed", "why": why or (lines[-1] if lines else "")}
-    why = "it did not end in time" if done.code is None else f"exit status {done.code}"
-    return {"state": "failed", "why": why, "output": done.tail}
 
 
 def skipped(why: str) -> Told:
@@ -240,38 +281,39 @@ def build(run: Run) -> Told:
     if not run.cuda:
         return {"state": "failed", "why": "build the package first: make setup, or make build"}
     environment = {
-        "TORCH_CUDA_ARCH_LIST": run.told["about"]["capability"],
         "MAX_JOBS": str(max(1, os.cpu_count() or 1)),
         "NVCC_APPEND_FLAGS": "-lineinfo",  # so that the sanitizer names lines; the machine code is the same
     }
-    pip = ["-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-index", "--no-build-isolation"]
-    attempts = {
-        "pip install -e .": python(*pip, "--no-deps", "-e", "."),
-        # Where nothing may be installed into this Python.
-        "setup.py build_ext --inplace": python("setup.py", "-q", "build_ext", "--inplace"),
-    }
-    said = ""
-    for name, command in attempts.items():
-        done = run.one(command, min(240, run.left() - 60), **environment)
-        if done.code == 0 and built():
-            return {"state": "passed", "why": name}
-        said += f"{name}: {done.tail}\n"
-    return {"state": "failed", "why": "without CUDA kernels the rest is about Triton alone", "output": said}
+    # In place: nothing is installed into this Python. setup.py compiles for the GPUs that it finds.
+    command = python("setup.py", "-q", "build_ext", "--inplace")
+    done = run.one(command, min(240, run.left() - 60), **environment)
+    if done.code == 0 and built():
+        return {"state": "passed", "why": f"in {done.took:.0f} s"}
+    said = f"{done.ending}: {done.output}"
+    # The ops are declared in the compiled part, so without it nothing is there for Triton to serve.
+    done = run.one(command, min(240, run.left() - 60), **environment, SHIRA_CUDA="0")
+    built()
+    why = "without CUDA kernels: the rest is about Triton alone" if "backends" in run.told else "nothing was built"
+    return {"state": "failed", "why": why, "output": (said + done.output * (done.code != 0))[-KEPT:]}
 
 
-def tests(run: Run) -> Told:
+def tests(run: Run, **environment: str) -> Told:
     """The contract tests of every family on the device, the families side by side."""
     if not find_spec("pytest"):
         return skipped("pytest is not installed, so parity is all that is proved")
     families = ("switch",) if run.quick else FAMILIES
     chosen = "cuda" if run.cuda else "test_twice and dispatcher and float32"
-    options = ["-q", "-k", chosen, "--maxfail=5", "-W", "default", "-p", "no:cacheprovider"]
+    limit = min(PROVING, run.left() - 5)
+    options = ["-q", "-k", chosen, "--maxfail=10", "-W", "default", "-p", "no:cacheprovider", "--tb=short"]
+    options += ["-p", "benchmarks.speed.pytest_gpu", "--seconds", str(max(1, limit - 25))]
     commands = {name: python("-m", "pytest", *options, f"tests/ops/test_{name}.py") for name in families}
     told: Told = {"state": "passed", "families": {}}
     output, counts = "", []
-    for name, done in run.all(commands, min(110, 0.5 * run.left())).items():
-        lines = done.output.strip().splitlines()
-        said = lines[-1].strip("= ") if lines else ""
+    for name, done in run.all(commands, limit, **environment).items():
+        lines = re.findall(
+            r"^[= ]*(\d+ (?:passed|failed|error|skipped|deselected).* in [\d.]+s)", done.output, re.MULTILINE
+        )
+        said = lines[-1] if lines else done.output.strip()[-200:]
         missing = re.search(r"No module named '(\w+)'", done.output) if done.code in (2, 4) else None
         if missing:
             said = f"not run: there is no {missing[1]}"
@@ -279,17 +321,52 @@ def tests(run: Run) -> Told:
             said = "did not end in time"
         elif done.code == 5:
             said = "no test of it names the device"
-        if done.code not in (0, 5) and not missing:
+        # pytest ends with 2 where it was told that the time is up, too.
+        short = done.code == 2 and "the time is up" in done.output and " failed" not in said and " error" not in said
+        if done.code not in (0, 5) and not missing and not short:
             told["state"] = "failed"
-            output += f"test_{name}.py:\n{done.output[-2500:]}\n"
+            output += f"test_{name}.py:\n{done.output[-6000:]}\n"
         told["families"][name] = said
-        counts.append(f"{name} {passed[0]}" if (passed := re.findall(r"\d+ passed", said)) else f"{name}: {said}")
-    return {**told, "why": "; ".join(counts), "output": output}
+        passed = re.findall(r"\d+ passed", said)
+        more = "".join(f", {one}" for one in re.findall(r"\d+ (?:failed|errors?)\b", said))
+        counts.append(f"{name} {passed[0]}{more}{' in the time given' * short}" if passed else f"{name}: {said}")
+    return {**told, "why": "; ".join(counts), "output": output[-KEPT:]}
 
 
-def parity(run: Run, **environment: str) -> Told:
-    command = python("-m", "benchmarks.speed.gpu_ops", "--device", run.device)
-    return judged(run.one([*command, *["--once"] * run.quick], min(90, run.left()), **environment))
+def proofs(run: Run, program: str, limit: float, **environment: str) -> Told:
+    """Runs a program of proofs. Where its process is lost, another goes on after the proof that lost it."""
+    end, found, lost, first, of, tail = time.monotonic() + limit, dict[str, Told](), dict[int, str](), 0, -1, ""
+    options = ["--device", run.device, *["--once"] * run.quick]
+    with tempfile.TemporaryDirectory() as folder:
+        lines = Path(folder) / "lines"
+        while first != of and len(lost) < LOST and (rest := end - time.monotonic()) > 5:
+            command = python(
+                "-m", f"benchmarks.speed.{program}", *options, "--lines", str(lines), "--first", str(first)
+            )
+            done = run.one(command, rest, **environment)
+            found, tail = written(lines), done.tail
+            if not found:  # it did not start
+                break
+            ended = [one["number"] + 1 for one in found.values()]
+            of, went = next(one["of"] for one in found.values()), max(first, *ended)
+            if went != of and done.code is not None and (done.code != DEVICE_LOST or went == first):
+                lost[went] = f"{done.ending}: {tail}"
+                went += 1
+            first = went
+            if done.code is None:
+                break
+    errors = {name: one["traceback"] for name, one in found.items() if "error" in one}
+    errors |= {f"proof number {number}": f"its process was lost: {why}" for number, why in lost.items()}
+    good = sum("error" not in one for one in found.values())
+    said = [one["said"] for one in found.values() if "said" in one]
+    why = [f"{good} of {max(of, 0)} proofs hold"] if found else ["it did not start"]
+    why += [f"{of - first} were not reached"] * (first != of and bool(found)) + [f"{len(errors)} failed"] * bool(errors)
+    output = "".join(f"{name}: {text}\n" for name, text in errors.items()) or tail * (first != of)
+    told: Told = {
+        "state": "failed" if errors or not found else "passed",
+        "why": "; ".join(why + list(dict.fromkeys(said))),
+    }
+    return {**told, "failed": list(errors), "output": output[-KEPT:] * (told["state"] == "failed" or first != of)}
 
 
 def ours(reports: str) -> int:
@@ -310,17 +387,21 @@ def sanitizer(run: Run) -> Told:
     if tool is None:
         return skipped("there is no compute-sanitizer")
     program = python("-m", "benchmarks.speed.gpu_ops", "--once")
+    ours_alone = ["--kernel-name", "kernel_substring=shira", "--error-exitcode", "9"]
     options = {
         # Watches everything but API errors: torch itself makes calls that are meant to fail.
         "memcheck": ["--report-api-errors", "no", "--error-exitcode", "9"],
-        # Watches our kernels, whose names contain shira.
-        "racecheck": ["--kernel-name", "kernel_substring=shira", "--error-exitcode", "9"],
+        # These watch our kernels, whose names contain shira.
+        "racecheck": ours_alone,
+        "synccheck": ours_alone,
         # Has to see everything that writes. torch's kernels may read memory that nobody wrote, however often; only
         # reports about ours count.
         "initcheck": ["--print-limit", "0"],
     }
     commands = {name: [tool, "--tool", name, *own, *program] for name, own in options.items()}
-    found = run.all(commands, min(90, 0.5 * run.left()), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    found = run.all(commands, min(90, 0.6 * run.left()), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    if all(done.code != 0 and "Device not supported" in done.output for done in found.values()):
+        return skipped("compute-sanitizer does not work on this machine: Device not supported")
     said, bad = {}, []
     for name, done in found.items():
         summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", done.output)
@@ -335,14 +416,7 @@ def sanitizer(run: Run) -> Told:
             bad.append(name)
     state = "failed" if bad else "passed" if any(done.code == 0 for done in found.values()) else "skipped"
     told = {"state": state, "why": "; ".join(f"{name}: {one}" for name, one in said.items())}
-    return {**told, "output": "\n".join(found[name].tail for name in dict.fromkeys(bad))}
-
-
-def graph(run: Run, **environment: str) -> Told:
-    if not run.cuda:
-        return skipped("CUDA graphs need a GPU")
-    done = run.one(python("-m", "benchmarks.speed.gpu_graph"), min(60, run.left()), **environment)
-    return judged(done, "; ".join(done.output.strip().splitlines()[-3:]))
+    return {**told, "output": "\n".join(found[name].output[-KEPT // 4 :] for name in dict.fromkeys(bad))}
 
 
 def profile(run: Run) -> Told:
@@ -355,10 +429,12 @@ def profile(run: Run) -> Told:
     with tempfile.TemporaryDirectory() as folder:
         program = python("-m", "benchmarks.speed.gpu_bench", "--lines", f"{folder}/lines", "--only", "swap")
         chosen = ["--kernel-name-base", "demangled", "--kernel-name", "regex:shira", "--launch-count", "2"]
-        options = ["--csv", "--page", "raw", "--kill", "yes", "--metrics", ",".join(METRICS)]
-        done = run.one([tool, *chosen, *options, *program], min(120, run.left()))
-    if "ERR_NVGPUCTRPERM" in done.output:
-        return skipped("this user may not read the GPU's counters")
+        # The clocks stay as they are.
+        options = ["--csv", "--page", "raw", "--kill", "yes", "--clock-control", "none", "--metrics", ",".join(METRICS)]
+        done = run.one([tool, *chosen, *options, *program], min(90, run.left()))
+    for sign in ("ERR_NVGPUCTRPERM", "LibraryNotLoaded"):
+        if sign in done.output:
+            return skipped(f"the GPU's counters may not be read here ({sign})")
     kernels = counted(done.output)
     if not kernels:
         return {"state": "failed", "why": f"ncu told nothing (exit status {done.code})", "output": done.tail}
@@ -414,8 +490,9 @@ def measure(run: Run, backend: str, names: Sequence[str], limit: float, **enviro
         if waiting and (done.code != DEVICE_LOST or len(waiting) == before):
             lost = waiting.pop(0)
             found[lost] = {"name": lost, "error": f"its process ended with {done.code}", "traceback": done.tail}
+    found = {name: one for name, one in found.items() if name in names}
     bad = {name: one["error"] for name, one in found.items() if "error" in one}
-    state = "failed" if bad or not found else "skipped" if len(waiting) == len(names) else "passed"
+    state = "failed" if bad or (not found and not waiting) else "skipped" if len(waiting) == len(names) else "passed"
     why = [f"{len(found) - len(bad)} measured"]
     why += [f"no time left for {', '.join(waiting)}"] * bool(waiting) + [f"{k}: {v}" for k, v in bad.items()]
     output = "\n".join(found[name].get("traceback", "") for name in bad)
@@ -457,8 +534,17 @@ def show(told: Told) -> None:
             for fact in ("G indices/s", "of read bandwidth", "share of sectors", "share of pairs", "steps/s"):
                 if fact in one:
                     print(f"{backend}, {name}: {fact} {one[fact]}")
+            if "left out" in one:
+                print(f"{backend}, {name}: left out: {one['left out']}")
             if "peak bytes" in one:
                 print(f"{backend}, {name}: peak bytes {one['peak bytes']}")
+    print("\nIn short:")
+    order = ("passed", "skipped", "failed")
+    for name, one in sorted(told["sections"].items(), key=lambda item: order.index(item[1]["state"])):
+        why = " ".join(one.get("why", "").split())
+        print(f"{one['state']:8}{name}{': ' * bool(why)}{why[:400]}")
+        for failed in one.get("failed", [])[:20]:
+            print(f"            {failed}")
 
 
 def main() -> None:
@@ -470,34 +556,81 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu-name>.json")
     given = parser.parse_args()
     run = Run(given.device, given.quick, given.budget, given.out or ROOT / "benchmarks/results/gpu.json")
+
+    def ended(*_: object) -> None:
+        run.end()
+        sys.exit(143)
+
+    signal.signal(signal.SIGTERM, ended)
+    try:
+        everything(run, given.only, named=given.out is not None)
+    finally:
+        run.end()
+        show(run.told)
+        print(f"\n{run.told.get('seconds', 0):g} s; written to {run.out}")
+    sys.exit(any(one["state"] == "failed" for one in run.told["sections"].values()))
+
+
+def everything(run: Run, names: Sequence[str], named: bool) -> None:
     run.section("about", 2, lambda: about(run))
-    if given.out is None:
+    if not named:
         run.out.unlink(missing_ok=True)
     if run.told["sections"]["about"]["state"] != "passed":
         sys.exit(1)
-    if given.out is None:
+    if not named:
         name = re.sub(r"[^a-z0-9]+", "-", run.told["about"].get("gpu", "cpu").lower()).strip("-")
         run.out = run.out.with_name(f"{name}.json")
     run.section("build", 60 if run.cuda else 4, lambda: build(run))
-    run.section("parity, compiled", 10, lambda: parity(run))
-    run.section("captured graphs", 15, lambda: graph(run))
-    # First of all that takes long: tests, sanitizers and Triton have what time is left.
-    run.section("measurements, compiled", 15, lambda: measure(run, "compiled", given.only, run.left() - 5))
-    run.section("contract tests", 20, lambda: tests(run))
-    run.section("profile", 30, lambda: profile(run))
-    run.section("sanitizer", 30, lambda: sanitizer(run))
-    if run.cuda and run.told["about"]["triton"] is not None:
-        chosen = {"SHIRA_BACKEND": "triton"}
-        run.section("parity, triton", 15, lambda: parity(run, **chosen))
-        run.section("captured graphs, triton", 15, lambda: graph(run, **chosen))
-        run.section("measurements, triton", 20, lambda: measure(run, "triton", given.only, run.left() - 5, **chosen))
-    else:
-        why = "there is no triton" if run.cuda else "Triton's kernels need a GPU"
-        for name in ("parity, triton", "captured graphs, triton", "measurements, triton"):
-            run.section(name, 0, lambda: skipped(why))
-    show(run.told)
-    print(f"\n{run.told['seconds']:g} s; written to {run.out}")
-    sys.exit(any(one["state"] == "failed" for one in run.told["sections"].values()))
+    # Why sections are left out: all that need the package, the compiled kernels, a GPU, Triton.
+    nothing = compiled = triton = ""
+    if "backends" not in run.told and run.told["sections"]["build"]["state"] != "skipped":
+        nothing = compiled = triton = "nothing was built"
+    if run.cuda and not run.told.get("cuda kernels"):
+        compiled = compiled or "there are no compiled kernels"
+    if not run.cuda:
+        triton = "Triton's kernels need a GPU"
+    elif not run.told["about"]["triton"]:
+        triton = "there is no triton"
+    graphs = "" if run.cuda else "CUDA graphs need a GPU"
+    chosen = {"SHIRA_BACKEND": "triton"}
+
+    def proving(needs: float, why_not: str, program: str, **more: str) -> tuple[float, Callable[[], Told]]:
+        if why_not:
+            return 0, lambda: skipped(why_not)
+        return needs, lambda: proofs(run, program, min(PROVING, run.left() - 2), OMP_NUM_THREADS="2", **more)
+
+    run.together(
+        {
+            "parity, compiled": proving(10, compiled, "gpu_ops"),
+            "captured graphs": proving(15, compiled or graphs, "gpu_graph"),
+            "torch": proving(15, nothing, "gpu_torch"),
+            "contract tests": (20, lambda: skipped(nothing) if nothing else tests(run)),
+            "parity, triton": proving(15, triton, "gpu_ops", **chosen),
+            "captured graphs, triton": proving(15, triton, "gpu_graph", **chosen),
+        }
+    )
+
+    def measuring(backend: str, why_not: str, names: Sequence[str], part: float, **more: str) -> None:
+        name = f"measurements, {backend}"
+        if name in run.told["sections"]:
+            name += ", the rest"
+        if not why_not and not names:
+            return
+        body = (lambda: skipped(why_not)) if why_not else lambda: measure(run, backend, names, limit, **more)
+        limit = part * run.left() - 5
+        run.section(name, 0 if why_not else 15, body)
+
+    def waiting(backend: str) -> list[str]:
+        return [name for name in names if name not in run.told["measurements"].get(backend, {})]
+
+    measuring("compiled", compiled, names, 0.5 if run.cuda else 1)
+    run.section("large weights", *proving(20, nothing, "gpu_large"))
+    run.section("sanitizer", 30, lambda: skipped(compiled) if compiled else sanitizer(run))
+    run.section("profile", 30, lambda: skipped(compiled) if compiled else profile(run))
+    if not compiled and run.told["sections"]["measurements, compiled"]["state"] != "skipped":
+        measuring("compiled", "", waiting("compiled"), 0.7)
+    measuring("triton", triton, names, 0.7, **chosen)
+    run.section("contract tests, triton", 30, lambda: skipped(triton) if triton else tests(run, **chosen))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ python -m benchmarks.speed.gpu_graph
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,8 @@ from torch import nn
 import shira
 import shira_ops
 from benchmarks.speed.gpu_lab import captured
-from benchmarks.speed.gpu_ops import Arguments, calls, left, op, placed, run, same
+from benchmarks.speed.gpu_ops import Arguments, calls, left, op, placed, run, same, tensors
+from benchmarks.speed.gpu_proofs import Proof, prove
 
 SIDE, DEVICE = 512, "cuda"
 # These read the content on the host, so a graph cannot hold them.
@@ -57,12 +59,45 @@ def captured_cold() -> str:
     return "swap_ captured on its first call: the bits of index_copy"
 
 
-def captured_inference() -> str:
+def model_and_input() -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     layers = [nn.Linear(SIDE, SIDE, bias=False) for _ in range(4)]
     model = nn.Sequential(*(part for layer in layers for part in (layer, nn.GELU()))).to(DEVICE, torch.bfloat16)
-    model.requires_grad_(False)
-    x = torch.randn(16, SIDE, device=DEVICE, dtype=torch.bfloat16)
+    return model.requires_grad_(False), torch.randn(16, SIDE, device=DEVICE, dtype=torch.bfloat16)
+
+
+def captured_overlay() -> str:
+    model, x = model_and_input()
+    overlay = shira.Overlay(model)
+    for name, seed in (("one", 1), ("two", 2)):
+        overlay.add(name, adapter(model, seed))
+    base, out, seen = model(x).cpu(), torch.empty_like(x), []
+
+    def replayed(what: str) -> None:
+        wanted = model(x).cpu()
+        replay = captured(lambda: out.copy_(model(x)))
+        out.zero_()
+        replay()
+        if not same(out.cpu(), wanted):
+            raise AssertionError(f"{what}: a replay differs from an eager forward")
+        seen.append(wanted)
+
+    for which in ("one", {"one": 0.7, "two": 0.5}):
+        overlay.activate(which)
+        replayed(str(which))
+    one = seen[0]
+    with overlay.using([None, "one"] * 8):
+        replayed("an adapter for each row")
+    overlay.detach()
+    if any(same(one, base) for one in seen) or not same(model(x).cpu(), base):
+        raise AssertionError("an overlay changed nothing, or left something behind")
+    if not same(seen[2][0::2], base[0::2]) or not same(seen[2][1::2], one[1::2]):
+        raise AssertionError("rows do not have their own adapters")
+    return f"an overlay's forward, captured {len(seen)} times: the bits of eager forwards"
+
+
+def captured_inference() -> str:
+    model, x = model_and_input()
     switcher = shira.Switcher(model)
     for name, seed in (("one", 1), ("two", 2)):
         switcher.add(name, adapter(model, seed))
@@ -86,32 +121,16 @@ def captured_inference() -> str:
     return f"one capture, {len(seen)} replays with switches between them: the bits of eager forwards"
 
 
-def tensors(own: Arguments) -> Iterator[torch.Tensor]:
-    for value in own.values():
-        yield from (one for one in (value if isinstance(value, (list, tuple)) else [value]) if torch.is_tensor(one))
-
-
-def captured_calls() -> str:
-    """Replays each graph on the arguments as they were before its first call."""
-    count = 0
-    for granule in (1, 16):
-        for name, given in calls(torch.bfloat16, granule, 24, 80).items():
-            if name.partition(",")[0] in LOOKS:
-                continue
-            own, results = placed(given, DEVICE), list[Any]()
-
-            def call(name: str = name, own: Arguments = own, results: list[Any] = results) -> None:
-                results.append(op(name)(**own))
-
-            replay = captured(call)
-            for kept, fresh in zip(tensors(own), tensors(placed(given, DEVICE)), strict=True):
-                kept.copy_(fresh)
-            replay()
-            pairs = zip(left(results[-1], own), run(op(name), given, DEVICE), strict=True)
-            if not all(same(*pair) for pair in pairs):
-                raise AssertionError(f"{name}, granule {granule}: a replay differs from an eager call")
-            count += 1
-    return f"{count} calls of every op that a graph can hold, replayed: the bits of eager calls"
+def captured_call(name: str, given: Arguments) -> None:
+    """Replays the graph on the arguments as they were before its first call."""
+    own, results = placed(given, DEVICE), list[Any]()
+    replay = captured(lambda: results.append(op(name)(**own)))
+    for kept, fresh in zip(tensors(own), tensors(placed(given, DEVICE)), strict=True):
+        kept.copy_(fresh)
+    replay()
+    pairs = zip(left(results[-1], own), run(op(name), given, DEVICE), strict=True)
+    if not all(same(*pair) for pair in pairs):
+        raise AssertionError("a replay differs from an eager call")
 
 
 def captured_ops() -> str:
@@ -146,9 +165,17 @@ def captured_ops() -> str:
     return "swap_ replayed twice is the identity; fuse_ follows strengths changed between replays"
 
 
+def proofs(device: str, once: bool) -> Iterator[Proof]:
+    """The first is only one if no other op was called before it in its process."""
+    yield "captured cold", captured_cold
+    yield "captured inference", captured_inference
+    yield "captured overlay", captured_overlay
+    yield "captured ops", captured_ops
+    for granule in (1, 16):
+        for name, given in calls(torch.bfloat16, granule, 24, 80).items():
+            if name.partition(",")[0] not in LOOKS:
+                yield f"captured {name}, granule {granule}", functools.partial(captured_call, name, given)
+
+
 if __name__ == "__main__":
-    with torch.no_grad():
-        print(captured_cold())
-        print(captured_calls())
-        print(captured_inference())
-        print(captured_ops())
+    prove(__doc__, proofs)

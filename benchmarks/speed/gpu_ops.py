@@ -7,16 +7,15 @@ python -m benchmarks.speed.gpu_ops --device cuda
 
 from __future__ import annotations
 
-import argparse
-import sys
-import traceback
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-import shira_ops
 import shira_ops.reference as reference
+from benchmarks.speed.gpu_proofs import Proof, prove
 
 ADAMW = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 SGD = {"lr": 1e-2, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.05, "nesterov": False}
@@ -151,6 +150,11 @@ def placed(given: Arguments, device: str) -> Arguments:
     return {**own, "device": torch.device(device)} if "device" in own else own
 
 
+def tensors(own: Arguments) -> Iterator[torch.Tensor]:
+    for value in own.values():
+        yield from (one for one in (value if isinstance(value, (list, tuple)) else [value]) if torch.is_tensor(one))
+
+
 def left(result: Any, own: Arguments) -> list[torch.Tensor]:
     """The results, and then every tensor argument as the call left it."""
     tensors: list[torch.Tensor] = []
@@ -183,28 +187,15 @@ def against_reference(name: str, given: Arguments, device: str) -> None:
         raise AssertionError(f"{name}: tensor {bad[0]} differs from the reference in {count} entries")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--once", action="store_true", help="one small call of each op: for a sanitizer")
-    arguments = parser.parse_args()
-    sizes = [(24, 80)] if arguments.once else [(24, 80), (300, 1040)]
-    dtypes = [torch.bfloat16] if arguments.once else [torch.bfloat16, torch.float32]
-    failed, count = [], 0
-    for rows, columns in sizes:
-        for dtype in dtypes:
-            for granule in (1, 16):
-                for name, given in calls(dtype, granule, rows, columns).items():
-                    count += 1
-                    try:
-                        against_reference(name, given, arguments.device)
-                    except Exception:  # all failures are reported
-                        failed.append(f"{name}, {dtype}, granule {granule}, {rows} x {columns}")
-                        print(failed[-1], traceback.format_exc(limit=3), sep="\n")
-    served = sorted({devices[arguments.device].name for devices in shira_ops.backends().values()})
-    print(f"{count - len(failed)} of {count} calls give the references' bits (served by {', '.join(served)})")
-    sys.exit(bool(failed))
+def proofs(device: str, once: bool) -> Iterator[Proof]:
+    """Once: one small call of each op."""
+    dtypes = [torch.bfloat16] if once else [torch.bfloat16, torch.float32]
+    for rows, columns in [(24, 80)] if once else [(24, 80), (300, 1040)]:
+        for dtype, granule in itertools.product(dtypes, (1, 16)):
+            for name, given in calls(dtype, granule, rows, columns).items():
+                proof = functools.partial(against_reference, name, given, device)
+                yield f"{name}, {dtype}, granule {granule}, {rows} x {columns}", proof
 
 
 if __name__ == "__main__":
-    main()
+    prove(__doc__, proofs)

@@ -28,7 +28,7 @@ constexpr int64_t kColumnGranule = 8;  // packed granules of at least this size 
 constexpr int64_t kNarrow = std::numeric_limits<int32_t>::max();  // numbers that int32 holds
 // Up to this many tokens per adapter, rows are summed across lanes: granules load registers, single entries gather
 // them.
-constexpr int64_t kFew = 4, kFewEntries = 2;
+constexpr int64_t kFew = 4;
 constexpr int kAhead = 8, kEarly = 40;        // granules whose sums, and whose values, are fetched this early
 constexpr int64_t kExact = int64_t{1} << 50;  // see granule_sums
 
@@ -457,7 +457,7 @@ class Product {
 
 // Whether rows of single entries are summed across lanes.
 inline bool few_entries(const SparseLinear& problem, int64_t adapters) {
-  return !problem.transposed && problem.granule == 1 && problem.tokens <= kFewEntries * adapters &&
+  return !problem.transposed && problem.granule == 1 && problem.tokens <= kFew * adapters &&
          problem.limit() <= kNarrow;
 }
 

@@ -514,6 +514,8 @@ def slots(model: nn.Module) -> dict[str, _model.Slot]:
             part = Part(prefix + name, layer.module, name, cast("nn.Parameter", None), paths, layer.attribute)
             tensor = part.now()
             if tensor is not None:
+                if isinstance(layer, _Wrapped):
+                    _shards.wrapped(tensor, layer._wrapper)
                 found[prefix + name] = replace(part, weight=cast("nn.Parameter", tensor))
     return found
 

@@ -60,6 +60,23 @@ def held(module: nn.Module, attribute: str) -> Tensor | None:
     return None
 
 
+def offloaded(module: nn.Module, attribute: str) -> tuple[Tensor, torch.device] | None:
+    """The content of a weight that is on the meta device while its module does not run, and the device it runs on.
+
+    The accelerate library keeps it so, in host memory or on disk (cpu_offload, disk_offload, device_map=). None where
+    it does not.
+    """
+    hook: Any = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        try:
+            found: Tensor = one.weights_map[attribute]
+        except (AttributeError, KeyError, TypeError):  # another kind of hook, or one that keeps nothing
+            continue
+        device: Any = one.execution_device
+        return found, torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    return None
+
+
 @dataclass(frozen=True)
 class Slot:
     """One place of a model that holds a weight."""

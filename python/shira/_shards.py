@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import shira_ops
 from shira._granules import WORD, index_dtype, refine
@@ -73,14 +75,26 @@ def gathered(modules: Iterable[Any]) -> dict[int, Any]:
     return {id(found.sharded_param): found for group in groups for found in group.fsdp_params}
 
 
-def version(tensor: Tensor) -> int:
-    """A number that moves when a tensor is written to: its version; of a DTensor, also that of the local tensor.
+# By the codes and scales of quantized weights: the tensor that wraps them.
+_around: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    Operations of the DTensor move the one, and of its local tensor the other.
+
+def wrapped(tensor: Tensor, around: Tensor) -> None:
+    """From now on what is written to a tensor through the one around it moves its version, too."""
+    if around is not tensor and not around.is_inference():
+        _around[tensor] = weakref.ref(around)
+
+
+def version(tensor: Tensor) -> int:
+    """A number that moves when a tensor is written to: its version; of a DTensor, also that of the local tensor; of one
+    that was `wrapped`, also that of the one around it.
+
+    Operations of the outer tensor move the one, and of the inner tensor the other.
     """
-    if not is_dtensor(tensor):
-        return tensor._version
-    return tensor._version + tensor._local_tensor._version
+    if is_dtensor(tensor):
+        return tensor._version + tensor._local_tensor._version
+    around = _around[tensor]() if len(_around) and tensor in _around else None
+    return tensor._version + (0 if around is None else around._version)
 
 
 class Part(NamedTuple):

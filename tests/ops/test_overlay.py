@@ -220,7 +220,7 @@ def test_what_is_not_there_is_not_multiplied(backend: Backend, tokens: int) -> N
 def test_any_number_of_threads_gives_the_same_bits(width: Backend, granule: int, transposed: bool) -> None:
     """For numbers whose sums depend on the order."""
     rng = np.random.default_rng(6)
-    for tokens in (1, 3, 200):
+    for tokens in (1, 3, 5, 200):
         case = case_of(rng, tokens, (160, 1024), torch.float32, granule, transposed, exact=False)
         torch.set_num_threads(1)
         wanted = run(width, case)
@@ -233,11 +233,11 @@ def test_any_number_of_threads_gives_the_same_bits(width: Backend, granule: int,
 @pytest.mark.parametrize("granule", [1, 3])
 def test_a_token_does_not_depend_on_the_others(width: Backend, granule: int, transposed: bool) -> None:
     """With granules that do not fill registers, the same bits alone or in any company; with single entries in any
-    company of at least three, since one and two tokens are summed across lanes."""
+    company of at least five, since up to four tokens are summed across lanes."""
     case = case_of(np.random.default_rng(7), 150, (60, 96), torch.bfloat16, granule, transposed, exact=False)
     together = run(width, case)["result"]
-    for begin, end in ((0, 1), (149, 150), (3, 5), (3, 6), (20, 90)):
-        if granule == 1 and not transposed and end - begin < 3:
+    for begin, end in ((0, 1), (149, 150), (3, 5), (3, 8), (20, 90)):
+        if granule == 1 and not transposed and end - begin < 5:
             continue
         part = Case(LINEAR, {**case.args, "input": case.args["input"][begin:end].clone()})
         assert_same(run(width, part)["result"], together[begin:end])
@@ -263,7 +263,7 @@ def test_single_entries_across_lanes(width: Backend, dtype: torch.dtype, index: 
         if len(indices) > 1 and lengths[-1] > 0:
             values[-1] = float("inf")
         args = {"indices": indices, "values": values, "out_features": len(lengths)}
-        for tokens in (1, 2):
+        for tokens in (1, 4):
             case = Case(LINEAR, {"input": integers(rng, (tokens, columns), dtype).abs() + 1, **args})
             assert_same(run(width, case), run(cases.ORACLE, case))
 

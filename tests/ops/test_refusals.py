@@ -187,15 +187,17 @@ def test_granule_divides_what_has_no_weight(backend: Backend) -> None:
 @pytest.mark.parametrize("op", WEIGHT_OPS)
 def test_weight_contiguous(backend: Backend, op: str) -> None:
     name = weight_of(op)
-    rows = torch.zeros(10, 6, dtype=torch.bfloat16)
+    rows, images, one = (  # on the device before they are views: a copy there would be contiguous
+        torch.zeros(shape, dtype=torch.bfloat16, device=backend.device) for shape in ((10, 6), (2, 3, 2, 5), (1,))
+    )
     for weight in (
         rows.t(),
         rows[:, :3],
-        torch.zeros(2, 3, 2, 5, dtype=torch.bfloat16).to(memory_format=torch.channels_last),
-        torch.zeros(1, dtype=torch.bfloat16).expand(6),  # one entry in memory
+        images.to(memory_format=torch.channels_last),
+        one.expand(6),  # one entry in memory
     ):
         case = valid(backend, op)
-        case.set(name, weight.to(backend.device))
+        case.set(name, weight)
         got = f"shape {list(weight.shape)} with strides {list(weight.stride())}"
         refused(backend, case, f"{title(op)}: {name} must be contiguous, got {got}")
 

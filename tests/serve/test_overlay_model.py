@@ -9,7 +9,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import pytest
 import torch
@@ -343,6 +343,60 @@ def entry_fields(one: Entry):
     return one.indices, one.values, one.shape, one.dtype, one.granule, one.fingerprint, one.seed
 
 
+class Turned(nn.Module):
+    """Puts the tokens before the samples inside, and has an embedding of the places of tokens."""
+
+    def __init__(self, at: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.at, self.proj, self.places = at, nn.Linear(6, 6, dtype=torch.float64), nn.Embedding(8, 6).double()
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.at == "proj":
+            return self.proj(input.transpose(0, 1)).transpose(0, 1)
+        if self.at == "copied":
+            return self.proj(input.transpose(0, 1).contiguous()).transpose(0, 1)
+        steps = torch.arange(input.shape[1])
+        return self.proj(input) + self.places((steps[:, None] - steps).abs()).sum(1)
+
+
+def test_as_many_samples_as_tokens():
+    """Where sizes do not tell which dimension is which, what else is known does, or a warning says so."""
+    square, long = torch.randn(3, 3, 6, dtype=torch.float64), torch.randn(3, 4, 6, dtype=torch.float64)
+    which = ["a", None, "b"]
+
+    def given(model, names):
+        return {"a": adapter_of(model, 1, names=names), "b": adapter_of(model, 2, names=names)}
+
+    for at, names in (("proj", "proj"), ("places", "places")):
+        model = Turned(at)
+        says = (
+            rf"{names}.weight got an input with leading dimensions \[3, 3\] in a batch of 3 samples with 3 tokens each"
+        )
+        with overlay_of(model, given(model, names)).using(which), pytest.raises(SwitchError, match=says):
+            model(square)
+    model = Turned("copied")
+    overlay = overlay_of(model, given(model, "proj"))
+    with overlay.using(which):
+        with pytest.warns(UserWarning, match=r"that proj.weight gets has 3 samples and as many tokens, so that"):
+            model(square)
+        with pytest.raises(SwitchError, match=r"leading dimensions \[4, 3\] in a batch of 3 samples with 4 tokens"):
+            model(long)
+    # A layer that has got another batch is known, and so are ids that come from the caller.
+    model = Turned("none")
+    overlay = overlay_of(model, adapters := given(model, "proj"))
+    with overlay.using(which):
+        model(long)
+        found = model(square)
+    for sample in (0, 2):
+        wanted = fused(model, adapters, which[sample])(square)[sample]
+        torch.testing.assert_close(found[sample], wanted, rtol=1e-12, atol=1e-12)
+    words = nn.Sequential(nn.Embedding(20, 8), nn.Tanh())
+    overlay = overlay_of(words, adapters := given(words, "0"))
+    with overlay.using(which):
+        assert torch.equal(words(IDS[:, :3])[0], fused(words, adapters, "a")(IDS[:, :3])[0])
+
+
 def test_models_whose_rows_are_in_another_order():
     recurrent = nn.ModuleDict({"rnn": nn.LSTM(4, 4), "proj": nn.Linear(4, 4)})
     overlay = overlay_of(recurrent, {"a": adapter_of(recurrent, 1, names="proj")})
@@ -358,6 +412,26 @@ def test_models_whose_rows_are_in_another_order():
         pass
     with overlay.using(["b", None]), pytest.raises(SwitchError, match="runs outside"):
         experts["shared_expert"](torch.randn(2, 4))
+
+
+def test_a_batch_in_a_mapping():
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+            return self.net(batch["input_ids"])
+
+    model, inner = Outer(), Net()
+    adapters = {"a": adapter_of(inner, 1)}
+    overlay = Overlay(model)
+    overlay.add("a", adapters["a"], rename={"^": "net."})
+    with overlay.using([None, "a", None]):
+        found = model({"attention_mask": torch.ones(7, 5), "input_ids": IDS})
+    base, wanted = inner(IDS), fused(inner, adapters, "a")(IDS)
+    assert torch.equal(found[0], base[0])
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-12, atol=1e-12)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------
@@ -466,6 +540,80 @@ def test_adapters_that_do_not_fit():
     assert list(overlay.adapters) == ["a", "b", "c", "d"]
 
 
+def test_models_and_inputs_that_no_sum_fits():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    overlay = overlay_of(model, {"a": adapter_of(model, 1)})
+    overlay.activate("a")
+    ragged = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], layout=torch.jagged)
+    with pytest.raises(SwitchError, match=r"0.weight got a nested tensor, in which it is not known which rows"):
+        model(ragged)
+    model.double()
+    with pytest.raises(SwitchError, match=r"0.weight gives float64 now, and adapters for it were added as float32"):
+        model(torch.randn(2, 4, dtype=torch.float64))
+    with pytest.raises(AdapterError, match=r"'0\.weight' is on the meta device: load the model first"):
+        Overlay(nn.Sequential(nn.Linear(4, 4)).to("meta")).add("a", adapter_of(nn.Sequential(nn.Linear(4, 4)), 1))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("bitsandbytes")])
+def test_codes_that_are_loaded_over_are_noticed(kind):
+    """bitsandbytes' layers do not load codes."""
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(nn.Sequential(KINDS[kind](nn.Linear(64, 64))))
+    model, other = models
+    layer = shira._linears.find(model)["0.weight"]
+    made = entry(layer.dense().to(layer.dtype), 1, 16, True)
+    overlay = Overlay(model)
+    one = Entry(made.indices, made.values, made.shape, layer.dtype, 16, layer.fingerprint())
+    overlay.add("a", Adapter({"0.weight": one}, delta=True))
+    before = copy.deepcopy(model.state_dict()) if "quanto" not in kind else None
+    model.load_state_dict(other.state_dict())
+    with pytest.raises(SwitchError, match=r"0\.weight was changed by someone else"):
+        overlay.activate("a")
+    if before is not None:
+        model.load_state_dict(before)
+        overlay.activate("a")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_offloaded_to_host_memory(first, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model = Net()
+    adapters = adapters_of(model)
+    wanted, base = fused(model, adapters, "a")(IDS), model(IDS)
+    overlay = overlay_of(model, adapters) if first else None
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert model.linear.weight.is_meta
+    overlay = overlay or overlay_of(model, adapters)
+    for _ in range(2):
+        with torch.no_grad(), overlay.using(["a", None, "a"]):
+            found = model(IDS)
+        assert torch.equal(found[1], base[1])
+        torch.testing.assert_close(found[::2], wanted[::2], rtol=1e-12, atol=1e-12)
+    overlay.verify()
+    other = Net()
+    with torch.no_grad():
+        other.linear.weight.add_(1)
+    accelerate.cpu_offload(other, execution_device="cpu")
+    with pytest.raises(AdapterError, match=r"made for another base.*'linear\.weight'"):
+        Overlay(other).add("a", adapters["a"])
+
+
+def test_offloaded_to_disk(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model = Net()
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    adapters = {"a": adapter_of(model, 1, names="linear")}
+    wanted = fused(model, adapters, "a")(IDS)
+    overlay = overlay_of(model, adapters)
+    accelerate.disk_offload(model, str(tmp_path), execution_device="cpu")
+    with torch.no_grad(), overlay.using("a"):
+        torch.testing.assert_close(model(IDS), wanted, rtol=1e-12, atol=1e-12)
+    with pytest.raises(AdapterError, match=r"'linear\.weight' is offloaded to disk, where it is not known"):
+        Overlay(model).add("a", adapters["a"])
+
+
 def test_a_weight_that_is_tied_in_the_adapter_alone():
     """Its two copies in the model must be alike, and each is watched."""
     model = Net()
@@ -564,6 +712,49 @@ def test_gradients():
         own = input.detach().clone().requires_grad_()
         fused(model, adapters, which)(own).square().sum().backward()
         torch.testing.assert_close(input.grad[sample], own.grad[sample], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_transforms_of_functions():
+    """torch.func and forward mode: the derivatives of the fused model, and nothing of them stays."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6)).double()
+    adapters = adapters_of(model)
+    overlay, other = overlay_of(model, adapters), fused(model, adapters, {"a": 1.0, "b": 0.5})
+    other_hooks = [module for module in other.modules() if module._forward_hooks or module._forward_pre_hooks]
+    for module in other_hooks:  # a copy has them, too
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    input = torch.randn(3, 4, 6, dtype=torch.float64)
+
+    def loss(model):
+        return lambda one: model(one).square().sum()
+
+    def forward_mode(model):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(input, input.square())
+            return torch.autograd.forward_ad.unpack_dual(model(dual)).tangent
+
+    derivatives = [
+        lambda model: torch.func.vmap(model)(input),
+        lambda model: torch.func.vmap(model, in_dims=1, out_dims=1)(input),
+        lambda model: torch.func.vmap(torch.func.grad(loss(model)))(input),
+        lambda model: torch.func.jacrev(model)(input[0, 0]),
+        lambda model: torch.func.jacfwd(model)(input[0, 0]),
+        lambda model: torch.func.hessian(loss(model))(input[0, 0]),
+        forward_mode,
+    ]
+    with overlay.using({"a": 1.0, "b": 0.5}):
+        before = model(input)
+        for derivative in derivatives:
+            torch.testing.assert_close(derivative(model), derivative(other), rtol=1e-10, atol=1e-10)
+            with torch.no_grad():
+                torch.testing.assert_close(derivative(model), derivative(other), rtol=1e-10, atol=1e-10)
+        assert torch.equal(model(input), before)
+    words = Net()
+    overlay = overlay_of(words, adapters := adapters_of(words))
+    with torch.no_grad(), overlay.using("a"):
+        found = torch.func.vmap(words)(IDS)
+    torch.testing.assert_close(found, fused(words, adapters, "a")(IDS), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -706,6 +897,103 @@ def test_threads_and_tasks_have_their_own():
 
     assert all(map(torch.equal, asyncio.run(main()), expected))
     assert overlay.active == {}
+
+
+def test_generators_that_take_turns():
+    """As servers write answers token by token: each has its own block, whoever runs in between."""
+    model = Net()
+    overlay = overlay_of(model, adapters_of(model))
+    expected = {}
+    for which in ("a", "b", None):
+        with overlay.using(which), torch.no_grad():
+            expected[which] = model(IDS)
+
+    def answer(which):
+        with overlay.using(which), torch.no_grad():
+            for _ in range(3):
+                yield model(IDS)
+
+    @contextmanager
+    def styled(which):
+        with overlay.using(which):
+            yield
+
+    def wrapped(which):
+        with ExitStack() as stack:
+            stack.enter_context(styled(which))
+            for _ in range(3):
+                yield model(IDS)
+
+    async def asynchronous(which):
+        with overlay.using(which):
+            for _ in range(3):
+                yield model(IDS)
+
+    for make in (answer, wrapped):
+        several = {which: make(which) for which in ("a", "b", None)}
+        for _ in range(3):
+            for which, one in several.items():
+                assert torch.equal(next(one), expected[which])
+        with overlay.using("b"):  # what waits has no part in it
+            assert torch.equal(model(IDS), expected["b"])
+        with styled("a"), styled("b"):
+            assert torch.equal(model(IDS), expected["b"])
+        overlay._current._said.clear()
+        with pytest.warns(UserWarning, match=r"the adapters of a using\(\) block that was opened by a generator"):
+            model(IDS)
+        for one in several.values():
+            one.close()
+        assert torch.equal(model(IDS), expected[None])
+
+    async def main():
+        first, second = asynchronous("a"), asynchronous("b")
+        for _ in range(3):
+            assert torch.equal(await anext(first), expected["a"])
+            assert torch.equal(await anext(second), expected["b"])
+        await first.aclose()
+        await second.aclose()
+
+    asyncio.run(main())
+    assert not overlay._current.blocks
+    overlay._current.compiled = True  # by torch.compile, to which all blocks are one
+    first = answer("a")
+    next(first)
+    says = "block of another thread, task or generator is open, and the model is compiled"
+    with pytest.raises(SwitchError, match=says):
+        next(answer("b"))
+    with overlay.using("b"):
+        assert torch.equal(model(IDS), expected["b"])
+    first.close()
+
+
+def test_a_pass_that_a_block_does_not_reach_is_told():
+    model = Net()
+    overlay = overlay_of(model, adapters_of(model))
+    base = model(IDS)
+
+    def run():  # as a streamer of tokens does
+        thread = threading.Thread(target=lambda: found.append(model(IDS)))
+        thread.start()
+        thread.join()
+
+    found = []
+    with overlay.using("a"):
+        with pytest.warns(UserWarning, match=r"in a thread or task where no using\(\) block is open, while one is"):
+            run()
+        run()  # told once
+    assert all(torch.equal(one, base) for one in found)
+
+    async def late():
+        await asyncio.sleep(0)
+        return model(IDS)
+
+    async def main():
+        with overlay.using("a"):
+            task = asyncio.ensure_future(late())
+        return await task
+
+    with pytest.warns(UserWarning, match=r"was started inside a using\(\) block, and that block has ended"):
+        assert torch.equal(asyncio.run(main()), base)
 
 
 def test_copies():

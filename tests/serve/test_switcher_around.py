@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -765,7 +766,7 @@ def test_blocks_of_other_threads_and_tasks() -> None:
     one = Switcher(model)
     for name in "ab":
         one.add(name, one_of(model, value=ord(name)))
-    says = "a using.* block of another thread or task is open, .* active is 'a' at 1"
+    says = "a using.* block of another thread, task or generator is open, .* active is 'a' at 1"
     errors: list[str] = []
 
     def elsewhere() -> None:
@@ -940,3 +941,27 @@ def test_lazy_weights_are_refused() -> None:
     model = nn.LazyLinear(4, bias=False)
     with pytest.raises(AdapterError, match="'weight' has no shape yet; run the model once first"):
         Switcher(model).add("a", one_of(linear()))
+
+
+def test_blocks_of_generators_that_take_turns() -> None:
+    """The weights have one state: a second generator is refused while the first waits, and code in between may nest."""
+    model = linear()
+    one = Switcher(model)
+    for name in "ab":
+        one.add(name, one_of(model, value=ord(name)))
+
+    def answer(which: str) -> Iterator[float]:
+        with one.using(which):
+            for _ in range(3):
+                yield float(model.weight[0, 0].detach())
+
+    first = answer("a")
+    assert next(first) == ord("a")
+    with pytest.raises(SwitchError, match=r"block of another thread, task or generator is open, .* active is 'a' at 1"):
+        next(answer("b"))
+    with one.using("b"):
+        assert one.active == {"b": 1.0}
+    assert next(first) == ord("a")
+    first.close()
+    assert list(answer("b")) == [float(ord("b"))] * 3
+    assert one.active == {}

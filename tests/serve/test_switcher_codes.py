@@ -144,3 +144,20 @@ def test_scales_that_a_tuner_trains_are_not_written() -> None:
     tuner.detach()
     with switcher.using("tuned"):
         assert same(content(base), content(tuned))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in NAMES if not kind.startswith("bitsandbytes")])
+def test_codes_that_are_loaded_over_are_noticed(kind: str) -> None:
+    """Also where they are written through the tensor that wraps them. bitsandbytes' layers do not load codes."""
+    torch.manual_seed(1)
+    base, tuned, other = quantized(kind), quantized(kind, tuned=True), nn.Sequential(KINDS[kind](nn.Linear(64, 128)))
+    before = content(base)
+    switcher = shira.Switcher(base)
+    switcher.add("tuned", shira.Adapter.from_difference(base.state_dict(), tuned.state_dict()))
+    switcher.activate("tuned")
+    base[0].load_state_dict({**other[0].state_dict(), "bias": base[0].bias.detach().clone()})
+    with pytest.raises(
+        shira.SwitchError, match=r"0\.(weight|codes|scales)\S* (was changed by someone else|is no longer)"
+    ):
+        switcher.deactivate()
+    assert not same(content(base), before)

@@ -19,11 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import shira_ops
 from shira import _model, _shards
 from shira._linears import CONV1D, EMBEDDING, Layer
 from shira._live import SwitchError
+from shira._text import dtype_name
+from shira.serve import _generators
 from shira.serve._ledger import quiet
 
 if TYPE_CHECKING:
@@ -255,11 +258,12 @@ class Selection:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a forward pass was called with: ``samples``, of ``tokens`` each, and the module that was called."""
+    """What a forward pass was called with: ``samples``, of ``tokens`` each, the module that was called, the tensors."""
 
     samples: int
     tokens: int
     caller: nn.Module
+    tensors: tuple[Tensor, ...] = ()
 
 
 class _Local(threading.local):
@@ -276,7 +280,13 @@ class Block:
 
     current: Current
     selection: Selection
+    # The generator that opened it, if one did: it is for the code that runs in that generator.
+    generator: int | None = None
     open: bool = True
+
+    def waits(self) -> bool:
+        """Whether it was opened by a generator that the caller doesn't run in."""
+        return self.generator is not None and not _generators.is_running(self.generator)
 
 
 # The blocks around the code that runs now; every thread and task has its own.
@@ -301,8 +311,9 @@ class Current:
         self._shared: Selection | None = None
         self._shared_batch: Batch | None = None
         self.compiled = False
-        # Layers that did not run, as far as it was said.
+        # Layers that did not run, as far as it was said; and what was said about blocks.
         self._missed: set[nn.Module] = set()
+        self._said: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Current:
         new = memo[id(self)] = Current()
@@ -356,11 +367,51 @@ class Current:
                 stacklevel=2,
             )
 
+    def called(self) -> None:
+        """A forward pass of the model begins: warn where it may have to have the adapters of another block, once."""
+        inside = _INSIDE.get()
+        if not self.blocks and not inside:
+            return
+        block = self.block()
+        if block is not None:
+            what = (
+                "this forward pass has the adapters of a using() block that was opened by a generator, which now waits "
+                "at a yield: open a block here, too (using(None) for the base)"
+            )
+            wrong = block.waits()
+        elif any(other.current is self for other in inside):
+            what = (
+                "this forward pass runs in a thread or task that was started inside a using() block, and that block "
+                "has ended, so its adapters have no effect here: open a block in the thread or task itself"
+            )
+            wrong = True
+        else:
+            what = (
+                "this forward pass runs in a thread or task where no using() block is open, while one is open in "
+                "another. Its adapters have no effect here: open a block where the model is called (using(None) for "
+                "the base), or use activate(), which is for all threads and tasks"
+            )
+            wrong = bool(self.blocks)
+        if wrong:
+            self.say(what, what)
+
+    def say(self, kind: str, what: str) -> None:
+        """Warn, once for each kind."""
+        if kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(f"Overlay: {what}", stacklevel=3)
+
     # For the Overlay.
 
     def block(self) -> Block | None:
-        """The innermost block of the caller."""
-        return next((block for block in reversed(_INSIDE.get()) if block.current is self and block.open), None)
+        """The innermost block of the caller. Those of generators that wait come last."""
+        waiting = None
+        for block in reversed(_INSIDE.get()):
+            if block.current is self and block.open:
+                if block.generator is None or not block.waits():
+                    return block
+                waiting = waiting or block
+        return waiting
 
     def now(self) -> Selection | None:
         """What is selected for the calling thread or task."""
@@ -378,12 +429,15 @@ class Current:
 
     def enter(self, selection: Selection) -> Block:
         """Open a block."""
-        if self.compiled and self.blocks and self.blocks[-1] not in _INSIDE.get():
-            raise SwitchError(
-                "Overlay: a using() block of another thread or task is open, and the model is compiled: a compiled "
-                "model has one selection for the whole process"
-            )
-        block = Block(self, selection)
+        generator = _generators.innermost()
+        if self.compiled and self.blocks:
+            last = self.blocks[-1]
+            if last not in _INSIDE.get() or (generator is not None and last.waits()):
+                raise SwitchError(
+                    "Overlay: a using() block of another thread, task or generator is open, and the model is compiled: "
+                    "a compiled model has one selection for the whole process"
+                )
+        block = Block(self, selection, generator)
         self.blocks.append(block)
         _INSIDE.set((*_INSIDE.get(), block))
         self.share()
@@ -453,10 +507,15 @@ class Entrance:
         self.whole = whole
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.whole and not torch.compiler.is_compiling():
+            self.current.called()
         selection = self.current.selection()
         if selection is None or selection.count == 1 or (self.current.batch() is not None and not self.whole):
             return
-        shape, count = _shape(args, kwargs), selection.count
+        given: Sequence[Any] = args
+        if args and isinstance(args[0], Mapping):
+            given, kwargs = args[1:], {**args[0], **kwargs}  # it stands for arguments with names
+        shape, count = _shape(given, kwargs), selection.count
         if shape is None:
             raise SwitchError(
                 f"Overlay: using() names samples, and none of the arguments of {type(module).__name__} is a tensor "
@@ -472,7 +531,10 @@ class Entrance:
                 f"an adapter (or None) for each sample; a batch that holds every sample the same number of times in a "
                 f"row works too, as beams do"
             )
-        self.current.note(Batch(shape[0], shape[1] if len(shape) > 1 else 1, module))
+        tensors: tuple[Tensor, ...] = ()
+        if not torch.compiler.is_compiling():
+            tensors = tuple(value for value in (*given, *kwargs.values()) if isinstance(value, Tensor))
+        self.current.note(Batch(shape[0], shape[1] if len(shape) > 1 else 1, module, tensors))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         batch = self.current.batch()
@@ -497,8 +559,9 @@ class _Lay(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         _, input, adapters, alphas, ctx.transposed, ctx.granule, *deltas = inputs
-        ctx.shape = input.shape
+        ctx.shape, ctx.out_shape = input.shape, output.shape
         ctx.save_for_backward(adapters, alphas, *deltas)
+        ctx.save_for_forward(adapters, alphas, *deltas)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -506,10 +569,35 @@ class _Lay(torch.autograd.Function):
         to_input = None
         if ctx.needs_input_grad[1]:
             # A second backward pass goes through the function; a compiler cannot follow it without one.
-            lay = _lay if torch.is_grad_enabled() else _laid
+            lay = _lay if torch.is_grad_enabled() or _is_transformed() else _laid
             nothing = grad.new_zeros(ctx.shape)
             to_input = lay(nothing, grad.contiguous(), adapters, alphas, not ctx.transposed, ctx.granule, *deltas)
         return (grad, to_input, *[None] * (4 + len(deltas)))
+
+
+class _LayTransformed(_Lay):
+    """The same under torch.func and in forward mode. A compiler takes no function that has a `jvp`."""
+
+    @staticmethod
+    def jvp(ctx: Any, output: Tensor | None, input: Tensor | None, *_: Any) -> Tensor:
+        adapters, alphas, *deltas = ctx.saved_for_forward
+        if input is None:
+            assert output is not None
+            return output.clone()
+        if output is None:
+            output = input.new_zeros(ctx.out_shape)
+        return _lay(output, input.contiguous(), adapters, alphas, ctx.transposed, ctx.granule, *deltas)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], output: Tensor, input: Tensor, adapters: Tensor, *rest: Any
+    ) -> tuple[Tensor, int]:
+        """One more dimension of tokens."""
+        output, input = (
+            one.movedim(at, 0).contiguous() if at is not None else one.expand(info.batch_size, *one.shape).contiguous()
+            for one, at in ((output, in_dims[0]), (input, in_dims[1]))
+        )
+        return _lay(output, input, adapters.repeat(info.batch_size), *rest), 0
 
 
 def _laid(
@@ -525,7 +613,8 @@ def _laid(
 
 def _lay(*args: Any) -> Tensor:
     """The same as a function that can be differentiated."""
-    return _Lay.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
+    kind = _LayTransformed if _is_transformed() else _Lay
+    return kind.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _lay_rows(result: Tensor, ids: Tensor, delta: RowDelta, adapters: Tensor, number: int, alphas: Tensor) -> Tensor:
@@ -547,6 +636,14 @@ def _lay_rows(result: Tensor, ids: Tensor, delta: RowDelta, adapters: Tensor, nu
     return torch.where(mine[:, None], total.to(result.dtype), result)
 
 
+def _is_transformed() -> bool:
+    """Whether a transform of torch.func, or forward-mode differentiation, may be at work."""
+    if torch.compiler.is_compiling():
+        return False
+    transformed: bool = torch._C._are_functorch_transforms_active()
+    return transformed or forward_ad._current_level >= 0
+
+
 def is_captured(tensor: Tensor) -> bool:
     """Whether what computes the tensor is being captured into a CUDA graph."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -564,8 +661,8 @@ class Hook:
         # Whether ranks compute with parts of the layer; and how the weight was divided when adapters for it were added.
         self.divided = False
         self.division: Division | None = None
-        # Whether the layer ever ran.
-        self.ran = False
+        # Whether the layer ever ran; and whether it ever got a batch whose sizes tell that samples come first.
+        self.ran = self.settled = False
         # Of the weight, one for each granule; and of the bias.
         self.groups: list[Group] = []
         self.biased = False
@@ -588,6 +685,11 @@ class Hook:
         input = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(output, Tensor) or not isinstance(input, Tensor):
             raise SwitchError(f"Overlay: {self.name} must take a tensor and return one, got {type(output).__name__}")
+        if output.is_nested:
+            raise SwitchError(
+                f"Overlay: {self.name} got a nested tensor, in which it is not known which rows belong to which "
+                f"sample: pad it (torch.nested.to_padded_tensor), or put the adapter into the weights with a Switcher"
+            )
         if self.divided:
             return self._lay_part(module, output, input, selection, calls)
         return self._lay_all(output, input, selection, calls)
@@ -599,9 +701,10 @@ class Hook:
         compiling = torch.compiler.is_compiling()
         lead = input.shape if self.embedding else input.shape[:-1]
         if selection.count > 1:
-            self._refuse_unknown(lead, self.current.batch())
+            self._refuse_unknown(lead, self.current.batch(), input)
         tokens = math.prod(lead)
         differentiable = torch.is_grad_enabled() and (output.requires_grad or input.requires_grad)
+        differentiable = differentiable or _is_transformed()
         # What is summed from several calls is rounded once.
         wide = output.dtype in _NARROW and (selection.mixed or self.biased)
         result = (output.to(torch.float32) if wide else output).contiguous()
@@ -609,6 +712,11 @@ class Hook:
             # As the layer itself computes: under autocast its input has another dtype.
             input = input.to(output.dtype).to(result.dtype).contiguous()
         for group, rounds in calls:
+            if (group.compute == torch.float64) != (output.dtype == torch.float64):
+                raise SwitchError(
+                    f"Overlay: {self.name} gives {dtype_name(output.dtype)} now, and adapters for it were added as "
+                    f"{dtype_name(group.compute)}: the model was cast since; cast it back, or make a new Overlay"
+                )
             pairs = rounds.pairs if compiling else rounds.spread(tokens)
             if not compiling and is_captured(output):
                 self.current.captured.append((group, pairs))
@@ -683,6 +791,24 @@ class Hook:
             )
         return first
 
+    def _may_be_samples(self, input: Tensor, batch: Batch) -> bool:
+        """Whether the first dimension of an input may be the samples, where the second has the same size, and the layer
+        was never seen with another: nothing speaks against it. Warns where nothing speaks for it either."""
+        if _is_transformed():
+            return True
+        if self.embedding:
+            # Ids that the model was called with, or that are the same for all samples; others may be positions alone.
+            return not input.stride(0) or any(input.data_ptr() == one.data_ptr() for one in batch.tensors)
+        if 0 < input.stride(0) < input.stride(1):
+            return False  # two dimensions were swapped
+        self.current.say(
+            "square",
+            f"the first batch with a list of adapters that {self.name} gets has {batch.samples} samples and as many "
+            f"tokens, so that their sizes do not tell which of its dimensions is which: the first is taken for the "
+            f"samples. A batch with another number of tokens settles it",
+        )
+        return True
+
     def _refuse_backward(self) -> None:
         if torch._C._current_graph_task_id() != -1:
             raise SwitchError(
@@ -691,7 +817,7 @@ class Hook:
                 f"model.gradient_checkpointing_disable()"
             )
 
-    def _refuse_unknown(self, lead: torch.Size, batch: Batch | None) -> None:
+    def _refuse_unknown(self, lead: torch.Size, batch: Batch | None, input: Tensor) -> None:
         """Refuse rows of which it is not known to which sample they belong."""
         if batch is None:
             raise SwitchError(
@@ -699,7 +825,11 @@ class Hook:
                 f"model, or select the same adapters for every sample"
             )
         if len(lead) and lead[0] == batch.samples:
-            return
+            if torch.compiler.is_compiling():
+                return
+            self.settled = self.settled or len(lead) == 1 or lead[1] != batch.samples
+            if self.settled or self._may_be_samples(input, batch):
+                return
         if len(lead) == 1 and lead[0] == batch.samples * batch.tokens:
             return
         sizes = ""

@@ -71,11 +71,13 @@ class Spot:
 
     @property
     def device(self) -> torch.device:
-        return self.stored()[0].device
+        away = self._away()
+        return self.stored()[0].device if away is None else away[1]
 
     @property
     def one(self) -> object:
-        return self.layer.one if self._slot is None else _model.memory(self._slot.weight)
+        held = self.parameter()
+        return self.layer.one if held is None else _model.memory(held)
 
     @property
     def foreign(self) -> str | None:
@@ -83,9 +85,20 @@ class Spot:
 
     @property
     def obstacle(self) -> str | None:
-        if self._obstacle is None and self.device.type == "meta":
-            return "is on the meta device"
-        return self._obstacle
+        if self._obstacle is not None:
+            return self._obstacle
+        away = self._away()
+        if away is not None and away[0] is not self.parameter():
+            return (
+                "is offloaded to disk, where it is not known which weights are one (tied): add adapters before the "
+                "model is offloaded, or keep this weight in memory"
+            )
+        return "is on the meta device: load the model first" if self.device.type == "meta" else None
+
+    def _away(self) -> tuple[Tensor, torch.device] | None:
+        """Its content and its layer's device, where it is offloaded."""
+        held = self._held() if self.plain else None
+        return _model.offloaded(*self._home) if held is not None and held.is_meta else None
 
     @cached_property
     def place(self) -> Place:
@@ -102,13 +115,31 @@ class Spot:
 
     def signature(self) -> tuple[object, ...]:
         """Changes when someone writes to it in a way that moves a version counter, or puts it elsewhere."""
-        return tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in self.stored())
+        stored = self.stored()
+        # A tensor that wraps others is written to through itself: theirs stay at the version they have.
+        around = self.layer.weight if stored and not self.plain else None
+        versioned = stored if around is None else (*stored, around)
+        return (
+            *(tensor.data_ptr() for tensor in stored),
+            *(None if tensor.is_inference() else tensor._version for tensor in versioned),
+        )
 
     def parameter(self) -> Tensor | None:
-        """The parameter that a Switcher may know."""
+        """The parameter that a Switcher may know, or the tensor that has its content while it is offloaded."""
         if not self.plain:
             return None
+        held = self._held()
+        if held is None or not held.is_meta:
+            return held
+        away = self._away()
+        return held if away is None else away[0]
+
+    def _held(self) -> Tensor | None:
         return self._slot.now() if self._slot is not None else _model.held(self.layer.module, self.layer.attribute)
+
+    @property
+    def _home(self) -> tuple[nn.Module, str]:
+        return self.layer.module if self._slot is None else self._slot.module, self.attribute
 
     def fingerprint(self) -> int:
         """The base's fingerprint, read once."""
@@ -123,10 +154,10 @@ class Spot:
     def base(self) -> int:
         """What `own` would be now, read if no Switcher knows it."""
         tensor = self.parameter()
-        if tensor is None or not tensor.is_contiguous():
-            return (
-                self.layer.fingerprint() if self._slot is None else _granules.fingerprint(self.stored()[0].contiguous())
-            )
+        if tensor is None:
+            return self.layer.fingerprint()
+        if not tensor.is_contiguous():
+            return _granules.fingerprint(self.stored()[0].contiguous())
         holder = self._holder(tensor)
         if holder is not None:
             found: int = holder.base_fingerprint(tensor)
@@ -140,10 +171,11 @@ class Spot:
         holder = None if tensor is None or not tensor.is_contiguous() else self._holder(tensor)
         if holder is not None:
             found: Tensor = holder.base_entries(tensor, indices, granule)
-        elif self._slot is None:
+        elif tensor is None:
             found = self.layer.entries(indices, granule)
         else:
-            found = self.stored()[0].contiguous().view(-1, granule)[indices.to(torch.int64)].view(-1)
+            there = self.stored()[0].contiguous().view(-1, granule)
+            found = there[indices.to(there.device, torch.int64)].view(-1).to(indices.device)
         return found.to(compute_dtype(self.dtype))
 
     def read(self) -> int:
@@ -319,7 +351,8 @@ class Spots:
         """The names of every parameter and buffer, by its memory."""
         found: dict[object, list[str]] = {}
         for name, slot in self.slots.items():
-            found.setdefault(_model.memory(slot.weight), []).append(name)
+            away = _model.offloaded(slot.module, slot.attribute) if slot.weight.is_meta else None
+            found.setdefault(_model.memory(slot.weight if away is None else away[0]), []).append(name)
         return found
 
     def sharing(self, spot: Spot) -> list[Spot]:
@@ -378,6 +411,11 @@ class Watched:
         if not self.changed():
             return False
         spot = self.spot
+        if spot.stored() and spot.device.type == "meta":
+            raise SwitchError(
+                f"Overlay: {spot.name} is on the meta device now, so that it is not known whether it is still the base "
+                f"that adapters were added for; bring it back"
+            )
         if not spot.stored() or spot.dtype != self.dtype:
             raise SwitchError(
                 f"Overlay: {spot.name} was {dtype_name(self.dtype)} when adapters for it were added, and was cast or "

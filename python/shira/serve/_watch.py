@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from shira import _shards
 from shira._live import Record, Weight
 from shira._model import Slot
 
@@ -30,7 +31,10 @@ class Watch:
         self._numels = [weight.shape.numel() for weight in whole]
         self._records = [weight.record for weight in self.weights]
         self._holds = [weight.hold for weight in self.weights]
-        self._versioned = [(weight.tensor, weight.record) for weight in whole if weight.versioned]
+        versioned = [weight for weight in whole if weight.versioned]
+        self._versioned = [(one.tensor, one.record) for one in versioned if type(one.slot) is Slot]
+        # Parts of quantized weights, which may be written to through the tensor around them.
+        self._versioned_codes = [(one.tensor, one.record) for one in versioned if type(one.slot) is not Slot]
         sharded = [weight for weight in self.weights if weight.box is not None]
         # Of weights that ranks hold together: the parameter, where this rank's part was, and what is known of it.
         self._parts: list[tuple[Any, int, Record]] = [(one.slot.weight, one.pointer, one.record) for one in sharded]
@@ -51,6 +55,7 @@ class Watch:
             and not any(hold.storage.expired() for hold in self._holds)
             and [tensor.numel() for tensor in self._tensors] == self._numels
             and all(tensor._version == record.version for tensor, record in self._versioned)
+            and all(_shards.version(tensor) == record.version for tensor, record in self._versioned_codes)
             and all(hold.holder is None or hold.holder is me for hold in self._holds)
             and all(part._local_tensor.data_ptr() == pointer for part, pointer, _ in self._parts)
             and all(
@@ -65,6 +70,8 @@ class Watch:
             record.pointer = weight.pointer
         for tensor, record in self._versioned:
             record.version = tensor._version
+        for tensor, record in self._versioned_codes:
+            record.version = _shards.version(tensor)
         for part, record in self._versioned_parts:
             record.version = part._version + part._local_tensor._version
 

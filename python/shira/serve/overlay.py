@@ -131,8 +131,8 @@ class Overlay:
       of the adapter gives, to partial sums before those are added up; the ranks must select the same, which they
       compare, and it is for inference, not compiled. All ranks call `add` and `verify` together; there is no
       ``budget``.
-    - **It trains through**: gradients of inputs are right, with one restriction: no gradient checkpointing (it runs
-      layers again when other adapters may be selected; `SwitchError`).
+    - **It trains through**: gradients of inputs are right, also by ``torch.func`` and in forward mode, with one
+      restriction: no gradient checkpointing (it runs layers again when other adapters may be selected; `SwitchError`).
     - **Compiled models** (``torch.compile(model, fullgraph=True)``) take other selections without being compiled again,
       as long as the number of samples and of adapters that were added stay. A compiled model knows one selection for
       the whole process, that of the block opened last; otherwise each thread and task has its own blocks. A CUDA graph
@@ -285,7 +285,9 @@ class Overlay:
     def using(self, which: Which | Sequence[Which], alpha: float | None = None) -> Iterator[Overlay]:
         """Select adapters within a ``with`` block; afterwards what was active before is active again.
 
-        Blocks nest, and each thread and task has its own.
+        Blocks nest, and each thread, task and generator has its own: generators that wait at a yield inside a block may
+        take turns. A forward pass in another thread or task than the block's, such as one that a streamer of tokens
+        starts, does not see it, and warns once.
 
         Args:
             which: a name, a mapping of names to strengths, or None (the base) for every sample; or a list of these, one

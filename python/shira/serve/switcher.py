@@ -22,7 +22,7 @@ from shira import _granules, _linears, _live, _model, _places, _shards, _text
 from shira._live import LOCK, SwitchError, Weight
 from shira._text import AdapterError
 from shira.adapter.adapter import Adapter
-from shira.serve import _agreement, _layout, _shelf
+from shira.serve import _agreement, _generators, _layout, _shelf
 from shira.serve._agreement import Caller, Step
 from shira.serve._layout import BASE, EMPTY, State, Way, listed
 from shira.serve._ledger import Ledger, quiet
@@ -34,9 +34,11 @@ __all__ = ["Memory", "SwitchError", "Switcher"]
 
 @dataclass(eq=False)
 class _Block:
-    """A ``with`` block of `Switcher.using`, and what was active before it (None until it is entered)."""
+    """A ``with`` block of `Switcher.using`, what was active before it (None until it is entered), and the generator
+    that opened it, if one did."""
 
     before: dict[str, float] | None = None
+    generator: int | None = None
 
 
 # What is around a call on a model that is not sharded.
@@ -229,7 +231,7 @@ class Switcher:
         An empty mapping is the base, as in `disabled`. Blocks nest. While one is open, other threads and tasks cannot
         change what is active (`SwitchError`).
         """
-        block = _Block()
+        block = _Block(generator=_generators.innermost())
         entered = weakref.ref(block)
         try:
             with LOCK:
@@ -409,10 +411,15 @@ class Switcher:
     def _refuse_outsiders(self) -> None:
         """While a block of `using` is open, only what runs inside it may change what is active."""
         self._blocks = [block for block in self._blocks if block() is not None]
-        if self._blocks and self._blocks[-1] not in _INSIDE.get():
+        last = self._blocks[-1]() if self._blocks else None
+        if last is None:
+            return
+        # A generator that waits at a yield would go on with what another one has switched to.
+        waits = last.generator is not None and not _generators.is_running(last.generator)
+        if self._blocks[-1] not in _INSIDE.get() or (waits and _generators.innermost() is not None):
             raise SwitchError(
-                f"Switcher: a using() or disabled() block of another thread or task is open, and would lose its "
-                f"adapters; switch when it has ended; {self._ledger.state.told()}"
+                f"Switcher: a using() or disabled() block of another thread, task or generator is open, and would lose "
+                f"its adapters; switch when it has ended; {self._ledger.state.told()}"
             )
 
     def _end(self, block: _Block) -> None:

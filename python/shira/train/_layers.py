@@ -88,12 +88,16 @@ def _embedding(grad_output: Tensor, input: Tensor, indices: Tensor, granule: int
         return torch.zeros(indices.numel() * granule, dtype=compute, device=indices.device)
     place = _places(tokens, rows)
     summed = torch.zeros(tokens.numel(), width, dtype=compute, device=tokens.device)
-    summed.index_add_(0, place[tokens], grad_output.reshape(-1, width).to(compute))
+    used, each = place[tokens], grad_output.reshape(-1, width).to(compute)
+    if each.is_cuda:
+        summed.index_put_((used,), each, accumulate=True)  # sorts; index_add_ sums in any order there
+    else:
+        summed.index_add_(0, used, each)
     if padding is not None:
         place[padding] = -1
     at, columns = _cells(place, indices, granule, width)
-    found = summed[at.clamp(min=0)[:, None], columns]
-    return torch.where((at >= 0)[:, None], found, 0).view(-1)
+    entries = summed[at.clamp(min=0)[:, None], columns]
+    return torch.where((at >= 0)[:, None], entries, 0).view(-1)
 
 
 def gradient(
