@@ -17,6 +17,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "subset: also run in a process where the references serve every op")
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    left = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert left, "the test left grad mode off: other tests would fail"
+
+
 @pytest.fixture(params=cases.BACKENDS, ids=lambda backend: backend.name)
 def backend(request: pytest.FixtureRequest) -> cases.Backend:
     """Every way to call the ops: see cases.BACKENDS."""

@@ -75,6 +75,10 @@ class Results:
         """The same at a rate that was found otherwise."""
         return self._done(setting.task, lambda seed: self.lab.train(setting, lr, seed))
 
+    def longer(self, setting: Setting) -> list[dict[str, Any]] | None:
+        """The results of every seed of a longer run, at the rate of the shorter ones."""
+        return self._done(setting.task, lambda seed: single.longer_run(self.lab, setting, seed))
+
     def refined(self, setting: Setting) -> list[dict[str, Any]] | None:
         """The results of every seed at the rate of the finer search."""
         return self._done(setting.task, lambda seed: single.refined_run(self.lab, setting, seed))
@@ -86,6 +90,12 @@ class Results:
             if {**run, "lr": 0.0, "seed": 0} == asked and result["test"] is not None:
                 found.setdefault(run["lr"], []).append(result)
         return dict(sorted(found.items()))
+
+    def steady(self, setting: Setting) -> tuple[float, list[dict[str, Any]]] | None:
+        """The rate with the best mean validation score of those that were run with every seed, and its results."""
+        seeds = len(self.lab.seeds_of(setting.task))
+        found = {rate: runs for rate, runs in self.by_rate(setting).items() if len(runs) >= seeds}
+        return max(found.items(), key=lambda one: mean(run["validation"] for run in one[1]), default=None)
 
     def matched(self, setting: Setting, other: Setting) -> tuple[float, list[dict[str, Any]]] | None:
         """The lowest rate at which a setting is as good as another one at its best rate, to within `UNSTEADY` of the
@@ -122,10 +132,9 @@ class Results:
         """The results of a group of adapters switched on together, one for each seed."""
         return self._done(group[0], lambda seed: fusion.fused(self.lab, group, variant, seed))
 
-    def balanced(self, group: Sequence[str], variant: fusion.Variant) -> dict[str, Any] | None:
-        """The same, each adapter at a strength of its own; the first seed alone."""
-        found = self._done(group[0], lambda seed: fusion.balanced(self.lab, group, variant, seed))
-        return found[0] if found else None
+    def balanced(self, group: Sequence[str], variant: fusion.Variant) -> list[dict[str, Any]] | None:
+        """The same, each adapter at a strength of its own."""
+        return self._done(group[0], lambda seed: fusion.balanced(self.lab, group, variant, seed))
 
     def transferred(self, setting: Setting, names: list[str]) -> list[dict[str, float]] | None:
         """Test scores on the tasks of the family, for each seed."""
@@ -156,6 +165,14 @@ def mean(values: Iterable[float]) -> float:
 def standard_error(values: Sequence[float]) -> float:
     """The standard error of the mean."""
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def error_over_seeds(by: Sequence[Sequence[float]]) -> float | None:
+    """The standard error of the mean of several tasks' means: of these tasks, with other seeds. None where a task has
+    one seed."""
+    if any(len(some) < 2 for some in by):
+        return None
+    return math.hypot(*map(standard_error, by)) / len(by)
 
 
 def gains(ours: Iterable[float], theirs: Iterable[float]) -> list[float]:
@@ -302,7 +319,7 @@ class Fused:
     def __init__(self, results: Results, family: str) -> None:
         self.family, self.results = family, results
         self.runs: dict[tuple[tuple[str, ...], str], list[dict[str, Any]]] = {}
-        self.balanced: dict[tuple[tuple[str, ...], str], dict[str, Any]] = {}
+        self.balanced: dict[tuple[tuple[str, ...], str], list[dict[str, Any]]] = {}
         for group in fusion.groups(family):
             if any(results.base(name) is None for name in group):
                 continue  # what is left of the gain could not be told

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import tasks
-from benchmarks.quality.methods import Method, train
+from benchmarks.quality.methods import Method, is_whole, train
 from benchmarks.quality.store import RESULTS, Run, Store, key
 from benchmarks.quality.task import CACHE, Task, measured
 from shira import Adapter
+from shira_ops import fingerprint
 
 RATES = tuple(float(f"{digit}e{power}") for power in range(-5, 1) for digit in (1, 3))
 """The learning rates that are tried: 1e-5, 3e-5, ... 3."""
@@ -45,12 +46,29 @@ KEPT = ("style",)
 ones, those of SHiRA are; the others are as large as the model."""
 
 
+LOST = "lost"
+"""In place of the fingerprint of a base that is nowhere any more."""
+
+
 class Stop(Exception):
     """The time is over: everything that was finished is kept."""
 
 
+class OtherBase(ValueError):
+    """The results so far are of a base with other weights."""
+
+
 def family_of(task: str) -> str:
     return task.partition("/")[0]
+
+
+def print_of(task: Task) -> str:
+    """A short fingerprint of the base's weights, the same for all tasks of a family."""
+    found = hashlib.sha256()
+    for name, weight in task.base().named_parameters():
+        if not is_whole(task, name):
+            found.update(f"{name} {int(fingerprint(weight.detach())):x}\n".encode())
+    return found.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -83,6 +101,7 @@ class Lab:
     steps: int | None = None  # for tests: fewer steps, for every run
     cache: Path = CACHE / "adapters"
     _stores: dict[str, Store] = field(default_factory=dict)
+    _same: set[str] = field(default_factory=set)
 
     def seeds_of(self, task: str) -> Sequence[int]:
         """The seeds of every figure about a task."""
@@ -100,11 +119,37 @@ class Lab:
         if found is None:
             if time.time() >= self.until:
                 raise Stop
+            self.check_base(family_of(run["task"]))
             start = time.perf_counter()
             result = do()
             found = store.add(run, {**result, "seconds": round(time.perf_counter() - start, 2)})
         self.tick(f"{run['task']} {run['do']}")
         return found
+
+    def check_base(self, family: str) -> None:
+        """Refuse to add to results that are of another base; the first run of a family says which base is meant.
+
+        A base that is pretrained here is another one on another processor, which rounds otherwise.
+        """
+        if family in self._same:
+            return
+        one = next(iter(tasks.tasks(family).values()))
+        store, run = self.store(family), {"do": "weights", "task": one.name}
+        kept = store.get(run)
+        if kept == {"fingerprint": LOST}:
+            raise OtherBase(
+                f"the base of the results in {store.path} is lost: begin anew in another folder (--results)"
+            )
+        here = {"fingerprint": print_of(one)}
+        if kept is None:
+            store.add(run, here)
+        elif kept != here:
+            raise OtherBase(
+                f"the results in {store.path} are of a base with other weights (fingerprint {kept['fingerprint']}) "
+                f"than the one here ({here['fingerprint']}): go on where that base is, or begin anew in another folder "
+                f"(--results)"
+            )
+        self._same.add(family)
 
     def base(self, task: str) -> dict[str, Any]:
         """The scores of the untouched base."""

@@ -9,12 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.quality import tasks
-from benchmarks.quality.experiments import cost, fusion, single, trials
+from benchmarks.quality.experiments import cost, dora, fusion, single, trials
 from benchmarks.quality.findings import Fused, Results, gains, mean
 from benchmarks.quality.lab import Setting
-from benchmarks.quality.methods import LATER, MASKS, Lora, Shira, from_description
+from benchmarks.quality.methods import LATER, MASKS, Dora, Lora, Shira, from_description
 from benchmarks.quality.rules import multiples_table, rules_table
-from benchmarks.quality.words import NAMES, difference, fusion_name, label, number, share, spread, table, what
+from benchmarks.quality.words import NAMES, difference, fusion_name, label, number, overall, share, spread, table, what
 
 
 def exact_table(results: Results, family: str) -> str:
@@ -40,7 +40,7 @@ def ahead_table(results: Results, family: str) -> str:
             by.append(gains(ours, theirs) if ours and theirs else [])
         if method != lora and any(by):
             cells = [difference(family, some) if some else "" for some in by]
-            every = difference(family, [one for some in by for one in some]) if all(by) else ""
+            every = overall(family, by) if all(by) else ""
             rows.append([label(method), *cells, every])
     return table(["ahead of LoRA by", *map(what, names), "all"], rows) if rows else ""
 
@@ -118,16 +118,28 @@ def refined_table(results: Results, family: str) -> str:
                 told += f" ({difference(family, by[-1])})"
             cells.append(told)
         if any(cells):
-            every = [gain for some in by for gain in some] if len(by) == len(cells) else []
-            rows.append([label(method), *cells, difference(family, every) if every else ""])
+            rows.append([label(method), *cells, overall(family, by) if len(by) == len(cells) else ""])
     return table(["method", *map(what, tasks.tasks(family)), "ahead of LoRA, all"], rows) if rows else ""
+
+
+def steady_table(results: Results, family: str) -> str:
+    """The rate that all seeds choose, the score there, and by how much it is ahead of LoRA's."""
+    rows, lora = [], Lora(single.rank(family))
+    for name in tasks.tasks(family):
+        theirs = results.steady(Setting(name, lora))
+        for method in single.methods(family):
+            if ours := results.steady(Setting(name, method)):
+                scores, other = ([one["test"] for one in found[1]] if found else [] for found in (ours, theirs))
+                by = difference(family, gains(scores, other)) if other and method != lora else ""
+                rows.append([label(method), f"{ours[0]:g}", spread(family, scores), by])
+    return table(["method", "rate", "score", "ahead of LoRA by"], rows) if rows else ""
 
 
 def by_rate_table(results: Results, family: str) -> str:
     """The loss on each task by the rate (first seed), and the rise of the loss on the reference beside it."""
     names = list(tasks.tasks(family))
     found: dict[tuple[str, float], dict[str, str]] = {}
-    order = [label(method) for method in single.methods(family)]
+    order = [label(method) for method in (*single.close(single.rank(family)), Dora(single.rank(family)))]
     for run, result in results.lab.store(family):
         if run["do"] == "train" and run["seed"] == 0 and "steps" not in run and "fraction" not in run:
             key = label(from_description(run["method"])), run["lr"]
@@ -197,10 +209,26 @@ def against(results: Results, family: str, method: Shira) -> str:
         pairs.append(gains(ours, theirs))
     if not pairs:
         return ""
-    told = difference(family, [gain for some in pairs for gain in some])
+    told = overall(family, pairs, between=False)
     if any(len(some) < 2 for some in pairs):
         return told
     return f"{told} ({sum(mean(some) > statistics.stdev(some) for some in pairs)} of {len(pairs)})"
+
+
+def dora_table(results: Results, *families: str) -> str:
+    """DoRA behind a mask, beside the same mask's entries trained themselves, and DoRA that changes every entry."""
+    rows = []
+    for family in filter(results.has, families):
+        for name, method in dora.chosen(family):
+            several = (Shira(method.mask, r=method.r), method, Dora(single.rank(family)))
+            without, behind, whole = (results.scores(Setting(name, one)) for one in several)
+            if without and behind:
+                told = [spread(family, scores) if scores else "" for scores in (without, behind, whole)]
+                by = difference(family, gains(behind, without))
+                rate = f"{results.rate(Setting(name, method)):g}"
+                rows.append([family, what(name), NAMES[method.mask], told[0], told[1], rate, by, told[2]])
+    heading = ["base", "task", "mask", "its entries", "DoRA behind it", "rate", "ahead by", "DoRA without a mask"]
+    return table(heading, rows) if rows else ""
 
 
 def longer_table(results: Results, family: str) -> str:
@@ -231,7 +259,8 @@ def kin_variants(family: str) -> list[str]:
     """What the table shows: every rate where there are few ways to train, the best one where there are many."""
     if family not in fusion.CHOSEN:
         return list(KIN)
-    return [*(f"{name}{rate}" for name in KIN for rate in RATES_OF_KIN), f"rand 16, disjoint, {fusion.SPARED}"]
+    given = [f"rand 16, one mask, {name}" for several in fusion.GIVEN.values() for name in several]
+    return [*(f"{name}{rate}" for name in KIN for rate in RATES_OF_KIN), f"rand 16, disjoint, {fusion.SPARED}", *given]
 
 
 def kin_table(results: Results, *families: str) -> str:
@@ -260,13 +289,18 @@ def kin_table(results: Results, *families: str) -> str:
 
 
 def own_strengths(fused: Fused, key: tuple[tuple[str, ...], str]) -> str:
-    """The loss with every adapter at a strength of its own, what is left, and these strengths (first seed)."""
+    """The loss with every adapter at a strength of its own, what is left, and these strengths for each seed."""
     found = fused.balanced.get(key)
     if found is None:
         return ""
-    left = fused.left(key[0], found["test"], fused.runs[key][0]["single"]["test"])
-    strengths = ", ".join(f"{one:g}" for one in found["strengths"])
-    return f"{number(fused.family, mean(found['test']))} ({100 * left:.0f} %) at {strengths}"
+    scores = spread(fused.family, [mean(one["test"]) for one in found])
+    # Each seed beside its own adapters alone; there may be fewer than were fused at one strength.
+    left = share([
+        fused.left(key[0], one["test"], run["single"]["test"])
+        for one, run in zip(found, fused.runs[key], strict=False)
+    ])  # fmt: skip
+    strengths = "; ".join(", ".join(f"{at:g}" for at in one["strengths"]) for one in found)
+    return f"{scores} ({left} %) at {strengths}"
 
 
 def unseen_table(results: Results, *families: str) -> str:
@@ -296,10 +330,12 @@ LANGUAGE: dict[str, Callable[..., str]] = {
     "matched": matched_table,
     "refined": refined_table,
     "by-rate": by_rate_table,
+    "steady": steady_table,
     "cost": cost_table,
     "board": board_table,
     "trials": trials_table,
     "longer": longer_table,
+    "dora": dora_table,
     "kin": kin_table,
     "unseen": unseen_table,
     "rules": rules_table,

@@ -175,6 +175,27 @@ class Shira(Method):
 
 
 @dataclass(frozen=True)
+class ShiraDora(Shira):
+    """SHiRA-DoRA by `shira.DoRATuner`: a DoRA of which only the mask's entries reach the weights.
+
+    The mask has as many entries as `Shira` of the same budget, so the adapter is as large and switches as fast. DoRA's
+    rank is ``times`` the one of the budget: the paper trains about six times as many parameters as entries change.
+    """
+
+    kind: ClassVar[str] = "shira-dora"
+
+    times: int = 6
+
+    @contextmanager
+    def attached(self, model: nn.Module, task: Task, lr: float, seed: int) -> Iterator[Attached]:
+        if self.r is None or task.whole is not None or self.mask not in ("rand", "wm"):
+            raise ValueError(f"{self} is for r=, the masks rand and wm, and tasks without a head of their own")
+        with shira.DoRATuner(model, self.make(seed), task.targets, rank=self.times * self.r) as tuner:
+            optimizer = torch.optim.AdamW(groups(tuner.named_parameters(), task, lr), weight_decay=0.0)
+            yield Attached(list(tuner.parameters()), optimizer, tuner.adapter)
+
+
+@dataclass(frozen=True)
 class Moving(Shira):
     """A mask that moves once, as those of RigL and SpIEL do many times.
 
@@ -422,7 +443,9 @@ def follow(optimizer: torch.optim.Optimizer, pairs: list[tuple[nn.Parameter, nn.
         optimizer.register_step_post_hook(after)
 
 
-KINDS: dict[str, type[Method]] = {method.kind: method for method in (Shira, Moving, Lora, Dora, PeftShira, Full)}
+KINDS: dict[str, type[Method]] = {
+    method.kind: method for method in (Shira, ShiraDora, Moving, Lora, Dora, PeftShira, Full)
+}
 
 
 def from_description(description: dict[str, Any]) -> Method:

@@ -40,7 +40,7 @@ def asked(family: str) -> Sequence[str]:
     if family == "style":
         return ("style",)
     if family in COSTLY:
-        return ("single", "cost", *(["fusion"] if family in fusion.CHOSEN else []))
+        return ("single", "cost", "dora", *(["fusion"] if family in fusion.CHOSEN else []))
     return tuple(EXPERIMENTS)
 
 

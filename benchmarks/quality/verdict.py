@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from benchmarks.quality import tasks
 from benchmarks.quality.experiments import fusion, single
 from benchmarks.quality.findings import Coarse, Fused, Grid, Results, coarse, gains, mean, standard_error
-from benchmarks.quality.lab import Setting
+from benchmarks.quality.lab import COSTLY, Setting
 from benchmarks.quality.methods import MASKS, Dora, Full, Lora, Method, Shira
 from benchmarks.quality.tables import affordable
 from benchmarks.quality.words import NAMES, difference, fusion_name, number, share, spread, table, what
@@ -25,12 +25,21 @@ def means_table(results: Results, *families: str) -> str:
         cells = []
         for method in methods:
             scores = [results.scores(Setting(name, method)) for name in names]
-            cells.append(number(family, mean(mean(one or ()) for one in scores)) if all(scores) else "")
+            cells.append(
+                f"{number(family, mean(mean(one or ()) for one in scores))}{fewest(family, scores)}"
+                if all(scores)
+                else ""
+            )
         if any(cells):
             untouched = number(family, mean(bases)) if len(bases) == len(names) else ""
             rows.append([family, untouched, *cells])
     heading = ["base", "untouched", *(NAMES[mask] for mask in MASKS), "LoRA", "DoRA", "full fine-tuning"]
     return table(heading, rows) if rows else ""
+
+
+def fewest(family: str, scores: Iterable[list[float] | None]) -> str:
+    """How many seeds every task has at least, where runs take long and that may be one."""
+    return f" ({min(len(one or ()) for one in scores)})" if family in COSTLY else ""
 
 
 def gaps_table(results: Results, *families: str) -> str:

@@ -6,8 +6,8 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
-from benchmarks.quality.findings import is_accuracy, mean, standard_error
-from benchmarks.quality.methods import Method, Moving, Shira
+from benchmarks.quality.findings import error_over_seeds, is_accuracy, mean, standard_error
+from benchmarks.quality.methods import Method, Moving, Shira, ShiraDora
 
 NAMES = {
     "rand": "Rand", "struct": "Struct", "wm": "WM", "grad": "Grad", "snip": "Snip", "principal": "Principal",
@@ -43,6 +43,16 @@ def difference(family: str, values: Sequence[float]) -> str:
     return f"{told} ± {factor * standard_error(values):.{digits}f}" if len(values) > 1 else told
 
 
+def overall(family: str, by: Sequence[Sequence[float]], *, between: bool = True) -> str:
+    """The mean of several tasks' mean differences, and its standard error over the seeds; ``between`` adds that over
+    the tasks."""
+    means, error, factor = [mean(some) for some in by], error_over_seeds(by), 100 if is_accuracy(family) else 1
+    digits = 1 if is_accuracy(family) else 3
+    told = difference(family, [mean(means)])
+    told += "" if error is None else f" ± {factor * error:.{digits}f}"
+    return f"{told} (tasks: ± {factor * standard_error(means):.{digits}f})" if between and len(by) > 1 else told
+
+
 def label(method: Method) -> str:
     """A method as the tables call it."""
     if not isinstance(method, Shira):
@@ -54,6 +64,8 @@ def label(method: Method) -> str:
         parts.append("balanced")
     if method.mixed:
         parts.append(MIXED[method.mixed])
+    if isinstance(method, ShiraDora):
+        parts.append("with DoRA")
     if isinstance(method, Moving):
         parts.append(f"{100 * method.share:.0f} % moved{' within rows' if method.rows else ''}")
     return ", ".join(parts)

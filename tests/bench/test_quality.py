@@ -16,14 +16,27 @@ pytest.importorskip("sklearn", reason="pip install -e '.[test]'")
 pytest.importorskip("peft", reason="pip install -e '.[test]'")
 pytest.importorskip("rich", reason="pip install -e '.[test]'")
 
-from benchmarks.quality import front, methods, report, rules, sentences, store, tables, tasks, verdict
+from benchmarks.quality import (
+    findings,
+    front,
+    language,
+    methods,
+    report,
+    rules,
+    sentences,
+    store,
+    tables,
+    tasks,
+    verdict,
+    words,
+)
 from benchmarks.quality import lab as lab_module
 from benchmarks.quality import task as task_module
-from benchmarks.quality.experiments import EXPERIMENTS, fusion, masks, size
+from benchmarks.quality.experiments import EXPERIMENTS, fusion, masks, single, size
 from benchmarks.quality.findings import Fused, Results
-from benchmarks.quality.lab import BETWEEN, RATES, Lab, Setting, Stop
+from benchmarks.quality.lab import BETWEEN, RATES, Lab, OtherBase, Setting, Stop
 from benchmarks.quality.language import LANGUAGE
-from benchmarks.quality.methods import Dora, Full, Lora, Shira, from_description, train
+from benchmarks.quality.methods import Dora, Full, Lora, Shira, ShiraDora, from_description, train
 from benchmarks.quality.run import plan
 from benchmarks.quality.sentences import SENTENCES
 from benchmarks.quality.tasks import digits
@@ -71,7 +84,7 @@ def test_every_experiment_runs_and_the_report_tells_it(tiny, tmp_path):
         job.do(tiny)
     kept = (tiny.folder / f"{FAMILY}.jsonl").read_bytes()
     done = {run["do"] for run, _ in store.Store(FAMILY, tiny.folder)}
-    assert done == {"base", "train", "crowding", "fusion", "transfer"}
+    assert done == {"weights", "base", "train", "crowding", "fusion", "transfer"}
 
     # Everything is known now: running it again takes no time, and writes nothing.
     again = Lab(folder=tiny.folder, seeds=range(2), until=0)
@@ -156,7 +169,7 @@ def test_what_was_not_run_is_said(tmp_path):
 
 @pytest.mark.parametrize(
     "method",
-    [Shira("rand", r=1), Shira("snip", r=1, granule=16, balanced=True), Lora(1), Dora(1), Full()],
+    [Shira("rand", r=1), Shira("snip", r=1, granule=16, balanced=True), ShiraDora("wm", r=1), Lora(1), Dora(1), Full()],
     ids=lambda method: method.kind + str(getattr(method, "mask", "")),
 )
 def test_an_adapter_is_what_was_trained(tiny, method):
@@ -183,6 +196,15 @@ def test_equal_parameters(tiny):
     assert 0.9 * lora < train(task, Shira("struct", r=2), 1e-2, 0, 1).record["trainable"] <= lora
     rows = sum(task.base().get_parameter(f"{name}.weight").shape[0] for name in ("first", "second", "third"))
     assert train(task, Dora(2), 1e-2, 0, 1).record["trainable"] == lora + rows
+    behind = train(task, ShiraDora("rand", r=2, times=3), 1e-2, 0, 1).record
+    assert (behind["trainable"], behind["nnz"]) == (3 * lora + rows, lora)
+
+
+def test_dora_behind_a_mask_refuses_what_it_does_not_do(tiny):
+    task = tasks.task(f"{FAMILY}/permuted")
+    for method in (ShiraDora("rand", density=0.01), ShiraDora("snip", r=2)):
+        with pytest.raises(ValueError, match="is for r=, the masks rand and wm, and tasks without a head"):
+            train(task, method, 1e-2, 0, 1)
 
 
 def test_a_switch_costs_the_lines_it_touches(tiny):
@@ -354,6 +376,65 @@ def test_the_time_is_up_between_two_runs(tiny):
     assert tiny.train(setting, 0.1, 0) == result
 
 
+def test_results_of_another_base_are_refused(tiny, monkeypatch):
+    setting = Setting(f"{FAMILY}/permuted", Shira(r=1))
+    result = tiny.train(setting, 0.1, 0)
+    path = tiny.store(FAMILY).path
+    (run, weights), *_ = store.Store(FAMILY, tiny.folder)
+    assert run == {"do": "weights", "task": f"{FAMILY}/rotated-45"}
+    kept, text = weights["fingerprint"], path.read_text()
+
+    def fresh():
+        """A process of its own, which reads the results and the base anew."""
+        monkeypatch.setattr(task_module, "_memory", {})
+        return dataclasses.replace(tiny, _stores={}, _same=set())
+
+    # The base is read from its file again.
+    fresh().train(setting, 0.1, 1)
+    text = path.read_text()
+    # One weight of the last layer differs, in its last bit.
+    file = task_module.CACHE / f"{FAMILY}.pt"
+    state = torch.load(file, weights_only=True)
+    last = list(state)[-1]
+    state[last][-1] = torch.nextafter(state[last][-1], torch.tensor(9.0))
+    torch.save(state, file)
+    other = fresh()
+    with pytest.raises(OtherBase, match=rf"{FAMILY}.jsonl are of a base with other weights \(fingerprint {kept}\)"):
+        other.train(setting, 0.1, 2)
+    assert path.read_text() == text
+    assert other.train(setting, 0.1, 0) == result  # what was kept can be read
+
+    # Results from before fingerprints were kept: the next run says which base they go on with.
+    path.write_text("".join(line for line in text.splitlines(True) if '"weights"' not in line))
+    again = fresh()
+    assert again.train(setting, 0.1, 0) == result
+    again.train(setting, 0.1, 2)
+    (found,) = (one["fingerprint"] for run, one in store.Store(FAMILY, tiny.folder) if run["do"] == "weights")
+    assert found != kept
+
+
+def test_nothing_is_added_to_results_whose_base_is_lost(tiny, monkeypatch):
+    first = next(iter(tasks.tasks(FAMILY)))
+    tiny.store(FAMILY).add({"do": "weights", "task": first}, {"fingerprint": lab_module.LOST})
+    monkeypatch.setattr(lab_module, "print_of", lambda task: pytest.fail("it was made for nothing"))
+    with pytest.raises(OtherBase, match=r"jsonl is lost: begin anew in another folder \(--results\)"):
+        tiny.base(first)
+
+
+def test_a_head_of_its_own_is_not_part_of_the_base(tiny, monkeypatch):
+    task = tasks.task(f"{FAMILY}/permuted")
+    whole = dataclasses.replace(task, whole=r"^third\.")
+    assert lab_module.print_of(task) == lab_module.print_of(task) != lab_module.print_of(whole)
+    model = task.base()
+    with torch.no_grad():
+        model.third.weight.add_(1)
+    monkeypatch.setattr(type(task), "base", lambda self: model)
+    before = lab_module.print_of(whole)
+    with torch.no_grad():
+        model.third.weight.add_(1)
+    assert lab_module.print_of(whole) == before
+
+
 def test_a_result_belongs_to_all_that_was_run():
     """No two settings share a key, and writing out a default does not make another."""
     base = Setting("x/y", Shira("rand", r=2))
@@ -443,6 +524,70 @@ def test_words_are_chosen_by_the_results():
     assert [sentences.listed("abc"[:count]) for count in range(4)] == ["", "a", "a and b", "a, b and c"]
 
 
+def test_a_mean_over_tasks_has_the_error_over_the_seeds_and_that_over_the_tasks():
+    by = [[0.3, 0.1], [0.6, 0.6]]
+    # Half of the standard error 0.1 of the first task; and the means 0.2 and 0.6.
+    assert findings.error_over_seeds(by) == pytest.approx(0.05)
+    assert words.overall("smollm2", by) == "+0.400 ± 0.050 (tasks: ± 0.200)"
+    assert words.overall("digits-mlp", by, between=False) == "+40.0 ± 5.0"
+    assert words.overall("smollm2", [[0.3], [0.6, 0.6]]) == "+0.450 (tasks: ± 0.150)"
+    assert [sentences.word_over_tasks(some) for some in (by, [[0.3, 0.1], [-0.2, -0.2]], [[0.3]], [])] == [
+        "ahead", "level", "", "",
+    ]  # fmt: skip
+
+
+def test_who_fuses_better_is_said_by_the_seeds_that_both_have():
+    a, b, c, d = ((f"x/{one}",) for one in "abcd")
+    scores = {
+        (a, "lora"): [-0.3, -0.31], (a, "rand"): [-0.1, -0.11, -9.0],  # the third seed is SHiRA's alone
+        (b, "lora"): [-0.3, -0.1], (b, "rand"): [-0.2, -0.2],
+        (c, "lora"): [-0.1], (c, "rand"): [-0.2],
+        (d, "rand"): [-0.2],
+    }  # fmt: skip
+    told = sentences.beside_lora_fused("smollm2", [a, b, c, d], list(scores), lambda keys: scores[keys[0]])
+    assert told == (
+        "ahead on *a* (0.105 against 0.305; 2 seeds); level on *b* (0.200 against 0.200; 2 seeds); "
+        "worse on *c* (0.200 against 0.100; 1 seed)"
+    )
+
+
+def test_longer_runs_are_compared_in_words(tmp_path, monkeypatch):
+    ours, lora = single.longer("smollm2")
+    scores = {ours: [-2.0, -2.1], lora: [-2.5, -2.6]}
+    monkeypatch.setattr(Results, "longer", lambda self, one: [{"test": score} for score in scores[one]])
+    assert sentences.longer_words(Results(tmp_path), "smollm2") == (
+        "With 160 steps on *names* SHiRA-Rand, granule 16 is ahead of LoRA (+0.500 ± 0.000 nats; 2 seeds)."
+    )
+    scores[ours] = scores[lora][:1]
+    assert "is beside LoRA (+0.000 nats; 1 seed)" in sentences.longer_words(Results(tmp_path), "smollm2")
+
+
+def test_the_rate_that_every_seed_chooses(tmp_path):
+    setting = Setting("rl/last", Lora(1))
+    kept = store.Store("rl", tmp_path)
+    # The first seed prefers 0.01, where the others fail; 0.02 has two seeds; 0.005 has all.
+    for lr, several in {1e-2: [0.9, 0.1, 0.2], 2e-2: [0.95, 0.95], 5e-3: [0.8, 0.7, 0.9]}.items():
+        for seed, one in enumerate(several):
+            kept.add(setting.run(lr, seed), {"validation": one, "test": one})
+    rate, runs = Results(tmp_path).steady(setting)
+    assert (rate, [one["test"] for one in runs]) == (5e-3, [0.8, 0.7, 0.9])
+    assert Results(tmp_path).steady(Setting("rl/last", Dora(1))) is None
+    for seed, one in enumerate([0.99, 0.98, 0.97]):
+        kept.add(Setting("rl/last", Shira(r=1)).run(5e-2, seed), {"validation": one, "test": one})
+    assert sentences.rewards_words(Results(tmp_path), "rl") == (
+        "Beside LoRA (80.0 ± 10.0), ahead is SHiRA-Rand (98.0 ± 1.0)."
+    )
+    told = language.steady_table(Results(tmp_path), "rl").splitlines()
+    assert told[2:] == ["| SHiRA-Rand | 0.05 | 98.0 ± 1.0 | +18.0 ± 6.1 |", "| LoRA | 0.005 | 80.0 ± 10.0 |  |"]
+
+
+def test_every_seed_is_trained_where_the_first_cannot_choose():
+    curve = {1e-1: 0.1, 3e-2: 0.9, 1e-2: 0.2, 2e-2: 0.3, 5e-2: 0.4}
+    lab = Known(lambda lr, _: curve[lr], seeds=range(3))
+    single.steady_runs(lab, Setting("x/y", Shira(r=1)))
+    assert {(lr, seed) for lr in (3e-2, 2e-2, 5e-2) for seed in range(3)} <= set(lab.tried)
+
+
 def test_who_is_ahead_of_rand_is_said_by_the_results(tmp_path, monkeypatch):
     names = list(tasks.tasks("digits-mlp-128"))[:2]
     monkeypatch.setattr(tasks, "tasks", lambda family: dict.fromkeys(names))
@@ -461,3 +606,6 @@ def test_who_is_ahead_of_rand_is_said_by_the_results(tmp_path, monkeypatch):
         "Ahead of Rand in the mean over a base's tasks: SHiRA-WM on digits-mlp and digits-vit. No mask"
     )
     assert sentences.default_words(Results(tmp_path), *families).endswith("SHiRA-WM is ahead on three bases or more.")
+    assert sentences.beside_rand(Results(tmp_path), "digits-mlp") == (
+        "On digits-mlp, in the mean over the tasks, ahead is WM (+10.0 ± 0.0); behind is Snip (-10.0 ± 0.0)."
+    )

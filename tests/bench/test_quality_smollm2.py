@@ -177,9 +177,9 @@ def test_full_fine_tuning_of_half_precision_does_not_swallow_small_steps(small):
 def test_a_costly_family_has_few_seeds_and_is_told_by_its_own_tables(small, tmp_path):
     assert set(COSTLY.values()) == {3}
     jobs = plan(["smollm2"], ["single", "cost"], 5)
-    # Four bases, six costs, two longer runs with three seeds; of each of 15 methods a search and two more seeds; of
+    # Four bases, seven costs, two longer runs with three seeds; of each of 15 methods a search and two more seeds; of
     # three methods on every task, three seeds at two more rates.
-    assert len(jobs) == len(small) * (1 + 15 * 3 + 3 * 2 * 3) + 6 + 2 * 3
+    assert len(jobs) == len(small) * (1 + 15 * 3 + 3 * 2 * 3) + 7 + 2 * 3
     assert plan(["smollm2"], ["masks", "size", "trials"], 5) == []
     lab = Lab(folder=tmp_path, seeds=range(5), steps=1, cache=tmp_path / "adapters")
     assert list(lab.seeds_of("smollm2/names")) == [0, 1, 2]

@@ -152,7 +152,7 @@ def test_adapters_are_swept_alone_and_together_and_the_page_tells_it(small, monk
         job.do(lab)
     kept = (lab.folder / "style.jsonl").read_bytes()
     done = [run["do"] for run, _ in Store("style", lab.folder)]
-    assert set(done) - {"base"} == {"judge", "untouched", "train", "alphas", "sizes"}
+    assert set(done) - {"base", "weights"} == {"judge", "untouched", "train", "alphas", "sizes"}
     assert done.count("alphas") == 3 * 2 * 3
     again = Lab(folder=lab.folder, seeds=range(2), until=0, steps=2)
     for job in jobs:

@@ -1,6 +1,6 @@
 """Experiments: each module has ``jobs(family, seeds) -> list[Job]``, for any family."""
 
-from benchmarks.quality.experiments import cost, fusion, masks, single, size, style, trials
+from benchmarks.quality.experiments import cost, dora, fusion, masks, single, size, style, trials
 
 EXPERIMENTS = {
     "single": single.jobs,
@@ -9,5 +9,6 @@ EXPERIMENTS = {
     "size": size.jobs,
     "cost": cost.jobs,
     "trials": trials.jobs,
+    "dora": dora.jobs,
     "style": style.jobs,
 }

@@ -21,7 +21,7 @@ import torch
 from benchmarks.quality import tasks
 from benchmarks.quality.experiments.single import rank
 from benchmarks.quality.lab import Job, Lab
-from benchmarks.quality.methods import Dora, Full, Lora, Method, PeftShira, Shira, from_description
+from benchmarks.quality.methods import Dora, Full, Lora, Method, PeftShira, Shira, ShiraDora, from_description
 
 STEPS, SKIPPED = 8, 3  # the first steps allocate
 RATE = 1e-4
@@ -29,7 +29,7 @@ RATE = 1e-4
 
 def methods(family: str) -> list[Method]:
     r = rank(family)
-    return [Shira(r=r, granule=16), Shira(r=r), Lora(r), PeftShira(r), Dora(r), Full()]
+    return [Shira(r=r, granule=16), Shira(r=r), Lora(r), PeftShira(r), Dora(r), ShiraDora(r=r), Full()]
 
 
 def jobs(family: str, seeds: int) -> list[Job]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.quality.lab import COSTLY, Job, Lab, Setting, bases, study
+from benchmarks.quality.lab import BETWEEN, COSTLY, RATES, Job, Lab, Setting, bases, study
 from benchmarks.quality.methods import LATER, MASKS, Dora, Full, Lora, Method, Shira, is_whole
 from benchmarks.quality.tasks import task, tasks
 from shira._granules import refine
@@ -67,6 +67,8 @@ def jobs(family: str, seeds: int) -> list[Job]:
                 found.append(
                     Job(0.16 + 0.01 * seed, 1, lambda lab, one=setting, seed=seed: refined_run(lab, one, seed))
                 )  # type: ignore[misc]
+        if family in STEADY:
+            found += [Job(0.17, 6, lambda lab, one=setting: steady_runs(lab, one)) for setting in settings]  # type: ignore[misc]
         return found
     found += [study(rank_of(setting.method), setting, seeds) for setting in settings]
     found += [study(0.8, setting, seeds) for setting in longer(family)]
@@ -130,6 +132,18 @@ def close(r: int) -> tuple[Method, ...]:
 
 def spared_run(lab: Lab, setting: Setting, seed: int) -> dict[str, Any]:
     return lab.train(setting, lab.spared(setting), seed)
+
+
+STEADY = ("rl",)
+"""Families whose seeds differ so much that the first one cannot choose the rate: every seed of every method is trained
+at the best rate and at the two beside it, and all of them choose."""
+
+
+def steady_runs(lab: Lab, setting: Setting) -> None:
+    best = RATES.index(lab.searched(setting))
+    for rate in (RATES[best], *BETWEEN[max(0, best - 1) : best + 1]):
+        for seed in lab.seeds_of(setting.task):
+            lab.train(setting, rate, seed)
 
 
 def refined_run(lab: Lab, setting: Setting, seed: int) -> dict[str, Any]:
