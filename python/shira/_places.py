@@ -55,7 +55,12 @@ class Place:
     def obstacle(self) -> str | None:
         here = _shards.local(self.slot.weight)
         if here.is_meta:
-            return "is on the meta device"
+            if _model.offloaded(self.slot.module, self.slot.attribute) is None:
+                return "is on the meta device"
+            return (
+                "is offloaded: accelerate keeps it elsewhere while its layer does not run; load the model without "
+                "offloading, or use an Overlay, which writes to no weight"
+            )
         if not here.is_contiguous():
             if _shards.is_dtensor(self.slot.weight):
                 return (

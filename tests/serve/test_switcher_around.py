@@ -167,6 +167,15 @@ def test_memory_that_may_only_be_read_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "w.npy").read_bytes() == before
 
 
+def test_offloaded_weights_are_refused_with_the_way_out() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = linear()
+    adapter = one_of(model)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    with pytest.raises(AdapterError, match=r"'weight' is offloaded: .* without offloading, or use an Overlay"):
+        Switcher(model).add("a", adapter)
+
+
 def test_a_weight_that_is_tied_in_the_adapter_alone() -> None:
     """On a model that keeps two copies, both are written, if they are copies."""
     model = nn.ModuleDict({"wte": nn.Embedding(4, 3), "head": nn.Linear(3, 4, bias=False)})
