@@ -91,6 +91,21 @@ def test_inspect(files: Path) -> None:
     assert facts["bytes"] == (files / "a.safetensors").stat().st_size
 
 
+def test_a_closed_output(files: Path) -> None:
+    """As ``shira inspect FILE >&-`` in a shell; a result is written all the same."""
+    out = files / "closed.safetensors"
+    for arguments, code in (
+        (("inspect", files / "a.safetensors"), 0),
+        (("apply", files / "a.safetensors", files / "base", out), 0),
+        (("inspect", files / "none.safetensors"), 1),
+    ):
+        shell = ["sh", "-c", '"$@" >&-', "sh", sys.executable, "-m", "shira.cli", *map(str, arguments)]
+        done = subprocess.run(shell, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+    assert out.exists()
+
+
 def test_names_cannot_steer_the_terminal(files: Path) -> None:
     entry = Entry(torch.tensor([1]), torch.tensor([1.0]), (4,), torch.float32)
     Adapter({"[red]a\x1b[2J\n": entry}).save(files / "b.safetensors")

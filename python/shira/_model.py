@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -207,3 +208,41 @@ def overlaps(weights: Iterable[Slot]) -> list[tuple[Slot, Slot]]:
                 continue
         reaching = span
     return found
+
+
+def read_only(weights: Iterable[Slot]) -> list[Slot]:
+    """Those in memory that this process may only read, where a write would end it: a file that NumPy has mapped with
+    mode "r", say. Linux alone tells; elsewhere none are found."""
+    # torch's own memory can be written to; storage that it was given, or mapped, is not resizable.
+    given = [(slot, here) for slot in weights if _is_given(here := _shards.local(slot.weight))]
+    if not given or not sys.platform.startswith("linux"):
+        return []
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
+        lines = [line.split(maxsplit=2)[:2] for line in file]
+    sealed = [tuple(int(end, 16) for end in span.split("-")) for span, mode in lines if mode[1] != "w"]
+    ends = [end for _, end in sealed]
+    found = []
+    for slot, here in given:
+        start = here.data_ptr()
+        # The first that ends behind the weight's first byte.
+        at = bisect_right(ends, start)
+        if at < len(sealed) and sealed[at][0] < start + here.numel() * here.element_size():
+            found.append(slot)
+    return found
+
+
+def read_only_advice(slot: Slot) -> str:
+    """The rest of a sentence about a weight that `read_only` has found."""
+    get = f"model.get_parameter({slot.name!r})"
+    return (
+        f"lies in memory that this process may only read, such as a file mapped with mode 'r'; give it memory of its "
+        f"own with {get}.data = {get}.data.clone()"
+    )
+
+
+def _is_given(weight: Tensor) -> bool:
+    if isinstance(weight, UninitializedParameter) or foreign(weight) is not None:
+        return False
+    if weight.device.type != "cpu" or not weight.numel() or not weight.is_contiguous():
+        return False
+    return bool(weight.data_ptr()) and not weight.untyped_storage().resizable()

@@ -55,7 +55,12 @@ class Place:
     def obstacle(self) -> str | None:
         here = _shards.local(self.slot.weight)
         if here.is_meta:
-            return "is on the meta device"
+            if _model.offloaded(self.slot.module, self.slot.attribute) is None:
+                return "is on the meta device"
+            return (
+                "is offloaded: accelerate keeps it elsewhere while its layer does not run; load the model without "
+                "offloading, or use an Overlay, which writes to no weight"
+            )
         if not here.is_contiguous():
             if _shards.is_dtensor(self.slot.weight):
                 return (
@@ -126,8 +131,11 @@ def watched(who: str, found: Iterable[Sequence[Place]], slots: Mapping[str, Slot
 def places(
     who: str, weights: Mapping[str, Wanted], slots: Mapping[str, Slot], rename: _text.Rename
 ) -> dict[str, list[tuple[Slot, ...]]]:
-    """`find`, with every slot of each weight (`watched`)."""
+    """`find` for weights that are written to, with every slot of each weight (`watched`)."""
     found = find(who, weights, slots, rename)
+    problem = sealed([place.slot for there in found.values() for place in there])
+    if problem is not None:
+        raise AdapterError(f"{who} does not fit the model: {problem}")
     return dict(zip(found, watched(who, found.values(), slots), strict=True))
 
 
@@ -147,6 +155,12 @@ def overlap(slots: list[Slot], besides: Container[Weight] = ()) -> str | None:
                 f"an adapter on one would change the other; use an adapter for only one of them"
             )
     return None
+
+
+def sealed(slots: Iterable[Slot]) -> str | None:
+    """Which weight cannot be written to."""
+    found = _model.read_only(slots)
+    return f"{found[0].name!r} {_model.read_only_advice(found[0])}" if found else None
 
 
 def restless(slot: Slot) -> str | None:

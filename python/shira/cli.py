@@ -595,6 +595,10 @@ def bench(
 
 def main() -> None:
     """The entry point ``shira``."""
+    # Python has None where the shell closed one (``>&-``), and files that are opened would take its number.
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     # Clean up what a command was writing, as after Ctrl-C.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     app()

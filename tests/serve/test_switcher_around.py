@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 import shira_ops
 from shira import Adapter, AdapterError, Entry, SparseTuner, Switcher, SwitchError, _live, _model, masks
 from shira.serve import _shelf
+from shira.sync import Publisher, Receiver, SyncError
 from switcher_walk import adapter_of, bits, differing, model_of, restore
 
 
@@ -120,6 +122,58 @@ def test_overlapping_weights_are_refused() -> None:
     another.deactivate()
     with pytest.raises(ValueError, match="q and qkv are different weights in overlapping memory"):
         SparseTuner(model, masks.Rand(density=0.5, granule=1), ["qkv", "q"])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells what memory may be written to")
+def test_memory_that_may_only_be_read_is_refused(tmp_path: Path) -> None:
+    """A write there would end the process."""
+    model = linear()
+    base, adapter = bits(model), one_of(model, "weight")
+    np.save(tmp_path / "w.npy", model.weight.detach().numpy())
+    before = (tmp_path / "w.npy").read_bytes()
+
+    def mapped(mode: Any) -> nn.Parameter:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, that the array is not writable
+            return nn.Parameter(torch.from_numpy(np.load(tmp_path / "w.npy", mmap_mode=mode)))
+
+    says = r"'?weight'? lies in memory that this process may only read, .*model\.get_parameter\('weight'\)\.data = "
+    late = Switcher(model)
+    late.add("a", adapter)
+    model.weight = mapped("r")
+    with pytest.raises(SwitchError, match=says):
+        late.rebind()
+    one = Switcher(model)
+    with pytest.raises(AdapterError, match=says):
+        one.add("a", adapter)
+    with pytest.raises(SyncError, match=says):
+        Receiver(model)
+    Publisher(model)  # only reads
+    with pytest.raises(ValueError, match=says):
+        SparseTuner(model, masks.Rand(density=0.5, granule=1), ["weight"])
+    with pytest.raises(ValueError, match=says):
+        SparseTuner.from_adapter(model, adapter)
+    model.get_parameter("weight").data = model.get_parameter("weight").data.clone()
+    one.add("a", adapter)
+    one.activate("a")
+    one.deactivate()
+    assert differing(bits(model), base) == 0
+    # A private copy of each page that is written.
+    model.weight = mapped("c")
+    private = Switcher(model)
+    private.add("a", adapter)
+    private.activate("a")
+    assert model.weight.flatten()[0].item() == 100
+    assert (tmp_path / "w.npy").read_bytes() == before
+
+
+def test_offloaded_weights_are_refused_with_the_way_out() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = linear()
+    adapter = one_of(model)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    with pytest.raises(AdapterError, match=r"'weight' is offloaded: .* without offloading, or use an Overlay"):
+        Switcher(model).add("a", adapter)
 
 
 def test_a_weight_that_is_tied_in_the_adapter_alone() -> None:

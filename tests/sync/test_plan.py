@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -600,3 +601,22 @@ def test_recordings_that_fail() -> None:
     ):
         with pytest.raises((TypeError, ValueError), match=text):
             Plan.record(*arguments)
+
+
+def test_a_loader_that_clamps_is_found_out_and_one_that_casts_is_not() -> None:
+    floats = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
+    for served in floats[:3]:
+        model = nn.ParameterDict({"w": nn.Parameter(torch.zeros(40, 50).to(served), requires_grad=False)})
+
+        def load(weights: Iterable[tuple[str, Tensor]], model: nn.ParameterDict = model, most: float = 0) -> None:
+            for name, given in weights:
+                turned = given.t() if not most else given.t().float().clamp(-most, most)
+                model["w"].data[20 * int(name) : 20 * int(name) + 20].copy_(turned)
+
+        for trained in floats:
+            shapes = {name: torch.empty(50, 20, dtype=trained, device="meta") for name in ("0", "1")}
+            assert Plan.record(model, load, shapes).problems == {}
+            # The largest number of float8_e4m3fn and more: far above any weight, and far below what bfloat16 holds.
+            for most in (448, 60000) if trained == served == torch.bfloat16 else ():
+                with pytest.raises(SyncError, match="0 is not moved alone: the loader computes with its values"):
+                    Plan.record(model, partial(load, most=most), shapes)

@@ -383,6 +383,27 @@ def test_tied_weights_are_sent_once() -> None:
         Receiver(apart).stage(update)
 
 
+def test_weights_that_are_added_later_are_not_left_out_in_silence() -> None:
+    trained = model_of()
+    served = copy.deepcopy(trained)
+    plain, without = Publisher(trained), Publisher(trained, exclude="head")
+    trained.add_module("head", nn.Linear(2, 2, bias=False))
+    disturb(trained, torch.Generator().manual_seed(1), share=1)
+    says = r"Publisher: head\.weight came into the model after the Publisher was made, and is not published"
+    with pytest.raises(SyncError, match=says):
+        plain.publish()
+    assert plain.step == 0
+    # Left out on purpose, or another name of a weight that is followed.
+    trained.register_parameter("alias", trained[0].weight)
+    follower = Receiver(served)
+    follower.stage(without.publish())
+    follower.commit()
+    del trained.head, trained.alias
+    assert same(state(served), state(trained))
+    plain.publish()
+    assert plain.version == follower.version
+
+
 def test_what_cannot_be_followed() -> None:
     weight = torch.randn(4, 8)
     overlapping = nn.ParameterDict({"all": nn.Parameter(weight), "part": nn.Parameter(weight[:2])})

@@ -365,9 +365,10 @@ class Ledger:
             name = there.setdefault(found.get(weight, weight).key, weight.name)
             if name != weight.name:
                 raise SwitchError(f"Switcher: {weight.name} and {name} were two weights, and are one now")
-        overlap = _places.overlap([fresh.slot for fresh in found.values()], besides=set(moved))
-        if overlap is not None:
-            raise SwitchError(f"Switcher: {overlap}")
+        slots = [fresh.slot for fresh in found.values()]
+        problem = _places.overlap(slots, besides=set(moved)) or _places.sealed(slots)
+        if problem is not None:
+            raise SwitchError(f"Switcher: {problem}")
         wrong = [weight.name for weight, fresh in found.items() if not self._has_content_of(weight, fresh)]
         if wrong:
             raise SwitchError(

@@ -339,8 +339,12 @@ class _Group:
                 generators[name] = torch.Generator().manual_seed(fnv1a64(name) >> 1)
             generator = generators[name]
             if dtype.is_floating_point:
-                wide = torch.float64 if dtype == torch.float64 else torch.float32
-                return torch.rand(end - begin, generator=generator, dtype=wide) - 0.5
+                # Random bits are numbers of every size: a loader may clamp the largest ones. Those that are not finite
+                # are left out, as a cast may give them other bits from place to place.
+                size = ((end - begin) * dtype.itemsize,)
+                drawn = torch.randint(256, size, generator=generator, dtype=torch.uint8).view(dtype)
+                wide = drawn.to(torch.float64 if dtype == torch.float64 else torch.float32)
+                return wide.nan_to_num_(0.5, 0.5, -0.5)
             bound = torch.iinfo(dtype)
             return torch.randint(bound.min, bound.max, (end - begin,), generator=generator, dtype=torch.int64)
 

@@ -72,19 +72,24 @@ def _counter(weight: Tensor) -> int | None:
     return None if weight.is_inference() else weight._version
 
 
+def _followed(who: str, model: nn.Module, exclude: str | None) -> Iterator[_model.Slot]:
+    """The places of parameters and persistent buffers that updates are about: all but a tuner's own, and `exclude`."""
+    try:
+        pattern = None if exclude is None else re.compile(exclude)
+    except re.error as error:
+        raise ValueError(f"{who}: exclude must be a regular expression, got {exclude!r}: {error}") from error
+    for name, slot in _model.slots(model, buffers=True).items():
+        if not name.endswith((VALUES_SUFFIX, INDICES_SUFFIX)) and (pattern is None or not pattern.search(name)):
+            yield slot
+
+
 def weights_of(who: str, model: nn.Module, exclude: str | None) -> dict[str, Weight]:
     """The model's parameters and persistent buffers by their first names; refuses what cannot be followed in place.
 
     A tuner's values and indices are not weights. Those whose names `exclude` is found in are left out.
     """
-    try:
-        pattern = None if exclude is None else re.compile(exclude)
-    except re.error as error:
-        raise ValueError(f"{who}: exclude must be a regular expression, got {exclude!r}: {error}") from error
     groups: dict[object, list[_model.Slot]] = {}
-    for name, slot in _model.slots(model, buffers=True).items():
-        if name.endswith((VALUES_SUFFIX, INDICES_SUFFIX)) or (pattern is not None and pattern.search(name)):
-            continue
+    for slot in _followed(who, model, exclude):
         groups.setdefault(_model.memory(slot.weight), []).append(slot)
     for first, second in _model.overlaps([slots[0] for slots in groups.values()]):
         raise SyncError(
@@ -143,6 +148,17 @@ def refuse_moved(who: str, model: nn.Module, weights: Collection[Weight], advice
         problem = weight.moved()
         if problem is not None:
             raise SyncError(f"{who}: {weight.name} {problem}; {advice}")
+
+
+def refuse_added(who: str, model: nn.Module, exclude: str | None, weights: Collection[Weight], advice: str) -> None:
+    """Refuse a model with weights that it did not have, which nobody would hear of."""
+    known = {id(slot.weight) for weight in weights for slot in weight.slots}
+    added = [slot.name for slot in _followed(who, model, exclude) if id(slot.weight) not in known]
+    if added:
+        raise SyncError(
+            f"{who}: {_model.some(added)} came into the model after the {who} was made, and is not published; leave it "
+            f"out with exclude=, or {advice}"
+        )
 
 
 def fingerprints(weights: Mapping[str, Weight]) -> dict[str, int]:

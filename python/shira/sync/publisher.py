@@ -12,7 +12,7 @@ import shira_ops
 from shira import _granules, _live, _model
 from shira._granules import WORD, index_dtype
 from shira.adapter._entry import Entry
-from shira.sync._weights import Weight, by_call, fingerprints, refuse_moved, weights_of
+from shira.sync._weights import Weight, by_call, fingerprints, refuse_added, refuse_moved, weights_of
 from shira.sync.update import SyncError, Update, bits, shown_version, version_of
 from shira.train.tuner import SparseTuner
 
@@ -79,7 +79,7 @@ class Publisher:
             raise ValueError(f"Publisher: granule must be a whole number of at least 1, got {granule!r}")
         self.model = _model.unwrap(self._tuner.model if self._tuner is not None else source)  # type: ignore[arg-type]
         self._device = None if snapshot is None else torch.device(snapshot)
-        self._granule = granule
+        self._granule, self._exclude = granule, exclude
         if self._device is not None and self._device.type == "meta":
             raise ValueError("Publisher: snapshot must be a device that keeps content, got 'meta'")
         self.step = 0
@@ -136,12 +136,13 @@ class Publisher:
         """What has changed since the last call, or since the Publisher was made; an update without weights if nothing.
 
         The tensors of the update are its own. Raises `SyncError`, with nothing noted as published, where a weight was
-        moved or replaced, or written to although it is frozen. Where it fails half way (memory, an interrupt), the next
-        call sends the weights that changed since the last update as a whole.
+        moved or replaced, or written to although it is frozen, or where the model has new weights. Where it fails half
+        way (memory, an interrupt), the next call sends the weights that changed since the last update as a whole.
         """
         if self._tuner is not None:
             self._tuner.sync()
         refuse_moved("Publisher", self.model, self._weights.values(), _ANEW)
+        refuse_added("Publisher", self.model, self._exclude, self._weights.values(), _ANEW)
         with _live.LOCK, torch.no_grad():
             torn = self._torn is not None
             for weight, fingerprint in (self._torn or {}).items():

@@ -182,6 +182,9 @@ class Receiver:
             tensors = [slot.weight for slot in _model.slots(self.model, buffers=True).values()]
             with _bare("the first look", tensors):
                 self._weights = weights_of("Receiver", self.model, exclude if plan is None else plan.exclude)
+                sealed = _model.read_only(weight.slots[0] for weight in self._weights.values())
+                if sealed:
+                    raise SyncError(f"Receiver: {sealed[0].name} {_model.read_only_advice(sealed[0])}")
                 if plan is None:
                     version = version_of(fingerprints(self._weights))
                 else:

@@ -208,7 +208,11 @@ class Names:
         return names
 
     def check_apart(self, chosen: Container[str]) -> None:
-        """Refuse targets, given by first name, that share a part of their memory with another weight of the model."""
+        """Refuse targets, given by first name, that share a part of their memory with another weight of the model, or
+        that cannot be written to."""
+        sealed = _model.read_only(slot for name, slot in self.slots.items() if name in chosen)
+        if sealed:
+            raise ValueError(f"SparseTuner: {sealed[0].name} {_model.read_only_advice(sealed[0])}")
         for one, other in _model.overlaps(self.slots.values()):
             if any(self.of(slot)[0].name in chosen for slot in (one, other)):
                 raise ValueError(
