@@ -457,8 +457,7 @@ class Product {
 
 // Whether rows of single entries are summed across lanes.
 inline bool few_entries(const SparseLinear& problem, int64_t adapters) {
-  return !problem.transposed && problem.granule == 1 && problem.tokens <= kFew * adapters &&
-         problem.limit() <= kNarrow;
+  return !problem.transposed && problem.granule == 1 && problem.tokens <= kFew * adapters && problem.limit() <= kNarrow;
 }
 
 // For the vector width that `width` returns.

@@ -1,4 +1,4 @@
-"""Modules under their names of version 0.1, so that old imports and pickles still find them."""
+"""Modules under their names of version 0.1, so that old imports and pickles still find them; and under public ones."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 NAMES = {
+    "shira.combine": "shira.adapter.combine",  # as `shira.combine` is
     "shira.calibration": "shira.masks.calibration",
     "shira.difference": "shira.adapter.difference",
     "shira.hub": "shira.adapter.hub",
