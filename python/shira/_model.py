@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,19 @@ def offloaded(module: nn.Module, attribute: str) -> tuple[Tensor, torch.device] 
         device: Any = one.execution_device
         return found, torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     return None
+
+
+# What a forward hook has that needs the layer's own output: it must run before all others.
+FIRST = "_shira_first"
+
+
+def keep_first(module: nn.Module) -> None:
+    """Put forward hooks that were registered before ours since (``prepend=True``) behind them again."""
+    hooks: OrderedDict[int, Any] = module._forward_hooks  # type: ignore[assignment]
+    if not hooks or hasattr(next(iter(hooks.values())), FIRST):
+        return
+    for number in reversed([number for number, hook in hooks.items() if hasattr(hook, FIRST)]):
+        hooks.move_to_end(number, last=False)
 
 
 @dataclass(frozen=True)

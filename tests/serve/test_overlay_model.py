@@ -859,6 +859,31 @@ def test_beside_an_active_switcher():
         switcher.deactivate(verify=False)
 
 
+@pytest.mark.parametrize("when", ["before the block", "inside it", "before it is compiled"])
+def test_hooks_that_are_put_before_the_overlays_go_after_them(when):
+    """They get what a layer gives with the adapter, as they would with the adapter in its weight."""
+    model = Net()
+    adapters = adapters_of(model)
+    overlay, wanted = overlay_of(model, adapters), fused(model, adapters, "a")
+
+    def tripled(module, args, output):
+        return output * 3
+
+    def change():
+        for one in (model, wanted):
+            one.linear.register_forward_hook(tripled, prepend=True)
+
+    called = torch.compile(model, backend="eager") if when == "before it is compiled" else model
+    if when != "inside it":
+        change()
+    with torch.no_grad(), overlay.using("a"):
+        if when == "inside it":
+            called(IDS)
+            change()
+        for _ in range(2):
+            torch.testing.assert_close(called(IDS), wanted(IDS), rtol=1e-12, atol=1e-12)
+
+
 def test_threads_and_tasks_have_their_own():
     model = Net()
     overlay = overlay_of(model, adapters_of(model))

@@ -513,6 +513,27 @@ def test_a_functional_call_whose_dense_gradient_would_go_elsewhere_is_refused() 
 
 
 @pytest.mark.parametrize("overlay", [False, True])
+def test_hooks_that_are_put_before_the_tuners_go_after_them(overlay: bool) -> None:
+    """What they make of a layer's output reaches the gradient, however often the model runs."""
+    model = randomize(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).double())
+    plain, x = copy.deepcopy(model), torch.randn(3, 8, dtype=torch.float64)
+
+    def tripled(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output * 3
+
+    def loss(model: nn.Module) -> Tensor:
+        return model(x).square().sum()
+
+    with SparseTuner(model, masks.Rand(density=0.25, seed=1), overlay=overlay) as tuner:
+        for layer in (*model, *plain):
+            layer.register_forward_hook(tripled, prepend=True)
+        wanted = dense_gradients(plain, loss)
+        for times in (1, 2):
+            loss(model).backward()
+            check_gradients(tuner, wanted, times)
+
+
+@pytest.mark.parametrize("overlay", [False, True])
 @pytest.mark.parametrize("how", ["instance", "class"])
 def test_a_forward_that_is_replaced_under_a_tuner_is_refused(overlay: bool, how: str) -> None:
     """Its rule is for the forward that the layer had."""

@@ -369,6 +369,7 @@ class Current:
 
     def called(self) -> None:
         """A forward pass of the model begins: warn where it may have to have the adapters of another block, once."""
+        self.keep_first()
         inside = _INSIDE.get()
         if not self.blocks and not inside:
             return
@@ -394,6 +395,11 @@ class Current:
             wrong = bool(self.blocks)
         if wrong:
             self.say(what, what)
+
+    def keep_first(self) -> None:
+        """Hooks that others put on the layers go after the Overlay's."""
+        for module in self.hooks:
+            _model.keep_first(module)
 
     def say(self, kind: str, what: str) -> None:
         """Warn, once for each kind."""
@@ -467,6 +473,7 @@ class Current:
     def ready(self, selection: Selection) -> Selection:
         """The selection, prepared for every layer: a compiler must not follow that."""
         if not selection.ready:
+            self.keep_first()
             for hook in self.hooks.values():
                 for group in hook.groups:
                     selection.prepare(group)
@@ -651,6 +658,8 @@ def is_captured(tensor: Tensor) -> bool:
 
 class Hook:
     """The forward hook on a layer: adds to its output what the selected adapters of its weight and bias give."""
+
+    _shira_first = True  # `_model.FIRST`
 
     def __init__(self, current: Current, layer: Layer) -> None:
         self.current = current

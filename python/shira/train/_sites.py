@@ -339,7 +339,10 @@ def put(target: Target, holders: Sequence[nn.Module], rules: Sequence[str | None
             place.kind, place.runs = type(module), _layers.runs(module)
             # Before all other hooks, which may change the output: this one needs the layer's own.
             hook = partial(_lay if site.overlay else _attach, site, elsewhere, rule, place)
+            setattr(hook, _model.FIRST, True)
             site.handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
+            if site.overlay:
+                site.handles.append(module.register_forward_pre_hook(_keep_first))
     if site.overlay:
         site.handles.append(owner.register_state_dict_post_hook(partial(_saved, site.values_name)))
     else:
@@ -484,6 +487,12 @@ def _lay(
     return _layers.lay(rule, module, output, values, input, indices, site.granule)
 
 
+def _keep_first(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """The forward pre-hook of a layer under an overlay."""
+    if not torch.compiler.is_compiling():
+        _model.keep_first(module)
+
+
 def _refuse_other_forward(site: Site, place: Place, module: nn.Module) -> None:
     """Refuse a layer whose forward was replaced after the tuner was attached: its rule may be wrong by now."""
     if type(module) is place.kind and "forward" not in module.__dict__:
@@ -502,6 +511,8 @@ def follow(
 
     ``whole`` is True for the hook of the model itself, which has all sites; other hooks have the sites of their module.
     """
+    if not whole:
+        _keep_first(module, args)
     if torch.compiler.is_compiling():
         _follow_in_graph(sites, whole, module)
     elif not whole and all(site.settled(owner or module) for site, owner in sites):
