@@ -600,6 +600,7 @@ def test_a_folder_takes_updates_alone(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"Folder\.put: update must be an Update, got str"):
         folder.put("update.safetensors")  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+    assert repr(folder) == f"Folder({str(tmp_path)!r})"
 
 
 def test_a_module_that_was_replaced_is_refused() -> None:

@@ -1,4 +1,5 @@
-"""Masks: which entries of a weight an adapter may change. The five masks of arXiv 2406.13175 (section 3.1, appendix B).
+"""Masks: which entries of a weight an adapter may change. The five masks of arXiv 2406.13175 (section 3.1, appendix B),
+`Principal` after another paper, and `Given` for a rule of your own.
 
 A mask is called with a weight's name and the weight, and returns the ``indices`` of granules, strictly increasing. A
 granule is a run of consecutive entries of the flat weight (``granule`` of them), and an index selects one. The budget
