@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,8 +82,8 @@ def estimate(
     tokens: int | tuple[int, int] = 2048,
     world_size: int = 1,
     *,
-    targets: str | list[str] | None = None,
-    exclude: str | list[str] | None = None,
+    targets: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
     batch: Any = None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     dtype: torch.dtype = torch.bfloat16,
