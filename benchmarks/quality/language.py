@@ -122,6 +122,30 @@ def refined_table(results: Results, family: str) -> str:
     return table(["method", *map(what, tasks.tasks(family)), "ahead of LoRA, all"], rows) if rows else ""
 
 
+def together_table(results: Results, *families: str) -> str:
+    """By how much each method is ahead of LoRA in the mean over the tasks of each family, and of all of them together;
+    and the latter again with rates in half steps, where both were searched in that way."""
+    rows, r = [], single.rank(families[0])
+    for method in single.methods(families[-1]):
+        if method == Lora(r):
+            continue
+        cells, every, finer = [], [], []
+        for family in families:
+            by = []
+            for name in tasks.tasks(family):
+                ours, theirs = (results.scores(Setting(name, one)) for one in (method, Lora(r)))
+                by += [gains(ours, theirs)] if ours and theirs else []
+                found = [results.refined(Setting(name, one)) for one in (method, Lora(r))]
+                finer += [gains(*([run["test"] for run in some or ()] for some in found))] if all(found) else []
+            cells.append(overall(family, by) if len(by) == len(tasks.tasks(family)) else "")
+            every += by
+        whole = sum(len(tasks.tasks(family)) for family in families)
+        cells += [overall(families[0], some) if len(some) == whole else "" for some in (every, finer)]
+        if any(cells):
+            rows.append([label(method), *cells])
+    return table(["ahead of LoRA by", *families, "all tasks", "the same, rates in half steps"], rows) if rows else ""
+
+
 def steady_table(results: Results, family: str) -> str:
     """The rate that all seeds choose, the score there, and by how much it is ahead of LoRA's."""
     rows, lora = [], Lora(single.rank(family))
@@ -329,6 +353,7 @@ LANGUAGE: dict[str, Callable[..., str]] = {
     "forgotten": forgotten_table,
     "matched": matched_table,
     "refined": refined_table,
+    "together": together_table,
     "by-rate": by_rate_table,
     "steady": steady_table,
     "cost": cost_table,
