@@ -114,7 +114,8 @@ def test_the_rules_make_right_answers_and_no_question_is_in_two_splits(few_modul
     assert signs == {"+", "-"}
     for question, answer in smollm2.rows("describe")["test"]:
         ast.parse(f"{question} 0")
-        assert answer[0].isupper() and answer[-1] == "."
+        assert answer[0].isupper()
+        assert answer[-1] == "."
     for question, answer in smollm2.rows("letters")["test"]:
         assert unicodedata.lookup(answer) == question[-1]
 
