@@ -12,7 +12,7 @@ from benchmarks.quality import tasks
 from benchmarks.quality.experiments import cost, dora, fusion, single, trials
 from benchmarks.quality.findings import Fused, Results, gains, mean
 from benchmarks.quality.lab import Setting
-from benchmarks.quality.methods import LATER, MASKS, Dora, Lora, Shira, from_description
+from benchmarks.quality.methods import LATER, MASKS, Dora, Lora, Method, Shira, from_description
 from benchmarks.quality.rules import multiples_table, rules_table
 from benchmarks.quality.words import NAMES, difference, fusion_name, label, number, overall, share, spread, table, what
 
@@ -125,25 +125,30 @@ def refined_table(results: Results, family: str) -> str:
 def together_table(results: Results, *families: str) -> str:
     """By how much each method is ahead of LoRA in the mean over the tasks of each family, and of all of them together;
     and the latter again with rates in half steps, where both were searched in that way."""
-    rows, r = [], single.rank(families[0])
+    rows = []
     for method in single.methods(families[-1]):
-        if method == Lora(r):
-            continue
-        cells, every, finer = [], [], []
-        for family in families:
-            by = []
-            for name in tasks.tasks(family):
-                ours, theirs = (results.scores(Setting(name, one)) for one in (method, Lora(r)))
-                by += [gains(ours, theirs)] if ours and theirs else []
-                found = [results.refined(Setting(name, one)) for one in (method, Lora(r))]
-                finer += [gains(*([run["test"] for run in some or ()] for some in found))] if all(found) else []
-            cells.append(overall(family, by) if len(by) == len(tasks.tasks(family)) else "")
-            every += by
-        whole = sum(len(tasks.tasks(family)) for family in families)
-        cells += [overall(families[0], some) if len(some) == whole else "" for some in (every, finer)]
-        if any(cells):
-            rows.append([label(method), *cells])
+        if method != Lora(single.rank(families[0])):
+            cells = [beside_all(results, method, family) for family in families]
+            cells += [beside_all(results, method, *families, refined=finer) for finer in (False, True)]
+            if any(cells):
+                rows.append([label(method), *cells])
     return table(["ahead of LoRA by", *families, "all tasks", "the same, rates in half steps"], rows) if rows else ""
+
+
+def beside_all(results: Results, method: Method, *families: str, refined: bool = False) -> str:
+    """By how much a method is ahead of LoRA in the mean over all tasks of some families; nothing unless both were run
+    on every one. ``refined``: at the rates of the finer search."""
+    by, lora = [], Lora(single.rank(families[0]))
+    for name in (name for family in families for name in tasks.tasks(family)):
+        settings = Setting(name, method), Setting(name, lora)
+        if refined:
+            both = [[run["test"] for run in results.refined(one) or ()] for one in settings]
+        else:
+            both = [results.scores(one) or [] for one in settings]
+        if not all(both):
+            return ""
+        by.append(gains(*both))
+    return overall(families[0], by)
 
 
 def steady_table(results: Results, family: str) -> str:

@@ -238,6 +238,8 @@ def test_more_tasks_are_told_beside_the_first_ones(small, tmp_path):
     cells = [cell.split()[0] for cell in told.split("|")[2:-1]]
     assert cells[:3] == [f"{one:+.3f}" for one in (*means.values(), sum(means.values()) / 2)]
     assert len(cells) == 4
+    words = MAKERS["together-words"](results, *means)
+    assert words.startswith(f"Over all 8 tasks, ahead of LoRA by: SHiRA-Rand {cells[2]} (tasks: ")
 
 
 def test_what_was_done_before_a_stop_compares_all_methods(small):
