@@ -452,7 +452,7 @@ def default() -> Rand:
 class _Scored(Mask):
     """A mask of the granules with the best scores: of the whole weight, or (``balanced``) as many from every row."""
 
-    score: str
+    score: Literal["magnitude", "grad", "snip"]
 
     def __init__(
         self,
@@ -669,7 +669,7 @@ class Struct(Mask):
         *,
         r: Rank | None = None,
         granule: Granule = 1,
-        lines: str = "rows",
+        lines: Literal["rows", "columns"] = "rows",
         offset: int = 0,
         skip: Skip = (),
     ) -> None:

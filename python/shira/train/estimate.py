@@ -94,7 +94,8 @@ def estimate(
     ``nn.ModuleList`` with the most parameters) and on the model, which is gathered again for the backward pass. Each
     rank has a batch of its own.
 
-    It does not count what kernels take for themselves, what the allocator keeps or loses (a GPU's to blocks of 512
+    The tuner is one without ``whole``, with sampled gradients where layers allow them, and no overlay. It does not
+    count what kernels take for themselves, what the allocator keeps or loses (a GPU's to blocks of 512
     bytes, and by fragments), and what the process had before. Attention is counted as
     ``torch.nn.functional.scaled_dot_product_attention`` runs it on this machine's CPU, which keeps no scores.
 
