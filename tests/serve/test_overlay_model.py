@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import shira
 from quantized import KINDS
+from shira.serve._laying import EXPERTS
 from shira import Adapter, AdapterError, Entry, Overlay, SparseTuner, Switcher, SwitchError, masks
 
 Strengths = Mapping[str, float]
@@ -282,7 +283,9 @@ def test_tokens_that_lie_flat_are_right_and_some_of_them_are_refused():
     input = torch.randn(3, 4, 6, dtype=torch.float64)
     model = Flat()
     adapters = {"a": adapter_of(model, 1), "b": adapter_of(model, 2)}
-    with overlay_of(model, adapters).using(["a", None, "b"]):
+    # Nothing else tells that samples come first, which is said once.
+    says = r"proj.weight gets the tokens of all samples in one dimension, and no other layer has told yet"
+    with overlay_of(model, adapters).using(["a", None, "b"]), pytest.warns(UserWarning, match=says):
         found = model(input).view(3, 4, 6)
     for sample, which in enumerate(("a", None, "b")):
         wanted = fused(model, adapters, which)(input).view(3, 4, 6)[sample]
@@ -391,6 +394,22 @@ def test_as_many_samples_as_tokens():
     for sample in (0, 2):
         wanted = fused(model, adapters, which[sample])(square)[sample]
         torch.testing.assert_close(found[sample], wanted, rtol=1e-12, atol=1e-12)
+    # One place a token looks like one label a sample, where there are as many.
+    words = nn.Sequential(nn.Embedding(20, 8), nn.Tanh())
+    outer = nn.ModuleDict({"words": words, "places": nn.Embedding(9, 8)})
+    outer.forward = lambda ids: words(ids) + outer["places"](torch.arange(ids.shape[1]))
+    overlay = overlay_of(outer, given(outer, "places"))
+    with overlay.using(which), pytest.raises(SwitchError, match=r"places.weight got an input with .* \[3\] in a batch"):
+        outer(IDS[:, :3])
+    labels = nn.ModuleDict({"kinds": nn.Embedding(20, 8)})
+    labels.forward = lambda input, kind: input + labels["kinds"](kind)[:, None, None]
+    overlay = overlay_of(labels, adapters := given(labels, "kinds"))
+    kinds = torch.tensor([4, 7, 9])
+    with overlay.using(which), pytest.warns(UserWarning, match="kinds.weight gets has 3 samples and as many tokens"):
+        found = labels(torch.zeros(3, 3, 2, 8), kinds)
+    with overlay.using(which):
+        assert torch.equal(labels(torch.zeros(3, 1, 2, 8), kinds), found[:, :1])
+    assert torch.equal(found[0, 0, 0], fused(labels, adapters, "a")["kinds"](kinds[:1])[0])
     words = nn.Sequential(nn.Embedding(20, 8), nn.Tanh())
     overlay = overlay_of(words, adapters := given(words, "0"))
     with overlay.using(which):
@@ -412,6 +431,10 @@ def test_models_whose_rows_are_in_another_order():
         pass
     with overlay.using(["b", None]), pytest.raises(SwitchError, match="runs outside"):
         experts["shared_expert"](torch.randn(2, 4))
+    for name in ("local_experts", "expert_0", "mlp.MyExpert"):
+        assert EXPERTS.search(f"layers.0.{name}.fc.weight"), name
+    for name in ("shared_experts", "shared_expert_gate", "expert_router", "mlp"):
+        assert not EXPERTS.search(f"layers.0.{name}.fc.weight"), name
 
 
 def test_a_batch_in_a_mapping():
