@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import shira
 from quantized import KINDS
-from shira.serve._laying import EXPERTS
 from shira import Adapter, AdapterError, Entry, Overlay, SparseTuner, Switcher, SwitchError, masks
+from shira.serve._laying import EXPERTS
 
 Strengths = Mapping[str, float]
 IDS = torch.tensor([[1, 4, 4, 0, 19], [7, 0, 3, 4, 11], [2, 2, 9, 1, 0]])

@@ -859,9 +859,9 @@ class Hook:
             if not torch.compiler.is_compiling() and not self.current.samples_first:
                 self.current.say(
                     "flat",
-                    f"{self.name} gets the tokens of all samples in one dimension, and no other layer has told yet that "
-                    f"samples come first in this model: they are taken sample by sample, as reshape(-1, features) lays "
-                    f"them where samples come first",
+                    f"{self.name} gets the tokens of all samples in one dimension, and no other layer has told yet "
+                    f"that samples come first in this model: they are taken sample by sample, as reshape(-1, features) "
+                    f"lays them where samples come first",
                 )
             return
         sizes = ""

@@ -650,8 +650,8 @@ _COMPUTED = (
 
 
 def _is_copy(there: Tensor, given: Tensor) -> bool:
-    """Whether all entries have the bits of a copy. Of a NaN any NaN will do: which bits a cast leaves it, and a cast back
-    again, depends on where in memory it lies."""
+    """Whether all entries have the bits of a copy. Of a NaN any NaN will do: which bits a cast leaves it, and a cast
+    back again, depends on where in memory it lies."""
     copied = given.to(there).contiguous()
     same = bits(copied) == bits(there)
     if there.is_floating_point() and not bool(same.all()):
