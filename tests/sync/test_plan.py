@@ -637,6 +637,6 @@ def test_a_loader_that_changes_what_is_not_finite_is_found_out() -> None:
             lambda given: given.nan_to_num(math.nan, 1.0, -1.0),
             lambda given: given + 0.0,  # of -0.0 it makes 0.0
         ):
+            shapes = {"w": torch.empty(6, 5, dtype=trained, device="meta")}
             with pytest.raises(SyncError, match="w is not moved alone: the loader computes with its values"):
-                shapes = {"w": torch.empty(6, 5, dtype=trained, device="meta")}
                 Plan.record(model, partial(load, changed=changed), shapes)
