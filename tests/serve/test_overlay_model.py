@@ -266,6 +266,32 @@ def test_generate(options):
     assert not torch.equal(expected[0][:, 5:], expected[1][:, 5:])
 
 
+def test_continuous_batching():
+    """transformers computes it in a thread of its own, with the tokens of all requests in one row."""
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "ContinuousBatchingConfig"):
+        pytest.skip("this transformers has no continuous batching of this kind")
+    model, prompts = llama(), [[1, 5, 9, 11], [1, 7, 3]]
+    options = transformers.GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=39, pad_token_id=0)
+    small = transformers.ContinuousBatchingConfig(page_size=16, num_blocks=8, max_batch_tokens=16)
+
+    def batched() -> list[list[int]]:
+        found = model.generate_batch(prompts, options, small, warmup=False)
+        return [found[key].generated_tokens for key in found]
+
+    def alone(which: str) -> list[list[int]]:
+        made = fused(llama(), adapters, which)
+        given = [torch.tensor([prompt]) for prompt in prompts]
+        return [made.generate(one, generation_config=options)[0, one.shape[1] :].tolist() for one in given]
+
+    adapters = {"a": adapter_of(model, 1, names="proj"), "b": adapter_of(model, 9, granule=8, names="proj")}
+    overlay = overlay_of(model, adapters)
+    overlay.activate("a")
+    assert batched() == alone("a") != alone("b")
+    with overlay.using("b"), pytest.warns(UserWarning, match="runs in a thread or task where no using"):
+        assert batched() == alone("a")
+
+
 class Flat(nn.Module):
     """Lays the tokens of all samples side by side, as mixtures of experts do; or only some of them."""
 
