@@ -338,6 +338,35 @@ class Overlay:
             used = [self._added[name] for name in dict.fromkeys(self._in_use())]
             return [laid.name for laid in used if laid.replaces and any(map(is_there, laid.all_spots))]
 
+    def rebase(self, bases: Mapping[Tensor, int]) -> None:
+        """Take what these weights hold now as the base, after a `shira.sync.Receiver` has written an update into them.
+
+        The adapters stay: one that adds still adds, and one that replaces entries replaces the same ones, by its
+        differences from the new base, which are made when it is selected next.
+
+        Args:
+            bases: the weights, as the model holds them, and the fingerprint of what each holds now (it is not checked).
+        """
+        fresh = {_model.memory(tensor): fingerprint for tensor, fingerprint in bases.items()}
+        with LOCK, quiet():
+            others: set[Watched] = set()
+            # Differences that ranks compute together are not made anew here: these are refused at their next selection.
+            together = (laid for laid in self._added.values() if laid.replaces and laid.shared)
+            left_out = {spot.place for laid in together for spot in laid.all_spots}
+            for watched in dict.fromkeys(self._watched.values()):
+                tensor = watched.spot.parameter()
+                fingerprint = None if tensor is None else fresh.get(_model.memory(tensor))
+                if fingerprint is None or watched.spot.place in left_out:
+                    continue
+                if fingerprint != watched.fingerprint:
+                    others.add(watched)
+                watched.fingerprint = fingerprint
+                watched.note()
+            for name, laid in self._added.items():
+                if laid.replaces and any(self._watched.get(spot.place) in others for spot in laid.all_spots):
+                    self._leave(name)
+            self._settle([name for name in dict.fromkeys(self._in_use()) if self._added[name].deltas is None])
+
     def memory(self) -> dict[str, Memory]:
         """The bytes that each adapter keeps, by name."""
         with LOCK:
