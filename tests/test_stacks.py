@@ -367,6 +367,22 @@ def test_a_copy_that_follows_as_in_gans_and_self_distillation() -> None:
     assert torch.equal(shira_ops.gather(teacher[0].weight, indices), half)  # the model is the base, the copy stays
 
 
+def test_a_trace_and_an_export_keep_the_selection_of_an_overlay() -> None:
+    model = linear()
+    overlay = shira.Overlay(model)
+    overlay.add("a", adapter(model, r"^\d$"))
+    base = model(X)
+    with overlay.using(["a", None, "a"]):
+        wanted = model(X)
+        # Without a check of the trace, which runs it again.
+        kept = [torch.jit.trace(model, X, check_trace=False), torch.export.export(model, (X,)).module()]
+    assert same(wanted[1], base[1])
+    assert (wanted[0] - base[0]).abs().max() > 0.5
+    for one in kept:
+        assert same(one(X), wanted)
+    assert torch.equal(model(X), base)
+
+
 # ---- LoRA that is merged ----------------------------------------------------------------------------------------
 
 

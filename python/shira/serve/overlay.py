@@ -136,7 +136,7 @@ class Overlay:
     - **Compiled models** (``torch.compile(model, fullgraph=True)``) take other selections without being compiled again,
       as long as the number of samples and of adapters that were added stay. A compiled model knows one selection for
       the whole process, that of the block opened last; otherwise each thread and task has its own blocks. A CUDA graph
-      that is captured keeps the selection of its capture.
+      that is captured, a trace (``torch.jit.trace``) and an export keep the selection of that moment.
     - A copy of the model (``copy.deepcopy``) keeps what was active; copy the Overlay to have one for the copy
       (``copy.deepcopy(overlay).model``).
 
