@@ -367,6 +367,7 @@ def test_a_copy_that_follows_as_in_gans_and_self_distillation() -> None:
     assert torch.equal(shira_ops.gather(teacher[0].weight, indices), half)  # the model is the base, the copy stays
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_trace_and_an_export_keep_the_selection_of_an_overlay() -> None:
     model = linear()
     overlay = shira.Overlay(model)
