@@ -457,7 +457,7 @@ def test_models_whose_rows_are_in_another_order():
         pass
     with overlay.using(["b", None]), pytest.raises(SwitchError, match="runs outside"):
         experts["shared_expert"](torch.randn(2, 4))
-    for name in ("local_experts", "expert_0", "mlp.MyExpert"):
+    for name in ("local_experts", "expert_0", "mlp.MyExpert", "aggregate_experts"):
         assert EXPERTS.search(f"layers.0.{name}.fc.weight"), name
     for name in ("shared_experts", "shared_expert_gate", "expert_router", "mlp"):
         assert not EXPERTS.search(f"layers.0.{name}.fc.weight"), name

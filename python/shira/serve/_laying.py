@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 Strengths = dict[str, float]
 """Adapters and their strengths, in the order in which the adapters were added."""
 
-EXPERTS = re.compile(r"(^|\.)(?!\w*(shared|gate|router))\w*expert\w*\.", re.IGNORECASE)
+EXPERTS = re.compile(r"(^|\.)(?!\w*(shared|router|_gate\.))\w*expert\w*\.", re.IGNORECASE)
 """Layers of a mixture of experts, by their names: they get some of the tokens, in an order of their own. Shared experts
 and what chooses between experts get them all."""
 

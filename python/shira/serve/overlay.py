@@ -119,8 +119,8 @@ class Overlay:
       output is rounded twice: as the layer rounds its own, and once after all adapters were added in float32, so it is
       within half a unit in the last place of the base's output plus half a unit of its own from the exact sum. A
       sample without an adapter keeps every bit of the base's output.
-    - **Adapters that replace entries** become differences once, at `add`, in float32 (float64 for float64 weights).
-      They stay relative to the base, also beside an active `Switcher`: the sum is then base + the Switcher's changes
+    - **Adapters that replace entries** become differences once, at `add`, in float32 (float64 for float64 weights), and
+      anew after a live update (`shira.sync`). They stay relative to the base, also beside an active `Switcher`: the sum is then base + the Switcher's changes
       + the Overlay's, each as if it was alone on the base.
     - **Layers** are recognised by what they compute: ``nn.Linear``, transformers' ``Conv1D``, ``nn.Embedding``, layers
       of quantized weights; biases of linear layers too, and weights that are replaced as a whole. Adapters with entries
