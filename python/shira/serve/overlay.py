@@ -120,8 +120,8 @@ class Overlay:
       within half a unit in the last place of the base's output plus half a unit of its own from the exact sum. A
       sample without an adapter keeps every bit of the base's output.
     - **Adapters that replace entries** become differences once, at `add`, in float32 (float64 for float64 weights), and
-      anew after a live update (`shira.sync`). They stay relative to the base, also beside an active `Switcher`: the sum is then base + the Switcher's changes
-      + the Overlay's, each as if it was alone on the base.
+      anew after a live update (`shira.sync`). They stay relative to the base, also beside an active `Switcher`: the sum
+      is then base + the Switcher's changes + the Overlay's, each as if it was alone on the base.
     - **Layers** are recognised by what they compute: ``nn.Linear``, transformers' ``Conv1D``, ``nn.Embedding``, layers
       of quantized weights; biases of linear layers too, and weights that are replaced as a whole. Adapters with entries
       of anything else are refused. Where a model uses a layer's weight without running the layer, the adapter has no
