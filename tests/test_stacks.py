@@ -365,3 +365,52 @@ def test_a_copy_that_follows_as_in_gans_and_self_distillation() -> None:
         indices = teacher[0].weight_shira_indices
         assert torch.equal(shira_ops.gather(teacher[0].weight, indices), half)
     assert torch.equal(shira_ops.gather(teacher[0].weight, indices), half)  # the model is the base, the copy stays
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_and_an_export_keep_the_selection_of_an_overlay() -> None:
+    model = linear()
+    overlay = shira.Overlay(model)
+    overlay.add("a", adapter(model, r"^\d$"))
+    base = model(X)
+    with overlay.using(["a", None, "a"]):
+        wanted = model(X)
+        # Without a check of the trace, which runs it again.
+        kept = [torch.jit.trace(model, X, check_trace=False), torch.export.export(model, (X,)).module()]
+    assert same(wanted[1], base[1])
+    assert (wanted[0] - base[0]).abs().max() > 0.5
+    for one in kept:
+        assert same(one(X), wanted)
+    assert torch.equal(model(X), base)
+
+
+# ---- LoRA that is merged ----------------------------------------------------------------------------------------
+
+
+def test_lora_that_is_merged_under_an_adapter_is_found_by_verify_alone() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["0", "1"], init_lora_weights=False)
+    model = linear()
+    base, switched = model[0].weight.clone(), Switched(model)
+    switched.switcher.activate("a")
+    tuned = peft.get_peft_model(model, config)
+    tuned.merge_adapter()
+    with pytest.raises(
+        shira.SwitchError, match=r"2 weight\(s\) do not hold the base plus what is active: 0.weight, 1.weight"
+    ):
+        switched.switcher.verify(full=True)
+    switched.switcher.deactivate()  # unseen, and the merged LoRA is gone from the adapter's entries alone
+    here = switched.switcher.adapters["a"].weights["0.weight"].indices
+    merged = model[0].base_layer.weight.flatten() != base.flatten()
+    assert not merged[here.long()].any()
+    assert merged.sum() > base.numel() // 2
+
+    # An Overlay writes to no weight, so what is merged stays and its adapters are added.
+    model = linear()
+    with shira.Overlay(model) as overlay, torch.no_grad():
+        overlay.add("a", adapter(model, r"^\d$"))
+        tuned = peft.get_peft_model(model, config)
+        with overlay.using("a"):
+            wanted = tuned(X)
+            tuned.merge_adapter()
+            assert same(tuned(X), wanted)

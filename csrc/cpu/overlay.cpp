@@ -546,8 +546,10 @@ struct Cpu {
   static void add(const SparseLinear& problem, const Tensor& output, const Tensor& input, const Tensors& indices,
                   const Tensors& values, const Tensor& adapters, const Tensor& alphas) {
     const auto count = static_cast<int64_t>(indices.size());
-    const int32_t* const named = adapters.const_data_ptr<int32_t>();
-    check_adapter_numbers(problem.op, named, problem.tokens, count);
+    // Read once: another thread may write to what selects adapters, and all that follows must believe the same.
+    const auto* const numbers = adapters.const_data_ptr<int32_t>();
+    const std::vector<int32_t> named(numbers, numbers + problem.tokens);
+    check_adapter_numbers(problem.op, named.data(), problem.tokens, count);
     // The tokens by adapter; those of one adapter stay in order.
     std::vector<int64_t> starts(count + 1, 0), order(problem.tokens);
     for (int64_t t = 0; t < problem.tokens; ++t)
@@ -559,7 +561,8 @@ struct Cpu {
     const auto tokens_of = [&](int64_t k) { return Tokens{order.data() + starts[k], 0, starts[k + 1] - starts[k]}; };
     with_dtypes(output.scalar_type(), values[0].scalar_type(), [&](auto w, auto v) {
       using W = typename decltype(w)::type;
-      const auto* const alpha = static_cast<const typename W::Compute*>(alphas.const_data_ptr());
+      const auto* const strengths = static_cast<const typename W::Compute*>(alphas.const_data_ptr());
+      const std::vector<typename W::Compute> alpha(strengths, strengths + count);
       const auto each = [&](const auto& f) {  // of the adapters that have something to add
         for (int64_t k = 0; k < count; ++k)
           if (tokens_of(k).count > 0 && alpha[k] != 0 && problem.out_features > 0)

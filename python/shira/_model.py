@@ -79,6 +79,22 @@ def offloaded(module: nn.Module, attribute: str) -> tuple[Tensor, torch.device] 
     return None
 
 
+def absent(slot: Slot, way_out: str = "") -> str | None:
+    """Why a weight has no content that could be written, as the rest of a sentence after its name; or None.
+
+    Args:
+        way_out: what else can be done with one that is offloaded than loading it in another way.
+    """
+    if not _shards.local(slot.weight).is_meta:
+        return None
+    if offloaded(slot.module, slot.attribute) is None:
+        return "is on the meta device, so it has no content"
+    return (
+        f"is offloaded: accelerate keeps it elsewhere while its layer does not run; load the model without "
+        f"offloading{way_out}"
+    )
+
+
 # What a forward hook has that needs the layer's own output: it must run before all others.
 FIRST = "_shira_first"
 

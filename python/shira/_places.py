@@ -54,13 +54,9 @@ class Place:
     @property
     def obstacle(self) -> str | None:
         here = _shards.local(self.slot.weight)
-        if here.is_meta:
-            if _model.offloaded(self.slot.module, self.slot.attribute) is None:
-                return "is on the meta device"
-            return (
-                "is offloaded: accelerate keeps it elsewhere while its layer does not run; load the model without "
-                "offloading, or use an Overlay, which writes to no weight"
-            )
+        absent = _model.absent(self.slot, ", or use an Overlay, which writes to no weight")
+        if absent is not None:
+            return absent
         if not here.is_contiguous():
             if _shards.is_dtensor(self.slot.weight):
                 return (

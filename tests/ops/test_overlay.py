@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -392,6 +393,34 @@ def test_output_plus_the_sum_is_rounded_once(backend: Backend) -> None:
         "alphas": torch.ones(1),
     }
     assert run(backend, Case(ADD, args))["output"].item() == 258
+
+
+def test_what_selects_adapters_is_read_once() -> None:
+    """Another thread that changes strengths or numbers during a call: either is right, and nothing in between."""
+    indices, values = torch.arange(4096, dtype=torch.int32), torch.ones(4096)
+    adapters, alphas, done = torch.zeros(2, dtype=torch.int32), torch.zeros(1), threading.Event()
+
+    def change() -> None:
+        while not done.is_set():
+            alphas.fill_(1.0)
+            adapters.fill_(-1)
+            alphas.zero_()
+            adapters.zero_()
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for at in range(300):
+            scale = 1.0 + at % 2  # what an earlier call has left in memory is another sum
+            output = torch.zeros(2, 8)
+            torch.ops.shira.sparse_linear_add_(
+                output, torch.full((2, 4096), scale), [indices], [values], adapters, alphas
+            )
+            assert set(output[:, 0].tolist()) <= {0.0, 4096 * scale}
+            assert not output[:, 1:].any()
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_indices_of_adapters_that_nobody_names(backend: Backend) -> None:

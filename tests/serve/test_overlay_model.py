@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import shira
 from quantized import KINDS
 from shira import Adapter, AdapterError, Entry, Overlay, SparseTuner, Switcher, SwitchError, masks
+from shira.serve._laying import EXPERTS
 
 Strengths = Mapping[str, float]
 IDS = torch.tensor([[1, 4, 4, 0, 19], [7, 0, 3, 4, 11], [2, 2, 9, 1, 0]])
@@ -265,6 +266,32 @@ def test_generate(options):
     assert not torch.equal(expected[0][:, 5:], expected[1][:, 5:])
 
 
+def test_continuous_batching():
+    """transformers computes it in a thread of its own, with the tokens of all requests in one row."""
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "ContinuousBatchingConfig"):
+        pytest.skip("this transformers has no continuous batching of this kind")
+    model, prompts = llama(), [[1, 5, 9, 11], [1, 7, 3]]
+    options = transformers.GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=39, pad_token_id=0)
+    small = transformers.ContinuousBatchingConfig(page_size=16, num_blocks=8, max_batch_tokens=16)
+
+    def batched() -> list[list[int]]:
+        found = model.generate_batch(prompts, options, small, warmup=False)
+        return [found[key].generated_tokens for key in found]
+
+    def alone(which: str) -> list[list[int]]:
+        made = fused(llama(), adapters, which)
+        given = [torch.tensor([prompt]) for prompt in prompts]
+        return [made.generate(one, generation_config=options)[0, one.shape[1] :].tolist() for one in given]
+
+    adapters = {"a": adapter_of(model, 1, names="proj"), "b": adapter_of(model, 9, granule=8, names="proj")}
+    overlay = overlay_of(model, adapters)
+    overlay.activate("a")
+    assert batched() == alone("a") != alone("b")
+    with overlay.using("b"), pytest.warns(UserWarning, match="runs in a thread or task where no using"):
+        assert batched() == alone("a")
+
+
 class Flat(nn.Module):
     """Lays the tokens of all samples side by side, as mixtures of experts do; or only some of them."""
 
@@ -282,7 +309,9 @@ def test_tokens_that_lie_flat_are_right_and_some_of_them_are_refused():
     input = torch.randn(3, 4, 6, dtype=torch.float64)
     model = Flat()
     adapters = {"a": adapter_of(model, 1), "b": adapter_of(model, 2)}
-    with overlay_of(model, adapters).using(["a", None, "b"]):
+    # Nothing else tells that samples come first, which is said once.
+    says = r"proj.weight gets the tokens of all samples in one dimension, and no other layer has told yet"
+    with overlay_of(model, adapters).using(["a", None, "b"]), pytest.warns(UserWarning, match=says):
         found = model(input).view(3, 4, 6)
     for sample, which in enumerate(("a", None, "b")):
         wanted = fused(model, adapters, which)(input).view(3, 4, 6)[sample]
@@ -391,6 +420,22 @@ def test_as_many_samples_as_tokens():
     for sample in (0, 2):
         wanted = fused(model, adapters, which[sample])(square)[sample]
         torch.testing.assert_close(found[sample], wanted, rtol=1e-12, atol=1e-12)
+    # One place a token looks like one label a sample, where there are as many.
+    words = nn.Sequential(nn.Embedding(20, 8), nn.Tanh())
+    outer = nn.ModuleDict({"words": words, "places": nn.Embedding(9, 8)})
+    outer.forward = lambda ids: words(ids) + outer["places"](torch.arange(ids.shape[1]))
+    overlay = overlay_of(outer, given(outer, "places"))
+    with overlay.using(which), pytest.raises(SwitchError, match=r"places.weight got an input with .* \[3\] in a batch"):
+        outer(IDS[:, :3])
+    labels = nn.ModuleDict({"kinds": nn.Embedding(20, 8)})
+    labels.forward = lambda input, kind: input + labels["kinds"](kind)[:, None, None]
+    overlay = overlay_of(labels, adapters := given(labels, "kinds"))
+    kinds = torch.tensor([4, 7, 9])
+    with overlay.using(which), pytest.warns(UserWarning, match="kinds.weight gets has 3 samples and as many tokens"):
+        found = labels(torch.zeros(3, 3, 2, 8), kinds)
+    with overlay.using(which):
+        assert torch.equal(labels(torch.zeros(3, 1, 2, 8), kinds), found[:, :1])
+    assert torch.equal(found[0, 0, 0], fused(labels, adapters, "a")["kinds"](kinds[:1])[0])
     words = nn.Sequential(nn.Embedding(20, 8), nn.Tanh())
     overlay = overlay_of(words, adapters := given(words, "0"))
     with overlay.using(which):
@@ -412,6 +457,10 @@ def test_models_whose_rows_are_in_another_order():
         pass
     with overlay.using(["b", None]), pytest.raises(SwitchError, match="runs outside"):
         experts["shared_expert"](torch.randn(2, 4))
+    for name in ("local_experts", "expert_0", "mlp.MyExpert", "aggregate_experts"):
+        assert EXPERTS.search(f"layers.0.{name}.fc.weight"), name
+    for name in ("shared_experts", "shared_expert_gate", "expert_router", "mlp"):
+        assert not EXPERTS.search(f"layers.0.{name}.fc.weight"), name
 
 
 def test_a_batch_in_a_mapping():

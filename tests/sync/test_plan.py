@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -609,3 +610,22 @@ def test_a_loader_that_clamps_is_found_out_and_one_that_casts_is_not() -> None:
             for most in (448, 60000) if trained == served == torch.bfloat16 else ():
                 with pytest.raises(SyncError, match="0 is not moved alone: the loader computes with its values"):
                     Plan.record(model, partial(load, most=most), shapes)
+
+
+def test_a_loader_that_changes_what_is_not_finite_is_found_out() -> None:
+    model = nn.ParameterDict({"w": nn.Parameter(torch.zeros(6, 5, dtype=torch.bfloat16), requires_grad=False)})
+
+    def load(weights: Iterable[tuple[str, Tensor]], changed: Callable[[Tensor], Tensor]) -> None:
+        for _, given in weights:
+            model["w"].data.copy_(changed(given))
+
+    for trained in (torch.float32, torch.bfloat16):
+        for changed in (
+            torch.nan_to_num,
+            lambda given: torch.where(given.isnan(), 0.0, given),
+            lambda given: given.nan_to_num(math.nan, 1.0, -1.0),
+            lambda given: given + 0.0,  # of -0.0 it makes 0.0
+        ):
+            shapes = {"w": torch.empty(6, 5, dtype=trained, device="meta")}
+            with pytest.raises(SyncError, match="w is not moved alone: the loader computes with its values"):
+                Plan.record(model, partial(load, changed=changed), shapes)

@@ -420,6 +420,15 @@ def test_what_cannot_be_followed() -> None:
     assert Receiver(model, exclude="bias").version != Receiver(model).version
 
 
+def test_offloaded_weights_are_refused_with_the_way_out() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    for kind in (Publisher, Receiver):
+        model = nn.Linear(2, 3)
+        accelerate.cpu_offload(model, execution_device="cpu")
+        with pytest.raises(SyncError, match=rf"{kind.__name__}: weight is offloaded: .* load the model without offlo"):
+            kind(model)
+
+
 def test_a_folder_catches_up(tmp_path: Path) -> None:
     trained, served = model_of(), model_of()
     publisher, folder = Publisher(trained), Folder(tmp_path / "updates")

@@ -526,7 +526,7 @@ def test_files_that_are_deleted_while_the_folder_is_read(tmp_path: Path, monkeyp
 
 
 def test_an_overlay_whose_differences_would_be_from_another_base() -> None:
-    """Of an adapter that replaces entries, an Overlay lays their differences from the base."""
+    """Of an adapter that replaces entries, an Overlay lays their differences from the base, which are made anew."""
     trained, served = model_of(torch.float32), model_of(torch.float32)
     publisher, follower = Publisher(trained), Receiver(served)
     overlay = shira.Overlay(served)
@@ -538,13 +538,11 @@ def test_an_overlay_whose_differences_would_be_from_another_base() -> None:
     with overlay.using("on"), pytest.raises(SyncError, match="an Overlay has 'on' in use, which replaces entries"):
         follower.commit()
     overlay.activate("on")
-    with pytest.raises(SyncError, match=r"overlay\.deactivate\(\) first, and afterwards remove the adapter and add it"):
+    with pytest.raises(SyncError, match=r"overlay\.deactivate\(\) first, and activate it again"):
         follower.commit()
     assert same(state(served), before)
     overlay.deactivate()
     follower.commit()
-    overlay.remove("on")
-    overlay.add("on", overwriting(model_of(torch.float32)), verify=False)
     overlay.activate("on")
     wanted = model_of(torch.float32)
     wanted.load_state_dict(trained.state_dict())
@@ -553,9 +551,57 @@ def test_an_overlay_whose_differences_would_be_from_another_base() -> None:
     torch.testing.assert_close(served(x), wanted(x))
     with pytest.raises(SyncError, match="rollback refused: an Overlay has 'on' in use"):
         follower.rollback()
-    overlay.detach()
+    overlay.deactivate()
     follower.rollback()
     assert same(state(served), before)
+    overlay.activate("on")
+    wanted.load_state_dict(model_of(torch.float32).state_dict())
+    with torch.no_grad():
+        wanted[0].weight.view(-1)[::3] = 1
+    torch.testing.assert_close(served(x), wanted(x))
+
+
+def test_what_a_switcher_has_on_the_model_is_published_unless_it_is_disabled() -> None:
+    model = model_of(torch.float32)
+    publisher, switcher = Publisher(model), Switcher(model)
+    switcher.add("on", overwriting(model))
+    switcher.activate("on")
+    with switcher.disabled():
+        assert len(publisher.publish()) == 0
+    update = publisher.publish()
+    assert list(update.weights) == ["0.weight"]
+    switcher.deactivate()
+    assert publisher.publish().end == update.start
+
+
+def test_an_overlay_of_deltas_goes_on_over_the_new_base() -> None:
+    """In use and not, while a Switcher has another one in the weights."""
+    trained, served = model_of(torch.float32), model_of(torch.float32)
+    publisher, follower = Publisher(trained), Receiver(served)
+    entry = Entry(torch.arange(5), torch.ones(5), tuple(served[0].weight.shape), torch.float32)
+    overlay, switcher = shira.Overlay(served), Switcher(served)
+    overlay.add("adds", Adapter({"0.weight": entry}, delta=True))
+    switcher.add("on", overwriting(served))
+    switcher.activate("on")
+    overlay.activate("adds")
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(2))
+    for _ in range(2):
+        disturb(trained)
+        follower.stage(publisher.publish())
+        follower.commit()
+        wanted = model_of(torch.float32)
+        wanted.load_state_dict(trained.state_dict())
+        with torch.no_grad():
+            wanted[0].weight.view(-1)[::3] = 1
+            wanted[0].weight.view(-1)[:5] += 1
+        torch.testing.assert_close(served(x), wanted(x))
+        overlay.verify()
+        with overlay.using(["adds", None, "adds"]):
+            torch.testing.assert_close(served(x)[::2], wanted(x)[::2])
+    switcher.deactivate()
+    served[0].weight.data.add_(1)
+    with pytest.raises(shira.SwitchError, match=r"Overlay: 1 weight\(s\) are not what they were .* 0\.weight"):
+        overlay.verify()
 
 
 class Busy(weakref.WeakSet):  # type: ignore[type-arg]

@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 Strengths = dict[str, float]
 """Adapters and their strengths, in the order in which the adapters were added."""
 
-EXPERTS = re.compile(r"(^|\.)experts?\.")
-"""Layers of a mixture of experts, by their names: they get some of the tokens, in an order of their own."""
+EXPERTS = re.compile(r"(^|\.)(?!\w*(shared|router|_gate\.))\w*expert\w*\.", re.IGNORECASE)
+"""Layers of a mixture of experts, by their names: they get some of the tokens, in an order of their own. Shared experts
+and what chooses between experts get them all."""
 
 Division = tuple["DeviceMesh", tuple["Placement", ...]]
 """How a weight is divided between ranks while its layer computes with it."""
@@ -311,6 +312,8 @@ class Current:
         self._shared: Selection | None = None
         self._shared_batch: Batch | None = None
         self.compiled = False
+        # Whether a layer got tokens in two dimensions, of which the samples come first.
+        self.samples_first = False
         # Layers that did not run, as far as it was said; and what was said about blocks.
         self._missed: set[nn.Module] = set()
         self._said: set[str] = set()
@@ -319,6 +322,7 @@ class Current:
         new = memo[id(self)] = Current()
         new.hooks = copy.deepcopy(self.hooks, memo)
         new.active = new._shared = copy.deepcopy(self.active, memo)
+        new.samples_first = self.samples_first
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -800,15 +804,27 @@ class Hook:
             )
         return first
 
-    def _may_be_samples(self, input: Tensor, batch: Batch) -> bool:
-        """Whether the first dimension of an input may be the samples, where the second has the same size, and the layer
-        was never seen with another: nothing speaks against it. Warns where nothing speaks for it either."""
+    def _tells(self, lead: torch.Size, batch: Batch) -> bool:
+        """Whether the sizes of an input tell that its first dimension is the samples, and not the tokens."""
+        if len(lead) == 1:
+            # What is pooled has a row a sample; but ids may be positions, one a token.
+            return not self.embedding or batch.tokens != batch.samples
+        if lead[1] == batch.samples:
+            return False
+        self.current.samples_first = self.current.samples_first or not self.embedding
+        return True
+
+    def _may_be_samples(self, lead: torch.Size, input: Tensor, batch: Batch) -> bool:
+        """Whether the first dimension of an input may be the samples, where the tokens are as many, and the layer was
+        never seen with another number: nothing speaks against it. Warns where nothing speaks for it either."""
         if _is_transformed():
             return True
         if self.embedding:
             # Ids that the model was called with, or that are the same for all samples; others may be positions alone.
-            return not input.stride(0) or any(input.data_ptr() == one.data_ptr() for one in batch.tensors)
-        if 0 < input.stride(0) < input.stride(1):
+            given = any(input.data_ptr() == one.data_ptr() for one in batch.tensors)
+            if len(lead) > 1 or not given:
+                return given or not input.stride(0)
+        elif 0 < input.stride(0) < input.stride(1):
             return False  # two dimensions were swapped
         self.current.say(
             "square",
@@ -836,10 +852,17 @@ class Hook:
         if len(lead) and lead[0] == batch.samples:
             if torch.compiler.is_compiling():
                 return
-            self.settled = self.settled or len(lead) == 1 or lead[1] != batch.samples
-            if self.settled or self._may_be_samples(input, batch):
+            self.settled = self.settled or self._tells(lead, batch)
+            if self.settled or self._may_be_samples(lead, input, batch):
                 return
-        if len(lead) == 1 and lead[0] == batch.samples * batch.tokens:
+        elif len(lead) == 1 and lead[0] == batch.samples * batch.tokens:
+            if not torch.compiler.is_compiling() and not self.current.samples_first:
+                self.current.say(
+                    "flat",
+                    f"{self.name} gets the tokens of all samples in one dimension, and no other layer has told yet "
+                    f"that samples come first in this model: they are taken sample by sample, as reshape(-1, features) "
+                    f"lays them where samples come first",
+                )
             return
         sizes = ""
         if not torch.compiler.is_compiling():

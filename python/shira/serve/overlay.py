@@ -119,9 +119,9 @@ class Overlay:
       output is rounded twice: as the layer rounds its own, and once after all adapters were added in float32, so it is
       within half a unit in the last place of the base's output plus half a unit of its own from the exact sum. A
       sample without an adapter keeps every bit of the base's output.
-    - **Adapters that replace entries** become differences once, at `add`, in float32 (float64 for float64 weights).
-      They stay relative to the base, also beside an active `Switcher`: the sum is then base + the Switcher's changes
-      + the Overlay's, each as if it was alone on the base.
+    - **Adapters that replace entries** become differences once, at `add`, in float32 (float64 for float64 weights), and
+      anew after a live update (`shira.sync`). They stay relative to the base, also beside an active `Switcher`: the sum
+      is then base + the Switcher's changes + the Overlay's, each as if it was alone on the base.
     - **Layers** are recognised by what they compute: ``nn.Linear``, transformers' ``Conv1D``, ``nn.Embedding``, layers
       of quantized weights; biases of linear layers too, and weights that are replaced as a whole. Adapters with entries
       of anything else are refused. Where a model uses a layer's weight without running the layer, the adapter has no
@@ -136,7 +136,7 @@ class Overlay:
     - **Compiled models** (``torch.compile(model, fullgraph=True)``) take other selections without being compiled again,
       as long as the number of samples and of adapters that were added stay. A compiled model knows one selection for
       the whole process, that of the block opened last; otherwise each thread and task has its own blocks. A CUDA graph
-      that is captured keeps the selection of its capture.
+      that is captured, a trace (``torch.jit.trace``) and an export keep the selection of that moment.
     - A copy of the model (``copy.deepcopy``) keeps what was active; copy the Overlay to have one for the copy
       (``copy.deepcopy(overlay).model``).
 
@@ -337,6 +337,35 @@ class Overlay:
         with LOCK:
             used = [self._added[name] for name in dict.fromkeys(self._in_use())]
             return [laid.name for laid in used if laid.replaces and any(map(is_there, laid.all_spots))]
+
+    def rebase(self, bases: Mapping[Tensor, int]) -> None:
+        """Take what these weights hold now as the base, after a `shira.sync.Receiver` has written an update into them.
+
+        The adapters stay: one that adds still adds, and one that replaces entries replaces the same ones, by its
+        differences from the new base, which are made when it is selected next.
+
+        Args:
+            bases: the weights, as the model holds them, and the fingerprint of what each holds now (it is not checked).
+        """
+        fresh = {_model.memory(tensor): fingerprint for tensor, fingerprint in bases.items()}
+        with LOCK, quiet():
+            others: set[Watched] = set()
+            # Differences that ranks compute together are not made anew here: these are refused at their next selection.
+            together = (laid for laid in self._added.values() if laid.replaces and laid.shared)
+            left_out = {spot.place for laid in together for spot in laid.all_spots}
+            for watched in dict.fromkeys(self._watched.values()):
+                tensor = watched.spot.parameter()
+                fingerprint = None if tensor is None else fresh.get(_model.memory(tensor))
+                if fingerprint is None or watched.spot.place in left_out:
+                    continue
+                if fingerprint != watched.fingerprint:
+                    others.add(watched)
+                watched.fingerprint = fingerprint
+                watched.note()
+            for name, laid in self._added.items():
+                if laid.replaces and any(self._watched.get(spot.place) in others for spot in laid.all_spots):
+                    self._leave(name)
+            self._settle([name for name in dict.fromkeys(self._in_use()) if self._added[name].deltas is None])
 
     def memory(self) -> dict[str, Memory]:
         """The bytes that each adapter keeps, by name."""

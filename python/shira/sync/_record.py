@@ -40,6 +40,9 @@ _BOXES = 1024
 _DIGITS = {torch.float8_e4m3fn: 16, torch.float8_e5m2: 8, torch.int8: 64}
 _MOST = 128
 
+# What a loader might change and leave all else as it is.
+_KINDS_OF_FLOATS = (math.nan, math.inf, -math.inf, -0.0)
+
 # What is known about an entry of the model, where it is not the number of an entry of the checkpoint: nobody wrote to
 # it; something else was written; another part tells.
 _UNTOUCHED, _OTHER, _ELSEWHERE = -1, -2, -3
@@ -339,12 +342,13 @@ class _Group:
                 generators[name] = torch.Generator().manual_seed(fnv1a64(name) >> 1)
             generator = generators[name]
             if dtype.is_floating_point:
-                # Random bits are numbers of every size: a loader may clamp the largest ones. Those that are not finite
-                # are left out, as a cast may give them other bits from place to place.
+                # Random bits are numbers of every size, those that are not finite among them: a loader may clamp the
+                # largest ones, or put others in place of NaN. A large enough weight has each kind for certain.
                 size = ((end - begin) * dtype.itemsize,)
                 drawn = torch.randint(256, size, generator=generator, dtype=torch.uint8).view(dtype)
-                wide = drawn.to(torch.float64 if dtype == torch.float64 else torch.float32)
-                return wide.nan_to_num_(0.5, 0.5, -0.5)
+                if end - begin > 2 * len(_KINDS_OF_FLOATS):
+                    drawn[: len(_KINDS_OF_FLOATS)] = torch.tensor(_KINDS_OF_FLOATS).to(dtype)
+                return drawn
             bound = torch.iinfo(dtype)
             return torch.randint(bound.min, bound.max, (end - begin,), generator=generator, dtype=torch.int64)
 
@@ -518,7 +522,7 @@ class _Recording:
                 flat = given.view(-1)
                 for box in boxes.get(name, ()):
                     there = box.targets(homes[box.weight]).contiguous()
-                    if not torch.equal(bits(box.sources(flat).to(there).contiguous()), bits(there)):
+                    if not _is_copy(there, box.sources(flat)):
                         raise _Cannot(_COMPUTED)
             for span, landing in landings.items():
                 if landing.other is None or landing.constants is None:
@@ -643,6 +647,17 @@ _COMPUTED = (
     "is not moved alone: the loader computes with its values (scales, quantizes, or rounds them to fewer bits), or "
     "it does not do the same each time"
 )
+
+
+def _is_copy(there: Tensor, given: Tensor) -> bool:
+    """Whether all entries have the bits of a copy. Of a NaN any NaN will do: which bits a cast leaves it, and a cast
+    back again, depends on where in memory it lies."""
+    copied = given.to(there).contiguous()
+    same = bits(copied) == bits(there)
+    if there.is_floating_point() and not bool(same.all()):
+        wide = torch.float64 if there.dtype == torch.float64 else torch.float32  # 8 bits have no isnan()
+        same |= copied.to(wide).isnan() & there.to(wide).isnan()
+    return bool(same.all())
 
 
 def _refuse_elsewhere(landings: Mapping[_Span, object], parts: Mapping[_Span, object]) -> None:

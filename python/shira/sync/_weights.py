@@ -113,8 +113,9 @@ def weights_of(who: str, model: nn.Module, exclude: str | None) -> dict[str, Wei
 def _problem(slots: list[_model.Slot], weight: Tensor) -> str | None:
     if isinstance(weight, UninitializedParameter):
         return "has no shape yet; run the model once first"
-    if weight.is_meta:
-        return "is on the meta device, so it has no content"
+    absent = _model.absent(slots[0])
+    if absent is not None:
+        return absent
     foreign = _model.foreign(weight)
     if foreign is not None:
         return foreign

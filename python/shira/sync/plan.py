@@ -101,8 +101,8 @@ class Plan:
         Some weights at a time are given to the loader, together as large as the largest one, three to nine times. What
         it writes over is kept and put back: afterwards the model has the bits that it had. Weights of which nothing
         arrives, as the loader waits for others that belong to them, are tried again together with their neighbours:
-        with the weights of their module, of their layer, and so on. In the end other values are loaded, and compared
-        with what the boxes say.
+        with the weights of their module, of their layer, and so on. In the end other values are loaded, NaN and
+        infinity among them, and compared with what the boxes say.
 
         Memory, beside the model: some ten times the largest weight, or the weights that the loader takes together.
 

@@ -43,7 +43,8 @@ class Publisher:
     alone. What else may change then (persistent buffers, parameters that were unfrozen) is compared as above; weights
     that are frozen must stay as they are, and one that was written to is refused.
 
-    Entries whose bits did not change are not sent: in bfloat16 that is almost all of them after one step.
+    Entries whose bits did not change are not sent: in bfloat16 that is almost all of them after one step. Adapters that
+    a `Switcher` has on the model are in its weights and are sent too; inside ``switcher.disabled()`` they are not.
 
     Call it between two steps. A receiver must start from the same weights: both sides compute the first `version` from
     them, so nothing has to be exchanged for that.

@@ -137,7 +137,8 @@ class Receiver:
       version counter moved since the last commit is compared as a whole. `verify` compares all weights.
     - **Under adapters.** Where a `Switcher` has adapters on the model, they are taken off, the base is updated, and
       they are put back with the same strengths: an adapter that overwrites entries still does, one that adds still
-      adds, and taking it off gives the new base. This goes for every Switcher on these weights.
+      adds, and taking it off gives the new base. This goes for every Switcher on these weights. An `Overlay` goes on
+      too, but one that replaces entries must not be in use meanwhile.
     - Storage never moves, as with a Switcher: compiled models and captured graphs stay as they are.
     - Call it between two forward passes; on a GPU the change is ordered by the caller's current streams.
     - **In another layout.** With a `Plan`, updates go where the model has their entries; versions are those of the
@@ -546,16 +547,16 @@ class Receiver:
             raise SyncError(
                 f"Receiver: {what} refused: an Overlay has {_model.some(map(repr, names))} in use, which replaces "
                 f"entries of these weights by their differences from the base as it is; overlay.deactivate() first, "
-                f"and afterwards remove the adapter and add it again, with verify=False"
+                f"and activate it again afterwards"
             )
 
     def _settle(self, moves: _Moves, switchers: Sequence[Switcher], *, written: bool) -> None:
-        """The weights are on this side of the moves: note it, and tell the Switchers."""
+        """The weights are on this side of the moves: note it, and tell the Switchers and all Overlays."""
         for weight in moves.entries:
             weight.fingerprint = moves.fingerprint(weight, written=written)
             weight.note()
-        for switcher in switchers:
-            switcher.rebase({weight.slots[0].weight: weight.fingerprint for weight in moves.entries})
+        for one in (*switchers, *_live.alive(_live.overlays)):
+            one.rebase({weight.slots[0].weight: weight.fingerprint for weight in moves.entries})
 
     def _heal(self, switchers: Sequence[Switcher]) -> None:
         """Take back moves that began and did not finish, wherever an error or an interrupt hit them."""
