@@ -766,7 +766,16 @@ def _gathered(target: Target, weight: Tensor) -> None:
     dense = grad.to_dense() if grad.is_sparse else grad
     at_mask = shira_ops.gather(dense.contiguous(), indices, granule=target.site.granule).to(values.dtype)
     # Through autograd: so it accumulates, and the hooks of the values and of DDP run, as for any parameter.
-    torch.autograd.backward(values, at_mask, create_graph=torch.is_grad_enabled())
+    try:
+        torch.autograd.backward(values, at_mask, create_graph=torch.is_grad_enabled())
+    except RuntimeError as error:
+        if "mark a variable ready only once" not in str(error):
+            raise
+        raise RuntimeError(
+            f"SparseTuner: DistributedDataParallel(find_unused_parameters=True) takes the values of {target.site.name} "
+            f"for unused, since their gradient is gathered from the dense one; leave it out, as with transformers' "
+            f"ddp_find_unused_parameters=False, or give static_graph=True"
+        ) from error
 
 
 def _came(target: Target, values: Tensor) -> None:
