@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 from torch.nn.parameter import UninitializedParameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -95,17 +96,49 @@ def absent(slot: Slot, way_out: str = "") -> str | None:
     )
 
 
-# What a forward hook has that needs the layer's own output: it must run before all others.
+# What a forward hook, or the function that a partial one calls, has if it needs the layer's own output: it must run
+# before all others.
 FIRST = "_shira_first"
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def first(hook: _F) -> _F:
+    """Mark such a hook, or the function of partial ones."""
+    setattr(hook, FIRST, True)
+    return hook
+
+
+def _is_first(hook: Any) -> bool:
+    return hasattr(getattr(hook, "func", hook), FIRST)
 
 
 def keep_first(module: nn.Module) -> None:
     """Put forward hooks that were registered before ours since (``prepend=True``) behind them again."""
     hooks: OrderedDict[int, Any] = module._forward_hooks  # type: ignore[assignment]
-    if not hooks or hasattr(next(iter(hooks.values())), FIRST):
+    if not hooks or _is_first(next(iter(hooks.values()))):
         return
-    for number in reversed([number for number, hook in hooks.items() if hasattr(hook, FIRST)]):
+    for number in reversed([number for number, hook in hooks.items() if _is_first(hook)]):
         hooks.move_to_end(number, last=False)
+
+
+def check_first(who: str, name: str, module: nn.Module) -> None:
+    """Called by a forward hook that must run before all others: refuses those that have run before it all the same.
+
+    They are hooks on all modules, of which torch's own return nothing; and where a graph is compiled, which calls no
+    `keep_first`, those that were put before ours. There the refusal breaks the graph, and the layer runs outside of it.
+    """
+    for hook in _global_forward_hooks.values():
+        if not (getattr(hook, "__module__", None) or "").startswith("torch."):
+            raise RuntimeError(
+                f"{who}: a forward hook of all modules (register_module_forward_hook) runs before the hook of {name}, "
+                f"which needs the layer's own output; remove it, or register it on the modules it is for"
+            )
+    hooks: OrderedDict[int, Any] = module._forward_hooks  # type: ignore[assignment]
+    if not _is_first(next(iter(hooks.values()))):
+        raise RuntimeError(
+            f"{who}: a forward hook of another runs before the hook of {name}, which needs the layer's own output; "
+            f"register it without prepend=True"
+        )
 
 
 @dataclass(frozen=True)

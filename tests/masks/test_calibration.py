@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -285,6 +286,46 @@ def test_the_model_is_as_before(training, fails):
     assert {name: at for name, (_, at) in after[2].items()} == {name: at for name, (_, at) in before[2].items()}
     assert after[3:5] == before[3:5]
     assert torch.equal(after[5], before[5])
+
+
+def test_what_modules_remember_of_calibration_is_forgotten():
+    """A cache in a buffer, and the length that the module notes for it, go back together."""
+
+    class Cached(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.length, self.last = 0, None
+            self.register_buffer("cache", torch.zeros(0), persistent=False)
+
+        def forward(self, input):
+            if input.shape[0] > self.length:
+                self.length = input.shape[0]
+                self.register_buffer("cache", torch.ones(self.length, 1), persistent=False)
+            self.last = "called"
+            return super().forward(input) * self.cache
+
+    model = Cached()
+    streamed(model, places(model, "weight"), some(2, 3, 4))
+    assert (model.length, model.last, model.cache.shape) == (0, None, (0,))
+
+
+def test_a_layer_whose_forward_was_replaced():
+    model = mlp(4, 4, dtype=torch.float64)
+    layer = model[0]
+    layer.forward = lambda input: nn.functional.linear(input, layer.weight.square())
+    batches = some(2, 3, 4, dtype=torch.float64)
+    given = streamed(model, places(model, "0.weight"), batches)
+    for batch in batches:
+        square(model, batch).backward()
+    torch.testing.assert_close(given["0.weight"], layer.weight.grad)
+
+
+def test_a_hook_of_all_modules_is_refused():
+    model = mlp(4, 4)
+    handle = register_module_forward_hook(lambda module, args, output: output * 3)
+    with pytest.raises(RuntimeError, match=r"calibration: a forward hook of all modules .* runs before"):
+        streamed(model, places(model, "0.weight"), some(1, 3, 4))
+    handle.remove()
 
 
 # Masks by gradients

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 import shira_ops
@@ -512,8 +514,9 @@ def test_a_functional_call_whose_dense_gradient_would_go_elsewhere_is_refused() 
         assert torch.equal(given, model(x))
 
 
+@pytest.mark.parametrize("compiled", ["nothing", "the model", "around it"])
 @pytest.mark.parametrize("overlay", [False, True])
-def test_hooks_that_are_put_before_the_tuners_go_after_them(overlay: bool) -> None:
+def test_hooks_that_are_put_before_the_tuners_go_after_them(overlay: bool, compiled: str) -> None:
     """What they make of a layer's output reaches the gradient, however often the model runs."""
     model = randomize(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).double())
     plain, x = copy.deepcopy(model), torch.randn(3, 8, dtype=torch.float64)
@@ -525,12 +528,68 @@ def test_hooks_that_are_put_before_the_tuners_go_after_them(overlay: bool) -> No
         return model(x).square().sum()
 
     with SparseTuner(model, masks.Rand(density=0.25, seed=1), overlay=overlay) as tuner:
+        if compiled == "the model":
+            model.compile(backend="eager")
+        compute = torch.compile(loss, backend="eager") if compiled == "around it" else loss
+        compute(model)
         for layer in (*model, *plain):
             layer.register_forward_hook(tripled, prepend=True)
         wanted = dense_gradients(plain, loss)
         for times in (1, 2):
-            loss(model).backward()
+            compute(model).backward()
             check_gradients(tuner, wanted, times)
+
+
+@pytest.mark.parametrize("overlay", [False, True])
+def test_hooks_of_all_modules_are_refused(overlay: bool) -> None:
+    """They come before every other. Torch's own return nothing."""
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(3, 8)
+    with SparseTuner(model, masks.Rand(density=0.25, seed=1), overlay=overlay):
+        handle = register_module_forward_hook(lambda module, args, output: output * 3)
+        with pytest.raises(RuntimeError, match=r"a forward hook of all modules .* runs before the hook of 0\.weight"):
+            model(x)
+        handle.remove()
+        with FlopCounterMode(display=False) as counter:
+            model(x).sum().backward()
+        assert "Sequential.0" in counter.get_flop_counts()
+
+
+@pytest.mark.parametrize("name", ["linear", "embedding", "conv2d"])
+def test_compiled_autograd(name: str) -> None:
+    model, _ = build(name)
+    x = KINDS[name].input()
+    model = nn.Sequential(model, nn.Linear(model(x).shape[-1], 4).double())  # the input of this one requires grad
+    wanted = dense_gradients(model, lambda module: module(x).square().sum())
+    with SparseTuner(model, masks.Rand(density=0.4), targets="weight") as tuner:
+        loss = model(x).square().sum()
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            loss.backward()
+        check_gradients(tuner, wanted)
+
+
+def test_a_convolution_of_its_own_is_dense() -> None:
+    layer = nn.Conv1d(4, 4, 3)
+    plain = nn.Conv1d(4, 4, 3)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 4, 9)
+    F.conv1d(x, plain.weight * 2, plain.bias).square().sum().backward()
+    layer._conv_forward = lambda input, weight, bias: F.conv1d(input, weight * 2, bias)  # type: ignore[method-assign]
+    with SparseTuner(layer, masks.Rand(density=1), targets="weight") as tuner:
+        layer(x).square().sum().backward()
+        (values,) = tuner.parameters()
+        torch.testing.assert_close(values.grad, plain.weight.grad.view(-1))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("setting", ["_conv_forward", "scale_grad_by_freq", "max_norm"])
+def test_a_setting_that_is_changed_under_a_tuner_is_refused(setting: str) -> None:
+    conv = setting == "_conv_forward"
+    layer = nn.Conv1d(4, 4, 3) if conv else nn.Embedding(8, 4)
+    x = torch.randn(2, 4, 9) if conv else torch.tensor([1, 1, 2])
+    model = nn.Sequential(layer)
+    with SparseTuner(model, masks.Rand(density=0.25), targets="0"):
+        layer.__dict__[setting] = (lambda input, weight, bias: F.conv1d(input, weight * 2, bias)) if conv else True
+        with pytest.raises(RuntimeError, match=rf"the .*{setting}.* was replaced after the tuner was attached"):
+            model(x)
 
 
 @pytest.mark.parametrize("overlay", [False, True])

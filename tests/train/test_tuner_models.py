@@ -309,6 +309,13 @@ def test_accelerate(precision: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_a_model_that_accelerate_offloads_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    accelerate.cpu_offload(model)
+    with pytest.raises(ValueError, match=r"0\.weight is offloaded: accelerate keeps it elsewhere"):
+        SparseTuner(model, masks.Rand(density=0.25))
+
+
 def test_our_trainer_on_a_language_model() -> None:
     model = build("llama")
     before = bits(model)

@@ -127,6 +127,21 @@ def test_a_module_that_was_replaced_is_refused() -> None:
         optimizer.step()
 
 
+def test_a_weight_that_was_tied_under_a_tuner_is_refused() -> None:
+    """What the layer that joined adds to its gradient, nothing samples; a dense gradient has it all."""
+    for gradient in ("sampled", "dense"):
+        model = randomize(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)))
+        tuner = SparseTuner(model, masks.Rand(density=0.25), targets="0", gradient=gradient)
+        model[2].weight = model[0].weight
+        model(X).square().sum().backward()
+        optimizer = AdamW(tuner)
+        if gradient == "dense":
+            optimizer.step()
+            continue
+        with pytest.raises(RuntimeError, match=r"2\.weight and 0\.weight were tied after the tuner was attached"):
+            optimizer.step()
+
+
 @pytest.mark.parametrize("gradient", ["sampled", "dense"])
 @pytest.mark.parametrize("part", [False, True])
 def test_a_model_that_was_sharded(gradient: str, part: bool) -> None:

@@ -509,6 +509,10 @@ def _refused(rank: int, wrapped: DistributedDataParallel) -> None:
     step(late, DistributedDataParallel(wrapped.module))
     with SparseTuner(model_of(), RAND, "up$") as dense, pytest.raises(RuntimeError, match=r"is wrapped \(Sequential\)"):
         step(dense, DistributedDataParallel(nn.Sequential(dense.model)))
+    with SparseTuner(model_of(), RAND, "up$") as dense:
+        seeking = DistributedDataParallel(dense.model, find_unused_parameters=True)
+        with pytest.raises(RuntimeError, match=r"find_unused_parameters=True\) takes the values of .* for unused"):
+            step(dense, seeking)
     for outer in (False, True):  # inside another module DDP does overwrite the indices
         model = model_of()
         before = bits(model)

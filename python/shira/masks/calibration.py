@@ -19,10 +19,10 @@ after every backward pass of such a layer its product is added up over the ranks
 the gradient is that of the batches of all ranks, and a rank never keeps more than its part of it. All ranks run equally
 many batches; the ranks that compute a layer together by tensor parallelism run the same ones.
 
-Afterwards the model is unchanged: parameters, their ``.grad`` and ``requires_grad``, modes, buffers, and torch's random
-state. The model runs in its current mode: call ``model.eval()`` first for gradients without dropout and with the
-running statistics of batch normalisation. In training mode it uses the batch's statistics, and the running ones are
-restored.
+Afterwards the model is unchanged: parameters, their ``.grad`` and ``requires_grad``, modes, buffers, what else modules
+have as numbers, texts or None, and torch's random state. The model runs in its current mode: call ``model.eval()``
+first for gradients without dropout and with the running statistics of batch normalisation. In training mode it uses the
+batch's statistics, and the running ones are restored.
 """
 
 from __future__ import annotations
@@ -283,7 +283,11 @@ class _ShardedGradient(_Gradient):
 
 def _is_linear(place: tuple[nn.Module, str]) -> bool:
     """Whether it is the weight of a plain linear layer. A subclass may use its weight otherwise than in its forward."""
-    return type(place[0]) is nn.Linear and place[1] == "weight"
+    module, attribute = place
+    if type(module) is not nn.Linear or attribute != "weight":
+        return False
+    # Where transformers divides a layer, its forward moves the input and output between ranks.
+    return not _linears.is_replaced(module) or _shards.is_dtensor(module.weight)
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -341,7 +345,7 @@ class _Run:
                 if plain or name in self.quantized:
                     for module, _ in places:
                         # Before all other hooks, which may change the output: this one needs the layer's own.
-                        hook = partial(self._forward, gradient)
+                        hook = partial(_Run._forward, self, gradient)
                         handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
                 else:
                     gradient.weight.requires_grad_(True)
@@ -368,7 +372,7 @@ class _Run:
         if missing:
             raise RuntimeError(
                 f"calibration: no gradient reached {_model.some(missing)} in {number} batches; the loss must depend on "
-                f"every targeted weight: leave those out with targets="
+                f"every targeted weight: leave those out with targets=, or checkpoint with use_reentrant=False"
             )
         for gradient in self.gradients.values():
             if not gradient.visited:
@@ -398,11 +402,13 @@ class _Run:
         finally:
             self.in_backward = False
 
+    @_model.first
     def _forward(
         self, gradient: _Gradient, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Any:
         if not torch.is_grad_enabled():
             return None
+        _model.check_first("calibration", gradient.name, module)
         gradient.expected += not self.in_backward  # activation checkpointing runs it again in the backward
         gradient.computed_by(module)
         input = args[0] if args else next(iter(kwargs.values()))
@@ -435,9 +441,13 @@ class _Run:
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Restores the model and torch's random state afterwards, whatever happens inside."""
+    """Restores the model and torch's random state afterwards, whatever happens inside.
+
+    Of the modules' attributes those that are numbers, texts or None.
+    """
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
+    # Modes, and what modules remember of their calls, such as the length that a cache in a buffer is for.
+    remembered = [(vars(module), dict(filter(_is_plain, vars(module).items()))) for module in model.modules()]
     buffers = [
         (module, name, buffer, None if buffer is None else buffer.clone())
         for module in model.modules()
@@ -454,11 +464,15 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             parameter.grad = None
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
-        for module, training in modes:
-            module.training = training
+        for now, before in remembered:
+            now.update((name, value) for name, value in before.items() if now.get(name, value) is not value)
         for module, name, buffer, copy in buffers:
             module._buffers[name] = buffer
             # Compared by content: batch normalisation writes its statistics without moving their version.
             if buffer is not None and copy is not None and not torch.equal(buffer, copy):
                 with torch.no_grad():
                     buffer.copy_(copy)
+
+
+def _is_plain(item: tuple[str, Any]) -> bool:
+    return type(item[1]) in (bool, int, float, str, type(None))

@@ -49,13 +49,25 @@ def rule_of(module: nn.Module, attribute: str, granule: int) -> str | None:
     for convolution in _CONVOLUTIONS:
         if forward is convolution and not is_replaced(module):
             own = type(module)._conv_forward is not convolution._conv_forward  # type: ignore[attr-defined]
-            return None if own else "conv"
+            return None if own or "_conv_forward" in vars(module) else "conv"
     return None
 
 
 def runs(module: nn.Module) -> tuple[type, bool]:
     """The class whose forward the module runs, and whether it runs another in its place."""
     return forward_of(module), is_replaced(module)
+
+
+SETTINGS = {"conv": "_conv_forward", "embedding": "scale_grad_by_freq or max_norm"}
+
+
+def settings(rule: str, module: Any) -> tuple[Any, ...]:
+    """What a rule stands and falls with, besides the forward that the module runs: `SETTINGS`."""
+    if rule == "conv":
+        return ("_conv_forward" in module.__dict__,)
+    if rule == "embedding":
+        return getattr(module, "scale_grad_by_freq", None), getattr(module, "max_norm", None)
+    return ()
 
 
 def options(rule: str, module: Any) -> tuple[Any, ...]:
@@ -184,7 +196,8 @@ def attach(
     rule: str, module: nn.Module, output: Tensor, values: Tensor, input: Tensor, indices: Tensor, granule: int
 ) -> Tensor:
     """The layer's output, with the values' gradient attached."""
-    arguments = (output, values, input, indices, granule, rule, options(rule, module))
+    # Compiled autograd cannot add up a gradient that is None.
+    arguments = (output, values, input.detach(), indices, granule, rule, options(rule, module))
     return Attach.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
 
 

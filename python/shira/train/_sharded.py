@@ -499,7 +499,7 @@ class Sharded:
         layout = (held.device_mesh, tuple(held.placements)) if _shards.is_dtensor(held) else None
         options = _layers.options(rule, module)
         gradient = partial(self._collect, site, layout, rule, options)
-        return _Watch.apply(output, self.lead, input, gradient)  # type: ignore[no-untyped-call]
+        return _Watch.apply(output, self.lead, input.detach(), gradient)  # type: ignore[no-untyped-call]
 
     def _collect(self, site: Site, layout: Layout, rule: str, options: Any, grad_output: Tensor, input: Tensor) -> None:
         """The gradient of this rank's batch, kept until the end of the backward pass."""

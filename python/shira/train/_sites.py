@@ -53,6 +53,8 @@ class Place:
     # The module's class; the class whose forward it runs, and whether that was replaced. The rule is for this forward.
     kind: type | None = None
     runs: tuple[type, bool] | None = None
+    # What else of the module the rule was chosen by.
+    settings: tuple[Any, ...] = ()
 
 
 @dataclass(eq=False)
@@ -337,9 +339,9 @@ def put(target: Target, holders: Sequence[nn.Module], rules: Sequence[str | None
             site.handles.append(module.register_forward_pre_hook(partial(follow, [(site, elsewhere)], False)))
         if rule is not None:
             place.kind, place.runs = type(module), _layers.runs(module)
+            place.settings = _layers.settings(rule, module)
             # Before all other hooks, which may change the output: this one needs the layer's own.
             hook = partial(_lay if site.overlay else _attach, site, elsewhere, rule, place)
-            setattr(hook, _model.FIRST, True)
             site.handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
             if site.overlay:
                 site.handles.append(module.register_forward_pre_hook(_keep_first))
@@ -437,6 +439,7 @@ def sites_of(model: nn.Module) -> list[tuple[Site, nn.Module]]:
 # ---- hooks of modules and tensors ----------------------------------------------------------------------------
 
 
+@_model.first
 def _attach(
     site: Site,
     owner: nn.Module | None,
@@ -453,7 +456,8 @@ def _attach(
     _, indices, values = site.tensors(owner or module)
     if not values.requires_grad:
         return None
-    _refuse_other_forward(site, place, module)
+    _model.check_first("SparseTuner", site.name, module)
+    _refuse_other_forward(site, place, rule, module)
     place.ran = True
     input = args[0] if args else next(iter(kwargs.values()))
     if site.shard is not None:
@@ -461,6 +465,7 @@ def _attach(
     return _layers.attach(rule, module, output, values, input, indices, site.granule)
 
 
+@_model.first
 def _lay(
     site: Site,
     owner: nn.Module | None,
@@ -475,7 +480,8 @@ def _lay(
     if site.group.off:
         return None
     indices, values = site.trained(owner or module)
-    _refuse_other_forward(site, place, module)
+    _model.check_first("SparseTuner", site.name, module)
+    _refuse_other_forward(site, place, rule, module)
     input = args[0] if args else next(iter(kwargs.values()))
     if torch.is_grad_enabled() and values.requires_grad:
         place.ran = True
@@ -493,15 +499,18 @@ def _keep_first(module: nn.Module, args: tuple[Any, ...]) -> None:
         _model.keep_first(module)
 
 
-def _refuse_other_forward(site: Site, place: Place, module: nn.Module) -> None:
+def _refuse_other_forward(site: Site, place: Place, rule: str, module: nn.Module) -> None:
     """Refuse a layer whose forward was replaced after the tuner was attached: its rule may be wrong by now."""
-    if type(module) is place.kind and "forward" not in module.__dict__:
+    if _layers.settings(rule, module) != place.settings:
+        what = _layers.SETTINGS[rule]
+    elif (type(module) is place.kind and "forward" not in module.__dict__) or place.runs == _layers.runs(module):
         return
-    if place.runs != _layers.runs(module):
-        raise RuntimeError(
-            f"SparseTuner: the forward of the {type(module).__name__} of {place.name} was replaced after the tuner was "
-            f"attached, so it is not known how that uses {site.name}; replace it first and then attach the tuner"
-        )
+    else:
+        what = "forward"
+    raise RuntimeError(
+        f"SparseTuner: the {what} of the {type(module).__name__} of {place.name} was replaced after the tuner was "
+        f"attached, so it is not known how that uses {site.name}; replace it first and then attach the tuner"
+    )
 
 
 def follow(
@@ -583,6 +592,9 @@ def _follow(sites: Sequence[tuple[Site, nn.Module | None]], whole: bool, module:
         sites[0][0].group.covered = False
         _take_over(*sites[0])
         _compare_in_engine(sites)
+        for _, owner in sites:  # in a compiled model nothing else does
+            if owner is not None:
+                _model.keep_first(owner)
     items = []
     if whole and torch._C._current_graph_task_id() == -1:
         sites[0][0].group.pending.clear()  # of backward passes that have failed
@@ -754,7 +766,16 @@ def _gathered(target: Target, weight: Tensor) -> None:
     dense = grad.to_dense() if grad.is_sparse else grad
     at_mask = shira_ops.gather(dense.contiguous(), indices, granule=target.site.granule).to(values.dtype)
     # Through autograd: so it accumulates, and the hooks of the values and of DDP run, as for any parameter.
-    torch.autograd.backward(values, at_mask, create_graph=torch.is_grad_enabled())
+    try:
+        torch.autograd.backward(values, at_mask, create_graph=torch.is_grad_enabled())
+    except RuntimeError as error:
+        if "mark a variable ready only once" not in str(error):
+            raise
+        raise RuntimeError(
+            f"SparseTuner: DistributedDataParallel(find_unused_parameters=True) takes the values of {target.site.name} "
+            f"for unused, since their gradient is gathered from the dense one; leave it out, as with transformers' "
+            f"ddp_find_unused_parameters=False, or give static_graph=True"
+        ) from error
 
 
 def _came(target: Target, values: Tensor) -> None:
@@ -891,6 +912,7 @@ def check_reached(sites: Iterable[Site]) -> None:
     missing: list[Site] = []
     unvisited: list[Site] = []
     frozen: list[Site] = []
+    first: list[Site] = []
     gone: list[str] = []
     for site, values in here:
         came, fresh = values.grad is not None, not site.reached
@@ -901,6 +923,8 @@ def check_reached(sites: Iterable[Site]) -> None:
             gone.append(site.name)
         elif fresh and not site.reached and not site.allow_unused:
             (unvisited if came else missing).append(site)
+        elif fresh and site.reached and not site.dense:
+            first.append(site)
     if frozen and len(frozen) == len(here) and frozen[0].group.frozen():
         refuse_frozen(frozen[0])
     if gone:
@@ -916,6 +940,7 @@ def check_reached(sites: Iterable[Site]) -> None:
             f'F.linear(x, layer.weight), which needs gradient="dense". Leave it out with targets=, or, if it is used '
             f"only in some steps, pass allow_unused=True"
         )
+    refuse_tied_since(first)
     for site in unvisited:
         tied, idle = _model.some(place.name for place in site.places), _model.some(site.idle)
         raise RuntimeError(
@@ -924,6 +949,25 @@ def check_reached(sites: Iterable[Site]) -> None:
             f'SparseTuner(..., gradient="dense"), which sees every use; or, if it is not used, or only in some steps, '
             f"pass allow_unused=True"
         )
+
+
+def refuse_tied_since(sites: Sequence[Site]) -> None:
+    """Refuse weights that further modules of the model hold now, whose uses a sampled gradient does not see."""
+    for group in {id(site.group): site.group for site in sites}.values():
+        model = None if group.model is None else group.model()
+        held = {id(site.own_weight): site for site in sites if site.group is group and site.own_weight is not None}
+        places: dict[int, dict[tuple[int, str], str]] = {}
+        for slot in () if model is None else _model.slots(model).values():
+            if id(slot.weight) in held:
+                places.setdefault(id(slot.weight), {}).setdefault((id(slot.module), slot.attribute), slot.name)
+        for key, found in places.items():
+            known = {place.name for place in held[key].places}
+            more = [name for name in found.values() if name not in known]
+            if len(found) > len(known):
+                raise RuntimeError(
+                    f"SparseTuner: {_model.some(more)} and {held[key].name} were tied after the tuner was attached, so "
+                    f"the gradient of {held[key].name} lacks a part; tie them first and then attach the tuner"
+                )
 
 
 def _is_gone(site: Site) -> bool:

@@ -300,6 +300,11 @@ def check_trainable(name: str, group: Sequence[_model.Slot], meta: bool = False)
         advice = "; or train a delta beside it with overlay=True" if _linears.is_quantized(weight) else ""
         raise ValueError(f"SparseTuner: {name} {foreign}{advice}")
     if weight.is_meta and not meta:
+        if any(_model.offloaded(slot.module, slot.attribute) is not None for slot in group):
+            raise ValueError(
+                f"SparseTuner: {name} is offloaded: accelerate keeps it elsewhere while its layer does not run, so its "
+                f"entries cannot be written; load the model without offloading, or leave it out with targets="
+            )
         raise ValueError(f"SparseTuner: {name} is on the meta device; give it its weights first")
     if weight.dtype not in _FLOATS:
         codes = "" if weight.dtype.is_floating_point else ": the codes of a quantized weight have no gradient"
