@@ -36,6 +36,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeGuard
 
+from shira import _text
 from shira._text import AdapterError, named, shown, strength
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ def json_object(what: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
     infinity, lone surrogates, two keys with the same text) and for what is nested too deeply.
     """
     try:
-        text = jsoned(value or {})
+        text = jsoned({} if value is None else value)
         text.encode()
         found = parsed(text)
     except (TypeError, ValueError, RecursionError) as error:
@@ -382,7 +383,7 @@ def opened(path: str | os.PathLike[str], most: int = MAX_HEADER) -> Iterator[Ope
     The checks are those of the stock library: the tensors fill the file from the header to its end, without gaps or
     overlaps. Neither numpy nor torch is imported, so reading a header is quick.
     """
-    path = os.fspath(path)
+    path = _text.path("the file", path)
     check_regular(path)
     with open(path, "rb", opener=_for_reading) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

@@ -405,7 +405,7 @@ def from_peft(
     token: str | bool | None = None,
 ) -> Made:
     """The parts of an adapter from PEFT's folder; `Adapter.from_peft` describes the arguments."""
-    where = os.fspath(folder)
+    where = _text.path("from_peft: folder", folder)
     if not os.path.isdir(where):
         from shira.adapter import hub
 
@@ -418,10 +418,8 @@ def from_peft(
     if kind == "LORA":
         if density is None:
             raise AdapterError(f"{where}: a LoRA is dense: give density=, the share of each weight's entries to keep")
-        if not 0 < density <= 1:
-            raise ValueError(f"from_peft: density must be above 0 and at most 1, got {density!r}")
-        if type(granule) is not int or granule < 1:
-            raise ValueError(f"from_peft: granule must be a whole number of at least 1, got {granule!r}")
+        density = _text.share("from_peft: density", density)
+        _text.whole("from_peft: granule", granule, 1)
         _check_plain_lora(where, config)
     modules, others = _by_module(where, kind, _tensors(where))
     source = _base(where, config, base)
@@ -515,7 +513,10 @@ def to_peft(
     overwrite: bool = False,
 ) -> None:
     """See `Adapter.to_peft`."""
-    target = Path(folder)
+    target = Path(_text.path("to_peft: folder", folder))
+    known = adapter.provenance
+    base_model = _text.said("to_peft: base_model", base_model, known.get("base_model_name_or_path"))
+    task_type = _text.said("to_peft: task_type", task_type, known.get("task_type"))
     there = [name for name in (CONFIG, WEIGHTS, PICKLED) if (target / name).exists()]
     if there and not overwrite:
         raise FileExistsError(f"{target} holds an adapter already ({there[0]}); give another folder, or overwrite=True")
@@ -551,7 +552,7 @@ def to_peft(
         )
     config = {
         "auto_mapping": None,
-        "base_model_name_or_path": base_model or adapter.provenance.get("base_model_name_or_path"),
+        "base_model_name_or_path": base_model,
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_weights": True,
@@ -564,7 +565,7 @@ def to_peft(
         "revision": None,
         # One expression, since a list would also match modules whose names merely end like this.
         "target_modules": "|".join(re.escape(name.removesuffix(".weight")) for name in adapter.weights),
-        "task_type": task_type or adapter.provenance.get("task_type"),
+        "task_type": task_type,
     }
     parts = {
         name: _file.tensor_part(tensor) for name, tensor in sorted(tensors.items(), key=lambda one: -one[1].itemsize)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,10 @@ from shira._granules import dtype_name
 from shira._text import AdapterError
 from shira.adapter import _file, _output
 from shira.adapter._checkpoint import Checkpoint, Progress, Shard, Stored, companions, open_checkpoint
+from shira.adapter.adapter import Adapter, check_adapter
 
 if TYPE_CHECKING:
     from shira.adapter._entry import Entry
-    from shira.adapter.adapter import Adapter
 
 __all__ = ["Merged", "Progress", "bake", "merge"]
 
@@ -139,7 +139,13 @@ def bake(
         inputs: other files that were read and must not be overwritten, such as the adapter's.
         progress: called with a tensor's name, the bytes done and the bytes in all.
     """
-    source = open_checkpoint(os.fspath(base), "base")
+    check_adapter("bake: adapter", adapter)
+    if isinstance(inputs, (str, os.PathLike)) or not isinstance(inputs, Iterable):
+        raise TypeError(f"bake: inputs must be several paths, got {type(inputs).__name__}")
+    inputs = tuple(_text.path("bake: inputs", one) for one in inputs)
+    _text.path("bake: out", out)
+    _text.function("bake: progress", progress)
+    source = open_checkpoint(_text.path("bake: base", base), "base")
     if not source.shards:
         raise AdapterError(
             f"{source.where} is a checkpoint of torch.distributed.checkpoint, and the merged one is written in the "
