@@ -236,7 +236,6 @@ def mask_map(adapter: Adapter, names: Sequence[str] | None = None, *, cells: int
     Returns a matplotlib figure. Raises `ValueError` for a name the adapter does not have, or if there is nothing to
     draw, and `ImportError` without matplotlib.
     """
-    figure = _figure("mask_map")
     check_adapter("mask_map: adapter", adapter)
     _text.whole("mask_map: cells", cells, 1)
     if names is None:
@@ -248,6 +247,7 @@ def mask_map(adapter: Adapter, names: Sequence[str] | None = None, *, cells: int
         raise ValueError(f"mask_map: the adapter has no weight {', '.join(unknown)}")
     if not names:
         raise ValueError("mask_map: the adapter has no weight to draw")
+    figure = _figure("mask_map")
     columns = math.ceil(math.sqrt(len(names)))
     rows = -(-len(names) // columns)
     figure.set_size_inches(3 * columns, 3 * rows)
@@ -346,7 +346,10 @@ def _changes(metric: str, first: Adapter, second: Adapter, base: Source | None) 
     if base is not None:
         first, second = first.to_delta(base), second.to_delta(base)
     for one, two in _pairs(first, second):
-        yield _Change.of(one), _Change.of(two)
+        changes = _Change.of(one), _Change.of(two)
+        if not all(bool(change.values.isfinite().all()) for change in changes):
+            raise AdapterError(f"{metric}: changes of a weight of shape {list(one.shape)} are NaN or infinite")
+        yield changes
 
 
 def _norm(one: _Change, two: _Change) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from shira import Adapter, AdapterError, Entry, combine, metrics
+from shira.adapter import _file
 from shira.adapter.bake import bake
 
 torch.manual_seed(0)
@@ -293,3 +296,71 @@ def test_a_name_of_a_base_that_is_no_name_is_left_out(tmp_path: Path) -> None:
 def test_the_check_of_an_entry_is_the_adapters() -> None:
     with pytest.raises(AdapterError, match=r"^weight 'a': shape must be a tuple of sizes, got "):
         Adapter({"a": Entry(ENTRY.indices, ENTRY.values, [8, "8"], ENTRY.dtype)})  # type: ignore[arg-type, list-item]
+
+
+def test_other_files_are_known_by_how_they_begin(tmp_path: Path) -> None:
+    torch.save(BASE, tmp_path / "model.bin")
+    (tmp_path / "lfs").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    (tmp_path / "index.json").write_text('{\n  "weight_map": {}\n}')
+    (tmp_path / "small.json").write_text('{"weight_map": {}}')
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
+    for name, what in (
+        ("model.bin", r"a file of torch\.save"),
+        ("lfs", r"a pointer of Git LFS to the file, which is still to be fetched: git lfs pull"),
+        ("index.json", "JSON; of a checkpoint in shards give the folder"),
+        ("small.json", "JSON; of a checkpoint in shards give the folder"),
+        ("model.gguf", "a GGUF file"),
+    ):
+        for read in (Adapter.load, ADAPTER.to_delta):
+            with pytest.raises(
+                AdapterError, match=f"{name}: this is not a whole safetensors file: it begins like {what}"
+            ):
+                read(tmp_path / name)
+    with pytest.raises(
+        AdapterError, match=r"0 indices; model\.bin could execute anything when it is read: save the model"
+    ):
+        ADAPTER.to_delta(tmp_path)
+
+
+def test_an_error_of_the_temporary_file_names_the_result(tmp_path: Path) -> None:
+    """As on a file system that is read-only."""
+    with (
+        pytest.raises(OSError, match="Read-only file system") as refused,
+        _file.replacing(tmp_path / "style.safetensors") as temporary,
+    ):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(temporary))
+    assert refused.value.filename == str(tmp_path / "style.safetensors")
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(("factor", "alpha"), [(float("nan"), 1.0), (float("-inf"), 1.0), (1e20, 1e30)])
+def test_peft_is_not_given_what_is_not_finite(factor: float, alpha: float, tmp_path: Path) -> None:
+    """The strength is multiplied into PEFT's values, which may become infinite by it."""
+    weights = {name: replace(one, values=one.values * factor) for name, one in DELTA.weights.items()}
+    for adapter in (Adapter(weights, delta=True, alpha=alpha), Adapter(weights, delta=True, alpha=-alpha)):
+        with pytest.raises(AdapterError, match=r"^weight 'a.weight': its values are NaN or infinite, or become so in"):
+            adapter.to_peft(tmp_path / "peft")
+    assert not os.listdir(tmp_path)
+
+
+def test_peft_is_given_a_model_without_these_weights(tmp_path: Path) -> None:
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(8, 8)})
+    with pytest.raises(AdapterError, match=r"^PEFT's SHiRA cannot hold this adapter: 'b.weight' is not in the base$"):
+        DELTA.to_peft(tmp_path / "peft", model)
+
+
+def test_metrics_of_changes_that_are_not_finite_are_refused() -> None:
+    weights = {name: replace(one, values=one.values / 0) for name, one in DELTA.weights.items()}
+    for metric in (metrics.awom, metrics.awor):
+        with pytest.raises(AdapterError, match=r"^aw..: changes of a weight of shape \[8, 8\] are NaN or infinite$"):
+            metric(DELTA, Adapter(weights, delta=True))
+    assert metrics.overlap(DELTA, Adapter(weights, delta=True)) == 1
+
+
+def test_the_standard_output_is_not_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_file(BASE, "base.safetensors")
+    with pytest.raises(ValueError, match=r"^the result is a file, and - would be the standard output"):
+        bake(ADAPTER, "base.safetensors", "-")
+    assert bake(ADAPTER, "base.safetensors", "./-").entries == ADAPTER.nnz
+    assert sorted(os.listdir(tmp_path)) == ["-", "base.safetensors"]

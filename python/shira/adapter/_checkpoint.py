@@ -228,6 +228,9 @@ def _on_disk(path: str) -> Checkpoint:
         single = ["model.safetensors"]
     if len(single) != 1 or indices:
         found = f"{len(single)} .safetensors files and {len(indices)} indices"
+        pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
+        if pickles and not single:
+            found += f"; {pickles[0]} could execute anything when it is read: save the model again as .safetensors"
         raise AdapterError(
             f"{path}: a checkpoint's folder holds model.safetensors or model{INDEX_SUFFIX} with its shards, got {found}"
         )

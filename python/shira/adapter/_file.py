@@ -395,10 +395,23 @@ def opened(path: str | os.PathLike[str], most: int = MAX_HEADER) -> Iterator[Ope
         yield Opened(path, file, metadata, places)
 
 
+# How other files begin that are given by mistake. Read as the length of a header, all of these are beyond any file.
+_OTHER_FILES = (
+    (b"PK\3\4", "a file of torch.save (or another zip), which is not read; what torch.load returns can be saved again"),
+    (b"version ", "a pointer of Git LFS to the file, which is still to be fetched: git lfs pull"),
+    (b'{"', "JSON; of a checkpoint in shards give the folder"),
+    (b"{\n", "JSON; of a checkpoint in shards give the folder"),
+    (b"GGUF", "a GGUF file, which is not read"),
+)
+
+
 def _layout(file: BinaryIO, most: int) -> tuple[dict[str, str], dict[str, Place]]:
     size = os.fstat(file.fileno()).st_size
     start = file.read(8)
     length = int.from_bytes(start, "little")
+    for begin, what in _OTHER_FILES:
+        if start.startswith(begin):
+            raise ValueError(f"it begins like {what}")
     if len(start) < 8 or length > size - 8:
         raise ValueError(f"a header of {length:,} bytes does not fit {size:,} bytes")
     if length > most:
@@ -894,8 +907,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         fsync(temporary, os.O_RDWR)
         os.replace(temporary, target)
     except OSError as error:
-        if error.errno is not None and error.filename is None:  # the error of a full disk names no file
-            error.filename = os.fspath(target)
+        # The error of a full disk names no file; that of a read-only one names the temporary file.
+        if error.errno is not None and error.filename in (None, os.fspath(temporary)):
+            error.filename, error.filename2 = os.fspath(target), None
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -475,6 +475,7 @@ def _writable(text: str) -> bool:
 def _check_for_peft(adapter: Adapter, model: object) -> None:
     """Refuse what PEFT's SHiRA cannot hold, all of it in one error."""
     problems = []
+    slots = _model.slots(model) if isinstance(model, torch.nn.Module) else {}
     for name, entry in adapter.weights.items():
         if entry.whole:
             problems.append(f"{name!r} is a whole parameter")
@@ -485,8 +486,10 @@ def _check_for_peft(adapter: Adapter, model: object) -> None:
         elif entry.aliases:
             problems.append(f"{name!r} is tied to {entry.aliases[0]!r}, and PEFT would change one of them")
         elif isinstance(model, torch.nn.Module):
-            owner = model.get_submodule(name.removesuffix(".weight"))
-            if not isinstance(owner, torch.nn.Linear):
+            slot = slots.get(name)
+            if slot is None:
+                problems.append(f"{name!r} is not in the base")
+            elif not isinstance(owner := slot.module, torch.nn.Linear):
                 problems.append(f"{name!r} is the weight of {type(owner).__name__}, not of Linear")
     if problems:
         raise AdapterError(f"PEFT's SHiRA cannot hold this adapter: {_model.some(problems)}")
@@ -543,8 +546,13 @@ def to_peft(
         within = torch.arange(entry.granule, device="cpu")
         flat = (entry.indices.cpu().to(torch.int64).unsqueeze(1) * entry.granule + within).view(-1)
         # PEFT does not store a strength, so the values are multiplied by it.
-        values = entry.values.detach().cpu().to(torch.float32)
-        flat, values = _padded(flat, values * adapter.alpha, rank * sum(entry.shape))
+        values = entry.values.detach().cpu().to(torch.float32) * adapter.alpha
+        if not bool(values.isfinite().all()):
+            raise AdapterError(
+                f"weight {name!r}: its values are NaN or infinite, or become so in float32 at strength "
+                f"{adapter.alpha:g}, which is in the values of PEFT's files"
+            )
+        flat, values = _padded(flat, values, rank * sum(entry.shape))
         module = PREFIX + name.removesuffix(".weight")
         tensors[f"{module}.shira_weight"] = values
         tensors[f"{module}.shira_indices"] = torch.stack([flat // entry.shape[1], flat % entry.shape[1]]).to(

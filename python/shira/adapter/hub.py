@@ -71,7 +71,7 @@ def locate(where: str, *, filename: str, revision: str | None, token: str | bool
         if os.path.exists(path):
             return path
         if os.path.exists(os.path.join(where, "adapter_config.json")):
-            raise AdapterError(f"{where}: this is a PEFT adapter; read it with Adapter.from_peft")
+            raise AdapterError(f"{where}: this is a PEFT adapter; read it with Adapter.from_peft (shira convert)")
         raise AdapterError(f"{where}: the folder has no {filename}")
     if os.path.isfile(where):
         return where
