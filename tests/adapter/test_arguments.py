@@ -71,7 +71,7 @@ REFUSED: list[tuple[str, Callable[[Any], object], list[Any], str]] = [
     (
         "shape",
         lambda v: entry(shape=v),
-        [None, 64, "88", (8.0, 8), (np.int64(8), 8), (-8, -8)],
+        [None, 64, "88", (8.0, 8), (np.int64(8), 8), (-8, -8), (2**31, 2**31 + 1), (2**40, 2**40), (1,) * 65],
         "^weight 'a': shape must",
     ),
     (

@@ -119,6 +119,10 @@ class Entry:
         shape, aliases = self.shape, self.aliases
         if not isinstance(shape, (tuple, list)) or not all(type(size) is int and size >= 0 for size in shape):
             raise AdapterError(f"{where}: shape must be a tuple of sizes, got {shown(shape)}")
+        if len(shape) > _file.MAX_DIMS or _file.entries_of(shape) > _file.MAX_NUMEL:
+            raise AdapterError(
+                f"{where}: shape must have at most {_file.MAX_DIMS} sizes and 2^62 entries, got {shown(shape)}"
+            )
         if not isinstance(self.dtype, torch.dtype):
             raise AdapterError(f"{where}: dtype must be a torch.dtype, got {shown(self.dtype)}")
         if type(self.granule) is not int:

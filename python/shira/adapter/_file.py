@@ -909,7 +909,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except OSError as error:
         # The error of a full disk names no file; that of a read-only one names the temporary file.
         if error.errno is not None and error.filename in (None, os.fspath(temporary)):
-            error.filename, error.filename2 = os.fspath(target), None
+            raise OSError(error.errno, error.strerror, os.fspath(target)) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -155,8 +155,9 @@ def _check_others(
     changed: list[str] = []
     for key, stored in others.items():
         name = key.removeprefix(PREFIX)
-        copied = ".base_layer." in name
         there = base.find((renamed(name.replace(".base_layer.", ".")),))
+        # PEFT copies a weight whose vocabulary has grown, too, under the base's own name.
+        copied = ".base_layer." in name or (there is not None and there.shape != stored.shape)
         if there is None or not _equal(stored, there):
             (changed if copied else strange).append(key[:200])
     if changed:

@@ -185,7 +185,9 @@ def bake(
     with _output.named(target):
         if source.folder is None:
             with _file.replacing(target) as temporary:
-                _file.write_safetensors(temporary, shards[last.path], {**last.metadata, _output.MARK_KEY: "1"})
+                # Readers that take a file without metadata, such as accelerate, refuse metadata without a format.
+                metadata = {"format": "pt", **last.metadata, _output.MARK_KEY: "1"}
+                _file.write_safetensors(temporary, shards[last.path], metadata)
         else:
             with _output.replacing_folder(target, overwrite) as folder:
                 for shard in source.shards:
