@@ -364,3 +364,29 @@ def test_the_standard_output_is_not_a_file(tmp_path: Path, monkeypatch: pytest.M
         bake(ADAPTER, "base.safetensors", "-")
     assert bake(ADAPTER, "base.safetensors", "./-").entries == ADAPTER.nnz
     assert sorted(os.listdir(tmp_path)) == ["-", "base.safetensors"]
+
+
+def test_values_may_be_a_view_of_others(tmp_path: Path) -> None:
+    """Such as every other entry of a tensor, or an imaginary part: the same everywhere as a tensor of its own."""
+    indices = torch.tensor([1, 5, 9, 33])
+    save_file(BASE, tmp_path / "base.safetensors")
+    for values in (
+        torch.randn(8)[::2],
+        torch.ones(1).expand(4),
+        torch.complex(torch.randn(4), torch.ones(4)).conj().imag,
+    ):
+        adapters = [
+            Adapter({"a.weight": Entry(indices, one, (8, 8), torch.float32)})
+            for one in (values, values.clone().resolve_neg())
+        ]
+        merged = []
+        for number, adapter in enumerate(adapters):
+            adapter.save(tmp_path / f"{number}.safetensors")
+            bake(adapter, tmp_path / "base.safetensors", tmp_path / f"merged-{number}", alpha=0.5)
+            fused = Adapter.fuse([(adapter, 0.7), (ADAPTER, 0.3)], BASE).weights["a.weight"]
+            merged.append((fused.values, adapter.to_delta(BASE).weights["a.weight"].values))
+        assert all(torch.equal(view, own) for view, own in zip(*merged, strict=True))
+        for one, other in (("0.safetensors", "1.safetensors"), ("merged-0", "merged-1")):
+            assert (tmp_path / one).read_bytes() == (tmp_path / other).read_bytes()
+            (tmp_path / one).unlink()
+            (tmp_path / other).unlink()

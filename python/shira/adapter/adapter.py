@@ -778,7 +778,7 @@ def _fused(weight: Tensor, parts: list[tuple[Adapter, float, Entry]], fingerprin
     indices, offsets, sources, members = shira_ops.fuse_plan(lists, granule=granule)
     # The base's entries of the union, side by side, are a small weight of their own: the op needs nothing else.
     entries = shira_ops.gather(weight, indices, granule=granule)
-    values = [entry.values.detach().cpu() for _, _, entry in parts]
+    values = [entry.values.detach().cpu().contiguous() for _, _, entry in parts]
     compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
     if len({value.dtype for value in values}) > 1:
         values = [value.to(compute) for value in values]  # exact: the wider dtype holds every value of the narrower

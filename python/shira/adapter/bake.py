@@ -46,7 +46,7 @@ class Merged:
 def _put_on(stored: Stored, entry: Entry, alpha: float, delta: bool, check_finite: bool) -> Any:
     """The bytes of the tensor with the adapter applied."""
     weight = stored.tensor().clone()
-    indices, values = entry.indices.cpu(), entry.values.detach().cpu()
+    indices, values = entry.indices.cpu(), entry.values.detach().cpu().contiguous()
     if alpha == 1 and not delta and values.dtype == weight.dtype:
         shira_ops.scatter_(weight, indices, values, granule=entry.granule)
     else:
