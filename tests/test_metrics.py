@@ -282,7 +282,7 @@ def test_a_mask_map_leaves_out_what_is_replaced_as_a_whole():
         metrics.mask_map(Adapter({"bias": whole}, delta=True))
     with pytest.raises(ValueError, match=r"^mask_map: the adapter has no weight 'v'"):
         metrics.mask_map(Adapter({"w": part}, delta=True), ["v"])
-    with pytest.raises(ValueError, match=r"^mask_map: cells must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"^mask_map: cells must be a whole number of at least 1, got 0"):
         metrics.mask_map(Adapter({"w": part}, delta=True), cells=0)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import numbers
+import os
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
@@ -53,17 +55,78 @@ def hex_word(value: int | None) -> str | None:
     return None if value is None else f"{value & (2**64 - 1):016x}"
 
 
+def real(value: object) -> float:
+    """A real number of Python or numpy as a float; NaN for anything else, such as True."""
+    number: Any = value
+    try:
+        return float(number) if isinstance(number, numbers.Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an int of hundreds of digits
+        return math.inf
+
+
 # Strengths are rounded to float32 first, where a larger number would become infinite.
 _LARGEST_STRENGTH = 3.4028234663852886e38
 
 
 def strength(what: str, value: object) -> float:
     """A strength (``alpha``) as a float. ``what`` names it in the refusal: files, calls and commands share one rule."""
-    number: Any = value
-    real: bool = isinstance(number, numbers.Real)
-    if not real or value is True or value is False or not abs(number) <= _LARGEST_STRENGTH:
+    number = real(value)
+    if not abs(number) <= _LARGEST_STRENGTH:
         raise AdapterError(f"{what} must be a finite number (of float32), got {shown(value)}")
-    return float(number)
+    return number
+
+
+def share(what: str, value: object) -> float:
+    """A density as a float. ``what`` names it in the refusal, here and below: "ties: density"."""
+    number = real(value)
+    if not 0 < number <= 1:
+        raise ValueError(f"{what} must be above 0 and at most 1, got {shown(value)}")
+    return number
+
+
+def whole(what: str, value: object, least: int | None = None) -> int:
+    """A whole number: a granule, a seed, a count."""
+    # type(), not isinstance(): True is not a count.
+    if type(value) is not int or (least is not None and value < least):
+        wanted = "a whole number" if least is None else f"a whole number of at least {least}"
+        raise ValueError(f"{what} must be {wanted}, got {shown(value)}")
+    return value
+
+
+def text(what: str, value: object) -> str:
+    """A name that files can hold: not empty, and without halves of characters, which UTF-8 cannot write."""
+    if not isinstance(value, str):
+        raise TypeError(f"{what} must be text, got {type(value).__name__}")
+    if not value or any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError(f"{what} must be text that UTF-8 can write, and not empty, got {shown(value)}")
+    return value
+
+
+def said(what: str, given: object, known: object) -> str | None:
+    """A name for others to read: what is given or, where nothing is, what a file says, if that is a name."""
+    if given is not None:
+        return text(what, given)
+    return known if isinstance(known, str) and known else None
+
+
+def path(what: str, value: object) -> str:
+    """A path as text. Whether there is anything at it is not asked."""
+    found = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(found, str):
+        raise TypeError(f"{what} must be a path (a str or a pathlib.Path), got {type(value).__name__}")
+    try:
+        good = b"\0" not in os.fsencode(found)
+    except UnicodeEncodeError:
+        good = False
+    if not found or not good:
+        raise ValueError(f"{what} must be a path that this system can write, and not empty, got {shown(found)}")
+    return found
+
+
+def function(what: str, value: object) -> None:
+    """Refuse what cannot be called; None is fine."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{what} must be a function or None, got {type(value).__name__}")
 
 
 # What torch.compile and activation checkpointing insert into the names of parameters.

@@ -31,12 +31,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from shira import _model
+from shira import _model, _text
 from shira._granules import refine
 from shira._text import AdapterError
 from shira.adapter._checkpoint import Source
 from shira.adapter._entry import Entry
-from shira.adapter.adapter import Adapter
+from shira.adapter.adapter import Adapter, check_adapter
 from shira.serve.switcher import Switcher
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def overlap(first: Adapter, second: Adapter) -> float:
     It is 0 for disjoint masks, and 1 for a mask inside the other. Counts entries over all weights. Values, granules,
     and whether an adapter is a delta do not matter.
     """
+    first, second = _two("overlap", first, second)
     shared = 0
     for one, two in _pairs(first, second):
         granule = math.gcd(one.granule, two.granule)
@@ -121,6 +122,10 @@ def interference(
     Raises `AdapterError` for adapters that do not fit the model, `ValueError` if there are no batches or none of these
     modules runs, or if the first adapter changes no activation of theirs.
     """
+    first, second = _two("interference", first, second)
+    _text.function("interference: forward", forward)
+    if not isinstance(data, Iterable):
+        raise TypeError(f"interference: data must be several batches, got {type(data).__name__}")
     switcher = Switcher(model)
     switcher.add("first", first)
     switcher.add("second", second)
@@ -166,7 +171,9 @@ def matrix(adapters: Mapping[str, Adapter], metric: Metric = "overlap", base: So
             function ``metric(first, second)``, called for every ordered pair: row ``first``, column ``second``.
         base: as for `awor` and `awom`.
     """
-    several = list(adapters.values())
+    if not isinstance(adapters, Mapping):
+        raise TypeError(f"matrix: adapters must map names to them, got {type(adapters).__name__}")
+    several = [check_adapter(f"matrix: {_text.named(name)}", adapter) for name, adapter in adapters.items()]
     if not several:
         raise ValueError("matrix: give at least one adapter")
     result = torch.zeros(len(several), len(several), dtype=torch.float64, device="cpu")
@@ -180,7 +187,7 @@ def matrix(adapters: Mapping[str, Adapter], metric: Metric = "overlap", base: So
         "awor": lambda first, second: awor(first, second, base),
         "awom": lambda first, second: awom(first, second, base),
     }
-    if metric not in known:
+    if not isinstance(metric, str) or metric not in known:
         raise ValueError(f"matrix: metric must be {', '.join(map(repr, known))} or a function, got {metric!r}")
     for i, first in enumerate(several):
         for j in range(i + 1):
@@ -229,16 +236,18 @@ def mask_map(adapter: Adapter, names: Sequence[str] | None = None, *, cells: int
     Returns a matplotlib figure. Raises `ValueError` for a name the adapter does not have, or if there is nothing to
     draw, and `ImportError` without matplotlib.
     """
-    figure = _figure("mask_map")
-    if cells < 1:
-        raise ValueError(f"mask_map: cells must be at least 1, got {cells}")
+    check_adapter("mask_map: adapter", adapter)
+    _text.whole("mask_map: cells", cells, 1)
     if names is None:
         names = [name for name, entry in adapter.weights.items() if not entry.whole]
-    unknown = [name for name in names if name not in adapter.weights]
+    elif isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"mask_map: names must be a list of them, got {_text.shown(names)}")
+    unknown = [_text.shown(name) for name in names if not isinstance(name, str) or name not in adapter.weights]
     if unknown:
-        raise ValueError(f"mask_map: the adapter has no weight {', '.join(map(repr, unknown))}")
+        raise ValueError(f"mask_map: the adapter has no weight {', '.join(unknown)}")
     if not names:
         raise ValueError("mask_map: the adapter has no weight to draw")
+    figure = _figure("mask_map")
     columns = math.ceil(math.sqrt(len(names)))
     rows = -(-len(names) // columns)
     figure.set_size_inches(3 * columns, 3 * rows)
@@ -284,6 +293,11 @@ def _mean(values: list[float], none: float) -> float:
     return math.fsum(values) / len(values) if values else none
 
 
+def _two(metric: str, first: object, second: object) -> tuple[Adapter, Adapter]:
+    """The two adapters of a metric, which are adapters."""
+    return check_adapter(f"{metric}: first", first), check_adapter(f"{metric}: second", second)
+
+
 def _pairs(first: Adapter, second: Adapter) -> Iterator[tuple[Entry, Entry]]:
     """The weights that both adapters have, under any of their names."""
     known = {name: entry for own, entry in second.weights.items() for name in (own, *entry.aliases)}
@@ -326,12 +340,16 @@ class _Change:
 
 
 def _changes(metric: str, first: Adapter, second: Adapter, base: Source | None) -> Iterator[tuple[_Change, _Change]]:
+    first, second = _two(metric, first, second)
     if base is None and not (first.delta and second.delta):
         raise ValueError(f"{metric}: an adapter of new values has no changes without its base; give base=")
     if base is not None:
         first, second = first.to_delta(base), second.to_delta(base)
     for one, two in _pairs(first, second):
-        yield _Change.of(one), _Change.of(two)
+        changes = _Change.of(one), _Change.of(two)
+        if not all(bool(change.values.isfinite().all()) for change in changes):
+            raise AdapterError(f"{metric}: changes of a weight of shape {list(one.shape)} are NaN or infinite")
+        yield changes
 
 
 def _norm(one: _Change, two: _Change) -> float:

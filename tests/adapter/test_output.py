@@ -107,6 +107,20 @@ def test_only_a_merged_file_is_overwritten(tmp_path: Path, adapter: Adapter, mon
     refused(tmp_path, adapter, base, tmp_path / "pipe", "is a pipe or a device")
 
 
+def test_a_merged_file_opens_wherever_its_base_does(tmp_path: Path, adapter: Adapter) -> None:
+    """Readers that take a file without metadata refuse metadata without a format."""
+    base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    for metadata, merged in (
+        (None, {"format": "pt"}),
+        ({"format": "flax"}, {"format": "flax"}),
+        ({"of": "me"}, {"format": "pt", "of": "me"}),
+    ):
+        save_file({"a": torch.arange(4.0)}, base, metadata)
+        merge(adapter, base, out, overwrite=True)
+        with safe_open(out, "pt") as file:
+            assert file.metadata() == {**merged, _output.MARK_KEY: "1"}
+
+
 def test_inputs_are_never_overwritten(tmp_path: Path, base: Path, adapter: Adapter) -> None:
     refused(tmp_path, adapter, base, base, "base itself, which is read")
     refused(tmp_path, adapter, base, base / "..", "is the folder that contains .*base, which is read")

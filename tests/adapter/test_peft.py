@@ -516,6 +516,19 @@ def test_copies_of_the_base_in_pefts_folder(tmp_path: Path) -> None:
         Adapter.from_peft(tmp_path, other, density=1.0)
 
 
+def test_a_vocabulary_that_has_grown(tmp_path: Path) -> None:
+    """PEFT saves the embedding then, under the base's own name."""
+    larger = made(Model)
+    larger.embed = nn.Embedding(10, 24).requires_grad_(False)
+    saved = {"base_model.model.embed.weight": larger.embed.weight.clone()}
+    folder = rewritten(lora_folder(tmp_path), lambda tensors, prefix: tensors.update(saved))
+    with pytest.raises(
+        AdapterError, match=r"differ from the base: .*embed\.weight; give .*\(with a larger vocabulary\?\)"
+    ):
+        Adapter.from_peft(folder, made(Model), density=1.0)
+    assert set(Adapter.from_peft(folder, larger, density=1.0).weights) == {"layers.0.v_proj.weight"}
+
+
 def test_what_says_what_the_base_says_is_no_change(tmp_path: Path) -> None:
     folder = lora_folder(tmp_path, bias="all")
     assert "base_model.model.q_proj.bias" in load_file(folder / "adapter_model.safetensors")

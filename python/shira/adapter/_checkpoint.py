@@ -6,6 +6,7 @@ A checkpoint on disk is a ``.safetensors`` file, a folder that holds one, a fold
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -207,6 +208,10 @@ def _named(where: str, tensors: Mapping[str, Stored], **rest: Any) -> Checkpoint
 
 
 def _on_disk(path: str) -> Checkpoint:
+    owner, _, name = path.partition("/")
+    if owner and name and "/" not in name and not os.path.lexists(path) and not os.path.isdir(owner):
+        reason = "No such file or directory; a checkpoint on the Hub must be downloaded first"
+        raise FileNotFoundError(errno.ENOENT, reason, path)
     if not os.path.isdir(path):
         shard = map_file(path)
         return _named(path, shard.tensors, shards=[shard])
@@ -223,6 +228,9 @@ def _on_disk(path: str) -> Checkpoint:
         single = ["model.safetensors"]
     if len(single) != 1 or indices:
         found = f"{len(single)} .safetensors files and {len(indices)} indices"
+        pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
+        if pickles and not single:
+            found += f"; {pickles[0]} could execute anything when it is read: save the model again as .safetensors"
         raise AdapterError(
             f"{path}: a checkpoint's folder holds model.safetensors or model{INDEX_SUFFIX} with its shards, got {found}"
         )
@@ -285,7 +293,7 @@ def _in_memory(where: str, tensors: Mapping[str, Any], model: object) -> Checkpo
 def open_checkpoint(source: object, role: str) -> Checkpoint:
     """Find the tensors of a checkpoint. ``role`` is its name in messages if it has no path."""
     if isinstance(source, (str, os.PathLike)):
-        return _on_disk(os.fspath(source))
+        return _on_disk(_text.path(role, source))
     if isinstance(source, Mapping):
         return _in_memory(role, source, None)
     from torch import nn

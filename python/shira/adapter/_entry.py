@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import shira_ops
-from shira._granules import dtype_name
-from shira._text import AdapterError
+from shira._granules import WORD, dtype_name
+from shira._text import AdapterError, shown
 from shira.adapter import _file
 
 
@@ -89,6 +89,7 @@ class Entry:
 
         With `differences`, values may be whole numbers of the size of the weight's floats: see `_difference`.
         """
+        self._check_kinds(where)
         if self.granule < 1 or self.numel % self.granule or self.granule > max(self.numel, 1):
             raise AdapterError(f"{where}: granule must divide its {self.numel} entries, got {self.granule}")
         if dtype_name(self.dtype) not in _file.DTYPES:
@@ -113,6 +114,29 @@ class Entry:
                 f"{where}: values must have the weight's dtype {dtype_name(self.dtype)} or, for floats, float32, "
                 f"got {dtype_name(self.values.dtype)}"
             )
+
+    def _check_kinds(self, where: str) -> None:
+        """Refuse what is not even of the right Python type, such as numpy's numbers, which JSON does not know."""
+        for what, tensor in (("indices", self.indices), ("values", self.values)):
+            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+                kind = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise AdapterError(f"{where}: {what} must be a dense tensor, got {kind}")
+        shape, aliases = self.shape, self.aliases
+        if not isinstance(shape, (tuple, list)) or not all(type(size) is int and size >= 0 for size in shape):
+            raise AdapterError(f"{where}: shape must be a tuple of sizes, got {shown(shape)}")
+        if len(shape) > _file.MAX_DIMS or _file.entries_of(shape) > _file.MAX_NUMEL:
+            raise AdapterError(
+                f"{where}: shape must have at most {_file.MAX_DIMS} sizes and 2^62 entries, got {shown(shape)}"
+            )
+        if not isinstance(self.dtype, torch.dtype):
+            raise AdapterError(f"{where}: dtype must be a torch.dtype, got {shown(self.dtype)}")
+        if type(self.granule) is not int:
+            raise AdapterError(f"{where}: granule must be a whole number, got {shown(self.granule)}")
+        for what, word in (("fingerprint", self.fingerprint), ("seed", self.seed)):
+            if word is not None and (type(word) is not int or not 0 <= word <= WORD):
+                raise AdapterError(f"{where}: {what} must be a whole number below 2^64 or None, got {shown(word)}")
+        if not isinstance(aliases, (tuple, list)):
+            raise AdapterError(f"{where}: aliases must be a tuple of names, got {shown(aliases)}")
 
     def check_indices(self, where: str) -> None:
         """Refuse indices that are not strictly increasing below the weight's number of granules."""

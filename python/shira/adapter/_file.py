@@ -36,6 +36,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeGuard
 
+from shira import _text
 from shira._text import AdapterError, named, shown, strength
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ def json_object(what: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
     infinity, lone surrogates, two keys with the same text) and for what is nested too deeply.
     """
     try:
-        text = jsoned(value or {})
+        text = jsoned({} if value is None else value)
         text.encode()
         found = parsed(text)
     except (TypeError, ValueError, RecursionError) as error:
@@ -382,7 +383,7 @@ def opened(path: str | os.PathLike[str], most: int = MAX_HEADER) -> Iterator[Ope
     The checks are those of the stock library: the tensors fill the file from the header to its end, without gaps or
     overlaps. Neither numpy nor torch is imported, so reading a header is quick.
     """
-    path = os.fspath(path)
+    path = _text.path("the file", path)
     check_regular(path)
     with open(path, "rb", opener=_for_reading) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -394,10 +395,23 @@ def opened(path: str | os.PathLike[str], most: int = MAX_HEADER) -> Iterator[Ope
         yield Opened(path, file, metadata, places)
 
 
+# How other files begin that are given by mistake. Read as the length of a header, all of these are beyond any file.
+_OTHER_FILES = (
+    (b"PK\3\4", "a file of torch.save (or another zip), which is not read; what torch.load returns can be saved again"),
+    (b"version ", "a pointer of Git LFS to the file, which is still to be fetched: git lfs pull"),
+    (b'{"', "JSON; of a checkpoint in shards give the folder"),
+    (b"{\n", "JSON; of a checkpoint in shards give the folder"),
+    (b"GGUF", "a GGUF file, which is not read"),
+)
+
+
 def _layout(file: BinaryIO, most: int) -> tuple[dict[str, str], dict[str, Place]]:
     size = os.fstat(file.fileno()).st_size
     start = file.read(8)
     length = int.from_bytes(start, "little")
+    for begin, what in _OTHER_FILES:
+        if start.startswith(begin):
+            raise ValueError(f"it begins like {what}")
     if len(start) < 8 or length > size - 8:
         raise ValueError(f"a header of {length:,} bytes does not fit {size:,} bytes")
     if length > most:
@@ -893,8 +907,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         fsync(temporary, os.O_RDWR)
         os.replace(temporary, target)
     except OSError as error:
-        if error.errno is not None and error.filename is None:  # the error of a full disk names no file
-            error.filename = os.fspath(target)
+        # The error of a full disk names no file; that of a read-only one names the temporary file.
+        if error.errno is not None and error.filename in (None, os.fspath(temporary)):
+            raise OSError(error.errno, error.strerror, os.fspath(target)) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -72,6 +72,8 @@ def destination(
     given, path = os.fspath(out), os.path.realpath(os.path.abspath(out))
     if not given:
         raise ValueError("the result needs a name, got an empty one")
+    if given == "-":
+        raise ValueError("the result is a file, and - would be the standard output; ./- is a file of that name")
     if os.path.islink(path):
         raise FileExistsError(f"{given} is a link that leads in a circle; remove it, or give another name")
     for source in (os.fspath(one) for one in inputs):

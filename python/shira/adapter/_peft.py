@@ -155,8 +155,9 @@ def _check_others(
     changed: list[str] = []
     for key, stored in others.items():
         name = key.removeprefix(PREFIX)
-        copied = ".base_layer." in name
         there = base.find((renamed(name.replace(".base_layer.", ".")),))
+        # PEFT copies a weight whose vocabulary has grown, too, under the base's own name.
+        copied = ".base_layer." in name or (there is not None and there.shape != stored.shape)
         if there is None or not _equal(stored, there):
             (changed if copied else strange).append(key[:200])
     if changed:
@@ -405,7 +406,7 @@ def from_peft(
     token: str | bool | None = None,
 ) -> Made:
     """The parts of an adapter from PEFT's folder; `Adapter.from_peft` describes the arguments."""
-    where = os.fspath(folder)
+    where = _text.path("from_peft: folder", folder)
     if not os.path.isdir(where):
         from shira.adapter import hub
 
@@ -418,10 +419,8 @@ def from_peft(
     if kind == "LORA":
         if density is None:
             raise AdapterError(f"{where}: a LoRA is dense: give density=, the share of each weight's entries to keep")
-        if not 0 < density <= 1:
-            raise ValueError(f"from_peft: density must be above 0 and at most 1, got {density!r}")
-        if type(granule) is not int or granule < 1:
-            raise ValueError(f"from_peft: granule must be a whole number of at least 1, got {granule!r}")
+        density = _text.share("from_peft: density", density)
+        _text.whole("from_peft: granule", granule, 1)
         _check_plain_lora(where, config)
     modules, others = _by_module(where, kind, _tensors(where))
     source = _base(where, config, base)
@@ -477,6 +476,7 @@ def _writable(text: str) -> bool:
 def _check_for_peft(adapter: Adapter, model: object) -> None:
     """Refuse what PEFT's SHiRA cannot hold, all of it in one error."""
     problems = []
+    slots = _model.slots(model) if isinstance(model, torch.nn.Module) else {}
     for name, entry in adapter.weights.items():
         if entry.whole:
             problems.append(f"{name!r} is a whole parameter")
@@ -487,8 +487,10 @@ def _check_for_peft(adapter: Adapter, model: object) -> None:
         elif entry.aliases:
             problems.append(f"{name!r} is tied to {entry.aliases[0]!r}, and PEFT would change one of them")
         elif isinstance(model, torch.nn.Module):
-            owner = model.get_submodule(name.removesuffix(".weight"))
-            if not isinstance(owner, torch.nn.Linear):
+            slot = slots.get(name)
+            if slot is None:
+                problems.append(f"{name!r} is not in the base")
+            elif not isinstance(owner := slot.module, torch.nn.Linear):
                 problems.append(f"{name!r} is the weight of {type(owner).__name__}, not of Linear")
     if problems:
         raise AdapterError(f"PEFT's SHiRA cannot hold this adapter: {_model.some(problems)}")
@@ -515,7 +517,10 @@ def to_peft(
     overwrite: bool = False,
 ) -> None:
     """See `Adapter.to_peft`."""
-    target = Path(folder)
+    target = Path(_text.path("to_peft: folder", folder))
+    known = adapter.provenance
+    base_model = _text.said("to_peft: base_model", base_model, known.get("base_model_name_or_path"))
+    task_type = _text.said("to_peft: task_type", task_type, known.get("task_type"))
     there = [name for name in (CONFIG, WEIGHTS, PICKLED) if (target / name).exists()]
     if there and not overwrite:
         raise FileExistsError(f"{target} holds an adapter already ({there[0]}); give another folder, or overwrite=True")
@@ -542,8 +547,13 @@ def to_peft(
         within = torch.arange(entry.granule, device="cpu")
         flat = (entry.indices.cpu().to(torch.int64).unsqueeze(1) * entry.granule + within).view(-1)
         # PEFT does not store a strength, so the values are multiplied by it.
-        values = entry.values.detach().cpu().to(torch.float32)
-        flat, values = _padded(flat, values * adapter.alpha, rank * sum(entry.shape))
+        values = entry.values.detach().cpu().to(torch.float32) * adapter.alpha
+        if not bool(values.isfinite().all()):
+            raise AdapterError(
+                f"weight {name!r}: its values are NaN or infinite, or become so in float32 at strength "
+                f"{adapter.alpha:g}, which is in the values of PEFT's files"
+            )
+        flat, values = _padded(flat, values, rank * sum(entry.shape))
         module = PREFIX + name.removesuffix(".weight")
         tensors[f"{module}.shira_weight"] = values
         tensors[f"{module}.shira_indices"] = torch.stack([flat // entry.shape[1], flat % entry.shape[1]]).to(
@@ -551,7 +561,7 @@ def to_peft(
         )
     config = {
         "auto_mapping": None,
-        "base_model_name_or_path": base_model or adapter.provenance.get("base_model_name_or_path"),
+        "base_model_name_or_path": base_model,
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_weights": True,
@@ -564,7 +574,7 @@ def to_peft(
         "revision": None,
         # One expression, since a list would also match modules whose names merely end like this.
         "target_modules": "|".join(re.escape(name.removesuffix(".weight")) for name in adapter.weights),
-        "task_type": task_type or adapter.provenance.get("task_type"),
+        "task_type": task_type,
     }
     parts = {
         name: _file.tensor_part(tensor) for name, tensor in sorted(tensors.items(), key=lambda one: -one[1].itemsize)

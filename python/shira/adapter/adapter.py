@@ -54,12 +54,18 @@ class Adapter:
         provenance: Mapping[str, Any] | None = None,
         report: Report | None = None,
     ) -> None:
+        if not isinstance(weights, Mapping):
+            raise TypeError(f"Adapter: weights must map names to Entry objects, got {type(weights).__name__}")
         for name, entry in weights.items():
+            if not isinstance(entry, Entry):
+                raise TypeError(f"Adapter: weight {named(name)} must be an Entry, got {type(entry).__name__}")
             entry.check(f"weight {named(name)}")
         _file.check_names("", {name: entry.aliases for name, entry in weights.items()})
         self.weights: Mapping[str, Entry] = MappingProxyType(dict(weights))
         self.alpha = _text.strength("alpha", alpha)
-        self.delta = bool(delta)
+        if type(delta) is not bool:
+            raise AdapterError(f"delta must be True or False, got {_text.shown(delta)}")
+        self.delta = delta
         self.mask = None if mask is None else _file.json_object("mask", mask)
         self.provenance = _file.json_object("provenance", provenance)
         self.report = report
@@ -124,8 +130,8 @@ class Adapter:
         version: int | None,
         values: Mapping[str, tuple[_file.Part, int]],
     ) -> None:
-        path = Path(path)
-        if version not in (None, *_file.VERSIONS):
+        path = Path(_text.path("Adapter.save: path", path))
+        if version is not None and (type(version) is not int or version not in _file.VERSIONS):
             raise ValueError(f"Adapter.save: version must be 1, 2 or None, got {_text.shown(version)}")
         if not path.parent.is_dir():
             raise FileNotFoundError(f"the folder {str(path.parent)!r} to write {path.name!r} into does not exist")
@@ -168,11 +174,12 @@ class Adapter:
 
         Raises `AdapterError` with the file, the weight and what is wrong.
         """
+        path = _text.path("Adapter.load: path", path)
         header, entries = read_entries(path, checksums=checksums)
         coded = next((name for name, weight in header.weights.items() if weight.difference), None)
         if coded is not None:
             raise AdapterError(
-                f"{os.fspath(path)}: weight {named(coded)}: its values are differences from the entries that they "
+                f"{path}: weight {named(coded)}: its values are differences from the entries that they "
                 f"replace: this is an update, which shira.sync.Update.load and Receiver.stage read"
             )
         return cls(entries, alpha=header.alpha, delta=header.delta, mask=header.mask, provenance=header.provenance)
@@ -334,7 +341,8 @@ class Adapter:
         """
         from shira.adapter import hub
 
-        return cls.load(hub.locate(os.fspath(where), filename=filename, revision=revision, token=token))
+        place = _text.path("from_pretrained: where", where)
+        return cls.load(hub.locate(place, filename=filename, revision=revision, token=token))
 
     def push_to_hub(
         self,
@@ -362,7 +370,7 @@ class Adapter:
         return hub.push(
             self,
             repo,
-            base_model=base_model or self.provenance.get("base_model_name_or_path"),
+            base_model=base_model,
             private=private,
             token=token,
             revision=revision,
@@ -376,8 +384,8 @@ class Adapter:
         """Write the file and its model card into a folder, as `push_to_hub` uploads them."""
         from shira.adapter import hub
 
-        base_model = base_model or self.provenance.get("base_model_name_or_path")
-        hub.save(self, Path(folder), Path(folder).resolve().name, base_model, seeds)
+        target = Path(_text.path("save_pretrained: folder", folder))
+        hub.save(self, target, target.resolve().name, base_model, seeds)
 
     def to_delta(self, base: Source | Checkpoint) -> Adapter:
         """The same change as values to add: ``new - base``, in fp32 (fp64 for fp64 weights).
@@ -469,10 +477,7 @@ class Adapter:
             alpha, provenance: as in `Adapter`.
             check_finite: refuse NaN and infinity in the adapters and in the result.
         """
-        given = [
-            (adapter, _text.strength(f"fuse: the strength of adapter {number}", strength))
-            for number, (adapter, strength) in enumerate(adapters, 1)
-        ]
+        given = _pairs(adapters)
         source = open_checkpoint(base, "base")
         found: dict[str, list[tuple[Adapter, float, Entry]]] = {}
         weights: dict[str, Tensor] = {}
@@ -505,6 +510,40 @@ class Adapter:
             for name, entry in entries.items():
                 entry.check_finite(f"fuse: weight {named(name)}, fused")
         return cls(entries, alpha=alpha, provenance=provenance)
+
+
+def check_adapter(what: str, value: object) -> Adapter:
+    """The value, which must be an adapter. ``what`` names it in the refusal."""
+    if not isinstance(value, Adapter):
+        advice = "; Adapter.load reads a file" if isinstance(value, (str, os.PathLike)) else ""
+        raise TypeError(f"{what} must be an Adapter, got {type(value).__name__}{advice}")
+    return value
+
+
+def check_adapters(what: str, value: object) -> list[Adapter]:
+    """The adapters of an argument ``adapters``: one at least."""
+    if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
+        raise TypeError(f"{what}: adapters must be a list of them, got {type(value).__name__}")
+    found = [check_adapter(f"{what}: adapter {number}", one) for number, one in enumerate(value, 1)]
+    if not found:
+        raise ValueError(f"{what}: give at least one adapter")
+    return found
+
+
+def _pairs(value: object) -> list[tuple[Adapter, float]]:
+    """What `Adapter.fuse` is given."""
+    wanted = "fuse: adapters must be pairs of an Adapter and its strength, as [(style, 0.7), (edges, 0.5)]"
+    if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
+        raise TypeError(f"{wanted}, got {type(value).__name__}")
+    found = []
+    for number, pair in enumerate(value, 1):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise TypeError(f"{wanted}, got {_text.shown(pair)}")
+        adapter = check_adapter(f"fuse: adapter {number}", pair[0])
+        found.append((adapter, _text.strength(f"fuse: the strength of adapter {number}", pair[1])))
+    if not found:
+        raise ValueError("fuse: give at least one adapter")
+    return found
 
 
 class _Code(NamedTuple):
@@ -739,7 +778,7 @@ def _fused(weight: Tensor, parts: list[tuple[Adapter, float, Entry]], fingerprin
     indices, offsets, sources, members = shira_ops.fuse_plan(lists, granule=granule)
     # The base's entries of the union, side by side, are a small weight of their own: the op needs nothing else.
     entries = shira_ops.gather(weight, indices, granule=granule)
-    values = [entry.values.detach().cpu() for _, _, entry in parts]
+    values = [entry.values.detach().cpu().contiguous() for _, _, entry in parts]
     compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
     if len({value.dtype for value in values}) > 1:
         values = [value.to(compute) for value in values]  # exact: the wider dtype holds every value of the narrower

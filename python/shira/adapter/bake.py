@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,10 @@ from shira._granules import dtype_name
 from shira._text import AdapterError
 from shira.adapter import _file, _output
 from shira.adapter._checkpoint import Checkpoint, Progress, Shard, Stored, companions, open_checkpoint
+from shira.adapter.adapter import Adapter, check_adapter
 
 if TYPE_CHECKING:
     from shira.adapter._entry import Entry
-    from shira.adapter.adapter import Adapter
 
 __all__ = ["Merged", "Progress", "bake", "merge"]
 
@@ -46,7 +46,7 @@ class Merged:
 def _put_on(stored: Stored, entry: Entry, alpha: float, delta: bool, check_finite: bool) -> Any:
     """The bytes of the tensor with the adapter applied."""
     weight = stored.tensor().clone()
-    indices, values = entry.indices.cpu(), entry.values.detach().cpu()
+    indices, values = entry.indices.cpu(), entry.values.detach().cpu().contiguous()
     if alpha == 1 and not delta and values.dtype == weight.dtype:
         shira_ops.scatter_(weight, indices, values, granule=entry.granule)
     else:
@@ -139,7 +139,13 @@ def bake(
         inputs: other files that were read and must not be overwritten, such as the adapter's.
         progress: called with a tensor's name, the bytes done and the bytes in all.
     """
-    source = open_checkpoint(os.fspath(base), "base")
+    check_adapter("bake: adapter", adapter)
+    if isinstance(inputs, (str, os.PathLike)) or not isinstance(inputs, Iterable):
+        raise TypeError(f"bake: inputs must be several paths, got {type(inputs).__name__}")
+    inputs = tuple(_text.path("bake: inputs", one) for one in inputs)
+    _text.path("bake: out", out)
+    _text.function("bake: progress", progress)
+    source = open_checkpoint(_text.path("bake: base", base), "base")
     if not source.shards:
         raise AdapterError(
             f"{source.where} is a checkpoint of torch.distributed.checkpoint, and the merged one is written in the "
@@ -179,7 +185,9 @@ def bake(
     with _output.named(target):
         if source.folder is None:
             with _file.replacing(target) as temporary:
-                _file.write_safetensors(temporary, shards[last.path], {**last.metadata, _output.MARK_KEY: "1"})
+                # Readers that take a file without metadata, such as accelerate, refuse metadata without a format.
+                metadata = {"format": "pt", **last.metadata, _output.MARK_KEY: "1"}
+                _file.write_safetensors(temporary, shards[last.path], metadata)
         else:
             with _output.replacing_folder(target, overwrite) as folder:
                 for shard in source.shards:

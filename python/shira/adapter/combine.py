@@ -15,9 +15,9 @@ same adapters always give the same bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +26,10 @@ from torch import Tensor
 
 import shira_ops
 from shira._granules import WORD, fnv1a64, refine, splitmix64
-from shira._text import named, shown, strength
+from shira._text import named, real, share, shown, strength, whole
 from shira.adapter._checkpoint import Source
 from shira.adapter._entry import Entry
-from shira.adapter.adapter import Adapter
+from shira.adapter.adapter import Adapter, check_adapters
 from shira_ops import plan
 
 __all__ = ["dare", "magnitude_prune", "ties"]
@@ -82,11 +82,11 @@ def ties(
     Returns a delta adapter with fp32 values (fp64 for fp64 weights). Raises `AdapterError` if an adapter does not fit
     the base or is not finite, and `ValueError` for numbers out of range.
     """
-    _check_density("ties", density)
+    density = share("ties: density", density)
     _check_style("ties", style)
     deltas, factors = _deltas("ties", adapters, base, weights, check_finite)
     trimmed = [_trimmed(delta, density, alone=style == "peft") for delta in deltas]
-    about = {"method": "ties", "density": float(density), "style": style, "weights": factors}
+    about = {"method": "ties", "density": density, "style": style, "weights": factors}
     return _merged("ties", trimmed, factors, _AGREEING[style], alpha, about, check_finite)
 
 
@@ -117,12 +117,14 @@ def dare(
         style: how ``elect`` elects, as in `ties`; without it both styles are the same.
         adapters, base, weights, alpha, check_finite: as in `ties`.
     """
-    if not 0 <= drop < 1:
+    probability = real(drop)
+    if not 0 <= probability < 1:
         raise ValueError(f"dare: drop must be at least 0 and below 1, got {shown(drop)}")
+    whole("dare: seed", seed)
     _check_style("dare", style)
     deltas, factors = _deltas("dare", adapters, base, weights, check_finite)
-    kept = [_dropped(delta, drop, seed, number) for number, delta in enumerate(deltas)]
-    about = {"method": "dare", "drop": float(drop), "seed": int(seed), "elect": bool(elect), "weights": factors}
+    kept = [_dropped(delta, probability, seed, number) for number, delta in enumerate(deltas)]
+    about = {"method": "dare", "drop": probability, "seed": seed, "elect": bool(elect), "weights": factors}
     if elect:
         about["style"] = style
     return _merged("dare", kept, factors, _AGREEING[style] if elect else _total, alpha, about, check_finite)
@@ -146,30 +148,26 @@ def magnitude_prune(
         density: the share of entries that stays, in (0, 1].
         adapters, base, weights, alpha, check_finite: as in `ties`.
     """
-    _check_density("magnitude_prune", density)
+    density = share("magnitude_prune: density", density)
     deltas, factors = _deltas("magnitude_prune", adapters, base, weights, check_finite)
     pruned = [_trimmed(delta, density, alone=True) for delta in deltas]
-    about = {"method": "magnitude_prune", "density": float(density), "weights": factors}
+    about = {"method": "magnitude_prune", "density": density, "weights": factors}
     return _merged("magnitude_prune", pruned, factors, _total, alpha, about, check_finite)
 
 
-def _check_density(name: str, density: float) -> None:
-    if not 0 < density <= 1:
-        raise ValueError(f"{name}: density must be above 0 and at most 1, got {shown(density)}")
-
-
 def _check_style(name: str, style: str) -> None:
-    if style not in _AGREEING:
+    if not isinstance(style, str) or style not in _AGREEING:
         raise ValueError(f"{name}: style must be {' or '.join(map(repr, _AGREEING))}, got {shown(style)}")
 
 
 def _deltas(
     name: str, adapters: Sequence[Adapter], base: Source, weights: Sequence[float] | None, check_finite: bool
 ) -> tuple[list[Adapter], list[float]]:
-    if not adapters:
-        raise ValueError(f"{name}: give at least one adapter")
-    given = [adapter.alpha for adapter in adapters] if weights is None else list(weights)
-    if len(given) != len(adapters):
+    adapters = check_adapters(name, adapters)
+    given: Any = [adapter.alpha for adapter in adapters] if weights is None else weights
+    if isinstance(given, Iterable) and not isinstance(given, (str, bytes, Mapping)):
+        given = list(given)
+    if not isinstance(given, list) or len(given) != len(adapters):
         raise ValueError(f"{name}: weights must be {len(adapters)} numbers, one for each adapter, got {shown(given)}")
     factors = [strength(f"{name}: the weight of adapter {number}", one) for number, one in enumerate(given, 1)]
     deltas = [adapter.to_delta(base) for adapter in adapters]

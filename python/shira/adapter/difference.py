@@ -318,10 +318,9 @@ def difference(
     progress: Progress | None = None,
 ) -> Made:
     """The parts of an adapter of the difference; `Adapter.from_difference` describes the arguments."""
-    if density is not None and not 0 < density <= 1:
-        raise ValueError(f"from_difference: density must be above 0 and at most 1, or None, got {density!r}")
-    if type(granule) is not int or granule < 1:
-        raise ValueError(f"from_difference: granule must be a whole number of at least 1, got {granule!r}")
+    density = None if density is None else _text.share("from_difference: density", density)
+    _text.whole("from_difference: granule", granule, 1)
+    _text.function("from_difference: progress", progress)
     aligned = align(open_checkpoint(base, "base"), open_checkpoint(tuned, "tuned"), rename)
     matched = _matched(aligned, added)
     total, done = sum(one.nbytes for _, one, _, _ in matched), 0

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shira import _text
 from shira._text import AdapterError
 from shira.adapter import _file
 
@@ -46,6 +47,8 @@ def _sentences(repo: str, doing: str) -> Iterator[None]:
 
 def download(repo: str, filename: str, *, revision: str | None, token: str | bool | None) -> str:
     """Downloads a file of a repository; returns its path in the client's cache."""
+    if revision is not None:
+        _text.text("revision", revision)
     hub = client()
     with _sentences(repo, f"fetching {filename}"):
         path: str = hub.hf_hub_download(repo, filename, revision=revision, token=token)
@@ -62,12 +65,13 @@ def fetch(where: str, files: Sequence[str], *, revision: str | None, token: str 
 
 def locate(where: str, *, filename: str, revision: str | None, token: str | bool | None) -> str:
     """The path of the adapter's file, given a folder, the file itself, or a repository."""
+    _text.text("filename", filename)
     if os.path.isdir(where):
         path = os.path.join(where, filename)
         if os.path.exists(path):
             return path
         if os.path.exists(os.path.join(where, "adapter_config.json")):
-            raise AdapterError(f"{where}: this is a PEFT adapter; read it with Adapter.from_peft")
+            raise AdapterError(f"{where}: this is a PEFT adapter; read it with Adapter.from_peft (shira convert)")
         raise AdapterError(f"{where}: the folder has no {filename}")
     if os.path.isfile(where):
         return where
@@ -120,6 +124,7 @@ def card(adapter: Adapter, repo: str, base_model: str | None) -> str:
 
 def save(adapter: Adapter, folder: Path, repo: str, base_model: str | None, seeds: bool) -> None:
     """Write the adapter's file and its card into a folder."""
+    base_model = _text.said("base_model", base_model, adapter.provenance.get("base_model_name_or_path"))
     folder.mkdir(parents=True, exist_ok=True)
     adapter.save(folder / FILE, seeds=seeds)
     with _file.replacing(folder / CARD) as temporary:
@@ -138,6 +143,7 @@ def push(
     seeds: bool,
 ) -> str:
     """Upload the adapter's file and its card in one commit; returns the URL of the commit."""
+    _text.text("push_to_hub: repo", repo)
     hub = client()
     with tempfile.TemporaryDirectory() as folder, _sentences(repo, "the upload"):
         save(adapter, Path(folder), repo, base_model, seeds)
