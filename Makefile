@@ -3,23 +3,23 @@
 # make demo    set-up and the main job: adapters on real digits, trained, saved, switched, reverted, fused
 # make test    set-up and the tests
 # make compat  installs from the source distribution under each torch of COMPAT, each in an environment of its own, and
-#              runs the tests of the ops there (10 minutes a version, 5 GB while it
-#              runs), and Triton's tests under each triton of TRITON
+#              runs the tests of the ops there (10 minutes a version, 5 GB while it runs); then Triton's tests under each
+#              triton of TRITON
 # make sdist   the source distribution, in dist/
 # make wheel   set-up and a wheel for this Python, in dist/: built from the source distribution, audited and tried
-# make kernel  build/kernel: the layout that Hugging Face's kernel builder takes (docs/kernel-builder.md)
+# make kernel  lays out build/kernel for Hugging Face's kernel builder (docs/kernel-builder.md)
 # make soak    set-up and a million random operations on the switcher, ten thousand with live updates, every state
 #              compared bit for bit (minutes)
 # make bench   set-up and the speed benchmarks: a selection (10 minutes); make bench-full takes all cases (30)
-# make bench-twice     two runs of the selection, and which of their ratios agree within 10 %
+# make bench-twice     runs the selection twice, and says which ratios agree within 10 %
 # make bench-compare   says which ratios of the last `make bench` are 20 % worse than the committed ones
 # make bench-record    makes the last run the committed one, and the README's figures, docs/speed.md and the plot of it
 # make quality set-up and the experiments that prove the adapters learn: hours, but every finished run is kept
 # make gpu     on a machine with an NVIDIA GPU, no network needed: builds, proves and measures there (8 minutes)
-# make build   the compiled modules again, in place, after a change in csrc/
+# make build   compiles the modules again, in place, after a change in csrc/
 # make lint    ruff, clang-format, mypy; make format repairs what the first two find
 # make docs    set-up and the site, in build/site: every link and every name of it is checked
-# make clean   removes what was built, but for the .venv
+# make clean   removes what was built, except the .venv
 PYTHON ?= python3
 VENV := .venv
 GPU_PY := $(PY)

@@ -21,11 +21,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
+import setuptools
 from setuptools import Extension, setup
 
 HERE = Path(__file__).resolve().parent
 TORCH_TARGET = "0x020B000000000000"  # the stable ABI of torch 2.11: the library loads under every torch from it on
 TORCH_MINIMUM = (2, 11)
+SETUPTOOLS_MINIMUM = 77  # the first that reads the licence in pyproject.toml; a new .venv of Python 3.11 comes with 65
 CUDA_TARGETS = "8.0;9.0;10.0;12.0+PTX"
 CUDA_OLDEST = (8, 0)
 
@@ -55,6 +57,8 @@ def no_torch(error: ImportError) -> NoReturn:
     )
 
 
+if 0 < int(setuptools.__version__.split(".")[0]) < SETUPTOOLS_MINIMUM:  # 0 where it does not know its own version
+    stop(f"setuptools {SETUPTOOLS_MINIMUM} or newer is needed, this is {setuptools.__version__}. Run", *INSTALL)
 try:
     import torch
     from torch.utils import cpp_extension

@@ -3,13 +3,13 @@
     python examples/follow_trainer.py
     python examples/follow_trainer.py --steps 200 --hidden 512
 
-The task is to count on: after a digit, the next three. The engine (rank 1) samples answers. As servers do, it has its
-queries, keys and values in one weight, and a loader that puts a checkpoint's there: a Plan of that loader leads updates
-to the right places. The trainer (rank 0) rewards each right digit, takes a policy gradient step on a sparse adapter,
-and sends what has changed in the weights. Half way the engine is killed. The trainer goes on and keeps its updates in a
-folder; a new engine starts from the first weights, catches up in one commit, and follows again. At the end stand the
-bytes and milliseconds of an update, beside those of all weights and of an update that is applied through dense buffers.
-Offline, on a CPU, in seconds.
+The task is to go on counting: after a digit come the next three. The engine (rank 1) samples answers. As servers do, it
+has its queries, keys and values in one weight, and a loader that puts a checkpoint's there: a Plan of that loader leads
+updates to the right places. The trainer (rank 0) rewards each right digit, takes a policy gradient step on a sparse
+adapter, and sends what has changed in the weights. Half way the engine is killed. The trainer goes on and keeps its
+updates in a folder; a new engine starts from the first weights, catches up in one commit, and follows again. At the end
+it prints the bytes and milliseconds of an update, beside those of sending all weights and of applying an update through
+dense buffers. Runs offline, on a CPU, in seconds.
 """
 
 from __future__ import annotations

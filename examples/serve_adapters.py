@@ -1,4 +1,4 @@
-"""Serve many adapters from one model: switch, mix, check, and see where they are.
+"""Serve many adapters from one model: switch, mix and check them, and see where their memory is.
 
     python examples/serve_adapters.py
 

@@ -28,6 +28,7 @@ Rules every function keeps:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -580,7 +581,9 @@ def foreach_sgd_(
 # ---- select ------------------------------------------------------------------------------------------------
 
 
-def select_top(weight: Tensor, grad: Tensor | None, k: int, *, score: str, granule: int = 1) -> Tensor:
+def select_top(
+    weight: Tensor, grad: Tensor | None, k: int, *, score: Literal["magnitude", "grad", "snip"], granule: int = 1
+) -> Tensor:
     """The `k` granules with the highest score, exact, as indices in ascending order: `[k]`.
 
     The masks WM, Grad and SNIP of arXiv 2406.13175, section 3.1. int32 if there are fewer than 2^31 granules, else

@@ -205,3 +205,10 @@ def test_import_shira_does_not_import_torch() -> None:
 
 def test_import_gives_no_warning() -> None:
     assert said(python("import warnings; warnings.simplefilter('error'); import shira_ops; print('quiet')")) == "quiet"
+
+
+def test_dir_of_shira_is_its_public_names() -> None:
+    """Before anything of it was used, and without what the module imports for itself."""
+    code = "import shira; print(sorted(set(shira.__all__) ^ {name for name in dir(shira) if name[0] != '_'}))\n"
+    code += "import shira.integrations; print('integrations' in dir(shira), 'sys' in dir(shira), shira.__version__)"
+    assert said(python(code)) == f"[]\nTrue False {metadata.version('shira-ops')}"

@@ -336,6 +336,15 @@ def test_a_build_that_sees_no_torch(tmp_path: Path, folder: str) -> None:
     assert "pip install --no-build-isolation ." in result.stderr
 
 
+def test_an_old_setuptools_is_refused() -> None:
+    """In a sentence: it would call the licence in pyproject.toml an invalid configuration."""
+    code = "import runpy, setuptools; setuptools.__version__ = '65.5.0'; runpy.run_path('setup.py')"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "shira-ops: setuptools 77 or newer is needed, this is 65.5.0. Run" in result.stderr
+    assert "pip install 'torch>=2.11' 'setuptools>=77' wheel ninja pybind11" in result.stderr
+
+
 _FIRST_ON_THE_PATH = """
 import sys
 sys.path[:0] = sys.argv[1:]

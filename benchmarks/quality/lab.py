@@ -26,7 +26,9 @@ BETWEEN = tuple(float(f"{digit}e{power}") for power in range(-5, 1) for digit in
 
 FAILED = -1e9  # the score of a run that diverged: worse than every other, but finite, so that means exist
 
-SLOWER = {"minilm": 1, "gpt-s": 1, "gpt-m": 1, "gpt-l": 1, "smollm2": 1, "rl": 1, "style": 1}
+SLOWER = {
+    "minilm": 1, "gpt-s": 1, "gpt-m": 1, "gpt-l": 1, "smollm2": 1, "smollm2-more": 1, "rl": 1, "style": 1,
+}  # fmt: skip
 """How many steps below a method's usual start the search begins for a family; the same for all its methods."""
 
 
@@ -34,7 +36,7 @@ UNSTEADY = 0.03
 """The standard deviation of validation scores over seeds (accuracy as a fraction, or nats) above which the score of the
 first seed may have been luck."""
 
-COSTLY = {"smollm2": 3, "smollm2-kin": 3, "rl": 3}
+COSTLY = {"smollm2": 3, "smollm2-more": 3, "smollm2-kin": 3, "rl": 3}
 """Families whose runs take long: every figure has at most so many seeds, and a rate is searched again only where some
 seeds fail at it (`FAILING`)."""
 FAILING = 0.5

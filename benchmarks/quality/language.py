@@ -12,7 +12,7 @@ from benchmarks.quality import tasks
 from benchmarks.quality.experiments import cost, dora, fusion, single, trials
 from benchmarks.quality.findings import Fused, Results, gains, mean
 from benchmarks.quality.lab import Setting
-from benchmarks.quality.methods import LATER, MASKS, Dora, Lora, Shira, from_description
+from benchmarks.quality.methods import LATER, MASKS, Dora, Lora, Method, Shira, from_description
 from benchmarks.quality.rules import multiples_table, rules_table
 from benchmarks.quality.words import NAMES, difference, fusion_name, label, number, overall, share, spread, table, what
 
@@ -120,6 +120,35 @@ def refined_table(results: Results, family: str) -> str:
         if any(cells):
             rows.append([label(method), *cells, overall(family, by) if len(by) == len(cells) else ""])
     return table(["method", *map(what, tasks.tasks(family)), "ahead of LoRA, all"], rows) if rows else ""
+
+
+def together_table(results: Results, *families: str) -> str:
+    """By how much each method is ahead of LoRA in the mean over the tasks of each family, and of all of them together;
+    and the latter again with rates in half steps, where both were searched in that way."""
+    rows = []
+    for method in single.methods(families[-1]):
+        if method != Lora(single.rank(families[0])):
+            cells = [beside_all(results, method, family) for family in families]
+            cells += [beside_all(results, method, *families, refined=finer) for finer in (False, True)]
+            if any(cells):
+                rows.append([label(method), *cells])
+    return table(["ahead of LoRA by", *families, "all tasks", "the same, rates in half steps"], rows) if rows else ""
+
+
+def beside_all(results: Results, method: Method, *families: str, refined: bool = False) -> str:
+    """By how much a method is ahead of LoRA in the mean over all tasks of some families; nothing unless both were run
+    on every one. ``refined``: at the rates of the finer search."""
+    by, lora = [], Lora(single.rank(families[0]))
+    for name in (name for family in families for name in tasks.tasks(family)):
+        settings = Setting(name, method), Setting(name, lora)
+        if refined:
+            both = [[run["test"] for run in results.refined(one) or ()] for one in settings]
+        else:
+            both = [results.scores(one) or [] for one in settings]
+        if not all(both):
+            return ""
+        by.append(gains(*both))
+    return overall(families[0], by)
 
 
 def steady_table(results: Results, family: str) -> str:
@@ -329,6 +358,7 @@ LANGUAGE: dict[str, Callable[..., str]] = {
     "forgotten": forgotten_table,
     "matched": matched_table,
     "refined": refined_table,
+    "together": together_table,
     "by-rate": by_rate_table,
     "steady": steady_table,
     "cost": cost_table,

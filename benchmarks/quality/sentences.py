@@ -9,7 +9,7 @@ from benchmarks.quality import tasks
 from benchmarks.quality.experiments import dora, single, trials
 from benchmarks.quality.findings import Fused, Results, error_over_seeds, gains, mean, standard_error
 from benchmarks.quality.lab import COSTLY, Setting
-from benchmarks.quality.language import FORGOTTEN, forgotten
+from benchmarks.quality.language import FORGOTTEN, beside_all, forgotten
 from benchmarks.quality.methods import LATER, MASKS, Lora, Method, Shira
 from benchmarks.quality.verdict import preferred
 from benchmarks.quality.words import NAMES, difference, label, number, overall, spread, what
@@ -99,6 +99,18 @@ def refined_words(results: Results, family: str) -> str:
         if method != Lora(r) and len(by) == len(tasks.tasks(family)):
             told.append(f"{label(method)} {overall(family, by)}")
     return f"With rates searched in half steps, ahead of LoRA by: {'; '.join(told)}." if told else ""
+
+
+def together_words(results: Results, *families: str) -> str:
+    """By how much each method is ahead of LoRA over all tasks of several families."""
+    found = {
+        label(method): beside_all(results, method, *families)
+        for method in single.methods(families[-1])
+        if method != Lora(single.rank(families[0]))
+    }
+    told = [f"{name} {by}" for name, by in found.items() if by]
+    count = sum(len(tasks.tasks(family)) for family in families)
+    return f"Over all {count} tasks, ahead of LoRA by: {'; '.join(told)}." if told else ""
 
 
 def matched_words(results: Results, family: str) -> str:
@@ -271,6 +283,7 @@ SENTENCES: dict[str, Callable[..., str]] = {
     "forgotten-words": forgotten_words,
     "matched-words": matched_words,
     "refined-words": refined_words,
+    "together-words": together_words,
     "default": default_words,
     "fused-words": fused_words,
     "own-words": own_words,

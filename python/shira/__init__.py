@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from shira.train.trainer import Trainer
     from shira.train.tuner import SparseTuner, detach
 
+    __version__: str
+
 __all__ = [
     "SGD",
     "AdamW",
@@ -87,7 +89,7 @@ if not any(isinstance(finder, _moved.Moved) for finder in sys.meta_path):
     sys.meta_path.append(_moved.Moved())
 
 
-def __getattr__(name: str) -> Any:
+def _imported(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
 
@@ -105,5 +107,11 @@ def __getattr__(name: str) -> Any:
     return value
 
 
+if not TYPE_CHECKING:  # to a type checker, a module with this function has every name, the misspelt ones too
+    __getattr__ = _imported
+
+
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES, "__version__"])
+    # The public names, and what Python and imports of submodules have put here; not what this file imports for itself.
+    here = (name for name in globals() if name.startswith("__") or f"shira.{name}" in sys.modules)
+    return sorted({*__all__, "__version__", *here})

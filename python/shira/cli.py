@@ -73,7 +73,9 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
-AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Write NaN and inf, too.")]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Write NaN and infinity, which are refused otherwise.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of that name.")]
 AdapterFile = Annotated[
     str, typer.Argument(help="An adapter: a file, a folder, or a name on the Hub.", show_default=False)

@@ -60,6 +60,17 @@ def test_copies_and_pickles_are_the_same_adapter():
             other.weights["w"] = None
 
 
+def test_an_adapter_prints_in_a_line_and_its_entries_do():
+    """Their tensors have thousands of numbers."""
+    entry = Entry(torch.tensor([1, 3]), torch.zeros(8), (4, 8), torch.float32, granule=4)
+    whole = Entry(torch.tensor([0]), torch.zeros(4).bfloat16(), (4,), torch.bfloat16, granule=4)
+    adapter = Adapter({"w": entry, "b": whole})
+    assert repr(adapter) == "Adapter(2 weights, 12 entries (33.33%), alpha 1, 64 bytes)"
+    assert repr(dict(adapter.weights)) == (
+        "{'w': Entry(shape [4, 8], float32, 8 entries, granule 4), 'b': Entry(shape [4], bfloat16, 4 entries, whole)}"
+    )
+
+
 @pytest.mark.parametrize("by", ["pickle", "deepcopy", "torch.save", "multiprocessing"])
 def test_a_copy_has_its_values_alone(tmp_path, by):
     """Not the file they are mapped from, nor, once per weight, the memory they are a part of."""

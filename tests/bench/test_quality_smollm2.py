@@ -4,6 +4,8 @@ import ast
 import dataclasses
 import json
 import math
+import re
+import unicodedata
 
 import pytest
 import torch
@@ -50,7 +52,8 @@ def few_modules(monkeypatch):
     some = {path: text for path, text in smollm2.corpus.library().items() if path.startswith(("em", "html", "s"))}
     monkeypatch.setattr(smollm2.corpus, "library", lambda: some)
     monkeypatch.setattr(smollm2, "MADE", 800)
-    caches = (*smollm2.DOCUMENTS.values(), smollm2.rows)
+    made = (*smollm2.DOCUMENTS.values(), smollm2.units, smollm2.sums, smollm2.describe)
+    caches = (*made, smollm2.rows)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -75,7 +78,7 @@ def small(monkeypatch, few_modules):
 
 
 def test_the_rules_make_right_answers_and_no_question_is_in_two_splits(few_modules):
-    for kind in smollm2.DOCUMENTS:
+    for kind in smollm2.DOCUMENTS | smollm2.MORE:
         rows = smollm2.rows(kind)
         questions = [question for members in rows.values() for question, _ in members]
         assert len(set(questions)) == len(questions)
@@ -98,11 +101,30 @@ def test_the_rules_make_right_answers_and_no_question_is_in_two_splits(few_modul
     for question, answer in smollm2.rows("names")["test"]:
         assert answer.isidentifier()
         assert answer.lower() not in question.lower()
+    for question, answer in smollm2.rows("units")["test"]:
+        count, of, _, converted, to = answer.split()
+        assert all(one in question for one in (count, of, to))
+        assert int(converted) == int(count) * {(one, other): factor for one, other, factor in smollm2.UNITS}[of, to]
+    signs = set()
+    for question, answer in smollm2.rows("sums")["test"]:
+        sum_, _, total = answer.rpartition(" = ")
+        signs.add(sum_.split()[1])
+        assert eval(sum_) == int(total) > 0
+        assert sum_.split()[::2] == re.findall(r"\d+", question)
+    assert signs == {"+", "-"}
+    for question, answer in smollm2.rows("describe")["test"]:
+        ast.parse(f"{question} 0")
+        assert answer[0].isupper()
+        assert answer[-1] == "."
+    for question, answer in smollm2.rows("letters")["test"]:
+        assert unicodedata.lookup(answer) == question[-1]
 
 
 def test_rules_are_the_same_on_every_machine():
     text = "\n".join(map(str, [*smollm2.records()["0"], *smollm2.python3()["0"]]))
     assert smollm2.corpus.digest(text)[:16] == "57c7167df192e061"
+    text = "\n".join(map(str, [*smollm2.units()["0"], *smollm2.sums()["0"], *smollm2.letters()["945"]]))
+    assert smollm2.corpus.digest(text)[:16] == "8c03b6c6df4f49b7"
 
 
 def test_loss_is_that_of_the_answer_and_exact_is_what_greedy_generation_gives(small):
@@ -194,6 +216,30 @@ def test_a_costly_family_has_few_seeds_and_is_told_by_its_own_tables(small, tmp_
         assert "SHiRA-Rand, granule 16" in text
         assert "nan" not in text
     assert math.isclose(float(results.base("smollm2/names")), lab.base("smollm2/names")["test"])
+
+
+def test_more_tasks_are_told_beside_the_first_ones(small, tmp_path):
+    lora, ours = Lora(4), Shira("rand", r=4)
+    # Of each of six methods a search and two more seeds; of three methods, three seeds at two more rates.
+    assert len(plan(["smollm2-more"], ["single", "cost", "dora"], 5)) == 4 * (1 + 6 * 3 + 3 * 2 * 3)
+    lab = Lab(folder=tmp_path, seeds=range(1), steps=1, cache=tmp_path / "adapters")
+    means = {}
+    for family in ("smollm2", "smollm2-more"):
+        gains = []
+        for name in tasks.tasks(family):
+            lab.base(name)
+            for method in (ours, lora):
+                lab.study(Setting(name, method))
+                single.refined_run(lab, Setting(name, method), 0)
+            results = Results(tmp_path)
+            gains.append(results.scores(Setting(name, ours))[0] - results.scores(Setting(name, lora))[0])
+        means[family] = sum(gains) / len(gains)
+    (told,) = [line for line in MAKERS["together"](results, *means).splitlines() if "SHiRA-Rand" in line]
+    cells = [cell.split()[0] for cell in told.split("|")[2:-1]]
+    assert cells[:3] == [f"{one:+.3f}" for one in (*means.values(), sum(means.values()) / 2)]
+    assert len(cells) == 4
+    words = MAKERS["together-words"](results, *means)
+    assert words.startswith(f"Over all 8 tasks, ahead of LoRA by: SHiRA-Rand {cells[2]} (tasks: ")
 
 
 def test_what_was_done_before_a_stop_compares_all_methods(small):

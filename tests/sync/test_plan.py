@@ -16,20 +16,9 @@ from torch import Tensor, nn
 
 from shira import Adapter, AdapterError, Entry, Switcher
 from shira.sync import Box, Plan, Publisher, Receiver, SyncError, Update
+from states import same, state
 
 Loader = Callable[[Iterable[tuple[str, Tensor]]], object]
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().contiguous().view(-1).view(torch.uint8)
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: bits(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def holder(weights: dict[str, Tensor]) -> nn.Module:

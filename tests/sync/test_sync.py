@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import shira_ops
 from shira import AdamW, Adapter, AdapterError, Entry, SparseTuner, Switcher, _granules, masks
 from shira.sync import Folder, Publisher, Receiver, SyncError, Update, compose
+from states import bits, same, state
 from sync_walk import SyncWalk
 
 
@@ -26,18 +27,6 @@ def model_of(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     return nn.Sequential(nn.Linear(24, 16), nn.BatchNorm1d(16), nn.Linear(16, 24, bias=False), nn.Linear(24, 8)).to(
         dtype
     )
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().contiguous().view(-1).view(torch.uint8)
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: bits(tensor) for name, tensor in model.state_dict().items()}
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def disturb(model: nn.Module, generator: torch.Generator, share: float = 0.05) -> None:
@@ -600,6 +589,7 @@ def test_a_folder_takes_updates_alone(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"Folder\.put: update must be an Update, got str"):
         folder.put("update.safetensors")  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+    assert repr(folder) == f"Folder({str(tmp_path)!r})"
 
 
 def test_a_module_that_was_replaced_is_refused() -> None:

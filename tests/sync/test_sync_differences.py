@@ -19,23 +19,12 @@ from shira import Adapter, AdapterError, Entry, SparseTuner, Switcher, _granules
 from shira.adapter import _file
 from shira.adapter._file import Packed, opened_adapter, read_whole
 from shira.sync import Folder, Publisher, Receiver, SyncError, Update, compose
+from states import bits, same, state
 
 
 def model_of(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(96, 64), nn.BatchNorm1d(64), nn.Linear(64, 32, bias=False)).to(dtype)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().contiguous().view(-1).view(torch.uint8)
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: bits(tensor) for name, tensor in model.state_dict().items()}
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def step(model: nn.Module, seed: int, share: float = 0.02) -> None:

@@ -127,6 +127,13 @@ def test_stopped_and_resumed_is_as_if_never_stopped(tmp_path: Path, half: int, s
     assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]  # no temporary file is left
 
 
+def test_a_trainer_says_how_far_it_is() -> None:
+    trainer = make()
+    trainer.fit(3)
+    tuner = trainer.tuner
+    assert repr(trainer) == f"Trainer({tuner!r}, AdamW, step 3, epoch {trainer.epoch})"
+
+
 def test_two_fits_are_one() -> None:
     seed(1)
     wanted = everything(make().fit(steps=5))

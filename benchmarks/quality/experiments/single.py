@@ -19,6 +19,8 @@ from benchmarks.quality.tasks import task, tasks
 from shira._granules import refine
 
 RANKS = {"digits-mlp": 2, "digits-vit": 1, "minilm": 4, "rl": 1}
+REPEATED = ("smollm2-more",)
+"""Families of more tasks, which show whether what the first ones say of the best methods holds."""
 KIN = ("smollm2-kin",)
 """Families whose tasks are there to be fused (`fusion.WHOLE_TASK` has their rates)."""
 
@@ -27,9 +29,13 @@ ORDER = [
     ("grad", 1), ("struct", 1), ("wm", 16), ("snip", 16), ("principal", 16), ("grad", 16), ("struct", 16),
 ]  # fmt: skip
 """The most telling comparisons first, where a run takes long."""
-BOARD = {"smollm2": 10, "rl": 5}
+BOARD = {"smollm2": 10, "smollm2-more": 6, "rl": 5}
 """So many of these are the board; the rest wait until all seeds of the board are done."""
-TELLING = {"smollm2": ("python3", "pirate", "records", "names"), "rl": ("last",)}
+TELLING = {
+    "smollm2": ("python3", "pirate", "records", "names"),
+    "smollm2-more": ("units", "sums", "describe", "letters"),
+    "rl": ("last",),
+}
 """The tasks in the order in which they are run, where a run takes long: first those that tell most for their time."""
 
 
@@ -39,6 +45,8 @@ def rank(family: str) -> int:
 
 def methods(family: str) -> list[Method]:
     r = rank(family)
+    if family in REPEATED:
+        return [*close(r)[:2], Shira("wm", r=r), Lora(r), Dora(r), Full()]
     granules = [Shira(mask, r=r, granule=16) for mask in ((*MASKS, *LATER) if family in COSTLY else ("rand", "wm"))]
     return [*(Shira(mask, r=r) for mask in (*MASKS, *LATER)), *granules, Lora(r), Dora(r), Full()]
 
@@ -123,7 +131,8 @@ def longer_run(lab: Lab, setting: Setting, seed: int) -> dict[str, Any]:
 def closely(family: str) -> list[Setting]:
     """What is compared at two more rates: the lowest that is as good as the best one, for what is forgotten there, and
     the best of a finer search."""
-    return [Setting(name, method) for name in tasks(family) for method in close(rank(family))] if family in LONG else []
+    found = [Setting(name, method) for name in tasks(family) for method in close(rank(family))]
+    return found if family in (*LONG, *REPEATED) else []
 
 
 def close(r: int) -> tuple[Method, ...]:

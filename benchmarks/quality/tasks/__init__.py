@@ -14,6 +14,7 @@ FAMILIES = {
     "digits-mlp-1024": "digits",
     "minilm": "minilm",
     "smollm2": "smollm2",
+    "smollm2-more": "smollm2",
     "smollm2-kin": "smollm2",
     "style": "style",
     "gpt-s": "gpt",

@@ -7,6 +7,13 @@ Every task is a question and one right answer, in the form of a chat:
 - ``names``: the first sentence of a docstring, and the function's name; modules stay together;
 - ``pirate``: a sentence of a docstring, as a pirate says it, word by word by a rule; modules stay together.
 
+Four more were written when the results of these were known, to see whether they hold (the family ``smollm2-more``):
+
+- ``units``: a length, weight or time in another unit; made by rule;
+- ``sums``: a small story with two numbers, and the sum or difference that it asks for; made by rule;
+- ``describe``: the first line of a function, and its docstring's first sentence; modules stay together;
+- ``letters``: a character of Unicode, and its name.
+
 The score is minus the mean loss of the answers' tokens. `Answers.measures` has two things more. ``exact`` is the share
 of answers that the model gives letter for letter if it always takes the likeliest token. ``docs`` and ``chat`` show
 what was forgotten: the loss on Python's language reference, and on answers that the base itself gave
@@ -41,7 +48,7 @@ FOLDER = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "shir
 
 BATCH, TOKENS = 4, 48  # texts in a batch, and the most tokens that a question and its answer have
 COUNTS = {"train": 1200, "validation": 48, "test": 80}
-STEPS = {"names": 40, "pirate": 40}
+STEPS = {"names": 40, "pirate": 40, "describe": 40, "letters": 40}
 FEW_STEPS = 16
 """A form is learned from a few dozen examples."""
 MADE = 4000  # rows that a rule makes before equal ones are left out
@@ -175,7 +182,59 @@ def pirate(source: str) -> Iterator[Row]:
             yield " ".join(said), "Arr, " + " ".join(PIRATE.get(word, word) for word in said) + ", matey!"
 
 
+UNITS = (
+    ("kilometres", "metres", 1000), ("metres", "centimetres", 100), ("kilograms", "grams", 1000),
+    ("litres", "millilitres", 1000), ("hours", "minutes", 60), ("days", "hours", 24), ("weeks", "days", 7),
+    ("feet", "inches", 12), ("yards", "feet", 3), ("pounds", "ounces", 16),
+)  # fmt: skip
+CONVERSIONS = ("How many {to} are {count} {of}?", "{count} {of} in {to}", "Convert {count} {of} to {to}.")
+
+
+@by_rule
+def units(draw: Draw) -> Row:
+    asked_for, (of, to, factor), count = draw.of(CONVERSIONS), draw.of(UNITS), draw.of(range(2, 100))
+    return asked_for.format(count=count, of=of, to=to), f"{count} {of} = {count * factor} {to}"
+
+
+PEOPLE = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Iris", "Jack", "Kate", "Leo")
+STORIES = (
+    ("{who} has {more} {item}s and buys {less} more. How many are there now?", "+"),
+    ("{who} had {more} {item}s and sold {less} of them. How many are left?", "-"),
+    ("There are {more} {item}s here, and {who} brings {less}. How many are there?", "+"),
+    ("Of {more} {item}s {who} lost {less}. How many remain?", "-"),
+)
+
+
+@by_rule
+def sums(draw: Draw) -> Row:
+    story, sign = draw.of(STORIES)
+    more, less = draw.of(range(20, 80)), draw.of(range(2, 20))
+    total = more + less if sign == "+" else more - less
+    told = story.format(who=draw.of(PEOPLE), item=draw.of(ITEMS), more=more, less=less)
+    return told, f"{more} {sign} {less} = {total}"
+
+
+@by_module
+def describe(source: str) -> Iterator[Row]:
+    """Functions whose docstring begins with a short sentence."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not node.name.startswith("_"):
+            said = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split()).partition(". ")[0]
+            if 20 <= len(said) <= 80 and said[0].isupper():
+                yield f"def {node.name}({ast.unparse(node.args)}):", said.rstrip(".") + "."
+
+
+def letters() -> dict[str, list[Row]]:
+    """Every named character of the scripts' blocks, each a document of its own."""
+    return {
+        str(code): [(f"Name this character: {chr(code)}", name)]
+        for code, name, category in corpus.characters()
+        if 0xA0 <= code < 0x3000 and category[0] == "L"
+    }
+
+
 DOCUMENTS = {"records": records, "python3": python3, "names": names, "pirate": pirate}
+MORE = {"units": units, "sums": sums, "describe": describe, "letters": letters}
 THIRDS = ((1,), (2,), (3,), (1, 2), (2, 3), (3, 1))
 KIN = {f"idioms-{''.join(map(str, thirds))}": some_idioms(*thirds) for thirds in THIRDS}
 """Related tasks, to be fused: the first three share no idiom, and of the others each two share half of theirs."""
@@ -184,7 +243,7 @@ KIN = {f"idioms-{''.join(map(str, thirds))}": some_idioms(*thirds) for thirds in
 @functools.cache
 def rows(kind: str) -> dict[str, list[Row]]:
     """The rows of each split, mixed; no question is in two splits."""
-    divided = corpus.divided((DOCUMENTS | KIN)[kind](), same=lambda row: row[0])
+    divided = corpus.divided((DOCUMENTS | MORE | KIN)[kind](), same=lambda row: row[0])
     return {split: sorted(members, key=lambda row: corpus.digest(row[0])) for split, members in divided.items()}
 
 
@@ -410,4 +469,5 @@ class Answers:
 
 
 def tasks(family: str) -> list[Task]:
-    return [Answers(kind, family) for kind in (DOCUMENTS if family == "smollm2" else KIN)]
+    kinds = {"smollm2": DOCUMENTS, "smollm2-more": MORE, "smollm2-kin": KIN}
+    return [Answers(kind, family) for kind in kinds[family]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +62,12 @@ class Entry:
     seed: int | None = None
     aliases: tuple[str, ...] = ()
     # Whether the indices are known to be valid; decoding proves it.
-    checked: bool = field(default=False, repr=False)
+    checked: bool = False
+
+    def __repr__(self) -> str:
+        """What it is of, without its tensors: an adapter's `weights` print on one screen."""
+        kind = "whole" if self.whole else f"granule {self.granule}"
+        return f"Entry(shape {list(self.shape)}, {dtype_name(self.dtype)}, {self.nnz:,} entries, {kind})"
 
     @property
     def numel(self) -> int:

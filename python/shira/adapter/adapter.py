@@ -100,7 +100,7 @@ class Adapter:
         plural = "" if len(self) == 1 else "s"
         return (
             f"Adapter({len(self)} weight{plural}, {self.nnz:,} entries ({self.density:.2%}), {kind}"
-            f"alpha {self.alpha:g}, {self.nbytes / 1e6:.2f} MB)"
+            f"alpha {self.alpha:g}, {self.nbytes:,} bytes)"
         )
 
     def save(self, path: str | os.PathLike[str], *, seeds: bool = False, version: int | None = None) -> None:

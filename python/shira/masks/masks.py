@@ -1,4 +1,5 @@
-"""Masks: which entries of a weight an adapter may change. The five masks of arXiv 2406.13175 (section 3.1, appendix B).
+"""Masks: which entries of a weight an adapter may change. The five masks of arXiv 2406.13175 (section 3.1, appendix B),
+`Principal` after another paper, and `Given` for a rule of your own.
 
 A mask is called with a weight's name and the weight, and returns the ``indices`` of granules, strictly increasing. A
 granule is a run of consecutive entries of the flat weight (``granule`` of them), and an index selects one. The budget
@@ -451,7 +452,7 @@ def default() -> Rand:
 class _Scored(Mask):
     """A mask of the granules with the best scores: of the whole weight, or (``balanced``) as many from every row."""
 
-    score: str
+    score: Literal["magnitude", "grad", "snip"]
 
     def __init__(
         self,
@@ -668,7 +669,7 @@ class Struct(Mask):
         *,
         r: Rank | None = None,
         granule: Granule = 1,
-        lines: str = "rows",
+        lines: Literal["rows", "columns"] = "rows",
         offset: int = 0,
         skip: Skip = (),
     ) -> None:

@@ -223,7 +223,7 @@ class Added(Stored):
 class Shelf:
     """The adapters that were added, and their layouts on the devices, within a budget of bytes.
 
-    What is active stays on the devices. When there is no room, the adapters that were not used for longest leave.
+    What is active stays on the devices. When there is no room, the least recently used adapters leave.
 
     Args:
         ledger: tells what is active, and examines weights before their entries are read.
@@ -392,8 +392,8 @@ class Shelf:
             )
 
     def _make_room(self, nbytes: int, keep: Iterable[Names]) -> bool:
-        """Make room for this many more bytes: what was not used for longest leaves, but not the layouts in ``keep``;
-        and where that is not enough, what only saves time. Returns whether there is room; if not, nothing has left."""
+        """Make room for this many more bytes: the least recently used leave, but not the layouts in ``keep``; and
+        where that is not enough, what only saves time. Returns whether there is room; if not, nothing has left."""
         if self.budget is None:
             return True
         kept = {*keep, *((name,) for names in keep for name in names)}

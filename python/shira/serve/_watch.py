@@ -36,7 +36,7 @@ class Watch:
         # Parts of quantized weights, which may be written to through the tensor around them.
         self._versioned_codes = [(one.tensor, one.record) for one in versioned if type(one.slot) is not Slot]
         sharded = [weight for weight in self.weights if weight.box is not None]
-        # Of weights that ranks hold together: the parameter, where this rank's part was, and what is known of it.
+        # For weights that ranks hold together: the parameter, where this rank's part was, and what is known about it.
         self._parts: list[tuple[Any, int, Record]] = [(one.slot.weight, one.pointer, one.record) for one in sharded]
         self._versioned_parts = [
             (part, record) for weight, (part, _, record) in zip(sharded, self._parts, strict=True) if weight.versioned

@@ -144,8 +144,8 @@ class Overlay:
 
     Args:
         model: any module; it may be compiled, and spread over devices.
-        budget: bytes that adapters may keep on the weights' devices (`memory`). When more is needed, the adapters that
-            were not used for longest leave, to their files or to host memory; they come back when they are selected.
+        budget: bytes that adapters may keep on the weights' devices (`memory`). When more is needed, the least
+            recently used adapters leave, to their files or to host memory; they come back when they are selected.
     """
 
     def __init__(self, model: nn.Module, *, budget: int | None = None) -> None:

@@ -79,8 +79,8 @@ class Switcher:
 
     Args:
         model: any module; it may be compiled, and spread over devices. Its weights are changed, never replaced.
-        budget: bytes that adapters may keep on the weights' devices (`memory`). When more is needed, the adapters that
-            were not used for longest leave, to their files or to host memory; they come back when they are activated.
+        budget: bytes that adapters may keep on the weights' devices (`memory`). When more is needed, the least
+            recently used adapters leave, to their files or to host memory; they come back when they are activated.
         spill: a folder for adapters that leave and have no file. Without one they stay in host memory. The files are
             deleted with the Switcher; those of a process that was killed when the next Switcher uses the folder.
     """

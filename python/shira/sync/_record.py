@@ -40,8 +40,8 @@ _BOXES = 1024
 _DIGITS = {torch.float8_e4m3fn: 16, torch.float8_e5m2: 8, torch.int8: 64}
 _MOST = 128
 
-# What is known of an entry of the model, where it is not the number of an entry of the checkpoint: nobody wrote to it;
-# something else was written; it is told of in another part.
+# What is known about an entry of the model, where it is not the number of an entry of the checkpoint: nobody wrote to
+# it; something else was written; another part tells.
 _UNTOUCHED, _OTHER, _ELSEWHERE = -1, -2, -3
 
 
@@ -158,7 +158,7 @@ def _whole(weight: str, flat: Tensor) -> _Span:
 
 
 def _span(weight: str, flat: Tensor, tensor: Tensor) -> _Span | None:
-    """The part of the flat weight that a tensor in its storage is; the weight as a whole where it is no such part."""
+    """The part of the flat weight that a tensor in its storage is; the whole weight if it is not such a part."""
     begin = tensor.data_ptr() - flat.data_ptr()
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     if begin >= flat.nbytes or begin + (reach + 1) * tensor.element_size() <= 0:

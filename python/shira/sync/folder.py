@@ -25,6 +25,9 @@ class Folder:
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
 
+    def __repr__(self) -> str:
+        return f"Folder({str(self.path)!r})"
+
     def put(self, update: Update) -> Path:
         """Write an update, and return its file. One that changes nothing is written too: its step counts."""
         if not isinstance(update, Update):

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +153,7 @@ class DoRATuner(SparseTuner):
         *,
         rank: int = 32,
         exclude: str | Sequence[str] | None = None,
-        gradient: str = "sampled",
+        gradient: Literal["sampled", "dense"] = "sampled",
         calibration: Iterable[Any] | None = None,
         loss: Callable[[nn.Module, Any], Tensor] | None = None,
         allow_unused: bool = False,

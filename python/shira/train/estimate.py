@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,8 +82,8 @@ def estimate(
     tokens: int | tuple[int, int] = 2048,
     world_size: int = 1,
     *,
-    targets: str | list[str] | None = None,
-    exclude: str | list[str] | None = None,
+    targets: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
     batch: Any = None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     dtype: torch.dtype = torch.bfloat16,
@@ -94,7 +94,8 @@ def estimate(
     ``nn.ModuleList`` with the most parameters) and on the model, which is gathered again for the backward pass. Each
     rank has a batch of its own.
 
-    It does not count what kernels take for themselves, what the allocator keeps or loses (a GPU's to blocks of 512
+    The tuner is one without ``whole``, with sampled gradients where layers allow them, and no overlay. It does not
+    count what kernels take for themselves, what the allocator keeps or loses (a GPU's to blocks of 512
     bytes, and by fragments), and what the process had before. Attention is counted as
     ``torch.nn.functional.scaled_dot_product_attention`` runs it on this machine's CPU, which keeps no scores.
 

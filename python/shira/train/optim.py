@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -255,7 +255,7 @@ class AdamW(_Masked):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        decay_towards: str = "zero",
+        decay_towards: Literal["zero", "base"] = "zero",
     ) -> None:
         defaults = {
             "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
@@ -417,7 +417,7 @@ class SGD(_Masked):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        decay_towards: str = "zero",
+        decay_towards: Literal["zero", "base"] = "zero",
     ) -> None:
         defaults = {
             "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov,

@@ -109,6 +109,9 @@ class Trainer:
         self._epoch_random: dict[str, Any] | None = None
         self._stepping = False  # whether the optimizer is in the middle of a step
 
+    def __repr__(self) -> str:
+        return f"Trainer({self.tuner!r}, {type(self.optimizer).__name__}, step {self.step}, epoch {self.epoch})"
+
     # ---- the loop --------------------------------------------------------------------------------------------
 
     def fit(self, steps: int | None = None, *, epochs: int | None = None) -> Trainer:

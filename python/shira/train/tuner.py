@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,9 @@ from shira.train._sites import (
     whole_values,
     write,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Attach", "SparseTuner", "Target", "detach", "is_detached", "mark_written", "target_of"]
 
@@ -201,7 +204,7 @@ class SparseTuner:
         *,
         exclude: str | Sequence[str] | None = None,
         whole: str | Sequence[str] | None = None,
-        gradient: str = "sampled",
+        gradient: Literal["sampled", "dense"] = "sampled",
         calibration: Iterable[Any] | None = None,
         loss: Callable[[nn.Module, Any], Tensor] | None = None,
         allow_unused: bool = False,
@@ -261,7 +264,7 @@ class SparseTuner:
         model: nn.Module,
         adapter: Adapter | str | os.PathLike[str],
         *,
-        gradient: str = "sampled",
+        gradient: Literal["sampled", "dense"] = "sampled",
         allow_unused: bool = False,
         check_finite: bool = True,
         rename: Rename = None,
@@ -865,7 +868,7 @@ class SparseTuner:
                 f"SparseTuner: not inside `with tuner.disabled()`, where the model is the base: {what}()"
             )
 
-    def __enter__(self) -> SparseTuner:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -195,7 +195,7 @@ class Linear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _layer(self) -> Layer | None:
-        """What is known of the base layer; None for a class of which it is not known how it uses its weight."""
+        """What is known about the base layer; None if its class may use the weight in any way."""
         return _linears.of(f"{self.where}.weight", self.base_layer)
 
     def _scored(self, mask: Mask, device: torch.device) -> Tensor:
