@@ -4,7 +4,8 @@ SHIRA_CUDA=auto|0|1    whether to compile the CUDA kernels. auto, the default: f
                        a toolkit and torch has CUDA. 0: not at all. 1: for every GPU that is supported, as a wheel for
                        other machines needs; that takes many minutes
 TORCH_CUDA_ARCH_LIST   the GPUs to compile for instead, as in "9.0" or "8.0;9.0+PTX"
-SHIRA_SANITIZE=1       build the CPU code, and only that, under the address and undefined-behaviour sanitizers
+SHIRA_SANITIZE=1       build the CPU code, and only that, under the address and undefined-behaviour sanitizers, or with
+                       SHIRA_SANITIZE=thread under the thread sanitizer
 """
 
 from __future__ import annotations
@@ -117,7 +118,10 @@ def targets_here(home: Path) -> str:
 mode = os.environ.get("SHIRA_CUDA", "auto")
 if mode not in ("auto", "0", "1"):
     stop(f"SHIRA_CUDA must be auto, 0 or 1, got {mode!r}")
-sanitize = os.environ.get("SHIRA_SANITIZE") == "1"
+checks = os.environ.get("SHIRA_SANITIZE") or "0"
+if checks not in ("0", "1", "thread"):
+    stop(f"SHIRA_SANITIZE must be 0, 1 or thread, got {checks!r}")
+sanitize = {"0": "", "1": "address,undefined", "thread": "thread"}[checks]
 cuda_sources = sorted((HERE / "csrc/cuda").glob("*.cu"))
 toolkit = None if mode == "0" or sanitize else cuda_toolkit()
 no_cuda = "none"
@@ -152,9 +156,9 @@ cxx = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-Wall",
 cxx += ["-fno-math-errno", "-fno-trapping-math"]
 link = []
 if sanitize:
-    cxx += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
+    cxx += ["-O1", "-g", f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"]
     cxx += ["-fno-sanitize-recover=undefined"]
-    link += ["-fsanitize=address,undefined"]
+    link += [f"-fsanitize={sanitize}"]
 else:
     # Most Pythons hand down their own -g, which takes six sevenths of the file and some of the time to compile.
     cxx.append("-g0")

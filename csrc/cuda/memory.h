@@ -39,11 +39,11 @@ inline T load_cached(const T* p) {
 }
 template <typename T>
 inline T load_volatile(const T* p) {
-  return emul::load(p);
+  return emul::load_relaxed(p);
 }
 template <typename T>
 inline void store_volatile(T* p, T value) {
-  emul::store(p, value);
+  emul::store_relaxed(p, value);
 }
 template <typename T>
 inline void store_stream(T* p, T value) {

@@ -56,6 +56,8 @@ def write_kernel(snapshot, weight, starts, indices, values, granules, units, BEF
         entry = tl.load(weight + row * units + unit, mask=found, other=0)
         kept = tl.load(snapshot + row * units + unit, mask=found, other=0) if BEFORE else entry
         tl.store(values + at * units + unit, kept, mask=found)
+        if BEFORE:
+            tl.debug_barrier()  # one thread may read an entry that another writes
         tl.store(snapshot + row * units + unit, entry, mask=found)
         unit += 1
 

@@ -83,6 +83,7 @@ def overlay_kernel(
     tokens,
     features,
     rows,
+    granules,
     granule,
     ADDS: tl.constexpr,
     BITS: tl.constexpr,
@@ -117,7 +118,7 @@ def overlay_kernel(
         here = (at < end) & known & (row < rows)
         index = index_at(indices, wide, at // granule, here)
         column = index * granule + at % granule - start
-        here &= (index >= 0) & (index < rows * features // granule) & (column >= 0) & (column < features)
+        here &= (index >= 0) & (index < granules) & (column >= 0) & (column < features)
         value = widen(tl.load(values + at, mask=here, other=0), V, C)
         number = widen(tl.load(input + token * features + column, mask=here, other=0), W, C)
         total = tl.where(here, total + value * number, total)
@@ -180,8 +181,8 @@ def _product(
     }
     table = _table(indices, values)
     programs = triton.cdiv(rows, TILE // side) * triton.cdiv(tokens, side)
-    args = (bits(input), bits(output), table, adapters, alphas, len(indices), tokens, features, rows, granule)
-    launch(overlay_kernel, programs, *args, **constants)
+    args = (bits(input), bits(output), table, adapters, alphas, len(indices), tokens, features, rows)
+    launch(overlay_kernel, programs, *args, rows * features // granule, granule, **constants)
 
 
 @checked

@@ -118,8 +118,9 @@ def walk(TILE: tl.constexpr, jobs, members, granule, settings, DEAL: tl.constexp
         parts = tl.cdiv(granule, DEAL.columns)
         part = program % parts
         program = program // parts
-    place = (program.to(tl.int64) * DEAL.rows, part, n, granules, granule)
-    if (program + 1) * DEAL.rows <= n:
+    begin = program.to(tl.int64) * DEAL.rows
+    place = (begin, part, n, granules, granule)
+    if begin + DEAL.rows <= n:
         TILE(pointers, place, settings, True, DEAL, RULE)
     else:
         TILE(pointers, place, settings, False, DEAL, RULE)

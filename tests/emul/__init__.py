@@ -28,13 +28,21 @@ FLAGS += ["-DTORCH_TARGET_VERSION=0x020B000000000000", "-Wall", "-Wextra", "-Wno
 FLAGS += ["-DSHIRA_NAMESPACE=shira_emul"]  # beside torch.ops.shira
 # SHIRA_SANITIZE=1: with the address sanitizer, which must be preloaded. It does not check stacks, since the emulator
 # gives its threads their own.
-SANITIZE = os.environ.get("SHIRA_SANITIZE") == "1"
-if SANITIZE:
+ADDRESSES = os.environ.get("SHIRA_SANITIZE") == "1"
+if ADDRESSES:
     FLAGS += ["-fsanitize=address", "-fno-omit-frame-pointer", "--param=asan-stack=0"]
+# SHIRA_SANITIZE=thread: with the search for races of races.cpp, which the kernels call at every access. The options are
+# those of gcc.
+RACES = os.environ.get("SHIRA_SANITIZE") == "thread"
+WATCHED = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
 
 
 def sources() -> list[Path]:
     return [*sorted((CSRC / "cuda").glob("*.cu")), *sorted(HERE.glob("*.cu")), *sorted(HERE.glob("*.cpp"))]
+
+
+def own_flags(source: Path) -> list[str]:
+    return WATCHED if RACES and source.suffix == ".cu" else []
 
 
 def compiler() -> list[str]:
@@ -66,7 +74,9 @@ def library() -> None:
         *(header.read_bytes() for header in headers),
     )
     objects = {
-        source: BUILD / f"{source.stem}-{digest(common.encode(), source.read_bytes())}.o" for source in sources()
+        source: BUILD
+        / f"{source.stem}-{digest(common.encode(), repr(own_flags(source)).encode(), source.read_bytes())}.o"
+        for source in sources()
     }
     shared = BUILD / f"shira_emul-{digest(*(path.name.encode() for path in objects.values()))}.so"
     BUILD.mkdir(exist_ok=True)
@@ -77,14 +87,14 @@ def library() -> None:
             def build(source: Path) -> None:
                 if not objects[source].exists():
                     unfinished = objects[source].with_suffix(".part")
-                    checked([*command, "-x", "c++", "-c", str(source), "-o", str(unfinished)])
+                    checked([*command, *own_flags(source), "-x", "c++", "-c", str(source), "-o", str(unfinished)])
                     unfinished.rename(objects[source])
 
             with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 2))) as pool:
                 list(pool.map(build, sorted(objects, key=lambda source: -source.stat().st_size)))
             unfinished = shared.with_suffix(".part")
             links = [f"-L{path}" for path in cpp_extension.library_paths()]
-            links += ["-fsanitize=address"] * SANITIZE
+            links += ["-fsanitize=address"] * ADDRESSES
             checked(
                 [*cxx, "-shared", *map(str, objects.values()), "-o", str(unfinished), *links, "-ltorch_cpu", "-lc10"]
             )

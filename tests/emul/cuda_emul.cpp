@@ -214,6 +214,7 @@ void run_block(unsigned threads, std::mt19937_64& random) {
   block.received.assign((threads + 31) / 32 * 32, 0);
   block.sites.clear();
   block.shared_used = block.shared_real = 0;
+  begin_block();
   if (block.shared_rest > 0) shared_array(nullptr, block.shared_rest);
   std::vector<unsigned> turn(threads);
   for (unsigned i = 0; i < threads; ++i) {
@@ -234,6 +235,7 @@ void run_block(unsigned threads, std::mt19937_64& random) {
     for (const Fiber& fiber : block.fibers) waiting += fiber.state == State::AtBlock;
     if (waiting == threads) {
       for (Fiber& fiber : block.fibers) fiber.state = State::Ready;
+      begin_step();
       continue;
     }
     for (unsigned warp = 0; warp * 32 < threads; ++warp) progress |= release_warp(warp);
@@ -271,6 +273,7 @@ void launch(unsigned blocks, unsigned threads, size_t shared_rest, const std::fu
   std::sort(allowed.begin(), allowed.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
   touched = &allowed;
   ++launched;
+  begin_launch();
   block.kernel = &kernel;
   block.shared_rest = shared_rest;
   grid.block_size = {threads};
@@ -301,24 +304,45 @@ void allow(const void* memory, int64_t bytes, bool writable) {
 }
 void forget() { allowed.clear(); }
 
-void check_access(const void* p, size_t bytes, bool writes) {
+static bool is_shared(const void* p, size_t bytes) {
+  const char* const at = static_cast<const char*>(p);
+  return at >= block.shared && at + bytes <= block.shared + block.shared_used;
+}
+
+// Whether any range that holds these bytes is as wanted.
+template <typename F>
+static bool any_range(const void* p, size_t bytes, const F& wanted) {
   const auto begin = reinterpret_cast<uintptr_t>(p), end = begin + bytes;
-  const char* what = writes ? "writes " : "reads ";
-  if (begin % bytes != 0) fail("a thread ", what, bytes, " bytes at an address that is not aligned to them");
-  const auto shared = reinterpret_cast<uintptr_t>(block.shared);
-  if (begin >= shared && end <= shared + block.shared_used) return;
   // Usually the last range that begins before the access holds it, unless read-only arguments share memory.
   auto range = std::upper_bound(touched->begin(), touched->end(), begin,
                                 [](uintptr_t x, const Range& r) { return x < r.begin; });
-  bool read_only = false;
   while (range != touched->begin()) {
     --range;
-    if (begin < range->begin || end > range->end) continue;
-    if (!writes || range->writable) return;
-    read_only = true;
+    if (begin >= range->begin && end <= range->end && wanted(*range)) return true;
   }
-  if (read_only) fail("a thread writes ", bytes, " bytes of a tensor that the op only reads");
+  return false;
+}
+
+void check_access(const void* p, size_t bytes, bool writes) {
+  const char* what = writes ? "writes " : "reads ";
+  if (reinterpret_cast<uintptr_t>(p) % bytes != 0)
+    fail("a thread ", what, bytes, " bytes at an address that is not aligned to them");
+  if (is_shared(p, bytes)) return;
+  if (any_range(p, bytes, [=](const Range& range) { return !writes || range.writable; })) return;
+  if (any_range(p, bytes, [](const Range&) { return true; }))
+    fail("a thread writes ", bytes, " bytes of a tensor that the op only reads");
   fail("a thread ", what, bytes, " bytes outside the tensors of the call");
+}
+
+Memory memory_of(const void* p, size_t bytes) {
+  const char *const stack = static_cast<Fiber*>(grid.current)->stack, *const at = static_cast<const char*>(p);
+  if (at >= stack && at < stack + kStack) return Memory::Own;
+  if (is_shared(p, bytes)) return Memory::Shared;
+  return any_range(p, bytes, [](const Range&) { return true; }) ? Memory::Global : Memory::Own;
+}
+
+void fail_later(const std::string& text) {
+  if (!block.error) block.error = std::make_exception_ptr(std::runtime_error("emulated CUDA: " + text));
 }
 
 void wait_for_block() { leave(State::AtBlock); }

@@ -10,13 +10,15 @@
 //   - shared memory beyond 48 KB, or beyond what the device has for the part that a launch asks for, and a write past
 //     the end of a shared array
 //   - while capturing: a copy from or to the host, and waiting for a stream
-// Shared memory is filled with 0xCD before a block runs. What only parallel threads do cannot be seen here: a race
-// within one step, memory ordering, or how fast anything is.
+// Shared memory is filled with 0xCD before a block runs. A build with SHIRA_SANITIZE=thread also finds races that no
+// order shows (races.cpp). What only parallel threads do cannot be seen here: the ordering of memory between blocks, or
+// how fast anything is.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <string>
 #include <type_traits>
 #include <utility>
 
@@ -95,6 +97,7 @@ struct Thread {
 struct Grid {
   Thread* current = nullptr;
   Dim3 block, block_size, grid_size;
+  bool relaxed = false;  // the thread accesses memory as atomics and volatile do
 };
 extern Grid grid;
 
@@ -109,6 +112,15 @@ void launch(unsigned blocks, unsigned threads, size_t shared_rest, const std::fu
 void allow(const void* memory, int64_t bytes, bool writable);
 void forget();
 void check_access(const void* p, size_t bytes, bool writes);
+
+// The search for races (races.cpp), in builds that have one: every launch, block and part between two barriers is told.
+void watch(bool on);
+void begin_launch();
+void begin_block();
+void begin_step();
+enum class Memory { Own, Shared, Global };  // Own: of the thread, or of the host
+Memory memory_of(const void* p, size_t bytes);
+void fail_later(const std::string& text);  // once the thread that runs now has come to its next barrier or its end
 
 void* shared_rest();
 void* shared_bytes(const void* site, size_t bytes);
@@ -126,6 +138,26 @@ template <typename T>
 inline void store(T* p, const T& value) {
   check_access(p, sizeof(T), true);
   *p = value;
+}
+
+struct Relaxed {
+  Relaxed() { set(true); }
+  ~Relaxed() { set(false); }
+  static void set(bool relaxed) {  // the compiler does not know that its own calls at an access look
+    asm volatile("" ::: "memory");
+    grid.relaxed = relaxed;
+    asm volatile("" ::: "memory");
+  }
+};
+template <typename T>
+inline T load_relaxed(const T* p) {
+  const Relaxed relaxed;
+  return load(p);
+}
+template <typename T>
+inline void store_relaxed(T* p, const T& value) {
+  const Relaxed relaxed;
+  store(p, value);
 }
 
 void wait_for_block();
@@ -154,6 +186,7 @@ inline uint32_t ballot(const char* what, uint32_t mask, bool predicate) {
 template <typename T, typename F>
 inline T atomic(T* p, const F& f) {
   check_access(p, sizeof(T), true);
+  const Relaxed relaxed;
   const T before = *p;
   *p = f(before);
   return before;

@@ -11,6 +11,7 @@ SHIRA_LIBRARY(m) {
   m.def("_capturing(bool on) -> ()");      // whether a graph is captured
   m.def("_launches() -> int");             // so far
   m.def("_most_shared(int bytes) -> ()");  // that a launch may ask for; 0: as on an H100
+  m.def("_watch(bool on) -> ()");          // for races, in a build that finds them; it does from the start
   m.def("_planted(Tensor x, str defect) -> Tensor");
 }
 
@@ -26,5 +27,6 @@ SHIRA_LIBRARY_IMPL(CompositeExplicitAutograd, m) {
   m.impl("_order", TORCH_BOX(&shira::emul::set_order));
   m.impl("_capturing", TORCH_BOX(&shira::emul::set_capturing));
   m.impl("_launches", TORCH_BOX(&shira::emul::launches));
+  m.impl("_watch", TORCH_BOX(&shira::emul::watch));
   m.impl("_most_shared", TORCH_BOX(&shira::emul::set_most_shared));
 }

@@ -6,7 +6,7 @@
 namespace shira::cuda {
 namespace {
 
-enum class Defect { None, Barrier, Divergence, Warp, Mask, Index, ReadOnly, Alignment, Shared };
+enum class Defect { None, Barrier, Divergence, Warp, Mask, Index, ReadOnly, Alignment, Shared, Race, Blocks };
 
 struct Job {
   const int64_t* in;
@@ -30,6 +30,13 @@ __global__ void turn(SHIRA_PARAMETER(job, Job)) {
   if (job.defect == Defect::ReadOnly && i == 3) store_stream(const_cast<int64_t*>(job.in), other);
   if (job.defect == Defect::Alignment && i == 3)
     load_stream(reinterpret_cast<const int64_t*>(reinterpret_cast<const char*>(job.in) + 4));
+  if (job.defect == Defect::Race) {  // no order shows it, since the shuffle lets all of a warp write first
+    __syncthreads();
+    share[thread] = 0;
+    other += __shfl_sync(0xFFFFFFFFu, 0, 0);
+    other += share[thread ^ 1];
+  }
+  if (job.defect == Defect::Blocks && i == 3 && load_stream(job.out + 300) == INT64_MIN) other = 0;
   if (i < job.count + (job.defect == Defect::Index)) store_stream(job.out + i, other);
 }
 
@@ -37,7 +44,8 @@ Tensor planted(const Tensor& x, std::string name) {
   const std::pair<const char*, Defect> names[] = {
       {"none", Defect::None},          {"barrier", Defect::Barrier},     {"divergence", Defect::Divergence},
       {"warp", Defect::Warp},          {"mask", Defect::Mask},           {"index", Defect::Index},
-      {"read only", Defect::ReadOnly}, {"alignment", Defect::Alignment}, {"shared", Defect::Shared}};
+      {"read only", Defect::ReadOnly}, {"alignment", Defect::Alignment}, {"shared", Defect::Shared},
+      {"race", Defect::Race},          {"blocks", Defect::Blocks}};
   const Device device(x);
   const Tensor out = torch::stable::new_empty(x, {x.numel()});
   for (const auto& [known, defect] : names)

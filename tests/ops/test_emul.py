@@ -26,6 +26,15 @@ def order(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.ops.shira_emul._order(SHUFFLED)
 
 
+@pytest.fixture
+def unwatched() -> Iterator[None]:
+    """Without the search for races, which a build with SHIRA_SANITIZE=thread makes: unsorted indices may repeat."""
+    emul.library()
+    torch.ops.shira_emul._watch(False)
+    yield
+    torch.ops.shira_emul._watch(True)
+
+
 def ops() -> list[str]:
     return [op for op in cases.OPS if cases.emulator_has(op)]
 
@@ -52,6 +61,7 @@ def test_the_kernel_without_a_defect(order: int) -> None:
     assert_same(planted("none"), turned())
 
 
+@pytest.mark.usefixtures("unwatched")
 def test_a_missing_barrier_shows() -> None:
     """It gives wrong results in at least one order of the threads."""
     emul.library()
@@ -67,7 +77,7 @@ def test_a_missing_barrier_shows() -> None:
 @pytest.mark.parametrize(
     ("defect", "says"),
     [
-        ("divergence", "waits in __shfl_sync for lanes that never come"),
+        ("divergence", "waits in __shfl_sync for lanes that never come|a race"),
         ("warp", "waits in __shfl_sync for lanes that never come"),
         ("mask", "with masks|for lanes that never come"),
         ("index", "writes 8 bytes outside the tensors of the call"),
@@ -80,6 +90,17 @@ def test_a_defect_is_told(order: int, defect: str, says: str) -> None:
     with pytest.raises(RuntimeError, match=f"emulated CUDA: .*({says})"):
         planted(defect)
     assert_same(planted("none"), turned())  # and the next launch starts anew
+
+
+@pytest.mark.parametrize("defect", ["barrier", "race", "blocks"])
+def test_a_race_is_told(order: int, defect: str) -> None:
+    """Even where no order shows it. Only a build with SHIRA_SANITIZE=thread looks for races."""
+    if emul.RACES:
+        who = r"thread \d+ of block \d (reads what .* writes|writes what .* (reads|writes)), and no barrier orders them"
+        with pytest.raises(RuntimeError, match=f"emulated CUDA: a race: {who}"):
+            planted(defect)
+    elif defect != "barrier":
+        assert_same(planted(defect), turned())
 
 
 # The kernels
@@ -163,6 +184,7 @@ def of_indices(case: Case) -> list[str]:
     return [name for name, _ in case.tensors() if name.startswith("indices")]
 
 
+@pytest.mark.usefixtures("unwatched")
 @pytest.mark.parametrize("granule", [1, 2, 600])
 @pytest.mark.parametrize("op", TAKE_INDICES)
 def test_hostile_indices_reach_no_other_memory(op: str, granule: int) -> None:
@@ -180,6 +202,7 @@ def test_hostile_indices_reach_no_other_memory(op: str, granule: int) -> None:
                     case.set(name, good)
 
 
+@pytest.mark.usefixtures("unwatched")
 def test_hostile_indices_of_a_dense_gradient() -> None:
     """The optimizers read it at the indices."""
     for op in ("adamw_", "sgd_"):
@@ -201,6 +224,7 @@ def test_hostile_indices_of_a_sampled_gradient(how: str) -> None:
         assert_same(given, torch.where(good[:, None], dense[bad.where(good, 0)], 0.0))
 
 
+@pytest.mark.usefixtures("unwatched")
 @pytest.mark.parametrize("many", [False, True], ids=("few", "many"))
 def test_a_hostile_plan_reaches_no_other_memory(many: bool) -> None:
     """fuse_ with indices, offsets, sources and members that no plan has, each alone and all at once."""

@@ -201,6 +201,23 @@ def test_a_granule_may_span_rows(backend: Backend) -> None:
         assert_same(run(backend, case), run(cases.ORACLE, case))
 
 
+def test_more_entries_than_32_bits_count(backend: Backend) -> None:
+    """Of the matrix, which nothing holds."""
+    rows, columns = 2**11 + 1, 2**20
+    input = torch.arange(columns).remainder(7).half()[None]
+    args = {
+        "input": input,
+        "indices": torch.tensor([1, 2**31 - 1, 2**31 + 5]),
+        "values": torch.tensor([1.0, 2.0, 3.0]).half(),
+        "out_features": rows,
+        "transposed": False,
+        "granule": 1,
+    }
+    wanted = torch.zeros(1, rows).half()
+    wanted[0, 0], wanted[0, -2], wanted[0, -1] = input[0, 1], 2 * input[0, -1], 3 * input[0, 5]
+    assert_same(backend("sparse_linear", **args), wanted)
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 20])
 def test_what_is_not_there_is_not_multiplied(backend: Backend, tokens: int) -> None:
     """An infinity meets the entries of its column alone; NaN comes out as the canonical one."""

@@ -54,7 +54,7 @@ CONTRACT = {
     "fingerprint": "bfloat16 or uint8 and not past or complex64 or frozen or all_granules or shape_does or parts",
     "diff": "bfloat16-16] or uint8-3] or numbers or aligned or list or follows or 15-before or 17-after or 48-"
     " or refusals or overlap",
-    "overlay": "leading or nothing_in or not_there and -1] or once or nobody or strength and bfloat16"
+    "overlay": "leading or 32_bits or nothing_in or not_there and -1] or once or nobody or strength and bfloat16"
     " or exact_overlays and bfloat16-3] or adapters and -65]",
     "refusals": "test_overlap or test_order or test_a_gpu or test_dtype or test_strengths or test_one_weight_twice"
     " or test_content or test_indices_alone or test_check_indices or test_decode or test_fuse_plan_arguments",
@@ -222,7 +222,10 @@ class Driver:
         return lambda *given: None
 
 
-DRIVERS = {"sm_90": Driver("cuda", 90, 32), "sm_80": Driver("cuda", 80, 32), "gfx942": Driver("hip", "gfx942", 64)}
+DRIVERS = {f"sm_{arch}": Driver("cuda", arch, 32) for arch in (90, 80, 100, 120)} | {
+    "gfx942": Driver("hip", "gfx942", 64)
+}
+COMPILED = {"float32": ["sm_100"], "bfloat16": ["sm_90", "sm_80", "gfx942"], "float64": ["sm_120"]}
 SETUPS = {
     "float32": Setup(index=torch.int64),
     "bfloat16": Setup(dtype=torch.bfloat16, values=torch.float32, granule=16, index=torch.int32),
@@ -285,15 +288,18 @@ def resources(cubin: bytes, path: Path) -> dict[str, int]:
 @pytest.mark.parametrize("dtype", SETUPS)
 @pytest.mark.parametrize("family", shira_ops.triton.FAMILIES)
 def test_compiles_for_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str, dtype: str) -> None:
-    """For sm_90 and, with one dtype each, sm_80 and AMD's gfx942: no spills, no contraction, no flushed subnormals."""
+    """For GPUs from sm_80 to sm_120 and AMD's gfx942: no spills, no contraction, no flushed subnormals, and no products
+    of 32 bits, which numbers of entries may pass."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     module = importlib.import_module(f"shira_ops.triton.{family}")
     own = {name for name, found in vars(module).items() if isinstance(found, jit.JITFunction)}
-    for name in DRIVERS if dtype == "bfloat16" else ("sm_90",):
+    for name in COMPILED[dtype]:
         kernels = compiled(DRIVERS[name], family, SETUPS[dtype])
         assert {one for one in own if one.endswith("_kernel")} <= {kernel.name for kernel in kernels}, name
         for kernel in kernels:
             holds(name, kernel, tmp_path)
+            narrow = re.search(r"arith\.muli .* : (i32|tensor<[0-9x]*xi32>)", kernel.asm["ttir"])
+            assert not narrow, f"{name}: {kernel.name}: {narrow}"
 
 
 def holds(name: str, kernel: Any, path: Path) -> None:
