@@ -933,6 +933,18 @@ def test_hooks_that_are_put_before_the_overlays_go_after_them(when):
             torch.testing.assert_close(called(IDS), wanted(IDS), rtol=1e-12, atol=1e-12)
 
 
+def test_hooks_of_all_modules_are_refused():
+    """They come before the overlay's, so what they change would get the adapter of what they were not given."""
+    model = Net()
+    overlay = overlay_of(model, adapters_of(model))
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, output: output * 3)
+    with torch.no_grad(), overlay.using("a"):
+        with pytest.raises(RuntimeError, match=r"Overlay: a forward hook of all modules .* runs before the hook of"):
+            model(IDS)
+        handle.remove()
+        model(IDS)
+
+
 def test_threads_and_tasks_have_their_own():
     model = Net()
     overlay = overlay_of(model, adapters_of(model))

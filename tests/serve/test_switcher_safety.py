@@ -707,6 +707,7 @@ def test_names_and_numbers_that_do_not_fit() -> None:
         (lambda: pickle.dumps(switcher), TypeError, "cannot be copied or pickled"),
         (lambda: switcher.fingerprint("nothing"), KeyError, "no weight 'nothing'"),
         (lambda: switcher.add(3, "a.safetensors"), TypeError, "add: name must be a string, got int 3"),  # type: ignore[arg-type]
+        (lambda: switcher.add("a", {}), TypeError, r"add: adapter must be a path \(.*\), got dict"),  # type: ignore[arg-type]
         (lambda: Switcher(nn.Linear(1, 1), budget=-1), ValueError, "budget"),
     ):
         with pytest.raises(kind, match=says):

@@ -695,6 +695,7 @@ class Hook:
             if not calls:
                 return None
             self._refuse_backward()
+        _model.check_first("Overlay", self.name, module)
         input = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(output, Tensor) or not isinstance(input, Tensor):
             raise SwitchError(f"Overlay: {self.name} must take a tensor and return one, got {type(output).__name__}")

@@ -496,8 +496,9 @@ def given(name: str, adapter: str | os.PathLike[str] | Adapter, *, check_finite:
     if isinstance(adapter, Adapter):
         where, adapter = f"adapter {name!r}" if name else "the adapter", _owned(adapter) if own else adapter
     else:
-        file = Path(adapter).absolute()
-        where, stamp = os.fspath(adapter), stamp_of(file)
+        where = _text.path("add: adapter", adapter)
+        file = Path(where).absolute()
+        stamp = stamp_of(file)
         adapter = load(file, stamp, own=own)
     alpha = _text.strength(f"{where}: alpha", adapter.alpha)
     for weight_name, entry in adapter.weights.items():

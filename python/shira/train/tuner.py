@@ -365,6 +365,8 @@ class SparseTuner:
     def _open(
         self, model: nn.Module, gradient: str, mask: Mask | None, about: Mapping[str, Any] | None, overlay: bool
     ) -> None:
+        if not isinstance(overlay, bool):
+            raise TypeError(f"SparseTuner: overlay must be True or False, got {overlay!r}")
         if overlay and gradient == "dense":
             raise ValueError(
                 'SparseTuner: an overlay has no gradient="dense": the weight that it is laid over gets no gradient'
