@@ -414,7 +414,8 @@ def test_output_plus_the_sum_is_rounded_once(backend: Backend) -> None:
 
 def test_what_selects_adapters_is_read_once() -> None:
     """Another thread that changes strengths or numbers during a call: either is right, and nothing in between."""
-    indices, values = torch.arange(4096, dtype=torch.int32), torch.ones(4096)
+    count = 1 << 17  # a call takes long enough to be met by a change
+    indices, values = torch.arange(count, dtype=torch.int32), torch.ones(count)
     adapters, alphas, done = torch.zeros(2, dtype=torch.int32), torch.zeros(1), threading.Event()
 
     def change() -> None:
@@ -427,13 +428,13 @@ def test_what_selects_adapters_is_read_once() -> None:
     thread = threading.Thread(target=change)
     thread.start()
     try:
-        for at in range(300):
+        for at in range(1000):
             scale = 1.0 + at % 2  # what an earlier call has left in memory is another sum
             output = torch.zeros(2, 8)
             torch.ops.shira.sparse_linear_add_(
-                output, torch.full((2, 4096), scale), [indices], [values], adapters, alphas
+                output, torch.full((2, count), scale), [indices], [values], adapters, alphas
             )
-            assert set(output[:, 0].tolist()) <= {0.0, 4096 * scale}
+            assert set(output[:, 0].tolist()) <= {0.0, count * scale}
             assert not output[:, 1:].any()
     finally:
         done.set()
